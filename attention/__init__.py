@@ -1,0 +1,6 @@
+"""Attention layers across ranks, as autograd functions over packed tokens."""
+
+from longspan.attention.linear import linear_attention
+from longspan.attention.softmax import softmax_attention
+
+__all__ = ["linear_attention", "softmax_attention"]

@@ -1,0 +1,205 @@
+"""Schedules of softmax attention: which keys arrive at which step, and the packed calls they allow.
+
+Queries stay where they are; keys and values travel from their owners, cut to what the mask lets the receiver see. A
+strategy only says whose keys arrive at which step (STRATEGIES); everything else follows from the layout.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+
+from longspan.kernels.softmax.pack import Pack
+from longspan.parallel.geometry import Mask
+from longspan.parallel.layout import Layout, Span
+
+Rows = slice | torch.Tensor  # int64 row numbers where the rows are not one run
+
+
+@dataclass(frozen=True)
+class Call:
+    """One packed kernel call: local query rows against rows of this step's keys; no row of either appears twice."""
+
+    pack: Pack
+    query_rows: Rows
+    key_rows: Rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """Keys sent, keys that arrive, and the calls on them. sends: (peer, local rows); receives: (peer, rows of the
+    step's buffer). The first step has neither: it works on the local keys."""
+
+    sends: tuple[tuple[int, Rows], ...]
+    receives: tuple[tuple[int, slice], ...]
+    calls: tuple[Call, ...]
+
+    @property
+    def num_keys(self) -> int:
+        return max((rows.stop for _, rows in self.receives), default=0)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of one rank, in order; all ranks have equally many."""
+
+    steps: tuple[Step, ...]
+
+    def to(self, device) -> "Schedule":
+        def move(rows):
+            return rows if isinstance(rows, slice) else rows.to(device)
+
+        return Schedule(tuple(
+            replace(
+                step,
+                sends=tuple((peer, move(rows)) for peer, rows in step.sends),
+                calls=tuple(Call(c.pack, move(c.query_rows), move(c.key_rows)) for c in step.calls),
+            )
+            for step in self.steps
+        ))  # fmt: skip
+
+
+def ring(rank: int, world_size: int) -> list[list[int]]:
+    """One neighbour further away at every step: transfers are pairwise and hide behind the step before."""
+    return [[(rank - step) % world_size] for step in range(1, world_size)]
+
+
+def all_gather(rank: int, world_size: int) -> list[list[int]]:
+    """Everybody's keys in one step: fewest, largest calls, and memory for all visible keys at once."""
+    return [[peer for peer in range(world_size) if peer != rank]]
+
+
+STRATEGIES = {"ring": ring, "all_gather": all_gather}
+
+
+def softmax_schedule(layout: Layout, rank: int, strategy: str, mask: Mask) -> Schedule:
+    """The schedule of `rank`: a pure function of the layout. strategy: a key of STRATEGIES."""
+    peers = STRATEGIES[strategy]
+    holdings = [_by_document(layout, r) for r in range(layout.world_size)]
+    steps = [Step((), (), _local_calls(layout, rank, mask))]
+    for number, sources in enumerate(peers(rank, layout.world_size)):
+        sends = []
+        for peer in range(layout.world_size):
+            if rank in peers(peer, layout.world_size)[number]:
+                pieces = _needed(holdings[peer], holdings[rank], mask)
+                if pieces:
+                    sends.append((peer, _rows([(start, start + len(span)) for span, start in pieces])))
+        receives, keys, end = [], [], 0
+        for peer in sources:
+            start = end
+            for span, _ in _needed(holdings[rank], holdings[peer], mask):
+                keys.append((span, end))
+                end += len(span)
+            if end > start:
+                receives.append((peer, slice(start, end)))
+        steps.append(Step(tuple(sends), tuple(receives), _calls(_rectangles(holdings[rank], keys, mask))))
+    return Schedule(tuple(steps))
+
+
+def _by_document(layout, rank):
+    """document -> [(span, first local row)] of one rank."""
+    held = defaultdict(list)
+    for span, start in zip(layout.spans[rank], layout.local_offsets(rank)):
+        held[span.document].append((span, start))
+    return held
+
+
+def _needed(queries, keys, mask):
+    """The parts of one rank's keys that another rank's queries see: [(span, first row at the owner)]."""
+    pieces = []
+    for document in keys.keys() & queries.keys():
+        for span, row in keys[document]:
+            seen = [part for query, _ in queries[document] if (part := mask.visible_keys(query, span))]
+            if seen:
+                start, stop = min(part.start for part in seen), max(part.stop for part in seen)
+                pieces.append((Span(document, start, stop), row + start - span.start))
+    return sorted(pieces, key=lambda piece: piece[1])
+
+
+def _rectangles(queries, keys, mask):
+    """(query start, query stop, key start, key stop) in rows, for keys of other runs: each is fully visible."""
+    found = []
+    for span, key_row in keys:
+        for query, query_row in queries.get(span.document, ()):
+            part = mask.visible_keys(query, span)
+            if part:
+                assert mask.sees_all(query, part), (query, part)
+                start = key_row + part.start - span.start
+                found.append((query_row, query_row + len(query), start, start + len(part)))
+    return found
+
+
+def _local_calls(layout, rank, mask):
+    """Local keys: one packed call over all runs of a document's rows, then what earlier runs of it add."""
+    runs = []
+    for span, row in zip(layout.spans[rank], layout.local_offsets(rank)):
+        last = runs[-1] if runs else None
+        if last and last[-1][0].document == span.document and last[-1][0].stop <= span.start:
+            last.append((span, row))
+        else:
+            runs.append([(span, row)])
+    if not runs:
+        return ()
+    bounds = [run[0][1] for run in runs] + [layout.tokens_per_rank[rank]]
+    whole = Call(Pack(tuple(bounds), tuple(bounds), mask.causal), slice(0, bounds[-1]), slice(0, bounds[-1]))
+    others = []
+    for _, same_document in groupby(sorted(runs, key=lambda run: run[0][0].document), lambda run: run[0][0].document):
+        same_document = list(same_document)
+        for queries in same_document:
+            for keys in same_document:
+                if keys is not queries:
+                    others += _rectangles({keys[0][0].document: queries}, keys, mask)
+    return (whole, *_calls(others))
+
+
+def _calls(rectangles):
+    """Packs rectangles into as few calls as leave every row at most once in a call."""
+    rectangles = _join(sorted(rectangles), same=(0, 1), run=(2, 3))
+    rectangles = _join(sorted(rectangles, key=lambda r: (r[2:], r[:2])), same=(2, 3), run=(0, 1))
+    packs = []
+    for rectangle in sorted(rectangles):
+        for pack in packs:
+            if not any(_overlap(rectangle[:2], r[:2]) or _overlap(rectangle[2:], r[2:]) for r in pack):
+                pack.append(rectangle)
+                break
+        else:
+            packs.append([rectangle])
+    return tuple(
+        Call(
+            Pack(_cumulative(r[1] - r[0] for r in pack), _cumulative(r[3] - r[2] for r in pack), False),
+            _rows([r[:2] for r in pack]),
+            _rows([r[2:] for r in pack]),
+        )
+        for pack in packs
+    )
+
+
+def _join(rectangles, same, run):
+    """Joins neighbours that agree in the `same` range and continue each other in the `run` range."""
+    joined = []
+    for rectangle in rectangles:
+        last = joined[-1] if joined else None
+        if last and all(last[i] == rectangle[i] for i in same) and last[run[1]] == rectangle[run[0]]:
+            last[run[1]] = rectangle[run[1]]
+        else:
+            joined.append(list(rectangle))
+    return joined
+
+
+def _overlap(a, b):
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def _cumulative(lengths):
+    total = [0]
+    for length in lengths:
+        total.append(total[-1] + length)
+    return tuple(total)
+
+
+def _rows(bounds) -> Rows:
+    """A slice where the ranges are one run, else their row numbers."""
+    if all(stop == start for (_, stop), (start, _) in zip(bounds, bounds[1:])):
+        return slice(bounds[0][0], bounds[-1][1])
+    return torch.cat([torch.arange(start, stop) for start, stop in bounds])

@@ -1,0 +1,164 @@
+"""Softmax attention across ranks: one engine that runs any schedule, forward and backward.
+
+While a step's calls run, the next step's keys are under way. Partial results merge in at least fp32; in the backward
+pass the keys travel again, and each owner gets the gradients of its keys back and adds them in step order.
+"""
+
+import logging
+from functools import lru_cache
+
+import torch
+
+from longspan.attention.arguments import pick, resolve
+from longspan.attention.recompute import keep, recall
+from longspan.attention.schedules import STRATEGIES, softmax_schedule
+from longspan.kernels.merge import merge
+from longspan.kernels.softmax import choose
+from longspan.parallel.exchange import start_exchange
+from longspan.parallel.geometry import Mask
+
+log = logging.getLogger(__name__)
+
+
+@torch.compiler.disable
+def softmax_attention(
+    q, k, v, *, causal=True, window=None, scale=None, layout=None, group=None, plan=None, strategy="auto", seq=None
+):
+    """softmax(scale * q k^T) v within each document, over all ranks that hold parts of it.
+
+    q: [T, Hq, D]; k, v: [T, Hkv, D] with Hq a multiple of Hkv: this rank's tokens in the order of `layout`, one
+    floating dtype; returns [T, Hq, D] in it. fp64 is computed and sent in fp64; log-sum-exp and merges are at least
+    fp32. scale defaults to D**-0.5. layout, group: a Layout and its process group (None: one rank, by default one
+    document). strategy: auto, ring or all_gather. seq: a SequenceContext instead of those three.
+    Raises ValueError, on all ranks, for what does not fit.
+    """
+
+    def check():
+        _check(q, k, v, window, plan)
+
+    seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, (causal, scale), softmax=strategy)
+    strategy = pick(STRATEGIES, seq.parallel.softmax, "ring", "softmax strategy")
+    backend = _backend(seq.parallel.backend, q.device.type, q.dtype, q.shape[-1])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    schedule = seq.derive(softmax_schedule, strategy, Mask(causal))
+    return _Attention.apply(q, k, v, schedule, backend, scale, seq.parallel.group)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, schedule, backend, scale, group):
+        kept = recall()
+        out, lse = kept if kept is not None else keep(_forward(q, k, v, schedule, backend, scale, group))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = schedule, backend, scale, group
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return *_backward(d_out.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None, None
+
+
+def _forward(q, k, v, schedule, backend, scale, group):
+    """(out [T, Hq, D] in q's dtype, lse [T, Hq])."""
+    if q.shape[0] == 0:
+        for _ in _arriving(k, v, schedule, group):  # a rank without queries still sends (nothing) and stays in step
+            pass
+        return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
+    out = lse = None
+    for step, keys, values in _arriving(k, v, schedule, group):
+        for call in step.calls:
+            rows = call.query_rows
+            part = backend.forward(q[rows], keys[call.key_rows], values[call.key_rows], call.pack, scale)
+            if out is None:  # the first call covers every query: each sees at least itself
+                out, lse = part
+            else:
+                out = out.to(lse.dtype)
+                merge(out, lse, *part, rows)
+    return out.to(q.dtype), lse
+
+
+def _backward(d_out, q, k, v, out, lse, schedule, backend, scale, group):
+    wide = _wide(q)
+    dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+    returning = None
+    for step, keys, values in _arriving(k, v, schedule, group):
+        local = keys is k
+        dkeys, dvalues = (dk, dv) if local else (torch.zeros_like(x, dtype=wide) for x in (keys, values))
+        for call in step.calls:
+            rows, key_rows = call.query_rows, call.key_rows
+            part = backend.backward(
+                d_out[rows], q[rows], keys[key_rows], values[key_rows], out[rows], lse[rows], call.pack, scale
+            )
+            for total, at, grad in zip((dq, dkeys, dvalues), (rows, key_rows, key_rows), part):
+                total[at] += grad
+        if returning is not None:
+            _add_returned(dk, dv, returning)
+        returning = None if local else _return(step, dkeys.to(k.dtype), dvalues.to(v.dtype), k, v, group)
+    if returning is not None:
+        _add_returned(dk, dv, returning)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _arriving(k, v, schedule, group):
+    """(step, keys, values) of every step, the next step's transfer started before this one is handed out."""
+
+    def start(step):
+        keys, values = (x.new_empty(step.num_keys, *x.shape[1:]) for x in (k, v))
+        sends = [(peer, x[rows].contiguous()) for peer, rows in step.sends for x in (k, v)]
+        receives = [(peer, x[rows]) for peer, rows in step.receives for x in (keys, values)]
+        return start_exchange(sends, receives, group), keys, values
+
+    coming = (None, k, v)
+    for number, step in enumerate(schedule.steps):
+        pending, keys, values = coming
+        if pending is not None:
+            pending.wait()
+        if number + 1 < len(schedule.steps):
+            coming = start(schedule.steps[number + 1])
+        yield step, keys, values
+
+
+def _return(step, dkeys, dvalues, k, v, group):
+    """Starts sending the gradients of this step's keys back to their owners: the exchange of the step, transposed."""
+    sends = [(peer, x[rows]) for peer, rows in step.receives for x in (dkeys, dvalues)]
+    receives, targets = [], []
+    for peer, rows in step.sends:
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        parts = [x.new_empty(count, *x.shape[1:]) for x in (k, v)]
+        receives += [(peer, part) for part in parts]
+        targets.append((rows, parts))
+    return start_exchange(sends, receives, group), targets
+
+
+def _add_returned(dk, dv, returning):
+    pending, targets = returning
+    pending.wait()
+    for rows, (dk_part, dv_part) in targets:
+        dk[rows] += dk_part
+        dv[rows] += dv_part
+
+
+def _wide(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@lru_cache
+def _backend(name, device_type, dtype, head_dim):
+    backend, refusals = choose(name, device_type, dtype, head_dim)
+    log.info("softmax attention on %s in %s with head_dim %d: %s", device_type, dtype, head_dim, backend.name)
+    for refusal in refusals:
+        log.info("not used: %s", refusal)
+    return backend
+
+
+def _check(q, k, v, window, plan):
+    if window is not None:
+        raise ValueError(f"window={window} is not supported; leave it out")
+    if plan is not None:
+        raise ValueError("plan is not supported; give layout and strategy")
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be equal")
+    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        raise ValueError(f"k has shape {tuple(k.shape)}; its tokens and head_dim must be those of q, {tuple(q.shape)}")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} heads, which does not divide the {q.shape[1]} heads of q")

@@ -1,0 +1,271 @@
+"""Linear attention in chunks (none, fixed or scalar decay): forward and hand-written backward in plain PyTorch.
+
+Notation per chunk of C tokens: G = inclusive cumulative log decay, Lambda_ij = exp(G_i - G_j) for i >= j, U = the
+chunk's own contribution to the state. States never go to memory per chunk: the sweep works in blocks of BLOCK chunks,
+inside which entry states come from one small matrix product with the decay between chunks, and carries one state from
+block to block. Derivation: docs/linear-attention.md.
+
+All functions take packed tensors [T, H, D], log_decay None or [T, H] (any float dtype) and `Segments`; they return
+accumulation dtype (fp32, or fp64 for fp64 inputs). Summaries are [N, H, K, V], one per segment; states that enter or
+leave are rows [len(which), H, K, V] for the segments listed in `which`, all others being zero.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from longspan.kernels.segments import CHUNK, Segments
+
+BLOCK = 32  # chunks per sweep step; bounds scratch memory at BLOCK * H * (K * V + CHUNK^2) numbers
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def prefix_decay(log_decay, segments: Segments):
+    """fp64 [T, H]: log decay from the start of the segment to each token, the token's own included. None for None."""
+    if log_decay is None:
+        return None
+    total = log_decay.double().cumsum(0)
+    before = (total - log_decay.double()).index_select(0, _first_tokens(segments))
+    return total - before.index_select(0, segments.token_segment)
+
+
+def suffix_decay(log_decay, segments: Segments):
+    """fp64 [T, H]: log decay from after each token to the end of its segment. None for None."""
+    if log_decay is None:
+        return None
+    prefix = prefix_decay(log_decay, segments)
+    return segment_decay(prefix, segments).index_select(0, segments.token_segment) - prefix
+
+
+def segment_decay(prefix, segments: Segments):
+    """fp64 [N, H]: log decay over each whole segment, from `prefix_decay`. None for None."""
+    if prefix is None:
+        return None
+    last = torch.tensor([stop - 1 for stop in segments.offsets[1:]], dtype=torch.int64, device=prefix.device)
+    return prefix.index_select(0, last)
+
+
+def weighted_outer(x, y, log_weight, segments: Segments):
+    """Sum over each segment of exp(log_weight_t) x_t y_t^T: [N, H, K, V].
+
+    With x, y = k, v and the suffix decay this is a segment's summary S_ext; with q, d_out and the prefix decay it is
+    the summary dS_ext of the backward pass.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    result = torch.zeros(segments.num_segments, x.shape[1], x.shape[2], y.shape[2], dtype=dtype, device=x.device)
+    x, y = segments.pad(x), segments.pad(y)
+    weight = None if log_weight is None else segments.pad(log_weight.exp())
+    for a, b in _blocks(segments):
+        left = x[a:b].to(dtype)
+        if weight is not None:
+            left = left * weight[a:b, :, :, None].to(dtype)
+        outer = torch.einsum("nchk,nchv->nhkv", left, y[a:b].to(dtype))
+        first, last = segments.chunk_segment_range(a, b)
+        ids = segments.chunk_segment[a:b]
+        member = (ids == torch.arange(first, last + 1, device=ids.device)[:, None]).to(dtype)
+        result[first : last + 1] += torch.einsum("sn,nhkv->shkv", member, outer)
+    return result
+
+
+def add_entry(out, q, prefix, entry, which, segments: Segments, scale: float):
+    """out_t += scale * exp(prefix_t) * entry^T q_t, in place, for the segments listed in `which`."""
+    for state, index in zip(entry, which):
+        rows = slice(segments.offsets[index], segments.offsets[index + 1])
+        part = torch.einsum("thk,hkv->thv", q[rows].to(out.dtype), state).mul_(scale)
+        out[rows] += part if prefix is None else part.mul_(prefix[rows, :, None].exp().to(out.dtype))
+    return out
+
+
+def forward(q, k, v, log_decay, segments: Segments, scale: float):
+    """Outputs [T, H, V] when every segment starts from the zero state; `add_entry` adds what came before."""
+    dtype = accumulation_dtype(q.dtype)
+    out = torch.empty(segments.num_chunks, CHUNK, v.shape[1], v.shape[2], dtype=dtype, device=q.device)
+    q, k, v, g = segments.pad(q), segments.pad(k), segments.pad(v), _pad_decay(log_decay, segments)
+    carry = None
+    for a, b in _blocks(segments):
+        qb, kb, vb = (_heads_first(x[a:b], dtype) for x in (q, k, v))
+        decay = _Decay.of(g, a, b, segments, dtype)
+        states, carry = _entry_states(kb, vb, decay, carry)
+        scores = (qb @ kb.mT).mul_(decay.inside)
+        result = scores @ vb + decay.weigh(qb, decay.from_start) @ states
+        out[a:b] = result.mul_(scale).transpose(1, 2)
+    return segments.unpad(out)
+
+
+def backward_q(d_out, k, v, log_decay, entry, which, segments: Segments, scale: float):
+    """dq [T, H, K]: the gradient that needs forward states only."""
+    dtype = accumulation_dtype(k.dtype)
+    dq = torch.empty(segments.num_chunks, CHUNK, k.shape[1], k.shape[2], dtype=dtype, device=k.device)
+    d_out, k, v, g = segments.pad(d_out), segments.pad(k), segments.pad(v), _pad_decay(log_decay, segments)
+    carry = None
+    for a, b in _blocks(segments):
+        kb, vb, dob = (_heads_first(x[a:b], dtype) for x in (k, v, d_out))
+        decay = _Decay.of(g, a, b, segments, dtype)
+        states, carry = _entry_states(kb, vb, decay, carry, _inject(entry, which, segments, a, b))
+        d_scores = (dob @ vb.mT).mul_(decay.inside)
+        result = d_scores @ kb + decay.weigh(dob @ states.mT, decay.from_start)
+        dq[a:b] = result.mul_(scale).transpose(1, 2)
+    return segments.unpad(dq)
+
+
+def backward_kv(d_out, q, k, v, log_decay, q_dq, entry, which_entry, exit_grad, which_exit, segments: Segments, scale):
+    """dk [T, H, K], dv [T, H, V] and d_log_decay [T, H], sweeping from the last chunk down.
+
+    q_dq: rowsum(q * dq) [T, H], or None when d_log_decay is not wanted (it comes out as None). exit_grad: gradient of
+    the state leaving each segment of `which_exit`. d_log_decay needs the chunk entry states again: they are formed from one state per block.
+    """
+    dtype = accumulation_dtype(q.dtype)
+    shape = (segments.num_chunks, CHUNK, q.shape[1])
+    dk = torch.empty(*shape, k.shape[2], dtype=dtype, device=q.device)
+    dv = torch.empty(*shape, v.shape[2], dtype=dtype, device=q.device)
+    dg = None if q_dq is None else torch.empty(shape, dtype=dtype, device=q.device)
+    q, k, v, d_out = segments.pad(q), segments.pad(k), segments.pad(v), segments.pad(d_out)
+    g = _pad_decay(log_decay, segments)
+    if q_dq is not None:
+        q_dq = segments.pad(q_dq)
+        carries = _block_states(k, v, g, entry, which_entry, segments, dtype)
+
+    carry = None
+    for number, (a, b) in reversed(list(enumerate(_blocks(segments)))):
+        qb, kb, vb, dob = (_heads_first(x[a:b], dtype) for x in (q, k, v, d_out))
+        decay = _Decay.of(g, a, b, segments, dtype)
+        own = (decay.weigh(qb, decay.from_start).mT @ dob).mul_(scale)
+        exits, carry = _exit_gradients(own, decay, carry, _inject(exit_grad, which_exit, segments, a, b, at_end=True))
+        scores, d_scores = (qb @ kb.mT).mul_(decay.inside), (dob @ vb.mT).mul_(decay.inside)
+        dk_inter = decay.weigh(vb @ exits.mT, decay.to_end)
+        dk_block = (d_scores.mT @ qb).mul_(scale).add_(dk_inter)
+        dv_block = (scores.mT @ dob).mul_(scale).add_(decay.weigh(kb @ exits, decay.to_end))
+        dk[a:b], dv[a:b] = dk_block.transpose(1, 2), dv_block.transpose(1, 2)
+        if dg is not None:
+            states, _ = _entry_states(kb, vb, decay, carries[number], _inject(entry, which_entry, segments, a, b))
+            through = decay.total.exp() * (states * exits).sum((-1, -2)) + (kb * dk_inter).sum((-1, -2))
+            d_sum = q_dq[a:b] - (kb * dk_block).sum(-1).transpose(1, 2)
+            d_sum[:, -1] += through
+            dg[a:b] = d_sum.flip(1).cumsum(1).flip(1)
+    return segments.unpad(dk), segments.unpad(dv), None if dg is None else segments.unpad(dg)
+
+
+@dataclass(frozen=True)
+class _Decay:
+    """Decay factors of one block of n chunks; without decay the factors are None (one) and only masks remain."""
+
+    inside: torch.Tensor  # [n, H, C, C] or [C, C]: Lambda, lower triangular
+    from_start: torch.Tensor | None  # [n, H, C, 1]: exp(G)
+    to_end: torch.Tensor | None  # [n, H, C, 1]: exp(G_C - G)
+    total: torch.Tensor | None  # [n, H]: G_C
+    between: torch.Tensor  # [H or 1, n + 1, n]: factor from the state chunk j leaves to the one chunk i enters (j < i)
+    from_carry: torch.Tensor  # [H or 1, n + 1]: factor from the block's entry to the state chunk i enters
+    continues: bool  # the block's first chunk continues the previous block's segment
+
+    @classmethod
+    def of(cls, g, a, b, segments, dtype):
+        ids = segments.chunk_segment[a:b]
+        ids = torch.cat([ids, ids[-1:]])
+        same = (ids[:, None] == ids[None, :-1]).tril(-1)
+        continues = a > 0 and len(set(segments.chunk_segment_range(a - 1, a + 1))) == 1
+        reached = ids == ids[0] if continues else torch.zeros_like(ids, dtype=torch.bool)
+        triangle = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=ids.device).tril()
+        if g is None:
+            return cls(triangle.to(dtype), None, None, None, same.to(dtype)[None], reached.to(dtype)[None], continues)
+        inclusive = g[a:b].cumsum(1).transpose(1, 2)  # [n, H, C], fp64: differences of long sums stay exact
+        total = inclusive[..., -1]
+        inside = (inclusive[..., :, None] - inclusive[..., None, :]).to(dtype).masked_fill_(~triangle, -torch.inf).exp_()
+        chunks = torch.cat([total.new_zeros(1, total.shape[1]), total.cumsum(0)]).T  # [H, n + 1]: before chunk i
+        between = (chunks[:, :, None] - chunks[:, None, 1:]).to(dtype).masked_fill_(~same, -torch.inf).exp_()
+        return cls(
+            inside,
+            inclusive[..., None].exp().to(dtype),
+            (total[..., None] - inclusive)[..., None].exp().to(dtype),
+            total.to(dtype),
+            between,
+            torch.where(reached, chunks.exp().to(dtype), 0.0),
+            continues,
+        )
+
+    def weigh(self, x, factor):
+        return x if factor is None else x * factor
+
+
+def _entry_states(k, v, decay: _Decay, carry, inject=()):
+    """State entering each chunk of a block [n, H, K, V], and the one entering the next block.
+
+    inject: (chunk, state) pairs that enter at the first chunk of a segment.
+    """
+    own = decay.weigh(k, decay.to_end).mT @ v
+    for chunk, state in inject:
+        own[chunk] += state if decay.total is None else decay.total[chunk].exp()[:, None, None] * state
+    n, heads = own.shape[:2]
+    states = torch.matmul(decay.between, own.transpose(0, 1).reshape(heads, n, -1))
+    if carry is not None and decay.continues:
+        states += decay.from_carry[:, :, None] * carry.reshape(heads, 1, -1)
+    states = states.transpose(0, 1).reshape(n + 1, *own.shape[1:])
+    for chunk, state in inject:
+        states[chunk] += state
+    # A segment that starts after the last chunk of this block takes nothing from it: the next block checks.
+    return states[:n], states[n]
+
+
+def _exit_gradients(own, decay: _Decay, carry, inject):
+    """Gradient of the state leaving each chunk [n, H, K, V], and of the one entering this block.
+
+    own: gradient that each chunk's outputs give to its entry state. carry: gradient of the state entering the next
+    block, None if that block starts a new segment. inject: (chunk, gradient) pairs at the last chunks of segments.
+    """
+    n, heads = own.shape[:2]
+    contributions = own
+    if inject:
+        contributions = own.clone()
+        for chunk, grad in inject:
+            contributions[chunk] += grad if decay.total is None else decay.total[chunk].exp()[:, None, None] * grad
+    rows = contributions.transpose(0, 1).reshape(heads, n, -1)
+    exits = torch.matmul(decay.between[:, :n].mT, rows)
+    if carry is not None:
+        exits += decay.between[:, n, :, None] * carry.reshape(heads, 1, -1)
+    exits = exits.transpose(0, 1).reshape(own.shape)
+    for chunk, grad in inject:
+        exits[chunk] += grad
+    if not decay.continues:
+        return exits, None
+    return exits, own[0] + (exits[0] if decay.total is None else decay.total[0].exp()[:, None, None] * exits[0])
+
+
+def _block_states(k, v, g, entry, which, segments, dtype):
+    """The state entering each block: one forward sweep over k and v."""
+    carries, carry = [], None
+    for a, b in _blocks(segments):
+        carries.append(carry)
+        kb, vb = _heads_first(k[a:b], dtype), _heads_first(v[a:b], dtype)
+        decay = _Decay.of(g, a, b, segments, dtype)
+        _, carry = _entry_states(kb, vb, decay, carry, _inject(entry, which, segments, a, b))
+    return carries
+
+
+def _inject(states, which, segments, a, b, *, at_end=False):
+    """(chunk within the block, state) for the listed segments whose first (or last) chunk is in chunks a..b."""
+    found = []
+    for state, index in zip(states, which):
+        chunk = segments.chunk_offsets[index + 1] - 1 if at_end else segments.chunk_offsets[index]
+        if a <= chunk < b:
+            found.append((chunk - a, state))
+    return found
+
+
+def _blocks(segments):
+    return [(a, min(a + BLOCK, segments.num_chunks)) for a in range(0, segments.num_chunks, BLOCK)]
+
+
+def _heads_first(x, dtype):
+    """[n, C, H, D] -> [n, H, C, D] in the accumulation dtype."""
+    return x.transpose(1, 2).to(dtype)
+
+
+def _pad_decay(log_decay, segments):
+    return None if log_decay is None else segments.pad(log_decay.double())
+
+
+def _first_tokens(segments):
+    starts = segments.offsets[:-1]
+    return torch.tensor(starts, dtype=torch.int64, device=segments.device)

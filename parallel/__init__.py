@@ -1,0 +1,13 @@
+"""Who holds which tokens and how they move: layouts, routes, exchanges, the state scan and the sequence context."""
+
+from longspan.parallel.context import SequenceContext, SequenceParallel
+from longspan.parallel.geometry import Mask, attention_pairs
+from longspan.parallel.layout import Layout, Span, contiguous, zigzag
+from longspan.parallel.rebalance import rebalance
+from longspan.parallel.routes import Remap, Route, RouteTable, route_table
+from longspan.parallel.topology import Topology
+
+__all__ = [
+    "Layout", "Mask", "Remap", "Route", "RouteTable", "SequenceContext", "SequenceParallel", "Span", "Topology",
+    "attention_pairs", "contiguous", "rebalance", "route_table", "zigzag",
+]  # fmt: skip

@@ -1,0 +1,99 @@
+"""The sequence context: all that layers need to know about where the tokens of a batch are, built once per batch."""
+
+from collections import OrderedDict
+from threading import Lock
+
+import torch
+
+from longspan.parallel.exchange import group_rank, group_size
+from longspan.parallel.layout import Layout, contiguous, zigzag
+
+MEMO = 16  # contexts kept per SequenceParallel: batches read ahead and validation batches
+ZIGZAG_FLOOR = 256  # tokens of the shortest document per rank and half from which mixed batches are zig-zagged
+
+
+class SequenceParallel:
+    """One SP group as seen from this rank: its communicators and the strategies its layers use.
+
+    group: process group that carries tokens, keys and values; state_group: a second communicator over the same ranks
+    for linear-attention states, so that they never queue behind other traffic (default: group). None is one rank.
+    layout: "auto", "contiguous" or "zigzag". linear, softmax, backend: names that the attention layers resolve.
+    """
+
+    def __init__(self, group=None, state_group=None, *, layout="auto", linear="auto", softmax="auto", backend="auto",
+                 device="cpu"):
+        if layout not in BASE_LAYOUTS:
+            raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(BASE_LAYOUTS)}")
+        self.group, self.state_group = group, group if state_group is None else state_group
+        self.rank, self.world_size = group_rank(group), group_size(group)
+        self.layout, self.linear, self.softmax, self.backend = layout, linear, softmax, backend
+        self.device = torch.device(device)
+        self._contexts, self._derivations, self._lock = OrderedDict(), {}, Lock()
+
+    def base_layout(self, lengths) -> Layout:
+        """The layout with equal tokens per rank in which everything but softmax attention runs."""
+        return BASE_LAYOUTS[self.layout](tuple(lengths), self.world_size)
+
+    def context(self, lengths_or_layout) -> "SequenceContext":
+        """The context of a batch: lengths of its documents (placed by `base_layout`) or a ready Layout.
+
+        Memoised. What layers derived from earlier contexts is derived for a new one at once, so that a thread which
+        reads ahead does that work. Raises ValueError for a layout of another number of ranks.
+        """
+        if isinstance(lengths_or_layout, Layout):
+            layout = lengths_or_layout
+        else:
+            layout = self.base_layout(lengths_or_layout)
+        with self._lock:
+            if layout in self._contexts:
+                self._contexts.move_to_end(layout)
+                return self._contexts[layout]
+        seq = SequenceContext(layout, self)
+        for function, arguments in list(self._derivations):
+            seq.derive(function, *arguments)
+        with self._lock:
+            self._contexts[layout] = seq
+            if len(self._contexts) > MEMO:
+                self._contexts.popitem(last=False)
+        return seq
+
+    def remember(self, function, arguments):
+        self._derivations[function, arguments] = None
+
+
+class SequenceContext:
+    """Where the tokens of one batch are, as this rank sees them; immutable. Models pass it down as `seq`.
+
+    layout: the base layout. rank, world_size: in the SP group. num_tokens: of the whole batch; num_tokens_local: here.
+    positions: int64 [T_local] on the device, position of each local token within its document.
+    """
+
+    def __init__(self, layout: Layout, parallel: SequenceParallel):
+        if layout.world_size != parallel.world_size:
+            raise ValueError(f"the layout has {layout.world_size} ranks but the group has {parallel.world_size}")
+        self.layout, self.parallel = layout, parallel
+        self.rank, self.world_size = parallel.rank, parallel.world_size
+        self.num_tokens, self.num_tokens_local = layout.num_tokens, layout.tokens_per_rank[parallel.rank]
+        self.positions = torch.from_numpy(layout.positions(self.rank)).to(parallel.device)
+        self._derived = {}
+
+    def derive(self, function, *arguments):
+        """function(layout, rank, *arguments), computed once and moved to the device by its `.to(device)`.
+
+        `function` must be pure and `arguments` hashable: schedules, segment tables and the like.
+        """
+        key = function, arguments
+        if key not in self._derived:
+            value = function(self.layout, self.rank, *arguments)
+            self._derived[key] = value.to(self.parallel.device)
+            self.parallel.remember(*key)
+        return self._derived[key]
+
+
+def _auto(lengths, world_size: int) -> Layout:
+    """Zig-zag where documents are long enough to be cut everywhere, else contiguous: a cut costs communication."""
+    long = len(lengths) == 1 or min(lengths) >= 2 * world_size * ZIGZAG_FLOOR
+    return (zigzag if long else contiguous)(lengths, world_size)
+
+
+BASE_LAYOUTS = {"auto": _auto, "contiguous": contiguous, "zigzag": zigzag}

@@ -1,0 +1,75 @@
+"""Thin wrappers over torch.distributed: every byte that moves between the ranks of an SP group moves through here.
+
+`group` is a process group or None, which means one rank. Peers are numbered inside the group.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+def group_rank(group) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def group_size(group) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+class Pending:
+    """Communication under way; keeps its buffers alive. `wait()` returns the result."""
+
+    def __init__(self, works, result, keep=()):
+        self._works, self._result, self._keep = works, result, keep
+
+    def wait(self):
+        for work in self._works:
+            work.wait()
+        self._works, self._keep = (), ()
+        return self._result
+
+
+def start_all_gather(x: torch.Tensor, group) -> Pending:
+    """Starts gathering x [n, ...], n >= 1, equal in shape on all ranks; the result is [world_size, n, ...]."""
+    if group_size(group) == 1:
+        return Pending((), x[None])
+    x = x.contiguous()
+    out = x.new_empty(group_size(group) * x.shape[0], *x.shape[1:])
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+    return Pending((gather(out, x, group=group, async_op=True),), out.unflatten(0, (-1, x.shape[0])), (x,))
+
+
+def start_exchange(sends, receives, group) -> Pending:
+    """Starts point-to-point transfers: sends and receives are (peer, tensor) with contiguous, non-empty tensors.
+
+    The result is the list of received tensors. Both ends must list their transfers with one another in the same order.
+    """
+    operations = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sends]
+    operations += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in receives]
+    works = dist.batch_isend_irecv(operations) if operations else ()
+    return Pending(works, [x for _, x in receives], [x for _, x in sends])
+
+
+def all_to_all_rows(x: torch.Tensor, send_counts, receive_counts, group) -> torch.Tensor:
+    """Sends consecutive runs of rows to every rank: send_counts[r] rows to rank r; receive_counts[r] rows from it."""
+    if group_size(group) == 1:
+        return x
+    out = x.new_empty(sum(receive_counts), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), list(receive_counts), list(send_counts), group=group)
+    return out
+
+
+def agree(error: str | None, signature, group) -> None:
+    """Raises the same ValueError on every rank if one of them has an error or its signature differs from rank 0's.
+
+    `signature` is anything picklable that must be equal on all ranks. A collective call.
+    """
+    if group_size(group) > 1:
+        reports = [None] * group_size(group)
+        dist.all_gather_object(reports, (error, signature), group=group)
+        for rank, (their_error, their_signature) in enumerate(reports):
+            if their_error is not None:
+                raise ValueError(their_error if error == their_error else f"on rank {rank}: {their_error}")
+            if their_signature != reports[0][1]:
+                raise ValueError(f"ranks disagree: rank 0 has {reports[0][1]}, rank {rank} has {their_signature}")
+    elif error is not None:
+        raise ValueError(error)

@@ -1,0 +1,77 @@
+"""Equal tokens on every rank by moving only the surplus, inside nodes first.
+
+Matching surplus with deficit inside each node before going across is optimal whenever a hop between nodes costs at
+least as much as one inside: no plan moves fewer tokens, and none sends fewer of them across nodes.
+"""
+
+from longspan.parallel.layout import Layout, Span
+from longspan.parallel.topology import Topology
+
+
+def rebalance(layout: Layout, topology: Topology) -> Layout:
+    """A layout with totals within one token that moves the fewest tokens, and the fewest of those across nodes.
+
+    Moved tokens leave from the end of a rank's spans; every rank's spans come out sorted by document and position when
+    tokens arrive, and unchanged otherwise. Raises ValueError when topology and layout differ in size.
+    """
+    if topology.world_size != layout.world_size:
+        raise ValueError(f"the layout has {layout.world_size} ranks but {topology} has {topology.world_size}")
+    tokens = layout.tokens_per_rank
+    targets = _targets(tokens, topology)
+    surplus = [max(have - want, 0) for have, want in zip(tokens, targets)]
+    deficit = [max(want - have, 0) for have, want in zip(tokens, targets)]
+    moves = []
+    nodes = [range(n * topology.ranks_per_node, (n + 1) * topology.ranks_per_node) for n in range(topology.nodes)]
+    for ranks in (*nodes, range(topology.world_size)):
+        moves += _match(surplus, deficit, ranks)
+
+    spans = [list(rank_spans) for rank_spans in layout.spans]
+    arrived = [[] for _ in spans]
+    for source, target, count in moves:
+        arrived[target] += _take_from_end(spans[source], count)
+    return Layout(layout.lengths, tuple(
+        tuple(sorted(kept + new)) if new else tuple(kept) for kept, new in zip(spans, arrived)
+    ))
+
+
+def _targets(tokens, topology: Topology) -> list[int]:
+    """Floor or ceil of the mean for each rank; ceilings go where they save a move, first across and then inside nodes."""
+    floor, num_ceil = divmod(sum(tokens), len(tokens))
+    over = [sum(max(tokens[r] - floor, 0) - max(floor - tokens[r], 0)
+                for r in range(len(tokens)) if topology.node(r) == n) for n in range(topology.nodes)]
+    targets = [floor] * len(tokens)
+    candidates = set(range(len(tokens)))
+    for _ in range(num_ceil):
+        # One more token stays on a rank that has it (fewest moves); among those, on the node with most to give away.
+        rank = max(candidates, key=lambda r: (tokens[r] > floor, over[topology.node(r)] > 0, over[topology.node(r)], -r))
+        candidates.remove(rank)
+        targets[rank] += 1
+        over[topology.node(rank)] -= 1
+    return targets
+
+
+def _match(surplus, deficit, ranks) -> list[tuple[int, int, int]]:
+    """Greedy matching among `ranks`, lowest ranks first; consumes surplus and deficit in place."""
+    moves = []
+    targets = [rank for rank in ranks if deficit[rank]]
+    for source in ranks:
+        while surplus[source] and targets:
+            count = min(surplus[source], deficit[targets[0]])
+            moves.append((source, targets[0], count))
+            surplus[source] -= count
+            deficit[targets[0]] -= count
+            if not deficit[targets[0]]:
+                targets.pop(0)
+    return moves
+
+
+def _take_from_end(spans: list[Span], count: int) -> list[Span]:
+    taken = []
+    while count:
+        last = spans.pop()
+        cut = max(last.start, last.stop - count)
+        if cut > last.start:
+            spans.append(Span(last.document, last.start, cut))
+        taken.append(Span(last.document, cut, last.stop))
+        count -= last.stop - cut
+    return taken

@@ -1,0 +1,147 @@
+"""Routes: rows move between ranks by tables made once per batch; a route's gradient is its transpose.
+
+Where a route copies a row to several places, the gradients of the copies are summed in rank order.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from longspan.parallel.exchange import all_to_all_rows, group_rank, group_size
+from longspan.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class RouteTable:
+    """One rank's part of a route. Rows are sent in `send_rows` order, send_counts[r] of them to rank r, and the i-th
+    received row fills the places `places[i]` names: output row p is received row `source[p]`."""
+
+    num_rows: int  # rows this rank holds
+    send_rows: torch.Tensor  # int64
+    send_counts: tuple[int, ...]
+    receive_counts: tuple[int, ...]
+    source: torch.Tensor  # int64 [rows wanted]
+
+    def to(self, device) -> "RouteTable":
+        return replace(self, send_rows=self.send_rows.to(device), source=self.source.to(device))
+
+
+def route_table(layout: Layout, rank: int, wanted) -> RouteTable:
+    """The table that brings rank r the rows wanted[r] (global token indices, repeats allowed) of tensors in `layout`.
+
+    Raises ValueError when a wanted index is outside the batch.
+    """
+    owner, row = np.empty(layout.num_tokens, np.int64), np.empty(layout.num_tokens, np.int64)
+    for r in range(layout.world_size):
+        held = layout.global_indices(r)
+        owner[held], row[held] = r, np.arange(len(held))
+    wanted = [np.asarray(indices, np.int64) for indices in wanted]
+    for r, indices in enumerate(wanted):
+        if len(indices) and not (0 <= indices.min() and indices.max() < layout.num_tokens):
+            raise ValueError(f"rank {r} wants rows outside 0..{layout.num_tokens - 1}")
+
+    def fetched(r):  # unique rows rank r needs, ordered by owner and then by the owner's local order
+        unique = np.unique(wanted[r])
+        return unique[np.lexsort((row[unique], owner[unique]))]
+
+    def counts(indices):
+        return tuple(np.bincount(owner[indices], minlength=layout.world_size).tolist())
+
+    mine = fetched(rank)
+    sent = [indices[owner[indices] == rank] for indices in map(fetched, range(layout.world_size))]
+    slot = np.full(layout.num_tokens, -1, np.int64)
+    slot[mine] = np.arange(len(mine))
+    return RouteTable(
+        layout.tokens_per_rank[rank],
+        torch.from_numpy(row[np.concatenate(sent)]),
+        tuple(map(len, sent)),
+        counts(mine),
+        torch.from_numpy(slot[wanted[rank]]),
+    )
+
+
+class Route:
+    """Moves rows of packed tensors [T, ...] between the ranks of `group`; `route(x)` is differentiable.
+
+    table: this rank's RouteTable. `move` and `transpose` are the two directions without autograd.
+    """
+
+    def __init__(self, table: RouteTable, group):
+        self.table, self.group = table, group
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] != self.table.num_rows:
+            raise ValueError(f"this route moves {self.table.num_rows} rows, got a tensor with {x.shape[0]}")
+        return _Move.apply(x, self)
+
+    def move(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [rows held, ...] -> [rows wanted, ...]."""
+        table = self._table_on(x.device)
+        received = all_to_all_rows(
+            x.index_select(0, table.send_rows), table.send_counts, table.receive_counts, self.group
+        )
+        return received.index_select(0, table.source)
+
+    def transpose(self, grad: torch.Tensor) -> torch.Tensor:
+        """grad: [rows wanted, ...] -> [rows held, ...]; sums over copies in at least fp32, in rank order."""
+        table = self._table_on(grad.device)
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        back = _sum_rows(grad, table.source, sum(table.receive_counts), dtype).to(grad.dtype)
+        back = all_to_all_rows(back, table.receive_counts, table.send_counts, self.group)
+        result = grad.new_zeros(table.num_rows, *grad.shape[1:], dtype=dtype)
+        start = 0
+        for count in table.send_counts:  # rows are distinct within one rank's part, so each sum has one order
+            rows = table.send_rows[start : start + count]
+            result[rows] += back[start : start + count]
+            start += count
+        return result.to(grad.dtype)
+
+    def _table_on(self, device):
+        if self.table.source.device != device:
+            self.table = self.table.to(device)
+        return self.table
+
+
+class Remap(Route):
+    """The route that turns tensors in layout `src` into tensors in layout `dst` of the same documents."""
+
+    def __init__(self, src: Layout, dst: Layout, group):
+        if src.lengths != dst.lengths or src.world_size != dst.world_size:
+            raise ValueError(
+                "Remap needs two layouts of the same documents and ranks, got "
+                f"{len(src.lengths)} documents on {src.world_size} ranks and {len(dst.lengths)} on {dst.world_size}"
+            )
+        if src.world_size != group_size(group):
+            raise ValueError(f"the layouts have {src.world_size} ranks but the group has {group_size(group)}")
+        self.src, self.dst = src, dst
+        wanted = [dst.global_indices(rank) for rank in range(dst.world_size)]
+        super().__init__(route_table(src, group_rank(group), wanted), group)
+
+    @property
+    def inverse(self) -> "Remap":
+        return Remap(self.dst, self.src, self.group)
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, route):
+        ctx.route = route
+        return route.move(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.route.transpose(grad), None
+
+
+def _sum_rows(x, target, num_rows, dtype):
+    """Adds row i of x to row target[i] of the result, repeats in ascending i: deterministic on every device."""
+    order = torch.argsort(target, stable=True)
+    ordered = target[order]
+    result = x.new_zeros(num_rows, *x.shape[1:], dtype=dtype)
+    first = torch.searchsorted(ordered, ordered)
+    occurrence = torch.arange(len(ordered), device=x.device) - first
+    for turn in range(int(occurrence.max()) + 1 if len(occurrence) else 0):
+        chosen = order[occurrence == turn]
+        result[target[chosen]] += x[chosen]
+    return result
