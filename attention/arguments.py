@@ -24,7 +24,7 @@ def resolve(seq, layout, group, tensors, check, options, **strategies) -> Sequen
     try:
         if layout is None:
             if group is not None:
-                raise ValueError("group is given without layout; pass the Layout that says which tokens this rank holds")
+                raise ValueError("group is given without layout; pass the Layout that says who holds which tokens")
             layout = _one_document(tensors)
         if not isinstance(layout, Layout):
             raise ValueError(f"layout must be a longspan.parallel.Layout, got {type(layout).__name__}")

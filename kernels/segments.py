@@ -48,6 +48,16 @@ class Segments:
         return self.chunk_offsets[-1]
 
     @cached_property
+    def first_tokens(self) -> torch.Tensor:
+        """int64 [N]: the first token of each segment."""
+        return torch.tensor(self.offsets[:-1], dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def last_tokens(self) -> torch.Tensor:
+        """int64 [N]: the last token of each segment."""
+        return torch.tensor(self.offsets[1:], dtype=torch.int64, device=self.device) - 1
+
+    @cached_property
     def token_segment(self) -> torch.Tensor:
         """int64 [T]: the segment of each token."""
         return self._expand(range(self.num_segments), self.lengths)

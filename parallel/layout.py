@@ -101,7 +101,7 @@ class Layout:
 
 
 def contiguous(lengths, world_size: int) -> Layout:
-    """Cuts the documents laid end to end into `world_size` consecutive parts whose sizes differ by at most one token."""
+    """Cuts the documents laid end to end into `world_size` consecutive parts whose sizes differ by at most a token."""
     lengths, world_size = check_lengths(lengths), check_world_size(world_size)
     total, starts = sum(lengths), (0, *accumulate(lengths))
     spans, document = [], 0

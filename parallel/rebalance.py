@@ -35,18 +35,22 @@ def rebalance(layout: Layout, topology: Topology) -> Layout:
 
 
 def _targets(tokens, topology: Topology) -> list[int]:
-    """Floor or ceil of the mean for each rank; ceilings go where they save a move, first across and then inside nodes."""
+    """Floor or ceil of the mean for each rank; the ceilings go where they save moves, across nodes first."""
     floor, num_ceil = divmod(sum(tokens), len(tokens))
-    over = [sum(max(tokens[r] - floor, 0) - max(floor - tokens[r], 0)
-                for r in range(len(tokens)) if topology.node(r) == n) for n in range(topology.nodes)]
+    to_give = [0] * topology.nodes  # tokens a node has beyond its floors
+    for rank, have in enumerate(tokens):
+        to_give[topology.node(rank)] += have - floor
     targets = [floor] * len(tokens)
-    candidates = set(range(len(tokens)))
     for _ in range(num_ceil):
-        # One more token stays on a rank that has it (fewest moves); among those, on the node with most to give away.
-        rank = max(candidates, key=lambda r: (tokens[r] > floor, over[topology.node(r)] > 0, over[topology.node(r)], -r))
-        candidates.remove(rank)
+        candidates = [rank for rank, target in enumerate(targets) if target == floor]
+
+        def saved(rank):  # a token that stays where it is; then one that stays on its node
+            node = topology.node(rank)
+            return tokens[rank] > floor, to_give[node] > 0, to_give[node], -rank
+
+        rank = max(candidates, key=saved)
         targets[rank] += 1
-        over[topology.node(rank)] -= 1
+        to_give[topology.node(rank)] -= 1
     return targets
 
 

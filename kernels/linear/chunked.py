@@ -16,7 +16,7 @@ import torch
 
 from longspan.kernels.segments import CHUNK, Segments
 
-BLOCK = 32  # chunks per sweep step; bounds scratch memory at BLOCK * H * (K * V + CHUNK^2) numbers
+BLOCK = 64  # chunks per sweep step; bounds scratch memory at BLOCK * H * (K * V + CHUNK^2) numbers
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,7 +28,7 @@ def prefix_decay(log_decay, segments: Segments):
     if log_decay is None:
         return None
     total = log_decay.double().cumsum(0)
-    before = (total - log_decay.double()).index_select(0, _first_tokens(segments))
+    before = (total - log_decay.double()).index_select(0, segments.first_tokens)
     return total - before.index_select(0, segments.token_segment)
 
 
@@ -42,10 +42,7 @@ def suffix_decay(log_decay, segments: Segments):
 
 def segment_decay(prefix, segments: Segments):
     """fp64 [N, H]: log decay over each whole segment, from `prefix_decay`. None for None."""
-    if prefix is None:
-        return None
-    last = torch.tensor([stop - 1 for stop in segments.offsets[1:]], dtype=torch.int64, device=prefix.device)
-    return prefix.index_select(0, last)
+    return None if prefix is None else prefix.index_select(0, segments.last_tokens)
 
 
 def weighted_outer(x, y, log_weight, segments: Segments):
@@ -115,7 +112,8 @@ def backward_kv(d_out, q, k, v, log_decay, q_dq, entry, which_entry, exit_grad, 
     """dk [T, H, K], dv [T, H, V] and d_log_decay [T, H], sweeping from the last chunk down.
 
     q_dq: rowsum(q * dq) [T, H], or None when d_log_decay is not wanted (it comes out as None). exit_grad: gradient of
-    the state leaving each segment of `which_exit`. d_log_decay needs the chunk entry states again: they are formed from one state per block.
+    the state leaving each segment of `which_exit`. d_log_decay needs the chunk entry states again: they are formed from
+    one state per block.
     """
     dtype = accumulation_dtype(q.dtype)
     shape = (segments.num_chunks, CHUNK, q.shape[1])
@@ -172,7 +170,8 @@ class _Decay:
             return cls(triangle.to(dtype), None, None, None, same.to(dtype)[None], reached.to(dtype)[None], continues)
         inclusive = g[a:b].cumsum(1).transpose(1, 2)  # [n, H, C], fp64: differences of long sums stay exact
         total = inclusive[..., -1]
-        inside = (inclusive[..., :, None] - inclusive[..., None, :]).to(dtype).masked_fill_(~triangle, -torch.inf).exp_()
+        inside = (inclusive[..., :, None] - inclusive[..., None, :]).to(dtype)
+        inside = inside.masked_fill_(~triangle, -torch.inf).exp_()
         chunks = torch.cat([total.new_zeros(1, total.shape[1]), total.cumsum(0)]).T  # [H, n + 1]: before chunk i
         between = (chunks[:, :, None] - chunks[:, None, 1:]).to(dtype).masked_fill_(~same, -torch.inf).exp_()
         return cls(
@@ -265,7 +264,3 @@ def _heads_first(x, dtype):
 def _pad_decay(log_decay, segments):
     return None if log_decay is None else segments.pad(log_decay.double())
 
-
-def _first_tokens(segments):
-    starts = segments.offsets[:-1]
-    return torch.tensor(starts, dtype=torch.int64, device=segments.device)

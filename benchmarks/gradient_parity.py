@@ -1,0 +1,120 @@
+"""Gradient parity on real hardware: bf16 over N ranks against bf16 on one rank, both measured from fp64 on one rank.
+
+    torchrun --nproc-per-node 4 benchmarks/gradient_parity.py --config configs/hybrid-0.4b.yaml --tokens 16K \
+        --output benchmarks/results/gradient_parity.json
+
+Every rank computes both one-rank runs for itself. For each parameter the error is |g - g64| / |g64|; the rule of the
+project is that N ranks may have at most 1.5 times the error of one. Exits with 1 if a parameter breaks it.
+"""
+
+import argparse
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from common import format_table, new_record, save
+from torch.distributed.device_mesh import init_device_mesh
+
+from longspan.launcher.config import Config
+from longspan.launcher.parsing import parse_tokens
+from longspan.models.decoder import Decoder
+from longspan.models.parallelize import checkpoint_blocks, parallelize
+from longspan.parallel import SequenceParallel
+from longspan.parallel.mesh import build_mesh
+
+LIMIT = 1.5
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file; its model section is what is compared")
+    parser.add_argument("--tokens", type=parse_tokens, default=parse_tokens("16K"), help="tokens of the one document")
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    mesh = build_mesh(sp=0, sharding="fsdp", device=device)
+    alone = init_device_mesh(device.type, (mesh.world_size, 1), mesh_dim_names=("copies", "alone"))["alone"]
+    config = Config.load(arguments.config, []).model
+    batch = _batch(config, arguments.tokens, device)
+
+    exact = _gradients(config, batch, SequenceParallel(device=device), lambda model: _exact(model), device)
+    one = _gradients(config, batch, SequenceParallel(device=device), lambda model: _sharded(model, alone), device)
+    group = SequenceParallel(mesh.sp_group, mesh.sp_state_group, device=device)
+    many = _gradients(config, batch, group, lambda model: _sharded(model, mesh.fsdp_mesh), device)
+
+    rows = []
+    for name, reference in exact.gradients.items():
+        error = {run: _relative(x.gradients[name], reference) for run, x in (("one", one), ("many", many))}
+        rows.append({"parameter": name, **error, "ratio": error["many"] / error["one"]})
+    worst = max(rows, key=lambda row: row["ratio"])
+    totals = {run: _relative(_flat(x), _flat(exact)) for run, x in (("one", one), ("many", many))}
+    if dist.get_rank() == 0:
+        record = new_record("gradient_parity", {**vars(arguments), "world_size": mesh.world_size})
+        record |= {
+            "loss": {"fp64": exact.loss, "bf16_one_rank": one.loss, "bf16_ranks": many.loss},
+            "gradient_error": totals | {"ratio": totals["many"] / totals["one"]},
+            "worst_parameter": worst,
+            "limit": LIMIT,
+            "parameters": rows,
+        }
+        save(record, arguments.output)
+        rows = sorted(rows, key=lambda row: -row["ratio"])[:8]
+        print(format_table([{k: v if isinstance(v, str) else f"{v:.2e}" for k, v in row.items()} for row in rows],
+                           ["parameter", "one", "many", "ratio"]))  # fmt: skip
+        print(f"loss {record['loss']}; all gradients {totals}; worst ratio {worst['ratio']:.3f}, limit {LIMIT}")
+    dist.destroy_process_group()
+    sys.exit(0 if worst["ratio"] <= LIMIT else 1)
+
+
+class _Run:
+    def __init__(self, loss, gradients):
+        self.loss, self.gradients = loss, gradients
+
+
+def _batch(config, num_tokens, device):
+    stream = torch.randint(config.vocab_size, (num_tokens + 1,), generator=torch.Generator().manual_seed(1))
+    return stream[:-1].to(device), stream[1:].to(device)
+
+
+def _exact(model):
+    checkpoint_blocks(model)
+    return model.double()
+
+
+def _sharded(model, mesh):
+    return parallelize(model, fsdp_mesh=mesh, checkpointing="full", compile=False, param_dtype=torch.bfloat16,
+                       reduce_dtype=torch.float32)  # fmt: skip
+
+
+def _gradients(config, batch, sequence_parallel, prepare, device):
+    torch.manual_seed(0)
+    model = prepare(Decoder(config).to(device))
+    seq = sequence_parallel.context([len(batch[0])])
+    local = torch.from_numpy(seq.layout.global_indices(seq.rank)).to(device)
+    loss = model(batch[0][local], batch[1][local], seq) / len(batch[0])
+    loss.backward()
+    total = loss.detach().double()
+    if sequence_parallel.group is not None:
+        dist.all_reduce(total, group=sequence_parallel.group)
+    return _Run(total.item(), {name: _full(parameter.grad) for name, parameter in model.named_parameters()})
+
+
+def _full(gradient):
+    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).double().cpu()
+
+
+def _relative(found, reference):
+    return ((found - reference).norm() / reference.norm()).item()
+
+
+def _flat(run):
+    return torch.cat([gradient.flatten() for gradient in run.gradients.values()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Dense softmax attention of one rank: several libraries behind one interface.
+
+Shapes are those of packed calls: T rows (sequences laid end to end), H heads, D head dim; Hq is a multiple of Hkv.
+"""
+
+from types import ModuleType
+from typing import Protocol
+
+import torch
+
+from longspan.kernels.softmax import cpu, fa4, math, torch_cudnn, torch_flash
+from longspan.kernels.softmax.pack import Pack
+
+__all__ = ["BACKENDS", "Backend", "Pack", "choose"]
+
+
+class Backend(Protocol):
+    """What every module of this package that serves attention provides. Strided inputs are fine."""
+
+    name: str
+
+    def refusal(self, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why this back end cannot serve such inputs here, or None."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> out [Tq, Hq, D] in q's dtype, lse [Tq, Hq] in fp32 (fp64 for fp64)."""
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        pack: Pack,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The share of this call's keys in the gradients dq, dk, dv (q's dtype or wider).
+
+        `out` [Tq, Hq, D] (q's dtype) and `lse` [Tq, Hq] are those of the whole attention, merged over all calls that
+        the queries took part in: P = exp(scale * q k - lse), delta = rowsum(dout * out).
+        """
+
+
+# In order of preference.
+BACKENDS: dict[str, ModuleType] = {backend.name: backend for backend in (fa4, torch_cudnn, torch_flash, cpu, math)}
+
+
+def choose(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> tuple[Backend, tuple[str, ...]]:
+    """The back end `name`, or for "auto" the first of BACKENDS that can serve; and why those before it could not.
+
+    Raises ValueError for an unknown name and for a named back end that cannot serve.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown; use auto, {', '.join(BACKENDS)}")
+    refusals = []
+    for backend in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
+        reason = backend.refusal(device_type, dtype, head_dim)
+        if reason is None:
+            return backend, tuple(refusals)
+        refusals.append(f"{backend.name}: {reason}")
+    remedy = "" if name == "auto" else "; use backend=auto to take the fastest one that can"
+    raise ValueError(f"backend={name} cannot serve softmax attention here ({'; '.join(refusals)}){remedy}")

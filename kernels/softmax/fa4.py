@@ -1,0 +1,79 @@
+"""FlashAttention-4 (package flash-attn-4, CuTe DSL): fastest on Hopper, packed lengths and GQA included.
+
+An optional package. Its public functions take the output and LSE of the backward from their own forward; a ring needs
+the merged ones, so this calls the two functions below the autograd class, as they are in 4.0.0b36.
+"""
+
+import functools
+
+import torch
+
+from longspan.kernels.softmax.pack import Pack
+
+name = "fa4"
+
+
+def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device_type != "cuda":
+        return f"runs on cuda, not on {device_type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {dtype}"
+    major, minor = torch.cuda.get_device_capability()
+    if major not in (9, 10, 11):
+        return f"needs a Hopper or Blackwell data-center GPU, this one has compute capability {major}.{minor}"
+    limit = 256 if major == 9 else 128
+    if head_dim % 8 or head_dim > limit:
+        return f"takes head dims up to {limit} that are multiples of 8, not {head_dim}"
+    return _load()[1]
+
+
+@functools.cache
+def _load():
+    """((forward, backward), None), or (None, why not)."""
+    try:
+        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+    except ModuleNotFoundError as error:
+        return None, f'{error}; install it with: pip install flash-attn-4==4.0.0b36 "nvidia-cutlass-dsl[cu13]"'
+    except ImportError as error:
+        return None, f"flash-attn-4 does not load: {error}"
+    return (_flash_attn_fwd, _flash_attn_bwd), None
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    run = _load()[0][0]
+    if pack.num_sequences == 1:
+        out, lse, *_ = run(q[None], k[None], v[None], softmax_scale=scale, causal=pack.causal, return_lse=True)
+        return out[0], lse[0].t()
+    out, lse, *_ = run(q, k, v, softmax_scale=scale, causal=pack.causal, return_lse=True, **_lengths(pack, q.device))
+    return out, lse.t()
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pack: Pack,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    run = _load()[0][1]
+    lse_HT = lse.t().contiguous()
+    if pack.num_sequences == 1:
+        gradients = run(
+            q[None], k[None], v[None], out[None], dout[None], lse_HT[None], softmax_scale=scale, causal=pack.causal
+        )
+        return tuple(x[0] for x in gradients)
+    return run(q, k, v, out, dout, lse_HT, softmax_scale=scale, causal=pack.causal, **_lengths(pack, q.device))
+
+
+def _lengths(pack: Pack, device: torch.device) -> dict:
+    return {
+        "cu_seqlens_q": pack.cu_q_tensor(device),
+        "cu_seqlens_k": pack.cu_k_tensor(device),
+        "max_seqlen_q": pack.max_q,
+        "max_seqlen_k": pack.max_k,
+    }

@@ -1,0 +1,67 @@
+"""One packed attention call: which query rows attend to which key rows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sequences laid end to end, as in the varlen calls of attention libraries.
+
+    Query rows cu_q[i]:cu_q[i+1] attend to key rows cu_k[i]:cu_k[i+1]. Every sequence has at least one query and one
+    key: libraries disagree about empty ones, one of them kills the process. With `causal`, every sequence is square,
+    so top-left and bottom-right alignment of the mask (libraries differ here too) mean the same.
+    """
+
+    cu_q: tuple[int, ...]
+    cu_k: tuple[int, ...]
+    causal: bool
+    _tensors: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        lengths_q, lengths_k = self.lengths_q, self.lengths_k
+        assert self.cu_q[0] == self.cu_k[0] == 0 and len(lengths_q) == len(lengths_k) >= 1, self
+        assert min(lengths_q) >= 1 and min(lengths_k) >= 1, self
+        assert not self.causal or lengths_q == lengths_k, self
+
+    @property
+    def lengths_q(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in pairwise(self.cu_q))
+
+    @property
+    def lengths_k(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in pairwise(self.cu_k))
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.cu_q) - 1
+
+    @property
+    def max_q(self) -> int:
+        return max(self.lengths_q)
+
+    @property
+    def max_k(self) -> int:
+        return max(self.lengths_k)
+
+    def sequences(self) -> Iterator[tuple[slice, slice]]:
+        """(query rows, key rows) of each sequence."""
+        for (start_q, stop_q), (start_k, stop_k) in zip(pairwise(self.cu_q), pairwise(self.cu_k), strict=True):
+            yield slice(start_q, stop_q), slice(start_k, stop_k)
+
+    def cu_q_tensor(self, device: torch.device) -> torch.Tensor:
+        """int32 [num_sequences + 1] on `device`, copied there once."""
+        return self._tensor("q", self.cu_q, device)
+
+    def cu_k_tensor(self, device: torch.device) -> torch.Tensor:
+        """int32 [num_sequences + 1] on `device`, copied there once."""
+        return self._tensor("k", self.cu_k, device)
+
+    def _tensor(self, side: str, offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        key = (side, torch.device(device))
+        if key not in self._tensors:
+            self._tensors[key] = torch.tensor(offsets, dtype=torch.int32, device=device)
+        return self._tensors[key]

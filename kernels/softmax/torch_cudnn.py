@@ -1,0 +1,118 @@
+"""cuDNN's fused attention through PyTorch, one dense call per sequence.
+
+cuDNN builds a plan for every new pair of lengths (a fraction of a second each, kept for the life of the process): right
+for one long sequence, slow for batches of ever-changing lengths.
+"""
+
+import functools
+
+import torch
+
+from longspan.kernels.softmax import math
+from longspan.kernels.softmax.pack import Pack
+
+name = "cudnn"
+
+
+def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device_type != "cuda":
+        return f"runs on cuda, not on {device_type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {dtype}"
+    if head_dim % 8 or head_dim > 128:
+        return f"takes head dims up to 128 that are multiples of 8, not {head_dim}"
+    if not torch.backends.cudnn.is_available():
+        return "this build of PyTorch has no cuDNN"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"needs compute capability 8.0 or later, this GPU has {major}.{minor}"
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if pack.num_sequences == 1:
+        return _forward_one(q, k, v, pack, scale)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    for rows_q, rows_k in pack.sequences():
+        out[rows_q], lse[rows_q] = _forward_one(q[rows_q], k[rows_k], v[rows_k], _single(pack, rows_q, rows_k), scale)
+    return out, lse
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pack: Pack,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if pack.num_sequences == 1:
+        return _backward_one(dout, q, k, v, out, lse, pack, scale)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for rows_q, rows_k in pack.sequences():
+        dq[rows_q], dk[rows_k], dv[rows_k] = _backward_one(
+            dout[rows_q],
+            q[rows_q],
+            k[rows_k],
+            v[rows_k],
+            out[rows_q],
+            lse[rows_q],
+            _single(pack, rows_q, rows_k),
+            scale,
+        )
+    return dq, dk, dv
+
+
+def _single(pack: Pack, rows_q: slice, rows_k: slice) -> Pack:
+    return Pack((0, rows_q.stop - rows_q.start), (0, rows_k.stop - rows_k.start), pack.causal)
+
+
+def _forward_one(q, k, v, pack, scale):
+    if pack.max_k == 1:  # cuDNN has no plan for a single key
+        return math.forward(q, k, v, pack, scale)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        _to_BHSD(q), _to_BHSD(k), _to_BHSD(v), None, True, 0.0, pack.causal, False, scale=scale
+    )
+    return out.squeeze(0).transpose(0, 1), lse.view(q.shape[1], q.shape[0]).t()
+
+
+def _backward_one(dout, q, k, v, out, lse, pack, scale):
+    if pack.max_k == 1:
+        return math.backward(dout, q, k, v, out, lse, pack, scale)
+    # cuDNN wants the statistics contiguous and the gradient in the layout of the output.
+    statistics = lse.t().contiguous()[None]
+    unused_seed = q.new_zeros(1, dtype=torch.int64)  # read only with dropout
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        _to_BHSD(dout.contiguous()),
+        _to_BHSD(q),
+        _to_BHSD(k),
+        _to_BHSD(v),
+        _to_BHSD(out.contiguous()),
+        statistics[..., None] if _statistics_have_four_dims(q.device) else statistics,
+        unused_seed,
+        unused_seed,
+        None,
+        None,
+        None,
+        pack.max_q,
+        pack.max_k,
+        0.0,
+        pack.causal,
+        scale=scale,
+    )
+    return tuple(x.squeeze(0).transpose(0, 1) for x in gradients)
+
+
+def _to_BHSD(x: torch.Tensor) -> torch.Tensor:
+    """[S, H, D] -> [1, H, S, D] with unit stride in D."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(0, 1)[None]
+
+
+@functools.cache
+def _statistics_have_four_dims(device: torch.device) -> bool:
+    """Releases of PyTorch differ: LSE is [B, H, S, 1] in some and [B, H, S] in others, backward expects what forward gives."""
+    probe = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(probe, probe, probe, None, True)[1].ndim == 4

@@ -1,0 +1,72 @@
+"""FlashAttention-2 as compiled into PyTorch, through its packed (varlen) operators."""
+
+import torch
+
+from longspan.kernels.softmax.pack import Pack
+
+name = "flash"
+
+
+def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device_type != "cuda":
+        return f"runs on cuda, not on {device_type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {dtype}"
+    if head_dim % 8 or head_dim > 256:
+        return f"takes head dims up to 256 that are multiples of 8, not {head_dim}"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"needs compute capability 8.0 or later, this GPU has {major}.{minor}"
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
+        _unit_stride(q),
+        _unit_stride(k),
+        _unit_stride(v),
+        pack.cu_q_tensor(q.device),
+        pack.cu_k_tensor(q.device),
+        # One query per sequence and GQA would enter the library's decoding path, which packs (head, query) otherwise.
+        max(pack.max_q, 2),
+        pack.max_k,
+        0.0,
+        pack.causal,
+        False,
+        scale=scale,
+    )
+    return out, lse_HT.t()
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pack: Pack,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    unused_rng_state = q.new_zeros(2, dtype=torch.uint64)  # read only with dropout
+    return torch.ops.aten._flash_attention_backward(
+        _unit_stride(dout),
+        _unit_stride(q),
+        _unit_stride(k),
+        _unit_stride(v),
+        _unit_stride(out),
+        lse.t().contiguous(),
+        pack.cu_q_tensor(q.device),
+        pack.cu_k_tensor(q.device),
+        pack.max_q,
+        pack.max_k,
+        0.0,
+        pack.causal,
+        unused_rng_state,
+        unused_rng_state,
+        scale=scale,
+    )
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,248 @@
+"""Checkpoints that any number of ranks can resume from, and that are either complete or ignored.
+
+RUN/checkpoints/step-00000100/ holds torch.distributed.checkpoint's shards of model and optimizer, each rank's random
+state (`rng-*.pt`), `info.json` (step, data position, config, file sizes) and the empty file `complete`. A save is
+written to `.saving-step-00000100` and renamed when it is whole, so one that was interrupted is never read.
+"""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from longspan.launcher.agreement import decide
+from longspan.launcher.config import Config
+from longspan.launcher.errors import UserError
+from longspan.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+MARKER = "complete"
+# Model settings that the stored parameters do not depend on; all others must be those of the checkpoint.
+FREE_MODEL_SETTINGS = ("init_std", "loss_chunk", "rope_base", "rope_scaling")
+DATA_ORDER_SETTINGS = ("corpora", "packing", "seq_len", "validation_fraction", "seed")
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a checkpoint says about itself: `step` optimizer steps are done, `data` is the position after them."""
+
+    path: Path
+    step: int
+    data: dict[str, Any]
+    config: dict[str, Any]
+    world_size: int
+    sizes: dict[str, int]  # bytes of every file, to notice truncated ones before they are loaded
+
+
+def find(run_dir: Path, resume: str) -> Info | None:
+    """The checkpoint that `checkpoint.resume` means for this run directory; None to start anew.
+
+    "auto": the newest complete one of the run directory. "none": none. Otherwise a path: a checkpoint, or a run
+    directory whose newest one is taken. Raises UserError when it is missing or damaged, and when the run directory
+    holds later checkpoints than the start, which the run would mix with its own. Looks at the file system: call it on
+    one rank.
+    """
+    own = _complete(run_dir / "checkpoints")
+    if resume == "auto":
+        return read_info(own[-1]) if own else None
+    start = None if resume == "none" else read_info(_named(Path(resume)))
+    if own and (start is None or _step_of(own[-1]) > start.step):
+        raise UserError(
+            f"{own[-1]} is later than the start asked for by checkpoint.resume={resume}: resume with "
+            "checkpoint.resume=auto, or choose another run.name or run.dir"
+        )
+    return start
+
+
+def read_info(path: Path) -> Info:
+    """What `path` says about itself; UserError when the checkpoint is damaged."""
+    try:
+        fields = json.loads((path / "info.json").read_text())
+        info = Info(path=path, **fields)
+        for name, size in info.sizes.items():
+            found = (path / name).stat().st_size
+            if found != size:
+                raise ValueError(f"{name} has {found} bytes instead of {size}")
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(_damaged(path, error)) from None
+    return info
+
+
+def check_model(info: Info, model: ModelConfig) -> None:
+    """Raises UserError naming the settings in which `model` differs from the checkpoint's model."""
+    stored, wanted = info.config["model"], asdict(model)
+    names = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+    differences = {name: f"model.{name} is {stored.get(name)} there and {wanted.get(name)} here" for name in names}
+    fatal = [text for name, text in differences.items() if name not in FREE_MODEL_SETTINGS]
+    if fatal:
+        raise UserError(
+            f"{info.path} holds another model: {'; '.join(fatal)}. Use the checkpoint's settings, or start anew in "
+            "another run.name with checkpoint.resume=none"
+        )
+    for text in differences.values():
+        log.warning("changed since the checkpoint: %s", text)
+
+
+def warn_about_data(info: Info, config: Config) -> None:
+    """Says which settings of the data order have changed since: the position is kept, but counts other samples."""
+    stored, wanted = info.config["data"] | info.config["run"], asdict(config.data) | asdict(config.run)
+    changed = [name for name in DATA_ORDER_SETTINGS if stored.get(name) != wanted[name]]
+    if changed:
+        log.warning("the data order is another one than the checkpoint's, since %s changed", ", ".join(changed))
+
+
+def load(info: Info, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Loads parameters, optimizer state and random state into `model` and `optimizer`, sharded as they are now.
+
+    Collective. Settings of the optimizer (rates, betas, decay) stay as they are. The random state returns on the
+    same number of ranks only; on another it is drawn from the step. Raises UserError on all ranks when it fails.
+    """
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    try:
+        dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=info.path)
+    except CheckpointException as error:
+        raise UserError(_damaged(info.path, _first_failure(error))) from None
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    if info.world_size == dist.get_world_size():
+        _set_random_state(torch.load(info.path / _rng_file(dist.get_rank()), weights_only=True))
+    else:
+        torch.manual_seed(info.config["run"]["seed"] + info.step)
+
+
+def save(
+    run_dir: Path,
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    data: dict[str, Any],
+) -> Path:
+    """Saves the state after `step` optimizer steps and deletes what checkpoint.keep_last no longer covers.
+
+    Collective; `run_dir` is the same folder for every rank. Raises UserError on all ranks when it cannot be written.
+    """
+    final = run_dir / "checkpoints" / f"step-{step:08d}"
+    partial = final.with_name(f".saving-{final.name}")
+    decide(lambda: _prepare(partial))
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    try:
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    except CheckpointException as error:
+        failure = _first_failure(error)
+        if not isinstance(failure, OSError):
+            raise
+        raise UserError(_unwritable(partial, failure)) from None
+    problem = None
+    try:
+        torch.save(_random_state(), partial / _rng_file(dist.get_rank()))
+    except OSError as error:
+        problem = _unwritable(partial, error)
+    problems = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise UserError(next(filter(None, problems)))
+    info = {"step": step, "data": data, "config": asdict(config), "world_size": dist.get_world_size()}
+    decide(lambda: _publish(partial, final, info, config.checkpoint.keep_last))
+    return final
+
+
+def _prepare(partial: Path) -> None:
+    try:
+        for leftover in partial.parent.glob(".saving-*"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(_unwritable(partial, error)) from None
+
+
+def _publish(partial: Path, final: Path, info: dict[str, Any], keep_last: int) -> None:
+    """Makes the finished save visible under its final name, then deletes old ones."""
+    try:
+        if len(list(partial.glob("rng-*.pt"))) != info["world_size"]:
+            raise UserError(
+                f"{partial} holds the files of some ranks only: run.dir must be on a disk that all machines share"
+            )
+        info["sizes"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        for name, text in (("info.json", json.dumps(info, indent=1)), (MARKER, "")):
+            with open(partial / name, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        if final.exists() and not (final / MARKER).exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in _complete(final.parent)[:-keep_last]:
+            (old / MARKER).unlink()  # first, so that a deletion that is cut short leaves no checkpoint to be read
+            shutil.rmtree(old)
+    except OSError as error:
+        raise UserError(_unwritable(final, error)) from None
+
+
+def _complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    found = sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=_step_of)
+    for path in found:
+        if not (path / MARKER).exists():
+            log.warning("%s is not complete and is ignored", path)
+    return [path for path in found if (path / MARKER).exists()]
+
+
+def _named(path: Path) -> Path:
+    if (path / MARKER).exists():
+        return path
+    complete = _complete(path / "checkpoints") or _complete(path)
+    if not complete:
+        raise UserError(
+            f"checkpoint.resume={path}: no complete checkpoint there; name a folder step-*, or a run directory with one"
+        )
+    return complete[-1]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng-{rank:05d}.pt"
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _first_failure(error: CheckpointException) -> BaseException:
+    rank = min(error.failures)
+    return error.failures[rank][0]
+
+
+def _damaged(path: Path, error: BaseException) -> str:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"{path} is damaged ({reason}): delete that folder to resume from the checkpoint before it"
+
+
+def _unwritable(path: Path, error: OSError) -> str:
+    return f"{path}: the checkpoint cannot be written ({error}); free or change the disk of run.dir, then resume"

@@ -1,0 +1,126 @@
+"""The `longspan` command: `longspan prepare` writes corpora, `longspan train` is launcher/train.py."""
+
+import argparse
+import sys
+from dataclasses import asdict, is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import longspan
+from longspan.launcher.config import Config, shipped_configs
+from longspan.launcher.errors import UserError, main_guard
+from longspan.launcher.parsing import describe, settings_of
+
+# Flags that set one setting: flag -> (setting, metavar).
+FLAGS = {
+    "--seq-len": ("data.seq_len", "TOKENS"),
+    "--steps": ("train.steps", "N"),
+    "--run-dir": ("run.dir", "DIR"),
+    "--resume": ("checkpoint.resume", "auto|none|PATH"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The `longspan` console command."""
+    with main_guard():
+        parser = _Parser(prog="longspan", description=longspan.__doc__, allow_abbrev=False)
+        parser.add_argument("--version", action="version", version=f"longspan {longspan.__version__}")
+        parser.add_argument("command", choices=list(COMMANDS), help="`longspan COMMAND --help` says more")
+        parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
+        arguments = parser.parse_args(argv)
+        COMMANDS[arguments.command](arguments.arguments)
+
+
+def train_main(argv: list[str] | None = None) -> None:
+    """What launcher/train.py runs on every rank."""
+    with main_guard():
+        train(sys.argv[1:] if argv is None else argv)
+
+
+def train(argv: list[str]) -> None:
+    """Trains as the arguments say. Raises UserError for arguments and settings that do not fit."""
+    config = train_config(argv)
+    from longspan.launcher.trainer import run  # imports torch, which `--help` need not wait for
+
+    run(config)
+
+
+def train_config(argv: list[str]) -> Config:
+    """The settings that the arguments of `longspan train` ask for: file, then key=value words, then flags."""
+    parser = _Parser(
+        prog="longspan train",
+        description="Trains a model, alone or as one of the ranks that torchrun starts.",
+        epilog=settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    shipped = ", ".join(shipped_configs())
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file of settings, or a shipped one by name: {shipped}")
+    for flag, (path, metavar) in FLAGS.items():
+        parser.add_argument(flag, dest=path, metavar=metavar, help=f"the same as {path}={metavar}, and stronger")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, in YAML: optim.lr=3e-4")
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        nearest = get_close_matches(unknown[0].partition("=")[0], ["--config", *FLAGS], n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "settings are written key=value, such as optim.lr=3e-4"
+        raise UserError(f"unknown option {unknown[0]}: {hint}")
+    chosen = {path: getattr(arguments, path) for path, _ in FLAGS.values()}
+    flags = [f"{path}={value}" for path, value in chosen.items() if value is not None]
+    return Config.load(arguments.config, arguments.settings + flags)
+
+
+def settings_help() -> str:
+    """Every setting with its default, its type and its line of help, by section."""
+    lines = ["settings (key=value, or by section in the file); K, M, G in token counts are 2^10, 2^20, 2^30:"]
+    section = None
+    for setting in settings_of(Config()):
+        if setting.path.partition(".")[0] != section:
+            section = setting.path.partition(".")[0]
+            lines.append(f"\n {section}: {(getattr(Config(), section).__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {setting.path}={_shown(setting.default)}  ({describe(setting.kind)})")
+        lines.append(f"      {setting.help}")
+    return "\n".join(lines)
+
+
+def prepare(argv: list[str]) -> None:
+    """Writes a corpus. Raises UserError for arguments and files that do not fit."""
+    parser = _Parser(
+        prog="longspan prepare",
+        description="Turns files and folders of text into a corpus: PREFIX.bin and PREFIX.idx in Megatron's format.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, or folders of text files")
+    parser.add_argument(
+        "--tokenizer", default="bytes", metavar="bytes|FILE", help="bytes (default), or a Hugging Face tokenizer.json"
+    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the corpus without .bin/.idx")
+    parser.add_argument("--eod", metavar="TOKEN", help="the tokenizer's token that ends a document")
+    parser.add_argument("--suffix", nargs="+", metavar=".py", help="only files of folders with these endings")
+    arguments = parser.parse_args(argv)
+    from longspan.launcher.corpus import prepare as prepare_corpus  # imports torch
+
+    prepare_corpus(
+        arguments.input,
+        arguments.output,
+        arguments.tokenizer,
+        eod=arguments.eod,
+        suffixes=arguments.suffix,
+    )
+
+
+COMMANDS = {"prepare": prepare, "train": train}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors: one line, printed by one rank."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{self.prog}: {message}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(str(asdict(item)) if is_dataclass(item) else str(item) for item in value) + "]"
+    return str(value)

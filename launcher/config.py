@@ -1,0 +1,241 @@
+"""All settings of a training run: defaults here, changed by a YAML file, then by `key=value` words of the command line.
+
+`Config.load` reads them, `Config.validate` refuses combinations that cannot work before anything else is done, and
+`Config.to_yaml` writes what was resolved so that it loads to the same object.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from longspan.launcher.errors import UserError
+from longspan.launcher.parsing import parse_override, parse_tokens, read_yaml, update
+from longspan.models.config import ModelConfig
+from longspan.models.settings import Tokens, setting
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "CorpusConfig",
+    "DataConfig",
+    "LogConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "parse_tokens",
+    "shipped_configs",
+]
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Where a run writes and what it runs on."""
+
+    name: str = setting("", "name of the run; empty: the name of the config file")
+    dir: str = setting("runs/{name}", "run directory; {name} stands for run.name")
+    seed: int = setting(0, "seed of initialisation, data order and everything else random")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is a GPU")
+
+
+@dataclass(kw_only=True, slots=True)
+class CorpusConfig:
+    """One corpus written by `longspan prepare`."""
+
+    path: str = setting("", "path of the corpus without .bin/.idx")
+    weight: float = setting(1.0, "share of the samples, relative to the other corpora")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """What is read and how documents become samples."""
+
+    corpora: list[CorpusConfig] = setting([], "corpora of `longspan prepare`, such as [{path: data/x, weight: 2}]")
+    packing: Literal["stream", "documents"] = setting(
+        "stream", "stream: documents end to end, cut to seq_len; documents: whole ones, up to seq_len tokens in all"
+    )
+    seq_len: Tokens = setting(4096, "tokens per sample, over all ranks of a sequence-parallel group")
+    respect_documents: bool = setting(True, "attention and state stop at document boundaries (false: with stream only)")
+    validation_fraction: float = setting(0.0, "share of the documents kept for validation")
+    prefetch: int = setting(2, "optimizer steps whose batches are built ahead on a CPU thread")
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How ranks share the work: data parallel x sequence parallel."""
+
+    sp: int = setting(0, "ranks that share one sequence; 0: all ranks")
+    sharding: Literal["fsdp", "hsdp"] = setting("fsdp", "parameters sharded over all ranks, or inside nodes (hsdp)")
+    layout: Literal["auto", "contiguous", "zigzag"] = setting("auto", "which rank holds which tokens")
+    linear: Literal["auto", "lasp2", "lasp"] = setting("auto", "how states of linear attention travel between ranks")
+    softmax: Literal["auto", "ring", "all_gather"] = setting("auto", "how softmax attention shares keys between ranks")
+    backend: str = setting("auto", "kernel of softmax attention; auto: the fastest that is installed and fits")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = setting(3e-4, "peak learning rate")
+    min_lr_ratio: float = setting(0.1, "last learning rate as a share of the peak (cosine and linear)")
+    warmup_steps: int = setting(100, "steps of linear warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after warm-up")
+    weight_decay: float = setting(0.1, "decoupled weight decay")
+    beta1: float = setting(0.9, "decay of Adam's first moment")
+    beta2: float = setting(0.95, "decay of Adam's second moment")
+    eps: float = setting(1e-8, "Adam's epsilon")
+    clip_grad_norm: float = setting(1.0, "larger gradient norms are scaled down to this; 0: never")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = setting(1000, "optimizer steps of the whole run")
+    global_batch: int = setting(1, "samples per optimizer step, over all ranks")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of compute; master weights are always float32")
+    checkpointing: Literal["none", "full"] = setting("none", "activation recompute: no layer, or every layer")
+    compile: bool = setting(False, "compile each layer with torch.compile")
+    timeout_s: int = setting(600, "seconds a rank waits for the others before the run is given up")
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """What is saved, and where a run starts."""
+
+    interval: int = setting(0, "steps between checkpoints; 0: only at the end")
+    keep_last: int = setting(2, "checkpoints kept; older ones are deleted")
+    resume: str = setting("auto", "auto: the run directory's newest checkpoint, if any | none: start anew | PATH")
+
+
+@dataclass(kw_only=True, slots=True)
+class LogConfig:
+    """What is reported while training."""
+
+    interval: int = setting(10, "steps between progress lines (metrics.jsonl has every step)")
+    tensorboard: bool = setting(True, "write TensorBoard files to the run directory")
+    validation_interval: int = setting(0, "steps between validation losses; 0: never")
+    validation_samples: int = setting(8, "samples per validation loss")
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """All settings of a training run, by section."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @classmethod
+    def load(cls, yaml_path: str | Path | None = None, overrides: list[str] | None = None) -> "Config":
+        """Defaults, changed by the file, then by the overrides (`optim.lr=3e-4`) in their order; validated.
+
+        `yaml_path` is a file or the bare name of a shipped config (`quickstart`). Raises UserError for whatever does
+        not fit.
+        """
+        config = cls()
+        if yaml_path is not None:
+            path = _find(yaml_path)
+            config = update(config, read_yaml(path), str(path))
+            if not config.run.name:
+                config.run = replace(config.run, name=path.stem)
+        for text in overrides or []:
+            config = update(config, parse_override(config, text), "command line")
+        name = config.run.name or "longspan"
+        config.run = replace(config.run, name=name, dir=config.run.dir.replace("{name}", name))
+        config.validate()
+        return config
+
+    def to_yaml(self) -> str:
+        """All settings as YAML that `load` turns into an equal Config."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+    def validate(self, world_size: int | None = None) -> None:
+        """Raises UserError for values and combinations that cannot work, on `world_size` ranks where it is given."""
+        try:
+            self.model.validate()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self._validate_ranges()
+        self._validate_data()
+        if world_size is not None:
+            self._validate_ranks(world_size)
+
+    def _validate_ranges(self) -> None:
+        for path in ("train.steps", "train.global_batch", "train.timeout_s", "data.seq_len", "data.prefetch",
+                     "checkpoint.keep_last", "log.interval", "log.validation_samples"):  # fmt: skip
+            _require(self._get(path) >= 1, f"{path}={self._get(path)}: use 1 or more")
+        for path in ("parallel.sp", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad_norm", "run.seed",
+                     "checkpoint.interval", "log.validation_interval"):  # fmt: skip
+            _require(self._get(path) >= 0, f"{path}={self._get(path)}: use 0 or more")
+        for path in ("optim.lr", "optim.eps"):
+            _require(self._get(path) > 0, f"{path}={self._get(path)}: use a number above 0")
+        for path in ("optim.beta1", "optim.beta2", "data.validation_fraction"):
+            _require(0 <= self._get(path) < 1, f"{path}={self._get(path)}: use a number from 0 to below 1")
+        _require(0 <= self.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.optim.min_lr_ratio}: use 0 to 1")
+        _require(
+            self.optim.warmup_steps <= self.train.steps,
+            f"optim.warmup_steps={self.optim.warmup_steps} is more than train.steps={self.train.steps}: "
+            f"use {self.train.steps} or fewer",
+        )
+
+    def _validate_data(self) -> None:
+        data = self.data
+        _require(data.corpora != [], "data.corpora is empty: name a corpus written by `longspan prepare`, "
+                                     "such as data.corpora=[{path: data/x}]")  # fmt: skip
+        for index, corpus in enumerate(data.corpora):
+            _require(corpus.path != "", f"data.corpora[{index}].path is not set: name a corpus without .bin/.idx")
+            _require(corpus.weight > 0, f"data.corpora[{index}].weight={corpus.weight}: use a number above 0")
+        _require(
+            data.packing == "stream" or data.respect_documents,
+            "data.respect_documents=false needs data.packing=stream: packing whole documents keeps them apart",
+        )
+        _require(
+            self.log.validation_interval == 0 or data.validation_fraction > 0,
+            f"log.validation_interval={self.log.validation_interval} needs documents kept for validation: "
+            "set data.validation_fraction, such as 0.01",
+        )
+
+    def _validate_ranks(self, world_size: int) -> None:
+        sp = self.parallel.sp or world_size
+        allowed = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
+        _require(world_size % sp == 0, f"parallel.sp={sp} does not divide the {world_size} ranks: use one of {allowed}")
+        dp = world_size // sp
+        _require(
+            self.train.global_batch % dp == 0,
+            f"train.global_batch={self.train.global_batch} cannot be shared by the {dp} data-parallel groups "
+            f"({world_size} ranks / parallel.sp={sp}): use a multiple of {dp}, or another parallel.sp",
+        )
+
+    def _get(self, path: str) -> float:
+        section, name = path.split(".")
+        return getattr(getattr(self, section), name)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with longspan, by name."""
+    folder = Path(__file__).resolve().parent.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _find(yaml_path: str | Path) -> Path:
+    path = Path(yaml_path)
+    if path.is_file():
+        return path
+    if str(yaml_path) in shipped_configs():
+        return shipped_configs()[str(yaml_path)]
+    raise UserError(
+        f"--config {yaml_path}: there is no such file, and the configs shipped are {', '.join(shipped_configs())}"
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,83 @@
+"""What a run ran on: the device of this rank, and environment.json for whoever reads the results later."""
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import longspan
+from longspan.launcher.errors import UserError
+from longspan.parallel.mesh import Mesh
+
+
+def choose_device(setting: str) -> torch.device:
+    """The device of this process for run.device; torchrun's LOCAL_RANK picks the GPU. Raises UserError."""
+    available = torch.cuda.is_available()
+    if setting == "cpu" or (setting == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise UserError("run.device=cuda, but torch sees no GPU: use run.device=cpu or install a CUDA build of torch")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(
+            f"this machine has {gpus} GPUs but was given at least {local_rank + 1} ranks: "
+            f"use --nproc-per-node={gpus}, or run.device=cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def describe_environment(mesh: Mesh) -> dict[str, Any]:
+    """The content of environment.json. Collective: the machines of all ranks are listed."""
+    hosts = [None] * mesh.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    on_gpu = mesh.device.type == "cuda"
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "longspan": longspan.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "packages": {name: _version(name) for name in ("numpy", "triton", "megatron-core", "flash-attn-4")},
+        "platform": platform.platform(),
+        "world_size": mesh.world_size,
+        "dp": mesh.dp,
+        "sp": mesh.sp,
+        "machines": {host: hosts.count(host) for host in dict.fromkeys(hosts)},
+        "device": torch.cuda.get_device_name(mesh.device) if on_gpu else f"{platform.machine()} CPU",
+        "threads_per_rank": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the clone that runs, with `+changes` when files differ from it; None for an installed copy."""
+    root = Path(longspan.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        outputs = [
+            subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=20, check=True).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return outputs[0].strip() + ("+changes" if outputs[1].strip() else "")

@@ -1,0 +1,175 @@
+"""How a run ends when something goes wrong: one clear line, printed once, and every rank stops within seconds.
+
+Ranks that wait inside a collective cannot notice that another rank has failed. So every rank of a multi-rank run
+keeps its own connection to the rendezvous store: the first rank that fails leaves its reason there, and a small thread
+on each rank looks for it twice a second and ends the process.
+"""
+
+import dis
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+POLL_SECONDS = 0.5
+PRINT_SECONDS = 10.0  # how long a rank waits for the first failing rank to have printed its reason
+CONNECT_SECONDS = 300.0  # ranks of a large job start minutes apart
+FINISH_SECONDS = 60.0  # how long the rank that hosts the store waits for the others to finish after it
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line: the setting or file, what was found, what to do."""
+
+
+@contextmanager
+def main_guard() -> Iterator[None]:
+    """Wraps an entry point: `with main_guard(): main()`.
+
+    UserError, and a ValueError that our own code raised, end the run with one line `longspan: error: ...`, printed by
+    one rank (once per machine). Any other exception prints its traceback and the rank. In all cases every rank ends
+    with a non-zero exit code, also one that waits inside a collective. The world is taken from torchrun's environment
+    variables; without them this is one rank.
+    """
+    alarm = None
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            alarm = _Alarm()
+        yield
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever it is, all ranks must stop
+        message = _describe(error)
+        if alarm is None:
+            _print(message)
+            raise SystemExit(1) from None
+        alarm.raise_for_all(message)
+    finally:
+        if alarm is not None:
+            alarm.close()
+
+
+def _describe(error: BaseException) -> str:
+    """The text to print for `error`; its last line starts with `longspan: error:`."""
+    line = " ".join(str(error).split())
+    if isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_by_us(error)):
+        return f"longspan: error: {line}"
+    rank, host = os.environ.get("RANK", "0"), socket.gethostname()
+    if isinstance(error, KeyboardInterrupt):
+        return f"longspan: error: interrupted on rank {rank} ({host})"
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    reason = f"{type(error).__name__}: {line}"[:500]
+    return f"{trace}\nlongspan: error: rank {rank} ({host}) failed, all ranks stop: {reason}"
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether a `raise` statement of longspan raised `error`: one from a library is our mistake, not the user's."""
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    frame = trace.tb_frame
+    ours = frame.f_globals.get("__name__", "").split(".")[0] == "longspan"
+    return ours and frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _print(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _leave() -> None:
+    """Ends this process now: ordinary interpreter shutdown may wait for collectives that will never complete."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+class _Alarm:
+    """The connection of one rank to the store through which ranks tell each other to stop."""
+
+    def __init__(self):
+        from torch.distributed import TCPStore
+
+        try:
+            address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} without a valid {error}: start several ranks with torchrun"
+            ) from None
+        # torchrun's agent hosts the store; under other launchers rank 0 does, and init_process_group shares it.
+        self._hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._world_size = int(os.environ["WORLD_SIZE"])
+        self._store = TCPStore(
+            address,
+            port,
+            is_master=self._hosts_store,
+            timeout=timedelta(seconds=CONNECT_SECONDS),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        # One user of the connection at a time. A thread that has begun to end the process never lets go.
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="longspan-alarm", daemon=True).start()
+
+    def raise_for_all(self, message: str) -> None:
+        """Prints `message` unless another rank was first, and ends all ranks."""
+        with self._lock:
+            try:
+                first = self._store.add("longspan/failed", 1) == 1
+            except RuntimeError:  # the store is gone with its process: nobody left to agree with
+                first = True
+            if not first:
+                self._follow()
+            _print(message)
+            try:
+                self._store.set("longspan/reason", f"{socket.gethostname()}\n{message.splitlines()[-1]}")
+                deadline = time.monotonic() + PRINT_SECONDS
+                # The store must outlive the others' look at the reason.
+                while self._hosts_store and time.monotonic() < deadline:
+                    if self._store.add("longspan/seen", 0) == self._world_size - 1:
+                        break
+                    time.sleep(0.05)
+            finally:
+                _leave()
+
+    def close(self) -> None:
+        """Called by a rank that has finished. The rank that hosts the store stays until all others have, too."""
+        with self._lock:
+            finished = self._store.add("longspan/finished", 1)
+        deadline = time.monotonic() + FINISH_SECONDS
+        while self._hosts_store and finished < self._world_size and time.monotonic() < deadline:
+            time.sleep(0.05)
+            with self._lock:
+                finished = self._store.add("longspan/finished", 0)
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(POLL_SECONDS):
+            with self._lock:
+                if self._closed.is_set():
+                    return
+                try:
+                    failed = self._store.check(["longspan/failed"])
+                except RuntimeError:
+                    rank = os.environ["RANK"]
+                    _print(f"longspan: error: rank {rank} stops: the process that coordinates the ranks has died")
+                    _leave()
+                if failed:
+                    self._follow()
+
+    def _follow(self) -> None:
+        """Ends this process once the first failing rank has printed: torchrun kills that rank when this one ends."""
+        try:
+            self._store.wait(["longspan/reason"], timedelta(seconds=PRINT_SECONDS))
+            host, line = self._store.get("longspan/reason").decode().split("\n", 1)
+            # Every machine's output names the reason once.
+            if host != socket.gethostname() and os.environ.get("LOCAL_RANK", "0") == "0":
+                _print(line)
+            self._store.add("longspan/seen", 1)
+            time.sleep(1.0)  # torchrun reports the rank that ends first as the root cause
+        finally:
+            _leave()

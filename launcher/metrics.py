@@ -1,0 +1,200 @@
+"""What a training step measured, as metrics.jsonl and TensorBoard get it, without making the host wait for the GPU.
+
+Every rank contributes one row of numbers; one all-gather makes them the same table on all ranks, so that all of them
+take the same decisions from it and rank 0 can write it.
+"""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longspan.launcher.batches import Batch
+from longspan.launcher.errors import UserError
+from longspan.models.config import ModelConfig
+from longspan.models.flops import model_flops
+from longspan.parallel.geometry import attention_pairs
+from longspan.parallel.mesh import Mesh
+
+GB = 2**30
+# Dense bf16 TFLOP/s by a part of the device's name.
+PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The device's dense bf16 rate, None where it is not known (MFU is then null)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in PEAK_TFLOPS.items() if part in name), None)
+
+
+class Clock:
+    """Times of the device: `mark` never waits, `seconds` between two marks may be asked once the later has passed."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        if not self._on_gpu:
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+class StepMeter:
+    """Collects the numbers of a step over all ranks."""
+
+    COLUMNS = ("loss_sum", "tokens", "flops", "pairs", "peak_memory")
+
+    def __init__(self, model: ModelConfig, mesh: Mesh):
+        self._model, self._mesh = model, mesh
+        self._peak_tflops = peak_tflops(mesh.device)
+        self._clock = Clock(mesh.device)
+
+    def mark(self) -> Any:
+        """A point in the device's time, for the `begin` and `end` of a step."""
+        return self._clock.mark()
+
+    def gather(self, loss_sum: torch.Tensor, batches: Sequence[Batch]) -> torch.Tensor:
+        """fp64 [world_size, columns] on the device, the same on all ranks. loss_sum: this rank's, over its tokens."""
+        row = [0.0] * len(self.COLUMNS)
+        for batch in batches:
+            layout = batch.seq.layout
+            row[1] += batch.seq.num_tokens_local
+            # Each rank reports its share, so the sum over ranks counts every SP group's work once.
+            row[2] += model_flops(self._model, layout.lengths) / self._mesh.sp
+            row[3] += attention_pairs(layout)[self._mesh.sp_rank]
+        row[4] = _peak_memory(self._mesh.device)
+        mine = torch.tensor(row, dtype=torch.float64).to(self._mesh.device, non_blocking=True)
+        mine[0] = loss_sum
+        rows = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows)
+
+    def pending(self, step: int, lr: float, table, loss, grad_norm, begin, end) -> "PendingStep":
+        """The step's numbers on their way to the host."""
+        numbers = torch.cat([table.flatten(), loss.double().reshape(1), grad_norm.double().reshape(1)])
+        copied = numbers.to("cpu", non_blocking=True)
+        return PendingStep(step=step, lr=lr, numbers=copied, arrived=self.mark(), begin=begin, end=end)
+
+    def resolve(self, pending: "PendingStep") -> dict[str, Any]:
+        """The step's object in metrics.jsonl. Waits until the device has finished the step.
+
+        Raises UserError, the same on all ranks, when the loss or the gradient norm is not finite.
+        """
+        self._clock.seconds(pending.begin, pending.arrived)
+        *table, loss, grad_norm = pending.numbers.tolist()
+        columns = {name: table[i :: len(self.COLUMNS)] for i, name in enumerate(self.COLUMNS)}
+        _check_finite(pending, loss, grad_norm, columns["loss_sum"])
+        seconds = self._clock.seconds(pending.begin, pending.end)
+        tokens, world_size = sum(columns["tokens"]), self._mesh.world_size
+        flops_per_gpu = sum(columns["flops"]) / seconds / world_size
+        row = {
+            "step": pending.step,
+            "loss": loss,
+            "tokens": int(tokens),
+            "tokens_per_s": tokens / seconds,
+            "tokens_per_s_per_gpu": tokens / seconds / world_size,
+            "mfu": flops_per_gpu / (self._peak_tflops * 1e12) if self._peak_tflops else None,
+            "step_time_s": seconds,
+            "grad_norm": grad_norm,
+            "lr": pending.lr,
+            "peak_mem_gb": max(columns["peak_memory"]) / GB,
+            "imbalance": max(columns["pairs"]) * world_size / sum(columns["pairs"]),
+        }
+        if pending.val_loss is not None:
+            row["val_loss"] = pending.val_loss.item()
+        return row
+
+
+@dataclass
+class PendingStep:
+    """A step that the device may still be working on."""
+
+    step: int
+    lr: float
+    numbers: torch.Tensor  # on the host; valid once `arrived` has passed
+    arrived: Any
+    begin: Any
+    end: Any
+    val_loss: torch.Tensor | None = None
+
+
+def _check_finite(pending: PendingStep, loss: float, grad_norm: float, loss_sums: list[float]) -> None:
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    if math.isfinite(loss):
+        found = f"the gradient norm is {grad_norm}"
+    else:
+        ranks = [str(rank) for rank, loss_sum in enumerate(loss_sums) if not math.isfinite(loss_sum)]
+        found = f"the loss is {loss}" + (f" (from rank {', '.join(ranks[:8])})" if ranks else "")
+    raise UserError(
+        f"{found} at step {pending.step}, whose update was left out: lower optim.lr (now {pending.lr:.3g}) or "
+        "optim.clip_grad_norm, or raise optim.warmup_steps, and resume from the last checkpoint"
+    )
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes: allocated by torch on a GPU, resident in the process otherwise; the largest value of the run so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class MetricsWriter:
+    """metrics.jsonl and, where wanted, TensorBoard files of a run directory. Only rank 0 has one."""
+
+    def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool):
+        """first_step: steps from here on are (again) to come; what an earlier start wrote about them is dropped."""
+        path = run_dir / "metrics.jsonl"
+        kept = _rows_before(path, first_step)
+        path.write_text("".join(kept))
+        self._file = open(path, "a", buffering=1)
+        self._tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        if self._tensorboard:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+def _rows_before(path: Path, first_step: int) -> list[str]:
+    if not path.exists():
+        return []
+    kept = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            if not line.endswith("\n"):  # the last line of a run that was killed while writing it
+                break
+            raise UserError(f"{path}, line {number}: not a step's JSON object; move the file away to resume") from None
+        if step < first_step:
+            kept.append(line)
+    return kept

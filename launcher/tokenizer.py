@@ -1,0 +1,83 @@
+"""Tokenizers of `longspan prepare`: UTF-8 bytes, or any Hugging Face `tokenizer.json`."""
+
+from pathlib import Path
+
+import numpy as np
+
+from longspan.launcher.errors import UserError
+
+# What published tokenizers call the token that ends a document, the most specific names first.
+END_OF_DOCUMENT_TOKENS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|endofdocument|>",
+    "<|end\u2581of\u2581sentence|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+)
+
+
+class ByteTokenizer:
+    """The 256 byte values, and 256 for the end of a document."""
+
+    name = "bytes"
+    eod = 256
+    vocab_size = 257
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, without the end-of-document token: uint8 [number of UTF-8 bytes]."""
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`; `eod` names the end-of-document token, by default one of END_OF_DOCUMENT_TOKENS.
+
+    Raises UserError when the file is missing or malformed, or has no such token.
+    """
+
+    def __init__(self, path: str | Path, eod: str | None = None):
+        from tokenizers import Tokenizer
+
+        path = Path(path).expanduser()
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"tokenizer {path}: no such file; give 'bytes' or the path of a tokenizer.json")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"tokenizer {path}: not a Hugging Face tokenizer.json ({error})") from error
+        # A text that merely contains "<|endoftext|>" must not end a document, nor may a length limit cut one.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        candidates = END_OF_DOCUMENT_TOKENS if eod is None else (eod,)
+        found = [vocabulary[token] for token in candidates if token in vocabulary]
+        if not found:
+            raise UserError(
+                f"tokenizer {path}: no end-of-document token ({', '.join(candidates)}) in its vocabulary of "
+                f"{len(vocabulary)} tokens; name one that it has with --eod"
+            )
+        self.name = str(path)
+        self.eod = found[0]
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, without the end-of-document token: int64 [number of tokens]."""
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+
+def load_tokenizer(spec: str | Path, eod: str | None = None) -> ByteTokenizer | HuggingFaceTokenizer:
+    """The tokenizer called `spec`: "bytes", or the path of a tokenizer.json or of the folder that holds one.
+
+    Raises UserError when there is no such tokenizer or no end-of-document token.
+    """
+    if spec != ByteTokenizer.name:
+        return HuggingFaceTokenizer(spec, eod)
+    if eod is not None:
+        raise UserError(f"--eod {eod}: the byte tokenizer ends documents with its own id 256; drop --eod")
+    return ByteTokenizer()

@@ -1,0 +1,30 @@
+"""Entry for torchrun: `torchrun --nproc-per-node 8 launcher/train.py --config configs/quickstart.yaml key=value ...`.
+
+It works from a clone in which nothing is installed: then `longspan` is the clone's own package folder, registered
+without a change to sys.path, on which the clone's folder names would hide other packages (`kernels`).
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# In an installed wheel the package is the root itself.
+PACKAGE = ROOT / "longspan" if (ROOT / "longspan").is_dir() else ROOT
+
+if importlib.util.find_spec("longspan") is None:
+    spec = importlib.util.spec_from_file_location("longspan", PACKAGE / "__init__.py")
+    sys.modules["longspan"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["longspan"])
+
+import longspan  # noqa: E402
+from longspan.launcher.cli import train_main  # noqa: E402
+
+if __name__ == "__main__":
+    if os.environ.get("RANK", "0") == "0":
+        imported = Path(longspan.__file__).resolve().parent
+        print(f"longspan {longspan.__version__} from {imported}", flush=True)
+        if imported != PACKAGE:
+            print(f"warning: this is not {PACKAGE}, whose train.py was started: `pip install -e {ROOT}` makes them one")
+    train_main()

@@ -1,0 +1,255 @@
+"""The training run: everything is built from the config, then one loop of steps, validation and checkpoints."""
+
+import json
+import logging
+import os
+import sys
+from collections import deque
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from longspan.launcher import checkpoint
+from longspan.launcher.agreement import decide
+from longspan.launcher.batches import BatchLoader, StepBuilder
+from longspan.launcher.config import Config, OptimConfig
+from longspan.launcher.corpus import open_corpus
+from longspan.launcher.environment import choose_device, describe_environment
+from longspan.launcher.errors import UserError
+from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
+from longspan.launcher.progress import TrainingProgress
+from longspan.launcher.samples import SampleStream
+from longspan.launcher.schedule import learning_rate
+from longspan.models.decoder import Decoder
+from longspan.models.parallelize import parallelize
+from longspan.parallel import SequenceParallel
+from longspan.parallel.mesh import Mesh, build_mesh
+
+log = logging.getLogger("longspan")
+
+
+def run(config: Config) -> None:
+    """Trains as `config` says, on the ranks that torchrun started (without torchrun: on one rank).
+
+    Every rank calls it. Raises UserError or ValueError for what the user can put right, on all ranks or on some; the
+    caller's main_guard stops the others.
+    """
+    config.validate(world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    device = choose_device(config.run.device)
+    _set_up_log()
+    mesh = build_mesh(
+        sp=config.parallel.sp, sharding=config.parallel.sharding, device=device, timeout_s=config.train.timeout_s
+    )
+    trainer = Trainer(config, mesh)
+    trainer.train()
+    trainer.close()
+    dist.destroy_process_group()
+
+
+class Trainer:
+    """A run on the ranks of `mesh`. Collective: every rank builds one from the same config and calls its methods."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.run_dir = Path(config.run.dir)
+        start = decide(lambda: checkpoint.find(self.run_dir, config.checkpoint.resume))
+        if start is not None:
+            checkpoint.check_model(start, config.model)
+        self.sequence_parallel = SequenceParallel(
+            mesh.sp_group,
+            mesh.sp_state_group,
+            layout=config.parallel.layout,
+            linear=config.parallel.linear,
+            softmax=config.parallel.softmax,
+            backend=config.parallel.backend,
+            device=mesh.device,
+        )
+        self._open_data()
+        torch.manual_seed(config.run.seed)  # the same on every rank, so that all of them shard the same model
+        with mesh.device:
+            model = Decoder(config.model)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.model = parallelize(
+            model,
+            fsdp_mesh=mesh.fsdp_mesh,
+            checkpointing=config.train.checkpointing,
+            compile=config.train.compile,
+            param_dtype=None if config.train.dtype == "float32" else getattr(torch, config.train.dtype),
+            reduce_dtype=torch.float32,
+        )
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.step = 0
+        if start is not None:
+            checkpoint.load(start, self.model, self.optimizer)
+            self.loader.load_state_dict(start.data)
+            self.step = start.step
+        self.meter = StepMeter(config.model, mesh)
+        self._pending: deque[PendingStep] = deque()
+        # On a GPU the host prepares the next step while this one runs and reads its numbers one step late.
+        self._steps_in_flight = 1 if mesh.device.type == "cuda" else 0
+        self._open_outputs(start)
+
+    def _open_data(self) -> None:
+        config, mesh = self.config, self.mesh
+        corpora = [open_corpus(corpus.path) for corpus in config.data.corpora]
+        for corpus in corpora:
+            if corpus.vocab_size is not None and corpus.vocab_size > config.model.vocab_size:
+                raise UserError(
+                    f"model.vocab_size={config.model.vocab_size} is smaller than the {corpus.vocab_size} token ids of "
+                    f"corpus {corpus.prefix}: use model.vocab_size={corpus.vocab_size} or more"
+                )
+        shared = dict(
+            dp=mesh.dp,
+            dp_rank=mesh.dp_rank,
+            respect_documents=config.data.respect_documents,
+            vocab_size=config.model.vocab_size,
+            device=mesh.device,
+        )
+        self.loader = BatchLoader(
+            SampleStream(corpora, config.data, config.run.seed),
+            self.sequence_parallel,
+            global_batch=config.train.global_batch,
+            prefetch=config.data.prefetch,
+            **shared,
+        )
+        self._validation_batches = []
+        if config.log.validation_interval:
+            # The first samples of the validation split, every time: built once and kept.
+            stream = SampleStream(corpora, config.data, config.run.seed, split="validation")
+            samples = config.log.validation_samples
+            builder = StepBuilder(stream, self.sequence_parallel, samples=samples, **shared)
+            self._validation_batches = builder.to_device(builder.build(0))
+
+    def _open_outputs(self, start: checkpoint.Info | None) -> None:
+        config, mesh = self.config, self.mesh
+        environment = describe_environment(mesh)
+        decide(lambda: self._write_descriptions(environment))
+        self._metrics = self._progress = None
+        if mesh.is_main:
+            first, steps = self.step + 1, config.train.steps
+            self._metrics = MetricsWriter(self.run_dir, first_step=first, tensorboard=config.log.tensorboard)
+            self._progress = TrainingProgress(first_step=first, steps=steps, interval=config.log.interval)
+        log.info("run directory: %s", self.run_dir)
+        log.info(
+            "%d ranks = %d data-parallel x %d sequence-parallel on %s; %s parameters; %d samples of %s tokens a step",
+            mesh.world_size,
+            mesh.dp,
+            mesh.sp,
+            environment["device"],
+            f"{self.num_parameters:,}",
+            config.train.global_batch,
+            f"{config.data.seq_len:,}",
+        )
+        if start is not None:
+            log.info("resumed from %s", start.path)
+            checkpoint.warn_about_data(start, config)
+
+    def _write_descriptions(self, environment: dict) -> None:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.yaml").write_text(self.config.to_yaml())
+            (self.run_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"run.dir={self.run_dir}: cannot be written ({error.strerror})") from None
+
+    def train(self) -> None:
+        """Runs the steps that are left, with validation and checkpoints when they are due."""
+        steps, log_config = self.config.train.steps, self.config.log
+        if self.step >= steps:
+            log.info("nothing to do: %d of train.steps=%d steps are done", self.step, steps)
+            return
+        while self.step < steps:
+            pending = self._train_step()
+            if self._due(log_config.validation_interval):
+                pending.val_loss = self._validation_loss()
+            self._pending.append(pending)
+            self._report(keep=self._steps_in_flight)
+            if self._due(self.config.checkpoint.interval) or self.step == steps:
+                self._report(keep=0)
+                path = checkpoint.save(
+                    self.run_dir,
+                    self.config,
+                    self.model,
+                    self.optimizer,
+                    step=self.step,
+                    data=self.loader.state_dict(),
+                )
+                log.info("saved %s", path)
+        log.info("finished %d steps: %s", self.step, self.run_dir)
+
+    def close(self) -> None:
+        """Ends threads and files of this rank."""
+        self.loader.close()
+        if self._metrics:
+            self._metrics.close()
+
+    def _due(self, interval: int) -> bool:
+        """Whether a thing done every `interval` steps (0: never) is due; the last step is when it is done at all."""
+        return interval > 0 and (self.step % interval == 0 or self.step == self.config.train.steps)
+
+    def _train_step(self) -> PendingStep:
+        """One optimizer step. The update is left out on the device when the loss or the gradient norm is not finite."""
+        begin = self.meter.mark()
+        batches = self.loader.next_step()
+        self.step += 1
+        num_labels = batches[0].num_labels_global
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for batch in batches:
+            batch_loss = self.model(batch.tokens, batch.labels, batch.seq)
+            (batch_loss / num_labels).backward()
+            loss_sum += batch_loss.detach()
+        table = self.meter.gather(loss_sum, batches)
+        loss = table[:, 0].sum() / num_labels
+        grad_norm = self._clip_gradients()
+        lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # What a gradient scaler uses: the fused kernel changes nothing when this is 1, without the host knowing.
+        self.optimizer.found_inf = 1.0 - (loss.isfinite() & grad_norm.isfinite()).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.meter.pending(self.step, lr, table, loss, grad_norm, begin, self.meter.mark())
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """The norm of all gradients before clipping, the same on all ranks."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters]).full_tensor()
+        if self.config.optim.clip_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_grad_norm, norm)
+        return norm
+
+    @torch.no_grad()
+    def _validation_loss(self) -> torch.Tensor:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for batch in self._validation_batches:
+            loss_sum += self.model(batch.tokens, batch.labels, batch.seq)
+        dist.all_reduce(loss_sum)
+        return loss_sum / self._validation_batches[0].num_labels_global
+
+    def _report(self, keep: int) -> None:
+        """Checks and writes the steps that the device has finished, all but the last `keep`."""
+        while len(self._pending) > keep:
+            row = self.meter.resolve(self._pending.popleft())
+            if self.mesh.is_main:
+                self._metrics.write(row)
+                self._progress.report(row)
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW; weights of one dimension (norms, biases, gates) do not decay."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+
+def _set_up_log() -> None:
+    """The first rank's log goes to the terminal; all ranks would say the same."""
+    log.handlers = [logging.StreamHandler(sys.stdout)]
+    log.handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    log.propagate = False

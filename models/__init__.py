@@ -1,0 +1,1 @@
+"""Models that see tokens, labels and `seq`, and what is applied to them from outside."""

@@ -1,0 +1,88 @@
+"""The decoder: embedding, blocks of mixer and SwiGLU, norm, loss. It sees tokens, labels and `seq`, never a rank.
+
+Shape letters: T local tokens in layout order (may be 0), D hidden size, V vocabulary.
+"""
+
+import torch
+from torch import nn
+
+from longspan.kernels.loss import chunked_cross_entropy
+from longspan.models.config import ModelConfig
+from longspan.models.decay import ScalarGate
+from longspan.models.layers import RMSNorm, SwiGLU
+from longspan.models.mixers import build_mixer
+from longspan.models.rope import Rotary, rotary_angles
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)): [T, D] -> [T, D]."""
+
+    def __init__(self, config: ModelConfig, layer: int, kind: str):
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = build_mixer(config, layer, kind)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_width)
+
+    def forward(self, x_TD: torch.Tensor, rotary: Rotary, seq) -> torch.Tensor:
+        x_TD = x_TD + self.mixer(self.mixer_norm(x_TD), rotary, seq)
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
+
+
+class Decoder(nn.Module):
+    """A pre-norm decoder as `config` describes it; ValueError if the config is not valid.
+
+    Parameters are fp32 and initialised from torch's default generator. Built on the meta device, they are materialised
+    with `to_empty` and then `init_weights`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer, kind) for layer, kind in enumerate(config.layer_kinds))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal weights of init_std, ones in norms; projections into the residual stream / sqrt(2 num_layers)."""
+        std = self.config.init_std
+        residual_std = std * (2 * self.config.num_layers) ** -0.5
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=residual_std if name.endswith((".o_proj", ".down_proj")) else std)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, ScalarGate):
+                module.init_weights()
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, seq) -> torch.Tensor:
+        """The cross-entropy summed over the local labelled tokens: a scalar in fp32 (fp64 in fp64 models).
+
+        tokens, labels: int64 [T], this rank's part of the batch in the order of seq.layout; label -100 means none.
+        """
+        hidden_TD = self._hidden(tokens, seq)
+        return chunked_cross_entropy(hidden_TD, self._head_weight(), labels, self.config.loss_chunk)
+
+    def logits(self, tokens: torch.Tensor, seq) -> torch.Tensor:
+        """[T, V] in the compute dtype; for short inputs, since training never holds logits of a whole sequence."""
+        return self._hidden(tokens, seq) @ self._head_weight().t()
+
+    def _hidden(self, tokens, seq):
+        assert tokens.shape == (seq.num_tokens_local,), (tokens.shape, seq.num_tokens_local)
+        x_TD = self.embedding(tokens)
+        angles = rotary_angles(
+            seq.positions,
+            self.config.head_size,
+            base=self.config.rope_base,
+            scaling=self.config.rope_scaling,
+            dtype=torch.promote_types(x_TD.dtype, torch.float32),
+        )
+        for block in self.blocks:
+            x_TD = block(x_TD, angles, seq)
+        return self.norm(x_TD)
+
+    def _head_weight(self):
+        return self.embedding.weight if self.head is None else self.head.weight

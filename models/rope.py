@@ -1,0 +1,59 @@
+"""Rotary position embedding for positions of millions.
+
+Angles are formed in fp64: in fp32 they are 0.08 rad wrong at position 2M. Cosines and sines are rounded once, to fp32
+(fp64 models keep fp64), computed once per forward and shared by all softmax layers.
+Shape letters: T local tokens, H heads, K head width. Dimension i is paired with i + K/2.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Rotary(NamedTuple):
+    """Cosine and sine of every token's angles, each [T, 1, K/2]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def rotary_angles(
+    positions: torch.Tensor, head_size: int, *, base: float, scaling: float, dtype: torch.dtype
+) -> Rotary:
+    """Angles position * base'**(-2i/K) for i < K/2, as cosines and sines in `dtype`.
+
+    positions: int64 [T], positions within the document. scaling > 1 is the NTK-aware stretch for longer contexts,
+    base' = base * scaling**(K/(K-2)): the slowest dimension turns `scaling` times more slowly, the fastest as before.
+    """
+    if scaling != 1:
+        base = base * scaling ** (head_size / (head_size - 2))
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float64, device=positions.device) / head_size
+    angles = positions.to(torch.float64)[:, None, None] * base**-exponents
+    return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def rotate(x_THK: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Turns every head of every token by its angles; dtype of x is kept, arithmetic in the dtype of the angles."""
+    return _Rotate.apply(x_THK, rotary.cos, rotary.sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation back, so nothing but the shared cosines and sines is kept for it."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, direction=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _turn(grad, *ctx.saved_tensors, direction=-1), None, None
+
+
+def _turn(x, cos, sin, direction):
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty_like(x)
+    out_first, out_second = out.chunk(2, dim=-1)
+    out_first.copy_((first * cos).addcmul_(second, sin, value=-direction))
+    out_second.copy_((second * cos).addcmul_(first, sin, value=direction))
+    return out

@@ -1,0 +1,108 @@
+"""softmax_attention on 1 to 8 ranks against the full masked matrix: outputs and every gradient."""
+
+import zlib
+from functools import cache
+
+import parity
+import pytest
+import torch
+import torch.distributed as dist
+from cases import LENGTHS, layouts
+from oracles import softmax_attention as full_matrix
+from oracles import with_gradients
+from parity import Case, disagreements, relative_error, run_share
+from spawn import run_ranks
+
+from longspan.attention import softmax_attention
+from longspan.parallel import contiguous
+
+WORLD_SIZES = [1, 2, 3, 4, 8]
+HEAD_SIZE = 8
+
+# name: (query heads, key heads, keyword arguments)
+VARIANTS = {
+    "causal": (2, 2, {}),
+    "full": (2, 2, {"causal": False}),
+    "causal_gqa": (4, 2, {}),
+    "full_gqa": (4, 2, {"causal": False}),
+    "causal_mqa": (3, 1, {"scale": 0.9}),
+    "causal_peaked": (2, 2, {"scale": 20.0}),
+}
+SMALL = ["two", "ones", "few", "single_token"]
+STRATEGIES = ["ring", "all_gather", "auto"]
+
+
+def all_cases():
+    """Every variant x layout x strategy on one long document and on mixed lengths; the small batches take turns."""
+    for i, variant in enumerate(VARIANTS):
+        for j, layout in enumerate(["contiguous", "zigzag", "random", "holes"]):
+            for strategy in STRATEGIES[:2]:
+                yield Case(variant, "one", layout, strategy)
+                yield Case(variant, "mixed", layout, strategy)
+            for n in range(2):
+                yield Case(variant, SMALL[(i + j + 2 * n) % 4], layout, STRATEGIES[(i + j + n) % 3])
+            if variant != "causal_peaked":  # Its scores of around 100 lose two of fp32's digits in the exponential.
+                yield Case(variant, "mixed", layout, STRATEGIES[(i + j) % 3], torch.float32)
+
+
+def make_inputs(variant, lengths, dtype=torch.float64):
+    """(differentiable inputs, gradient of the output, keyword arguments): global and the same on every rank."""
+    num_heads, num_kv_heads, kwargs = VARIANTS[variant]
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{variant}{lengths}".encode()))
+
+    def normal(heads):
+        return torch.randn(sum(lengths), heads, HEAD_SIZE, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = {"q": normal(num_heads), "k": normal(num_kv_heads), "v": normal(num_kv_heads)}
+    return inputs, normal(num_heads), kwargs
+
+
+def run_cases(rank, world_size, cases):
+    return parity.run_cases(rank, world_size, cases, softmax_attention, make_inputs)
+
+
+@cache
+def expected(variant, lengths, dtype):
+    """Outputs and gradients of the full masked matrix."""
+    inputs, grad_out, kwargs = make_inputs(variant, LENGTHS[lengths], dtype)
+    return with_gradients(full_matrix, inputs, grad_out, LENGTHS[lengths], **kwargs)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_equals_the_full_matrix(world_size):
+    cases = list(all_cases())
+    ranks = run_ranks(run_cases, world_size, cases, timeout=180)
+    parity.check_cases(ranks, world_size, cases, lambda case: expected(case.variant, case.lengths, case.dtype))
+
+
+# bf16: sequence parallelism may not add to the error that one rank has.
+
+
+def run_bf16(rank, world_size, strategies):
+    lengths = LENGTHS["mixed"]
+    inputs, grad_out, kwargs = make_inputs("causal_gqa", lengths, torch.bfloat16)
+    alone = run_share(softmax_attention, inputs, grad_out, contiguous(lengths, 1), 0, **kwargs)
+    results = {}
+    for name, layout in layouts(lengths, world_size).items():
+        for strategy in strategies:
+            share = run_share(
+                softmax_attention, inputs, grad_out, layout, rank, group=dist.group.WORLD, strategy=strategy, **kwargs
+            )
+            results[name, strategy] = share, alone
+    return results
+
+
+def test_bf16_is_as_close_to_fp64_as_one_rank():
+    world_size = 4
+    ranks = run_ranks(run_bf16, world_size, STRATEGIES[:2])
+    exact = expected("causal_gqa", "mixed", torch.bfloat16)
+    problems = []
+    for layout_name, strategy in ranks[0]:
+        alone = ranks[0][layout_name, strategy][1]
+        # Errors far below one bf16 rounding (2^-9) are noise, on one rank too.
+        limits = {name: 1.5 * max(relative_error(alone[name], x), 1e-3) for name, x in exact.items()}
+        assert max(limits.values()) < 0.05, limits
+        layout = layouts(LENGTHS["mixed"], world_size)[layout_name]
+        shares = [results[layout_name, strategy][0] for results in ranks]
+        problems += disagreements(f"{layout_name}-{strategy}", shares, layout, exact, torch.bfloat16, limits)
+    assert not problems, "\n".join(problems)

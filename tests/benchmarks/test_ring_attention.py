@@ -1,0 +1,30 @@
+"""The benchmark script itself, on two gloo ranks: it checks gradients, measures and writes a whole record."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "ring_attention.py"
+
+
+def test_two_ranks_on_cpu(tmp_path):
+    output = tmp_path / "results" / "ring.json"
+    command = (
+        f"-m torch.distributed.run --standalone --nproc-per-node 2 {SCRIPT} --device cpu --lengths 64 128 --heads 2"
+    )
+    command += f" --kv-heads 1 --head-dim 8 --check-length 32 --case-seconds 0.1 --output {output}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1]), "PYTHONSAFEPATH": "1"}
+    run = subprocess.run(
+        [sys.executable, *command.split()], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    record = json.loads(output.read_text())
+    assert {"commit", "date", "command", "versions", "machine", "arguments", "seconds"} <= record.keys()
+    assert [check["error"] for check in record["checks"]] == [None] * 4
+    assert [(row["tokens"], row["gpus"]) for row in record["results"]] == [(64, 2), (64, 2), (64, 1), (64, 1)] + [
+        (128, 2), (128, 2), (128, 1), (128, 1)
+    ]  # fmt: skip
+    for row in record["results"]:
+        assert row["fwd+bwd ms"] > row["fwd ms"] > 0 and (row["received GiB"] > 0) == (row["gpus"] > 1)

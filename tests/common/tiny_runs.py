@@ -1,0 +1,56 @@
+"""Training runs small enough for tests: a corpus, a config and one run of the trainer on the ranks of run_ranks."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from longspan.launcher.config import Config
+from longspan.launcher.corpus import prepare
+from longspan.launcher.trainer import Trainer
+from longspan.parallel.mesh import build_mesh
+
+SETTINGS = (
+    "model.num_layers=2", "model.hidden_size=16", "model.num_heads=2", "model.num_kv_heads=1",
+    "model.pattern=[linear:scalar, softmax]", "model.loss_chunk=32", "data.seq_len=96", "data.validation_fraction=0.2",
+    "optim.lr=0.01", "optim.warmup_steps=2", "train.steps=6", "train.global_batch=4", "train.timeout_s=60",
+    "checkpoint.interval=3", "checkpoint.keep_last=9", "log.tensorboard=false",
+)  # fmt: skip
+
+
+def write_corpus(folder: Path) -> Path:
+    """A corpus of 40 documents of 2 to 200 words."""
+    chance = random.Random(0)
+    texts = folder / "texts"
+    texts.mkdir()
+    for number in range(40):
+        words = ("".join(chance.choices("abcdef", k=3)) for _ in range(chance.randint(2, 200)))
+        (texts / f"{number:02d}.txt").write_text(" ".join(words))
+    prepare([texts], folder / "corpus", progress=lambda line: None)
+    return folder / "corpus"
+
+
+def tiny_config(corpus: Path, run_dir: Path, *settings: str) -> Config:
+    data = f"data.corpora=[{{path: {corpus}}}]"
+    return Config.load(None, [*SETTINGS, data, f"run.dir={run_dir}", *settings])
+
+
+def train(config: Config) -> list[dict]:
+    """Runs `config` on the ranks of the process group; this rank's result is the rows of metrics.jsonl."""
+    trainer = start(config)
+    trainer.train()
+    trainer.close()
+    torch.distributed.barrier()  # rank 0 has written the file
+    return rows(Path(config.run.dir))
+
+
+def start(config: Config) -> Trainer:
+    mesh = build_mesh(
+        sp=config.parallel.sp, sharding=config.parallel.sharding, device=torch.device("cpu"), timeout_s=60
+    )
+    return Trainer(config, mesh)
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,27 @@
+"""What every test gets: NaN-filled scratch memory in longspan code, one torch thread, GPU tests skipped without one."""
+
+import poison
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_scratch():
+    """See poison.py; ranks started by run_ranks install it themselves."""
+    undo = poison.install()
+    yield
+    undo()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU, torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,117 @@
+"""chunked_cross_entropy against torch's cross_entropy on whole logits: value and both gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longspan.kernels.loss import chunked_cross_entropy
+
+VOCABULARY, HIDDEN = 11, 6
+
+
+def make_inputs(num_tokens, dtype=torch.float64, ignored=()):
+    generator = torch.Generator().manual_seed(num_tokens)
+    hidden = torch.randn(num_tokens, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64)
+    labels = torch.randint(VOCABULARY, (num_tokens,), generator=generator)
+    labels[list(ignored)] = -100
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
+
+
+def whole(hidden, weight, labels):
+    """The definition, in fp64 on the values that `hidden` and `weight` have."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    loss = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+@pytest.mark.parametrize("ignored", [(), (0, 5, 12), range(13)], ids=["labelled", "some_ignored", "all_ignored"])
+def test_equals_cross_entropy(chunk, ignored):
+    hidden, weight, labels = make_inputs(13, ignored=ignored)
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk)
+    (0.25 * loss).backward()
+    wanted, d_hidden, d_weight = whole(hidden, weight, labels)
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(hidden.grad, 0.25 * d_hidden, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(weight.grad, 0.25 * d_weight, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_lower_precision(dtype, limit):
+    """Loss in fp32 from inputs taken as they are; gradients in the inputs' dtype, within its rounding."""
+    hidden, weight, labels = make_inputs(200, dtype, ignored=[7])
+    loss = chunked_cross_entropy(hidden, weight, labels, 16)
+    loss.backward()
+    wanted, d_hidden, d_weight = whole(hidden, weight, labels)
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - wanted) <= 1e-6 * wanted
+    for grad, expected in ((hidden.grad, d_hidden), (weight.grad, d_weight)):
+        assert grad.dtype == dtype
+        assert (grad.double() - expected).norm() <= limit * expected.norm()
+
+
+def test_weight_gradient_accumulates_in_fp32():
+    """In bf16, a sum over many chunks would stop growing; what is left is one rounding at the end."""
+    num_tokens = 2000
+    hidden = torch.ones(num_tokens, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    chunked_cross_entropy(hidden, weight, torch.zeros(num_tokens, dtype=torch.int64), 1).backward()
+    torch.testing.assert_close(weight.grad.float(), torch.tensor([[-1000.0], [1000.0]]), rtol=2**-8, atol=0)
+
+
+def test_no_tokens():
+    hidden, weight, labels = make_inputs(0)
+    loss = chunked_cross_entropy(hidden, weight, labels, 4)
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad.shape == (0, HIDDEN)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_ignored_tokens_are_left_out_whatever_they_hold():
+    hidden, weight, labels = make_inputs(6, ignored=[1, 4])
+    with torch.no_grad():
+        hidden[1], hidden[4] = float("nan"), float("inf")
+    loss = chunked_cross_entropy(hidden, weight, labels, 4)
+    loss.backward()
+    kept = labels != -100
+    wanted, d_hidden, d_weight = whole(hidden[kept], weight, labels[kept])
+    torch.testing.assert_close(loss.detach(), wanted)
+    torch.testing.assert_close(hidden.grad[kept], d_hidden)
+    torch.testing.assert_close(weight.grad, d_weight)
+    assert torch.equal(hidden.grad[~kept], torch.zeros(2, HIDDEN, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["hidden", "weight"])
+def test_only_the_gradients_asked_for(frozen):
+    inputs = make_inputs(5)
+    inputs[frozen].requires_grad_(False)
+    chunked_cross_entropy(*inputs, 2).backward()
+    assert inputs[frozen].grad is None and inputs[1 - frozen].grad is not None
+
+
+def test_without_gradients():
+    hidden, weight, labels = make_inputs(5)
+    with torch.no_grad():
+        loss = chunked_cross_entropy(hidden, weight, labels, 2)
+    torch.testing.assert_close(loss, whole(hidden, weight, labels)[0])
+
+
+def test_second_backward_is_refused():
+    loss = chunked_cross_entropy(*make_inputs(5), 2)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_refusals():
+    hidden, weight, labels = make_inputs(5)
+    with pytest.raises(ValueError, match="share D and dtype"):
+        chunked_cross_entropy(hidden, weight.float(), labels, 2)
+    with pytest.raises(ValueError, match="share D and dtype"):
+        chunked_cross_entropy(hidden, weight[:, 1:], labels, 2)
+    with pytest.raises(ValueError, match=r"int64 \[5\]"):
+        chunked_cross_entropy(hidden, weight, labels[1:], 2)
+    with pytest.raises(ValueError, match="chunk=0"):
+        chunked_cross_entropy(hidden, weight, labels, 0)

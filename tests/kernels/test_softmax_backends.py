@@ -1,0 +1,246 @@
+"""Every softmax back end against the full masked matrix in fp64, forward and backward, whole and merged from parts."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from longspan.kernels.merge import merge
+from longspan.kernels.softmax import BACKENDS, Pack, choose
+from longspan.kernels.softmax import math as math_backend
+from longspan.kernels.softmax.naive import softmax_attention_naive
+
+
+@dataclass(frozen=True)
+class Case:
+    id: str
+    lengths_q: tuple[int, ...]
+    lengths_k: tuple[int, ...]
+    causal: bool
+    heads: tuple[int, int]  # query heads, key heads
+    head_dim: int
+
+    @property
+    def pack(self) -> Pack:
+        return Pack(offsets(self.lengths_q), offsets(self.lengths_k), self.causal)
+
+
+def offsets(lengths):
+    return tuple(sum(lengths[:i]) for i in range(len(lengths) + 1))
+
+
+def square(id, lengths, heads, head_dim):
+    return Case(id, lengths, lengths, True, heads, head_dim)
+
+
+CPU_CASES = (
+    square("causal", (37,), (3, 3), 16),
+    square("causal-packed-gqa", (1, 2, 13, 64, 7), (4, 2), 8),
+    Case("full-rectangular", (33,), (70,), False, (3, 1), 5),
+    Case("full-packed-gqa", (5, 1, 17), (9, 3, 1), False, (6, 2), 24),
+)
+GPU_CASES = (
+    square("causal", (1000,), (4, 4), 128),
+    square("causal-gqa", (2048,), (8, 2), 64),
+    square("causal-packed", (1, 2, 129, 700, 64), (4, 4), 128),
+    square("causal-packed-gqa", (513, 1, 31), (8, 2), 128),
+    Case("full-rectangular", (384,), (1111,), False, (4, 4), 128),
+    Case("full-packed-gqa", (5, 300, 1, 17), (900, 128, 33, 1), False, (8, 2), 64),
+    Case("one-query-each-gqa", (1, 1, 1), (40, 1, 7), False, (8, 2), 64),
+)
+GPU_BACKENDS = ("fa4", "cudnn", "flash", "math")
+
+
+def make_inputs(case, dtype, device="cpu", seed=0):
+    """q, k, v, dout; q, k and v are strided parts of one tensor where their lengths agree, as after a fused projection."""
+    generator = torch.Generator().manual_seed(seed)
+    (num_heads, num_kv_heads), dim = case.heads, case.head_dim
+    num_q, num_k = sum(case.lengths_q), sum(case.lengths_k)
+    fused = torch.randn(max(num_q, num_k), num_heads + 2 * num_kv_heads, dim, generator=generator, dtype=torch.float64)
+    dout = torch.randn(num_q, num_heads, dim, generator=generator, dtype=torch.float64).to(device, dtype)
+    q, k, v = fused.to(device, dtype).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    return q[:num_q], k[:num_k], v[:num_k], dout
+
+
+def reference(case, q, k, v, dout, scale):
+    """out, lse, dq, dk, dv of the definition, in fp64."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    out, lse = softmax_attention_naive(q, k, v, case.pack, scale)
+    return (out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), dout.double()))
+
+
+def relative_errors(actual, expected):
+    assert all(x.shape == y.shape for x, y in zip(actual, expected, strict=True))
+    return [((x.double() - y).norm() / y.norm().clamp_min(1e-30)).item() for x, y in zip(actual, expected, strict=True)]
+
+
+def run(backend, pack, q, k, v, dout, scale):
+    out, lse = backend.forward(q, k, v, pack, scale)
+    assert out.dtype == q.dtype and lse.dtype == torch.promote_types(q.dtype, torch.float32)
+    return (out, lse, *backend.backward(dout, q, k, v, out, lse, pack, scale))
+
+
+def run_in_two_halves(backend, case, q, k, v, dout, scale):
+    """One sequence in two calls, as ring steps are: half of the keys each, (out, lse) merged, gradients summed."""
+    length_q, length_k = sum(case.lengths_q), sum(case.lengths_k)
+    half = length_k // 2
+    if case.causal:  # both diagonal squares in one call, the square below the diagonal in the other
+        early = (slice(0, half), slice(half, length_k))
+        calls = [
+            (slice(0, length_q), slice(0, length_k), Pack((0, half, length_q), (0, half, length_k), True)),
+            (early[1], early[0], Pack((0, length_q - half), (0, half), False)),
+        ]
+    else:
+        calls = [
+            (slice(0, length_q), slice(0, half), Pack((0, length_q), (0, half), False)),
+            (slice(0, length_q), slice(half, length_k), Pack((0, length_q), (0, length_k - half), False)),
+        ]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out_acc = torch.full(q.shape, float("nan"), dtype=dtype, device=q.device)
+    lse_acc = torch.full(q.shape[:2], float("-inf"), dtype=dtype, device=q.device)
+    for rows_q, rows_k, pack in calls:
+        merge(out_acc, lse_acc, *backend.forward(q[rows_q], k[rows_k], v[rows_k], pack, scale), rows_q)
+    out = out_acc.to(q.dtype)
+    gradients = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)]
+    for rows_q, rows_k, pack in calls:
+        parts = backend.backward(
+            dout[rows_q], q[rows_q], k[rows_k], v[rows_k], out[rows_q], lse_acc[rows_q], pack, scale
+        )
+        for gradient, rows, part in zip(gradients, (rows_q, rows_k, rows_k), parts, strict=True):
+            gradient[rows] += part
+    return out, lse_acc, *gradients
+
+
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str
+)
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("name", ["cpu", "math"])
+def test_cpu_backend_equals_definition(name, case, dtype, bound):
+    inputs = make_inputs(case, dtype)
+    errors = relative_errors(run(BACKENDS[name], case.pack, *inputs, 0.3), reference(case, *inputs, 0.3))
+    assert max(errors) <= bound, errors
+
+
+@pytest.mark.parametrize("case", [CPU_CASES[0], CPU_CASES[2]], ids=lambda case: case.id)
+@pytest.mark.parametrize("name", ["cpu", "math"])
+def test_halves_merge_to_the_whole(name, case):
+    inputs = make_inputs(case, torch.float64)
+    errors = relative_errors(run_in_two_halves(BACKENDS[name], case, *inputs, 0.3), reference(case, *inputs, 0.3))
+    assert max(errors) <= 1e-10, errors
+
+
+def test_math_is_the_same_in_small_blocks(monkeypatch):
+    case = CPU_CASES[1]
+    inputs = make_inputs(case, torch.float64)
+    monkeypatch.setattr(math_backend, "_BLOCK_ELEMENTS", 4 * 64 * 3)
+    errors = relative_errors(run(math_backend, case.pack, *inputs, 0.3), reference(case, *inputs, 0.3))
+    assert max(errors) <= 1e-10, errors
+
+
+@pytest.mark.parametrize(
+    "dtype, name", [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float16, "math")], ids=str
+)
+def test_choice_on_cpu(dtype, name):
+    backend, refusals = choose("auto", "cpu", dtype, 64)
+    assert backend.name == name
+    assert [refusal.split(":")[0] for refusal in refusals] == list(BACKENDS)[: list(BACKENDS).index(name)]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("flash", "backend=flash cannot serve.*flash: runs on cuda, not on cpu.*backend=auto"), ("fa5", "use auto, fa4")],
+)
+def test_choice_refuses(name, message):
+    with pytest.raises(ValueError, match=message):
+        choose(name, "cpu", torch.float32, 64)
+
+
+@pytest.mark.parametrize(
+    "arguments", [((0, 3), (0, 4), True), ((0, 3, 3), (0, 1, 2), False), ((1, 3), (0, 2), False), ((0,), (0,), False)]
+)
+def test_pack_is_validated(arguments):
+    with pytest.raises(AssertionError):
+        Pack(*arguments)
+
+
+def test_pack_copies_offsets_once():
+    pack = Pack((0, 3, 5), (0, 4, 9), False)
+    assert (pack.num_sequences, pack.max_q, pack.max_k) == (2, 3, 5)
+    assert pack.cu_k_tensor("cpu") is pack.cu_k_tensor(torch.device("cpu"))
+    assert pack.cu_q_tensor("cpu").tolist() == [0, 3, 5] and pack.cu_q_tensor("cpu").dtype == torch.int32
+    assert pack == Pack((0, 3, 5), (0, 4, 9), False)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.id)
+def test_torch_operators_take_our_arguments(name, case):
+    """On meta tensors: operator schemas, shapes and layouts hold on this release of PyTorch, no GPU needed."""
+    q, k, v, dout = make_inputs(case, torch.bfloat16, "meta")
+    out, lse, dq, dk, dv = run(BACKENDS[name], case.pack, q, k, v, dout, 0.1)
+    assert [x.shape for x in (out, dq, dk, dv)] == [q.shape, q.shape, k.shape, v.shape] and lse.shape == q.shape[:2]
+
+
+def gpu_backend(name, dtype, head_dim):
+    backend = BACKENDS[name]
+    reason = backend.refusal("cuda", dtype, head_dim)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    return backend
+
+
+def torch_sdpa(case, q, k, v, dout, scale):
+    """out, dq, dk, dv of torch's own attention in the dtype of the inputs, one sequence at a time."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    out = torch.cat(
+        [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(0, 1)[None] for x in (q[rows_q], k[rows_k], v[rows_k])),
+                is_causal=case.causal,
+                scale=scale,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+            for rows_q, rows_k in case.pack.sequences()
+        ]
+    )
+    return (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
+
+
+def assert_as_good_as_sdpa(actual, case, inputs, scale):
+    expected = reference(case, *inputs, scale)
+    errors = relative_errors(actual, expected)
+    assert max(errors) <= 1e-2, errors  # NaN fails too
+    out, _, *gradients = expected
+    of_sdpa = relative_errors(torch_sdpa(case, *inputs, scale), (out, *gradients))
+    for error, error_of_sdpa in zip((errors[0], *errors[2:]), of_sdpa, strict=True):
+        assert error <= 1.5 * error_of_sdpa + 1e-4, (errors, of_sdpa)
+
+
+class TestOnGpu:
+    pytestmark = pytest.mark.gpu
+
+    @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.id)
+    @pytest.mark.parametrize("name", GPU_BACKENDS)
+    def test_backend_equals_definition(self, name, case):
+        backend = gpu_backend(name, torch.bfloat16, case.head_dim)
+        inputs = make_inputs(case, torch.bfloat16, "cuda")
+        assert_as_good_as_sdpa(run(backend, case.pack, *inputs, 0.1), case, inputs, 0.1)
+
+    @pytest.mark.parametrize("case", [GPU_CASES[0], GPU_CASES[1], GPU_CASES[4]], ids=lambda case: case.id)
+    @pytest.mark.parametrize("name", GPU_BACKENDS)
+    def test_halves_merge_to_the_whole(self, name, case):
+        backend = gpu_backend(name, torch.bfloat16, case.head_dim)
+        inputs = make_inputs(case, torch.bfloat16, "cuda")
+        assert_as_good_as_sdpa(run_in_two_halves(backend, case, *inputs, 0.1), case, inputs, 0.1)
+
+    def test_math_serves_double(self):
+        inputs = make_inputs(GPU_CASES[3], torch.float64, "cuda")
+        errors = relative_errors(
+            run(BACKENDS["math"], GPU_CASES[3].pack, *inputs, 0.1), reference(GPU_CASES[3], *inputs, 0.1)
+        )
+        assert max(errors) <= 1e-10, errors
+
+    def test_choice_names_what_is_missing(self):
+        backend, refusals = choose("auto", "cuda", torch.bfloat16, 128)
+        assert backend.name in ("fa4", "cudnn", "flash") and len(refusals) == list(BACKENDS).index(backend.name)
+        assert choose("auto", "cuda", torch.float32, 128)[0].name == "math"

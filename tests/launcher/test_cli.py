@@ -1,0 +1,86 @@
+"""The command line: flags and words become settings, help lists all of them, mistakes are one line on stderr."""
+
+import subprocess
+import sys
+
+import pytest
+
+import longspan
+from longspan.launcher import cli
+from longspan.launcher.config import Config
+from longspan.launcher.parsing import settings_of
+
+CORPUS = "data.corpora=[{path: data/x}]"
+
+
+def printed(capsys, argv):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    captured = capsys.readouterr()
+    return caught.value.code or 0, captured.out, captured.err
+
+
+def test_flags_set_settings_and_beat_key_value_words():
+    flags = ["--seq-len", "2M", "--steps", "500", "--run-dir", "out", "--resume", "none"]
+    config = cli.train_config([CORPUS, *flags, "train.steps=700", "data.seq_len=1K"])
+    assert (config.data.seq_len, config.train.steps) == (2**21, 500)
+    assert (config.run.dir, config.checkpoint.resume) == ("out", "none")
+
+
+def test_words_and_flags_mix_in_any_order():
+    argv = ["optim.lr=1e-3", "--config", "quickstart", "optim.beta1=0.5", "--steps", "90", "run.seed=3"]
+    config = cli.train_config(argv)
+    assert (config.run.name, config.optim.lr, config.optim.beta1, config.run.seed) == ("quickstart", 1e-3, 0.5, 3)
+
+
+def test_train_help_lists_every_setting_with_default_and_help(capsys):
+    code, out, _ = printed(capsys, ["train", "--help"])
+    assert code == 0
+    for setting in settings_of(Config()):
+        assert f"  {setting.path}=" in out and setting.help in out
+    assert "data.seq_len=4096" in out and "train.compile=false" in out
+
+
+def test_version(capsys):
+    assert printed(capsys, ["--version"])[:2] == (0, f"longspan {longspan.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], "command"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--seqlen", "2M"], "unknown option --seqlen: did you mean --seq-len?"),
+        (["train", "--optim.lr", "1"], "unknown option --optim.lr: settings are written key=value"),
+        (["train", "--seq-len"], "--seq-len: expected one argument"),
+        (["train", "--seq-len", "2MB", CORPUS], "data.seq_len: expected a number of tokens"),
+        (["train", "optim.lrr=1"], "did you mean optim.lr?"),
+        (["train"], "data.corpora is empty"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["prepare", "--input", "x"], "the following arguments are required: --output"),
+    ],
+)
+def test_mistakes_are_one_line_without_a_traceback(argv, expected, capsys):
+    code, _, err = printed(capsys, argv)
+    assert code != 0
+    assert err.startswith("longspan: error: ") and err.count("\n") == 1 and expected in err
+
+
+def test_train_hands_the_resolved_config_to_the_trainer(monkeypatch):
+    started = []
+    monkeypatch.setattr("longspan.launcher.trainer.run", started.append)
+    cli.main(["train", CORPUS, "--steps", "300"])
+    assert started == [Config.load(None, [CORPUS, "train.steps=300"])]
+
+
+def test_prepare_hands_its_arguments_to_the_corpus(monkeypatch):
+    calls = []
+    monkeypatch.setattr("longspan.launcher.corpus.prepare", lambda *given, **named: calls.append((given, named)))
+    cli.main(["prepare", "--input", "a", "b", "--output", "data/x", "--suffix", ".py", ".md"])
+    assert calls == [((["a", "b"], "data/x", "bytes"), {"eod": None, "suffixes": [".py", ".md"]})]
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from longspan.launcher.cli import settings_help; settings_help(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=60)
+    assert done.stdout == "False\n", done.stderr

@@ -1,0 +1,227 @@
+"""The trainer on 1, 2 and 4 ranks: the same run whatever the split, resumed as if never stopped, stopped by NaN."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawn import run_ranks
+from tiny_runs import rows, start, tiny_config, train, write_corpus
+
+from longspan.launcher.config import Config
+from longspan.launcher.errors import UserError
+from longspan.launcher.schedule import learning_rate
+from longspan.launcher.trainer import build_optimizer
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All runs of this module, by name: their rows and samples. Each world size is spawned once; order matters."""
+    folder = tmp_path_factory.mktemp("runs")
+    corpus = write_corpus(folder)
+    results = {}
+    for world_size in (1, 2, 4):
+        results |= run_ranks(_runs_on, world_size, folder, corpus, timeout=180)[0]
+    results |= run_ranks(_late_runs_on_one_rank, 1, folder, corpus, timeout=60)[0]
+    return results
+
+
+def _runs_on(rank, world_size, folder, corpus):
+    results = {}
+    for sp in (n for n in (1, 2, 4) if world_size % n == 0):
+        name = f"{world_size} ranks, sp {sp}"
+        results[name] = _observe(tiny_config(corpus, folder / name, f"parallel.sp={sp}", "log.validation_interval=4"))
+    if world_size == 2:
+        results["resumed"] = _resume(folder, corpus, "2 ranks, sp 2", "resumed", "parallel.sp=2")
+        results["1 -> 2"] = _resume(folder, corpus, "1 ranks, sp 1", "1 to 2", "parallel.sp=1")
+        results["2, sp 1 -> 2"] = _resume(folder, corpus, "2 ranks, sp 1", "sp 1 to 2", "parallel.sp=2")
+        results["recompute"] = _observe(
+            tiny_config(corpus, folder / "recompute", "train.checkpointing=full", "log.validation_interval=4")
+        )
+        results["bfloat16"] = _observe(tiny_config(corpus, folder / "bfloat16", "train.dtype=bfloat16"))
+        results["documents"] = _observe(
+            tiny_config(corpus, folder / "documents", "data.packing=documents", "parallel.sp=1")
+        )
+    if world_size == 4:
+        results["2 -> 4"] = _resume(folder, corpus, "2 ranks, sp 2", "2 to 4", "parallel.sp=2")
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        results["hsdp"] = _observe(
+            tiny_config(corpus, folder / "hsdp", "parallel.sp=2", "parallel.sharding=hsdp", "log.validation_interval=4")
+        )
+    return results
+
+
+def _late_runs_on_one_rank(rank, world_size, folder, corpus):
+    return {"2 -> 1": _resume(folder, corpus, "2 ranks, sp 2", "2 to 1")}
+
+
+def _resume(folder, corpus, source, name, *settings):
+    """Continues a copy of run `source` whose last checkpoint is lost, as after a crash: from step 3 of 6."""
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / source, folder / name)
+        shutil.rmtree(folder / name / "checkpoints" / "step-00000006")
+    dist.barrier()
+    return _observe(tiny_config(corpus, folder / name, *settings))
+
+
+def _observe(config):
+    """The rows of the run, and the samples of each step, put together again from what every rank got."""
+    trainer = start(config)
+    next_step, steps = trainer.loader.next_step, []
+
+    def recording():
+        batches = next_step()
+        mine = [(b.seq.layout.global_indices(b.seq.rank), b.tokens.numpy(), b.labels.numpy()) for b in batches]
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        sp = trainer.mesh.sp
+        groups = [everyone[first : first + sp] for first in range(0, len(everyone), sp)]
+        steps.append(sorted(_joined(parts) for group in groups for parts in zip(*group)))
+        return batches
+
+    trainer.loader.next_step = recording
+    trainer.train()
+    trainer.close()
+    dist.barrier()
+    return {"rows": rows(Path(config.run.dir)), "samples": steps}
+
+
+def _joined(parts):
+    """The tokens and labels of one sample from the parts of its SP group's ranks."""
+    return tuple(sorted((int(i), int(t), int(l)) for part in parts for i, t, l in zip(*part)))
+
+
+def _losses(run):
+    return [row["loss"] for row in run["rows"]]
+
+
+SPLITS = [f"{n} ranks, sp {sp}" for n in (1, 2, 4) for sp in (1, 2, 4) if n % sp == 0]
+
+
+@pytest.mark.parametrize("split", [*SPLITS[1:], "recompute", "hsdp"])
+def test_every_split_trains_the_same_run(runs, split):
+    one, other = runs[SPLITS[0]], runs[split]
+    assert other["samples"] == one["samples"]
+    assert [row["tokens"] for row in other["rows"]] == [row["tokens"] for row in one["rows"]] == [4 * 96] * 6
+    for key in ("loss", "grad_norm", "lr"):
+        assert [row[key] for row in other["rows"]] == pytest.approx([row[key] for row in one["rows"]], rel=TOLERANCE)
+    validation = [(row["step"], row["val_loss"]) for row in other["rows"] if "val_loss" in row]
+    assert [step for step, _ in validation] == [4, 6]
+    expected = [row["val_loss"] for row in one["rows"] if "val_loss" in row]
+    assert [loss for _, loss in validation] == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_loss_falls(runs):
+    losses = _losses(runs[SPLITS[0]])
+    assert losses[-1] < losses[0] - 0.3, losses
+    assert losses[0] == pytest.approx(math.log(257), abs=0.2)
+
+
+def test_bfloat16_stays_near_float32(runs):
+    losses = _losses(runs["bfloat16"])
+    assert losses != _losses(runs["2 ranks, sp 2"])
+    assert losses == pytest.approx(_losses(runs["2 ranks, sp 2"]), rel=5e-3)
+
+
+def test_documents_of_mixed_lengths(runs):
+    run = runs["documents"]
+    assert all(0 < row["tokens"] <= 4 * 96 for row in run["rows"])
+    assert len({row["tokens"] for row in run["rows"]}) > 1
+    assert all(row["imbalance"] > 1 for row in run["rows"])
+
+
+def test_resumed_equals_uninterrupted_bitwise(runs):
+    resumed, straight = runs["resumed"], runs["2 ranks, sp 2"]
+    assert [row["step"] for row in resumed["rows"]] == [1, 2, 3, 4, 5, 6]
+    assert resumed["samples"] == straight["samples"][3:]
+    assert _losses(resumed) == _losses(straight)
+    for key in ("grad_norm", "lr"):
+        assert [row[key] for row in resumed["rows"]] == [row[key] for row in straight["rows"]]
+
+
+@pytest.mark.parametrize("change", ["1 -> 2", "2 -> 1", "2 -> 4", "2, sp 1 -> 2"])
+def test_resumes_on_another_split(runs, change):
+    resumed, straight = runs[change], runs[SPLITS[0]]
+    assert resumed["samples"] == straight["samples"][3:]
+    assert [row["step"] for row in resumed["rows"]] == [1, 2, 3, 4, 5, 6]
+    assert _losses(resumed) == pytest.approx(_losses(straight), rel=TOLERANCE)
+
+
+def test_nan_on_one_rank_stops_all_before_the_update(tmp_path):
+    corpus = write_corpus(tmp_path)
+    for message, unchanged in run_ranks(_nan_on_rank_one, 2, tmp_path, corpus, timeout=60):
+        assert "the loss is nan (from rank 1) at step 2" in message
+        assert "optim.lr" in message
+        assert unchanged
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1]
+
+
+def _nan_on_rank_one(rank, world_size, folder, corpus):
+    trainer = start(tiny_config(corpus, folder / "run"))
+    snapshots = []
+
+    def poison(module, inputs, output):
+        snapshots.append([parameter.full_tensor().detach().clone() for parameter in trainer.model.parameters()])
+        return output * math.nan if rank == 1 and trainer.step == 2 else output
+
+    trainer.model.register_forward_hook(poison)
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    trainer.close()
+    after = [parameter.full_tensor() for parameter in trainer.model.parameters()]
+    assert not all(torch.equal(a, b) for a, b in zip(snapshots[0], after)), "step 1 was an update"
+    return str(error.value), all(torch.equal(a, b) for a, b in zip(snapshots[-1], after))
+
+
+def test_run_directory(tmp_path):
+    run_ranks(_write_a_run, 2, tmp_path, timeout=90)
+    run = tmp_path / "run"
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "tensorboard",
+    ]  # fmt: skip
+    assert len(list((run / "tensorboard").glob("events.*"))) == 1
+    assert Config.load(run / "config.yaml") == tiny_config(tmp_path / "corpus", run, *_SHORT)
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["world_size"] == 2 and environment["sp"] == 2 and environment["torch"] == torch.__version__
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]  # interval 0: at the end
+    keys = {"step", "loss", "tokens", "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "step_time_s", "grad_norm", "lr",
+            "peak_mem_gb", "imbalance"}  # fmt: skip
+    assert [set(row) for row in rows(run)] == [keys, keys]
+    assert all(row["mfu"] is None and row["imbalance"] >= 1 for row in rows(run))
+
+
+_SHORT = ("train.steps=2", "checkpoint.interval=0", "log.tensorboard=true", "run.name=config")
+
+
+def _write_a_run(rank, world_size, folder):
+    if rank == 0:
+        write_corpus(folder)
+    dist.barrier()
+    train(tiny_config(folder / "corpus", folder / "run", *_SHORT))
+    again = train(tiny_config(folder / "corpus", folder / "run", *_SHORT))  # nothing is left to do
+    assert [row["step"] for row in again] == [1, 2]
+
+
+def test_schedule():
+    optim = Config().optim
+    optim.lr, optim.min_lr_ratio, optim.warmup_steps = 1.0, 0.1, 10
+    for schedule, middle, last in (("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)):
+        optim.schedule = schedule
+        assert [learning_rate(optim, step, 110) for step in (1, 10, 60, 110)] == pytest.approx([0.1, 1, middle, last])
+    optim.warmup_steps = 0
+    assert learning_rate(optim, 1, 1) == 1.0
+    optim.schedule, optim.warmup_steps = "cosine", 5
+    assert learning_rate(optim, 5, 5) == 1.0
+
+
+def test_norms_and_biases_do_not_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    decayed, plain = build_optimizer(model, Config().optim).param_groups
+    assert [p.shape for p in decayed["params"]] == [(2, 2)] and decayed["weight_decay"] == 0.1
+    assert len(plain["params"]) == 3 and plain["weight_decay"] == 0

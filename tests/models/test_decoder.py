@@ -1,0 +1,206 @@
+"""The decoder on one rank against a second implementation in plain fp64 loops, and what must hold for any input."""
+
+import math
+
+import oracles
+import pytest
+import torch
+
+from longspan.models.config import ModelConfig
+from longspan.models.decoder import Decoder
+from longspan.parallel import SequenceParallel
+
+TINY = dict(vocab_size=19, hidden_size=12, num_heads=2, mlp_size=20, rope_base=100.0, init_std=0.3, loss_chunk=5)
+CONFIGS = {
+    "softmax": dict(pattern=["softmax"], num_layers=2),
+    "softmax_gqa_qk_norm_tied": dict(
+        pattern=["softmax"], num_layers=1, num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True, tie_embeddings=True,
+        rope_scaling=3.0,
+    ),
+    "none": dict(pattern=["linear:none"], num_layers=2, feature_map="identity"),
+    "fixed": dict(pattern=["linear"], num_layers=2, output_gate=False, feature_map="relu"),
+    "retention": dict(pattern=["linear:fixed"], num_layers=2, decay_slopes="retention"),
+    "scalar": dict(pattern=["linear:scalar"], num_layers=2),
+    "normalized": dict(pattern=["linear:scalar"], num_layers=1, linear_normalize=True, feature_map="elu1"),
+    "hybrid": dict(pattern=["linear:none", "linear:fixed", "linear:scalar", "softmax"], num_layers=4),
+}  # fmt: skip
+LENGTHS = [6, 1, 9]
+
+
+def make_model(name, dtype=torch.float64):
+    return Decoder(ModelConfig(**TINY | CONFIGS[name])).to(dtype)
+
+
+def make_batch(lengths, vocab_size=19):
+    tokens, labels = torch.randint(vocab_size, (2, sum(lengths)))
+    labels[::4] = -100
+    return tokens, labels, SequenceParallel().context(lengths)
+
+
+def reference_logits(model, tokens, lengths):
+    """The forward pass written out again from the parameters alone, in fp64, document by document where it matters."""
+    c, p = model.config, {name: x.detach().double() for name, x in model.named_parameters()}
+    kinds = [{"linear": f"linear:{c.linear_family}"}.get(c.pattern[i % len(c.pattern)], c.pattern[i % len(c.pattern)])
+             for i in range(c.num_layers)]  # fmt: skip
+    size = c.head_dim or c.hidden_size // c.num_heads
+
+    def norm(x, weight):
+        return x / (x * x).mean(-1, keepdim=True).add(c.norm_eps).sqrt() * weight
+
+    def silu(x):
+        return x / (1 + torch.exp(-x))
+
+    def heads(x):
+        return x.reshape(len(x), -1, size)
+
+    def rope(x):
+        base = c.rope_base * c.rope_scaling ** (size / (size - 2))
+        out, row = x.clone(), 0
+        for length in lengths:
+            for position in range(length):
+                for i in range(size // 2):
+                    angle = position * base ** (-2 * i / size)
+                    a, b = x[row, :, i], x[row, :, i + size // 2]
+                    out[row, :, i] = a * math.cos(angle) - b * math.sin(angle)
+                    out[row, :, i + size // 2] = a * math.sin(angle) + b * math.cos(angle)
+                row += 1
+        return out
+
+    def feature_map(x):
+        if c.feature_map == "elu1":
+            return torch.where(x > 0, x + 1, torch.exp(x))
+        return {"identity": x, "silu": silu(x), "relu": x.clamp(min=0)}[c.feature_map]
+
+    def softmax_mixer(x, at):
+        q, k, v = (heads(x @ p[f"{at}.{name}_proj.weight"].T) for name in "qkv")
+        if c.qk_norm:
+            q, k = norm(q, p[f"{at}.q_norm.weight"]), norm(k, p[f"{at}.k_norm.weight"])
+        out = oracles.softmax_attention(rope(q), rope(k), v, lengths)
+        return out.reshape(len(x), -1) @ p[f"{at}.o_proj.weight"].T
+
+    def linear_mixer(x, at, family, layer):
+        q, k, v = (heads(x @ p[f"{at}.{name}_proj.weight"].T) for name in "qkv")
+        decay = None
+        if family == "fixed" and c.decay_slopes == "lightning":
+            decay = torch.tensor([-8 * h / c.num_heads * (1 - layer / c.num_layers) for h in range(c.num_heads)])
+        elif family == "fixed":
+            decay = torch.tensor([math.log(1 - 2.0 ** (-5 - h)) for h in range(c.num_heads)])
+        elif family == "scalar":
+            step = torch.log1p(torch.exp(x @ p[f"{at}.decay.a_proj.weight"].T + p[f"{at}.decay.gate.dt_bias"]))
+            decay = -torch.exp(p[f"{at}.decay.gate.A_log"]) * step
+        out = oracles.linear_attention(
+            feature_map(q), feature_map(k), v, lengths,
+            log_decay=None if decay is None else decay.double(), normalize=c.linear_normalize,
+        )  # fmt: skip
+        out = norm(out, p[f"{at}.o_norm.weight"]).reshape(len(x), -1)
+        if c.output_gate:
+            out = out * silu(x @ p[f"{at}.g_proj.weight"].T)
+        return out @ p[f"{at}.o_proj.weight"].T
+
+    x = p["embedding.weight"][tokens]
+    for layer, kind in enumerate(kinds):
+        at = f"blocks.{layer}"
+        y = norm(x, p[f"{at}.mixer_norm.weight"])
+        if kind == "softmax":
+            x = x + softmax_mixer(y, f"{at}.mixer")
+        else:
+            x = x + linear_mixer(y, f"{at}.mixer", kind.split(":")[1], layer)
+        y = norm(x, p[f"{at}.mlp_norm.weight"])
+        inner = silu(y @ p[f"{at}.mlp.gate_proj.weight"].T) * (y @ p[f"{at}.mlp.up_proj.weight"].T)
+        x = x + inner @ p[f"{at}.mlp.down_proj.weight"].T
+    return norm(x, p["norm.weight"]) @ p["embedding.weight" if c.tie_embeddings else "head.weight"].T
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_the_reference(name):
+    torch.set_default_dtype(torch.float64)  # the reference's constants
+    try:
+        model = make_model(name)
+        tokens, labels, seq = make_batch(LENGTHS)
+        wanted = reference_logits(model, tokens, LENGTHS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(model.logits(tokens, seq), wanted, rtol=1e-10, atol=1e-10)
+    loss = sum(-wanted[t].log_softmax(-1)[label] for t, label in enumerate(labels.tolist()) if label != -100)
+    torch.testing.assert_close(model(tokens, labels, seq), loss, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_by_finite_differences():
+    """The whole model along random directions in parameter space, every kind of layer included."""
+    model = make_model("hybrid")
+    batch = make_batch(LENGTHS)
+    model(*batch).backward()
+    for parameter in model.parameters():
+        direction, step = torch.randn_like(parameter), 1e-6
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * step * direction
+                losses.append(model(*batch))
+                parameter -= sign * step * direction
+        slope = (losses[0] - losses[1]) / (2 * step)
+        torch.testing.assert_close((parameter.grad * direction).sum(), slope, rtol=1e-6, atol=1e-7)
+
+
+def test_documents_do_not_see_each_other():
+    model = make_model("hybrid")
+    tokens, _, seq = make_batch(LENGTHS)
+    together = model.logits(tokens, seq)
+    apart = [model.logits(part, SequenceParallel().context([len(part)])) for part in tokens.split(LENGTHS)]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-12, atol=1e-12)
+
+
+def test_the_future_is_not_seen():
+    model = make_model("hybrid")
+    tokens, _, seq = make_batch([12])
+    changed = tokens.clone()
+    changed[7] = (changed[7] + 1) % 19
+    before, after = model.logits(tokens, seq), model.logits(changed, seq)
+    assert torch.equal(before[:7], after[:7])
+    assert not torch.isclose(before[7:], after[7:]).all(-1).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_lower_precision(dtype):
+    exact = make_model("hybrid", torch.float32)
+    model = Decoder(exact.config)
+    model.load_state_dict(exact.state_dict())
+    tokens, labels, seq = make_batch(LENGTHS)
+    loss = model.to(dtype)(tokens, labels, seq)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
+    limit = 1e-5 if dtype == torch.float32 else 3e-2
+    assert loss.item() == pytest.approx(exact.double()(tokens, labels, seq).item(), rel=limit)
+
+
+def test_initialisation():
+    model = Decoder(ModelConfig(num_layers=8, hidden_size=128, num_heads=4, vocab_size=500, init_std=0.1))
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        else:
+            scale = 0.25 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            assert parameter.std().item() == pytest.approx(0.1 * scale, rel=0.05), name
+            assert abs(parameter.mean().item()) < 0.005, name
+
+
+def test_a_start_on_the_meta_device_gives_the_same_model():
+    config = ModelConfig(**TINY | CONFIGS["hybrid"])
+    direct = Decoder(config)
+    torch.manual_seed(3)
+    direct.init_weights()
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    model.init_weights()
+    for (name, a), b in zip(direct.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    tokens, labels, seq = make_batch(LENGTHS)
+    assert torch.equal(direct(tokens, labels, seq), model(tokens, labels, seq))
+
+
+def test_an_invalid_config_is_refused():
+    with pytest.raises(ValueError, match="model.pattern entry 'sofmax' is unknown; did you mean 'softmax'"):
+        Decoder(ModelConfig(pattern=["sofmax"]))

@@ -1,0 +1,111 @@
+"""The model on 1, 2, 3, 4 and 8 ranks against one rank: the loss and the gradient of every parameter.
+
+Covers every linear family x layout x strategy, one long document and mixed lengths, ranks without tokens included.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import layouts
+from spawn import run_ranks
+
+from longspan.models.config import ModelConfig
+from longspan.models.decoder import Decoder
+from longspan.parallel import SequenceParallel
+
+WORLD_SIZES = [1, 2, 3, 4, 8]
+TINY = dict(vocab_size=29, num_layers=2, hidden_size=8, num_heads=2, mlp_size=12, init_std=0.3, loss_chunk=7)
+MODELS = {
+    "none": dict(pattern=["linear:none", "softmax"], num_kv_heads=1),
+    "fixed": dict(pattern=["softmax", "linear:fixed"], decay_slopes="retention", tie_embeddings=True),
+    "scalar": dict(pattern=["linear:scalar", "softmax"], qk_norm=True),
+    "normalized": dict(pattern=["linear:scalar"], linear_normalize=True, feature_map="elu1"),
+}
+LENGTHS = {"one": (83,), "mixed": (1, 17, 2, 40, 5, 1, 16)}
+LAYOUTS = ["contiguous", "zigzag", "random", "holes"]
+STRATEGIES = [("lasp2", "ring"), ("lasp", "all_gather")]
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    lengths: str
+    layout: str
+    linear: str
+    softmax: str
+    dtype: torch.dtype
+
+
+def all_cases():
+    for number, model in enumerate(MODELS):
+        for lengths in LENGTHS:
+            for layout in LAYOUTS:
+                for linear, softmax in STRATEGIES:
+                    yield Case(model, lengths, layout, linear, softmax, torch.float64)
+            yield Case(model, lengths, LAYOUTS[number], *STRATEGIES[number % 2], torch.float32)
+
+
+def make_model(name, dtype):
+    torch.manual_seed(1)
+    return Decoder(ModelConfig(**TINY | MODELS[name])).to(dtype)
+
+
+def make_batch(lengths):
+    tokens = torch.randint(29, (sum(lengths),), generator=torch.Generator().manual_seed(2))
+    labels = tokens.roll(-1)
+    labels[::9] = -100
+    return tokens, labels
+
+
+def loss_and_gradients(model, tokens, labels, seq):
+    """{"loss", parameter name...: gradient}; a parameter without a gradient would let ranks fall out of step."""
+    model.zero_grad()
+    loss = model(tokens, labels, seq)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@cache
+def one_rank(model, lengths, dtype):
+    tokens, labels = make_batch(LENGTHS[lengths])
+    seq = SequenceParallel().context(LENGTHS[lengths])
+    return loss_and_gradients(make_model(model, dtype), tokens, labels, seq)
+
+
+def run_all(rank, world_size):
+    """This rank's part of every case's loss and gradients."""
+    return {case: run_one(case, rank, world_size) for case in all_cases()}
+
+
+def run_one(case, rank, world_size):
+    parallel = SequenceParallel(dist.group.WORLD, linear=case.linear, softmax=case.softmax)
+    layout = layouts(LENGTHS[case.lengths], world_size)[case.layout]
+    held = torch.from_numpy(layout.global_indices(rank))
+    tokens, labels = (x[held] for x in make_batch(LENGTHS[case.lengths]))
+    return loss_and_gradients(make_model(case.model, case.dtype), tokens, labels, parallel.context(layout))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_equals_one_rank(world_size):
+    ranks = run_ranks(run_all, world_size)
+    problems = []
+    for case in all_cases():
+        for name, wanted in one_rank(case.model, case.lengths, case.dtype).items():
+            found = sum(rank[case][name].double() for rank in ranks)
+            error = ((found - wanted.double()).norm() / wanted.double().norm()).item()
+            if not error <= TOLERANCE[case.dtype]:
+                problems.append(f"{case}: {name} is off by {error:.1e}")
+    assert not problems, f"{len(problems)} differences on {world_size} ranks\n" + "\n".join(problems)
+
+
+def test_fp32_gradients_are_right_on_one_rank():
+    """The reference of the fp32 cases against fp64 on the same parameters."""
+    for model in MODELS:
+        found, wanted = one_rank(model, "mixed", torch.float32), one_rank(model, "mixed", torch.float64)
+        for name, exact in wanted.items():
+            assert (found[name].double() - exact).norm() <= 1e-4 * exact.norm(), (model, name)

@@ -1,0 +1,95 @@
+"""The import rules of the rooms, read from the source: who may import whom, and who may touch torch.distributed."""
+
+import ast
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A room imports itself and the rooms named here.
+MAY_IMPORT = {
+    "launcher": {"models", "attention", "parallel", "kernels", "configs"},
+    "models": {"attention", "parallel", "kernels"},
+    "attention": {"parallel", "kernels"},
+    "parallel": set(),
+    "kernels": set(),
+    "configs": set(),
+}
+MAX_LINES = 600
+
+
+def python_files(*folders):
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported_names(path):
+    """Every dotted name that the file imports, anywhere in it; `from a import b` counts as a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write longspan.<room>..."
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def uses_torch_distributed(path):
+    """Whether the file imports torch.distributed or reaches it as an attribute of torch."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    attributes = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    return any(name.startswith("torch.distributed") for name in imported_names(path) | attributes)
+
+
+def within(names, *packages):
+    return {name for name in names if any(name == package or name.startswith(package + ".") for package in packages)}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_rooms_import_only_the_rooms_below_them(room):
+    for path in python_files(room):
+        used = {name.split(".")[1] for name in within(imported_names(path), "longspan") if "." in name}
+        forbidden = (used & set(MAY_IMPORT)) - MAY_IMPORT[room] - {room}
+        assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+def test_rooms_are_imported_as_parts_of_longspan():
+    for path in python_files(*MAY_IMPORT, "tests", "benchmarks"):
+        bare = within(imported_names(path), *MAY_IMPORT)
+        assert not bare, f"{path.relative_to(ROOT)} imports {bare}; write longspan.<room>..."
+
+
+def test_only_parallel_launcher_and_parallelize_touch_torch_distributed():
+    allowed = {ROOT / "models" / "parallelize.py", *python_files("parallel", "launcher")}
+    for path in set(python_files(*MAY_IMPORT)) - allowed:
+        assert not uses_torch_distributed(path), f"{path.relative_to(ROOT)} uses torch.distributed"
+
+
+def test_only_kernels_import_triton():
+    for path in set(python_files(*MAY_IMPORT)) - set(python_files("kernels")):
+        assert not within(imported_names(path), "triton"), f"{path.relative_to(ROOT)} imports triton"
+
+
+def test_no_file_is_too_long_to_read():
+    for path in python_files(*MAY_IMPORT, "tests", "benchmarks"):
+        num_lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert num_lines <= MAX_LINES, f"{path.relative_to(ROOT)} has {num_lines} lines, more than {MAX_LINES}"
+
+
+def test_ruff_has_nothing_to_say():
+    ruff = find_ruff()
+    if ruff is None:
+        pytest.skip("ruff is not installed")
+    command = [ruff, "check", "--quiet", "--no-cache", "--output-format=concise", "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def find_ruff():
+    try:
+        from ruff import find_ruff_bin
+    except ImportError:
+        return shutil.which("ruff")
+    return find_ruff_bin()
