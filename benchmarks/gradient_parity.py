@@ -13,9 +13,9 @@ import sys
 
 import torch
 import torch.distributed as dist
-from common import format_table, new_record, save
 from torch.distributed.device_mesh import init_device_mesh
 
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.launcher.config import Config
 from longspan.launcher.parsing import parse_tokens
 from longspan.models.decoder import Decoder

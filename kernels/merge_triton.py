@@ -20,18 +20,17 @@ def merge_triton(
     assert out_acc.dtype == lse_acc.dtype == lse.dtype == torch.float32, (out_acc.dtype, lse_acc.dtype, lse.dtype)
     assert out_acc.stride(-1) == out.stride(-1) == 1 and lse.shape == (num_rows, num_heads)
     assert num_rows == (rows if indexed else out_acc).shape[0] and out_acc.shape[1:] == out.shape[1:]
-    num_pairs = num_rows * num_heads
-    if num_pairs == 0:
+    if num_rows == 0:
         return
     block_dim = triton.next_power_of_2(head_dim)
-    block_pairs = max(1, 4096 // block_dim)
-    merge_kernel[(triton.cdiv(num_pairs, block_pairs),)](
+    block_rows = max(1, 4096 // block_dim)
+    merge_kernel[(triton.cdiv(num_rows, block_rows) * num_heads,)](
         out_acc,
         lse_acc,
         out,
         lse,
         rows if indexed else None,
-        num_pairs,
+        num_rows,
         num_heads,
         out_acc.stride(0),
         out_acc.stride(1),
@@ -43,19 +42,19 @@ def merge_triton(
         lse.stride(1),
         HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim,
-        BLOCK_PAIRS=block_pairs,
+        BLOCK_ROWS=block_rows,
         INDEXED=indexed,
     )
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_rows"])
 def merge_kernel(
     out_acc_ptr,
     lse_acc_ptr,
     out_ptr,
     lse_ptr,
     rows_ptr,
-    num_pairs,
+    num_rows,
     num_heads,
     out_acc_stride_row,
     out_acc_stride_head,
@@ -67,13 +66,14 @@ def merge_kernel(
     lse_stride_head,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     INDEXED: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # (row, head), head fastest
+    program = tl.program_id(0).to(tl.int64)
+    head = program % num_heads  # heads of the same rows run together: they share the cache lines of lse
+    row = program // num_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     dim = tl.arange(0, BLOCK_DIM)
-    inside = pair < num_pairs
-    row, head = pair // num_heads, pair % num_heads
+    inside = row < num_rows
     row_acc = row
     if INDEXED:
         row_acc = tl.load(rows_ptr + row, mask=inside, other=0)

@@ -90,9 +90,7 @@ def prepare(
         for kind in ("bin", "idx", "json"):
             with suppress(OSError):
                 os.unlink(f"{partial}.{kind}")
-    progress(
-        f"{prefix}: {documents:,} documents, {tokens:,} tokens (tokenizer: {encoder.name}); left out: {reader.skipped()}"
-    )
+    progress(f"{prefix}: {documents:,} documents, {tokens:,} tokens ({encoder.name}); left out: {reader.skipped()}")
     return info
 
 

@@ -1,4 +1,4 @@
-"""Plain PyTorch: any device and dtype, scores a block of queries at a time. The only back end for fp32 and fp64 on GPUs."""
+"""Plain PyTorch: any device and dtype, a block of queries at a time. The only back end for fp32 and fp64 on GPUs."""
 
 import torch
 

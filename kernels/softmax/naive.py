@@ -1,4 +1,4 @@
-"""The definition of a packed softmax call: the full masked score matrix. Differentiable; for tests and documentation."""
+"""The definition of a packed softmax call: the full masked score matrix. Differentiable; for tests and docs."""
 
 import torch
 

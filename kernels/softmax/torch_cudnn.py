@@ -113,6 +113,6 @@ def _to_BHSD(x: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _statistics_have_four_dims(device: torch.device) -> bool:
-    """Releases of PyTorch differ: LSE is [B, H, S, 1] in some and [B, H, S] in others, backward expects what forward gives."""
+    """Releases of PyTorch differ: LSE is [B, H, S, 1] or [B, H, S], and backward expects what forward gives."""
     probe = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
     return torch.ops.aten._scaled_dot_product_cudnn_attention(probe, probe, probe, None, True)[1].ndim == 4

@@ -52,7 +52,7 @@ GPU_BACKENDS = ("fa4", "cudnn", "flash", "math")
 
 
 def make_inputs(case, dtype, device="cpu", seed=0):
-    """q, k, v, dout; q, k and v are strided parts of one tensor where their lengths agree, as after a fused projection."""
+    """q, k, v, dout; q, k and v are strided parts of one tensor, as after a fused projection."""
     generator = torch.Generator().manual_seed(seed)
     (num_heads, num_kv_heads), dim = case.heads, case.head_dim
     num_q, num_k = sum(case.lengths_q), sum(case.lengths_k)

@@ -17,15 +17,19 @@ from longspan.models.decoder import Decoder
 from longspan.parallel import SequenceParallel
 
 WORLD_SIZES = [1, 2, 3, 4, 8]
-TINY = dict(vocab_size=29, num_layers=2, hidden_size=8, num_heads=2, mlp_size=12, init_std=0.3, loss_chunk=7)
+TINY = dict(vocab_size=29, hidden_size=8, num_heads=2, mlp_size=12, init_std=0.3, loss_chunk=7)
 MODELS = {
-    "none": dict(pattern=["linear:none", "softmax"], num_kv_heads=1),
-    "fixed": dict(pattern=["softmax", "linear:fixed"], decay_slopes="retention", tie_embeddings=True),
-    "scalar": dict(pattern=["linear:scalar", "softmax"], qk_norm=True),
-    "normalized": dict(pattern=["linear:scalar"], linear_normalize=True, feature_map="elu1"),
-}
+    "families": dict(
+        pattern=["linear:none", "linear:fixed", "linear:scalar", "softmax"],
+        num_layers=4, decay_slopes="retention", num_kv_heads=1, qk_norm=True,
+    ),
+    "normalized": dict(
+        pattern=["linear:scalar", "softmax"], num_layers=2, linear_normalize=True, feature_map="elu1",
+        tie_embeddings=True,
+    ),
+}  # fmt: skip
 LENGTHS = {"one": (83,), "mixed": (1, 17, 2, 40, 5, 1, 16)}
-LAYOUTS = ["contiguous", "zigzag", "random", "holes"]
+LAYOUTS = ["contiguous", "zigzag", "holes"]
 STRATEGIES = [("lasp2", "ring"), ("lasp", "all_gather")]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -41,12 +45,14 @@ class Case:
 
 
 def all_cases():
-    for number, model in enumerate(MODELS):
-        for lengths in LENGTHS:
-            for layout in LAYOUTS:
-                for linear, softmax in STRATEGIES:
-                    yield Case(model, lengths, layout, linear, softmax, torch.float64)
-            yield Case(model, lengths, LAYOUTS[number], *STRATEGIES[number % 2], torch.float32)
+    """Everything with the model of all families in fp64; the other model and fp32 take turns."""
+    for i, lengths in enumerate(LENGTHS):
+        for j, layout in enumerate(LAYOUTS):
+            for k, strategies in enumerate(STRATEGIES):
+                yield Case("families", lengths, layout, *strategies, torch.float64)
+                if (i + j + k) % 2:
+                    yield Case("normalized", lengths, layout, *strategies, torch.float64)
+                    yield Case("families", lengths, layout, *strategies, torch.float32)
 
 
 def make_model(name, dtype):
@@ -78,8 +84,8 @@ def one_rank(model, lengths, dtype):
 
 
 def run_all(rank, world_size):
-    """This rank's part of every case's loss and gradients."""
-    return {case: run_one(case, rank, world_size) for case in all_cases()}
+    """This rank's part of every case's loss and gradients, in the order of all_cases."""
+    return [run_one(case, rank, world_size) for case in all_cases()]
 
 
 def run_one(case, rank, world_size):
@@ -94,9 +100,9 @@ def run_one(case, rank, world_size):
 def test_equals_one_rank(world_size):
     ranks = run_ranks(run_all, world_size)
     problems = []
-    for case in all_cases():
+    for case, *shares in zip(all_cases(), *ranks, strict=True):
         for name, wanted in one_rank(case.model, case.lengths, case.dtype).items():
-            found = sum(rank[case][name].double() for rank in ranks)
+            found = sum(share[name].double() for share in shares)
             error = ((found - wanted.double()).norm() / wanted.double().norm()).item()
             if not error <= TOLERANCE[case.dtype]:
                 problems.append(f"{case}: {name} is off by {error:.1e}")

@@ -1,0 +1,177 @@
+"""Which checkpoint a run starts from, what is refused, and that only whole saves count."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawn import run_ranks
+from tiny_runs import start, tiny_config, train, write_corpus
+
+from longspan.launcher import checkpoint
+from longspan.launcher.agreement import decide
+from longspan.launcher.config import Config
+from longspan.launcher.errors import UserError
+from longspan.models.config import ModelConfig
+
+
+def _fake(run_dir, step, complete=True):
+    path = run_dir / "checkpoints" / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "weights").write_bytes(b"12345")
+    fields = {"step": step, "data": {"position": step}, "config": {}, "world_size": 1, "sizes": {"weights": 5}}
+    (path / "info.json").write_text(json.dumps(fields))
+    if complete:
+        (path / "complete").touch()
+    return path
+
+
+def test_auto_takes_the_newest_complete_one(tmp_path):
+    assert checkpoint.find(tmp_path, "auto") is None
+    _fake(tmp_path, 9)
+    newest = _fake(tmp_path, 10)
+    _fake(tmp_path, 100_000_000, complete=False)
+    (tmp_path / "checkpoints" / ".saving-step-00000011").mkdir()
+    info = checkpoint.find(tmp_path, "auto")
+    assert (info.path, info.step, info.data) == (newest, 10, {"position": 10})
+
+
+def test_a_path_names_a_checkpoint_or_a_run(tmp_path):
+    path = _fake(tmp_path / "old", 7)
+    for name in (path, tmp_path / "old", tmp_path / "old" / "checkpoints"):
+        assert checkpoint.find(tmp_path / "new", str(name)).step == 7
+    assert checkpoint.find(tmp_path / "new", "none") is None
+
+
+def test_missing(tmp_path):
+    with pytest.raises(UserError, match=r"checkpoint.resume=.*nowhere: no complete checkpoint there; name a folder"):
+        checkpoint.find(tmp_path, str(tmp_path / "nowhere"))
+    incomplete = _fake(tmp_path / "old", 7, complete=False)
+    with pytest.raises(UserError, match="no complete checkpoint there"):
+        checkpoint.find(tmp_path, str(incomplete))
+
+
+def test_a_run_is_never_mixed_with_its_own_later_checkpoints(tmp_path):
+    early, late = _fake(tmp_path, 5), _fake(tmp_path, 10)
+    for resume in ("none", str(early)):
+        with pytest.raises(UserError, match=rf"{late} is later than the start .*resume=auto, or choose another run.name"):
+            checkpoint.find(tmp_path, resume)
+    assert checkpoint.find(tmp_path, str(late)).step == 10
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda path: (path / "weights").write_bytes(b"123"), "weights has 3 bytes instead of 5"),
+        (lambda path: (path / "weights").unlink(), "No such file"),
+        (lambda path: (path / "info.json").write_text("{"), "JSONDecodeError"),
+        (lambda path: (path / "info.json").write_text('{"step": 3}'), "missing"),
+    ],
+)
+def test_damaged(tmp_path, damage, reason):
+    path = _fake(tmp_path, 3)
+    damage(path)
+    with pytest.raises(UserError, match=rf"{path} is damaged \(.*{reason}.*delete that folder to resume from"):
+        checkpoint.find(tmp_path, "auto")
+
+
+def test_incompatible_model(tmp_path, caplog):
+    config = Config()
+    _fake(tmp_path, 3)
+    info = checkpoint.find(tmp_path, "auto")
+    info.config["model"] = json.loads(json.dumps({name: getattr(config.model, name) for name in config.model.__slots__}))
+    checkpoint.check_model(info, config.model)
+    with pytest.raises(UserError) as error:
+        checkpoint.check_model(info, ModelConfig(hidden_size=256, pattern=["softmax"], loss_chunk=1))
+    message = str(error.value)
+    assert "model.hidden_size is 512 there and 256 here" in message and "model.pattern is" in message
+    assert "loss_chunk" not in message and "\n" not in message
+    checkpoint.check_model(info, ModelConfig(rope_scaling=4.0))
+    assert "model.rope_scaling is 1.0 there and 4.0 here" in caplog.text
+
+
+def test_saves_and_loads_on_two_ranks(tmp_path):
+    corpus = write_corpus(tmp_path)
+    found = run_ranks(_save_and_damage, 2, tmp_path, corpus, timeout=150)
+    assert found[0] == found[1]
+    steps, interrupted, unwritable, corrupt, random = found[0]
+    assert steps == ["step-00000003", "step-00000004"]  # keep_last=2
+    assert interrupted == (["step-00000003", "step-00000004"], 4)
+    assert "cannot be written" in unwritable and "disk" in unwritable
+    assert "step-00000004 is damaged" in corrupt and "\n" not in corrupt
+    assert random
+
+
+def _save_and_damage(rank, world_size, folder, corpus):
+    run = folder / "run"
+    settings = ("train.steps=4", "checkpoint.interval=1", "checkpoint.keep_last=2")
+    config = tiny_config(corpus, run, *settings)
+    train(config)
+    names = _names(run)
+
+    # A save that is interrupted before it is published leaves nothing that counts, and the next save removes it.
+    trainer = start(config)
+    publish, checkpoint._publish = checkpoint._publish, _interrupted
+    with pytest.raises(RuntimeError, match="interrupted"):
+        checkpoint.save(run, config, trainer.model, trainer.optimizer, step=5, data={})
+    checkpoint._publish = publish
+    interrupted = _names(run), decide(lambda: checkpoint.find(run, "auto").step)
+
+    # A disk that only one rank cannot write to stops all of them.
+    save, torch.save = torch.save, _full_disk if rank == 1 else torch.save
+    unwritable = _refusal(lambda: checkpoint.save(run, config, trainer.model, trainer.optimizer, step=5, data={}))
+    torch.save = save
+
+    torch.manual_seed(rank)
+    path = checkpoint.save(folder / "other", config, trainer.model, trainer.optimizer, step=1, data={})
+    expected = torch.rand(3)
+    checkpoint.load(checkpoint.read_info(path), trainer.model, trainer.optimizer)
+    random = torch.equal(torch.rand(3), expected)
+
+    if rank == 0:  # same size, other bytes: only loading finds out
+        shard = run / "checkpoints" / "step-00000004" / "__1_0.distcp"
+        shard.write_bytes(bytes(shard.stat().st_size))
+    dist.barrier()
+    corrupt = _refusal(lambda: start(config))
+    trainer.close()
+    return names, interrupted, unwritable, corrupt, random
+
+
+def _names(run):
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
+def _interrupted(*arguments):
+    raise RuntimeError("interrupted")
+
+
+def _full_disk(*arguments):
+    raise OSError(28, "No space left on device")
+
+
+def _refusal(action):
+    with pytest.raises(UserError) as error:
+        action()
+    return str(error.value)
+
+
+def test_deleting_old_checkpoints_spares_the_rest(tmp_path):
+    for step in (1, 2, 3):
+        _fake(tmp_path, step)
+    partial = tmp_path / "checkpoints" / ".saving-step-00000004"
+    shutil.copytree(_fake(tmp_path / "made", 4, complete=False), partial)
+    (partial / "rng-00000.pt").touch()
+    info = {"step": 4, "data": {}, "config": {}, "world_size": 1}
+    checkpoint._publish(partial, tmp_path / "checkpoints" / "step-00000004", dict(info), keep_last=2)
+    assert _names(tmp_path) == ["step-00000003", "step-00000004"]
+    assert checkpoint.find(tmp_path, "auto").step == 4
+
+
+def test_a_disk_that_machines_do_not_share_is_noticed(tmp_path):
+    partial = tmp_path / "checkpoints" / ".saving-step-00000004"
+    partial.mkdir(parents=True)
+    (partial / "rng-00000.pt").touch()
+    info = {"step": 4, "data": {}, "config": {}, "world_size": 2}
+    with pytest.raises(UserError, match="run.dir must be on a disk that all machines share"):
+        checkpoint._publish(partial, tmp_path / "checkpoints" / "step-00000004", info, keep_last=2)
