@@ -89,7 +89,7 @@ class Trainer:
         self._pending: deque[PendingStep] = deque()
         # On a GPU the host prepares the next step while this one runs and reads its numbers one step late.
         self._steps_in_flight = 1 if mesh.device.type == "cuda" else 0
-        self._open_outputs(start)
+        self._start, self._metrics, self._progress = start, None, None
 
     def _open_data(self) -> None:
         config, mesh = self.config, self.mesh
@@ -122,11 +122,10 @@ class Trainer:
             builder = StepBuilder(stream, self.sequence_parallel, samples=samples, **shared)
             self._validation_batches = builder.to_device(builder.build(0))
 
-    def _open_outputs(self, start: checkpoint.Info | None) -> None:
+    def _open_outputs(self) -> None:
         config, mesh = self.config, self.mesh
         environment = describe_environment(mesh)
         decide(lambda: self._write_descriptions(environment))
-        self._metrics = self._progress = None
         if mesh.is_main:
             first, steps = self.step + 1, config.train.steps
             self._metrics = MetricsWriter(self.run_dir, first_step=first, tensorboard=config.log.tensorboard)
@@ -142,9 +141,9 @@ class Trainer:
             config.train.global_batch,
             f"{config.data.seq_len:,}",
         )
-        if start is not None:
-            log.info("resumed from %s", start.path)
-            checkpoint.warn_about_data(start, config)
+        if self._start is not None:
+            log.info("resumed from %s", self._start.path)
+            checkpoint.warn_about_data(self._start, config)
 
     def _write_descriptions(self, environment: dict) -> None:
         try:
@@ -158,8 +157,9 @@ class Trainer:
         """Runs the steps that are left, with validation and checkpoints when they are due."""
         steps, log_config = self.config.train.steps, self.config.log
         if self.step >= steps:
-            log.info("nothing to do: %d of train.steps=%d steps are done", self.step, steps)
+            log.info("nothing to do: %s is step %d of train.steps=%d", self._start.path, self.step, steps)
             return
+        self._open_outputs()
         while self.step < steps:
             pending = self._train_step()
             if self._due(log_config.validation_interval):

@@ -38,7 +38,7 @@ def parallelize(
     ValueError for a setting that cannot be honoured.
     """
     if checkpointing not in CHECKPOINTING:
-        raise ValueError(f"checkpointing={checkpointing!r} is unknown; allowed: {', '.join(CHECKPOINTING)}")
+        raise ValueError(f"train.checkpointing={checkpointing!r} is unknown; allowed: {', '.join(CHECKPOINTING)}")
     if fsdp_mesh.ndim not in (1, 2):
         raise ValueError(f"fsdp_mesh has {fsdp_mesh.ndim} axes {fsdp_mesh.mesh_dim_names}; use 1 (FSDP) or 2 (HSDP)")
     if compile:

@@ -1,7 +1,7 @@
 """Linear attention in chunks (none, fixed or scalar decay): forward and hand-written backward in plain PyTorch.
 
 Notation per chunk of C tokens: G = inclusive cumulative log decay, Lambda_ij = exp(G_i - G_j) for i >= j, U = the
-chunk's own contribution to the state. States never go to memory per chunk: the sweep works in blocks of BLOCK chunks,
+chunk's own contribution to the state. States never go to memory per chunk: the sweep works in blocks of chunks,
 inside which entry states come from one small matrix product with the decay between chunks, and carries one state from
 block to block. Derivation: docs/linear-attention.md.
 
@@ -16,7 +16,9 @@ import torch
 
 from longspan.kernels.segments import CHUNK, Segments
 
-BLOCK = 64  # chunks per sweep step; bounds scratch memory at BLOCK * H * (K * V + CHUNK^2) numbers
+# Chunks per sweep step, by device type: scratch memory is a few times BLOCK * H * (K * V + CHUNK^2) numbers. A CPU wants
+# it in cache, a GPU wants few launches.
+BLOCK = {"cpu": 64, "cuda": 256}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -253,7 +255,8 @@ def _inject(states, which, segments, a, b, *, at_end=False):
 
 
 def _blocks(segments):
-    return [(a, min(a + BLOCK, segments.num_chunks)) for a in range(0, segments.num_chunks, BLOCK)]
+    step = BLOCK[segments.device.type]
+    return [(a, min(a + step, segments.num_chunks)) for a in range(0, segments.num_chunks, step)]
 
 
 def _heads_first(x, dtype):

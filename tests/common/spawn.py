@@ -19,8 +19,9 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
-# Hypothesis and pytest are what test modules import; torch is what takes seconds.
-PRELOAD = ["torch", "torch.distributed", "torch.utils.checkpoint", "numpy", "pytest", "hypothesis", "spawn"]
+# Imported once, in the process that ranks are forked from: torch and what longspan and test modules import of it takes
+# seconds. longspan itself is left to the ranks, where an error in it has a traceback.
+PRELOAD = ["torch", "torch.distributed.fsdp", "torch._dynamo", "torch.utils.checkpoint", "numpy", "pytest", "hypothesis"]
 # What is left to the other ranks after the first failure: gloo notices a closed peer at once.
 GRACE_SECONDS = 2.0
 

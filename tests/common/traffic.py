@@ -47,11 +47,12 @@ class Traffic:
         return self.bytes.total()
 
     def __enter__(self):
-        for module in (dist, distributed_c10d):
-            for name, argument in _SENT.items():
-                if original := getattr(module, name, None):
+        for name, argument in _SENT.items():
+            if original := getattr(dist, name, None):
+                counted = self._counted(name, argument, original)
+                for module in (dist, distributed_c10d):  # P2POp recognises isend by identity.
                     self._originals.append((module, name, original))
-                    setattr(module, name, self._counted(name, argument, original))
+                    setattr(module, name, counted)
         return self
 
     def __exit__(self, *_):
@@ -71,6 +72,4 @@ class Traffic:
             finally:
                 self._depth -= 1
 
-        # batch_isend_irecv recognises its operations by identity or, under some decorators, by name.
-        call.__name__ = original.__name__
         return call

@@ -55,7 +55,9 @@ def test_missing(tmp_path):
 def test_a_run_is_never_mixed_with_its_own_later_checkpoints(tmp_path):
     early, late = _fake(tmp_path, 5), _fake(tmp_path, 10)
     for resume in ("none", str(early)):
-        with pytest.raises(UserError, match=rf"{late} is later than the start .*resume=auto, or choose another run.name"):
+        with pytest.raises(
+            UserError, match=rf"{late} is later than the start .*resume=auto, or choose another run.name"
+        ):
             checkpoint.find(tmp_path, resume)
     assert checkpoint.find(tmp_path, str(late)).step == 10
 
@@ -80,7 +82,9 @@ def test_incompatible_model(tmp_path, caplog):
     config = Config()
     _fake(tmp_path, 3)
     info = checkpoint.find(tmp_path, "auto")
-    info.config["model"] = json.loads(json.dumps({name: getattr(config.model, name) for name in config.model.__slots__}))
+    info.config["model"] = json.loads(
+        json.dumps({name: getattr(config.model, name) for name in config.model.__slots__})
+    )
     checkpoint.check_model(info, config.model)
     with pytest.raises(UserError) as error:
         checkpoint.check_model(info, ModelConfig(hidden_size=256, pattern=["softmax"], loss_chunk=1))
@@ -161,6 +165,7 @@ def test_deleting_old_checkpoints_spares_the_rest(tmp_path):
         _fake(tmp_path, step)
     partial = tmp_path / "checkpoints" / ".saving-step-00000004"
     shutil.copytree(_fake(tmp_path / "made", 4, complete=False), partial)
+    (partial / "info.json").unlink()
     (partial / "rng-00000.pt").touch()
     info = {"step": 4, "data": {}, "config": {}, "world_size": 1}
     checkpoint._publish(partial, tmp_path / "checkpoints" / "step-00000004", dict(info), keep_last=2)

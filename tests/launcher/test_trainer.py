@@ -94,7 +94,7 @@ def _observe(config):
 
 def _joined(parts):
     """The tokens and labels of one sample from the parts of its SP group's ranks."""
-    return tuple(sorted((int(i), int(t), int(l)) for part in parts for i, t, l in zip(*part)))
+    return tuple(sorted((int(i), int(t), int(label)) for part in parts for i, t, label in zip(*part)))
 
 
 def _losses(run):
@@ -164,12 +164,16 @@ def test_nan_on_one_rank_stops_all_before_the_update(tmp_path):
 
 def _nan_on_rank_one(rank, world_size, folder, corpus):
     trainer = start(tiny_config(corpus, folder / "run"))
-    snapshots = []
+    next_step, snapshots = trainer.loader.next_step, []
+
+    def observed():
+        snapshots.append([parameter.full_tensor().clone() for parameter in trainer.model.parameters()])
+        return next_step()
 
     def poison(module, inputs, output):
-        snapshots.append([parameter.full_tensor().detach().clone() for parameter in trainer.model.parameters()])
         return output * math.nan if rank == 1 and trainer.step == 2 else output
 
+    trainer.loader.next_step = observed
     trainer.model.register_forward_hook(poison)
     with pytest.raises(UserError) as error:
         trainer.train()

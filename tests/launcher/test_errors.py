@@ -1,0 +1,176 @@
+"""How runs end: one line once for what a user can put right, a traceback with the rank otherwise, and nobody hangs."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from longspan.launcher.errors import UserError, main_guard
+from longspan.models.config import ModelConfig
+
+PROGRAM = """
+import os, sys
+from longspan.launcher.errors import UserError, main_guard
+from longspan.models.config import ModelConfig
+case, rank = sys.argv[1], int(os.environ["RANK"])
+with main_guard():
+    if case == "all ranks, early":
+        ModelConfig(num_heads=4, num_kv_heads=3).validate()
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if rank == 1 and case == "user error on one rank":
+        raise UserError("corpus x.bin: document 3 holds token id 999")
+    if rank == 1 and case == "crash on one rank":
+        raise RuntimeError("a broken kernel")
+    if case != "success":
+        dist.all_reduce(torch.ones(1))
+        print("not reached")
+    dist.destroy_process_group()
+"""
+LIMIT_S = 8.0  # seconds from the end of the first rank to that of the last; gloo's own limit is 30 minutes
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    path = tmp_path_factory.mktemp("program") / "program.py"
+    path.write_text(PROGRAM)
+    return path
+
+
+def _torchrun(program, case, ranks):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        program,
+        case,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
+    return done.returncode, done.stderr, [line for line in done.stderr.splitlines() if "longspan: error:" in line]
+
+
+def _environment(**extra):
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"} | extra
+
+
+def test_user_error_of_one_rank_inside_torchrun(program):
+    code, output, lines = _torchrun(program, "user error on one rank", 3)
+    assert code != 0
+    assert lines == ["longspan: error: corpus x.bin: document 3 holds token id 999"]
+    assert output.index(lines[0]) < output.index("ChildFailedError")
+    assert "not reached" not in output and "UserError" not in output
+    root_cause = output[output.index("Root Cause") :]
+    assert re.search(r"rank\s+: 1 ", root_cause)
+
+
+@pytest.mark.parametrize("case", ["all ranks, early", "user error on one rank", "crash on one rank", "success"])
+def test_every_rank_ends_by_itself(program, case, tmp_path):
+    """Without torchrun, which would kill the other ranks: each must end within seconds, with its own exit code."""
+    port, files = _free_port(), [open(tmp_path / f"{rank}", "w+") for rank in range(3)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, program, case],
+            stderr=files[rank],
+            stdout=files[rank],
+            env=_environment(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="3",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+                GLOO_SOCKET_IFNAME="lo",
+            ),  # fmt: skip
+        )
+        for rank in range(3)
+    ]
+    try:
+        ended = _wait_for(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    outputs = [Path(file.name).read_text() for file in files]
+    lines = [line for output in outputs for line in output.splitlines() if "longspan: error:" in line]
+    if case == "success":
+        assert codes == [0, 0, 0] and not lines
+        return
+    assert codes == [1, 1, 1]
+    assert max(ended) - min(ended) < LIMIT_S
+    assert len(lines) == 1, outputs
+    assert "not reached" not in "".join(outputs)
+    if case == "crash on one rank":
+        assert re.fullmatch(
+            r"longspan: error: rank 1 \(.+\) failed, all ranks stop: RuntimeError: a broken kernel", lines[0]
+        )
+        assert "Traceback" in outputs[1] and "Traceback" not in outputs[0] + outputs[2]
+    else:
+        assert "Traceback" not in "".join(outputs)
+
+
+def _wait_for(processes):
+    """When each of them ended."""
+    ended = {}
+    limit = time.monotonic() + 90
+    while len(ended) < len(processes):
+        assert time.monotonic() < limit, f"only {sorted(ended)} of {len(processes)} ranks ended"
+        for rank, process in enumerate(processes):
+            if rank not in ended and process.poll() is not None:
+                ended[rank] = time.monotonic()
+        time.sleep(0.05)
+    return ended.values()
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _output_of(action, capsys):
+    with pytest.raises(SystemExit) as stop, main_guard():
+        action()
+    assert stop.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_one_rank(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def user_error():
+        raise UserError("optim.lr=0\n  use a number above 0")
+
+    assert _output_of(user_error, capsys) == "longspan: error: optim.lr=0 use a number above 0\n"
+    ours = _output_of(ModelConfig(num_heads=4, num_kv_heads=3).validate, capsys)
+    assert ours.startswith("longspan: error: model.num_kv_heads=3") and ours.count("\n") == 1
+    theirs = _output_of(lambda: int("x"), capsys)
+    assert theirs.startswith("Traceback") and "longspan: error: rank 0 (" in theirs
+
+
+def test_a_value_error_of_a_library_called_by_us_keeps_its_traceback(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    module = {"__name__": "longspan.some_module"}
+    exec("def convert(): int('x')\ndef refuse(): raise ValueError('model.x=1: use 2')", module)
+    assert "Traceback" in _output_of(module["convert"], capsys)
+    assert _output_of(module["refuse"], capsys) == "longspan: error: model.x=1: use 2\n"
+
+
+def test_ranks_without_a_place_to_meet(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "start several ranks with torchrun" in _output_of(lambda: None, capsys)
+
+
+def test_system_exit_passes(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as stop, main_guard():
+        raise SystemExit(0)
+    assert stop.value.code == 0

@@ -1,0 +1,114 @@
+"""The numbers of a step: counted once per SP group, MFU from model FLOPs, imbalance from attention pairs."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from spawn import run_ranks
+
+from longspan.launcher import metrics
+from longspan.launcher.errors import UserError
+from longspan.launcher.progress import TrainingProgress
+from longspan.models.config import ModelConfig
+from longspan.models.flops import model_flops
+from longspan.parallel import SequenceParallel, contiguous
+from longspan.parallel.mesh import build_mesh
+
+MODEL = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, pattern=["linear", "softmax"])
+
+
+@pytest.fixture(scope="module")
+def gathered():
+    return run_ranks(_gather, 4, timeout=60)
+
+
+def _gather(rank, world_size):
+    """dp 2 x sp 2, two micro-batches each; what rank 0 would write, and what a step with a NaN says."""
+    mesh = build_mesh(sp=2, sharding="fsdp", device=torch.device("cpu"), timeout_s=60)
+    parallel = SequenceParallel(mesh.sp_group, mesh.sp_state_group)
+    documents = [[(8,), (4, 4)], [(6,), (2,)]][mesh.dp_rank]
+    batches = [SimpleNamespace(seq=parallel.context(contiguous(lengths, 2))) for lengths in documents]
+    meter = metrics.StepMeter(MODEL, mesh)
+    meter._peak_tflops = 1e-6  # as if this CPU were in the table
+    rows = []
+    for loss_sum in (torch.tensor(1.0 + rank), torch.tensor(math.nan if rank == 2 else 1.0)):
+        table = meter.gather(loss_sum, batches)
+        pending = meter.pending(7, 0.5, table, table[:, 0].sum() / 10, torch.tensor(2.0), 1.0, 3.0)
+        try:
+            rows.append(meter.resolve(pending))
+        except UserError as error:
+            rows.append(str(error))
+    return rows
+
+
+def test_counts(gathered):
+    row = gathered[0][0]
+    flops = sum(model_flops(MODEL, lengths) for lengths in ((8,), (4, 4), (6,), (2,)))
+    assert row["step"] == 7 and row["lr"] == 0.5 and row["grad_norm"] == 2.0
+    assert row["loss"] == pytest.approx((1 + 2 + 3 + 4) / 10)
+    assert row["tokens"] == 8 + 8 + 6 + 2
+    assert row["step_time_s"] == 2.0
+    assert row["tokens_per_s"] == 12.0 and row["tokens_per_s_per_gpu"] == 3.0
+    assert row["mfu"] == pytest.approx(flops / 2.0 / 4 / 1e6)
+    assert 0 < row["peak_mem_gb"] < 100
+    # Pairs by rank, contiguous halves: (10 + 10, 26 + 10), (6 + 1, 15 + 2).
+    assert row["imbalance"] == pytest.approx(36 / ((20 + 36 + 7 + 17) / 4))
+
+
+def test_every_rank_gets_the_same_numbers(gathered):
+    assert all(rows == gathered[0] for rows in gathered)
+
+
+def test_not_finite_names_rank_and_step(gathered):
+    assert gathered[3][1].startswith(
+        "the loss is nan (from rank 2) at step 7, whose update was left out: lower optim.lr"
+    )
+
+
+def test_peak_rates(monkeypatch):
+    assert metrics.peak_tflops(torch.device("cpu")) is None
+    names = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA B200": 2250,
+             "NVIDIA A100-SXM4-80GB": 312, "NVIDIA GeForce RTX 4090": None}  # fmt: skip
+    for name, rate in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert metrics.peak_tflops(torch.device("cuda", 0)) == rate
+
+
+def test_resuming_drops_what_is_to_come_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo')
+    writer = metrics.MetricsWriter(tmp_path, first_step=4, tensorboard=False)
+    writer.write({"step": 4, "loss": 0.5})
+    writer.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "loss": 0.5}\n'
+
+
+def test_a_foreign_metrics_file_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a step's JSON object"):
+        metrics.MetricsWriter(tmp_path, first_step=4, tensorboard=False)
+
+
+def test_progress_lines(capsys):
+    progress = TrainingProgress(first_step=1, steps=200, interval=10)
+    row = {
+        "loss": 3.25,
+        "tokens": 4096,
+        "step_time_s": 0.5,
+        "grad_norm": 1.5,
+        "lr": 1e-3,
+        "mfu": None,
+        "peak_mem_gb": 2.0,
+    }
+    for step in range(1, 21):
+        progress.report({"step": step} | row | ({"val_loss": 3.0} if step == 15 else {}))
+    progress.report({"step": 200} | row | {"mfu": 0.415})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/200", "10/200", "15/200", "20/200", "200/200"]
+    assert (
+        lines[1] == "step  10/200   5% | eta 0:00:00 | loss 3.2500 | grad 1.50 | lr 1.00e-03 | 8.2K tokens/s | 2.0 GB"
+    )
+    assert "val loss 3.0000" in lines[2]
+    assert "MFU 41.5%" in lines[4]

@@ -1,0 +1,187 @@
+"""parallelize: gradients are sums over ranks, whatever combination of checkpointing, compilation and sharding."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawn import run_ranks
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from longspan.models.config import ModelConfig
+from longspan.models.decay import ScalarGate
+from longspan.models.decoder import Decoder
+from longspan.models.parallelize import parallelize
+from longspan.parallel import Layout, SequenceParallel, Span
+
+CONFIG = dict(
+    vocab_size=29, num_layers=4, hidden_size=8, num_heads=2, mlp_size=12, init_std=0.3, loss_chunk=7,
+    pattern=["linear:none", "linear:fixed", "linear:scalar", "softmax"],
+)  # fmt: skip
+# name: (mesh axes, dtype of parameters, keyword arguments)
+COMBINATIONS = {
+    "fsdp": ("shard", torch.float64, {}),
+    "hsdp": ("replicate shard", torch.float64, {}),
+    "checkpointing": ("shard", torch.float64, {"checkpointing": "full"}),
+    "mixed_precision": ("shard", torch.float32, {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}),
+}
+
+
+def make_model(dtype=torch.float32, **change):
+    torch.manual_seed(1)
+    return Decoder(ModelConfig(**CONFIG | change)).to(dtype)
+
+
+def make_mesh(axes, world_size):
+    axes = tuple(axes.split())
+    shape = (world_size,) if len(axes) == 1 else (world_size // 2, 2)
+    return init_device_mesh("cpu", shape, mesh_dim_names=axes)
+
+
+def apply(model, mesh, *, checkpointing="none", compile=False, param_dtype=None, reduce_dtype=None):
+    return parallelize(
+        model, fsdp_mesh=mesh, checkpointing=checkpointing, compile=compile, param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
+    )  # fmt: skip
+
+
+def make_batch(data_rank):
+    """Every data-parallel rank has its own documents and its own number of labels."""
+    lengths = [9 + 4 * data_rank, 1, 6]
+    tokens = torch.randint(29, (sum(lengths),), generator=torch.Generator().manual_seed(data_rank))
+    labels = tokens.roll(-1)
+    labels[: 3 * data_rank] = -100
+    return tokens, labels, SequenceParallel().context(lengths)
+
+
+def worst(found, wanted):
+    """Largest relative error over parameters; NaN stays NaN."""
+    return torch.stack([relative_error(f, w) for f, w in zip(found, wanted, strict=True)]).max().item()
+
+
+def overall(found, wanted):
+    """Relative error of all gradients as one vector, for bf16: single parameters may nearly cancel."""
+    return relative_error(*(torch.cat([x.flatten() for x in gradients]) for gradients in (found, wanted))).item()
+
+
+def relative_error(found, wanted):
+    return (found.double() - wanted.double()).norm() / wanted.double().norm()
+
+
+LIMITS = {torch.float64: (1e-12, worst), torch.bfloat16: (0.15, overall)}
+
+
+def run_combinations(rank, world_size):
+    for name, (axes, dtype, kwargs) in COMBINATIONS.items():
+        if name == "hsdp" and world_size == 1:
+            continue
+        plain = make_model(dtype)
+        losses = [plain(*make_batch(data_rank)) for data_rank in range(world_size)]
+        sum(losses).backward()
+
+        model = make_model(dtype)
+        names = [n for n, _ in model.named_parameters()]
+        apply(model, make_mesh(axes, world_size), **kwargs)
+        assert [n for n, _ in model.named_parameters()] == names
+        loss = model(*make_batch(rank))
+        loss.backward()
+        assert all(p.dtype == dtype and p.grad.dtype == dtype for p in model.parameters())
+        gradients = [p.grad.full_tensor() for p in model.parameters()]
+        limit, compare = LIMITS[kwargs.get("param_dtype") or dtype]
+        error = compare(gradients, [p.grad for p in plain.parameters()])
+        assert error <= limit, f"{name}: gradients are off by {error:.1e} (limit {limit:.0e})"
+        assert abs(loss.item() - losses[rank].item()) <= limit * abs(losses[rank].item()), name
+        tokens, _, seq = make_batch(rank)
+        assert model.logits(tokens, seq).shape == (len(tokens), 29), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_gradients_are_sums_over_ranks(world_size):
+    run_ranks(run_combinations, world_size)
+
+
+def run_split_sequence(rank, world_size):
+    """Sharded parameters and a split sequence over the same two ranks; the second rank has no tokens at all."""
+    plain = make_model(torch.float64)
+    tokens, labels, seq = make_batch(0)
+    plain(tokens, labels, seq).backward()
+    parallel = SequenceParallel(dist.group.WORLD)
+    for held in (10, 16):
+        spans = [Span(0, 0, 9), Span(1, 0, 1)], [Span(2, 0, 6)]
+        spans = spans if held == 10 else (spans[0] + spans[1], [])
+        layout = Layout(seq.layout.lengths, tuple(map(tuple, spans)))
+        model = apply(make_model(torch.float64), make_mesh("shard", world_size), checkpointing="full")
+        rows = slice(0, held) if rank == 0 else slice(held, None)
+        model(tokens[rows], labels[rows], parallel.context(layout)).backward()
+        error = worst([p.grad.full_tensor() for p in model.parameters()], [p.grad for p in plain.parameters()])
+        assert error <= 1e-12, f"{held} tokens on rank 0: off by {error:.1e}"
+
+
+def test_split_sequence_and_a_rank_without_tokens():
+    run_ranks(run_split_sequence, 2)
+
+
+def run_exact_gates(rank, world_size):
+    """dt_bias and A_log take part in the bf16 model with their fp32 values, every other weight in bf16."""
+    model = make_model()
+    gate = next(module for module in model.modules() if isinstance(module, ScalarGate))
+    exact = gate.A_log.detach().clone(), gate.dt_bias.detach().clone()
+    apply(model, make_mesh("shard", world_size), param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    seen = {}
+
+    def look(module, args, output):
+        seen.update(A_log=module.A_log.detach().clone(), dt_bias=module.dt_bias.detach().clone(), a=args[0], out=output)
+
+    gate.register_forward_hook(look)
+    model(*make_batch(rank)).backward()
+    assert seen["a"].dtype == torch.bfloat16 and seen["out"].dtype == torch.float32
+    assert torch.equal(seen["A_log"], exact[0]) and torch.equal(seen["dt_bias"], exact[1])
+
+
+def test_scalar_gates_stay_exact_in_bf16():
+    run_ranks(run_exact_gates, 2)
+
+
+def run_compiled(rank, world_size):
+    """Blocks are really compiled, inside checkpoints too, and layers of one kind share their graphs."""
+    layers = {"num_layers": 6, "pattern": ["linear:fixed", "linear:fixed", "softmax"]}
+    plain = make_model(**layers)
+    plain(*make_batch(0)).backward()
+    model = apply(make_model(**layers), make_mesh("shard", world_size), checkpointing="full", compile=True)
+    model(*make_batch(0)).backward()
+    error = worst([p.grad.full_tensor() for p in model.parameters()], [p.grad for p in plain.parameters()])
+    assert error <= 1e-4, f"off by {error:.1e}"
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 8, graphs
+
+
+def test_compiled():
+    run_ranks(run_compiled, 1, timeout=300)
+
+
+def run_one_rank(rank, world_size, refusal):
+    mesh = make_mesh("shard", 1)
+    try:
+        if refusal == "mesh":
+            apply(make_model(), DeviceMesh("cpu", [[[0]]], mesh_dim_names=("a", "b", "c")))
+        else:
+            apply(make_model(), mesh, checkpointing="some")
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "refusal, message",
+    [
+        ("mesh", "fsdp_mesh has 3 axes ('a', 'b', 'c'); use 1 (FSDP) or 2 (HSDP)"),
+        ("checkpointing", "train.checkpointing='some' is unknown; allowed: none, full"),
+    ],
+)
+def test_refusals(refusal, message):
+    assert run_ranks(run_one_rank, 1, refusal) == [message]
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    from longspan.models.parallelize import compile_blocks
+
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"train.compile=true needs a C\+\+ compiler on CPU; install g\+\+"):
+        compile_blocks(make_model(), "cpu")
