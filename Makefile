@@ -31,7 +31,7 @@ help:
 train: $(INSTALLED) $(CORPUS).idx
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 launcher/train.py \
 		--config configs/quickstart.yaml --run-dir $(RUN_DIR) $(ARGS)
-	@echo 'run directory: $(RUN_DIR)   (`make train` again continues it; RUN_DIR=runs/another starts anew)'
+	@echo 'run directory: $(RUN_DIR)   (`make train` again continues it if interrupted; RUN_DIR=runs/another starts anew)'
 
 test: $(INSTALLED)
 	$(BIN)/pytest -q

@@ -82,10 +82,9 @@ class _Causal(torch.autograd.Function):
             pending = _scan(ctx.transport, plan, "backward", d_state, transitions, seq)
         which = plan.forward.which
         dq = chunked.backward_q(d_out, k, v, g, entry, which, segments, scale)
-        q_dq = (q * dq).sum(-1) if ctx.needs_input_grad[3] else None
         exit_grad = pending.wait()[0] if pending else ()
         dk, dv, dg = chunked.backward_kv(
-            d_out, q, k, v, g, q_dq, entry, which, exit_grad, plan.backward.which, segments, scale
+            d_out, q, k, v, g, entry, which, exit_grad, plan.backward.which, segments, scale, ctx.needs_input_grad[3]
         )
         dg = None if dg is None else dg.to(log_decay.dtype)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, None, None, None

@@ -1,5 +1,6 @@
 """Who holds which tokens and how they move: layouts, routes, exchanges, the state scan and the sequence context."""
 
+from longspan.parallel.balanced import balanced
 from longspan.parallel.context import SequenceContext, SequenceParallel
 from longspan.parallel.geometry import Mask, attention_pairs
 from longspan.parallel.layout import Layout, Span, contiguous, zigzag
@@ -9,5 +10,5 @@ from longspan.parallel.topology import Topology
 
 __all__ = [
     "Layout", "Mask", "Remap", "Route", "RouteTable", "SequenceContext", "SequenceParallel", "Span", "Topology",
-    "attention_pairs", "contiguous", "rebalance", "route_table", "zigzag",
+    "attention_pairs", "balanced", "contiguous", "rebalance", "route_table", "zigzag",
 ]  # fmt: skip

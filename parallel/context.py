@@ -5,11 +5,11 @@ from threading import Lock
 
 import torch
 
+from longspan.parallel.balanced import balanced
 from longspan.parallel.exchange import group_rank, group_size
 from longspan.parallel.layout import Layout, contiguous, zigzag
 
 MEMO = 16  # contexts kept per SequenceParallel: batches read ahead and validation batches
-ZIGZAG_FLOOR = 256  # tokens of the shortest document per rank and half from which mixed batches are zig-zagged
 
 
 class SequenceParallel:
@@ -90,10 +90,4 @@ class SequenceContext:
         return self._derived[key]
 
 
-def _auto(lengths, world_size: int) -> Layout:
-    """Zig-zag where documents are long enough to be cut everywhere, else contiguous: a cut costs communication."""
-    long = len(lengths) == 1 or min(lengths) >= 2 * world_size * ZIGZAG_FLOOR
-    return (zigzag if long else contiguous)(lengths, world_size)
-
-
-BASE_LAYOUTS = {"auto": _auto, "contiguous": contiguous, "zigzag": zigzag}
+BASE_LAYOUTS = {"auto": balanced, "contiguous": contiguous, "zigzag": zigzag}

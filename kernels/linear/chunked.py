@@ -16,8 +16,8 @@ import torch
 
 from longspan.kernels.segments import CHUNK, Segments
 
-# Chunks per sweep step, by device type: scratch memory is a few times BLOCK * H * (K * V + CHUNK^2) numbers. A CPU wants
-# it in cache, a GPU wants few launches.
+# Chunks per sweep step: scratch memory is a few times BLOCK * H * (K * V + CHUNK^2) numbers. A CPU wants it in cache, a
+# GPU wants few launches.
 BLOCK = {"cpu": 64, "cuda": 256}
 
 
@@ -110,22 +110,20 @@ def backward_q(d_out, k, v, log_decay, entry, which, segments: Segments, scale: 
     return segments.unpad(dq)
 
 
-def backward_kv(d_out, q, k, v, log_decay, q_dq, entry, which_entry, exit_grad, which_exit, segments: Segments, scale):
-    """dk [T, H, K], dv [T, H, V] and d_log_decay [T, H], sweeping from the last chunk down.
+def backward_kv(d_out, q, k, v, log_decay, entry, which_entry, exit_grad, which_exit, segments: Segments, scale, gate):
+    """dk [T, H, K], dv [T, H, V] and, if `gate`, d_log_decay [T, H] (else None), from the last chunk down.
 
-    q_dq: rowsum(q * dq) [T, H], or None when d_log_decay is not wanted (it comes out as None). exit_grad: gradient of
-    the state leaving each segment of `which_exit`. d_log_decay needs the chunk entry states again: they are formed from
-    one state per block.
+    exit_grad: gradient of the state leaving each segment of `which_exit`. d_log_decay needs the chunk entry states
+    again: they are formed from one state per block.
     """
     dtype = accumulation_dtype(q.dtype)
     shape = (segments.num_chunks, CHUNK, q.shape[1])
     dk = torch.empty(*shape, k.shape[2], dtype=dtype, device=q.device)
     dv = torch.empty(*shape, v.shape[2], dtype=dtype, device=q.device)
-    dg = None if q_dq is None else torch.empty(shape, dtype=dtype, device=q.device)
+    dg = torch.empty(shape, dtype=dtype, device=q.device) if gate else None
     q, k, v, d_out = segments.pad(q), segments.pad(k), segments.pad(v), segments.pad(d_out)
     g = _pad_decay(log_decay, segments)
-    if q_dq is not None:
-        q_dq = segments.pad(q_dq)
+    if gate:
         carries = _block_states(k, v, g, entry, which_entry, segments, dtype)
 
     carry = None
@@ -139,13 +137,30 @@ def backward_kv(d_out, q, k, v, log_decay, q_dq, entry, which_entry, exit_grad, 
         dk_block = (d_scores.mT @ qb).mul_(scale).add_(dk_inter)
         dv_block = (scores.mT @ dob).mul_(scale).add_(decay.weigh(kb @ exits, decay.to_end))
         dk[a:b], dv[a:b] = dk_block.transpose(1, 2), dv_block.transpose(1, 2)
-        if dg is not None:
-            states, _ = _entry_states(kb, vb, decay, carries[number], _inject(entry, which_entry, segments, a, b))
-            through = decay.total.exp() * (states * exits).sum((-1, -2)) + (kb * dk_inter).sum((-1, -2))
-            d_sum = q_dq[a:b] - (kb * dk_block).sum(-1).transpose(1, 2)
-            d_sum[:, -1] += through
-            dg[a:b] = d_sum.flip(1).cumsum(1).flip(1)
+        if gate:
+            inject = _inject(entry, which_entry, segments, a, b)
+            states, _ = _entry_states(kb, vb, decay, carries[number], inject)
+            dq_inter = decay.weigh(dob @ states.mT, decay.from_start).mul_(scale)
+            dg[a:b] = _gate_gradient(
+                scores.mul_(dob @ vb.mT).mul_(scale),
+                (qb * dq_inter).sum(-1),
+                (kb * dk_inter).sum(-1),
+                decay.total.exp() * (states * exits).sum((-1, -2)),
+            ).transpose(1, 2)
     return segments.unpad(dk), segments.unpad(dv), None if dg is None else segments.unpad(dg)
+
+
+def _gate_gradient(pairs, q_dq_inter, k_dk_inter, through):
+    """d_log_decay of one block [n, H, C]. Token t's decay lies on every path from before t to t or later: within the
+    chunk (`pairs`, what each query-key pair adds to the loss per unit of log decay), from the entry state to queries
+    at or after t, from keys before t to the exit state, and from entry to exit (`through` [n, H]).
+
+    A sum over paths; the shorter rowsum(q dq) - rowsum(k dk) subtracts large numbers and loses two digits in fp32.
+    """
+    before = torch.ones_like(pairs[0, 0]).triu(1)  # [j, t]: j < t
+    at_or_after = 1.0 - before  # [i, t]: i >= t
+    crossing = ((pairs @ before) * at_or_after).sum(-2)
+    return crossing + q_dq_inter @ at_or_after + k_dk_inter @ before + through[..., None]
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ STRATEGIES = ["lasp2", "lasp", "auto"]
 def all_cases():
     """Every family x layout x strategy on one long document and on mixed lengths; the small batches take turns."""
     for i, (family, (_, kwargs)) in enumerate(FAMILIES.items()):
-        strategies = STRATEGIES if kwargs.get("causal", True) else ["lasp2", "auto"]  # lasp passes states in causal order.
+        # lasp passes states in causal order and refuses anything else.
+        strategies = STRATEGIES if kwargs.get("causal", True) else ["lasp2", "auto"]
         for j, layout in enumerate(["contiguous", "zigzag", "random", "holes"]):
             for strategy in strategies[:-1]:
                 yield Case(family, "one", layout, strategy)
@@ -66,7 +67,7 @@ def make_inputs(family, lengths, dtype=torch.float64):
     inputs = {"q": q, "k": k, "v": normal(num_tokens, NUM_HEADS, VALUE_SIZE)}
     uniform = torch.rand(num_tokens, NUM_HEADS, generator=generator, dtype=torch.float64)
     fixed = {}
-    decay_dtype = torch.promote_types(dtype, torch.float32)  # Decays of bf16 layers come in fp32, as a gate computes them.
+    decay_dtype = torch.promote_types(dtype, torch.float32)  # A gate computes its decays in fp32, in bf16 layers too.
     if decay == "fixed":
         fixed["log_decay"] = torch.tensor([-0.001, -0.3], dtype=decay_dtype)
     elif decay == "scalar":

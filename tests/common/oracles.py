@@ -1,7 +1,7 @@
 """The definitions of linear and softmax attention, written for reading: every fast path is compared with these.
 
-Plain differentiable torch on whole (global) tensors, documents laid end to end in the order of `lengths`; call them with
-fp64 and autograd gives the gradients. Shapes as in longspan.attention: packed [T, H, D].
+Plain differentiable torch on whole (global) tensors, documents laid end to end in the order of `lengths`; called with
+fp64, autograd gives the gradients. Shapes as in longspan.attention: packed [T, H, D].
 """
 
 import torch
@@ -10,7 +10,8 @@ import torch
 def linear_attention(q, k, v, lengths, *, log_decay=None, causal=True, normalize=False, scale=None):
     """Token by token: S = exp(g_t) S + k_t v_t^T, o_t = scale S^T q_t; normalize divides by the same sum of weights.
 
-    `log_decay` is None, [H] or [T, H]; q, k: [T, H, K]; v: [T, H, V]. Without `causal` (and so without decay) every token reads its document's sum.
+    q, k: [T, H, K]; v: [T, H, V]; log_decay: None, [H] or [T, H]. Without `causal` (and so without decay) every token
+    reads its document's sum.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     num_tokens, num_heads, _ = q.shape

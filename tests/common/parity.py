@@ -1,4 +1,4 @@
-"""Run an attention function on this rank's share of seeded global inputs, and compare assembled shares with an oracle."""
+"""Run an attention function on this rank's share of seeded global inputs; compare assembled shares with an oracle."""
 
 import sys
 import traceback
@@ -10,7 +10,7 @@ from cases import LENGTHS, layouts
 
 # fp64 and fp32 are the limits of the design; errors are relative to the norm of what is expected.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
-# Gradients that vanish because terms of size 1 cancel (a 1-token document, a strong decay) are compared with this per element.
+# Gradients vanish where terms of size 1 cancel (1-token documents, strong decay): errors are relative to this at least.
 FLOOR = 0.1
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 # Imported once, in the process that ranks are forked from: torch and what longspan and test modules import of it takes
 # seconds. longspan itself is left to the ranks, where an error in it has a traceback.
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch._dynamo", "torch.utils.checkpoint", "numpy", "pytest", "hypothesis"]
+PRELOAD = ["torch", "torch._dynamo", "torch.distributed.fsdp", "numpy", "pytest", "hypothesis"]
 # What is left to the other ranks after the first failure: gloo notices a closed peer at once.
 GRACE_SECONDS = 2.0
 

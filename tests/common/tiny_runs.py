@@ -19,12 +19,12 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def write_corpus(folder: Path) -> Path:
-    """A corpus of 40 documents of 2 to 200 words."""
+def write_corpus(folder: Path, documents: int = 40) -> Path:
+    """A corpus of documents of 2 to 200 words."""
     chance = random.Random(0)
     texts = folder / "texts"
     texts.mkdir()
-    for number in range(40):
+    for number in range(documents):
         words = ("".join(chance.choices("abcdef", k=3)) for _ in range(chance.randint(2, 200)))
         (texts / f"{number:02d}.txt").write_text(" ".join(words))
     prepare([texts], folder / "corpus", progress=lambda line: None)

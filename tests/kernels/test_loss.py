@@ -51,6 +51,19 @@ def test_lower_precision(dtype, limit):
         assert (grad.double() - expected).norm() <= limit * expected.norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_on_the_gpu(dtype, limit):
+    hidden, weight, labels = make_inputs(1000, dtype, ignored=[7])
+    wanted, d_hidden, d_weight = whole(hidden, weight, labels)
+    loss = chunked_cross_entropy(hidden.cuda(), weight.cuda(), labels.cuda(), 96)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - wanted) <= 1e-5 * wanted
+    assert (hidden.grad.double() - d_hidden).norm() <= limit * d_hidden.norm()
+    assert (weight.grad.double() - d_weight).norm() <= limit * d_weight.norm()
+
+
 def test_weight_gradient_accumulates_in_fp32():
     """In bf16, a sum over many chunks would stop growing; what is left is one rounding at the end."""
     num_tokens = 2000

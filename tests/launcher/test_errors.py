@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_runs import SETTINGS, write_corpus
 
+from longspan.launcher.corpus import open_corpus
 from longspan.launcher.errors import UserError, main_guard
 from longspan.models.config import ModelConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, sys
 from longspan.launcher.errors import UserError, main_guard
@@ -44,16 +47,9 @@ def program(tmp_path_factory):
     return path
 
 
-def _torchrun(program, case, ranks):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        program,
-        case,
-    ]
+def _torchrun(program, *arguments, ranks):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launcher, program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
     return done.returncode, done.stderr, [line for line in done.stderr.splitlines() if "longspan: error:" in line]
 
@@ -63,13 +59,28 @@ def _environment(**extra):
 
 
 def test_user_error_of_one_rank_inside_torchrun(program):
-    code, output, lines = _torchrun(program, "user error on one rank", 3)
+    code, output, lines = _torchrun(program, "user error on one rank", ranks=3)
     assert code != 0
     assert lines == ["longspan: error: corpus x.bin: document 3 holds token id 999"]
     assert output.index(lines[0]) < output.index("ChildFailedError")
     assert "not reached" not in output and "UserError" not in output
     root_cause = output[output.index("Root Cause") :]
     assert re.search(r"rank\s+: 1 ", root_cause)
+
+
+def test_bad_token_met_by_the_reader_of_one_rank(tmp_path):
+    """The real program: the rank that holds the last half of the document finds its end token beyond the vocabulary."""
+    corpus = write_corpus(tmp_path, documents=1)
+    corpus.with_suffix(".json").unlink()  # which would have told the vocabulary before anything is read
+    length = int(open_corpus(corpus).lengths[0])
+    data = [f"data.corpora=[{{path: {corpus}}}]", "data.validation_fraction=0", f"data.seq_len={length}"]
+    others = ["parallel.layout=contiguous", "train.global_batch=1", "model.vocab_size=200", f"run.dir={tmp_path}/run"]
+    settings = [*SETTINGS, *data, *others]
+    code, output, lines = _torchrun(ROOT / "launcher" / "train.py", *settings, ranks=2)
+    assert code != 0
+    assert len(lines) == 1, output
+    assert "holds token id 256, outside of model.vocab_size=200" in lines[0] and "corpus.bin" in lines[0]
+    assert re.search(r"rank\s+: 1 ", output[output.index("Root Cause") :])
 
 
 @pytest.mark.parametrize("case", ["all ranks, early", "user error on one rank", "crash on one rank", "success"])

@@ -17,15 +17,19 @@ from longspan.models.decoder import Decoder
 from longspan.parallel import SequenceParallel
 
 WORLD_SIZES = [1, 2, 3, 4, 8]
-TINY = dict(vocab_size=29, hidden_size=8, num_heads=2, mlp_size=12, init_std=0.3, loss_chunk=7)
+# Positive features and a large norm_eps keep the RMSNorm of linear layers from dividing by nearly nothing: what fp32
+# has to hold to 1e-5 is then the arithmetic and not the condition of a tiny random model.
+TINY = dict(
+    vocab_size=29, hidden_size=8, num_heads=2, mlp_size=12, init_std=0.3, loss_chunk=7, feature_map="elu1",
+    norm_eps=1e-3,
+)  # fmt: skip
 MODELS = {
     "families": dict(
         pattern=["linear:none", "linear:fixed", "linear:scalar", "softmax"],
         num_layers=4, decay_slopes="retention", num_kv_heads=1, qk_norm=True,
     ),
     "normalized": dict(
-        pattern=["linear:scalar", "softmax"], num_layers=2, linear_normalize=True, feature_map="elu1",
-        tie_embeddings=True,
+        pattern=["linear:scalar", "softmax"], num_layers=2, linear_normalize=True, tie_embeddings=True,
     ),
 }  # fmt: skip
 LENGTHS = {"one": (83,), "mixed": (1, 17, 2, 40, 5, 1, 16)}
@@ -56,7 +60,7 @@ def all_cases():
 
 
 def make_model(name, dtype):
-    torch.manual_seed(1)
+    torch.manual_seed(0)
     return Decoder(ModelConfig(**TINY | MODELS[name])).to(dtype)
 
 
@@ -114,4 +118,4 @@ def test_fp32_gradients_are_right_on_one_rank():
     for model in MODELS:
         found, wanted = one_rank(model, "mixed", torch.float32), one_rank(model, "mixed", torch.float64)
         for name, exact in wanted.items():
-            assert (found[name].double() - exact).norm() <= 1e-4 * exact.norm(), (model, name)
+            assert (found[name].double() - exact).norm() <= 2e-5 * exact.norm(), (model, name)
