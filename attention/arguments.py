@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 
+from longspan.attention.recompute import recomputing
 from longspan.parallel.context import SequenceContext, SequenceParallel
 from longspan.parallel.exchange import agree, group_rank, group_size
 from longspan.parallel.layout import Layout, contiguous
@@ -35,7 +36,8 @@ def resolve(seq, layout, group, tensors, check, options, **strategies) -> Sequen
     except ValueError as problem:
         error = str(problem)
     shapes = {name: x if x is None else (tuple(x.shape[1:]), str(x.dtype)) for name, x in tensors.items()}
-    agree(error, (shapes, options, tuple(strategies.items()), error is None and hash(layout)), group)
+    if not recomputing():  # the forward pass has agreed already
+        agree(error, (shapes, options, tuple(strategies.items()), error is None and hash(layout)), group)
     first = next(iter(tensors.values()))
     return SequenceParallel(group, device=first.device, **strategies).context(layout)
 

@@ -17,10 +17,15 @@ def checkpoint_contexts():
     return _session(kept, replay=False), _session(kept, replay=True)
 
 
+def recomputing() -> bool:
+    """Whether this thread is recomputing a checkpointed layer."""
+    session = getattr(_current, "session", None)
+    return session is not None and session[1] is not None
+
+
 def recall():
     """While recomputing: what the next layer kept. Otherwise None."""
-    session = getattr(_current, "session", None)
-    return next(session[1]) if session and session[1] is not None else None
+    return next(_current.session[1]) if recomputing() else None
 
 
 def keep(value):

@@ -49,6 +49,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, schedule, backend, scale, group):
         kept = recall()
         out, lse = kept if kept is not None else keep(_forward(q, k, v, schedule, backend, scale, group))
+        out = out.detach()  # what is kept must not lead back to the graph that keeps it
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rest = schedule, backend, scale, group
         return out

@@ -25,4 +25,6 @@ def balanced(lengths, world_size: int) -> Layout:
         work, tokens, rank = min(load)
         load[rank] = work + pairs[document], tokens + lengths[document], rank
         spans[rank].append(Span(document, 0, lengths[document]))
-    return rebalance(Layout(lengths, tuple(map(tuple, spans))), Topology(1, world_size))
+    # What moves leaves from the end, where the lightest documents are.
+    even = rebalance(Layout(lengths, tuple(map(tuple, spans))), Topology(1, world_size))
+    return Layout(lengths, tuple(tuple(sorted(rank_spans)) for rank_spans in even.spans))

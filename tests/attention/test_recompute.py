@@ -1,10 +1,13 @@
 """Activation checkpointing around the attention functions repeats neither communication nor softmax attention."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
 from cases import layouts
 from spawn import run_ranks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from traffic import Traffic
@@ -154,3 +157,25 @@ def without_gradients(rank, world_size):
 
 def test_evaluation_leaves_nothing_behind():
     assert all(run_ranks(without_gradients, 2))
+
+
+@pytest.mark.parametrize("with_backward", [True, False])
+@pytest.mark.parametrize("attention", [linear_attention, softmax_attention])
+def test_what_is_kept_is_freed_with_the_block(attention, with_backward):
+    """Also when no backward pass follows, as after an error or in an evaluation that forgot no_grad."""
+    seq = SequenceParallel().context(LENGTHS)
+    x = torch.randn(sum(LENGTHS), NUM_HEADS, 4, requires_grad=True)
+    storages = []
+
+    def block(x):
+        out = attention(x, x, x, seq=seq)
+        storages.append(StorageWeakRef(out.untyped_storage()))
+        return out.square()  # Needs `out` in the backward pass, so recomputation gets this far.
+
+    loss = checkpointed(block, x).sum()
+    if with_backward:
+        loss.backward()
+    del loss
+    gc.collect()
+    assert storages
+    assert all(storage.expired() for storage in storages)
