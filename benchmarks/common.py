@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longspan.launcher.environment import commit
+
 _PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-cudnn-frontend", "numpy")
 
 
@@ -23,7 +25,7 @@ def new_record(benchmark: str, arguments: dict) -> dict:
     """The head of every result file: commit, date, versions, machine and command."""
     return {
         "benchmark": benchmark,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "arguments": arguments,
@@ -141,19 +143,6 @@ def _run_once(step, device: torch.device, group) -> list[float]:
     slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group)
     return slowest.tolist()
-
-
-def _commit() -> str:
-    """The commit of the tree this file is in; LONGSPAN_COMMIT where the tree was copied without its history."""
-
-    def git(*arguments):
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + (" with local changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LONGSPAN_COMMIT", "unknown")
 
 
 def _versions() -> dict:

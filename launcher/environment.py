@@ -45,7 +45,7 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "longspan": longspan.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
@@ -68,11 +68,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of the clone that runs, with `+changes` when files differ from it; None for an installed copy."""
+def commit() -> str | None:
+    """The commit of the clone that runs, with `+changes` when files differ from it. For a copy without its history what
+    LONGSPAN_COMMIT says, or None."""
     root = Path(longspan.__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("LONGSPAN_COMMIT")
     try:
         outputs = [
             subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=20, check=True).stdout

@@ -38,7 +38,7 @@ class ModelConfig:
         "lightning", "decay rates of linear:fixed: lightning (slower in later layers) or retention (longer memory)"
     )
     feature_map: Literal["identity", "silu", "elu1", "relu"] = setting(
-        "silu", "applied to queries and keys of linear layers; elu1 is elu(x) + 1"
+        "elu1", "applied to queries and keys of linear layers; elu1 is elu(x) + 1"
     )
     linear_normalize: bool = setting(False, "divide linear attention by the sum of its weights; needs feature_map elu1")
     rope_base: float = setting(500_000.0, "rotary base of softmax layers; larger turns the slow dimensions more slowly")
@@ -51,6 +51,9 @@ class ModelConfig:
     norm_eps: float = setting(1e-6, "added to the mean square in every RMSNorm")
     init_std: float = setting(
         0.02, "standard deviation of initial weights; less for projections into the residual stream"
+    )
+    embedding_std: float = setting(
+        0.0, "standard deviation of the initial embedding; 0 = 1, or init_std where it is also the output head"
     )
     loss_chunk: int = setting(4096, "tokens whose logits exist at once, each taking 8 to 12 B x vocab_size")
 
@@ -67,6 +70,11 @@ class ModelConfig:
         return self.mlp_size or -(-self.hidden_size * 8 // (3 * 64)) * 64
 
     @property
+    def embedding_init_std(self) -> float:
+        """Rows of unit size keep the first layers' gradients in proportion: the norm in front of them divides by it."""
+        return self.embedding_std or (self.init_std if self.tie_embeddings else 1.0)
+
+    @property
     def layer_kinds(self) -> tuple[str, ...]:
         """The kind of every layer, one of LAYER_KINDS: the pattern repeated, and cut where num_layers ends."""
         kinds = [f"linear:{self.linear_family}" if entry == "linear" else entry for entry in self.pattern]
@@ -76,7 +84,7 @@ class ModelConfig:
         """Raises ValueError in one line that names the setting, what was found and what would do."""
         for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "loss_chunk"):
             _require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in ("num_kv_heads", "head_dim", "mlp_size"):
+        for name in ("num_kv_heads", "head_dim", "mlp_size", "embedding_std"):
             _require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} is negative; use 0 to derive it")
         for name in ("norm_eps", "init_std", "rope_base"):
             _require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be greater than 0")

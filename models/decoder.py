@@ -47,11 +47,14 @@ class Decoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal weights of init_std, ones in norms; projections into the residual stream / sqrt(2 num_layers)."""
+        """Normal weights of init_std, ones in norms; projections into the residual stream / sqrt(2 num_layers); the
+        embedding of embedding_init_std."""
         std = self.config.init_std
         residual_std = std * (2 * self.config.num_layers) ** -0.5
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.embedding_init_std)
+            elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=residual_std if name.endswith((".o_proj", ".down_proj")) else std)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)

@@ -6,10 +6,10 @@ from threading import Lock
 import torch
 
 from longspan.parallel.balanced import balanced
-from longspan.parallel.exchange import group_rank, group_size
+from longspan.parallel.exchange import group_rank, group_size, to_device
 from longspan.parallel.layout import Layout, contiguous, zigzag
 
-MEMO = 16  # contexts kept per SequenceParallel: batches read ahead and validation batches
+MEMO = 4  # latest contexts kept for batches of equal lengths; each holds device memory for every local token
 
 
 class SequenceParallel:
@@ -74,7 +74,7 @@ class SequenceContext:
         self.layout, self.parallel = layout, parallel
         self.rank, self.world_size = parallel.rank, parallel.world_size
         self.num_tokens, self.num_tokens_local = layout.num_tokens, layout.tokens_per_rank[parallel.rank]
-        self.positions = torch.from_numpy(layout.positions(self.rank)).to(parallel.device)
+        self.positions = to_device(torch.from_numpy(layout.positions(self.rank)), parallel.device)
         self._derived = {}
 
     def derive(self, function, *arguments):

@@ -15,6 +15,13 @@ def group_size(group) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+def to_device(x: torch.Tensor, device) -> torch.Tensor:
+    """x on `device`. A copy to a GPU goes through pinned memory: otherwise the host would wait for all work queued."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 class Pending:
     """Communication under way; keeps its buffers alive. `wait()` returns the result."""
 

@@ -145,15 +145,22 @@ def check_lengths(lengths) -> tuple[int, ...]:
     if not lengths:
         raise ValueError("lengths is empty; a batch needs at least one document")
     for document, length in enumerate(lengths):
-        if isinstance(length, (bool, float)) or index(length) < 1:
+        if not _is_count(length):
             raise ValueError(f"document {document} has length {length!r}; lengths must be integers >= 1")
     return tuple(map(index, lengths))
 
 
 def check_world_size(world_size: int) -> int:
-    if isinstance(world_size, (bool, float)) or index(world_size) < 1:
+    if not _is_count(world_size):
         raise ValueError(f"world_size={world_size!r} must be an integer >= 1")
     return index(world_size)
+
+
+def _is_count(value) -> bool:
+    try:
+        return not isinstance(value, bool) and index(value) >= 1
+    except TypeError:
+        return False
 
 
 def join_adjacent(spans) -> tuple[Span, ...]:

@@ -8,23 +8,30 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from longspan.parallel.exchange import all_to_all_rows, group_rank, group_size
+from longspan.parallel.exchange import all_to_all_rows, group_rank, group_size, to_device
 from longspan.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
 class RouteTable:
-    """One rank's part of a route. Rows are sent in `send_rows` order, send_counts[r] of them to rank r, and the i-th
-    received row fills the places `places[i]` names: output row p is received row `source[p]`."""
+    """One rank's part of a route. Rows are sent in `send_rows` order, send_counts[r] of them to rank r; output row p is
+    received row `source[p]`. copies: the same as (output rows, received rows) in turns that name no received row twice,
+    so that sums over copies have one order."""
 
     num_rows: int  # rows this rank holds
     send_rows: torch.Tensor  # int64
     send_counts: tuple[int, ...]
     receive_counts: tuple[int, ...]
     source: torch.Tensor  # int64 [rows wanted]
+    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # int64
 
     def to(self, device) -> "RouteTable":
-        return replace(self, send_rows=self.send_rows.to(device), source=self.source.to(device))
+        return replace(
+            self,
+            send_rows=to_device(self.send_rows, device),
+            source=to_device(self.source, device),
+            copies=tuple(tuple(to_device(rows, device) for rows in turn) for turn in self.copies),
+        )
 
 
 def route_table(layout: Layout, rank: int, wanted) -> RouteTable:
@@ -52,13 +59,25 @@ def route_table(layout: Layout, rank: int, wanted) -> RouteTable:
     sent = [indices[owner[indices] == rank] for indices in map(fetched, range(layout.world_size))]
     slot = np.full(layout.num_tokens, -1, np.int64)
     slot[mine] = np.arange(len(mine))
+    source = slot[wanted[rank]]
     return RouteTable(
         layout.tokens_per_rank[rank],
         torch.from_numpy(row[np.concatenate(sent)]),
         tuple(map(len, sent)),
         counts(mine),
-        torch.from_numpy(slot[wanted[rank]]),
+        torch.from_numpy(source),
+        _turns(source),
     )
+
+
+def _turns(source) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """(places, source[places]) for the first, second, ... occurrence of every number in `source`, places ascending."""
+    order = np.argsort(source, kind="stable")
+    ordered = source[order]
+    occurrence = np.empty_like(source)
+    occurrence[order] = np.arange(len(source)) - np.searchsorted(ordered, ordered)
+    places = [np.flatnonzero(occurrence == turn) for turn in range(occurrence.max(initial=-1) + 1)]
+    return tuple((torch.from_numpy(p), torch.from_numpy(source[p])) for p in places)
 
 
 class Route:
@@ -87,8 +106,10 @@ class Route:
         """grad: [rows wanted, ...] -> [rows held, ...]; sums over copies in at least fp32, in rank order."""
         table = self._table_on(grad.device)
         dtype = torch.promote_types(grad.dtype, torch.float32)
-        back = _sum_rows(grad, table.source, sum(table.receive_counts), dtype).to(grad.dtype)
-        back = all_to_all_rows(back, table.receive_counts, table.send_counts, self.group)
+        back = grad.new_zeros(sum(table.receive_counts), *grad.shape[1:], dtype=dtype)
+        for places, rows in table.copies:
+            back[rows] += grad[places]
+        back = all_to_all_rows(back.to(grad.dtype), table.receive_counts, table.send_counts, self.group)
         result = grad.new_zeros(table.num_rows, *grad.shape[1:], dtype=dtype)
         start = 0
         for count in table.send_counts:  # rows are distinct within one rank's part, so each sum has one order
@@ -132,16 +153,3 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return ctx.route.transpose(grad), None
-
-
-def _sum_rows(x, target, num_rows, dtype):
-    """Adds row i of x to row target[i] of the result, repeats in ascending i: deterministic on every device."""
-    order = torch.argsort(target, stable=True)
-    ordered = target[order]
-    result = x.new_zeros(num_rows, *x.shape[1:], dtype=dtype)
-    first = torch.searchsorted(ordered, ordered)
-    occurrence = torch.arange(len(ordered), device=x.device) - first
-    for turn in range(int(occurrence.max()) + 1 if len(occurrence) else 0):
-        chosen = order[occurrence == turn]
-        result[target[chosen]] += x[chosen]
-    return result

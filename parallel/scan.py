@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from longspan.parallel.exchange import group_rank, start_all_gather, start_exchange
+from longspan.parallel.exchange import group_rank, start_all_gather, start_exchange, to_device
 from longspan.parallel.layout import Layout
 
 
@@ -35,13 +35,12 @@ class Link:
 class ScanPlan:
     """One rank's part of the state scan.
 
-    published: local spans this rank publishes, filled up to `num_slots` on every rank. forward, backward: chains of
-    predecessors and of successors; whole: chains over all spans of the document (attention that is not causal).
+    published: int64, local spans this rank publishes, filled up to `num_slots` on every rank. forward, backward: chains
+    of predecessors and of successors; whole: chains over all spans of the document (attention that is not causal).
     links: successive spans in which this rank takes part, in an order all ranks share.
     """
 
-    num_spans: int
-    published: tuple[int, ...]
+    published: torch.Tensor
     num_slots: int
     forward: Chains
     backward: Chains
@@ -55,10 +54,10 @@ class ScanPlan:
 
     def to(self, device) -> "ScanPlan":
         moved = {
-            name: replace(getattr(self, name), sources=getattr(self, name).sources.to(device))
+            name: replace(getattr(self, name), sources=to_device(getattr(self, name).sources, device))
             for name in ("forward", "backward", "whole")
         }
-        return replace(self, **moved)
+        return replace(self, published=to_device(self.published, device), **moved)
 
 
 def scan_plan(layout: Layout, rank: int) -> ScanPlan:
@@ -87,9 +86,8 @@ def scan_plan(layout: Layout, rank: int) -> ScanPlan:
         if document in split or any(r == rank for r, _ in spans):
             links += [(depth, document, Link(*pair)) for depth, pair in enumerate(zip(spans, spans[1:]))]
     mine = tuple(link for _, _, link in sorted(links, key=lambda x: x[:2]) if rank in (link.earlier[0], link.later[0]))
-    return ScanPlan(
-        len(layout.spans[rank]), tuple(published[rank]), num_slots, *map(_chains, (forward, backward, whole)), mine
-    )
+    mine_published = torch.tensor(published[rank], dtype=torch.int64)
+    return ScanPlan(mine_published, num_slots, *map(_chains, (forward, backward, whole)), mine)
 
 
 def _chains(chains: dict[int, list[int]]) -> Chains:
@@ -109,9 +107,8 @@ class GatherScan:
         self.sends_transition = transition is not None and direction != "backward"
         if plan.num_slots:
             payload = [state, transition] if self.sends_transition else [state]
-            slots = list(plan.published)
-            rows = torch.cat([x[slots].flatten(1) for x in payload], dim=1)
-            unused = rows.new_zeros(plan.num_slots - len(slots), rows.shape[1])  # all that is gathered is finite
+            rows = torch.cat([x.index_select(0, plan.published).flatten(1) for x in payload], dim=1)
+            unused = rows.new_zeros(plan.num_slots - len(rows), rows.shape[1])  # all that is gathered is finite
             self.pending = start_all_gather(torch.cat([rows, unused]), group)
 
     def wait(self):

@@ -29,7 +29,7 @@ def prefix_decay(log_decay, segments: Segments):
     """fp64 [T, H]: log decay from the start of the segment to each token, the token's own included. None for None."""
     if log_decay is None:
         return None
-    total = log_decay.double().cumsum(0)
+    total = log_decay.double().t().contiguous().cumsum(1).t()  # scans are fast along rows
     before = (total - log_decay.double()).index_select(0, segments.first_tokens)
     return total - before.index_select(0, segments.token_segment)
 
@@ -185,7 +185,7 @@ class _Decay:
         triangle = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=ids.device).tril()
         if g is None:
             return cls(triangle.to(dtype), None, None, None, same.to(dtype)[None], reached.to(dtype)[None], continues)
-        inclusive = g[a:b].cumsum(1).transpose(1, 2)  # [n, H, C], fp64: differences of long sums stay exact
+        inclusive = g[a:b].cumsum(-1)  # [n, H, C], fp64: differences of long sums stay exact
         total = inclusive[..., -1]
         inside = (inclusive[..., :, None] - inclusive[..., None, :]).to(dtype)
         inside = inside.masked_fill_(~triangle, -torch.inf).exp_()
@@ -275,10 +275,12 @@ def _blocks(segments):
 
 
 def _heads_first(x, dtype):
-    """[n, C, H, D] -> [n, H, C, D] in the accumulation dtype."""
-    return x.transpose(1, 2).to(dtype)
+    """[n, C, H, D] -> [n, H, C, D] in the accumulation dtype, laid out so that products over (n, H) need no copies."""
+    x = x.transpose(1, 2)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format).copy_(x)
 
 
 def _pad_decay(log_decay, segments):
-    return None if log_decay is None else segments.pad(log_decay.double())
+    """fp64 [n, H, C], contiguous; None for None."""
+    return None if log_decay is None else segments.pad(log_decay.double()).transpose(1, 2).contiguous()
 

@@ -174,15 +174,21 @@ def test_lower_precision(dtype):
     assert loss.item() == pytest.approx(exact.double()(tokens, labels, seq).item(), rel=limit)
 
 
-def test_initialisation():
-    model = Decoder(ModelConfig(num_layers=8, hidden_size=128, num_heads=4, vocab_size=500, init_std=0.1))
-    for name, parameter in model.named_parameters():
+@pytest.mark.parametrize(
+    "settings, embedding_std",
+    [({}, 1.0), ({"tie_embeddings": True}, 0.1), ({"embedding_std": 0.4}, 0.4)],
+    ids=["untied", "tied", "given"],
+)
+def test_initialisation(settings, embedding_std):
+    config = ModelConfig(num_layers=8, hidden_size=128, num_heads=4, vocab_size=500, init_std=0.1, **settings)
+    for name, parameter in Decoder(config).named_parameters():
         if name.endswith("norm.weight"):
             assert torch.equal(parameter, torch.ones_like(parameter)), name
         else:
-            scale = 0.25 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            assert parameter.std().item() == pytest.approx(0.1 * scale, rel=0.05), name
-            assert abs(parameter.mean().item()) < 0.005, name
+            std = 0.025 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.1
+            std = embedding_std if name == "embedding.weight" else std
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(parameter.mean().item()) < 0.05 * std, name
 
 
 def test_a_start_on_the_meta_device_gives_the_same_model():

@@ -8,7 +8,7 @@ from cases import random_layout
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longspan.parallel import Layout, Span, Topology, contiguous, rebalance, zigzag
+from longspan.parallel import Layout, Span, Topology, balanced, contiguous, rebalance, zigzag
 
 batches = st.lists(st.one_of(st.integers(1, 5), st.integers(1, 300)), min_size=1, max_size=10).map(tuple)
 world_sizes = st.integers(1, 9)
@@ -94,6 +94,36 @@ def test_zigzag_causal_pairs_are_nearly_equal_at_any_length(length, world_size):
 def test_zigzag_balances_causal_pairs_of_every_document(lengths, world_size):
     pairs = causal_pairs(zigzag(lengths, world_size))
     assert max(pairs) - min(pairs) <= 3 * sum(lengths)
+
+
+@quick
+@given(batches, world_sizes)
+@example((1,), 9)
+@example((1,) * 10, 4)
+@example((300, 1, 1, 1), 3)
+def test_balanced_holds_every_token_once_and_cuts_few_documents(lengths, world_size):
+    layout = balanced(lengths, world_size)
+    check_consistent(layout, lengths, world_size)
+    assert max(layout.tokens_per_rank) - min(layout.tokens_per_rank) <= 1
+    ranks = [{rank for rank, spans in enumerate(layout.spans) if document in {s.document for s in spans}}
+             for document in range(len(lengths))]  # fmt: skip
+    # The heavy ones are fewer than the ranks, and so are the moves that make tokens equal.
+    assert sum(len(holders) > 1 for holders in ranks) <= 2 * (world_size - 1)
+    assert all(list(spans) == sorted(spans) for spans in layout.spans)
+
+
+@quick
+@given(st.integers(1, 300), world_sizes)
+def test_balanced_is_zigzag_for_one_document(length, world_size):
+    assert balanced((length,), world_size) == zigzag((length,), world_size)
+
+
+def test_balanced_shares_the_attention_of_mixed_lengths():
+    rng = np.random.default_rng(0)
+    lengths = [max(1, int(length)) for length in rng.lognormal(9, 1, 64)]
+    pairs = causal_pairs(balanced(lengths, 8))
+    assert max(pairs) * 8 <= 1.25 * sum(pairs)
+    assert max(causal_pairs(contiguous(lengths, 8))) * 8 > 1.5 * sum(pairs)
 
 
 @quick
