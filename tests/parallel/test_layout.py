@@ -201,8 +201,9 @@ def test_rebalance_refuses_a_topology_of_another_size():
 @pytest.mark.parametrize("make", [contiguous, zigzag])
 @pytest.mark.parametrize(
     "lengths, world_size, found",
-    [((5, 0, 3), 2, "0"), ((-4,), 2, "-4"), ((), 2, "length|document|empty"), ((5,), 0, "0"), ((5,), -1, "-1")],
-)
+    [((5, 0, 3), 2, "0"), ((-4,), 2, "-4"), ((), 2, "length|document|empty"), ((5,), 0, "0"), ((5,), -1, "-1"),
+     (("a",), 2, "'a'"), ((5,), "b", "'b'")],
+)  # fmt: skip
 def test_bad_lengths_and_world_sizes_are_refused(make, lengths, world_size, found):
     with pytest.raises(ValueError, match=found):
         make(lengths, world_size)
