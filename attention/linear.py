@@ -5,6 +5,9 @@ it is added at the end. Backward, the gradient summaries need no forward state, 
 forward states only, is computed; dk, dv and the gate's gradient come last. Derivation: docs/linear-attention.md.
 """
 
+from dataclasses import dataclass
+from itertools import accumulate
+
 import torch
 
 from longspan.attention.arguments import pick, resolve
@@ -36,31 +39,66 @@ def linear_attention(
     options = (causal, normalize, scale, None if log_decay is None else log_decay.ndim, beta is None)
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, linear=strategy)
     transport = pick(TRANSPORTS, seq.parallel.linear, "lasp2", "linear strategy")
+    if TRANSPORTS[transport].causal_only and not causal:
+        raise ValueError(f"strategy {transport!r} passes states in causal order; with causal=False use 'lasp2'")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if normalize:
-        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    if not normalize:
+        return _attend(q, k, v, log_decay, causal, seq, scale, transport, q.dtype)
+    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    out = _attend(q, k, v, log_decay, causal, seq, scale, transport, chunked.accumulation_dtype(q.dtype))
+    return (out[..., :-1] / out[..., -1:]).to(q.dtype)
+
+
+def _attend(q, k, v, log_decay, causal, seq, scale, transport, dtype):
     if causal:
-        out = _Causal.apply(q, k, v, log_decay, seq, scale, transport)
-    else:
-        out = _Whole.apply(q, k, v, seq, scale, transport)
-    return out[..., :-1] / out[..., -1:] if normalize else out
+        return _Causal.apply(q, k, v, log_decay, seq, scale, transport, dtype)
+    return _Whole.apply(q, k, v, seq, scale, transport, dtype)
 
 
 def local_segments(layout, rank: int) -> Segments:
     """The kernels' table of this rank's spans."""
-    return Segments(layout.local_offsets(rank))
+    return Segments.of(layout.local_offsets(rank))
+
+
+@dataclass(frozen=True)
+class Linked:
+    """The spans that exchange states: their own segment table, and their tokens among the local ones (None: all)."""
+
+    segments: Segments
+    rows: torch.Tensor | None
+
+    def map(self, move) -> "Linked":
+        return Linked(self.segments.map(move), None if self.rows is None else move(self.rows))
+
+    def pick(self, x):
+        return x if x is None or self.rows is None else x.index_select(0, self.rows)
+
+    def summary(self, x, y, log_weight):
+        """Sum over each linked span of exp(log_weight_t) x_t y_t^T."""
+        return chunked.weighted_outer(self.pick(x), self.pick(y), self.pick(log_weight), self.segments)
+
+
+def linked_segments(layout, rank: int) -> Linked:
+    offsets, spans = layout.local_offsets(rank), scan_plan(layout, rank).linked
+    lengths = [offsets[n + 1] - offsets[n] for n in spans]
+    rows = None
+    if len(spans) < len(layout.spans[rank]):
+        rows = torch.cat([torch.arange(0)] + [torch.arange(offsets[n], offsets[n + 1]) for n in spans])
+    return Linked(Segments.of((0, *accumulate(lengths))), rows)
 
 
 class _Causal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, seq, scale, transport):
+    def forward(ctx, q, k, v, log_decay, seq, scale, transport, dtype):
         segments, plan = seq.derive(local_segments), seq.derive(scan_plan)
         g = None if log_decay is None else log_decay.expand(q.shape[0], q.shape[1])
         prefix, which = chunked.prefix_decay(g, segments), plan.forward.which
         kept, pending = recall(), None
         if kept is None and plan.connected:
-            state = chunked.weighted_outer(k, v, chunked.suffix_decay(g, segments), segments)
-            transition = None if g is None else chunked.segment_decay(prefix, segments).to(state.dtype)
+            linked = seq.derive(linked_segments)
+            state = linked.summary(k, v, chunked.suffix_decay(prefix, segments))
+            transition = chunked.segment_decay(linked.pick(prefix), linked.segments)
+            transition = None if transition is None else transition.to(state.dtype)
             pending = _scan(transport, plan, "forward", state, transition, seq)
         out = chunked.forward(q, k, v, g, segments, scale)
         if kept is None:
@@ -69,7 +107,7 @@ class _Causal(torch.autograd.Function):
         chunked.add_entry(out, q, prefix, entry, which, segments, scale)
         ctx.save_for_backward(q, k, v, log_decay, transitions, *entry)
         ctx.seq, ctx.scale, ctx.transport = seq, scale, transport
-        return out.to(q.dtype)
+        return out.to(dtype)
 
     @staticmethod
     def backward(ctx, d_out):
@@ -78,7 +116,7 @@ class _Causal(torch.autograd.Function):
         segments, plan, pending = seq.derive(local_segments), seq.derive(scan_plan), None
         g = None if log_decay is None else log_decay.expand(q.shape[0], q.shape[1])
         if plan.connected:
-            d_state = chunked.weighted_outer(q, d_out, chunked.prefix_decay(g, segments), segments).mul_(scale)
+            d_state = seq.derive(linked_segments).summary(q, d_out, chunked.prefix_decay(g, segments)).mul_(scale)
             pending = _scan(ctx.transport, plan, "backward", d_state, transitions, seq)
         which = plan.forward.which
         dq = chunked.backward_q(d_out, k, v, g, entry, which, segments, scale)
@@ -87,33 +125,46 @@ class _Causal(torch.autograd.Function):
             d_out, q, k, v, g, entry, which, exit_grad, plan.backward.which, segments, scale, ctx.needs_input_grad[3]
         )
         dg = None if dg is None else dg.to(log_decay.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, None, None, None, None
 
 
 class _Whole(torch.autograd.Function):
     """Every token reads the state of its whole document: both directions are one sum over the document's spans."""
 
     @staticmethod
-    def forward(ctx, q, k, v, seq, scale, transport):
-        segments, plan = seq.derive(local_segments), seq.derive(scan_plan)
+    def forward(ctx, q, k, v, seq, scale, transport, dtype):
         total = recall()
         if total is None:
-            state = chunked.weighted_outer(k, v, None, segments)
-            total = keep(_scan(transport, plan, "whole", state, None, seq).wait()[0])
+            total = keep(_start_total(k, v, seq, transport)())
         ctx.save_for_backward(q, k, v, total)
         ctx.seq, ctx.scale, ctx.transport = seq, scale, transport
-        return _read(total, q, segments, scale).to(q.dtype)
+        return _read(total, q, seq.derive(local_segments), scale).to(dtype)
 
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, total = ctx.saved_tensors
-        segments, plan = ctx.seq.derive(local_segments), ctx.seq.derive(scan_plan)
-        d_state = chunked.weighted_outer(q, d_out, None, segments).mul_(ctx.scale)
-        pending = _scan(ctx.transport, plan, "whole", d_state, None, ctx.seq)
+        segments = ctx.seq.derive(local_segments)
+        finish = _start_total(q, d_out, ctx.seq, ctx.transport)
         dq = _read(total.mT, d_out, segments, ctx.scale)
-        d_total = pending.wait()[0]
+        d_total = finish().mul_(ctx.scale)
         dk, dv = _read(d_total.mT, v, segments, 1.0), _read(d_total, k, segments, 1.0)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _start_total(x, y, seq, transport):
+    """Starts summing x_t y_t^T over whole documents; calling the result gives the sums [N, H, K, V] of local spans."""
+    state, plan = chunked.weighted_outer(x, y, None, seq.derive(local_segments)), seq.derive(scan_plan)
+    pending = None
+    if plan.connected:
+        linked = torch.cat([state[:0], *(state[span : span + 1] for span in plan.linked)])
+        pending = _scan(transport, plan, "whole", linked, None, seq)
+
+    def finish():
+        for span, total in zip(plan.whole.which, pending.wait()[0] if pending else ()):
+            state[span] = total
+        return state
+
+    return finish
 
 
 def _read(state, x, segments, scale):

@@ -6,7 +6,6 @@ the forward pass and handed back when the layer is recomputed.
 """
 
 import threading
-from contextlib import contextmanager
 
 _current = threading.local()  # backward recomputes on autograd's own threads
 
@@ -14,7 +13,7 @@ _current = threading.local()  # backward recomputes on autograd's own threads
 def checkpoint_contexts():
     """The (forward, recompute) context managers of one checkpointed call."""
     kept = []
-    return _session(kept, replay=False), _session(kept, replay=True)
+    return _Session(kept, replay=False), _Session(kept, replay=True)
 
 
 def recomputing() -> bool:
@@ -36,11 +35,15 @@ def keep(value):
     return value
 
 
-@contextmanager
-def _session(kept, *, replay):
-    outer = getattr(_current, "session", None)
-    _current.session = (kept, iter(kept) if replay else None)
-    try:
-        yield
-    finally:
-        _current.session = outer
+class _Session:
+    """Makes `kept` current while entered; a replay starts over every time, as a second backward does."""
+
+    def __init__(self, kept, *, replay):
+        self.kept, self.replay, self.outer = kept, replay, []
+
+    def __enter__(self):
+        self.outer.append(getattr(_current, "session", None))
+        _current.session = (self.kept, iter(self.kept) if self.replay else None)
+
+    def __exit__(self, *_):
+        _current.session = self.outer.pop()

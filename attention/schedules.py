@@ -46,15 +46,17 @@ class Schedule:
 
     steps: tuple[Step, ...]
 
-    def to(self, device) -> "Schedule":
-        def move(rows):
-            return rows if isinstance(rows, slice) else rows.to(device)
+    def map(self, move) -> "Schedule":
+        """The same schedule with every tensor passed through `move`."""
+
+        def rows(x):
+            return x if isinstance(x, slice) else move(x)
 
         return Schedule(tuple(
             replace(
                 step,
-                sends=tuple((peer, move(rows)) for peer, rows in step.sends),
-                calls=tuple(Call(c.pack, move(c.query_rows), move(c.key_rows)) for c in step.calls),
+                sends=tuple((peer, rows(sent)) for peer, sent in step.sends),
+                calls=tuple(Call(c.pack.map(move), rows(c.query_rows), rows(c.key_rows)) for c in step.calls),
             )
             for step in self.steps
         ))  # fmt: skip
@@ -66,7 +68,7 @@ def ring(rank: int, world_size: int) -> list[list[int]]:
 
 
 def all_gather(rank: int, world_size: int) -> list[list[int]]:
-    """Everybody's keys in one step: fewest, largest calls, and memory for all visible keys at once."""
+    """Everybody's keys in one step: fewest steps, and memory for all visible keys at once."""
     return [[peer for peer in range(world_size) if peer != rank]]
 
 

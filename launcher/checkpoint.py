@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 MARKER = "complete"
 # Model settings that the stored parameters do not depend on; all others must be those of the checkpoint.
 FREE_MODEL_SETTINGS = ("embedding_std", "init_std", "loss_chunk", "rope_base", "rope_scaling")
-DATA_ORDER_SETTINGS = ("corpora", "packing", "seq_len", "validation_fraction", "seed")
+DATA_ORDER_SETTINGS = ("data.corpora", "data.packing", "data.seq_len", "data.validation_fraction", "run.seed")
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def check_model(info: Info, model: ModelConfig) -> None:
 
 def warn_about_data(info: Info, config: Config) -> None:
     """Says which settings of the data order have changed since: the position is kept, but counts other samples."""
-    stored, wanted = info.config["data"] | info.config["run"], asdict(config.data) | asdict(config.run)
-    changed = [name for name in DATA_ORDER_SETTINGS if stored.get(name) != wanted[name]]
+    stored, wanted = info.config, asdict(config)
+    paths = [path.split(".") for path in DATA_ORDER_SETTINGS]
+    changed = [f"{section}.{name}" for section, name in paths if stored[section].get(name) != wanted[section][name]]
     if changed:
         log.warning("the data order is another one than the checkpoint's, since %s changed", ", ".join(changed))
 

@@ -115,7 +115,8 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UserErrors: one line, printed by one rank."""
 
     def error(self, message: str) -> None:
-        raise UserError(f"{self.prog}: {message}")
+        command = self.prog.removeprefix("longspan").strip()  # the line starts with longspan as it is
+        raise UserError(f"{command}: {message}" if command else message)
 
 
 def _shown(value: Any) -> str:

@@ -71,7 +71,9 @@ class ParallelConfig:
     layout: Literal["auto", "contiguous", "zigzag"] = setting("auto", "which rank holds which tokens")
     linear: Literal["auto", "lasp2", "lasp"] = setting("auto", "how states of linear attention travel between ranks")
     softmax: Literal["auto", "ring", "all_gather"] = setting("auto", "how softmax attention shares keys between ranks")
-    backend: str = setting("auto", "kernel of softmax attention; auto: the fastest that is installed and fits")
+    backend: Literal["auto", "fa4", "cudnn", "flash", "cpu", "math"] = setting(
+        "auto", "kernel of softmax attention; auto: the fastest that is installed and fits"
+    )
 
 
 @dataclass(kw_only=True, slots=True)

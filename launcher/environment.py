@@ -72,13 +72,11 @@ def commit() -> str | None:
     """The commit of the clone that runs, with `+changes` when files differ from it. For a copy without its history what
     LONGSPAN_COMMIT says, or None."""
     root = Path(longspan.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return os.environ.get("LONGSPAN_COMMIT")
     try:
         outputs = [
             subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=20, check=True).stdout
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         ]
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("LONGSPAN_COMMIT")
     return outputs[0].strip() + ("+changes" if outputs[1].strip() else "")

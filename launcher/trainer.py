@@ -132,13 +132,14 @@ class Trainer:
             self._progress = TrainingProgress(first_step=first, steps=steps, interval=config.log.interval)
         log.info("run directory: %s", self.run_dir)
         log.info(
-            "%d ranks = %d data-parallel x %d sequence-parallel on %s; %s parameters; %d samples of %s tokens a step",
+            "%d ranks = %d data-parallel x %d sequence-parallel on %s; %s parameters; %d samples of %s%s tokens a step",
             mesh.world_size,
             mesh.dp,
             mesh.sp,
             environment["device"],
             f"{self.num_parameters:,}",
             config.train.global_batch,
+            "up to " if config.data.packing == "documents" else "",
             f"{config.data.seq_len:,}",
         )
         if self._start is not None:
@@ -157,7 +158,12 @@ class Trainer:
         """Runs the steps that are left, with validation and checkpoints when they are due."""
         steps, log_config = self.config.train.steps, self.config.log
         if self.step >= steps:
-            log.info("nothing to do: %s is step %d of train.steps=%d", self._start.path, self.step, steps)
+            log.info(
+                "nothing to do: %s holds %d steps, train.steps=%d; a larger one continues it",
+                self._start.path,
+                self.step,
+                steps,
+            )
             return
         self._open_outputs()
         while self.step < steps:

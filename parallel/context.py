@@ -78,14 +78,14 @@ class SequenceContext:
         self._derived = {}
 
     def derive(self, function, *arguments):
-        """function(layout, rank, *arguments), computed once and moved to the device by its `.to(device)`.
+        """function(layout, rank, *arguments), computed once; its `.map(move)` moves its tensors to the device.
 
         `function` must be pure and `arguments` hashable: schedules, segment tables and the like.
         """
         key = function, arguments
         if key not in self._derived:
             value = function(self.layout, self.rank, *arguments)
-            self._derived[key] = value.to(self.parallel.device)
+            self._derived[key] = value.map(lambda x: to_device(x, self.parallel.device))
             self.parallel.remember(*key)
         return self._derived[key]
 

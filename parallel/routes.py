@@ -25,13 +25,10 @@ class RouteTable:
     source: torch.Tensor  # int64 [rows wanted]
     copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # int64
 
-    def to(self, device) -> "RouteTable":
-        return replace(
-            self,
-            send_rows=to_device(self.send_rows, device),
-            source=to_device(self.source, device),
-            copies=tuple(tuple(to_device(rows, device) for rows in turn) for turn in self.copies),
-        )
+    def map(self, move) -> "RouteTable":
+        """The same table with every tensor passed through `move`."""
+        copies = tuple(tuple(map(move, turn)) for turn in self.copies)
+        return replace(self, send_rows=move(self.send_rows), source=move(self.source), copies=copies)
 
 
 def route_table(layout: Layout, rank: int, wanted) -> RouteTable:
@@ -120,7 +117,7 @@ class Route:
 
     def _table_on(self, device):
         if self.table.source.device != device:
-            self.table = self.table.to(device)
+            self.table = self.table.map(lambda x: to_device(x, device))
         return self.table
 
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from longspan.parallel.exchange import group_rank, start_all_gather, start_exchange, to_device
+from longspan.parallel.exchange import group_rank, start_all_gather, start_exchange
 from longspan.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
 class Chains:
     """What one direction of the scan needs. which: local spans that something enters. sources: int64
-    [len(which), L], rows of the table of summaries (published by rank, then local) in passing order, -1 in front."""
+    [len(which), L], rows of the table of summaries (published by rank, then linked) in passing order, -1 in front."""
 
     which: tuple[int, ...]
     sources: torch.Tensor
@@ -35,11 +35,13 @@ class Link:
 class ScanPlan:
     """One rank's part of the state scan.
 
-    published: int64, local spans this rank publishes, filled up to `num_slots` on every rank. forward, backward: chains
-    of predecessors and of successors; whole: chains over all spans of the document (attention that is not causal).
-    links: successive spans in which this rank takes part, in an order all ranks share.
+    linked: local spans of documents that have several spans anywhere; only these are summarised, in this order.
+    published: int64, which of them lie on documents of several ranks, filled up to `num_slots` on every rank.
+    forward, backward: chains of predecessors and of successors; whole: chains over all spans of the document (attention
+    that is not causal). links: successive spans in which this rank takes part, in an order all ranks share.
     """
 
+    linked: tuple[int, ...]
     published: torch.Tensor
     num_slots: int
     forward: Chains
@@ -52,42 +54,42 @@ class ScanPlan:
         """Whether a state enters or leaves any span here, or this rank takes part in a collective."""
         return bool(self.num_slots or self.links)
 
-    def to(self, device) -> "ScanPlan":
+    def map(self, move) -> "ScanPlan":
+        """The same plan with every tensor passed through `move`."""
         moved = {
-            name: replace(getattr(self, name), sources=to_device(getattr(self, name).sources, device))
+            name: replace(getattr(self, name), sources=move(getattr(self, name).sources))
             for name in ("forward", "backward", "whole")
         }
-        return replace(self, published=to_device(self.published, device), **moved)
+        return replace(self, published=move(self.published), **moved)
 
 
 def scan_plan(layout: Layout, rank: int) -> ScanPlan:
     """The plan of `rank`: a pure function of the layout."""
-    documents = defaultdict(list)  # spans of each document in order, as (start, rank, local span)
-    for r, spans in enumerate(layout.spans):
-        for number, span in enumerate(spans):
-            documents[span.document].append((span.start, r, number))
-    members = {document: [(r, n) for _, r, n in sorted(spans)] for document, spans in documents.items()}
-    split = {document for document, spans in members.items() if len({r for r, _ in spans}) > 1}
+    members = defaultdict(list)  # places (rank, local span) of each document's spans, in document order
+    for _, place in sorted((span, (r, n)) for r, spans in enumerate(layout.spans) for n, span in enumerate(spans)):
+        members[layout.spans[place[0]][place[1]].document].append(place)
+    members = {document: places for document, places in members.items() if len(places) > 1}
+    split = {document for document, places in members.items() if len({r for r, _ in places}) > 1}
+    linked = [n for n, span in enumerate(layout.spans[rank]) if span.document in members]
 
-    published = [
-        [n for n, span in enumerate(spans) if span.document in split] for spans in layout.spans
-    ]
+    published = [[n for n, span in enumerate(spans) if span.document in split] for spans in layout.spans]
     num_slots = max(map(len, published))
-    row = {(r, n): r * num_slots + slot for r, spans in enumerate(published) for slot, n in enumerate(spans)}
-    first_local = layout.world_size * num_slots
+    row = {(rank, n): layout.world_size * num_slots + i for i, n in enumerate(linked)}
+    row |= {(r, n): r * num_slots + slot for r, spans in enumerate(published) for slot, n in enumerate(spans)}
 
     forward, backward, whole, links = {}, {}, {}, []
     for document in sorted(members):
-        spans = members[document]
-        rows = [row.get(place, first_local + place[1]) for place in spans]
-        for depth, (r, n) in enumerate(spans):
+        places = members[document]
+        if document not in split and places[0][0] != rank:
+            continue
+        rows = [row[place] for place in places]
+        for depth, (r, n) in enumerate(places):
             if r == rank:
                 forward[n], backward[n], whole[n] = rows[:depth], rows[:depth:-1], rows
-        if document in split or any(r == rank for r, _ in spans):
-            links += [(depth, document, Link(*pair)) for depth, pair in enumerate(zip(spans, spans[1:]))]
+        links += [(depth, document, Link(*pair)) for depth, pair in enumerate(zip(places, places[1:]))]
     mine = tuple(link for _, _, link in sorted(links, key=lambda x: x[:2]) if rank in (link.earlier[0], link.later[0]))
-    mine_published = torch.tensor(published[rank], dtype=torch.int64)
-    return ScanPlan(mine_published, num_slots, *map(_chains, (forward, backward, whole)), mine)
+    mine_published = torch.tensor([linked.index(n) for n in published[rank]], dtype=torch.int64)
+    return ScanPlan(tuple(linked), mine_published, num_slots, *map(_chains, (forward, backward, whole)), mine)
 
 
 def _chains(chains: dict[int, list[int]]) -> Chains:
@@ -100,6 +102,8 @@ def _chains(chains: dict[int, list[int]]) -> Chains:
 class GatherScan:
     """lasp2: one asynchronous all-gather of the published summaries; every rank folds what its spans need
     (LASP-2, arXiv 2502.07563). Transitions travel with the forward states and are reused backward."""
+
+    causal_only = False
 
     def __init__(self, plan, direction, state, transition, group, fold, step):
         self.chains, self.fold = getattr(plan, direction), fold
@@ -124,27 +128,29 @@ class GatherScan:
 class RingScan:
     """lasp: states passed on from span to span in document order, one hop at a time (LASP, arXiv 2404.02882)."""
 
+    causal_only = True
+
     def __init__(self, plan, direction, state, transition, group, fold, step):
-        if direction == "whole":
-            raise ValueError("strategy 'lasp' passes states in causal order; with causal=False use 'lasp2'")
+        assert direction in ("forward", "backward"), direction
         self.plan, self.backward, self.chains = plan, direction == "backward", getattr(plan, direction)
         self.state, self.transition, self.group, self.step = state, transition, group, step
 
     def wait(self):
         me, entry, sending = group_rank(self.group), {}, []
+        row = {span: i for i, span in enumerate(self.plan.linked)}
         for link in self.plan.links[::-1] if self.backward else self.plan.links:
             (source, span), (target, next_span) = (
                 (link.later, link.earlier) if self.backward else (link.earlier, link.later)
             )
             if source == me:
-                transition = None if self.transition is None else self.transition[span]
-                passed = self.step(self.state[span], transition, entry.get(span))
+                transition = None if self.transition is None else self.transition[row[span]]
+                passed = self.step(self.state[row[span]], transition, entry.get(span))
                 if target == me:
                     entry[next_span] = passed
                 else:
                     sending.append(start_exchange([(target, passed.contiguous())], [], self.group))
             else:
-                entry[next_span] = torch.empty_like(self.state[next_span])
+                entry[next_span] = torch.empty_like(self.state[row[next_span]])
                 start_exchange([], [(source, entry[next_span])], self.group).wait()
         for pending in sending:
             pending.wait()
@@ -160,8 +166,8 @@ def start_scan(transport, plan, direction, state, transition, group, *, fold, st
 
     transport: a key of TRANSPORTS. direction: "forward" (what enters a span from its predecessors), "backward" (the
     gradient that comes back from its successors) or "whole" (all spans of the document together).
-    state: [N, ...] per local span; transition: [N, ...] or None going forward, and what the forward scan returned as
-    transitions going backward. fold(states, transitions, sources) and step(state, transition, entry or None) are the
+    state: [N, ...] for the linked spans; transition: [N, ...] or None going forward, and what the forward scan returned
+    as transitions going backward. fold(states, transitions, sources) and step(state, transition, entry or None) are the
     arithmetic. entries: [len(chains.which), ...] for the chains of that direction.
     """
     return TRANSPORTS[transport](plan, direction, state, transition, group, fold, step)

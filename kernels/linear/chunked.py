@@ -34,11 +34,10 @@ def prefix_decay(log_decay, segments: Segments):
     return total - before.index_select(0, segments.token_segment)
 
 
-def suffix_decay(log_decay, segments: Segments):
-    """fp64 [T, H]: log decay from after each token to the end of its segment. None for None."""
-    if log_decay is None:
+def suffix_decay(prefix, segments: Segments):
+    """fp64 [T, H]: log decay from after each token to the end of its segment, from `prefix_decay`. None for None."""
+    if prefix is None:
         return None
-    prefix = prefix_decay(log_decay, segments)
     return segment_decay(prefix, segments).index_select(0, segments.token_segment) - prefix
 
 
@@ -270,7 +269,7 @@ def _inject(states, which, segments, a, b, *, at_end=False):
 
 
 def _blocks(segments):
-    step = BLOCK[segments.device.type]
+    step = BLOCK[segments.chunk_segment.device.type]
     return [(a, min(a + step, segments.num_chunks)) for a in range(0, segments.num_chunks, step)]
 
 

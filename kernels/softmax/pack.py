@@ -52,6 +52,14 @@ class Pack:
         for (start_q, stop_q), (start_k, stop_k) in zip(pairwise(self.cu_q), pairwise(self.cu_k), strict=True):
             yield slice(start_q, stop_q), slice(start_k, stop_k)
 
+    def map(self, move) -> "Pack":
+        """The same pack with its offsets, as tensors, passed through `move` ahead of their use."""
+        pack = Pack(self.cu_q, self.cu_k, self.causal)
+        for side, offsets in (("q", self.cu_q), ("k", self.cu_k)):
+            moved = move(torch.tensor(offsets, dtype=torch.int32))
+            pack._tensors[side, moved.device] = moved
+        return pack
+
     def cu_q_tensor(self, device: torch.device) -> torch.Tensor:
         """int32 [num_sequences + 1] on `device`, copied there once."""
         return self._tensor("q", self.cu_q, device)

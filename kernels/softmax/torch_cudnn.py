@@ -1,14 +1,14 @@
-"""cuDNN's fused attention through PyTorch, one dense call per sequence.
+"""cuDNN's fused attention through PyTorch: one dense call. Packed calls go to PyTorch's FlashAttention-2.
 
-cuDNN builds a plan for every new pair of lengths (a fraction of a second each, kept for the life of the process): right
-for one long sequence, slow for batches of ever-changing lengths.
+cuDNN builds a plan for every new pair of lengths (a fraction of a second each, kept for the life of the process), which
+one call per document of ever-changing batches would pay again and again.
 """
 
 import functools
 
 import torch
 
-from longspan.kernels.softmax import math
+from longspan.kernels.softmax import math, torch_flash
 from longspan.kernels.softmax.pack import Pack
 
 name = "cudnn"
@@ -30,13 +30,14 @@ def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if pack.num_sequences == 1:
-        return _forward_one(q, k, v, pack, scale)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    for rows_q, rows_k in pack.sequences():
-        out[rows_q], lse[rows_q] = _forward_one(q[rows_q], k[rows_k], v[rows_k], _single(pack, rows_q, rows_k), scale)
-    return out, lse
+    if pack.num_sequences > 1:
+        return torch_flash.forward(q, k, v, pack, scale)
+    if pack.max_k == 1:  # cuDNN has no plan for a single key
+        return math.forward(q, k, v, pack, scale)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        _to_BHSD(q), _to_BHSD(k), _to_BHSD(v), None, True, 0.0, pack.causal, False, scale=scale
+    )
+    return out.squeeze(0).transpose(0, 1), lse.view(q.shape[1], q.shape[0]).t()
 
 
 def backward(
@@ -49,37 +50,8 @@ def backward(
     pack: Pack,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if pack.num_sequences == 1:
-        return _backward_one(dout, q, k, v, out, lse, pack, scale)
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for rows_q, rows_k in pack.sequences():
-        dq[rows_q], dk[rows_k], dv[rows_k] = _backward_one(
-            dout[rows_q],
-            q[rows_q],
-            k[rows_k],
-            v[rows_k],
-            out[rows_q],
-            lse[rows_q],
-            _single(pack, rows_q, rows_k),
-            scale,
-        )
-    return dq, dk, dv
-
-
-def _single(pack: Pack, rows_q: slice, rows_k: slice) -> Pack:
-    return Pack((0, rows_q.stop - rows_q.start), (0, rows_k.stop - rows_k.start), pack.causal)
-
-
-def _forward_one(q, k, v, pack, scale):
-    if pack.max_k == 1:  # cuDNN has no plan for a single key
-        return math.forward(q, k, v, pack, scale)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        _to_BHSD(q), _to_BHSD(k), _to_BHSD(v), None, True, 0.0, pack.causal, False, scale=scale
-    )
-    return out.squeeze(0).transpose(0, 1), lse.view(q.shape[1], q.shape[0]).t()
-
-
-def _backward_one(dout, q, k, v, out, lse, pack, scale):
+    if pack.num_sequences > 1:
+        return torch_flash.backward(dout, q, k, v, out, lse, pack, scale)
     if pack.max_k == 1:
         return math.backward(dout, q, k, v, out, lse, pack, scale)
     # cuDNN wants the statistics contiguous and the gradient in the layout of the output.

@@ -179,3 +179,12 @@ def test_what_is_kept_is_freed_with_the_block(attention, with_backward):
     gc.collect()
     assert storages
     assert all(storage.expired() for storage in storages)
+
+
+@pytest.mark.parametrize("attention", [linear_attention, softmax_attention])
+def test_a_second_backward_recomputes_again(attention):
+    seq = SequenceParallel().context(LENGTHS)
+    x = torch.randn(sum(LENGTHS), NUM_HEADS, 4, requires_grad=True)
+    loss = checkpointed(lambda x: attention(x, x, x, seq=seq).square(), x).sum()
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)

@@ -3,7 +3,7 @@
 import random
 from functools import cache
 
-from longspan.parallel import Layout, Span, contiguous, zigzag
+from longspan.parallel import Layout, Span, balanced, contiguous, zigzag
 
 # Documents laid end to end. Chunked kernels see lengths around and beyond their chunk; primes divide nothing.
 LENGTHS = {
@@ -37,11 +37,12 @@ def random_layout(lengths, world_size, seed, empty=()):
 
 @cache
 def layouts(lengths, world_size):
-    """Named layouts of one batch: the two of the library and two that no sensible plan would choose."""
+    """Named layouts of one batch: the three of the library and two that no sensible plan would choose."""
     empty = {0, world_size // 2} if world_size > 2 else {0} if world_size == 2 else set()
     return {
         "contiguous": contiguous(lengths, world_size),
         "zigzag": zigzag(lengths, world_size),
+        "balanced": balanced(lengths, world_size),
         "random": random_layout(lengths, world_size, seed=world_size),
         "holes": random_layout(lengths, world_size, seed=100 + world_size, empty=empty),
     }

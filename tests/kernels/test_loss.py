@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import longspan.kernels.loss as loss_module
 from longspan.kernels.loss import chunked_cross_entropy
 
 VOCABULARY, HIDDEN = 11, 6
@@ -104,11 +105,15 @@ def test_only_the_gradients_asked_for(frozen):
     assert inputs[frozen].grad is None and inputs[1 - frozen].grad is not None
 
 
-def test_without_gradients():
+def test_without_gradients(monkeypatch):
+    """Evaluation forms no gradients: one product per chunk."""
     hidden, weight, labels = make_inputs(5)
+    product, calls = loss_module._product, []
+    monkeypatch.setattr(loss_module, "_product", lambda *args: (calls.append(1), product(*args))[1])
     with torch.no_grad():
         loss = chunked_cross_entropy(hidden, weight, labels, 2)
     torch.testing.assert_close(loss, whole(hidden, weight, labels)[0])
+    assert len(calls) == 3
 
 
 def test_second_backward_is_refused():

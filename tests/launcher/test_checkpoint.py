@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_incompatible_model(tmp_path, caplog):
     assert "loss_chunk" not in message and "\n" not in message
     checkpoint.check_model(info, ModelConfig(rope_scaling=4.0))
     assert "model.rope_scaling is 1.0 there and 4.0 here" in caplog.text
+
+
+def test_changes_of_the_data_order_are_named(tmp_path, caplog):
+    _fake(tmp_path, 3)
+    info, config = checkpoint.find(tmp_path, "auto"), Config()
+    info.config.update(json.loads(json.dumps(asdict(config))))
+    checkpoint.warn_about_data(info, config)
+    assert not caplog.text
+    config.data.seq_len, config.data.prefetch, config.run.seed = 512, 3, 1
+    checkpoint.warn_about_data(info, config)
+    assert "since data.seq_len, run.seed changed" in caplog.text
 
 
 def test_saves_and_loads_on_two_ranks(tmp_path):

@@ -48,11 +48,11 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        ([], "command"),
-        (["trian"], "invalid choice: 'trian'"),
+        ([], "longspan: error: the following arguments are required: command"),
+        (["trian"], "longspan: error: argument command: invalid choice: 'trian'"),
         (["train", "--seqlen", "2M"], "unknown option --seqlen: did you mean --seq-len?"),
         (["train", "--optim.lr", "1"], "unknown option --optim.lr: settings are written key=value"),
-        (["train", "--seq-len"], "--seq-len: expected one argument"),
+        (["train", "--seq-len"], "longspan: error: train: argument --seq-len: expected one argument"),
         (["train", "--seq-len", "2MB", CORPUS], "data.seq_len: expected a number of tokens"),
         (["train", "optim.lrr=1"], "did you mean optim.lr?"),
         (["train"], "data.corpora is empty"),

@@ -1,10 +1,12 @@
 """Loading settings: precedence, strict types, nearest names, every refused combination, and a lossless dump."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from longspan.kernels.softmax import BACKENDS
 from longspan.launcher.config import Config, shipped_configs
 from longspan.launcher.errors import UserError
 from longspan.launcher.parsing import parse_tokens, settings_of
@@ -82,6 +84,17 @@ def test_shipped_configs_load_and_survive_a_dump(name, tmp_path):
     assert Config.load(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.parametrize("name", shipped_configs())
+def test_shipped_runs_can_be_interrupted(name):
+    config = Config.load(name)
+    assert 0 < config.checkpoint.interval < config.train.steps
+
+
+def test_backends_are_those_of_the_kernels():
+    kind = next(setting.kind for setting in settings_of(Config()) if setting.path == "parallel.backend")
+    assert get_args(kind) == ("auto", *BACKENDS)
+
+
 def test_dump_holds_every_setting(tmp_path):
     config = load("optim.eps=1e-12", "run.name=no", "model.pattern=[softmax]", "train.compile=true", "data.seq_len=1K")
     (tmp_path / "dump.yaml").write_text(config.to_yaml())
@@ -130,6 +143,7 @@ def test_unknown_settings_of_files_and_list_items_name_the_nearest(tmp_path):
         ("train.steps='7'", "train.steps: expected an integer, found '7'"),
         ("train.compile=1", "train.compile: expected true or false, found 1"),
         ("train.dtype=fp8", "train.dtype: expected float32 | bfloat16, found 'fp8'"),
+        ("parallel.backend=fa5", "parallel.backend: expected auto | fa4 |"),
         ("data.seq_len=2MB", "data.seq_len: expected a number of tokens such as 131072, 128K or 2M, found '2MB'"),
         ("model.pattern=linear", "model.pattern: expected a list of text, found 'linear'"),
         ("model.pattern=[linear", "model.pattern=[linear is not valid YAML; expected a list of text"),

@@ -1,6 +1,7 @@
 """The trainer on 1, 2 and 4 ranks: the same run whatever the split, resumed as if never stopped, stopped by NaN."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -210,6 +211,26 @@ def _write_a_run(rank, world_size, folder):
     train(tiny_config(folder / "corpus", folder / "run", *_SHORT))
     again = train(tiny_config(folder / "corpus", folder / "run", *_SHORT))  # nothing is left to do
     assert [row["step"] for row in again] == [1, 2]
+
+
+def test_says_what_is_trained_and_when_nothing_is_left(tmp_path):
+    corpus = write_corpus(tmp_path)
+    settings = ("data.packing=documents", "train.steps=2")
+    lines = run_ranks(_messages, 1, corpus, tmp_path / "run", settings, timeout=120)[0]
+    assert any("4 samples of up to 96 tokens a step" in line for line in lines)
+    last = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert lines[-1] == f"nothing to do: {last} holds 2 steps, train.steps=2; a larger one continues it"
+
+
+def _messages(rank, world_size, corpus, run_dir, settings):
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("longspan")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    for _ in range(2):
+        train(tiny_config(corpus, run_dir, *settings))
+    return lines
 
 
 def test_schedule():

@@ -33,7 +33,7 @@ MODELS = {
     ),
 }  # fmt: skip
 LENGTHS = {"one": (83,), "mixed": (1, 17, 2, 40, 5, 1, 16)}
-LAYOUTS = ["contiguous", "zigzag", "holes"]
+LAYOUTS = ["contiguous", "zigzag", "balanced", "holes"]
 STRATEGIES = [("lasp2", "ring"), ("lasp", "all_gather")]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
