@@ -82,7 +82,7 @@ class OptimConfig:
 
     lr: float = setting(3e-4, "peak learning rate")
     min_lr_ratio: float = setting(0.1, "last learning rate as a share of the peak (cosine and linear)")
-    warmup_steps: int = setting(100, "steps of linear warm-up")
+    warmup_steps: int = setting(100, "steps of linear warm-up; a shorter run ends before the peak")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after warm-up")
     weight_decay: float = setting(0.1, "decoupled weight decay")
     beta1: float = setting(0.9, "decay of Adam's first moment")
@@ -182,11 +182,6 @@ class Config:
         for path in ("optim.beta1", "optim.beta2", "data.validation_fraction"):
             _require(0 <= self._get(path) < 1, f"{path}={self._get(path)}: use a number from 0 to below 1")
         _require(0 <= self.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.optim.min_lr_ratio}: use 0 to 1")
-        _require(
-            self.optim.warmup_steps <= self.train.steps,
-            f"optim.warmup_steps={self.optim.warmup_steps} is more than train.steps={self.train.steps}: "
-            f"use {self.train.steps} or fewer",
-        )
 
     def _validate_data(self) -> None:
         data = self.data

@@ -18,6 +18,7 @@ class Backend(Protocol):
     """What every module of this package that serves attention provides. Strided inputs are fine."""
 
     name: str
+    device_types: tuple[str, ...]
 
     def refusal(self, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why this back end cannot serve such inputs here, or None."""
@@ -50,14 +51,15 @@ BACKENDS: dict[str, ModuleType] = {backend.name: backend for backend in (fa4, to
 
 
 def choose(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> tuple[Backend, tuple[str, ...]]:
-    """The back end `name`, or for "auto" the first of BACKENDS that can serve; and why those before it could not.
+    """The back end `name`, or for "auto" the first of BACKENDS that can serve; and why earlier ones could not.
 
     Raises ValueError for an unknown name and for a named back end that cannot serve.
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; use auto, {', '.join(BACKENDS)}")
     refusals = []
-    for backend in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
+    candidates = [backend for backend in BACKENDS.values() if device_type in backend.device_types]
+    for backend in candidates if name == "auto" else (BACKENDS[name],):
         reason = backend.refusal(device_type, dtype, head_dim)
         if reason is None:
             return backend, tuple(refusals)

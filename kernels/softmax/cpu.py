@@ -5,12 +5,13 @@ import torch
 from longspan.kernels.softmax.pack import Pack
 
 name = "cpu"
+device_types = ("cpu",)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device_type != "cpu":
+    if device_type not in device_types:
         return f"runs on cpu, not on {device_type}"
     return None if dtype in _DTYPES else f"takes float32, float64 and bfloat16, not {dtype}"
 

@@ -5,6 +5,7 @@ import torch
 from longspan.kernels.softmax.pack import Pack
 
 name = "math"
+device_types = ("cpu", "cuda")
 
 # Largest score block, in elements: 256 MiB in fp32.
 _BLOCK_ELEMENTS = 1 << 26

@@ -5,10 +5,11 @@ import torch
 from longspan.kernels.softmax.pack import Pack
 
 name = "flash"
+device_types = ("cuda",)
 
 
 def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device_type != "cuda":
+    if device_type not in device_types:
         return f"runs on cuda, not on {device_type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {dtype}"

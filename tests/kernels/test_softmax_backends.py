@@ -144,7 +144,7 @@ def test_math_is_the_same_in_small_blocks(monkeypatch):
 def test_choice_on_cpu(dtype, name):
     backend, refusals = choose("auto", "cpu", dtype, 64)
     assert backend.name == name
-    assert [refusal.split(":")[0] for refusal in refusals] == list(BACKENDS)[: list(BACKENDS).index(name)]
+    assert [refusal.split(":")[0] for refusal in refusals] == (["cpu"] if name == "math" else [])  # not those for GPUs
 
 
 @pytest.mark.parametrize(

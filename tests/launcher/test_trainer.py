@@ -243,6 +243,7 @@ def test_schedule():
     assert learning_rate(optim, 1, 1) == 1.0
     optim.schedule, optim.warmup_steps = "cosine", 5
     assert learning_rate(optim, 5, 5) == 1.0
+    assert learning_rate(optim, 3, 3) == 0.6  # a run shorter than its warm-up
 
 
 def test_norms_and_biases_do_not_decay():
