@@ -74,7 +74,8 @@ def scan_plan(layout: Layout, rank: int) -> ScanPlan:
 
     published = [[n for n, span in enumerate(spans) if span.document in split] for spans in layout.spans]
     num_slots = max(map(len, published))
-    row = {(rank, n): layout.world_size * num_slots + i for i, n in enumerate(linked)}
+    position = {n: i for i, n in enumerate(linked)}
+    row = {(rank, n): layout.world_size * num_slots + i for n, i in position.items()}
     row |= {(r, n): r * num_slots + slot for r, spans in enumerate(published) for slot, n in enumerate(spans)}
 
     forward, backward, whole, links = {}, {}, {}, []
@@ -88,7 +89,7 @@ def scan_plan(layout: Layout, rank: int) -> ScanPlan:
                 forward[n], backward[n], whole[n] = rows[:depth], rows[:depth:-1], rows
         links += [(depth, document, Link(*pair)) for depth, pair in enumerate(zip(places, places[1:]))]
     mine = tuple(link for _, _, link in sorted(links, key=lambda x: x[:2]) if rank in (link.earlier[0], link.later[0]))
-    mine_published = torch.tensor([linked.index(n) for n in published[rank]], dtype=torch.int64)
+    mine_published = torch.tensor([position[n] for n in published[rank]], dtype=torch.int64)
     return ScanPlan(tuple(linked), mine_published, num_slots, *map(_chains, (forward, backward, whole)), mine)
 
 
