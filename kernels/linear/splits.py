@@ -1,0 +1,143 @@
+"""Spans cut into splits, the units the fused kernels work on in parallel: tables made once per batch.
+
+A split is a run of whole chunks of one span. State passes sum each split on its own; folds then run along the splits of
+a span (`Chains`) and give every split its entry state, so that all splits can be swept at once.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from longspan.kernels.linear.form import Spans
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Folds to run; see kernels.fold. sources, targets: int32 [N, L], -1 where nothing is read or written.
+    initial: int32 [N], row of the state each chain starts from, -1 for zero. num_out: rows written."""
+
+    sources: torch.Tensor
+    targets: torch.Tensor
+    initial: torch.Tensor
+    num_out: int
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction of time. splits: int32, the splits whose sums are needed. summary: folds the sums of a linked span
+    into one, row n for linked span n. inner: gives every split what enters it, from what enters its span (`initial`).
+    row: int32 [S], where `inner` puts what enters each split, -1 for nothing."""
+
+    splits: torch.Tensor
+    summary: Chains
+    inner: Chains
+    row: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Splits:
+    """first, length: int32 [S], tokens of each split. sum_row: int32 [S], row of its sum among `num_sums`, or -1.
+    chunk_first, chunk_length: int32 [num_chunks]; split_chunk: int32 [S], first chunk of each split.
+    forward, backward: states from earlier splits, gradients from later ones."""
+
+    first: torch.Tensor
+    length: torch.Tensor
+    sum_row: torch.Tensor
+    num_sums: int
+    chunk_first: torch.Tensor
+    chunk_length: torch.Tensor
+    split_chunk: torch.Tensor
+    forward: Direction
+    backward: Direction
+
+    @classmethod
+    def of(cls, spans: Spans, size: int, chunk: int) -> "Splits":
+        """Splits of about `size` tokens, a multiple of `chunk` (tokens): each span in equal parts of whole chunks."""
+        assert size % chunk == 0 and size > 0, (size, chunk)
+        firsts, lengths, members = [], [], []  # members: the splits of each span
+        for start, stop in zip(spans.offsets, spans.offsets[1:]):
+            chunks = -(-(stop - start) // chunk)
+            parts = -(-chunks // (size // chunk))
+            edges = [min(start + chunks * part // parts * chunk, stop) for part in range(parts + 1)]
+            members.append(range(len(firsts), len(firsts) + parts))
+            firsts += edges[:-1]
+            lengths += np.diff(edges).tolist()
+        linked = set(spans.linked)
+        summed = [split for span, splits in enumerate(members) if len(splits) > 1 or span in linked for split in splits]
+        sum_row = np.full(len(firsts), -1, np.int32)
+        sum_row[summed] = np.arange(len(summed))
+        chunk_counts = [-(-length // chunk) for length in lengths]
+        chunk_first = [first + chunk * n for first, count in zip(firsts, chunk_counts) for n in range(count)]
+        chunk_length = [
+            min(chunk, length - chunk * n) for length, count in zip(lengths, chunk_counts) for n in range(count)
+        ]
+        reverse = [splits[::-1] for splits in members]
+        return cls(
+            _int32(firsts),
+            _int32(lengths),
+            torch.from_numpy(sum_row),
+            len(summed),
+            _int32(chunk_first),
+            _int32(chunk_length),
+            _int32(np.cumsum([0, *chunk_counts])[:-1]),
+            _direction(members, sum_row, spans.linked, spans.entered),
+            _direction(reverse, sum_row, spans.linked, spans.left),
+        )
+
+    @property
+    def num_splits(self) -> int:
+        return len(self.first)
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunk_first)
+
+    def map(self, move) -> "Splits":
+        """The same tables with every tensor passed through `move`."""
+        return _map(self, move)
+
+
+def _direction(members, sum_row, linked, entered) -> Direction:
+    """members: the splits of each span in the order of passing; entered: spans that something enters."""
+    entry, rows, chains, needed = {span: row for row, span in enumerate(entered)}, {}, [], set()
+    for span, splits in enumerate(members):
+        if len(splits) == 1 and span not in entry:
+            continue
+        chain = []
+        for place, split in enumerate(splits):
+            if place or span in entry:
+                rows[split] = len(rows)
+            is_last = place == len(splits) - 1
+            chain.append((-1 if is_last else sum_row[split], rows.get(split, -1)))
+            if not is_last:
+                needed.add(split)
+        chains.append((entry.get(span, -1), chain))
+    totals = [(-1, [(sum_row[split], -1) for split in members[span]] + [(-1, n)]) for n, span in enumerate(linked)]
+    needed |= {split for span in linked for split in members[span]}
+    row = np.full(sum(map(len, members)), -1, np.int32)
+    row[list(rows)] = list(rows.values())
+    return Direction(
+        _int32(sorted(needed)), _chains(totals, len(linked)), _chains(chains, len(rows)), torch.from_numpy(row)
+    )
+
+
+def _chains(chains, num_out) -> Chains:
+    table = np.full((2, len(chains), max((len(chain) for _, chain in chains), default=0)), -1, np.int32)
+    for n, (_, chain) in enumerate(chains):
+        table[:, n, : len(chain)] = np.transpose(chain)
+    return Chains(torch.from_numpy(table[0]), torch.from_numpy(table[1]), _int32([i for i, _ in chains]), num_out)
+
+
+def _int32(values) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, np.int32).reshape(-1))
+
+
+def _map(table, move):
+    moved = {}
+    for name, value in vars(table).items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = move(value)
+        elif isinstance(value, (Direction, Chains)):
+            moved[name] = _map(value, move)
+    return replace(table, **moved)
