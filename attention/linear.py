@@ -5,15 +5,13 @@ it is added at the end. Backward, the gradient summaries need no forward state, 
 forward states only, is computed; dk, dv and the gate's gradient come last. Derivation: docs/linear-attention.md.
 """
 
-from dataclasses import dataclass
-from itertools import accumulate
-
 import torch
 
 from longspan.attention.arguments import pick, resolve
 from longspan.attention.recompute import keep, recall
-from longspan.kernels.fold import fold_scalar, step_scalar
-from longspan.kernels.linear import chunked
+from longspan.kernels.fold import fold, step
+from longspan.kernels.linear import choose_form, chunked
+from longspan.kernels.linear.form import Spans
 from longspan.kernels.segments import Segments
 from longspan.parallel.scan import TRANSPORTS, scan_plan, start_scan
 
@@ -23,109 +21,95 @@ def linear_attention(
     q, k, v, *, log_decay=None, beta=None, causal=True, normalize=False, scale=None, layout=None, group=None,
     strategy="auto", seq=None,
 ):  # fmt: skip
-    """S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t, from S = 0 at each document's start.
+    """S_t = decay_t S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t, from S = 0 at each document's start.
 
     q, k: [T, H, K]; v: [T, H, V]: this rank's tokens in the order of `layout`, one floating dtype; returns [T, H, V] in
     it. fp64 is computed and sent in fp64, everything else in fp32. scale defaults to K**-0.5.
-    log_decay: None, [H] (fixed, without gradient) or [T, H], values <= 0. causal=False: every token reads its whole
-    document's state (no decay). normalize: divides by scale * q_t^T sum(k), as with positive feature maps.
-    layout, group: a Layout and its process group (None: one rank, by default one document). strategy: auto, lasp2 or
-    lasp. seq: a SequenceContext instead of those three. Raises ValueError, on all ranks, for what does not fit.
+    log_decay: None, [H] (fixed, without gradient), [T, H] or [T, H, K] (per key channel), values <= 0.
+    beta: None or [T, H]: the delta rule, S_t = D S_{t-1} + beta_t k_t (v_t - (D S_{t-1})^T k_t)^T with D = decay_t, for
+    keys of norm at most 1. causal=False: every token reads its whole document's state (no decay, no beta).
+    normalize: divides by scale * q_t^T sum(k), as with positive feature maps.
+    layout, group: a Layout and its process group (None: one rank, by default one document). strategy: auto or a name in
+    parallel.scan.TRANSPORTS. seq: a SequenceContext instead of those three. Raises ValueError, on all ranks, for what
+    does not fit.
     """
 
     def check():
         _check(q, k, v, log_decay, beta, causal)
 
     options = (causal, normalize, scale, None if log_decay is None else log_decay.ndim, beta is None)
+    if normalize and beta is not None:
+        raise ValueError("normalize does not go with beta: the delta rule's weights do not add up to a sum of keys")
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, linear=strategy)
     transport = pick(TRANSPORTS, seq.parallel.linear, "lasp2", "linear strategy")
     if TRANSPORTS[transport].causal_only and not causal:
         raise ValueError(f"strategy {transport!r} passes states in causal order; with causal=False use 'lasp2'")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not normalize:
-        return _attend(q, k, v, log_decay, causal, seq, scale, transport, q.dtype)
+        return _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, q.dtype)
     v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-    out = _attend(q, k, v, log_decay, causal, seq, scale, transport, chunked.accumulation_dtype(q.dtype))
+    out = _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, chunked.accumulation_dtype(q.dtype))
     return (out[..., :-1] / out[..., -1:]).to(q.dtype)
 
 
-def _attend(q, k, v, log_decay, causal, seq, scale, transport, dtype):
+def _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, dtype):
     if causal:
-        return _Causal.apply(q, k, v, log_decay, seq, scale, transport, dtype)
+        form = choose_form(q, log_decay, beta)
+        return _Causal.apply(q, k, v, log_decay, beta, form, seq, scale, transport, dtype)
     return _Whole.apply(q, k, v, seq, scale, transport, dtype)
 
 
-def local_segments(layout, rank: int) -> Segments:
-    """The kernels' table of this rank's spans."""
-    return Segments.of(layout.local_offsets(rank))
-
-
-@dataclass(frozen=True)
-class Linked:
-    """The spans that exchange states: their own segment table, and their tokens among the local ones (None: all)."""
-
-    segments: Segments
-    rows: torch.Tensor | None
-
-    def map(self, move) -> "Linked":
-        return Linked(self.segments.map(move), None if self.rows is None else move(self.rows))
-
-    def pick(self, x):
-        return x if x is None or self.rows is None else x.index_select(0, self.rows)
-
-    def summary(self, x, y, log_weight):
-        """Sum over each linked span of exp(log_weight_t) x_t y_t^T."""
-        return chunked.weighted_outer(self.pick(x), self.pick(y), self.pick(log_weight), self.segments)
-
-
-def linked_segments(layout, rank: int) -> Linked:
-    offsets, spans = layout.local_offsets(rank), scan_plan(layout, rank).linked
-    lengths = [offsets[n + 1] - offsets[n] for n in spans]
-    rows = None
-    if len(spans) < len(layout.spans[rank]):
-        rows = torch.cat([torch.arange(0)] + [torch.arange(offsets[n], offsets[n + 1]) for n in spans])
-    return Linked(Segments.of((0, *accumulate(lengths))), rows)
+def local_tables(layout, rank: int, make, *sizes):
+    """The kernels' tables of this rank's spans: make(spans, *sizes)."""
+    plan = scan_plan(layout, rank)
+    spans = Spans(tuple(layout.local_offsets(rank)), plan.linked, plan.forward.which, plan.backward.which)
+    return make(spans, *sizes)
 
 
 class _Causal(torch.autograd.Function):
+    """The schedule of every causal family; `form` (kernels.linear.form) does the arithmetic."""
+
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, seq, scale, transport, dtype):
-        segments, plan = seq.derive(local_segments), seq.derive(scan_plan)
-        g = None if log_decay is None else log_decay.expand(q.shape[0], q.shape[1])
-        prefix, which = chunked.prefix_decay(g, segments), plan.forward.which
+    def forward(ctx, q, k, v, log_decay, beta, form, seq, scale, transport, dtype):
+        work, plan = _local(form, seq, q, k, v, log_decay, beta, scale), seq.derive(scan_plan)
         kept, pending = recall(), None
         if kept is None and plan.connected:
-            linked = seq.derive(linked_segments)
-            state = linked.summary(k, v, chunked.suffix_decay(prefix, segments))
-            transition = chunked.segment_decay(linked.pick(prefix), linked.segments)
-            transition = None if transition is None else transition.to(state.dtype)
-            pending = _scan(transport, plan, "forward", state, transition, seq)
-        out = chunked.forward(q, k, v, g, segments, scale)
+            pending = _scan(transport, plan, "forward", *work.summary(), seq)
+        work.ahead()
         if kept is None:
-            kept = keep(pending.wait() if pending else ((), None))
+            kept = keep(pending.wait() if pending else (_nothing(q, v), None))
         entry, transitions = kept
-        chunked.add_entry(out, q, prefix, entry, which, segments, scale)
-        ctx.save_for_backward(q, k, v, log_decay, transitions, *entry)
-        ctx.seq, ctx.scale, ctx.transport = seq, scale, transport
-        return out.to(dtype)
+        out, saved = work.output(entry, dtype)
+        ctx.save_for_backward(q, k, v, log_decay, beta, transitions, *saved)
+        ctx.form, ctx.seq, ctx.scale, ctx.transport = form, seq, scale, transport
+        return out
 
     @staticmethod
     def backward(ctx, d_out):
-        q, k, v, log_decay, transitions, *entry = ctx.saved_tensors
-        seq, scale = ctx.seq, ctx.scale
-        segments, plan, pending = seq.derive(local_segments), seq.derive(scan_plan), None
-        g = None if log_decay is None else log_decay.expand(q.shape[0], q.shape[1])
+        q, k, v, log_decay, beta, transitions, *saved = ctx.saved_tensors
+        work, plan = _local(ctx.form, ctx.seq, q, k, v, log_decay, beta, ctx.scale), ctx.seq.derive(scan_plan)
+        pending = None
+        work.start_backward(saved, d_out, gate=ctx.needs_input_grad[3])
         if plan.connected:
-            d_state = seq.derive(linked_segments).summary(q, d_out, chunked.prefix_decay(g, segments)).mul_(scale)
-            pending = _scan(ctx.transport, plan, "backward", d_state, transitions, seq)
-        which = plan.forward.which
-        dq = chunked.backward_q(d_out, k, v, g, entry, which, segments, scale)
-        exit_grad = pending.wait()[0] if pending else ()
-        dk, dv, dg = chunked.backward_kv(
-            d_out, q, k, v, g, entry, which, exit_grad, plan.backward.which, segments, scale, ctx.needs_input_grad[3]
-        )
-        dg = None if dg is None else dg.to(log_decay.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, None, None, None, None
+            if transitions is not None and transitions.ndim == 4:
+                transitions = transitions.mT
+            pending = _scan(ctx.transport, plan, "backward", work.gradient_summary(), transitions, ctx.seq)
+        work.gradient_ahead()
+        exit_grad = pending.wait()[0] if pending else _nothing(q, v)
+        grads = work.gradients(exit_grad)
+        inputs = (q, k, v, log_decay, beta)
+        grads = (None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+        return *grads, None, None, None, None, None
+
+
+def _local(form, seq, q, k, v, log_decay, beta, scale):
+    tables = seq.derive(local_tables, form.tables, q.shape[1], q.shape[2], v.shape[2])
+    return form(tables, q, k, v, log_decay, beta, scale)
+
+
+def _nothing(q, v):
+    """No states: [0, H, K, V]."""
+    return q.new_empty(0, *q.shape[1:], v.shape[2], dtype=chunked.accumulation_dtype(q.dtype))
 
 
 class _Whole(torch.autograd.Function):
@@ -172,30 +156,35 @@ def _read(state, x, segments, scale):
     return chunked.add_entry(out, x, None, state, range(segments.num_segments), segments, scale)
 
 
+def local_segments(layout, rank: int) -> Segments:
+    """This rank's spans as segments."""
+    return Segments.of(layout.local_offsets(rank))
+
+
 def _scan(transport, plan, direction, state, transition, seq):
-    group = seq.parallel.state_group
-    return start_scan(transport, plan, direction, state, transition, group, fold=fold_scalar, step=step_scalar)
+    return start_scan(transport, plan, direction, state, transition, seq.parallel.state_group, fold=fold, step=step)
 
 
 def _check(q, k, v, log_decay, beta, causal):
-    if beta is not None:
-        raise ValueError("beta (the delta rule) is not supported; leave it out")
     if q.shape != k.shape:
         raise ValueError(f"q has shape {tuple(q.shape)} but k has {tuple(k.shape)}; they must be equal")
     if v.shape[:2] != q.shape[:2]:
         raise ValueError(f"v has shape {tuple(v.shape)}; its tokens and heads must be those of q, {tuple(q.shape[:2])}")
-    if log_decay is None:
-        return
-    if not causal:
-        raise ValueError("log_decay needs causal=True: a decay has a direction")
-    if not log_decay.is_floating_point():
-        raise ValueError(f"log_decay has dtype {log_decay.dtype}; use a floating-point dtype")
-    if log_decay.device != q.device:
-        raise ValueError(f"log_decay is on {log_decay.device} but q is on {q.device}")
-    if log_decay.ndim == 3:
-        shape = tuple(log_decay.shape)
-        raise ValueError(f"log_decay has shape {shape}; a decay per key channel is not supported, use [H] or [T, H]")
-    if log_decay.shape not in (q.shape[1:2], q.shape[:2]):
-        raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}; use [{q.shape[1]}] or {list(q.shape[:2])}")
-    if log_decay.ndim == 1 and log_decay.requires_grad:
+    if not causal and (log_decay is not None or beta is not None):
+        name = "beta" if log_decay is None else "log_decay"
+        raise ValueError(f"{name} needs causal=True: decays and the delta rule have a direction")
+    _check_gate("log_decay", log_decay, q, (q.shape[1:2], q.shape[:2], q.shape))
+    _check_gate("beta", beta, q, (q.shape[:2],))
+    if log_decay is not None and log_decay.ndim == 1 and log_decay.requires_grad:
         raise ValueError("log_decay of shape [H] is fixed and takes no gradient; expand it to [T, H] or detach it")
+
+
+def _check_gate(name, x, q, shapes):
+    if x is None:
+        return
+    if not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}; use a floating-point dtype")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
+    if x.shape not in shapes:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; use {' or '.join(str(list(shape)) for shape in shapes)}")

@@ -10,15 +10,91 @@ accumulation dtype (fp32, or fp64 for fp64 inputs). Summaries are [N, H, K, V], 
 leave are rows [len(which), H, K, V] for the segments listed in `which`, all others being zero.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
+from longspan.kernels.linear.form import Spans
 from longspan.kernels.segments import CHUNK, Segments
 
 # Chunks per sweep step: scratch memory is a few times BLOCK * H * (K * V + CHUNK^2) numbers. A CPU wants it in cache, a
 # GPU wants few launches.
 BLOCK = {"cpu": 64, "cuda": 256}
+
+
+@dataclass(frozen=True)
+class ChunkedTables:
+    """Segments of all spans, and of the linked ones with their tokens among the local ones (None: all)."""
+
+    spans: Spans
+    segments: Segments
+    linked: Segments
+    rows: torch.Tensor | None
+
+    @classmethod
+    def of(cls, spans: Spans, *_) -> "ChunkedTables":
+        lengths = [spans.offsets[n + 1] - spans.offsets[n] for n in spans.linked]
+        rows = None
+        if len(spans.linked) < len(spans.offsets) - 1:
+            ranges = [torch.arange(spans.offsets[n], spans.offsets[n + 1]) for n in spans.linked]
+            rows = torch.cat([torch.arange(0), *ranges])
+        return cls(spans, Segments.of(spans.offsets), Segments.of((0, *accumulate(lengths))), rows)
+
+    def map(self, move) -> "ChunkedTables":
+        rows = None if self.rows is None else move(self.rows)
+        return replace(self, segments=self.segments.map(move), linked=self.linked.map(move), rows=rows)
+
+    def pick(self, x):
+        """The rows of linked spans."""
+        return x if x is None or self.rows is None else x.index_select(0, self.rows)
+
+
+class Chunked:
+    """The Form (kernels.linear.form) of no, fixed and scalar decay in plain PyTorch."""
+
+    tables = ChunkedTables.of
+
+    def __init__(self, tables, q, k, v, log_decay, beta, scale):
+        assert beta is None, "the delta rule has its own form"
+        self.segments, self.table, self.scale = tables.segments, tables, scale
+        self.q, self.k, self.v = q, k, v
+        self.g = None if log_decay is None else log_decay.expand(q.shape[:2])
+        self.prefix = prefix_decay(self.g, self.segments)
+
+    def summary(self):
+        state = self._summary(self.k, self.v, suffix_decay(self.prefix, self.segments))
+        transition = segment_decay(self.table.pick(self.prefix), self.table.linked)
+        return state, None if transition is None else transition.to(state.dtype)
+
+    def ahead(self):
+        self.out = forward(self.q, self.k, self.v, self.g, self.segments, self.scale)
+
+    def output(self, entry, dtype):
+        add_entry(self.out, self.q, self.prefix, entry, self.table.spans.entered, self.segments, self.scale)
+        return self.out.to(dtype), (entry,)
+
+    def start_backward(self, saved, d_out, gate):
+        (self.entry,), self.d_out, self.gate = saved, d_out, gate
+
+    def gradient_summary(self):
+        return self._summary(self.q, self.d_out, self.prefix).mul_(self.scale)
+
+    def gradient_ahead(self):
+        entered = self.table.spans.entered
+        self.dq = backward_q(self.d_out, self.k, self.v, self.g, self.entry, entered, self.segments, self.scale)
+
+    def gradients(self, exit_grad):
+        spans = self.table.spans
+        dk, dv, dg = backward_kv(
+            self.d_out, self.q, self.k, self.v, self.g, self.entry, spans.entered, exit_grad, spans.left,
+            self.segments, self.scale, self.gate,
+        )  # fmt: skip
+        return self.dq, dk, dv, dg, None
+
+    def _summary(self, x, y, log_weight):
+        pick = self.table.pick
+        return weighted_outer(pick(x), pick(y), pick(log_weight), self.table.linked)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -282,4 +358,3 @@ def _heads_first(x, dtype):
 def _pad_decay(log_decay, segments):
     """fp64 [n, H, C], contiguous; None for None."""
     return None if log_decay is None else segments.pad(log_decay.double()).transpose(1, 2).contiguous()
-

@@ -1,0 +1,128 @@
+"""fold_chains as one Triton launch: a program follows one chain with a tile of one head's state on chip."""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024  # elements of a state per program, where transitions act on them one by one
+BLOCK_V = 16  # columns of a state per program, where transitions are matrices
+STEP = 32  # columns of a matrix per product
+MAX_KEYS = 256  # rows of a state whose column tile stays on chip
+
+
+def fold_chains_triton(states, transition, chains, initial=None):
+    """See kernels.fold.fold_chains. fp32; each row of `states` and of `initial` is contiguous, rows need not be."""
+    _, heads, keys, values = states.shape
+    num_chains, length = chains.sources.shape
+    assert all(x is None or x.dtype == torch.float32 for x in (states, transition, initial)), states.dtype
+    assert all(x is None or x[:1].is_contiguous() for x in (states, initial)), states.stride()
+    assert all(x.is_contiguous() and x.dtype == torch.int32 for x in (chains.sources, chains.targets, chains.initial))
+    out = states.new_empty(chains.num_out, heads, keys, values)
+    if 0 in (num_chains, length, out.numel()):
+        return out
+    tables = chains.sources, chains.targets, chains.initial, length
+    strides = states.stride(0), 0 if initial is None else initial.stride(0)
+    if transition is None or transition.ndim < 4:
+        decay_strides = () if transition is None else transition.stride()
+        decay_strides += (0,) * (3 - len(decay_strides))
+        grid = num_chains * triton.cdiv(keys * values, BLOCK), heads
+        fold_kernel[grid](
+            states, transition, initial, out, *tables, *strides, *decay_strides, H=heads, K=keys, V=values, BLOCK=BLOCK
+        )
+    else:
+        assert keys <= MAX_KEYS, keys
+        block_k = max(16, triton.next_power_of_2(keys))
+        grid = num_chains * triton.cdiv(values, BLOCK_V), heads
+        scratch = states.new_empty(*grid, 2, block_k, BLOCK_V)
+        fold_matrix_kernel[grid](
+            states, transition, initial, out, scratch, *tables, *strides, *transition.stride(),
+            H=heads, K=keys, V=values, BLOCK_K=block_k, BLOCK_V=BLOCK_V, STEP=min(STEP, block_k),
+            num_warps=4 if block_k <= 64 else 8, num_stages=3,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["length"])
+def fold_kernel(
+    states_ptr, decay_ptr, initial_ptr, out_ptr, sources_ptr, targets_ptr, first_ptr, length,
+    states_stride_row, initial_stride_row, decay_stride_row, decay_stride_head, decay_stride_k,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """No decay, or a log decay of the head (decay_stride_k = 0) or of its key rows."""
+    tiles: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
+    chain, head = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
+    element = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    inside = element < K * V
+    states_at = states_ptr + head * K * V + element
+    out_at = out_ptr + head * K * V + element
+    if decay_ptr is not None:
+        decay_at = decay_ptr + head * decay_stride_head + element // V * decay_stride_k
+    sources_ptr += chain * length
+    targets_ptr += chain * length
+
+    reached = tl.zeros([BLOCK], dtype=tl.float32)
+    if initial_ptr is not None:
+        first = tl.load(first_ptr + chain).to(tl.int64)
+        initial_at = initial_ptr + first * initial_stride_row + head * K * V + element
+        reached = tl.load(initial_at, mask=inside & (first >= 0), other=0.0)
+    source = tl.load(sources_ptr).to(tl.int64)
+    state = tl.load(states_at + source * states_stride_row, mask=inside & (source >= 0), other=0.0)
+    for column in range(0, length):
+        # The next state is on its way while this one is added.
+        next_source = tl.load(sources_ptr + column + 1, mask=column + 1 < length, other=-1).to(tl.int64)
+        next_at = states_at + next_source * states_stride_row
+        next_state = tl.load(next_at, mask=inside & (next_source >= 0), other=0.0)
+        target = tl.load(targets_ptr + column).to(tl.int64)
+        tl.store(out_at + target * H * K * V, reached, mask=inside & (target >= 0))
+        if decay_ptr is not None:
+            decay = tl.load(decay_at + source * decay_stride_row, mask=inside & (source >= 0), other=0.0)
+            reached *= tl.exp(decay)
+        reached += state
+        source, state = next_source, next_state
+
+
+@triton.jit(do_not_specialize=["length"])
+def fold_matrix_kernel(
+    states_ptr, matrix_ptr, initial_ptr, out_ptr, scratch_ptr, sources_ptr, targets_ptr, first_ptr, length,
+    states_stride_row, initial_stride_row, matrix_stride_row, matrix_stride_head, matrix_stride_i, matrix_stride_j,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """What a column has reached goes through scratch memory, from where the next product reads it STEP rows at a time.
+    Two buffers in turn: whoever still reads one does so while the other is written, so one barrier per column is
+    enough."""
+    tiles: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    program = tl.program_id(0).to(tl.int64)
+    chain, head = program // tiles, tl.program_id(1).to(tl.int64)
+    k, j, column_v = tl.arange(0, BLOCK_K), tl.arange(0, STEP), tl.arange(0, BLOCK_V)
+    v = program % tiles * BLOCK_V + column_v
+    inside = (k < K)[:, None] & (v < V)[None, :]
+    element = k[:, None] * V + v[None, :]
+    states_ptr += head * K * V
+    out_ptr += head * K * V
+    scratch_ptr += (program * H + head) * 2 * BLOCK_K * BLOCK_V + column_v[None, :]
+    matrix_ptr += head * matrix_stride_head + k[:, None] * matrix_stride_i + j[None, :] * matrix_stride_j
+    sources_ptr += chain * length
+    targets_ptr += chain * length
+
+    reached = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
+    if initial_ptr is not None:
+        first = tl.load(first_ptr + chain).to(tl.int64)
+        initial_at = initial_ptr + first * initial_stride_row + head * K * V + element
+        reached = tl.load(initial_at, mask=inside & (first >= 0), other=0.0)
+    for column in range(0, length):
+        target = tl.load(targets_ptr + column).to(tl.int64)
+        tl.store(out_ptr + target * H * K * V + element, reached, mask=inside & (target >= 0))
+        buffer = scratch_ptr + column % 2 * BLOCK_K * BLOCK_V
+        tl.store(buffer + k[:, None] * BLOCK_V, reached)
+        tl.debug_barrier()
+        source = tl.load(sources_ptr + column).to(tl.int64)
+        used = source >= 0
+        total = tl.load(states_ptr + source * states_stride_row + element, mask=inside & used, other=0.0)
+        matrix_at = matrix_ptr + source * matrix_stride_row
+        for start in range(0, K, STEP):
+            mask = used & (k < K)[:, None] & (start + j < K)[None, :]
+            matrix = tl.load(matrix_at + start * matrix_stride_j, mask=mask, other=0.0)
+            rows = tl.load(buffer + (start + j)[:, None] * BLOCK_V)
+            total = tl.dot(matrix, rows, total, input_precision="tf32x3")
+        reached = tl.where(used, total, reached)
