@@ -1,6 +1,7 @@
 """Attention layers across ranks, as autograd functions over packed tokens."""
 
+from longspan.attention.convolution import short_convolution
 from longspan.attention.linear import linear_attention
 from longspan.attention.softmax import softmax_attention
 
-__all__ = ["linear_attention", "softmax_attention"]
+__all__ = ["linear_attention", "short_convolution", "softmax_attention"]

@@ -9,7 +9,7 @@ import torch
 
 from longspan.attention.arguments import pick, resolve
 from longspan.attention.recompute import keep, recall
-from longspan.kernels.fold import fold, step
+from longspan.kernels.fold import compose, fold_chains, step
 from longspan.kernels.linear import choose_form, chunked
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.segments import Segments
@@ -30,19 +30,19 @@ def linear_attention(
     keys of norm at most 1. causal=False: every token reads its whole document's state (no decay, no beta).
     normalize: divides by scale * q_t^T sum(k), as with positive feature maps.
     layout, group: a Layout and its process group (None: one rank, by default one document). strategy: auto or a name in
-    parallel.scan.TRANSPORTS. seq: a SequenceContext instead of those three. Raises ValueError, on all ranks, for what
+    parallel.transports.TRANSPORTS. seq: a SequenceContext instead of those three. Raises ValueError, on all ranks, for what
     does not fit.
     """
 
     def check():
         _check(q, k, v, log_decay, beta, causal)
+        if normalize and beta is not None:
+            raise ValueError("normalize does not go with beta: the delta rule's weights do not add up to a sum of keys")
 
     options = (causal, normalize, scale, None if log_decay is None else log_decay.ndim, beta is None)
-    if normalize and beta is not None:
-        raise ValueError("normalize does not go with beta: the delta rule's weights do not add up to a sum of keys")
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, linear=strategy)
-    transport = pick(TRANSPORTS, seq.parallel.linear, "lasp2", "linear strategy")
-    if TRANSPORTS[transport].causal_only and not causal:
+    transport = pick(TRANSPORTS, seq.parallel.linear, "auto", "linear strategy")
+    if transport != "auto" and TRANSPORTS[transport].causal_only and not causal:
         raise ValueError(f"strategy {transport!r} passes states in causal order; with causal=False use 'lasp2'")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not normalize:
@@ -54,7 +54,7 @@ def linear_attention(
 
 def _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, dtype):
     if causal:
-        form = choose_form(q, log_decay, beta)
+        form = choose_form(q, v, log_decay, beta)
         return _Causal.apply(q, k, v, log_decay, beta, form, seq, scale, transport, dtype)
     return _Whole.apply(q, k, v, seq, scale, transport, dtype)
 
@@ -71,7 +71,8 @@ class _Causal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, beta, form, seq, scale, transport, dtype):
-        work, plan = _local(form, seq, q, k, v, log_decay, beta, scale), seq.derive(scan_plan)
+        work = _local(form, seq, q, k, v, log_decay, beta, scale)
+        plan = seq.derive(scan_plan, seq.parallel.topology)
         kept, pending = recall(), None
         if kept is None and plan.connected:
             pending = _scan(transport, plan, "forward", *work.summary(), seq)
@@ -87,7 +88,8 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, log_decay, beta, transitions, *saved = ctx.saved_tensors
-        work, plan = _local(ctx.form, ctx.seq, q, k, v, log_decay, beta, ctx.scale), ctx.seq.derive(scan_plan)
+        work = _local(ctx.form, ctx.seq, q, k, v, log_decay, beta, ctx.scale)
+        plan = ctx.seq.derive(scan_plan, ctx.seq.parallel.topology)
         pending = None
         work.start_backward(saved, d_out, gate=ctx.needs_input_grad[3])
         if plan.connected:
@@ -137,7 +139,8 @@ class _Whole(torch.autograd.Function):
 
 def _start_total(x, y, seq, transport):
     """Starts summing x_t y_t^T over whole documents; calling the result gives the sums [N, H, K, V] of local spans."""
-    state, plan = chunked.weighted_outer(x, y, None, seq.derive(local_segments)), seq.derive(scan_plan)
+    state = chunked.weighted_outer(x, y, None, seq.derive(local_segments))
+    plan = seq.derive(scan_plan, seq.parallel.topology)
     pending = None
     if plan.connected:
         linked = torch.cat([state[:0], *(state[span : span + 1] for span in plan.linked)])
@@ -162,7 +165,10 @@ def local_segments(layout, rank: int) -> Segments:
 
 
 def _scan(transport, plan, direction, state, transition, seq):
-    return start_scan(transport, plan, direction, state, transition, seq.parallel.state_group, fold=fold, step=step)
+    group = seq.parallel.state_group
+    return start_scan(
+        transport, plan, direction, state, transition, group, fold=fold_chains, step=step, compose=compose
+    )
 
 
 def _check(q, k, v, log_decay, beta, causal):

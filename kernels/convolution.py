@@ -24,7 +24,7 @@ def convolve(x, weight, bias, activation, reach):
 
 
 def convolve_backward(d_out, x, weight, bias, activation, reach, dtype):
-    """The gradients of `convolve`: dx [T, D] in `dtype`, dweight [D, W] and dbias [D] (or None) in fp32 (fp64 for fp64).
+    """Gradients of `convolve`: dx [T, D] in `dtype`; dweight [D, W] and dbias [D] (or None) in fp32, or fp64 for fp64.
 
     Sums over tokens have one order, so that results repeat bit by bit.
     """

@@ -13,56 +13,68 @@ Nothing is ever subtracted and every decay is applied where it stands, so that d
 
 import torch
 
+MAX_KEYS = 256  # rows of a state whose columns stay on chip under a matrix
+
 
 def fold_chains(states, transition, chains, initial=None):
     """Runs every chain and writes what it has reached at the places it names. Returns [chains.num_out, H, K, V].
 
-    states: [R, H, K, V]; transition: of the same R rows, see above; initial: [I, H, K, V] or None. chains: sources and
-    targets, int32 [N, L], and initial, int32 [N]; -1 stands for none, and a target occurs once. Chain n:
+    states: [R, H, K, V], or None for zeros under matrices; transition: of those R rows, see above; initial:
+    [I, H, K, V] or None. chains: sources and targets, int32 [N, L], and initial, int32 [N]; -1 is none, and a target
+    occurs once. Chain n:
 
         E = initial[chains.initial[n]], or 0
         for each column l:   out[targets[n, l]] = E, then E = A(E) + states[sources[n, l]]
 
     Rows of `states` that no chain names may hold anything. Rows of the result that no chain names are undefined.
     """
+    example = initial if states is None else states
+    wide = transition is not None and transition.ndim == 4 and transition.shape[-1] > MAX_KEYS
+    if example.is_cuda and example.dtype == torch.float32 and not wide:
+        from longspan.kernels.fold_triton import fold_chains_triton
+
+        return fold_chains_triton(states, transition, chains, initial)
+    return fold_chains_naive(states, transition, chains, initial)
+
+
+def fold_chains_naive(states, transition, chains, initial=None):
+    """fold_chains in plain PyTorch: any device, dtype and width."""
     num_chains, length = chains.sources.shape
-    reached = states.new_zeros(num_chains, *states.shape[1:])
+    example = initial if states is None else states
+    reached = example.new_zeros(num_chains, *example.shape[1:])
     if initial is not None:
         started = (chains.initial >= 0).nonzero().flatten()
         reached[started] = initial[chains.initial[started]]
-    out = states.new_empty(chains.num_out, *states.shape[1:])
-    for column in range(length):
-        targets, sources = chains.targets[:, column], chains.sources[:, column]
+    out = example.new_empty(chains.num_out, *example.shape[1:])
+    for targets, sources in zip(chains.targets.unbind(1), chains.sources.unbind(1)):
         writing, passing = (targets >= 0).nonzero().flatten(), (sources >= 0).nonzero().flatten()
         out[targets[writing]] = reached[writing]
         rows = sources[passing]
-        reached[passing] = step(states[rows], None if transition is None else transition[rows], reached[passing])
+        state = example.new_zeros(()) if states is None else states[rows]
+        reached[passing] = step(state, None if transition is None else transition[rows], reached[passing])
     return out
 
 
-def fold(states, transition, sources):
-    """The end of each chain, [N, H, K, V]. sources: int [N, L], -1 for none; the rest as in `fold_chains`."""
-    reached = states.new_zeros(len(sources), *states.shape[1:])
-    for column in sources.unbind(1):
-        passing = (column >= 0).nonzero().flatten()
-        rows = column[passing]
-        reached[passing] = step(states[rows], None if transition is None else transition[rows], reached[passing])
-    return reached
-
-
 def compose(transition, sources):
-    """The transition of each whole chain, in the form of `transition`: [N, ...]. sources: int [N, L], -1 for none."""
+    """The transition of each whole chain, in the form of `transition`: [N, ...]. sources: int32 [N, L], -1 for none."""
     if transition is None:
         return None
     if transition.ndim < 4:
         used = (sources >= 0).reshape(*sources.shape, *[1] * (transition.ndim - 1))
         return torch.where(used, transition[sources.clamp(min=0)], 0).sum(1)
-    product = torch.eye(transition.shape[-1], dtype=transition.dtype, device=transition.device)
-    product = product.repeat(len(sources), transition.shape[1], 1, 1)
-    for column in sources.unbind(1):
-        passing = (column >= 0).nonzero().flatten()
-        product[passing] = transition[column[passing]] @ product[passing]
-    return product
+    identity = torch.eye(transition.shape[-1], dtype=transition.dtype, device=transition.device)
+    return fold_chains(None, transition, _Ends(sources), identity.repeat(1, transition.shape[1], 1, 1))
+
+
+class _Ends:
+    """Chains that all start from row 0 of what they are given and yield their ends."""
+
+    def __init__(self, sources):
+        self.num_out = len(sources)
+        self.sources = torch.nn.functional.pad(sources, (0, 1), value=-1)
+        self.targets = torch.full_like(self.sources, -1)
+        self.targets[:, -1] = torch.arange(self.num_out, device=sources.device)
+        self.initial = self.sources.new_zeros(self.num_out)
 
 
 def step(state, transition, entry):
@@ -71,10 +83,10 @@ def step(state, transition, entry):
         return state
     if transition is None:
         return entry + state
-    rank = transition.ndim - state.ndim  # -2: decay of a head, -1: of its key rows, 0: matrix
-    if rank == 0:
+    if transition.ndim == entry.ndim:
         return transition @ entry + state
-    return transition.exp()[(..., *[None] * -rank)] * entry + state
+    missing = entry.ndim - transition.ndim  # 2 for the decay of a head, 1 for that of its key rows
+    return transition.exp()[(..., *[None] * missing)] * entry + state
 
 
-fold_scalar, step_scalar = fold, step  # names that attention/linear.py still uses
+fold = fold_chains

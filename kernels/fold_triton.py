@@ -4,24 +4,26 @@ import torch
 import triton
 import triton.language as tl
 
+from longspan.kernels.fold import MAX_KEYS
+
 BLOCK = 1024  # elements of a state per program, where transitions act on them one by one
 BLOCK_V = 16  # columns of a state per program, where transitions are matrices
 STEP = 32  # columns of a matrix per product
-MAX_KEYS = 256  # rows of a state whose column tile stays on chip
 
 
 def fold_chains_triton(states, transition, chains, initial=None):
     """See kernels.fold.fold_chains. fp32; each row of `states` and of `initial` is contiguous, rows need not be."""
-    _, heads, keys, values = states.shape
+    example = initial if states is None else states
+    _, heads, keys, values = example.shape
     num_chains, length = chains.sources.shape
-    assert all(x is None or x.dtype == torch.float32 for x in (states, transition, initial)), states.dtype
-    assert all(x is None or x[:1].is_contiguous() for x in (states, initial)), states.stride()
+    assert all(x is None or x.dtype == torch.float32 for x in (states, transition, initial)), example.dtype
+    assert all(x is None or x[:1].is_contiguous() for x in (states, initial)), example.stride()
     assert all(x.is_contiguous() and x.dtype == torch.int32 for x in (chains.sources, chains.targets, chains.initial))
-    out = states.new_empty(chains.num_out, heads, keys, values)
+    out = example.new_empty(chains.num_out, heads, keys, values)
     if 0 in (num_chains, length, out.numel()):
         return out
     tables = chains.sources, chains.targets, chains.initial, length
-    strides = states.stride(0), 0 if initial is None else initial.stride(0)
+    strides = tuple(0 if x is None else x.stride(0) for x in (states, initial))
     if transition is None or transition.ndim < 4:
         decay_strides = () if transition is None else transition.stride()
         decay_strides += (0,) * (3 - len(decay_strides))
@@ -33,7 +35,7 @@ def fold_chains_triton(states, transition, chains, initial=None):
         assert keys <= MAX_KEYS, keys
         block_k = max(16, triton.next_power_of_2(keys))
         grid = num_chains * triton.cdiv(values, BLOCK_V), heads
-        scratch = states.new_empty(*grid, 2, block_k, BLOCK_V)
+        scratch = example.new_empty(*grid, 2, block_k, BLOCK_V)
         fold_matrix_kernel[grid](
             states, transition, initial, out, scratch, *tables, *strides, *transition.stride(),
             H=heads, K=keys, V=values, BLOCK_K=block_k, BLOCK_V=BLOCK_V, STEP=min(STEP, block_k),
@@ -53,17 +55,17 @@ def fold_kernel(
     chain, head = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
     element = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     inside = element < K * V
-    states_at = states_ptr + head * K * V + element
-    out_at = out_ptr + head * K * V + element
     if decay_ptr is not None:
         decay_at = decay_ptr + head * decay_stride_head + element // V * decay_stride_k
+    element += head * K * V
+    states_at, out_at = states_ptr + element, out_ptr + element
     sources_ptr += chain * length
     targets_ptr += chain * length
 
     reached = tl.zeros([BLOCK], dtype=tl.float32)
     if initial_ptr is not None:
         first = tl.load(first_ptr + chain).to(tl.int64)
-        initial_at = initial_ptr + first * initial_stride_row + head * K * V + element
+        initial_at = initial_ptr + first * initial_stride_row + element
         reached = tl.load(initial_at, mask=inside & (first >= 0), other=0.0)
     source = tl.load(sources_ptr).to(tl.int64)
     state = tl.load(states_at + source * states_stride_row, mask=inside & (source >= 0), other=0.0)
@@ -98,8 +100,7 @@ def fold_matrix_kernel(
     v = program % tiles * BLOCK_V + column_v
     inside = (k < K)[:, None] & (v < V)[None, :]
     element = k[:, None] * V + v[None, :]
-    states_ptr += head * K * V
-    out_ptr += head * K * V
+    element += head * K * V
     scratch_ptr += (program * H + head) * 2 * BLOCK_K * BLOCK_V + column_v[None, :]
     matrix_ptr += head * matrix_stride_head + k[:, None] * matrix_stride_i + j[None, :] * matrix_stride_j
     sources_ptr += chain * length
@@ -108,7 +109,7 @@ def fold_matrix_kernel(
     reached = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
     if initial_ptr is not None:
         first = tl.load(first_ptr + chain).to(tl.int64)
-        initial_at = initial_ptr + first * initial_stride_row + head * K * V + element
+        initial_at = initial_ptr + first * initial_stride_row + element
         reached = tl.load(initial_at, mask=inside & (first >= 0), other=0.0)
     for column in range(0, length):
         target = tl.load(targets_ptr + column).to(tl.int64)
@@ -118,7 +119,9 @@ def fold_matrix_kernel(
         tl.debug_barrier()
         source = tl.load(sources_ptr + column).to(tl.int64)
         used = source >= 0
-        total = tl.load(states_ptr + source * states_stride_row + element, mask=inside & used, other=0.0)
+        total = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
+        if states_ptr is not None:
+            total = tl.load(states_ptr + source * states_stride_row + element, mask=inside & used, other=0.0)
         matrix_at = matrix_ptr + source * matrix_stride_row
         for start in range(0, K, STEP):
             mask = used & (k < K)[:, None] & (start + j < K)[None, :]

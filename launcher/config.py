@@ -69,7 +69,9 @@ class ParallelConfig:
     sp: int = setting(0, "ranks that share one sequence; 0: all ranks")
     sharding: Literal["fsdp", "hsdp"] = setting("fsdp", "parameters sharded over all ranks, or inside nodes (hsdp)")
     layout: Literal["auto", "contiguous", "zigzag"] = setting("auto", "which rank holds which tokens")
-    linear: Literal["auto", "lasp2", "lasp"] = setting("auto", "how states of linear attention travel between ranks")
+    linear: Literal["auto", "lasp2", "lasp", "all_scan", "hierarchical"] = setting(
+        "auto", "how states of linear attention travel between ranks"
+    )
     softmax: Literal["auto", "ring", "all_gather"] = setting("auto", "how softmax attention shares keys between ranks")
     backend: Literal["auto", "fa4", "cudnn", "flash", "cpu", "math"] = setting(
         "auto", "kernel of softmax attention; auto: the fastest that is installed and fits"

@@ -60,6 +60,7 @@ class Trainer:
         self.sequence_parallel = SequenceParallel(
             mesh.sp_group,
             mesh.sp_state_group,
+            topology=mesh.sp_topology,
             layout=config.parallel.layout,
             linear=config.parallel.linear,
             softmax=config.parallel.softmax,

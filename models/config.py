@@ -1,52 +1,69 @@
-"""The settings of a model, and what is refused before a single parameter exists."""
+"""The settings of a model, and what is refused before a single parameter exists.
 
-from dataclasses import dataclass
+Modules that import torch are imported where they are needed: `--help` shows these settings without waiting for it.
+"""
+
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal, get_args, get_type_hints
 
+from longspan.models.families import LINEAR_FAMILIES, LinearFamily
 from longspan.models.settings import setting
 
-LINEAR_FAMILIES = ("none", "fixed", "scalar")
 LAYER_KINDS = ("softmax", *(f"linear:{family}" for family in LINEAR_FAMILIES))
-# A normaliser divides by q.z, which only a strictly positive feature map keeps away from zero.
-POSITIVE_FEATURE_MAPS = ("elu1",)
+MAX_HEAD = 256  # widest keys and values that the kernels take
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """A pre-norm decoder whose layers mix tokens by softmax or linear attention, as `pattern` says.
 
-    0 means "derived" for num_kv_heads, head_dim and mlp_size; the derived values are `kv_heads`, `head_size` and
-    `mlp_width`. Call `validate` before use; `Decoder` does.
+    0 means "derived" for numbers of heads and widths; the derived values are the properties `kv_heads`, `head_size` and
+    so on. `family` resolves what is "auto". Call `validate` before use; `Decoder` does.
     """
 
     vocab_size: int = setting(257, "token ids of the tokenizer; 257 for bytes and the end-of-document token")
     num_layers: int = setting(8, "decoder blocks")
     hidden_size: int = setting(512, "width of the residual stream")
-    num_heads: int = setting(8, "query heads of softmax layers; heads of linear layers")
+    num_heads: int = setting(8, "query heads of softmax layers")
     num_kv_heads: int = setting(0, "key and value heads of softmax layers (grouped-query attention); 0 = num_heads")
-    head_dim: int = setting(0, "width of a head; 0 = hidden_size / num_heads")
+    head_dim: int = setting(0, "width of a softmax head; 0 = hidden_size / num_heads")
+    linear_num_heads: int = setting(0, "heads of linear layers; 0 = num_heads")
+    linear_head_dim: int = setting(0, "width of queries and keys in linear layers but mamba2; 0 = head_dim")
+    linear_value_dim: int = setting(0, "width of values in linear layers; 0 = linear_head_dim")
+    state_size: int = setting(128, "width of queries and keys (C and B, shared by all heads) in linear:mamba2")
     mlp_size: int = setting(0, "inner width of the SwiGLU; 0 = 8/3 of hidden_size, rounded up to a multiple of 64")
     pattern: list[str] = setting(
         ["linear", "linear", "linear", "softmax"],
-        "mixer of each layer, repeated up to num_layers: softmax, linear, linear:none, linear:fixed, linear:scalar",
+        f"mixer of each layer, repeated up to num_layers: {', '.join(('linear', *LAYER_KINDS))}",
     )
-    linear_family: Literal["none", "fixed", "scalar"] = setting(
-        "fixed", "what `linear` in the pattern means: no decay, fixed decay per head, scalar decay per token and head"
-    )
+    linear_family: Literal[tuple(LINEAR_FAMILIES)] = setting("fixed", "the family that `linear` in the pattern means")
     decay_slopes: Literal["lightning", "retention"] = setting(
         "lightning", "decay rates of linear:fixed: lightning (slower in later layers) or retention (longer memory)"
     )
-    feature_map: Literal["identity", "silu", "elu1", "relu"] = setting(
-        "elu1", "applied to queries and keys of linear layers; elu1 is elu(x) + 1"
+    feature_map: str = setting(
+        "auto",
+        "applied to queries and keys of linear layers: identity, silu, relu, elu1 (elu + 1), softmax, hedgehog, l2norm,"
+        " or several in turn, such as silu+l2norm; auto: the family's",
     )
-    linear_normalize: bool = setting(False, "divide linear attention by the sum of its weights; needs feature_map elu1")
+    conv_width: int = setting(
+        -1, "tokens seen by the short convolution of linear layers; 0: no convolution, -1: the family's width"
+    )
+    linear_normalize: bool = setting(
+        False, "divide linear attention by the sum of its weights; needs a positive feature_map such as elu1"
+    )
+    output_norm: Literal["rmsnorm", "simple_rmsnorm"] = setting(
+        "rmsnorm", "norm of the output of linear layers; simple_rmsnorm has no learned scale"
+    )
+    output_gate: Literal["auto", "silu", "none"] = setting(
+        "auto", "gate of the output of linear layers: silu of a projection of their input; auto: the family's"
+    )
+    gate_rank: int = setting(16, "rank of the projection that gives linear:gla its decay")
     rope_base: float = setting(500_000.0, "rotary base of softmax layers; larger turns the slow dimensions more slowly")
     rope_scaling: float = setting(
         1.0, "stretch the rotary base for contexts this many times longer than trained before (NTK-aware); 1 = none"
     )
     qk_norm: bool = setting(False, "RMSNorm on each query and key head of softmax layers, before rotation")
-    output_gate: bool = setting(True, "multiply the output of linear layers by silu of a projection of their input")
     tie_embeddings: bool = setting(False, "use the embedding as output head")
     norm_eps: float = setting(1e-6, "added to the mean square in every RMSNorm")
     init_std: float = setting(
@@ -66,6 +83,14 @@ class ModelConfig:
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
+    def linear_heads(self) -> int:
+        return self.linear_num_heads or self.num_heads
+
+    @property
+    def value_size(self) -> int:
+        return self.linear_value_dim or self.linear_head_dim or self.head_size
+
+    @property
     def mlp_width(self) -> int:
         return self.mlp_size or -(-self.hidden_size * 8 // (3 * 64)) * 64
 
@@ -80,28 +105,48 @@ class ModelConfig:
         kinds = [f"linear:{self.linear_family}" if entry == "linear" else entry for entry in self.pattern]
         return tuple(kinds[layer % len(kinds)] for layer in range(self.num_layers))
 
+    def family(self, kind: str) -> LinearFamily:
+        """What a layer of a linear kind, such as "linear:gla", is made of: its family, changed by settings."""
+        given = {"feature_map": self.feature_map, "output_gate": self.output_gate, "conv_width": self.conv_width}
+        given = {name: value for name, value in given.items() if value not in ("auto", -1)}
+        family = replace(LINEAR_FAMILIES[kind.removeprefix("linear:")], **given)
+        if family.delta_rule and family.feature_map.split("+")[-1] != "l2norm":
+            # I - beta k k^T makes the state grow where a key is longer than sqrt(2).
+            family = replace(family, feature_map=f"{family.feature_map}+l2norm")
+        return family
+
+    def state_shape(self, kind: str) -> tuple[int, int, int]:
+        """Heads, key width after the feature map and value width of a linear kind's state."""
+        from longspan.models.feature_maps import feature_width
+
+        key_size = feature_width(self.family(kind).feature_map, self.projected_key_size(kind))
+        return self.linear_heads, key_size, self.value_size
+
+    def projected_key_size(self, kind: str) -> int:
+        """Width of a head of queries and keys in a linear kind, before the feature map."""
+        return self.state_size if kind == "linear:mamba2" else self.linear_head_dim or self.head_size
+
     def validate(self) -> None:
         """Raises ValueError in one line that names the setting, what was found and what would do."""
-        for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "loss_chunk"):
+        for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "state_size", "gate_rank", "loss_chunk"):
             _require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in ("num_kv_heads", "head_dim", "mlp_size", "embedding_std"):
+        derived = ("num_kv_heads", "head_dim", "linear_num_heads", "linear_head_dim", "linear_value_dim", "mlp_size")
+        for name in (*derived, "embedding_std"):
             _require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} is negative; use 0 to derive it")
         for name in ("norm_eps", "init_std", "rope_base"):
             _require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be greater than 0")
         hints = get_type_hints(ModelConfig)
-        for name in ("linear_family", "decay_slopes", "feature_map"):
+        for name in ("linear_family", "decay_slopes", "output_norm", "output_gate"):
             _require_choice(f"model.{name}", getattr(self, name), get_args(hints[name]))
         _require(len(self.pattern) > 0, "model.pattern is empty; give at least one layer, such as [linear, softmax]")
         for entry in self.pattern:
             _require_choice("model.pattern entry", entry, ("softmax", "linear", *LAYER_KINDS[1:]))
         self._validate_heads()
+        self._validate_features()
+        for kind in dict.fromkeys(self.layer_kinds):
+            if kind != "softmax":
+                self._validate_linear(kind)
         _require(self.rope_scaling >= 1, f"model.rope_scaling={self.rope_scaling} must be at least 1; 1 means none")
-        if self.linear_normalize:
-            _require(
-                self.feature_map in POSITIVE_FEATURE_MAPS,
-                f"model.linear_normalize=true divides by a sum that model.feature_map={self.feature_map} may bring to"
-                " zero; use model.feature_map=elu1 or model.linear_normalize=false",
-            )
 
     def _validate_heads(self) -> None:
         divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
@@ -116,17 +161,77 @@ class ModelConfig:
             " or set model.head_dim",
         )
         if "softmax" in self.layer_kinds:
-            source = (
-                f"model.head_dim={self.head_dim}" if self.head_dim else f"hidden_size / num_heads = {self.head_size}"
-            )
+            source = self._source("head_dim")
             _require(
                 self.head_size % 2 == 0,
                 f"{source} is odd, but rotary embedding turns pairs of dimensions; use an even model.head_dim",
             )
             _require(
+                self.head_size <= MAX_HEAD,
+                f"{source} is wider than the {MAX_HEAD} that attention takes; use more heads or a smaller"
+                " model.head_dim",
+            )
+            _require(
                 self.rope_scaling == 1 or self.head_size > 2,
                 f"model.rope_scaling={self.rope_scaling} needs more than the {self.head_size} dimensions of a head",
             )
+
+    def _validate_features(self) -> None:
+        from longspan.kernels.convolution import WIDTHS
+        from longspan.models.feature_maps import feature_map_parts
+
+        if self.feature_map != "auto":
+            try:
+                feature_map_parts(self.feature_map)
+            except ValueError as error:
+                raise ValueError(f"model.feature_map={self.feature_map}: {error}") from None
+        _require(
+            self.conv_width in (-1, 0, *WIDTHS),
+            f"model.conv_width={self.conv_width} must be 0 (no convolution), {WIDTHS[0]} to {WIDTHS[-1]}, or -1 for the"
+            " family's width",
+        )
+
+    def _validate_linear(self, kind: str) -> None:
+        from longspan.models.feature_maps import POSITIVE_FEATURE_MAPS
+
+        family, width = self.family(kind), self.projected_key_size(kind)
+        _, key_size, value_size = self.state_shape(kind)
+        limit = f"but keys of {kind} can be {MAX_HEAD} wide at most"
+        name = "state_size" if kind == "linear:mamba2" else "linear_head_dim"
+        widened = f" and model.feature_map={family.feature_map} makes it {key_size}" if key_size > width else ""
+        _require(
+            key_size <= MAX_HEAD,
+            f"{self._source(name, 'head_dim')}{widened}, {limit}; use a smaller model.{name}",
+        )
+        _require(
+            not (family.keys_from_decay and widened),
+            f"model.feature_map={family.feature_map} widens queries from {width} to {key_size}, but the keys of {kind}"
+            " are its decay; use a feature map that keeps the width, such as silu",
+        )
+        source = self._source("linear_value_dim", "linear_head_dim", "head_dim")
+        column = " and a column for model.linear_normalize" if self.linear_normalize else ""
+        _require(
+            value_size + self.linear_normalize <= MAX_HEAD,
+            f"{source}{column}, {limit.replace('keys', 'values')}; use a smaller model.linear_value_dim",
+        )
+        if self.linear_normalize:
+            _require(
+                family.normalizer,
+                f"model.linear_normalize=true divides by a sum of weights, which {kind} does not have; use"
+                " model.linear_normalize=false",
+            )
+            _require(
+                family.feature_map in POSITIVE_FEATURE_MAPS,
+                f"model.linear_normalize=true divides by a sum that model.feature_map={family.feature_map} may bring to"
+                " zero; use model.feature_map=elu1 or model.linear_normalize=false",
+            )
+
+    def _source(self, *names: str) -> str:
+        """The setting that a derived width comes from: the first that is not 0."""
+        for name in names:
+            if getattr(self, name):
+                return f"model.{name}={getattr(self, name)}"
+        return f"hidden_size / num_heads = {self.head_size}"
 
 
 def _require(holds: bool, message: str) -> None:

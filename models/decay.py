@@ -1,7 +1,7 @@
 """How the state of a linear-attention layer fades: modules that give log decay, always <= 0, from the layer's input.
 
 Log decay is fp32 (fp64 in fp64 models) whatever the compute dtype: it is summed over millions of tokens.
-Shape letters: T local tokens, D hidden size, H heads.
+Shape letters: T local tokens, D hidden size, H heads, K key channels of a head.
 """
 
 import math
@@ -28,10 +28,57 @@ def retention_slopes(heads: torch.Tensor, layer: int, num_layers: int) -> torch.
 SLOPES = {"lightning": lightning_slopes, "retention": retention_slopes}
 
 
+class Gate(nn.Module):
+    """Base of gates whose parameters must not be rounded to bf16 with the other weights; `parallelize` keeps them fp32.
+
+    The bias of a long memory is far from zero: at Mamba-2's dt_bias of -7 a bf16 step changes the rate of forgetting by
+    3%. What is added to it varies around zero and may be bf16.
+    """
+
+
+class ScalarGate(Gate):
+    """Mamba-2's gate: from a [T, H] to log decay -exp(A_log) step and step = softplus(a + dt_bias), both [T, H]."""
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+
+    def init_weights(self) -> None:
+        """Rates A uniform in [1, 16], steps log-uniform in [0.001, 0.1], as in Mamba-2."""
+        with torch.no_grad():
+            self.A_log.uniform_(1, 16).log_()
+            step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+            step.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+
+    def forward(self, a_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = decay_dtype(a_TH.dtype)
+        step_TH = F.softplus(a_TH.to(dtype) + self.dt_bias.to(dtype))
+        return -self.A_log.to(dtype).exp() * step_TH, step_TH
+
+
+class ChannelGate(Gate):
+    """GLA's gate: from a [T, C] to log decay [T, C] = logsigmoid(a + bias) / 16."""
+
+    TEMPERATURE = 16
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(num_channels))
+
+    def init_weights(self) -> None:
+        """Zero: a channel starts by remembering about 23 tokens."""
+        nn.init.zeros_(self.bias)
+
+    def forward(self, a_TC: torch.Tensor) -> torch.Tensor:
+        dtype = decay_dtype(a_TC.dtype)
+        return F.logsigmoid(a_TC.to(dtype) + self.bias.to(dtype)) / self.TEMPERATURE
+
+
 class NoDecay(nn.Module):
     """The state keeps everything."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, key_size):
         super().__init__()
 
     def forward(self, x_TD: torch.Tensor) -> None:
@@ -45,9 +92,9 @@ class FixedDecay(nn.Module):
     of the model to bf16 rounds it, and neither a meta-device start nor a checkpoint has to restore it.
     """
 
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, key_size):
         super().__init__()
-        self.num_heads, self.layer, self.num_layers = config.num_heads, layer, config.num_layers
+        self.num_heads, self.layer, self.num_layers = config.linear_heads, layer, config.num_layers
         self.slopes = SLOPES[config.decay_slopes]
 
     @torch.compiler.disable  # the layer's number is a constant to the compiler: one compilation per layer
@@ -56,40 +103,61 @@ class FixedDecay(nn.Module):
         return self.slopes(heads, self.layer, self.num_layers).to(decay_dtype(x_TD.dtype))
 
 
-class ScalarGate(nn.Module):
-    """Mamba-2's gate: -exp(A_log) * softplus(a + dt_bias), from a [T, H] to log decay [T, H].
-
-    A module of its own because its two vectors must not be rounded to bf16 with the other weights: dt_bias is near -7
-    for the longest memories, where a bf16 step changes the rate of forgetting by 3%. `parallelize` keeps it in fp32.
-    """
-
-    def __init__(self, num_heads: int):
-        super().__init__()
-        self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(num_heads))
-
-    def init_weights(self) -> None:
-        """Rates A uniform in [1, 16], steps dt log-uniform in [0.001, 0.1], as in Mamba-2."""
-        with torch.no_grad():
-            self.A_log.uniform_(1, 16).log_()
-            step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
-            step.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
-
-    def forward(self, a_TH: torch.Tensor) -> torch.Tensor:
-        dtype = decay_dtype(a_TH.dtype)
-        return -self.A_log.to(dtype).exp() * F.softplus(a_TH.to(dtype) + self.dt_bias.to(dtype))
-
-
 class ScalarDecay(nn.Module):
-    """One rate per token and head, [T, H], read from the layer's input."""
+    """One rate per token and head, [T, H], read from the layer's input (Mamba-2, gated DeltaNet)."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, key_size):
         super().__init__()
-        self.a_proj = nn.Linear(config.hidden_size, config.num_heads, bias=False)
-        self.gate = ScalarGate(config.num_heads)
+        self.a_proj = nn.Linear(config.hidden_size, config.linear_heads, bias=False)
+        self.gate = ScalarGate(config.linear_heads)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.gate(self.a_proj(x_TD))
+        log_decay_TH, _ = self.gate(self.a_proj(x_TD))
+        return log_decay_TH
 
 
-DECAYS = {"none": NoDecay, "fixed": FixedDecay, "scalar": ScalarDecay}
+class ChannelDecay(nn.Module):
+    """One rate per token and key channel, [T, H, K], read from the layer's input through a few dimensions (GLA)."""
+
+    def __init__(self, config, layer, key_size):
+        super().__init__()
+        self.num_heads = config.linear_heads
+        self.in_proj = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
+        self.out_proj = nn.Linear(config.gate_rank, self.num_heads * key_size, bias=False)
+        self.gate = ChannelGate(self.num_heads * key_size)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.gate(self.out_proj(self.in_proj(x_TD))).unflatten(-1, (self.num_heads, -1))
+
+
+class BoundedDecay(nn.Module):
+    """HGRN-2's forget gate per key channel: log f of shape [T, H, K] with f = bound + (1 - bound) sigmoid(f_proj(x)).
+
+    The bound of layer l of L is l / L: the first layer may forget at once, later ones keep more and more. The first has
+    1e-6 instead of 0, so that log f is finite in fp32 too.
+    """
+
+    def __init__(self, config, layer, key_size):
+        super().__init__()
+        self.num_heads, self.bound = config.linear_heads, max(layer / config.num_layers, 1e-6)
+        self.f_proj = nn.Linear(config.hidden_size, config.linear_heads * key_size, bias=False)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        f = self.f_proj(x_TD)
+        f = f.to(decay_dtype(f.dtype)).unflatten(-1, (self.num_heads, -1))
+        # By way of 1 - f, which is exact where f is almost 1 and memories are long.
+        return torch.log1p(-self.most_forgotten(f) * torch.sigmoid(-f))
+
+    @torch.compiler.disable  # as in FixedDecay
+    def most_forgotten(self, f: torch.Tensor) -> torch.Tensor:
+        return torch.full((), 1 - self.bound, dtype=f.dtype, device=f.device)
+
+
+# name: module of (config, layer, key_size) that maps the layer's input [T, D] to its log decay
+DECAYS = {
+    "none": NoDecay,
+    "fixed": FixedDecay,
+    "scalar": ScalarDecay,
+    "channel": ChannelDecay,
+    "bounded": BoundedDecay,
+}

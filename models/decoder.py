@@ -8,7 +8,6 @@ from torch import nn
 
 from longspan.kernels.loss import chunked_cross_entropy
 from longspan.models.config import ModelConfig
-from longspan.models.decay import ScalarGate
 from longspan.models.layers import RMSNorm, SwiGLU
 from longspan.models.mixers import build_mixer
 from longspan.models.rope import Rotary, rotary_angles
@@ -48,7 +47,8 @@ class Decoder(nn.Module):
 
     def init_weights(self) -> None:
         """Normal weights of init_std, ones in norms; projections into the residual stream / sqrt(2 num_layers); the
-        embedding of embedding_init_std."""
+        embedding of embedding_init_std. Modules with parameters of another nature have an `init_weights` of their own.
+        """
         std = self.config.init_std
         residual_std = std * (2 * self.config.num_layers) ** -0.5
         for name, module in self.named_modules():
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=residual_std if name.endswith((".o_proj", ".down_proj")) else std)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
-            elif isinstance(module, ScalarGate):
+            elif module is not self and hasattr(module, "init_weights"):
                 module.init_weights()
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor, seq) -> torch.Tensor:

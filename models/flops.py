@@ -2,7 +2,8 @@
 
 Backward is twice the forward; recomputation, norms, rotations, gates and the optimizer are not counted. Softmax
 attention counts the query-key pairs the causal mask leaves, document by document; linear attention counts its
-recurrence (one state update and one read per token and head), whatever chunk length a kernel uses.
+recurrence, whatever a chunked kernel computes instead: per token and head a write and a read of the state, 2 K V each,
+and with the delta rule one more read, of what the state holds for the key. Decay is not counted, of whatever shape.
 """
 
 from collections.abc import Iterable
@@ -10,7 +11,6 @@ from dataclasses import asdict
 from functools import lru_cache
 
 import torch
-from torch import nn
 
 from longspan.models.config import ModelConfig
 from longspan.models.decoder import Decoder
@@ -24,21 +24,24 @@ def model_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
 
 
 def model_flops_by_kind(config: ModelConfig, lengths: Iterable[int]) -> dict[str, float]:
-    """The same, split: projections and MLPs ("matmul"), "softmax", "linear" attention and the output "head"."""
+    """The same, split: projections, MLPs, convolutions ("matmul"), "softmax" and "linear" attention, output "head"."""
     lengths = list(lengths)
     tokens = sum(lengths)
     pairs = sum(Mask(causal=True).pairs(Span(0, 0, length), length) for length in lengths)
-    softmax_layers = config.layer_kinds.count("softmax")
-    linear_layers = config.num_layers - softmax_layers
-    # A normaliser is one more value column.
-    state = config.head_size * (config.head_size + config.linear_normalize)
     forward = {
         "matmul": 2.0 * tokens * _sizes(config)["block_matmul"],
-        "softmax": 4.0 * pairs * config.head_size * config.num_heads * softmax_layers,
-        "linear": 4.0 * tokens * state * config.num_heads * linear_layers,
+        "softmax": 4.0 * pairs * config.head_size * config.num_heads * config.layer_kinds.count("softmax"),
+        "linear": 1.0 * tokens * sum(_recurrence(config, kind) for kind in config.layer_kinds if kind != "softmax"),
         "head": 2.0 * tokens * config.hidden_size * config.vocab_size,
     }
     return {kind: 3 * flops for kind, flops in forward.items()}
+
+
+def _recurrence(config, kind):
+    """Forward FLOPs per token of a linear layer's state."""
+    heads, key_size, value_size = config.state_shape(kind)
+    columns = value_size + config.linear_normalize  # a normaliser is one more value column
+    return (3 if config.family(kind).delta_rule else 2) * 2 * heads * key_size * columns
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -56,8 +59,9 @@ def _measure(settings):
     """Counted on the module itself, built without memory, so that no second formula can disagree with it."""
     with torch.device("meta"):
         model = Decoder(ModelConfig(**dict(settings)))
-    matmuls = (module for module in model.blocks.modules() if isinstance(module, nn.Linear))
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "block_matmul": sum(module.weight.numel() for module in matmuls),
+        # Vectors scale and shift. What has more dimensions (projections, convolutions, learned feature maps) multiplies
+        # every token.
+        "block_matmul": sum(parameter.numel() for parameter in model.blocks.parameters() if parameter.ndim > 1),
     }

@@ -17,6 +17,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class SimpleRMSNorm(nn.Module):
+    """RMSNorm without a learned scale: what TransNormer (arXiv 2210.10340) puts in the denominator's place."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.size, self.eps = size, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (self.size,), eps=self.eps)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)): [T, D] -> [T, D]."""
 

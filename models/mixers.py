@@ -1,6 +1,6 @@
 """Token mixers: the only layers in which tokens see each other, through the attention functions and `seq`.
 
-Shape letters: T local tokens, D hidden size, H heads, K head width.
+Shape letters: T local tokens, D hidden size, H heads, K width of queries and keys, V width of values.
 """
 
 import torch
@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from longspan.attention import linear_attention, softmax_attention
-from longspan.models.decay import DECAYS
-from longspan.models.feature_maps import FEATURE_MAPS
-from longspan.models.layers import RMSNorm
+from longspan.models.convolution import ShortConvolution
+from longspan.models.decay import DECAYS, ScalarGate, decay_dtype
+from longspan.models.feature_maps import build_feature_map
+from longspan.models.layers import RMSNorm, SimpleRMSNorm
 from longspan.models.rope import Rotary, rotate
 
 
@@ -36,38 +37,108 @@ class SoftmaxMixer(nn.Module):
 
 
 class LinearMixer(nn.Module):
-    """Linear attention: o = RMSNorm(attention(phi(q), phi(k), v)) per head, times silu(gate(x)) if configured.
+    """Linear attention: o = norm(attention(phi(q), phi(k), v)) per head, times silu(gate(x)), as its family says.
 
     All heads have their own key and value head. The norm stands where softmax attention has its denominator.
     """
 
     def __init__(self, config, layer: int, kind: str):
         super().__init__()
-        hidden, self.head_size = config.hidden_size, config.head_size
-        width = config.num_heads * self.head_size
-        self.feature_map = FEATURE_MAPS[config.feature_map]
+        family, hidden, size = config.family(kind), config.hidden_size, config.projected_key_size(kind)
+        self.num_heads, key_size, value_size = config.state_shape(kind)
+        width = self.num_heads * value_size
         self.normalize = config.linear_normalize
-        self.q_proj = nn.Linear(hidden, width, bias=False)
-        self.k_proj = nn.Linear(hidden, width, bias=False)
+        self.q_proj = nn.Linear(hidden, self.num_heads * size, bias=False)
+        self.k_proj = None if family.keys_from_decay else nn.Linear(hidden, self.num_heads * size, bias=False)
         self.v_proj = nn.Linear(hidden, width, bias=False)
-        self.g_proj = nn.Linear(hidden, width, bias=False) if config.output_gate else None
+        self.g_proj = nn.Linear(hidden, width, bias=False) if family.output_gate == "silu" else None
         self.o_proj = nn.Linear(width, hidden, bias=False)
-        self.o_norm = RMSNorm(self.head_size, config.norm_eps)
-        self.decay = DECAYS[kind.removeprefix("linear:")](config, layer)
+        channels = sum(project.out_features for project in self._projections())
+        self.conv = ShortConvolution(channels, family.conv_width) if family.conv_width else None
+        self.q_map = build_feature_map(family.feature_map, self.num_heads, size)
+        self.k_map = None if family.keys_from_decay else build_feature_map(family.feature_map, self.num_heads, size)
+        self.o_norm = OUTPUT_NORMS[config.output_norm](value_size, config.norm_eps)
+        self.decay = DECAYS[family.decay](config, layer, key_size)
+        self.b_proj = nn.Linear(hidden, self.num_heads, bias=False) if family.delta_rule else None
 
     def forward(self, x_TD: torch.Tensor, rotary: Rotary, seq) -> torch.Tensor:
-        heads = (-1, self.head_size)
-        q_THK = self.feature_map(self.q_proj(x_TD)).unflatten(-1, heads)
-        k_THK = self.feature_map(self.k_proj(x_TD)).unflatten(-1, heads)
-        v_THK = self.v_proj(x_TD).unflatten(-1, heads)
-        log_decay = self.decay(x_TD)
-        o_THK = linear_attention(q_THK, k_THK, v_THK, log_decay=log_decay, normalize=self.normalize, seq=seq)
-        o_TD = self.o_norm(o_THK).flatten(1)
+        streams = [project(x_TD) for project in self._projections()]
+        if self.conv is not None:  # one convolution, so that ranks exchange one halo
+            sizes = [stream.shape[-1] for stream in streams]
+            streams = self.conv(torch.cat(streams, -1), seq).split(sizes, -1)
+        q_THK, *k_THK, v_THV = (stream.unflatten(-1, (self.num_heads, -1)) for stream in streams)
+        q_THK, log_decay = self.q_map(q_THK), self.decay(x_TD)
+        k_THK = self.k_map(*k_THK) if k_THK else -torch.expm1(log_decay).to(q_THK.dtype)
+        o_THV = linear_attention(
+            q_THK, k_THK, v_THV, log_decay=log_decay, beta=self._beta(x_TD), normalize=self.normalize, seq=seq
+        )
+        o_TD = self.o_norm(o_THV).flatten(1)
         if self.g_proj is not None:
             o_TD = o_TD * F.silu(self.g_proj(x_TD))
         return self.o_proj(o_TD)
 
+    def _projections(self):
+        return [project for project in (self.q_proj, self.k_proj, self.v_proj) if project is not None]
+
+    def _beta(self, x_TD):
+        if self.b_proj is None:
+            return None
+        b_TH = self.b_proj(x_TD)
+        return b_TH.to(decay_dtype(b_TH.dtype)).sigmoid()
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba-2's block: x, B and C pass a short convolution; o = attention(C, B, dt x) + D x; norm(o silu(z)).
+
+    B and C, the keys and queries, are shared by all heads. The norm is over all heads together, behind the gate.
+    """
+
+    def __init__(self, config, layer: int, kind: str):
+        super().__init__()
+        family, hidden, size = config.family(kind), config.hidden_size, config.projected_key_size(kind)
+        self.num_heads, _, value_size = config.state_shape(kind)
+        width = self.num_heads * value_size
+        self.parts = [width, size, size]  # x, B, C
+        self.widths = [width if family.output_gate == "silu" else 0, sum(self.parts), self.num_heads]  # z, xBC, dt
+        self.in_proj = nn.Linear(hidden, sum(self.widths), bias=False)
+        self.o_proj = nn.Linear(width, hidden, bias=False)
+        self.conv = ShortConvolution(sum(self.parts), family.conv_width) if family.conv_width else None
+        self.q_map = build_feature_map(family.feature_map, 1, size)
+        self.k_map = build_feature_map(family.feature_map, 1, size)
+        self.gate = ScalarGate(self.num_heads)
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.o_norm = OUTPUT_NORMS[config.output_norm](width, config.norm_eps)
+
+    def init_weights(self) -> None:
+        nn.init.ones_(self.D)
+
+    def forward(self, x_TD: torch.Tensor, rotary: Rotary, seq) -> torch.Tensor:
+        z_TD, streams, a_TH = self.in_proj(x_TD).split(self.widths, -1)
+        if self.conv is not None:
+            streams = self.conv(streams, seq)
+        x_THV, k_THK, q_THK = (
+            part.unflatten(-1, (heads, -1))
+            for part, heads in zip(streams.split(self.parts, -1), (self.num_heads, 1, 1))
+        )
+        log_decay_TH, step_TH = self.gate(a_TH)
+        o_THV = linear_attention(
+            self.q_map(q_THK).expand(-1, self.num_heads, -1),
+            self.k_map(k_THK).expand(-1, self.num_heads, -1),
+            (x_THV * step_TH[..., None]).to(x_THV.dtype),
+            log_decay=log_decay_TH,
+            scale=1.0,
+            seq=seq,
+        )
+        o_TD = (o_THV + self.D[:, None] * x_THV).flatten(1)
+        if z_TD.shape[-1]:
+            o_TD = o_TD * F.silu(z_TD)
+        return self.o_proj(self.o_norm(o_TD))
+
+
+OUTPUT_NORMS = {"rmsnorm": RMSNorm, "simple_rmsnorm": SimpleRMSNorm}
+MIXERS = {"softmax": SoftmaxMixer, "linear:mamba2": Mamba2Mixer}
+
 
 def build_mixer(config, layer: int, kind: str) -> nn.Module:
     """The mixer of a layer; kind is one of `config.LAYER_KINDS`."""
-    return (SoftmaxMixer if kind == "softmax" else LinearMixer)(config, layer, kind)
+    return MIXERS.get(kind, LinearMixer)(config, layer, kind)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from longspan.attention.recompute import checkpoint_contexts
-from longspan.models.decay import ScalarGate
+from longspan.models.decay import Gate
 from longspan.models.decoder import Decoder
 
 CHECKPOINTING = ("none", "full")
@@ -73,7 +73,7 @@ def shard(model: Decoder, mesh: DeviceMesh, param_dtype: torch.dtype | None, red
     uncast = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for block in model.blocks:
         for module in block.modules():
-            if isinstance(module, ScalarGate) and param_dtype is not None:
+            if isinstance(module, Gate) and param_dtype is not None:
                 fully_shard(module, mesh=mesh, mp_policy=uncast, reshard_after_forward=False)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

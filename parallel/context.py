@@ -8,6 +8,7 @@ import torch
 from longspan.parallel.balanced import balanced
 from longspan.parallel.exchange import group_rank, group_size, to_device
 from longspan.parallel.layout import Layout, contiguous, zigzag
+from longspan.parallel.topology import Topology
 
 MEMO = 4  # latest contexts kept for batches of equal lengths; each holds device memory for every local token
 
@@ -17,15 +18,20 @@ class SequenceParallel:
 
     group: process group that carries tokens, keys and values; state_group: a second communicator over the same ranks
     for linear-attention states, so that they never queue behind other traffic (default: group). None is one rank.
-    layout: "auto", "contiguous" or "zigzag". linear, softmax, backend: names that the attention layers resolve.
+    topology: which of the ranks share a machine (default: all). layout: "auto", "contiguous" or "zigzag". linear,
+    softmax, backend: names that the attention layers resolve.
     """
 
-    def __init__(self, group=None, state_group=None, *, layout="auto", linear="auto", softmax="auto", backend="auto",
-                 device="cpu"):
+    def __init__(self, group=None, state_group=None, *, topology=None, layout="auto", linear="auto", softmax="auto",
+                 backend="auto", device="cpu"):
         if layout not in BASE_LAYOUTS:
             raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(BASE_LAYOUTS)}")
         self.group, self.state_group = group, group if state_group is None else state_group
         self.rank, self.world_size = group_rank(group), group_size(group)
+        self.topology = Topology(1, self.world_size) if topology is None else topology
+        if self.topology.world_size != self.world_size:
+            found = self.topology.world_size
+            raise ValueError(f"topology={self.topology} has {found} ranks but the group has {self.world_size}")
         self.layout, self.linear, self.softmax, self.backend = layout, linear, softmax, backend
         self.device = torch.device(device)
         self._contexts, self._derivations, self._lock = OrderedDict(), {}, Lock()

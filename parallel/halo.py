@@ -19,10 +19,11 @@ from longspan.parallel.routes import RouteTable, route_table
 class Halo:
     """One rank's halo tables for one width W.
 
-    reach: int8 [T], how many tokens (at most W - 1) just before each local token belong to its document; -1 on borders.
-    strip_reach: int8 [S], the same for the rows of the strips, laid end to end; -1 on halos. border, strip_border: int64
-    [B], the local row and the strip row of each border token. route: brings the strips' rows. sent: int64 [N], the
-    local rows that are sent, each once; sent_slot: for each row the route sends, its place in `sent`.
+    reach: int8 [T], how many of the rows just before each local token (at most W - 1) it reads; -1 on borders.
+    strip_reach: int8 [S], the same for the rows of the strips, laid end to end; -1 on halos.
+    border, strip_border: int64 [B], the local row and the strip row of each border token.
+    route: brings the strips' rows. sent: int64 [N], the local rows that it sends, each once; sent_slot: int64, the
+    place in `sent` of each row it sends.
     """
 
     reach: torch.Tensor

@@ -4,11 +4,14 @@ import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from math import gcd
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from longspan.parallel.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +26,7 @@ class Mesh:
     sp_rank: int
     sp_group: dist.ProcessGroup
     sp_state_group: dist.ProcessGroup  # same ranks, own communicator: summaries never queue behind keys and values
+    sp_topology: Topology  # which ranks of an SP group share a machine
     fsdp_mesh: DeviceMesh  # 1-D over all ranks, or 2-D: replicas over machines, shards inside one
     device: torch.device
 
@@ -70,6 +74,7 @@ def build_mesh(*, sp: int, sharding: Literal["fsdp", "hsdp"], device: torch.devi
         sp_rank=rank % sp,
         sp_group=sp_group,
         sp_state_group=sp_state_group,
+        sp_topology=_topology(sp, ranks_per_machine),
         fsdp_mesh=fsdp_mesh,
         device=device,
     )
@@ -104,6 +109,14 @@ def _check(sp: int, sharding: str, world_size: int, ranks_per_machine: int) -> N
             ranks_per_machine,
             allowed,
         )
+
+
+def _topology(sp: int, ranks_per_machine: int) -> Topology:
+    """The ranks of an SP group in the largest equal parts that no machine boundary cuts, whatever group it is."""
+    sizes = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, ranks_per_machine)
+    ranks_per_node = gcd(sp, *sizes)
+    return Topology(sp // ranks_per_node, ranks_per_node)
 
 
 def _urgent(device: torch.device) -> dict:

@@ -2,33 +2,95 @@
 
 Each span of tokens maps its entry state to an exit state, `S_out = A(S_in) + S_ext`. A rank publishes (S_ext, A) of
 the spans whose document continues on another rank; what they weigh does not depend on the sequence length. The plan is
-pure data; `start_scan` runs it with one of the transports in TRANSPORTS. Arithmetic (folding, one step) is passed in.
+pure data; `start_scan` runs it with one of the transports in TRANSPORTS. Arithmetic (folding, composing, one step) is
+passed in.
 """
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 
-from longspan.parallel.exchange import group_rank, start_all_gather, start_exchange
 from longspan.parallel.layout import Layout
+from longspan.parallel.topology import Topology
+from longspan.parallel.transports import TRANSPORTS, choose_transport
+from longspan.parallel.transports.background import Background
+
+__all__ = ["TRANSPORTS", "Chains", "GatherPlan", "Link", "ScanPlan", "choose_transport", "scan_plan", "start_scan"]
 
 
 @dataclass(frozen=True)
 class Chains:
-    """What one direction of the scan needs. which: local spans that something enters. sources: int64
-    [len(which), L], rows of the table of summaries (published by rank, then linked) in passing order, -1 in front."""
+    """Folds along rows of a table of summaries, as kernels.fold takes them; each yields what its last row leaves.
+
+    which: the local spans (of totals: the slots) that the chains belong to. sources, targets: int32 [N, L], rows read
+    and rows written, -1 for none; initial: int32 [N], all -1; num_out: rows of the result.
+    """
 
     which: tuple[int, ...]
     sources: torch.Tensor
+    targets: torch.Tensor
+    initial: torch.Tensor
+    num_out: int
+
+    @classmethod
+    def of(cls, rows: dict[int, list[int]], num_out: int | None = None) -> "Chains":
+        """Chains over the given rows; row n of the result is that of the n-th smallest key with any."""
+        which = tuple(sorted(key for key, chain in rows.items() if chain))
+        length = max((len(rows[key]) for key in which), default=0) + 1
+        sources = torch.full((len(which), length), -1, dtype=torch.int32)
+        targets = torch.full_like(sources, -1)
+        for n, key in enumerate(which):
+            sources[n, length - 1 - len(rows[key]) : length - 1] = torch.tensor(rows[key], dtype=torch.int32)
+            targets[n, -1] = n
+        initial = torch.full((len(which),), -1, dtype=torch.int32)
+        return cls(which, sources, targets, initial, len(which) if num_out is None else num_out)
+
+    def map(self, move) -> "Chains":
+        return replace(self, sources=move(self.sources), targets=move(self.targets), initial=move(self.initial))
 
 
 @dataclass(frozen=True)
 class Link:
-    """Two successive spans of a document: (rank, local span) of the earlier and of the later one."""
+    """Two successive spans of a document: (rank, local span) of the earlier and of the later one, how many links come
+    before this one and how many after it."""
 
     earlier: tuple[int, int]
     later: tuple[int, int]
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class GatherPlan:
+    """Gathering summaries inside a node and totals over nodes; one node of all ranks has no totals.
+
+    A total stands for a run, successive spans of a document on one node whose document also lives on other nodes.
+    peers: the ranks of this node; counterparts: the ranks in the same place of every node. Rows of the table:
+
+        len(peers) x num_slots            what the peers published
+        len(counterparts) x num_totals    totals of every node
+        linked                            this rank's own, if has_own_rows: some document's spans are all on this rank
+
+    total_forward, total_backward: this node's totals from its peers' rows. forward, backward: from predecessors or
+    successors; whole: from all spans of the document (attention that is not causal).
+    """
+
+    peers: tuple[int, ...]
+    counterparts: tuple[int, ...]
+    num_totals: int
+    has_own_rows: bool
+    total_forward: Chains
+    total_backward: Chains
+    forward: Chains
+    backward: Chains
+    whole: Chains
+
+    def map(self, move) -> "GatherPlan":
+        return replace(
+            self, **{name: value.map(move) for name, value in vars(self).items() if isinstance(value, Chains)}
+        )
 
 
 @dataclass(frozen=True)
@@ -37,17 +99,31 @@ class ScanPlan:
 
     linked: local spans of documents that have several spans anywhere; only these are summarised, in this order.
     published: int64, which of them lie on documents of several ranks, filled up to `num_slots` on every rank.
-    forward, backward: chains of predecessors and of successors; whole: chains over all spans of the document (attention
-    that is not causal). links: successive spans in which this rank takes part, in an order all ranks share.
+    flat: gathering over all ranks at once; nodes: in two levels, by `topology`. links: successive spans in which this
+    rank takes part, and num_hops, the most links of a document: for passing states on from span to span.
     """
 
+    rank: int
+    topology: Topology
     linked: tuple[int, ...]
     published: torch.Tensor
     num_slots: int
-    forward: Chains
-    backward: Chains
-    whole: Chains
+    flat: GatherPlan
+    nodes: GatherPlan
     links: tuple[Link, ...]
+    num_hops: int
+
+    @property
+    def forward(self) -> Chains:
+        return self.flat.forward
+
+    @property
+    def backward(self) -> Chains:
+        return self.flat.backward
+
+    @property
+    def whole(self) -> Chains:
+        return self.flat.whole
 
     @property
     def connected(self) -> bool:
@@ -56,119 +132,114 @@ class ScanPlan:
 
     def map(self, move) -> "ScanPlan":
         """The same plan with every tensor passed through `move`."""
-        moved = {
-            name: replace(getattr(self, name), sources=move(getattr(self, name).sources))
-            for name in ("forward", "backward", "whole")
-        }
-        return replace(self, published=move(self.published), **moved)
+        flat = self.flat.map(move)
+        nodes = flat if self.nodes is self.flat else self.nodes.map(move)
+        return replace(self, published=move(self.published), flat=flat, nodes=nodes)
 
 
-def scan_plan(layout: Layout, rank: int) -> ScanPlan:
-    """The plan of `rank`: a pure function of the layout."""
-    members = defaultdict(list)  # places (rank, local span) of each document's spans, in document order
+def scan_plan(layout: Layout, rank: int, topology: Topology | None = None) -> ScanPlan:
+    """The plan of `rank`: a pure function of the layout and of who shares a node (default: all)."""
+    flat_topology = Topology(1, layout.world_size)
+    topology = flat_topology if topology is None else topology
+    assert topology.world_size == layout.world_size, (topology, layout.world_size)
+    documents = defaultdict(list)  # places (rank, local span) of each document's spans, in document order
     for _, place in sorted((span, (r, n)) for r, spans in enumerate(layout.spans) for n, span in enumerate(spans)):
-        members[layout.spans[place[0]][place[1]].document].append(place)
-    members = {document: places for document, places in members.items() if len(places) > 1}
-    split = {document for document, places in members.items() if len({r for r, _ in places}) > 1}
-    linked = [n for n, span in enumerate(layout.spans[rank]) if span.document in members]
+        documents[layout.spans[place[0]][place[1]].document].append(place)
+    documents = {document: places for document, places in sorted(documents.items()) if len(places) > 1}
+    split = {document: places for document, places in documents.items() if len({r for r, _ in places}) > 1}
 
+    linked = {n: i for i, n in enumerate(n for n, s in enumerate(layout.spans[rank]) if s.document in documents)}
     published = [[n for n, span in enumerate(spans) if span.document in split] for spans in layout.spans]
-    num_slots = max(map(len, published))
-    position = {n: i for i, n in enumerate(linked)}
-    row = {(rank, n): layout.world_size * num_slots + i for n, i in position.items()}
-    row |= {(r, n): r * num_slots + slot for r, spans in enumerate(published) for slot, n in enumerate(spans)}
-
-    forward, backward, whole, links = {}, {}, {}, []
-    for document in sorted(members):
-        places = members[document]
-        if document not in split and places[0][0] != rank:
-            continue
-        rows = [row[place] for place in places]
-        for depth, (r, n) in enumerate(places):
-            if r == rank:
-                forward[n], backward[n], whole[n] = rows[:depth], rows[:depth:-1], rows
-        links += [(depth, document, Link(*pair)) for depth, pair in enumerate(zip(places, places[1:]))]
-    mine = tuple(link for _, _, link in sorted(links, key=lambda x: x[:2]) if rank in (link.earlier[0], link.later[0]))
-    mine_published = torch.tensor([position[n] for n in published[rank]], dtype=torch.int64)
-    return ScanPlan(tuple(linked), mine_published, num_slots, *map(_chains, (forward, backward, whole)), mine)
-
-
-def _chains(chains: dict[int, list[int]]) -> Chains:
-    which = tuple(sorted(n for n, rows in chains.items() if rows))
-    longest = max((len(chains[n]) for n in which), default=0)
-    padded = [[-1] * (longest - len(chains[n])) + chains[n] for n in which]
-    return Chains(which, torch.tensor(padded, dtype=torch.int64).reshape(len(which), longest))
+    links = []
+    for document, places in documents.items():
+        last = len(places) - 2
+        for hop, (earlier, later) in enumerate(zip(places, places[1:])):
+            if rank in (earlier[0], later[0]):
+                links.append((hop, document, Link(earlier, later, hop, last - hop)))
+    gathered = {document: places for document, places in documents.items() if document in split or places[0][0] == rank}
+    flat = _gather_plan(gathered, published, linked, rank, flat_topology)
+    return ScanPlan(
+        rank=rank,
+        topology=topology,
+        linked=tuple(linked),
+        published=torch.tensor([linked[n] for n in published[rank]], dtype=torch.int64),
+        num_slots=max(map(len, published)),
+        flat=flat,
+        nodes=flat if topology == flat_topology else _gather_plan(gathered, published, linked, rank, topology),
+        links=tuple(link for _, _, link in sorted(links, key=lambda x: x[:2])),
+        num_hops=max((len(places) - 1 for places in documents.values()), default=0),
+    )
 
 
-class GatherScan:
-    """lasp2: one asynchronous all-gather of the published summaries; every rank folds what its spans need
-    (LASP-2, arXiv 2502.07563). Transitions travel with the forward states and are reused backward."""
+def _gather_plan(documents, published, linked, rank: int, topology: Topology) -> GatherPlan:
+    """documents: places of the spans of each document that is on several ranks or on this one alone."""
+    node, per_node, num_slots = topology.node(rank), topology.ranks_per_node, max(map(len, published))
+    runs = {  # the runs (node, places) of each document
+        document: [(n, list(run)) for n, run in groupby(places, lambda place: topology.node(place[0]))]
+        for document, places in documents.items()
+    }
+    totals, num_used = {}, [0] * topology.nodes  # (document, run) -> place among its node's totals
+    for document, document_runs in runs.items():
+        for n, (run_node, _) in enumerate(document_runs if len(document_runs) > 1 else ()):
+            totals[document, n] = num_used[run_node]
+            num_used[run_node] += 1
+    num_totals = max(num_used)
 
-    causal_only = False
+    first_total = per_node * num_slots
+    first_own = first_total + topology.nodes * num_totals
+    summary_row = {(rank, n): first_own + i for n, i in linked.items()}
+    for place, peer in enumerate(range(node * per_node, (node + 1) * per_node)):
+        summary_row |= {(peer, n): place * num_slots + slot for slot, n in enumerate(published[peer])}
 
-    def __init__(self, plan, direction, state, transition, group, fold, step):
-        self.chains, self.fold = getattr(plan, direction), fold
-        self.state, self.transition, self.pending = state, transition, None
-        self.sends_transition = transition is not None and direction != "backward"
-        if plan.num_slots:
-            payload = [state, transition] if self.sends_transition else [state]
-            rows = torch.cat([x.index_select(0, plan.published).flatten(1) for x in payload], dim=1)
-            unused = rows.new_zeros(plan.num_slots - len(rows), rows.shape[1])  # all that is gathered is finite
-            self.pending = start_all_gather(torch.cat([rows, unused]), group)
-
-    def wait(self):
-        state, transition = self.state, self.transition
-        if self.pending is not None:
-            rows, width = self.pending.wait().flatten(0, 1), state.shape[1:].numel()
-            state = torch.cat([rows[:, :width].reshape(-1, *state.shape[1:]), state])
-            if self.sends_transition:
-                transition = torch.cat([rows[:, width:].reshape(-1, *transition.shape[1:]), transition])
-        return self.fold(state, transition, self.chains.sources), transition
-
-
-class RingScan:
-    """lasp: states passed on from span to span in document order, one hop at a time (LASP, arXiv 2404.02882)."""
-
-    causal_only = True
-
-    def __init__(self, plan, direction, state, transition, group, fold, step):
-        assert direction in ("forward", "backward"), direction
-        self.plan, self.backward, self.chains = plan, direction == "backward", getattr(plan, direction)
-        self.state, self.transition, self.group, self.step = state, transition, group, step
-
-    def wait(self):
-        me, entry, sending = group_rank(self.group), {}, []
-        row = {span: i for i, span in enumerate(self.plan.linked)}
-        for link in self.plan.links[::-1] if self.backward else self.plan.links:
-            (source, span), (target, next_span) = (
-                (link.later, link.earlier) if self.backward else (link.earlier, link.later)
-            )
-            if source == me:
-                transition = None if self.transition is None else self.transition[row[span]]
-                passed = self.step(self.state[row[span]], transition, entry.get(span))
-                if target == me:
-                    entry[next_span] = passed
-                else:
-                    sending.append(start_exchange([(target, passed.contiguous())], [], self.group))
-            else:
-                entry[next_span] = torch.empty_like(self.state[row[next_span]])
-                start_exchange([], [(source, entry[next_span])], self.group).wait()
-        for pending in sending:
-            pending.wait()
-        entries = [entry[span] for span in self.chains.which]
-        return torch.stack(entries) if entries else self.state[:0], self.transition
+    forward, backward, whole, total_forward, total_backward = {}, {}, {}, {}, {}
+    for document, document_runs in runs.items():
+        total_row = [
+            first_total + run_node * num_totals + totals[document, n] if (document, n) in totals else None
+            for n, (run_node, _) in enumerate(document_runs)
+        ]
+        for n, (run_node, places) in enumerate(document_runs):
+            if run_node != node:
+                continue
+            rows = [summary_row[place] for place in places]
+            if (document, n) in totals:
+                total_forward[totals[document, n]], total_backward[totals[document, n]] = rows, rows[::-1]
+            for depth, (r, span) in enumerate(places):
+                if r == rank:
+                    forward[span] = total_row[:n] + rows[:depth]
+                    backward[span] = total_row[:n:-1] + rows[:depth:-1]
+                    whole[span] = total_row if len(document_runs) > 1 else rows
+    return GatherPlan(
+        peers=tuple(range(node * per_node, (node + 1) * per_node)),
+        counterparts=tuple(range(rank % per_node, topology.world_size, per_node)),
+        num_totals=num_totals,
+        has_own_rows=len(published[rank]) < len(linked),
+        total_forward=Chains.of(total_forward, num_totals),
+        total_backward=Chains.of(total_backward, num_totals),
+        forward=Chains.of(forward),
+        backward=Chains.of(backward),
+        whole=Chains.of(whole),
+    )
 
 
-TRANSPORTS = {"lasp2": GatherScan, "lasp": RingScan}
+def resolve_transport(transport: str, plan: ScanPlan, direction: str, state) -> str:
+    """`transport`, or what "auto" stands for: the same on all ranks, and forward and backward."""
+    if transport != "auto":
+        return transport
+    payload_bytes = plan.num_slots * state.shape[1:].numel() * state.element_size()
+    return choose_transport(payload_bytes, plan.topology, causal=direction != "whole")
 
 
-def start_scan(transport, plan, direction, state, transition, group, *, fold, step):
+def start_scan(transport, plan, direction, state, transition, group, *, fold, step, compose=None):
     """Starts an exclusive scan over the spans of every document; `wait()` gives (entries, transitions).
 
-    transport: a key of TRANSPORTS. direction: "forward" (what enters a span from its predecessors), "backward" (the
-    gradient that comes back from its successors) or "whole" (all spans of the document together).
-    state: [N, ...] for the linked spans; transition: [N, ...] or None going forward, and what the forward scan returned
-    as transitions going backward. fold(states, transitions, sources) and step(state, transition, entry or None) are the
-    arithmetic. entries: [len(chains.which), ...] for the chains of that direction.
+    transport: a key of TRANSPORTS, or "auto". direction: "forward" (what enters a span from its predecessors),
+    "backward" (the gradient that comes back from its successors) or "whole" (all spans of the document together; not
+    where TRANSPORTS says causal_only). state: [N, H, K, V] for the linked spans; transition: [N, H, ...] or None going
+    forward, and what the forward scan returned as transitions (of matrices, the transposes) going backward.
+    fold, compose, step: the arithmetic, kernels.fold's fold_chains, compose and step. entries: [n, H, K, V], n =
+    len(which) of the plan's chains of that direction.
     """
-    return TRANSPORTS[transport](plan, direction, state, transition, group, fold, step)
+    chosen = TRANSPORTS[resolve_transport(transport, plan, direction, state)]
+    assert not (direction == "whole" and chosen.causal_only), (transport, direction)
+    steps = chosen.run(plan, direction, state, transition, group, fold=fold, compose=compose, step=step)
+    return Background(steps, state.device, keep=(state, transition))

@@ -1,8 +1,13 @@
 """What every test gets: NaN-filled scratch memory in longspan code, one torch thread, GPU tests skipped without one."""
 
+import os
+
 import poison
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before any kernel is defined: Triton's interpreter runs them on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

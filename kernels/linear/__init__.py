@@ -1,10 +1,31 @@
-"""Linear attention on one rank: the definition (`naive`), forms in plain PyTorch and fused Triton forms, one protocol."""
+"""Linear attention on one rank: the definition (`naive`), forms in plain PyTorch, fused Triton forms, one protocol."""
 
 from longspan.kernels.linear.chunked import Chunked
+from longspan.kernels.linear.general import General
+
+MAX_WIDTH = 256  # of q, k and v on GPUs: a state of 256 x 64 is what one program holds on chip
 
 
-def choose_form(q, log_decay, beta):
-    """The Form (kernels.linear.form) for these inputs."""
-    if beta is None and (log_decay is None or log_decay.ndim < 3):
-        return Chunked
-    raise NotImplementedError
+def choose_form(q, v, log_decay, beta):
+    """The Form (kernels.linear.form) for these inputs: Triton on CUDA, plain PyTorch on CPU and for fp64.
+
+    A decay per key channel together with the delta rule (KDA) is plain PyTorch everywhere. Raises ValueError for heads
+    wider than MAX_WIDTH on CUDA.
+    """
+    per_channel = log_decay is not None and log_decay.ndim == 3
+    if not q.is_cuda or q.dtype.itemsize > 4 or (per_channel and beta is not None):
+        return General if per_channel or beta is not None else Chunked
+    for name, x in {"q": q, "v": v}.items():
+        if x.shape[2] > MAX_WIDTH:
+            raise ValueError(f"{name} has heads of width {x.shape[2]} (normalize adds one to v); GPUs take {MAX_WIDTH}")
+    if beta is not None:
+        from longspan.kernels.linear.delta import Delta
+
+        return Delta
+    if per_channel:
+        from longspan.kernels.linear.channel import Channel
+
+        return Channel
+    from longspan.kernels.linear.fused import Fused
+
+    return Fused

@@ -1,33 +1,43 @@
 """The forward recurrence of the delta rule through a split, chunk by chunk, with the WY form of `delta_wy`:
 
-    V' = U - W S      O = scale [ exp(G) . (Q S) + ((Q K^T) . Lambda) V' ]      S <- exp(G_C) S + (exp(G_C - G) . K)^T V'
+    V' = U - W S     O = scale [ exp(G) . (Q S) + ((Q K^T) . Lambda) V' ]     S <- exp(G_C) S + (exp(G_C - G) . K)^T V'
 
 A program owns a block of columns of S and carries it transposed, [BLOCK, K]: then every product has the carried state
 or V'^T on its left and a tile as it lies in memory on its right, and neither is ever transposed.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from longspan.kernels.linear.delta_tiles import (
-    decay_between_transposed,
-    decay_to_end,
     load_decay,
+    load_decay_between,
     load_tokens,
+    load_total_decay,
 )
 
-# Per mode and padded K: (columns of S per program, warps, stages), for 16-bit inputs and for fp32.
+# Mode, element size, padded K: (columns of S per program, warps, stages).
 CONFIGS = {
-    "sum": {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 4, 2)},
-    "states": {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 4, 2)},
-    "output": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 4, 2)},
+    "sum": {
+        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)},
+        4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 2), 256: (16, 8, 1)},
+    },
+    "states": {
+        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 8, 2)},
+        4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 2), 256: (16, 8, 1)},
+    },
+    "output": {
+        2: {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 8, 1)},
+        4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 1), 256: (16, 8, 1)},
+    },
 }
 
 
 @triton.jit
 def forward_kernel(
     q_ptr, k_ptr, w_ptr, u_ptr, decay_ptr, entry_ptr, out_ptr, states_ptr, sum_ptr, transition_ptr,
-    list_ptr, first_ptr, length_ptr, split_chunk_ptr, entry_row_ptr, sum_row_ptr,
+    summed_ptr, needed_ptr, first_ptr, length_ptr, split_chunk_ptr, entry_row_ptr, sum_row_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, scale, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, MODE: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -36,7 +46,7 @@ def forward_kernel(
 
     "sum"     the state that a split leaves when it starts from zero -> sum [row, H, K, V], and M, which maps the state
               that enters to its share of the one that leaves -> transition [row, H, K, K], columns of which start from
-              those of the identity and run with U = 0. Zero is written for an M that only ever meets a zero state.
+              those of the identity and run with U = 0. What is not needed (`DeltaTables.needed`) is written as zero.
     "states"  the state entering every chunk, S^T -> states [tile, V, K], and V'^T in the place of U^T
     "output"  O -> out [T, H, V]
     """
@@ -45,29 +55,31 @@ def forward_kernel(
     program = tl.program_id(0)
     block, head, split = program % blocks, (program // blocks % H).to(tl.int64), program // blocks // H
     if MODE == "sum":
-        split = tl.load(list_ptr + split)
+        split = tl.load(summed_ptr + split)
     first, length = tl.load(first_ptr + split).to(tl.int64), tl.load(length_ptr + split)
     tile = tl.load(split_chunk_ptr + split).to(tl.int64) * H + head
-    entry_row = tl.load(entry_row_ptr + split).to(tl.int64)
     token, key, column = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), block % blocks_v * BLOCK + tl.arange(0, BLOCK)
     inside = (column < V)[:, None] & (key < K)[None, :]
     chunks = tl.cdiv(length, CHUNK)
+    q_ptr += head * q_stride_h
+    k_ptr += head * k_stride_h
 
     of_identity = False
     if MODE == "sum":
         of_identity = block >= blocks_v
         if of_identity:
             column = (block - blocks_v) * BLOCK + tl.arange(0, BLOCK)
-            if entry_row < 0:
-                chunks = 0
-        state = tl.where(of_identity & (entry_row >= 0) & (column[:, None] == key[None, :]), 1.0, 0.0)
+        needed = tl.load(needed_ptr + split) > tl.where(of_identity, 1, 0)
+        chunks = tl.where(needed, chunks, 0)
+        state = tl.where(of_identity & needed & (column[:, None] == key[None, :]), 1.0, 0.0)
     else:
+        entry_row = tl.load(entry_row_ptr + split).to(tl.int64)
         entry_at = entry_ptr + (entry_row * H + head) * K * V + column[:, None] + key[None, :] * V
         state = tl.load(entry_at, mask=inside & (entry_row >= 0), other=0.0)
 
     for n in range(0, chunks):
-        start = first + n * CHUNK
-        k = load_tokens(k_ptr + start * k_stride_t + head * k_stride_h, k_stride_t, length - n * CHUNK, key, CHUNK, K, K == BLOCK_K)
+        start, left = first + n * CHUNK, length - n * CHUNK
+        k = load_tokens(k_ptr + start * k_stride_t, k_stride_t, left, key, CHUNK, K, K == BLOCK_K)
         w = tl.load(w_ptr + tile * CHUNK * BLOCK_K + token[:, None] * BLOCK_K + key[None, :])
         u_at = u_ptr + tile * CHUNK * BLOCK_V + column[:, None] * CHUNK + token[None, :]
         if MODE == "sum":
@@ -75,26 +87,28 @@ def forward_kernel(
         else:
             u = tl.load(u_at)
         if GATE:
-            high, low = load_decay(decay_ptr, tile, CHUNK)
-            to_end, total = decay_to_end(decay_ptr, tile, high, low, CHUNK)
+            to_end, total = load_decay(decay_ptr, tile, 3, CHUNK), load_total_decay(decay_ptr, tile, CHUNK)
 
+        if MODE == "output":
+            q = load_tokens(q_ptr + start * q_stride_t, q_stride_t, left, key, CHUNK, K, K == BLOCK_K)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [key, query]
+            if GATE:
+                scores *= load_decay_between(decay_ptr, tile, True, k.dtype == tl.float32, CHUNK)
+            else:
+                scores = tl.where(token[:, None] <= token[None, :], scores, 0.0)
+            scores = scores.to(k.dtype)
         entering = state.to(k.dtype)
         values = tl.dot(entering, tl.trans(w), u.to(tl.float32), input_precision=PRECISION)
         if MODE == "states":
             tl.store(states_ptr + tile * BLOCK_V * BLOCK_K + column[:, None] * BLOCK_K + key[None, :], entering)
             tl.store(u_at, values.to(u.dtype))
         if MODE == "output":
-            q = load_tokens(q_ptr + start * q_stride_t + head * q_stride_h, q_stride_t, length - n * CHUNK, key, CHUNK, K, K == BLOCK_K)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [key, query]
             out = tl.dot(entering, tl.trans(q), input_precision=PRECISION)
             if GATE:
-                scores *= decay_between_transposed(high, low, CHUNK)
-                out *= tl.exp(high)[None, :]
-            else:
-                scores = tl.where(token[:, None] <= token[None, :], scores, 0.0)
-            out = tl.dot(values.to(k.dtype), scores.to(k.dtype), out, input_precision=PRECISION)
+                out *= load_decay(decay_ptr, tile, 2, CHUNK)[None, :]
+            out = tl.dot(values.to(k.dtype), scores, out, input_precision=PRECISION)
             out_at = out_ptr + ((start + token) * H + head)[None, :] * V + column[:, None]
-            written = (token < length - n * CHUNK)[None, :] & (column < V)[:, None]
+            written = (token < left)[None, :] & (column < V)[:, None]
             tl.store(out_at, (out * scale).to(out_ptr.dtype.element_ty), mask=written)
         if GATE:
             values *= to_end[None, :]
@@ -109,3 +123,44 @@ def forward_kernel(
             tl.store(at, state, mask=(column < K)[:, None] & (key < K)[None, :])
         else:
             tl.store(sum_ptr + row * K * V + key[None, :] * V + column[:, None], state, mask=inside)
+
+
+def forward_sums(call, wy, tables):
+    """(states [num_sums, H, K, V], transitions [num_sums, H, K, K]) as far as `tables`, DeltaTables, says."""
+    _, heads, key_size = call.k.shape
+    states = call.q.new_empty(call.splits.num_sums, heads, key_size, call.v.shape[2], dtype=torch.float32)
+    transitions = states.new_empty(call.splits.num_sums, heads, key_size, key_size)
+    _launch("sum", call, wy, len(tables.summed), tables=tables, sums=(states, transitions))
+    return states, transitions
+
+
+def forward_states(call, wy, entries):
+    """S^T entering each chunk [tiles, V, K] and V'^T [tiles, V, C], which takes the place of U^T. entries: [N, H, K, V],
+    S entering the splits."""
+    block_k, block_v = call.widths
+    states = call.scratch(block_v, block_k)
+    _launch("states", call, wy, call.splits.num_splits, entries=entries, states=states)
+    return states, wy[1]
+
+
+def forward_output(call, wy, entries, dtype):
+    """O [T, H, V]. entries: [N, H, K, V], S entering the splits."""
+    out = call.v.new_empty(call.v.shape, dtype=dtype)
+    _launch("output", call, wy, call.splits.num_splits, entries=entries, out=out)
+    return out
+
+
+def _launch(mode, call, wy, num_splits, *, tables=None, entries=None, out=None, states=None, sums=(None, None)):
+    w, u, _, decay = wy
+    splits, (block_k, block_v) = call.splits, call.widths
+    limits = (block_k, block_v) if mode == "sum" else (block_v,)
+    block, warps, stages = call.columns(CONFIGS[mode], *limits)
+    blocks = sum(limits) // block
+    if num_splits:
+        forward_kernel[(num_splits * call.heads * blocks,)](
+            call.q, call.k, w, u, decay, entries, out, states, *sums,
+            *((tables.summed, tables.needed) if tables else (None, None)),
+            splits.first, splits.length, splits.split_chunk, splits.forward.row, splits.sum_row,
+            *call.q.stride()[:2], *call.k.stride()[:2], call.scale, call.heads,
+            **call.constants, BLOCK=block, MODE=mode, num_warps=warps, num_stages=stages,
+        )  # fmt: skip

@@ -1,16 +1,88 @@
-"""Pieces that the delta-rule kernels share: reading tiles of tokens, decays inside a chunk, inverting I + A.
+"""What the delta-rule kernels share: one call's tensors and sizes, tiles of tokens, decays inside a chunk.
 
-Scratch tensors hold one tile per (chunk, head), [num_chunks, H, rows, columns], padded to powers of two and to whole
-chunks with zeros, so that they are read without masks. Token tensors are [T, H, D].
+Scratch tensors hold one tile per (chunk, head), [num_chunks, H, rows, columns], padded with zeros to powers of two and
+to whole chunks, so that they are read without masks. Token tensors are [T, H, D].
 """
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+
+from longspan.kernels.linear.splits import Splits
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Call:
+    """q, k: [T, H, K]; v: [T, H, V], one dtype, unit stride in the last dimension; log_decay: None, [H] or [T, H];
+    beta: [T, H]."""
+
+    splits: Splits
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    log_decay: torch.Tensor | None
+    beta: torch.Tensor
+    scale: float
+
+    @property
+    def num_tiles(self) -> int:
+        return self.splits.num_chunks * self.heads
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """K and V, padded."""
+        return padded(self.k.shape[2]), padded(self.v.shape[2])
+
+    @property
+    def chunks(self):
+        return self.splits.chunk_first, self.splits.chunk_length
+
+    @property
+    def decay_strides(self):
+        """Of log_decay as [T, H]."""
+        g = self.log_decay
+        return (0, 0) if g is None else (0, g.stride(0)) if g.ndim == 1 else g.stride()
+
+    @property
+    def constants(self) -> dict:
+        """Compile-time arguments that all kernels have."""
+        block_k, block_v = self.widths
+        precision = "tf32x3" if self.q.dtype == torch.float32 else "tf32"
+        return dict(
+            K=self.k.shape[2], V=self.v.shape[2], BLOCK_K=block_k, BLOCK_V=block_v, CHUNK=CHUNK,
+            GATE=self.log_decay is not None, PRECISION=precision,
+        )  # fmt: skip
+
+    def warps(self, table) -> int:
+        """From {element size: {padded max(K, V): warps}}."""
+        return table[self.q.element_size()][max(self.widths)]
+
+    def columns(self, table, *limits):
+        """(columns, warps, stages) from {element size: {padded K: row}}; not more columns than any of `limits`."""
+        columns, warps, stages = table[self.q.element_size()][self.widths[0]]
+        fitting = min(columns, *limits)
+        return fitting, max(4, warps * fitting // columns), stages
+
+    def scratch(self, *shape, dtype=None):
+        return self.q.new_empty(self.splits.num_chunks, self.heads, *shape, dtype=dtype or self.q.dtype)
+
+
+def padded(size: int) -> int:
+    """The next power of two, at least 16: what tl.dot takes."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 @triton.jit
 def load_tokens(ptr, stride, length, column, CHUNK: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr):
-    """[CHUNK, columns] of the tokens that `ptr` starts at; zero after `length` tokens and, unless ALL, WIDTH columns."""
+    """[CHUNK, columns] of the tokens from `ptr` on; zero after `length` tokens and, unless ALL, WIDTH columns."""
     token = tl.arange(0, CHUNK)
     mask = (token < length)[:, None]
     if not ALL:
@@ -37,47 +109,29 @@ def store_tokens(ptr, stride, length, column, value, CHUNK: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def load_decay(decay_ptr, tile, CHUNK: tl.constexpr):
-    """G of a chunk as the sum of two fp32 vectors, so that differences of large numbers stay exact (`wy_kernel`)."""
-    at = decay_ptr + tile * 2 * CHUNK + tl.arange(0, CHUNK)
-    return tl.load(at), tl.load(at + CHUNK)
+def load_decay(decay_ptr, tile, ROW: tl.constexpr, CHUNK: tl.constexpr):
+    """One row of a chunk's decays: 0: G rounded to fp32, 1: what the rounding left, 2: exp(G), 3: exp(G_C - G)."""
+    return tl.load(decay_ptr + (tile * 4 + ROW) * CHUNK + tl.arange(0, CHUNK))
 
 
 @triton.jit
-def decay_to_end(decay_ptr, tile, high, low, CHUNK: tl.constexpr):
-    """exp(G_C - G), and exp(G_C)."""
-    last = decay_ptr + tile * 2 * CHUNK + CHUNK - 1
-    high_total, low_total = tl.load(last), tl.load(last + CHUNK)
-    return tl.exp((high_total - high) + (low_total - low)), tl.exp(high_total + low_total)
+def load_total_decay(decay_ptr, tile, CHUNK: tl.constexpr):
+    """exp(G_C)."""
+    return tl.load(decay_ptr + (tile * 4 + 3) * CHUNK - 1)
 
 
 @triton.jit
-def decay_between(high, low, CHUNK: tl.constexpr):
-    """Lambda: exp(G_i - G_j) for i >= j, else 0."""
+def load_decay_between(decay_ptr, tile, TRANSPOSED: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr):
+    """Lambda: exp(G_i - G_j) for i >= j, else 0; i counts rows, columns if TRANSPOSED. EXACT: where a G of thousands,
+    whose rounding error is 1e-4, would be felt."""
     token = tl.arange(0, CHUNK)
-    log = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-    return tl.exp(tl.where(token[:, None] >= token[None, :], log, float("-inf")))
-
-
-@triton.jit
-def decay_between_transposed(high, low, CHUNK: tl.constexpr):
-    token = tl.arange(0, CHUNK)
-    log = (high[None, :] - high[:, None]) + (low[None, :] - low[:, None])
-    return tl.exp(tl.where(token[None, :] >= token[:, None], log, float("-inf")))
-
-
-@triton.jit
-def invert_unit_lower(a, CHUNK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + a)^-1 for strictly lower triangular a, by block substitution: diagonal blocks are inverted in sizes 2, 4, ...
-
-    Two neighbours with inverses X and Y merge into [[X, 0], [-Y a21 X, Y]]; with T the block diagonal of all inverses
-    and `below` the blocks a21, all pairs merge at once as T - T below T.
-    """
-    row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    differ = row ^ column  # its highest bit is the level at which the blocks of row and column merge
-    inverse = tl.where(row == column, 1.0, 0.0) - tl.where(differ == 1, a, 0.0)
-    for level in tl.static_range(1, LEVELS):
-        below = tl.where(differ >> level == 1, a, 0.0)
-        product = tl.dot(inverse, below, input_precision=PRECISION)
-        inverse -= tl.dot(product, inverse, input_precision=PRECISION)
-    return inverse
+    g = load_decay(decay_ptr, tile, 0, CHUNK)
+    log = g[:, None] - g[None, :]
+    if EXACT:
+        rest = load_decay(decay_ptr, tile, 1, CHUNK)
+        log += rest[:, None] - rest[None, :]
+    if TRANSPOSED:
+        log = tl.where(token[:, None] <= token[None, :], -log, float("-inf"))
+    else:
+        log = tl.where(token[:, None] >= token[None, :], log, float("-inf"))
+    return tl.exp(log)

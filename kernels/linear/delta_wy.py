@@ -6,12 +6,14 @@ after which a chunk maps the state that enters it like a gated linear-attention 
 depends on another. Formulas: docs/linear-attention.md.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from longspan.kernels.linear.delta_tiles import decay_between, invert_unit_lower, load_tokens
+from longspan.kernels.linear.delta_tiles import CHUNK, load_tokens
 
-CONFIGS = {16: (4, 2), 32: (4, 2), 64: (4, 2), 128: (4, 2), 256: (8, 2)}  # padded max(K, V): (warps, stages)
+# Element size, padded max(K, V): warps.
+WARPS = {2: {16: 4, 32: 4, 64: 4, 128: 4, 256: 8}, 4: {16: 4, 32: 4, 64: 4, 128: 8, 256: 8}}
 
 
 @triton.jit
@@ -29,8 +31,10 @@ def wy_kernel(
     token, k_column, v_column = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     row, column = token[:, None], token[None, :]
 
-    k = load_tokens(k_ptr + first * k_stride_t + head * k_stride_h, k_stride_t, length, k_column, CHUNK, K, K == BLOCK_K)
-    v = load_tokens(v_ptr + first * v_stride_t + head * v_stride_h, v_stride_t, length, v_column, CHUNK, V, V == BLOCK_V)
+    k_ptr += first * k_stride_t + head * k_stride_h
+    v_ptr += first * v_stride_t + head * v_stride_h
+    k = load_tokens(k_ptr, k_stride_t, length, k_column, CHUNK, K, K == BLOCK_K)
+    v = load_tokens(v_ptr, v_stride_t, length, v_column, CHUNK, V, V == BLOCK_V)
     beta_at = beta_ptr + first * beta_stride_t + head * beta_stride_h + token * beta_stride_t
     beta = tl.load(beta_at, mask=token < length, other=0.0).to(tl.float32)
 
@@ -38,14 +42,17 @@ def wy_kernel(
     beta_k = beta
     if GATE:
         g_at = g_ptr + first * g_stride_t + head * g_stride_h + token * g_stride_t
-        total = tl.cumsum(tl.load(g_at, mask=token < length, other=0.0).to(tl.float64), 0)
-        high = total.to(tl.float32)
-        low = (total - high.to(tl.float64)).to(tl.float32)
-        decay_at = decay_ptr + tile * 2 * CHUNK + token
-        tl.store(decay_at, high)
-        tl.store(decay_at + CHUNK, low)
-        a *= decay_between(high, low, CHUNK)
-        beta_k *= tl.exp(high)
+        g = tl.load(g_at, mask=token < length, other=0.0).to(tl.float64)
+        cumulative = tl.cumsum(g, 0)
+        rounded, from_start = cumulative.to(tl.float32), tl.exp(cumulative.to(tl.float32))
+        decay_at = decay_ptr + tile * 4 * CHUNK + token
+        tl.store(decay_at, rounded)
+        tl.store(decay_at + CHUNK, (cumulative - rounded.to(tl.float64)).to(tl.float32))
+        tl.store(decay_at + 2 * CHUNK, from_start)
+        tl.store(decay_at + 3 * CHUNK, tl.exp((tl.sum(g, 0) - cumulative).to(tl.float32)))
+        between = (cumulative[:, None] - cumulative[None, :]).to(tl.float32)
+        a *= tl.exp(tl.where(row > column, between, float("-inf")))
+        beta_k *= from_start
     inverse = invert_unit_lower(tl.where(row > column, a, 0.0), CHUNK, 6, INVERSE_PRECISION)
 
     w = tl.dot((inverse * -beta_k[None, :]).to(k.dtype), k, input_precision=PRECISION)
@@ -57,3 +64,38 @@ def wy_kernel(
     if inverse_ptr is not None:
         inverse_at = inverse_ptr + tile * CHUNK * CHUNK + row * CHUNK + column
         tl.store(inverse_at, inverse.to(inverse_ptr.dtype.element_ty))
+
+
+@triton.jit
+def invert_unit_lower(a, CHUNK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 for strictly lower triangular a, by block substitution: diagonal blocks of 2, 4, 8, ... are inverted.
+
+    Two neighbours with inverses X and Y merge into [[X, 0], [-Y a21 X, Y]]; with T the block diagonal of all inverses
+    and `below` the blocks a21, all pairs merge at once as T - T below T.
+    """
+    row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    differ = row ^ column  # its highest bit is the level at which the blocks of row and column merge
+    inverse = tl.where(row == column, 1.0, 0.0) - tl.where(differ == 1, a, 0.0)
+    for level in tl.static_range(1, LEVELS):
+        below = tl.where(differ >> level == 1, a, 0.0)
+        product = tl.dot(inverse, below, input_precision=PRECISION)
+        inverse -= tl.dot(product, inverse, input_precision=PRECISION)
+    return inverse
+
+
+def wy(call, *, keep_inverse: bool):
+    """-W [tiles, C, K], U^T [tiles, V, C], T [tiles, C, C] or None, decays (`load_decay`) [tiles, 4, C] or None."""
+    block_k, block_v = call.widths
+    w, u = call.scratch(CHUNK, block_k), call.scratch(block_v, CHUNK)
+    inverse = call.scratch(CHUNK, CHUNK) if keep_inverse else None
+    decay = None if call.log_decay is None else call.scratch(4, CHUNK, dtype=torch.float32)
+    # Errors of 2^-16 in T are small beside those of 16-bit operands. The interpreter knows no bf16x3.
+    exact = call.q.dtype == torch.float32 or not call.q.is_cuda
+    if call.num_tiles:
+        wy_kernel[(call.num_tiles,)](
+            call.k, call.v, call.log_decay, call.beta, w, u, inverse, decay, *call.chunks,
+            *call.k.stride()[:2], *call.v.stride()[:2], *call.decay_strides, *call.beta.stride(), call.heads,
+            **call.constants, INVERSE_PRECISION="tf32x3" if exact else "bf16x3",
+            num_warps=call.warps(WARPS),
+        )  # fmt: skip
+    return w, u, inverse, decay

@@ -2,9 +2,9 @@
 
 Work comes in blocks of chunks (kernels.linear.groups): one batched product for each thing that chunks do on their own,
 then the recurrence of states step by step. Going back, a block is computed anew from the states that entered it and
-differentiated by autograd, so that scratch memory does not grow with the sequence: some ROWS * H * (K * V + CHUNK *
-(K + V + CHUNK)) numbers. The gradient that outputs give to entry states alone (`gradient_summary`) is the same with
-nothing else asked for. Derivation: docs/linear-attention.md.
+differentiated by autograd: kept is one state per span and block, and scratch memory, some ROWS * H * (K * V + CHUNK *
+(K + V + CHUNK)) numbers, does not grow with the sequence. The gradient that outputs alone give to the state entering a
+span (`gradient_summary`) is the same with nothing else asked for. Derivation: docs/linear-attention.md.
 
 Log decays are summed, and their differences formed, in fp64; what is exponentiated is never above 0. As both sides of
 a difference get the very same gradient, they cancel exactly, and what the gate receives is a sum over paths.
@@ -28,10 +28,10 @@ class General:
         self.dtype = accumulation_dtype(q.dtype)
         self.num_tokens, self.heads, self.key_size = q.shape
         self.value_size = v.shape[2]
-        if log_decay is not None and log_decay.ndim < 3:
+        self.by_head = log_decay is not None and log_decay.ndim < 3
+        if self.by_head:
             log_decay = log_decay[..., None].expand(self.num_tokens, self.heads, 1)
         self.inputs = q, k, v, log_decay, None if beta is None else beta[..., None]
-        self.by_head = log_decay is not None and log_decay.shape[2] == 1
         self.states = {}
 
     def summary(self):
@@ -58,7 +58,7 @@ class General:
             if log_decay is not None:
                 log_decay[group.linked] = total.to(self.dtype).unflatten(0, (-1, self.heads))
         if matrix:
-            return end.split([self.value_size, matrix], dim=-1)
+            return end[..., : self.value_size].contiguous(), end[..., self.value_size :].contiguous()
         return end, log_decay[..., 0] if self.by_head else log_decay
 
     def ahead(self):
@@ -235,7 +235,7 @@ def _scores(rows, k, g):
     length = k.shape[1]
     if g is None or g.shape[2] == 1:
         scores = torch.bmm(rows.flatten(1, 2), k.mT).unflatten(1, (length, -1))
-        return scores * _pairwise(g, scores)[:, :, None, :, 0]
+        return scores * _lower(g, length, scores)[:, :, None]
     if length == 1:
         return rows @ k[..., None]
     # The later half sees the earlier one through the sums between the two: both exponents are <= 0.
@@ -249,13 +249,12 @@ def _scores(rows, k, g):
     return torch.cat([torch.nn.functional.pad(early, (0, half)), torch.cat([across, late], -1)], 1)
 
 
-def _pairwise(g, like):
-    """exp(G_i - G_j) for i >= j, else 0, in the dtype of `like`: [b, C, C, K or 1]; masks only without decay."""
-    length = like.shape[1]
-    lower = torch.ones(length, length, dtype=torch.bool, device=like.device).tril()[None, :, :, None]
+def _lower(g, length, like):
+    """exp(G_i - G_j) for i >= j, else 0, [b, C, C] in the dtype of `like`; without decay ones and zeros, [1, C, C]."""
+    lower = torch.ones(1, length, length, dtype=torch.bool, device=like.device).tril()
     if g is None:
         return lower.to(like.dtype)
-    return (g[:, :, None] - g[:, None]).to(like.dtype).masked_fill(~lower, -torch.inf).exp()
+    return (g - g.mT).to(like.dtype).masked_fill(~lower, -torch.inf).exp()
 
 
 def _decayed(x, log_decay):

@@ -36,12 +36,14 @@ class Chains:
 class Direction:
     """One direction of time. splits: int32, the splits whose sums are needed. summary: folds the sums of a linked span
     into one, row n for linked span n. inner: gives every split what enters it, from what enters its span (`initial`).
-    row: int32 [S], where `inner` puts what enters each split, -1 for nothing."""
+    row: int32 [S], where `inner` puts what enters each split, -1 for nothing; next_row: what leaves it, if that is the
+    entry of another split or (going forward) the span is `left`."""
 
     splits: torch.Tensor
     summary: Chains
     inner: Chains
     row: torch.Tensor
+    next_row: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class Splits:
             _int32(chunk_first),
             _int32(chunk_length),
             _int32(np.cumsum([0, *chunk_counts])[:-1]),
-            _direction(members, sum_row, spans.linked, spans.entered),
-            _direction(reverse, sum_row, spans.linked, spans.left),
+            _direction(members, sum_row, spans.linked, spans.entered, spans.left),
+            _direction(reverse, sum_row, spans.linked, spans.left, ()),
         )
 
     @property
@@ -107,27 +109,40 @@ class Splits:
         return _map(self, move)
 
 
-def _direction(members, sum_row, linked, entered) -> Direction:
-    """members: the splits of each span in the order of passing; entered: spans that something enters."""
-    entry, rows, chains, needed = {span: row for row, span in enumerate(entered)}, {}, [], set()
+def _direction(members, sum_row, linked, entered, left) -> Direction:
+    """members: the splits of each span in the order of passing; entered: spans that something enters; left: spans whose
+    last state is kept too."""
+    entry, rows, next_rows, chains, needed = {span: row for row, span in enumerate(entered)}, {}, {}, [], set()
+    num_rows = 0
     for span, splits in enumerate(members):
-        if len(splits) == 1 and span not in entry:
+        if len(splits) == 1 and span not in entry and span not in left:
             continue
         chain = []
         for place, split in enumerate(splits):
             if place or span in entry:
-                rows[split] = len(rows)
+                rows[split] = num_rows
+                num_rows += 1
             is_last = place == len(splits) - 1
-            chain.append((-1 if is_last else sum_row[split], rows.get(split, -1)))
-            if not is_last:
+            passes_on = not is_last or span in left
+            chain.append((sum_row[split] if passes_on else -1, rows.get(split, -1)))
+            if passes_on:
                 needed.add(split)
+                next_rows[split] = num_rows
+        if span in left:
+            chain.append((-1, num_rows))
+            num_rows += 1
         chains.append((entry.get(span, -1), chain))
     totals = [(-1, [(sum_row[split], -1) for split in members[span]] + [(-1, n)]) for n, span in enumerate(linked)]
     needed |= {split for span in linked for split in members[span]}
-    row = np.full(sum(map(len, members)), -1, np.int32)
-    row[list(rows)] = list(rows.values())
+    num_splits = sum(map(len, members))
+    row, next_row = (np.full(num_splits, -1, np.int32) for _ in range(2))
+    row[list(rows)], next_row[list(next_rows)] = list(rows.values()), list(next_rows.values())
     return Direction(
-        _int32(sorted(needed)), _chains(totals, len(linked)), _chains(chains, len(rows)), torch.from_numpy(row)
+        _int32(sorted(needed)),
+        _chains(totals, len(linked)),
+        _chains(chains, num_rows),
+        torch.from_numpy(row),
+        torch.from_numpy(next_row),
     )
 
 

@@ -15,31 +15,52 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+FORGOTTEN = tl.constexpr(2.0**-24)  # decay of a chunk below which nothing is taken to pass through it
+
+
+@triton.jit(do_not_specialize=["num_chunks", "T"])
+def decay_kernel(
+    g_ptr, decay_ptr, first_ptr, length_ptr, g_stride_t, g_stride_h, num_chunks, T,
+    H, BLOCK_H: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """log2 decay from the start of each token's chunk to the token, inclusive -> decay [0, h, t], and from after the
+    token to the end of its chunk -> decay [1, h, t]. Summed in fp64, each from its own side: small sums are exact."""
+    chunk = tl.program_id(0)
+    first, length = tl.load(first_ptr + chunk).to(tl.int64), tl.load(length_ptr + chunk)
+    head, index = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, CHUNK)
+    inside = (index < length)[:, None] & (head < H)[None, :]
+    g_at = g_ptr + (first + index)[:, None] * g_stride_t + head[None, :] * g_stride_h
+    g = tl.load(g_at, mask=inside, other=0.0).to(tl.float64) * LOG2E
+    at = decay_ptr + head[None, :].to(tl.int64) * T + (first + index)[:, None]
+    kind = decay_ptr.dtype.element_ty
+    tl.store(at, tl.cumsum(g, 0).to(kind), mask=inside)
+    tl.store(at + H * T, (tl.cumsum(g, 0, reverse=True) - g).to(kind), mask=inside)
 
 
 @triton.jit
-def _decays(g_ptr, stride_t, index, count, gamma, DECAY: tl.constexpr, EXACT: tl.constexpr):
+def _decays(decay_ptr, at, HT, index, count, gamma, DECAY: tl.constexpr):
     """log2 decay of a chunk's rows: from its start to each row (inclusive), from after each row to its end, and in all.
 
-    The second is summed from the end, so that it is exact where it is small. EXACT: in fp64, for fp32 tensors.
+    Rows past `count` hold zeros wherever these are used, and must only stay finite.
     """
     if DECAY == "fixed":
-        place = tl.minimum(index + 1, count).to(tl.float32)
-        from_start, to_end, total = place * gamma, (count.to(tl.float32) - place) * gamma, count.to(tl.float32) * gamma
+        place = (index + 1).to(tl.float32)
+        from_start, to_end = place * gamma, tl.maximum(count - place, 0.0) * gamma
+        total = count.to(tl.float32) * gamma
     else:
-        g = tl.load(g_ptr + index * stride_t, mask=index < count, other=0.0).to(tl.float32) * LOG2E
-        if EXACT:
-            g = g.to(tl.float64)
-        from_start, to_end, total = tl.cumsum(g, 0), tl.cumsum(g, 0, reverse=True) - g, tl.sum(g, 0)
+        total = tl.load(decay_ptr + at + count - 1)
+        from_start = tl.load(decay_ptr + at + index, mask=index < count, other=0.0)
+        from_start = tl.where(index < count, from_start, total)
+        to_end = tl.load(decay_ptr + HT + at + index, mask=index < count, other=0.0).to(tl.float32)
+        total = total.to(tl.float32)
     return from_start, to_end, total
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit(do_not_specialize=["scale", "T"])
 def sum_kernel(
-    y_ptr, z_ptr, g_ptr, sum_ptr, decay_ptr,
+    y_ptr, z_ptr, decay_ptr, sum_ptr, total_ptr,
     list_ptr, first_ptr, length_ptr, row_ptr,
-    y_stride_t, y_stride_h, z_stride_t, z_stride_h, g_stride_t, g_stride_h,
-    scale,
+    y_stride_t, y_stride_h, z_stride_t, z_stride_h, scale, T,
     H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -57,9 +78,8 @@ def sum_kernel(
     y_at, z_at = index[:, None] * y_stride_t + k[None, :], index[:, None] * z_stride_t + v[None, :]
     gamma = 0.0
     if DECAY == "fixed":
-        gamma = tl.load(g_ptr + head * g_stride_h).to(tl.float32) * LOG2E
-    elif DECAY == "scalar":
-        g_ptr += first * g_stride_t + head * g_stride_h
+        gamma = tl.load(decay_ptr + head).to(tl.float32) * LOG2E
+    decay_ptr += head * T + first
 
     state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
     passed = 0.0  # log2 decay between this chunk and the end that weights count to
@@ -71,8 +91,8 @@ def sum_kernel(
         y = tl.load(y_ptr + at * y_stride_t + y_at, mask=valid & (k < K)[None, :], other=0.0)
         z = tl.load(z_ptr + at * z_stride_t + z_at, mask=valid & (v < V)[None, :], other=0.0)
         if DECAY != "none":
-            from_start, to_end, total = _decays(g_ptr + at * g_stride_t, g_stride_t, index, count, gamma, DECAY, False)
-            weight = tl.exp2(passed + (from_start if REVERSE else to_end))
+            from_start, to_end, total = _decays(decay_ptr, at, H * T, index, count, gamma, DECAY)
+            weight = tl.exp2((passed + (from_start if REVERSE else to_end)).to(tl.float32))
             z = (z * weight[:, None]).to(z.dtype)
             passed += total
         state = tl.dot(tl.trans(y), z, state, input_precision=PRECISION)
@@ -80,82 +100,77 @@ def sum_kernel(
     tl.store(at, state * scale, mask=(k < K)[:, None] & (v < V)[None, :])
     if DECAY != "none":
         if tl.program_id(0) == 0:
-            tl.store(decay_ptr + row, passed / LOG2E)
+            tl.store(total_ptr + row, passed / LOG2E)
 
 
 @triton.jit
 def _sweep(
-    x_ptr, y_ptr, z_ptr, g_ptr, out_ptr, state_ptr,
-    x_stride_t, y_stride_t, z_stride_t, g_stride_t, state_stride_k, state_stride_v,
-    length, row, column, H, scale, state_scale,
-    gated, extra_ptr, extra_stride_t, states_ptr, q_sum_ptr, gate_ptr,
+    x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, state_ptr, x_stride_t, y_stride_t, z_stride_t, state_stride_k,
+    state_stride_v, length, row, column, H, HT, gamma, scale, state_scale,
+    extra_ptr, extra_stride_t, reads_ptr, gate_ptr, passed_ptr, passed_row, gated,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One split, head and block of columns of z; the pointers stand at its first token. row: of the state that enters,
-    -1 for none.
+    """One split, head and block of columns of z; pointers stand at its first token. row: of the state that enters.
 
-    GATE: what the gate's gradient needs besides, where `gated`, over this block of columns only. Forward (dq): the entry
-    state of every chunk -> states [chunk, h, K, V], and extra . (part of out from before the chunk) -> q_sum [T, H].
-    REVERSE (dk): all of d_log_decay -> gate [T, H], from those and extra = k.
+    GATE adds what d_log_decay needs, over this block of columns: forward (dq, extra = q) rowsum(q . dq) -> reads
+    [h, t]; REVERSE (dk, extra = k, where `gated`) all of it -> gate [h, t]. See docs/linear-attention.md.
     """
     index, k, v = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), column * BLOCK_V + tl.arange(0, BLOCK_V)
     x_at, y_at = index[:, None] * x_stride_t + k[None, :], index[:, None] * y_stride_t + k[None, :]
     z_at, out_at = index[:, None] * z_stride_t + v[None, :], index[:, None] * (H * V) + v[None, :]
-    inside = (k < K)[:, None] & (v < V)[None, :]
-    gamma = 0.0
-    if DECAY == "fixed":
-        gamma = tl.load(g_ptr).to(tl.float32) * LOG2E
+    extra_at = index[:, None] * extra_stride_t + v[None, :]
+    inside, inside_v = (k < K)[:, None] & (v < V)[None, :], (v < V)[None, :]
+    earlier = index[:, None] <= index[None, :] if REVERSE else index[:, None] >= index[None, :]
 
-    state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
+    state, leaving = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32), 0.0
     if row >= 0:
-        at = state_ptr + k[:, None] * state_stride_k + v[None, :] * state_stride_v
-        state = tl.load(at, mask=inside, other=0.0) * state_scale
-    reads = index[:, None] <= index[None, :] if REVERSE else index[:, None] >= index[None, :]
+        at = k[:, None] * state_stride_k + v[None, :] * state_stride_v
+        state = tl.load(state_ptr + at, mask=inside, other=0.0) * state_scale
+        if GATE and REVERSE:
+            if passed_row >= 0:  # sum of all that passes the end of the split: <state, its gradient>
+                leaving = tl.sum(tl.load(passed_ptr + at, mask=inside, other=0.0) * state) * scale
 
     chunks = tl.cdiv(length, CHUNK)
     for n in range(0, chunks):
-        chunk = chunks - 1 - n if REVERSE else n
-        start = chunk * CHUNK
+        start = (chunks - 1 - n if REVERSE else n) * CHUNK
         at, count = start.to(tl.int64), tl.minimum(length - start, CHUNK)
-        valid = (index < count)[:, None]
+        held = index < count
+        valid = held[:, None]
         x = tl.load(x_ptr + at * x_stride_t + x_at, mask=valid & (k < K)[None, :], other=0.0)
         y = tl.load(y_ptr + at * y_stride_t + y_at, mask=valid & (k < K)[None, :], other=0.0)
-        z = tl.load(z_ptr + at * z_stride_t + z_at, mask=valid & (v < V)[None, :], other=0.0)
+        z = tl.load(z_ptr + at * z_stride_t + z_at, mask=valid & inside_v, other=0.0)
+        if GATE:
+            extra = tl.load(extra_ptr + at * extra_stride_t + extra_at, mask=valid & inside_v, other=0.0)
         weighted, through = z, 1.0
         scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-        out = tl.dot(x, state.to(x.dtype), input_precision=PRECISION)
         if DECAY == "none":
-            scores = tl.where(reads, scores, 0.0)
+            weights = tl.where(earlier, scores, 0.0).to(z.dtype)
+            out = tl.dot(x, state.to(x.dtype), input_precision=PRECISION)
         else:
-            from_start, to_end, total = _decays(
-                g_ptr + at * g_stride_t, g_stride_t, index, count, gamma, DECAY, x.dtype == tl.float32
-            )
+            from_start, to_end, total = _decays(decay_ptr, at, HT, index, count, gamma, DECAY)
             between = (from_start[:, None] - from_start[None, :]).to(tl.float32)
-            scores *= tl.exp2(tl.where(reads, -between if REVERSE else between, float("-inf")))
-            from_start, to_end = tl.exp2(from_start.to(tl.float32)), tl.exp2(to_end.to(tl.float32))
-            through = tl.exp2(total.to(tl.float32))
-            out *= (to_end if REVERSE else from_start)[:, None]
+            between = tl.where(earlier, -between if REVERSE else between, float("-inf"))
+            weights = (scores * tl.exp2(between)).to(z.dtype)
+            from_start, to_end, through = tl.exp2(from_start.to(tl.float32)), tl.exp2(to_end), tl.exp2(total)
             weighted = (z * (from_start if REVERSE else to_end)[:, None]).to(z.dtype)
+            out = tl.dot(x, state.to(x.dtype), input_precision=PRECISION)
+            out *= (to_end if REVERSE else from_start)[:, None]
+        if GATE and REVERSE:
+            outside = tl.sum(out * extra.to(tl.float32), 1) * scale  # k . dk from beyond the chunk
+        out = tl.dot(weights, z, out, input_precision=PRECISION) * scale
+        tl.store(out_ptr + at * (H * V) + out_at, out.to(out_ptr.dtype.element_ty), mask=valid & inside_v)
         if GATE:
-            if gated:
-                extra_at = extra_ptr + at * extra_stride_t + index[:, None] * extra_stride_t + v[None, :]
-                extra = tl.load(extra_at, mask=valid & (v < V)[None, :], other=0.0)
-                inter = tl.sum(out * extra.to(tl.float32), 1) * scale
-                states_at = states_ptr + chunk.to(tl.int64) * H * K * V + k[:, None] * V + v[None, :]
-                sums_at, held = (at + index) * H, index < count
-                if REVERSE:
-                    pairs = scores * tl.dot(extra, tl.trans(z), input_precision=PRECISION) * scale
-                    passes = tl.sum(tl.load(states_at, mask=inside, other=0.0).to(tl.float32) * state) * through * scale
-                    q_inter = tl.load(q_sum_ptr + sums_at, mask=held, other=0.0)
-                    before = tl.sum(pairs, 0) - tl.sum(pairs, 1) + q_inter
-                    gate = tl.cumsum(before, 0, reverse=True) + tl.cumsum(inter, 0) - inter + passes
-                    tl.store(gate_ptr + sums_at, gate, mask=held)
-                else:
-                    tl.store(states_at, state.to(states_ptr.dtype.element_ty), mask=inside)
-                    tl.store(q_sum_ptr + sums_at, inter, mask=held)
-        out = tl.dot(scores.to(z.dtype), z, out, input_precision=PRECISION) * scale
-        tl.store(out_ptr + at * (H * V) + out_at, out.to(out_ptr.dtype.element_ty), mask=valid & (v < V)[None, :])
+            product = tl.sum(out * extra.to(tl.float32), 1)
+            if REVERSE:
+                # Pairs inside the chunk are rounded alike in q . dq and k . dk, so that their sums cancel exactly.
+                passes = tl.where(through < FORGOTTEN, 0.0, leaving - tl.sum(outside))
+                reads = tl.load(reads_ptr + at + index, mask=held & gated, other=0.0) - (product - outside)
+                gate = tl.cumsum(reads, 0, reverse=True) + tl.cumsum(outside, 0) - outside + passes
+                tl.store(gate_ptr + at + index, gate, mask=held & gated)
+                leaving = passes + tl.sum(reads)
+            else:
+                tl.store(reads_ptr + at + index, product, mask=held)
         if DECAY != "none":
             state *= through
         state = tl.dot(tl.trans(y), weighted, state, input_precision=PRECISION)
@@ -163,63 +178,66 @@ def _sweep(
 
 @triton.jit(do_not_specialize=["scale", "T"])
 def sweep_kernel(
-    x_ptr, y_ptr, z_ptr, g_ptr, out_ptr, state_ptr, extra_ptr, states_ptr, q_sum_ptr,
-    first_ptr, length_ptr, row_ptr, split_chunk_ptr,
-    x_stride_t, x_stride_h, y_stride_t, y_stride_h, z_stride_t, z_stride_h, g_stride_t, g_stride_h,
-    extra_stride_t, extra_stride_h, state_stride_k, state_stride_v, scale, T,
+    x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, state_ptr, extra_ptr, reads_ptr,
+    first_ptr, length_ptr, row_ptr,
+    x_stride_t, x_stride_h, y_stride_t, y_stride_h, z_stride_t, z_stride_h, extra_stride_t, extra_stride_h,
+    state_stride_k, state_stride_v, scale, T,
     H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Forward in time: out [T, H, V] of every split. Grid (column blocks, H, splits)."""
     column, head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     first, row = tl.load(first_ptr + split).to(tl.int64), tl.load(row_ptr + split).to(tl.int64)
-    chunk = tl.load(split_chunk_ptr + split).to(tl.int64)
-    sums = (column * T + first) * H + head
+    gamma = 0.0
+    if DECAY == "fixed":
+        gamma = tl.load(decay_ptr + head).to(tl.float32) * LOG2E
+    reads_ptr += (column * H + head) * T + first
     _sweep(
         x_ptr + first * x_stride_t + head * x_stride_h, y_ptr + first * y_stride_t + head * y_stride_h,
-        z_ptr + first * z_stride_t + head * z_stride_h, g_ptr + first * g_stride_t + head * g_stride_h,
+        z_ptr + first * z_stride_t + head * z_stride_h, decay_ptr + head * T + first,
         out_ptr + (first * H + head) * V, state_ptr + (row * H + head) * K * V,
-        x_stride_t, y_stride_t, z_stride_t, g_stride_t, state_stride_k, state_stride_v,
-        tl.load(length_ptr + split), row, column, H, scale, 1.0,
-        True, extra_ptr + first * extra_stride_t + head * extra_stride_h, extra_stride_t,
-        states_ptr + (chunk * H + head) * K * V, q_sum_ptr + sums, q_sum_ptr,
-        K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, False, GATE, PRECISION,
+        x_stride_t, y_stride_t, z_stride_t, state_stride_k, state_stride_v,
+        tl.load(length_ptr + split), row, column, H, H * T, gamma, scale, 1.0,
+        extra_ptr + first * extra_stride_t + head * extra_stride_h, extra_stride_t, reads_ptr, reads_ptr, state_ptr, -1,
+        True, K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, False, GATE, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["scale", "inverse_scale", "T", "only_dv"])
 def reverse_kernel(
-    v_ptr, do_ptr, q_ptr, k_ptr, g_ptr, dk_ptr, dv_ptr, state_ptr, states_ptr, q_sum_ptr, gate_ptr,
-    first_ptr, length_ptr, row_ptr, split_chunk_ptr,
+    v_ptr, do_ptr, q_ptr, k_ptr, decay_ptr, dk_ptr, dv_ptr, state_ptr, reads_ptr, gate_ptr, passed_ptr,
+    first_ptr, length_ptr, row_ptr, passed_row_ptr,
     v_stride_t, v_stride_h, do_stride_t, do_stride_h, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
-    g_stride_t, g_stride_h, scale, inverse_scale, T, only_dv,
+    scale, inverse_scale, T, only_dv,
     H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Backward in time. K: width of x and y, V: of z and the result. Grid (column blocks of dk, then of dv, H, splits).
 
-    With equal widths one launch does both; its halves run side by side and read the same tokens, so that the second read
-    of q and d_out comes from L2. With only_dv there are no blocks of dk.
+    With equal widths one launch does both; its halves run side by side and read the same tokens, so that the second
+    read of q and d_out comes from L2. With only_dv there are no blocks of dk.
     """
     column, head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     columns = tl.cdiv(V, BLOCK_V)
     is_dv = (column >= columns) | (only_dv != 0)
     column = column % columns
     first, row = tl.load(first_ptr + split).to(tl.int64), tl.load(row_ptr + split).to(tl.int64)
-    chunk = tl.load(split_chunk_ptr + split).to(tl.int64)
-    sums = (column * T + first) * H + head
+    passed_row = tl.load(passed_row_ptr + split).to(tl.int64)
+    gamma = 0.0
+    if DECAY == "fixed":
+        gamma = tl.load(decay_ptr + head).to(tl.float32) * LOG2E
+    sums = (column * H + head) * T + first
     v_ptr += first * v_stride_t + head * v_stride_h
     do_ptr += first * do_stride_t + head * do_stride_h
     q_ptr += first * q_stride_t + head * q_stride_h
     k_ptr += first * k_stride_t + head * k_stride_h
     _sweep(
         tl.where(is_dv, k_ptr, v_ptr), tl.where(is_dv, q_ptr, do_ptr), tl.where(is_dv, do_ptr, q_ptr),
-        g_ptr + first * g_stride_t + head * g_stride_h,
+        decay_ptr + head * T + first,
         tl.where(is_dv, dv_ptr, dk_ptr) + (first * H + head) * V, state_ptr + (row * H + head) * K * V,
         tl.where(is_dv, k_stride_t, v_stride_t), tl.where(is_dv, q_stride_t, do_stride_t),
-        tl.where(is_dv, do_stride_t, q_stride_t), g_stride_t,
-        tl.where(is_dv, V, 1), tl.where(is_dv, 1, K),
-        tl.load(length_ptr + split), row, column, H, scale, inverse_scale,
-        is_dv == 0, k_ptr, k_stride_t, states_ptr + (chunk * H + head) * K * V, q_sum_ptr + sums, gate_ptr + sums,
-        K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, True, GATE, PRECISION,
+        tl.where(is_dv, do_stride_t, q_stride_t), tl.where(is_dv, V, 1), tl.where(is_dv, 1, K),
+        tl.load(length_ptr + split), row, column, H, H * T, gamma, scale, inverse_scale,
+        k_ptr, k_stride_t, reads_ptr + sums, gate_ptr + sums, passed_ptr + (passed_row * H + head) * K * V, passed_row,
+        is_dv == 0, K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, True, GATE, PRECISION,
     )  # fmt: skip

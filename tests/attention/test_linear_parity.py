@@ -14,76 +14,118 @@ from parity import Case, disagreements, relative_error, run_share
 from spawn import run_ranks
 
 from longspan.attention import linear_attention
-from longspan.parallel import contiguous
+from longspan.parallel import SequenceParallel, Topology, contiguous
+from longspan.parallel.scan import TRANSPORTS
 
 WORLD_SIZES = [1, 2, 3, 4, 8]
 NUM_HEADS, KEY_SIZE, VALUE_SIZE = 2, 4, 3
 
-# name: (decay, keyword arguments). The decays are described in make_inputs.
+# name: (decay, largest beta, keyword arguments). The decays are described in make_inputs.
 FAMILIES = {
-    "none": (None, {}),
-    "none_normalized": (None, {"normalize": True}),
-    "none_full": (None, {"causal": False}),
-    "none_full_normalized": (None, {"causal": False, "normalize": True}),
-    "none_scale": (None, {"scale": 0.7}),
-    "fixed": ("fixed", {}),
-    "fixed_normalized": ("fixed", {"normalize": True}),
-    "scalar": ("scalar", {}),
-    "scalar_normalized": ("scalar", {"normalize": True}),
-    "scalar_strong": ("strong", {}),
-    "scalar_weak": ("weak", {}),
-    "scalar_spiky": ("spiky", {}),
+    "none": (None, 0, {}),
+    "none_normalized": (None, 0, {"normalize": True}),
+    "none_full": (None, 0, {"causal": False}),
+    "none_full_normalized": (None, 0, {"causal": False, "normalize": True}),
+    "none_scale": (None, 0, {"scale": 0.7}),
+    "fixed": ("fixed", 0, {}),
+    "fixed_normalized": ("fixed", 0, {"normalize": True}),
+    "scalar": ("scalar", 0, {}),
+    "scalar_normalized": ("scalar", 0, {"normalize": True}),
+    "scalar_strong": ("scalar_strong", 0, {}),
+    "scalar_weak": ("scalar_weak", 0, {}),
+    "scalar_spiky": ("scalar_spiky", 0, {}),
+    "channel": ("channel", 0, {}),
+    "channel_normalized": ("channel", 0, {"normalize": True}),
+    "channel_strong": ("channel_strong", 0, {}),
+    "channel_weak": ("channel_weak", 0, {}),
+    "channel_spiky": ("channel_spiky", 0, {}),
+    "delta": (None, 1, {}),
+    "delta_reflecting": (None, 2, {"scale": 0.7}),
+    "gated_delta": ("scalar", 1, {}),
+    "gated_delta_fixed": ("fixed", 1, {}),
+    "gated_delta_spiky": ("scalar_spiky", 1, {}),
+    "kda": ("channel", 1, {}),
+    "kda_strong": ("channel_strong", 1, {}),
+    "kda_spiky": ("channel_spiky", 1, {}),
 }
+# States pass as they are, by a number per head, by one per key channel, by a matrix: these meet every combination.
+TRANSITIONS = ["none", "scalar", "channel", "kda"]
+LAYOUTS = ["contiguous", "zigzag", "random", "holes"]
 SMALL = ["two", "ones", "few", "single_token"]
-STRATEGIES = ["lasp2", "lasp", "auto"]
 
 
 def all_cases():
-    """Every family x layout x strategy on one long document and on mixed lengths; the small batches take turns."""
-    for i, (family, (_, kwargs)) in enumerate(FAMILIES.items()):
-        # lasp passes states in causal order and refuses anything else.
-        strategies = STRATEGIES if kwargs.get("causal", True) else ["lasp2", "auto"]
-        for j, layout in enumerate(["contiguous", "zigzag", "random", "holes"]):
-            for strategy in strategies[:-1]:
-                yield Case(family, "one", layout, strategy)
-                yield Case(family, "mixed", layout, strategy)
-            for n in range(2):
-                yield Case(family, SMALL[(i + j + 2 * n) % 4], layout, strategies[(i + j + n) % len(strategies)])
-            yield Case(family, "mixed", layout, strategies[(i + j) % len(strategies)], torch.float32)
+    """Every kind of transition x layout x strategy, on one long document and on mixed lengths; what else there is takes
+    turns, so that every family meets every layout and every strategy, and every strategy every layout."""
+    for i, (family, (_, _, kwargs)) in enumerate(FAMILIES.items()):
+        # Strategies that pass states on in causal order refuse anything else.
+        causal = kwargs.get("causal", True)
+        strategies = [name for name, transport in TRANSPORTS.items() if causal or not transport.causal_only]
+        strategies += ["auto"] * (family not in TRANSITIONS)
+        turn = i
+        for layout in LAYOUTS:
+            if family in TRANSITIONS:
+                for strategy in strategies:
+                    yield Case(family, "one", layout, strategy)
+                    yield Case(family, "mixed", layout, strategy)
+                lengths = [SMALL[turn % 4]]
+            else:
+                lengths = ["one", "mixed", SMALL[turn % 4]]
+            for n, name in enumerate(lengths):
+                yield Case(family, name, layout, strategies[(turn + n) % len(strategies)])
+            yield Case(family, "mixed", layout, strategies[(turn + len(lengths)) % len(strategies)], torch.float32)
+            turn += 1
 
 
 def make_inputs(family, lengths, dtype=torch.float64):
     """(differentiable inputs, gradient of the output, fixed keyword arguments): global and the same on every rank."""
-    decay, kwargs = FAMILIES[family]
+    decay, largest_beta, kwargs = FAMILIES[family]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{family}{lengths}".encode()))
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
     num_tokens = sum(lengths)
     q, k = (normal(num_tokens, NUM_HEADS, KEY_SIZE) for _ in range(2))
     if kwargs.get("normalize"):  # Weights that sum to nearly nothing have no well-defined mean.
         q, k = q.abs() + 0.1, k.abs() + 0.1
+    if largest_beta:
+        k = torch.nn.functional.normalize(k, dim=-1)
     inputs = {"q": q, "k": k, "v": normal(num_tokens, NUM_HEADS, VALUE_SIZE)}
-    uniform = torch.rand(num_tokens, NUM_HEADS, generator=generator, dtype=torch.float64)
+    if largest_beta:
+        inputs["beta"] = largest_beta * uniform(num_tokens, NUM_HEADS)
     fixed = {}
-    decay_dtype = torch.promote_types(dtype, torch.float32)  # A gate computes its decays in fp32, in bf16 layers too.
+    gate_dtype = torch.promote_types(dtype, torch.float32)  # Gates are computed in fp32, in bf16 layers too.
     if decay == "fixed":
-        fixed["log_decay"] = torch.tensor([-0.001, -0.3], dtype=decay_dtype)
-    elif decay == "scalar":
-        inputs["log_decay"] = -0.2 * uniform
-    elif decay == "strong":
-        inputs["log_decay"] = -20 - uniform
-    elif decay == "weak":
-        inputs["log_decay"] = -1e-4 * uniform
-    elif decay == "spiky":  # Forgets nearly everything every tenth token or so, exactly nothing at others.
-        inputs["log_decay"] = torch.where(uniform < 0.1, -20.0, torch.where(uniform > 0.5, 0.0, -0.05))
-    inputs = {name: x.to(decay_dtype if name == "log_decay" else dtype) for name, x in inputs.items()}
+        fixed["log_decay"] = torch.tensor([-0.001, -0.3], dtype=gate_dtype)
+    elif decay is not None:
+        kind, _, strength = decay.partition("_")
+        draw = uniform(num_tokens, NUM_HEADS, *([KEY_SIZE] if kind == "channel" else []))
+        inputs["log_decay"] = {
+            "": -0.2 * draw,
+            "strong": -20 - draw,
+            "weak": -1e-4 * draw,
+            # Forgets nearly everything every tenth token or so, exactly nothing at others.
+            "spiky": torch.where(draw < 0.1, -20.0, torch.where(draw > 0.5, 0.0, -0.05)),
+        }[strength]
+    inputs = {name: x.to(gate_dtype if name in ("log_decay", "beta") else dtype) for name, x in inputs.items()}
     return inputs, normal(num_tokens, NUM_HEADS, VALUE_SIZE).to(dtype), kwargs | fixed
 
 
+def attend(*args, layout, group, strategy, **kwargs):
+    """linear_attention; the strategy in two levels on machines of two ranks, where there are several of them."""
+    if strategy != "hierarchical" or layout.world_size % 2:
+        return linear_attention(*args, layout=layout, group=group, strategy=strategy, **kwargs)
+    topology = Topology(layout.world_size // 2, 2)
+    seq = SequenceParallel(group, topology=topology, linear=strategy).context(layout)
+    return linear_attention(*args, seq=seq, **kwargs)
+
+
 def run_cases(rank, world_size, cases):
-    return parity.run_cases(rank, world_size, cases, linear_attention, make_inputs)
+    return parity.run_cases(rank, world_size, cases, attend, make_inputs)
 
 
 @cache

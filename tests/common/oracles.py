@@ -7,27 +7,36 @@ fp64, autograd gives the gradients. Shapes as in longspan.attention: packed [T, 
 import torch
 
 
-def linear_attention(q, k, v, lengths, *, log_decay=None, causal=True, normalize=False, scale=None):
-    """Token by token: S = exp(g_t) S + k_t v_t^T, o_t = scale S^T q_t; normalize divides by the same sum of weights.
+def linear_attention(q, k, v, lengths, *, log_decay=None, beta=None, causal=True, normalize=False, scale=None):
+    """Token by token: S = D S, S = S + beta_t k_t (v_t - S^T k_t)^T or S + k_t v_t^T without beta, o_t = scale S^T q_t.
 
-    q, k: [T, H, K]; v: [T, H, V]; log_decay: None, [H] or [T, H]. Without `causal` (and so without decay) every token
-    reads its document's sum.
+    q, k: [T, H, K]; v: [T, H, V]; log_decay, the logarithm of the diagonal D: None, [H], [T, H] or [T, H, K]; beta:
+    None or [T, H]. Without `causal` (and so without decay) every token reads its document's sum; normalize divides by
+    the same sum of weights.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    num_tokens, num_heads, _ = q.shape
+    num_tokens, num_heads, key_size = q.shape
     if log_decay is None:
         log_decay = q.new_zeros(num_heads)
-    decay_TH = log_decay.expand(num_tokens, num_heads).exp()
+    if log_decay.ndim < 3:
+        log_decay = log_decay[..., None]
+    decay_THK = log_decay.expand(num_tokens, num_heads, key_size).exp()
     if normalize:  # One more value column that is all ones sums the weights.
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    eye_KK = torch.eye(key_size, dtype=q.dtype)
     outputs = []
     start = 0
     for length in lengths:
-        state_HKV = v.new_zeros(num_heads, k.shape[-1], v.shape[-1])
+        state_HKV = v.new_zeros(num_heads, key_size, v.shape[-1])
         states = []
         for t in range(start, start + length):
+            state_HKV = decay_THK[t, :, :, None] * state_HKV
             write = k[t, :, :, None] * v[t, :, None, :]
-            state_HKV = decay_TH[t, :, None, None] * state_HKV + write
+            if beta is not None:  # S - beta k (S^T k)^T = (I - beta k k^T) S
+                step = beta[t, :, None, None]
+                state_HKV = (eye_KK - step * k[t, :, :, None] * k[t, :, None, :]) @ state_HKV
+                write = step * write
+            state_HKV = state_HKV + write
             states.append(state_HKV)
         for t in range(start, start + length):
             read = states[t - start] if causal else states[-1]

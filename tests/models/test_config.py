@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from longspan.models.config import ModelConfig
+from longspan.models.config import LAYER_KINDS, ModelConfig
+from longspan.models.families import LINEAR_FAMILIES
 
 
 def test_defaults_are_valid():
@@ -57,22 +58,87 @@ def test_pattern_repeats_and_is_cut():
         (
             {"pattern": ["linear:fixd"]},
             "model.pattern entry 'linear:fixd' is unknown; did you mean 'linear:fixed'? allowed: softmax, linear,"
-            " linear:none, linear:fixed, linear:scalar",
+            " linear:none, linear:fixed, linear:scalar, linear:mamba2, linear:gla, linear:hgrn2, linear:delta,"
+            " linear:gated_delta",
         ),
         (
             {"pattern": ["attention"]},
             "model.pattern entry 'attention' is unknown; allowed: softmax, linear, linear:none, linear:fixed,"
-            " linear:scalar",
+            " linear:scalar, linear:mamba2, linear:gla, linear:hgrn2, linear:delta, linear:gated_delta",
         ),
         (
             {"linear_family": "scaler"},
-            "model.linear_family 'scaler' is unknown; did you mean 'scalar'? allowed: none, fixed, scalar",
+            "model.linear_family 'scaler' is unknown; did you mean 'scalar'? allowed: none, fixed, scalar, mamba2, gla,"
+            " hgrn2, delta, gated_delta",
         ),
         (
             {"linear_normalize": True, "feature_map": "relu"},
             "model.linear_normalize=true divides by a sum that model.feature_map=relu may bring to zero; use"
             " model.feature_map=elu1 or model.linear_normalize=false",
         ),
+        (
+            {"linear_normalize": True, "linear_family": "hgrn2"},
+            "model.linear_normalize=true divides by a sum that model.feature_map=silu may bring to zero; use"
+            " model.feature_map=elu1 or model.linear_normalize=false",
+        ),
+        (
+            {"linear_normalize": True, "linear_family": "delta"},
+            "model.linear_normalize=true divides by a sum of weights, which linear:delta does not have; use"
+            " model.linear_normalize=false",
+        ),
+        (
+            {"linear_normalize": True, "linear_family": "mamba2"},
+            "model.linear_normalize=true divides by a sum of weights, which linear:mamba2 does not have; use"
+            " model.linear_normalize=false",
+        ),
+        ({"linear_num_heads": -1}, "model.linear_num_heads=-1 is negative; use 0 to derive it"),
+        ({"state_size": 0}, "model.state_size=0 must be at least 1"),
+        ({"gate_rank": 0}, "model.gate_rank=0 must be at least 1"),
+        ({"output_gate": "sigmoid"}, "model.output_gate 'sigmoid' is unknown; allowed: auto, silu, none"),
+        (
+            {"output_norm": "rms"},
+            "model.output_norm 'rms' is unknown; did you mean 'rmsnorm'? allowed: rmsnorm, simple_rmsnorm",
+        ),
+        (
+            {"head_dim": 512, "linear_head_dim": 64},
+            "model.head_dim=512 is wider than the 256 that attention takes; use more heads or a smaller model.head_dim",
+        ),
+        (
+            {"hidden_size": 1024, "num_heads": 2, "pattern": ["linear"]},
+            "hidden_size / num_heads = 512, but keys of linear:fixed can be 256 wide at most; use a smaller"
+            " model.linear_head_dim",
+        ),
+        (
+            {"linear_family": "mamba2", "state_size": 257},
+            "model.state_size=257, but keys of linear:mamba2 can be 256 wide at most; use a smaller model.state_size",
+        ),
+        (
+            {"linear_value_dim": 300},
+            "model.linear_value_dim=300, but values of linear:fixed can be 256 wide at most; use a smaller"
+            " model.linear_value_dim",
+        ),
+        (
+            {"linear_head_dim": 256, "linear_normalize": True},
+            "model.linear_head_dim=256 and a column for model.linear_normalize, but values of linear:fixed can be 256"
+            " wide at most; use a smaller model.linear_value_dim",
+        ),
+        (
+            {"linear_head_dim": 192, "feature_map": "hedgehog"},
+            "model.linear_head_dim=192 and model.feature_map=hedgehog makes it 384, but keys of linear:fixed can be 256"
+            " wide at most; use a smaller model.linear_head_dim",
+        ),
+        (
+            {"linear_family": "hgrn2", "feature_map": "hedgehog"},
+            "model.feature_map=hedgehog widens queries from 64 to 128, but the keys of linear:hgrn2 are its decay; use"
+            " a feature map that keeps the width, such as silu",
+        ),
+        (
+            {"feature_map": "silu+l1norm"},
+            "model.feature_map=silu+l1norm: feature map 'l1norm' is unknown; did you mean 'l2norm'? allowed: identity,"
+            " silu, relu, elu1, softmax, hedgehog, l2norm, or several joined by +",
+        ),
+        ({"conv_width": 9}, "model.conv_width=9 must be 0 (no convolution), 2 to 8, or -1 for the family's width"),
+        ({"conv_width": 1}, "model.conv_width=1 must be 0 (no convolution), 2 to 8, or -1 for the family's width"),
     ],
 )
 def test_refusals(settings, message):
@@ -83,3 +149,28 @@ def test_refusals(settings, message):
 
 def test_odd_heads_are_fine_without_rotation():
     ModelConfig(hidden_size=20, num_heads=4, pattern=["linear"]).validate()
+
+
+def test_limits_concern_the_layers_that_exist():
+    ModelConfig(hidden_size=1024, num_heads=2, pattern=["linear"], linear_head_dim=64).validate()
+    ModelConfig(state_size=999).validate()
+    ModelConfig(pattern=["softmax"], linear_head_dim=999).validate()
+
+
+def test_settings_change_what_families_are_made_of():
+    config = ModelConfig()
+    assert config.family("linear:hgrn2") == LINEAR_FAMILIES["hgrn2"]
+    config = ModelConfig(feature_map="relu", conv_width=0, output_gate="none")
+    for kind in LAYER_KINDS[1:]:
+        family = config.family(kind)
+        delta = "delta" in kind
+        assert family.feature_map == ("relu+l2norm" if delta else "relu"), "the delta rule needs keys of unit length"
+        assert (family.conv_width, family.output_gate, family.delta_rule) == (0, "none", delta)
+
+
+def test_state_shapes():
+    config = ModelConfig(hidden_size=96, num_heads=6)
+    assert config.state_shape("linear:gla") == (6, 16, 16)
+    assert config.state_shape("linear:mamba2") == (6, 128, 16)
+    config = ModelConfig(linear_num_heads=3, linear_head_dim=8, linear_value_dim=24, feature_map="hedgehog")
+    assert config.state_shape("linear:fixed") == (3, 16, 24)

@@ -1,16 +1,17 @@
-"""The decoder on one rank against a second implementation in plain fp64 loops, and what must hold for any input."""
+"""The decoder on one rank against a second implementation (decoder_oracle), and what must hold for any input."""
 
-import math
-
-import oracles
 import pytest
 import torch
+from decoder_oracle import reference_logits
 
-from longspan.models.config import ModelConfig
+from longspan.models.config import LAYER_KINDS, ModelConfig
 from longspan.models.decoder import Decoder
 from longspan.parallel import SequenceParallel
 
-TINY = dict(vocab_size=19, hidden_size=12, num_heads=2, mlp_size=20, rope_base=100.0, init_std=0.3, loss_chunk=5)
+TINY = dict(
+    vocab_size=19, hidden_size=12, num_heads=2, mlp_size=20, state_size=5, gate_rank=3, rope_base=100.0, init_std=0.3,
+    loss_chunk=5,
+)  # fmt: skip
 CONFIGS = {
     "softmax": dict(pattern=["softmax"], num_layers=2),
     "softmax_gqa_qk_norm_tied": dict(
@@ -18,11 +19,30 @@ CONFIGS = {
         rope_scaling=3.0,
     ),
     "none": dict(pattern=["linear:none"], num_layers=2, feature_map="identity"),
-    "fixed": dict(pattern=["linear"], num_layers=2, output_gate=False, feature_map="relu"),
+    "fixed": dict(
+        pattern=["linear"], num_layers=2, output_gate="none", feature_map="relu", output_norm="simple_rmsnorm",
+    ),
     "retention": dict(pattern=["linear:fixed"], num_layers=2, decay_slopes="retention"),
     "scalar": dict(pattern=["linear:scalar"], num_layers=2),
     "normalized": dict(pattern=["linear:scalar"], num_layers=1, linear_normalize=True, feature_map="elu1"),
-    "hybrid": dict(pattern=["linear:none", "linear:fixed", "linear:scalar", "softmax"], num_layers=4),
+    "mamba2": dict(pattern=["linear:mamba2"], num_layers=2),
+    "mamba2_bare": dict(
+        pattern=["linear:mamba2"], num_layers=1, linear_num_heads=3, linear_value_dim=2, conv_width=0,
+        feature_map="relu", output_gate="none", output_norm="simple_rmsnorm",
+    ),
+    "gla": dict(pattern=["linear:gla"], num_layers=2),
+    "hgrn2": dict(pattern=["linear:hgrn2"], num_layers=3),
+    "hgrn2_convolved": dict(pattern=["linear:hgrn2"], num_layers=1, conv_width=2, output_gate="silu"),
+    "delta": dict(pattern=["linear:delta"], num_layers=2),
+    "delta_elu1": dict(pattern=["linear:delta"], num_layers=1, feature_map="elu1", conv_width=0),
+    "gated_delta": dict(
+        pattern=["linear:gated_delta"], num_layers=2, linear_num_heads=3, linear_head_dim=5, linear_value_dim=7,
+    ),
+    "own_sizes": dict(
+        pattern=["linear:none", "linear:fixed", "linear:scalar", "linear:gla", "linear:hgrn2"], num_layers=5,
+        linear_num_heads=3, linear_head_dim=5, linear_value_dim=7, conv_width=3,
+    ),
+    "hybrid": dict(pattern=list(LAYER_KINDS), num_layers=len(LAYER_KINDS)),
 }  # fmt: skip
 LENGTHS = [6, 1, 9]
 
@@ -35,80 +55,6 @@ def make_batch(lengths, vocab_size=19):
     tokens, labels = torch.randint(vocab_size, (2, sum(lengths)))
     labels[::4] = -100
     return tokens, labels, SequenceParallel().context(lengths)
-
-
-def reference_logits(model, tokens, lengths):
-    """The forward pass written out again from the parameters alone, in fp64, document by document where it matters."""
-    c, p = model.config, {name: x.detach().double() for name, x in model.named_parameters()}
-    kinds = [{"linear": f"linear:{c.linear_family}"}.get(c.pattern[i % len(c.pattern)], c.pattern[i % len(c.pattern)])
-             for i in range(c.num_layers)]  # fmt: skip
-    size = c.head_dim or c.hidden_size // c.num_heads
-
-    def norm(x, weight):
-        return x / (x * x).mean(-1, keepdim=True).add(c.norm_eps).sqrt() * weight
-
-    def silu(x):
-        return x / (1 + torch.exp(-x))
-
-    def heads(x):
-        return x.reshape(len(x), -1, size)
-
-    def rope(x):
-        base = c.rope_base * c.rope_scaling ** (size / (size - 2))
-        out, row = x.clone(), 0
-        for length in lengths:
-            for position in range(length):
-                for i in range(size // 2):
-                    angle = position * base ** (-2 * i / size)
-                    a, b = x[row, :, i], x[row, :, i + size // 2]
-                    out[row, :, i] = a * math.cos(angle) - b * math.sin(angle)
-                    out[row, :, i + size // 2] = a * math.sin(angle) + b * math.cos(angle)
-                row += 1
-        return out
-
-    def feature_map(x):
-        if c.feature_map == "elu1":
-            return torch.where(x > 0, x + 1, torch.exp(x))
-        return {"identity": x, "silu": silu(x), "relu": x.clamp(min=0)}[c.feature_map]
-
-    def softmax_mixer(x, at):
-        q, k, v = (heads(x @ p[f"{at}.{name}_proj.weight"].T) for name in "qkv")
-        if c.qk_norm:
-            q, k = norm(q, p[f"{at}.q_norm.weight"]), norm(k, p[f"{at}.k_norm.weight"])
-        out = oracles.softmax_attention(rope(q), rope(k), v, lengths)
-        return out.reshape(len(x), -1) @ p[f"{at}.o_proj.weight"].T
-
-    def linear_mixer(x, at, family, layer):
-        q, k, v = (heads(x @ p[f"{at}.{name}_proj.weight"].T) for name in "qkv")
-        decay = None
-        if family == "fixed" and c.decay_slopes == "lightning":
-            decay = torch.tensor([-8 * h / c.num_heads * (1 - layer / c.num_layers) for h in range(c.num_heads)])
-        elif family == "fixed":
-            decay = torch.tensor([math.log(1 - 2.0 ** (-5 - h)) for h in range(c.num_heads)])
-        elif family == "scalar":
-            step = torch.log1p(torch.exp(x @ p[f"{at}.decay.a_proj.weight"].T + p[f"{at}.decay.gate.dt_bias"]))
-            decay = -torch.exp(p[f"{at}.decay.gate.A_log"]) * step
-        out = oracles.linear_attention(
-            feature_map(q), feature_map(k), v, lengths,
-            log_decay=None if decay is None else decay.double(), normalize=c.linear_normalize,
-        )  # fmt: skip
-        out = norm(out, p[f"{at}.o_norm.weight"]).reshape(len(x), -1)
-        if c.output_gate:
-            out = out * silu(x @ p[f"{at}.g_proj.weight"].T)
-        return out @ p[f"{at}.o_proj.weight"].T
-
-    x = p["embedding.weight"][tokens]
-    for layer, kind in enumerate(kinds):
-        at = f"blocks.{layer}"
-        y = norm(x, p[f"{at}.mixer_norm.weight"])
-        if kind == "softmax":
-            x = x + softmax_mixer(y, f"{at}.mixer")
-        else:
-            x = x + linear_mixer(y, f"{at}.mixer", kind.split(":")[1], layer)
-        y = norm(x, p[f"{at}.mlp_norm.weight"])
-        inner = silu(y @ p[f"{at}.mlp.gate_proj.weight"].T) * (y @ p[f"{at}.mlp.up_proj.weight"].T)
-        x = x + inner @ p[f"{at}.mlp.down_proj.weight"].T
-    return norm(x, p["norm.weight"]) @ p["embedding.weight" if c.tie_embeddings else "head.weight"].T
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,9 +1,11 @@
 """Counts against arithmetic by hand and against the module itself."""
 
+from itertools import product
+
 import pytest
 import torch
 
-from longspan.models.config import ModelConfig
+from longspan.models.config import LAYER_KINDS, ModelConfig
 from longspan.models.decoder import Decoder
 from longspan.models.flops import model_flops, model_flops_by_kind, num_parameters
 
@@ -15,7 +17,7 @@ HYBRID = dict(
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"output_gate": False}, {"head_dim": 6, "num_kv_heads": 1}],
+    [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"output_gate": "none"}, {"head_dim": 6, "num_kv_heads": 1}],
     ids=["plain", "tied", "qk_norm", "no_gate", "head_dim"],
 )
 def test_num_parameters_is_that_of_the_module(change):
@@ -43,6 +45,55 @@ def test_flops_by_hand():
         "head": 6 * 10 * 16 * 31,
     }
     assert model_flops(config, lengths) == sum(model_flops_by_kind(config, lengths).values())
+
+
+LINEAR = dict(
+    vocab_size=31, num_layers=1, hidden_size=16, num_heads=4, mlp_size=24, linear_num_heads=3, linear_head_dim=5,
+    linear_value_dim=7, state_size=6, gate_rank=2,
+)  # fmt: skip
+QKVO = 2 * 16 * 15 + 2 * 16 * 21
+CONVOLUTION = 4 * (2 * 15 + 21)
+# weights that multiply every token, and multiplications with the state: writes and reads of 3 heads
+BY_HAND = {
+    "none": (QKVO + 16 * 21, 2 * 3 * 5 * 7),
+    "fixed": (QKVO + 16 * 21, 2 * 3 * 5 * 7),
+    "scalar": (QKVO + 16 * 21 + 16 * 3, 2 * 3 * 5 * 7),
+    "mamba2": (16 * (2 * 21 + 2 * 6 + 3) + 4 * (21 + 2 * 6) + 21 * 16, 2 * 3 * 6 * 7),
+    "gla": (QKVO + 16 * 21 + 16 * 2 + 2 * 15, 2 * 3 * 5 * 7),
+    "hgrn2": (QKVO, 2 * 3 * 5 * 7),  # the gate's projection in place of the keys'
+    "delta": (QKVO + CONVOLUTION + 16 * 3, 3 * 3 * 5 * 7),
+    "gated_delta": (QKVO + 16 * 21 + CONVOLUTION + 2 * 16 * 3, 3 * 3 * 5 * 7),
+}
+
+
+@pytest.mark.parametrize("family", BY_HAND)
+def test_flops_of_every_family_by_hand(family):
+    found = model_flops_by_kind(ModelConfig(**LINEAR, pattern=[f"linear:{family}"]), [4, 9])
+    weights, state = BY_HAND[family]
+    assert found["matmul"] == 6 * 13 * (weights + 3 * 16 * 24)
+    assert found["linear"] == 6 * 13 * state
+    assert found["softmax"] == 0
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_kinds_add_up(kind):
+    """Layers count on their own: two of a kind are twice one, whatever stands beside them."""
+
+    def flops(*pattern):
+        return model_flops_by_kind(ModelConfig(**LINEAR | {"num_layers": len(pattern)}, pattern=[*pattern]), [11])
+
+    for name, other in product(("matmul", "softmax", "linear"), ("softmax", "linear:delta")):
+        assert flops(kind, other)[name] == flops(kind)[name] + flops(other)[name]
+
+
+def test_features_and_the_normaliser_count():
+    plain = model_flops_by_kind(ModelConfig(**LINEAR, pattern=["linear:gla"], feature_map="elu1"), [8])
+    config = ModelConfig(**LINEAR, pattern=["linear:gla"], feature_map="elu1", linear_normalize=True)
+    assert model_flops_by_kind(config, [8])["linear"] * 7 == plain["linear"] * 8  # one more column
+    config = ModelConfig(**LINEAR, pattern=["linear:none"], feature_map="hedgehog")
+    found = model_flops_by_kind(config, [8])
+    assert found["linear"] == 2 * plain["linear"]  # twice as many features
+    assert found["matmul"] == 6 * 8 * (BY_HAND["none"][0] + 3 * 16 * 24 + 2 * 3 * 5 * 5)  # maps of 3 heads for q and k
 
 
 def test_softmax_share_grows_with_the_square_and_the_rest_with_tokens():

@@ -1,20 +1,23 @@
 """parallelize: gradients are sums over ranks, whatever combination of checkpointing, compilation and sharding."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
 from spawn import run_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longspan.models.config import ModelConfig
-from longspan.models.decay import ScalarGate
+from longspan.models.config import LAYER_KINDS, ModelConfig
+from longspan.models.decay import Gate
 from longspan.models.decoder import Decoder
 from longspan.models.parallelize import parallelize
 from longspan.parallel import Layout, SequenceParallel, Span
 
+# Positive features and a large norm_eps, as in test_parity: bf16 is judged by its rounding, not by tiny norms.
 CONFIG = dict(
-    vocab_size=29, num_layers=4, hidden_size=8, num_heads=2, mlp_size=12, init_std=0.3, loss_chunk=7,
-    pattern=["linear:none", "linear:fixed", "linear:scalar", "softmax"],
+    vocab_size=29, num_layers=len(LAYER_KINDS), hidden_size=8, num_heads=2, mlp_size=12, state_size=5, gate_rank=3,
+    init_std=0.3, loss_chunk=7, feature_map="elu1", norm_eps=1e-3, pattern=list(LAYER_KINDS),
 )  # fmt: skip
 # name: (mesh axes, dtype of parameters, keyword arguments)
 COMBINATIONS = {
@@ -120,23 +123,27 @@ def test_split_sequence_and_a_rank_without_tokens():
 
 
 def run_exact_gates(rank, world_size):
-    """dt_bias and A_log take part in the bf16 model with their fp32 values, every other weight in bf16."""
+    """Gates take part in the bf16 model with their fp32 parameters, every other weight in bf16."""
     model = make_model()
-    gate = next(module for module in model.modules() if isinstance(module, ScalarGate))
-    exact = gate.A_log.detach().clone(), gate.dt_bias.detach().clone()
+    gates = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
+    assert Counter(type(gate).__name__ for gate in gates.values()) == {"ScalarGate": 3, "ChannelGate": 1}
+    exact = {name: [p.detach().clone() for p in gate.parameters()] for name, gate in gates.items()}
     apply(model, make_mesh("shard", world_size), param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     seen = {}
 
-    def look(module, args, output):
-        seen.update(A_log=module.A_log.detach().clone(), dt_bias=module.dt_bias.detach().clone(), a=args[0], out=output)
+    def look(gate, args, output):
+        log_decay = output[0] if isinstance(output, tuple) else output
+        assert args[0].dtype == torch.bfloat16 and log_decay.dtype == torch.float32
+        seen[gate] = [p.detach().clone() for p in gate.parameters()]
 
-    gate.register_forward_hook(look)
+    for gate in gates.values():
+        gate.register_forward_hook(look)
     model(*make_batch(rank)).backward()
-    assert seen["a"].dtype == torch.bfloat16 and seen["out"].dtype == torch.float32
-    assert torch.equal(seen["A_log"], exact[0]) and torch.equal(seen["dt_bias"], exact[1])
+    for name, gate in gates.items():
+        assert all(torch.equal(found, wanted) for found, wanted in zip(seen[gate], exact[name], strict=True)), name
 
 
-def test_scalar_gates_stay_exact_in_bf16():
+def test_gates_stay_exact_in_bf16():
     run_ranks(run_exact_gates, 2)
 
 
@@ -155,6 +162,21 @@ def run_compiled(rank, world_size):
 
 def test_compiled():
     run_ranks(run_compiled, 1, timeout=300)
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS[1:])
+def test_linear_layers_compile(kind):
+    """Traced by the compiler (without its slow code generation): equal results, and layers share their graphs."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    model = make_model(pattern=[kind], num_layers=10)
+    tokens, labels, seq = make_batch(1)
+    wanted = model(tokens, labels, seq)
+    before = counters["unique_graphs"]
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend="eager")
+    torch.testing.assert_close(model(tokens, labels, seq), wanted)
+    assert 0 < counters["unique_graphs"] - before <= 8
 
 
 def run_one_rank(rank, world_size, refusal):

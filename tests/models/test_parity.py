@@ -21,12 +21,16 @@ WORLD_SIZES = [1, 2, 3, 4, 8]
 # has to hold to 1e-5 is then the arithmetic and not the condition of a tiny random model.
 TINY = dict(
     vocab_size=29, hidden_size=8, num_heads=2, mlp_size=12, init_std=0.3, loss_chunk=7, feature_map="elu1",
-    norm_eps=1e-3,
+    norm_eps=1e-3, state_size=5, gate_rank=3,
 )  # fmt: skip
 MODELS = {
     "families": dict(
         pattern=["linear:none", "linear:fixed", "linear:scalar", "softmax"],
         num_layers=4, decay_slopes="retention", num_kv_heads=1, qk_norm=True,
+    ),
+    "gates": dict(
+        pattern=["linear:mamba2", "linear:gla", "linear:hgrn2", "linear:delta", "linear:gated_delta"], num_layers=5,
+        linear_value_dim=5,
     ),
     "normalized": dict(
         pattern=["linear:scalar", "softmax"], num_layers=2, linear_normalize=True, tie_embeddings=True,
@@ -49,7 +53,7 @@ class Case:
 
 
 def all_cases():
-    """Everything with the model of all families in fp64; the other model and fp32 take turns."""
+    """Everything with the first model in fp64; the other models and fp32 take turns."""
     for i, lengths in enumerate(LENGTHS):
         for j, layout in enumerate(LAYOUTS):
             for k, strategies in enumerate(STRATEGIES):
@@ -57,6 +61,10 @@ def all_cases():
                 if (i + j + k) % 2:
                     yield Case("normalized", lengths, layout, *strategies, torch.float64)
                     yield Case("families", lengths, layout, *strategies, torch.float32)
+                else:
+                    yield Case("gates", lengths, layout, *strategies, torch.float64)
+                    if lengths == "mixed":
+                        yield Case("gates", lengths, layout, *strategies, torch.float32)
 
 
 def make_model(name, dtype):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from spawn import run_ranks
 
-from longspan.parallel import SequenceParallel, contiguous, zigzag
+from longspan.parallel import SequenceParallel, Topology, contiguous, zigzag
 
 
 def describe(rank, world_size, lengths):
@@ -44,8 +44,20 @@ def test_ranks_count_within_the_group():
     assert run_ranks(small_subgroup, 4) == [(0, 2, 5), (1, 2, 5), (0, 2, 5), (1, 2, 5)]
 
 
+def virtual_nodes(rank, world_size):
+    assert SequenceParallel(dist.group.WORLD).topology == Topology(1, world_size)
+    assert SequenceParallel(dist.group.WORLD, topology=Topology(2, 2)).topology == Topology(2, 2)
+    with pytest.raises(ValueError, match="6 ranks.*4"):
+        SequenceParallel(dist.group.WORLD, topology=Topology(2, 3))
+
+
+def test_machines_are_known():
+    run_ranks(virtual_nodes, 4)
+
+
 def test_without_a_group_it_is_one_rank():
     seq = SequenceParallel().context((5, 2))
+    assert seq.parallel.topology == Topology(1, 1)
     assert (seq.rank, seq.world_size, seq.num_tokens_local) == (0, 1, 7)
     assert seq.positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
 

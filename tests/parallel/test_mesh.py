@@ -24,6 +24,7 @@ def test_groups_of_four_ranks():
             "parallel.sp=3 does not divide the 4 ranks of this run; use one of 1, 2, 4, or 0 for all" in seen["refused"]
         )
         assert "needs equally many ranks on every machine" in seen["uneven"]
+        assert seen["topologies"] == [(1, 4), (2, 2), (1, 2), (4, 1)]
         assert seen["warnings"] == ["parallel.sp=2 makes some groups span machines of 3 ranks; one of 1, 3 would keep "
                                     "each inside a machine"]  # fmt: skip
 
@@ -43,6 +44,12 @@ def _groups(rank, world_size):
     with pytest.raises(ValueError) as error:
         _build(2, "hsdp")
     seen["uneven"] = str(error.value)
+    seen["topologies"] = []
+    for sp, machines in ((4, "4444"), (4, "2222"), (2, "2222"), (4, "3331")):
+        os.environ["LOCAL_WORLD_SIZE"] = machines[rank]
+        topology = _build(sp).sp_topology
+        seen["topologies"].append((topology.nodes, topology.ranks_per_node))
+    os.environ["LOCAL_WORLD_SIZE"] = "3"
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())

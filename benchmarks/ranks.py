@@ -1,0 +1,87 @@
+"""The ranks of a benchmark run: contexts for strategies and layouts, times and errors that all ranks agree on."""
+
+import gc
+import statistics
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+from longspan.benchmarks.linear_worker import describe
+from longspan.parallel import SequenceParallel
+
+DIRECTIONS = ("forward", "forward+backward")
+
+
+class Ranks:
+    """mesh: longspan.parallel.mesh.Mesh with one SP group over all ranks; repetitions: timed runs of one case."""
+
+    def __init__(self, mesh, device: torch.device, repetitions: int):
+        self.mesh, self.device, self.repetitions = mesh, device, repetitions
+
+    def context(self, lengths, layout: str, strategy: str = "auto"):
+        groups = self.mesh.sp_group, self.mesh.sp_state_group
+        return SequenceParallel(*groups, layout=layout, linear=strategy, device=self.device).context(lengths)
+
+    def alone(self, lengths):
+        """The context of this rank as if it were the only one."""
+        return SequenceParallel(device=self.device).context(lengths)
+
+    def measure(self, step) -> dict[str, float]:
+        """Median milliseconds by direction; of each repetition the slowest rank counts. step(mark) marks the start,
+        the end of the forward and the end of the backward."""
+        hosts = []
+        for _ in range(3):
+            start = time.perf_counter()
+            step(lambda: None)
+            hosts.append(time.perf_counter() - start)
+            self._synchronize()
+        found = [self._repetition(step, min(hosts)) for _ in range(self.repetitions)]
+        slowest = torch.tensor(found, dtype=torch.float64, device=self.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, self.mesh.sp_group)
+        medians = [statistics.median(column) for column in slowest.t().tolist()]
+        return dict(zip(DIRECTIONS, medians, strict=True))
+
+    def _repetition(self, step, host_s: float) -> list[float]:
+        """Milliseconds of the forward and of both. On a GPU the ranks first meet on the host, then on the device, and
+        the device idles for as long as the host needs to queue the work: what is timed is the device's part."""
+        marks, on_gpu = [], self.device.type == "cuda"
+
+        def mark():
+            if on_gpu:
+                marks.append(torch.cuda.Event(enable_timing=True))
+                marks[-1].record()
+            else:
+                marks.append(time.perf_counter())
+
+        dist.barrier(self.mesh.sp_group)
+        if on_gpu:
+            torch.cuda._sleep(int(1.5 * host_s * 1.8e9) + 1_000_000)
+            dist.all_reduce(torch.ones(1, device=self.device), group=self.mesh.sp_group)
+        step(mark)
+        self._synchronize()
+        assert len(marks) == 3, len(marks)
+        if on_gpu:
+            return [marks[0].elapsed_time(mark) for mark in marks[1:]]
+        return [1e3 * (mark - marks[0]) for mark in marks[1:]]
+
+    def _synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def guarded(self, function, *arguments) -> tuple[dict | None, str | None]:
+        """(function(self, *arguments), None) or (None, error text); an error on one rank is one on every rank."""
+        result = error = None
+        try:
+            result = function(self, *arguments)
+        except Exception as problem:
+            traceback.print_exc()
+            error = describe(problem)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        errors = [None] * self.mesh.world_size
+        dist.all_gather_object(errors, error)
+        errors = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None]
+        return (None, errors[0]) if errors else (result, None)

@@ -1,0 +1,103 @@
+"""The delta rule, with or without a gate per head, in fused Triton kernels. Formulas: docs/linear-attention.md.
+
+Forward: the WY form of every chunk (`delta_wy`); per split its summary, an affine map; a fold along the splits; one
+sweep per split. Backward recomputes the WY form; a sweep forwards writes the state entering every chunk, one backwards
+the gradient of the state leaving it, after which every chunk is on its own. Nothing per chunk is kept between the two.
+Launches: 4 forward, 9 backward, and 2 and 1 more where spans are linked to other ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from longspan.kernels.fold import compose, fold_chains
+from longspan.kernels.linear.delta_backward import backward_states, backward_sums, local_gradients
+from longspan.kernels.linear.delta_forward import CONFIGS, forward_output, forward_states, forward_sums
+from longspan.kernels.linear.delta_gradients import input_gradients
+from longspan.kernels.linear.delta_tiles import CHUNK, Call, padded
+from longspan.kernels.linear.delta_wy import wy
+from longspan.kernels.linear.splits import Splits, split_size
+
+
+@dataclass(frozen=True)
+class DeltaTables:
+    """summed: int32, the splits that have a row among the sums. needed: int32 [S], what is needed of each split: 0
+    nothing, 1 the state it leaves when it starts from zero, 2 also the matrix that acts on the state entering it."""
+
+    splits: Splits
+    summed: torch.Tensor
+    needed: torch.Tensor
+
+    @classmethod
+    def of(cls, splits: Splits) -> "DeltaTables":
+        summed = (splits.sum_row >= 0).nonzero().flatten()
+        chains, forward = splits.forward.summary.sources, splits.forward
+        needed = torch.zeros(splits.num_splits, dtype=torch.int32)
+        needed[forward.splits] = 1 + (forward.row[forward.splits] >= 0).int()
+        needed[summed[chains[chains >= 0]]] = 2
+        return cls(splits, summed.int(), needed)
+
+    def map(self, move) -> "DeltaTables":
+        """The same tables with every tensor passed through `move`."""
+        return DeltaTables(self.splits.map(move), move(self.summed), move(self.needed))
+
+
+class Delta:
+    """The Form (kernels.linear.form) of the delta rule on CUDA, fp16, bf16 and fp32; K, V up to 256; no decay of single
+    key channels."""
+
+    @staticmethod
+    def tables(spans, heads, key_size, value_size) -> DeltaTables:
+        blocks = -(-value_size // CONFIGS["output"][2][padded(key_size)][0])
+        return DeltaTables.of(Splits.of(spans, split_size(spans, heads * blocks, CHUNK), CHUNK))
+
+    def __init__(self, tables, q, k, v, log_decay, beta, scale):
+        assert beta is not None and max(k.shape[2], v.shape[2]) <= 256, (k.shape, v.shape)
+        q, k, v = (_unit_stride(x) for x in (q, k, v))
+        self.call = Call(tables.splits, q, k, v, log_decay, beta, scale)
+        self.tables, self.splits = tables, tables.splits
+        self.wy = self.sums = None
+
+    def summary(self):
+        self.ahead()
+        states, transitions = self.sums
+        chains = self.splits.forward.summary
+        return fold_chains(states, transitions, chains), compose(transitions, chains.sources)
+
+    def ahead(self):
+        if self.sums is None:
+            self.wy = wy(self.call, keep_inverse=False)
+            self.sums = forward_sums(self.call, self.wy, self.tables)
+
+    def output(self, entry, dtype):
+        states, transitions = self.sums
+        entries = fold_chains(states, transitions, self.splits.forward.inner, entry)
+        return forward_output(self.call, self.wy, entries, dtype), (entries, transitions)
+
+    def start_backward(self, saved, d_out, gate):
+        self.entries, transitions = saved
+        self.transitions, self.gate = transitions.mT, gate
+        self.d_out = _unit_stride(d_out.to(self.call.q.dtype))
+        self.wy = wy(self.call, keep_inverse=True)
+        self.d_values = local_gradients(self.call, self.wy, self.d_out)
+
+    def gradient_summary(self):
+        self.sums = backward_sums(self.call, self.wy, self.d_out, self.d_values)
+        return fold_chains(self.sums, self.transitions, self.splits.backward.summary)
+
+    def gradient_ahead(self):
+        if self.sums is None:
+            self.sums = backward_sums(self.call, self.wy, self.d_out, self.d_values)
+        self.states, self.values = forward_states(self.call, self.wy, self.entries)
+
+    def gradients(self, exit_grad):
+        exits = fold_chains(self.sums, self.transitions, self.splits.backward.inner, exit_grad)
+        d_states = backward_states(self.call, self.wy, self.d_out, self.d_values, exits)
+        dq, dk, dv, d_beta, d_decay = input_gradients(
+            self.call, self.wy, self.d_out, self.values, self.d_values, self.states, d_states, self.gate
+        )
+        return dq, dk, dv, d_decay, d_beta
+
+
+def _unit_stride(x):
+    return x if x.stride(-1) == 1 else x.contiguous()

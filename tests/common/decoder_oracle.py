@@ -1,0 +1,174 @@
+"""The decoder's forward pass written out again, from parameters and settings alone, in plain fp64 torch."""
+
+import math
+
+import oracles
+import torch
+
+# What `auto` and -1 mean: feature map, convolution width, output gate.
+FAMILIES = {
+    "none": ("elu1", 0, True),
+    "fixed": ("elu1", 0, True),
+    "scalar": ("elu1", 0, True),
+    "mamba2": ("identity", 4, True),
+    "gla": ("identity", 0, True),
+    "hgrn2": ("silu", 0, False),
+    "delta": ("l2norm", 4, False),
+    "gated_delta": ("l2norm", 4, True),
+}
+
+
+def reference_logits(model, tokens, lengths):
+    """[T, V] in fp64, for documents of these lengths laid end to end; everything but attention looks at all at once."""
+    c, p = model.config, {name: x.detach().double() for name, x in model.named_parameters()}
+    x = p["embedding.weight"][tokens]
+    for layer in range(c.num_layers):
+        kind = c.pattern[layer % len(c.pattern)]
+        kind = f"linear:{c.linear_family}" if kind == "linear" else kind
+        own = {name.removeprefix(f"blocks.{layer}."): x for name, x in p.items() if name.startswith(f"blocks.{layer}.")}
+        mixer = {name.removeprefix("mixer."): x for name, x in own.items() if name.startswith("mixer.")}
+        y = norm(x, own["mixer_norm.weight"], c.norm_eps)
+        if kind == "softmax":
+            x = x + softmax_mixer(c, mixer, y, lengths)
+        elif kind == "linear:mamba2":
+            x = x + mamba2_mixer(c, mixer, y, lengths)
+        else:
+            x = x + linear_mixer(c, mixer, y, lengths, kind.removeprefix("linear:"), layer)
+        y = norm(x, own["mlp_norm.weight"], c.norm_eps)
+        inner = silu(y @ own["mlp.gate_proj.weight"].T) * (y @ own["mlp.up_proj.weight"].T)
+        x = x + inner @ own["mlp.down_proj.weight"].T
+    return norm(x, p["norm.weight"], c.norm_eps) @ p["embedding.weight" if c.tie_embeddings else "head.weight"].T
+
+
+def norm(x, weight, eps):
+    return x / (x * x).mean(-1, keepdim=True).add(eps).sqrt() * weight
+
+
+def sigmoid(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def heads(x, number):
+    return x.reshape(len(x), number, -1)
+
+
+def rope(x, c, lengths):
+    size = x.shape[-1]
+    base = c.rope_base * c.rope_scaling ** (size / (size - 2))
+    out, row = x.clone(), 0
+    for length in lengths:
+        for position in range(length):
+            for i in range(size // 2):
+                angle = position * base ** (-2 * i / size)
+                a, b = x[row, :, i], x[row, :, i + size // 2]
+                out[row, :, i] = a * math.cos(angle) - b * math.sin(angle)
+                out[row, :, i + size // 2] = a * math.sin(angle) + b * math.cos(angle)
+            row += 1
+    return out
+
+
+def softmax_mixer(c, p, x, lengths):
+    q, k, v = (x @ p[f"{name}_proj.weight"].T for name in "qkv")
+    kv_heads = c.num_kv_heads or c.num_heads
+    q, k, v = heads(q, c.num_heads), heads(k, kv_heads), heads(v, kv_heads)
+    if c.qk_norm:
+        q, k = norm(q, p["q_norm.weight"], c.norm_eps), norm(k, p["k_norm.weight"], c.norm_eps)
+    out = oracles.softmax_attention(rope(q, c, lengths), rope(k, c, lengths), v, lengths)
+    return out.reshape(len(x), -1) @ p["o_proj.weight"].T
+
+
+def convolve(x, weight, lengths):
+    """silu of each token's and its predecessors' weighted sum; weight [D, W], the last column for the token itself."""
+    out, start = torch.zeros_like(x), 0
+    for length in lengths:
+        for t in range(length):
+            for back in range(min(t + 1, weight.shape[1])):
+                out[start + t] += weight[:, -1 - back] * x[start + t - back]
+        start += length
+    return silu(out)
+
+
+def feature_map(name, x):
+    for step in name.split("+"):
+        x = {
+            "identity": lambda x: x,
+            "silu": silu,
+            "relu": lambda x: x.clamp(min=0),
+            "elu1": lambda x: torch.where(x > 0, x + 1, torch.exp(x)),
+            "l2norm": lambda x: x / ((x * x).sum(-1, keepdim=True) + 1e-6).sqrt(),
+        }[step](x)
+    return x
+
+
+def settings(c, family):
+    """Feature map, convolution width and output gate of a layer."""
+    own_map, own_width, own_gate = FAMILIES[family]
+    name = own_map if c.feature_map == "auto" else c.feature_map
+    if "delta" in family and name != "l2norm":
+        name += "+l2norm"
+    width = own_width if c.conv_width == -1 else c.conv_width
+    return name, width, own_gate if c.output_gate == "auto" else c.output_gate == "silu"
+
+
+def scalar_decay(p, a):
+    step = torch.log1p(torch.exp(a + p["dt_bias"]))
+    return -torch.exp(p["A_log"]) * step, step
+
+
+def linear_mixer(c, p, x, lengths, family, layer):
+    name, width, gated = settings(c, family)
+    number = c.linear_num_heads or c.num_heads
+    decay, beta, gate = None, None, {n.removeprefix("decay.gate."): y for n, y in p.items()}
+    if family == "fixed" and c.decay_slopes == "lightning":
+        decay = torch.tensor([-8 * h / number * (1 - layer / c.num_layers) for h in range(number)]).double()
+    elif family == "fixed":
+        decay = torch.tensor([math.log(1 - 2.0 ** (-5 - h)) for h in range(number)]).double()
+    elif family in ("scalar", "gated_delta"):
+        decay, _ = scalar_decay(gate, x @ p["decay.a_proj.weight"].T)
+    elif family == "gla":
+        decay = x @ p["decay.in_proj.weight"].T @ p["decay.out_proj.weight"].T + gate["bias"]
+        decay = heads(torch.log(sigmoid(decay)) / 16, number)
+    elif family == "hgrn2":
+        bound = max(layer / c.num_layers, 1e-6)
+        forget = heads(bound + (1 - bound) * sigmoid(x @ p["decay.f_proj.weight"].T), number)
+        decay = forget.log()
+    if "delta" in family:
+        beta = sigmoid(x @ p["b_proj.weight"].T)
+    projected = [x @ p[f"{n}_proj.weight"].T for n in ("qv" if family == "hgrn2" else "qkv")]
+    if width:
+        assert p["conv.weight"].shape[1] == width
+        weights = p["conv.weight"].split([y.shape[1] for y in projected])
+        projected = [convolve(y, weight, lengths) for y, weight in zip(projected, weights)]
+    q, *k, v = (heads(y, number) for y in projected)
+    q, k = feature_map(name, q), feature_map(name, k[0]) if k else 1 - forget
+    out = oracles.linear_attention(q, k, v, lengths, log_decay=decay, beta=beta, normalize=c.linear_normalize)
+    out = norm(out, p.get("o_norm.weight", 1), c.norm_eps).reshape(len(x), -1)
+    if gated:
+        out = out * silu(x @ p["g_proj.weight"].T)
+    return out @ p["o_proj.weight"].T
+
+
+def mamba2_mixer(c, p, x, lengths):
+    """As the recurrence of its paper: h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t^T, y_t = h_t^T C_t + D x_t."""
+    name, width, gated = settings(c, "mamba2")
+    number, size = c.linear_num_heads or c.num_heads, c.state_size
+    inner = p["o_proj.weight"].shape[1]
+    z, streams, dt = (x @ p["in_proj.weight"].T).split([inner if gated else 0, inner + 2 * size, number], -1)
+    streams = convolve(streams, p["conv.weight"], lengths) if width else streams
+    u, B, C = streams.split([inner, size, size], -1)
+    u, B, C = heads(u, number), feature_map(name, B), feature_map(name, C)
+    decay, step = scalar_decay({n.removeprefix("gate."): y for n, y in p.items()}, dt)
+    out, row = torch.zeros_like(u), 0
+    for length in lengths:
+        state = u.new_zeros(number, size, inner // number)
+        for t in range(row, row + length):
+            write = step[t, :, None, None] * B[t, None, :, None] * u[t, :, None, :]
+            state = decay[t].exp()[:, None, None] * state + write
+            out[t] = (state * C[t, None, :, None]).sum(1) + p["D"][:, None] * u[t]
+        row += length
+    out = out.reshape(len(x), -1)
+    return norm(out * silu(z) if gated else out, p.get("o_norm.weight", 1), c.norm_eps) @ p["o_proj.weight"].T

@@ -1,0 +1,208 @@
+"""Decay per key channel in Triton kernels, against the recurrence: values, gradients, states in and out.
+
+Here in the interpreter, in fp32 and fp16; on a GPU in bf16 and fp32 at full sizes.
+"""
+
+import forms
+import pytest
+import torch
+
+from longspan.kernels.linear.form import Spans
+from longspan.kernels.linear.splits import Splits
+
+pytest.importorskip("triton", reason="Triton is not installed")
+channel = pytest.importorskip("longspan.kernels.linear.channel")
+
+SCALE = 0.3
+STRENGTHS = ["weak", "medium", "strong", "spiky"]
+# Norm of the error over the norm of what is wanted. fp16: results are rounded to 11 bits, operands to as many.
+LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+GATE_LIMITS = LIMITS | {torch.float32: 1e-4}  # of gates so strong that keys passing them give next to nothing
+
+
+def tables_of(spans, size):
+    """With splits of `size` tokens, smaller than those of real runs: several splits in one span."""
+    splits = Splits.of(spans, size, channel.CHUNK)
+    return channel.Tables(splits, (*splits.split_chunk.tolist(), splits.num_chunks))
+
+
+def check(
+    spans, strength, dtype, *, key_size, value_size, heads=2, size=None, device="cpu", states_travel=True, **changes
+):
+    """Compares all that a run gives, and gives it."""
+    inputs, entry, d_out, exit_grad = forms.random_inputs(
+        spans, heads, key_size, value_size, f"channel_{strength}", None, device=device, dtype=dtype
+    )
+    inputs |= {name: change(inputs[name]) for name, change in changes.items()}
+    if size is None:
+        tables = channel.Channel.tables(spans, heads, key_size, value_size)
+    else:
+        tables = tables_of(spans, size)
+    tables = tables.map(lambda x: x.to(device))
+    given = inputs, entry, d_out, exit_grad, SCALE
+    actual = forms.run_form(channel.Channel, tables, *given, states_travel=states_travel)
+    wanted = forms.expected(spans, *given)
+    if not states_travel:
+        wanted = {name: x for name, x in wanted.items() if name not in ("state", "d_state", "transition")}
+    errors = forms.errors(actual, wanted)
+    limits = {name: (GATE_LIMITS if name == "dlog_decay" else LIMITS)[dtype] for name in errors}
+    assert all(error < limits[name] for name, error in errors.items()), errors
+    assert actual["dbeta"] is None and actual["dq"].dtype == actual["dv"].dtype == dtype
+    return actual
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("name", ["token", "63", "64", "65"])
+def test_span_lengths(name, strength):
+    check(forms.spans_of(name), strength, torch.float32, key_size=16, value_size=32)
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_splits_of_many_spans(strength):
+    check(forms.spans_of("mixed"), strength, torch.float32, heads=1, key_size=16, value_size=16, size=128)
+
+
+def test_one_chunk_per_split():
+    check(forms.spans_of("mixed"), "spiky", torch.float32, heads=1, key_size=16, value_size=16, size=64)
+
+
+def test_states_that_stay():
+    spans = forms.spans_of("one")
+    check(spans, "medium", torch.float32, heads=1, key_size=16, value_size=16, size=64, states_travel=False)
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (33, 20), (64, 64)], ids=str)
+def test_odd_and_larger_sizes(sizes):
+    spans = Spans((0, 70, 100), (0, 1), (1,), (0,))
+    for strength in ("medium", "spiky"):
+        check(spans, strength, torch.float32, heads=1, key_size=sizes[0], value_size=sizes[1])
+
+
+def test_several_groups_of_channels(monkeypatch):
+    """Narrow steps: scores summed over steps, groups of channels in programs of their own, mild beside strong."""
+    monkeypatch.setitem(channel.PREPARE, (4, 64), (16, 16, 4, 255))
+    monkeypatch.setitem(channel.GRADIENTS, (4, 32), (32, 16, 16, 4, 1))
+
+    def strong_above_32(g):
+        return torch.cat([g[..., :32], g[..., 32:] - 5], -1)
+
+    spans = Spans((0, 80), (0,), (0,), (0,))
+    check(spans, "medium", torch.float32, heads=1, key_size=64, value_size=32, log_decay=strong_above_32)
+
+
+def test_half_precision_and_strides():
+    """fp16, q with heads first, v in rows that are not dense, and a gate that all heads share."""
+    check(
+        forms.spans_of("65"), "medium", torch.float16, key_size=16, value_size=16,
+        q=lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), k=lambda x: x.mT.contiguous().mT,
+        v=lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]], log_decay=lambda x: x[:, :1].expand_as(x),
+    )  # fmt: skip
+
+
+def test_waves(monkeypatch):
+    """With room for the states of two chunks only, results are the same bit by bit."""
+    spans, sizes = Spans((0, 1, 131, 200), (1,), (1,), (1,)), {"heads": 1, "key_size": 16, "value_size": 16, "size": 64}
+    at_once = check(spans, "medium", torch.float32, **sizes)
+    monkeypatch.setattr(channel, "WAVE", 2 * 16 * 16)
+    assert len(tables_of(spans, 64).waves(2)) == 3
+    in_waves = check(spans, "medium", torch.float32, **sizes)
+    for name in ("dq", "dk", "dv", "dlog_decay"):
+        assert torch.equal(at_once[name], in_waves[name]), name
+
+
+def test_waves_cover_all_splits():
+    tables = tables_of(forms.spans_of("mixed"), 64)
+    for limit in (1, 2, 3, 100):
+        waves = tables.waves(limit)
+        assert [split for start, stop in waves for split in range(start, stop)] == list(range(tables.splits.num_splits))
+        assert all(stop == start + 1 or tables.edges[stop] - tables.edges[start] <= limit for start, stop in waves)
+
+
+def test_gate_that_closes():
+    """log decay -inf forgets everything; nothing turns into NaN, and the gradients of the rest are right."""
+    spans = Spans((0, 100), (), (), ())
+
+    def close(g):
+        return torch.where(torch.arange(len(g), device=g.device)[:, None, None] == 70, -torch.inf, g)
+
+    inputs, entry, d_out, exit_grad = forms.random_inputs(spans, 1, 16, 16, "channel_medium", None)
+    inputs["log_decay"] = close(inputs["log_decay"])
+    given = inputs, entry, d_out, exit_grad, SCALE
+    actual = forms.run_form(channel.Channel, tables_of(spans, 64), *given, states_travel=False)
+    errors = forms.errors(actual, forms.expected(spans, *given))
+    assert max(errors.values()) < LIMITS[torch.float32], errors
+
+
+def test_no_gate_gradient():
+    spans = forms.spans_of("65")
+    inputs, entry, d_out, exit_grad = forms.random_inputs(spans, 1, 16, 16, "channel_medium", None)
+    args = (inputs["q"], inputs["k"], inputs["v"], inputs["log_decay"], None, SCALE)
+    tables = tables_of(spans, 64)
+    work = channel.Channel(tables, *args)
+    work.ahead()
+    _, saved = work.output(entry, torch.float32)
+    found = []
+    for gate in (True, False):
+        work = channel.Channel(tables, *args)
+        work.start_backward(saved, d_out, gate)
+        work.gradient_ahead()
+        found.append(work.gradients(exit_grad))
+    assert found[1][3] is None
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:3], found[1][:3], strict=True))
+
+
+def test_no_tokens():
+    x = torch.zeros(0, 2, 16)
+    tables = tables_of(Spans((0,)), 64)
+    none = torch.zeros(0, 2, 16, 16)
+    inputs = {"q": x, "k": x, "v": x, "log_decay": x, "beta": None}
+    result = forms.run_form(channel.Channel, tables, inputs, none, x, none, SCALE)
+    assert all(result[name].shape == x.shape for name in ("out", "dq", "dk", "dv", "dlog_decay"))
+
+
+class TestOnGpu:
+    pytestmark = pytest.mark.gpu
+
+    @staticmethod
+    def spans(length):
+        """A document of `length` tokens that a state enters and leaves, after some short ones and before one more."""
+        edges = (0, 1, 3, 130, 130 + length, 140 + length, 270 + length)
+        return Spans(edges, (3, 5), (3, 5), (3,))
+
+    @pytest.mark.parametrize("strength", STRENGTHS)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("size", [64, 128, 256])
+    def test_sizes(self, size, dtype, strength):
+        for length in (63, 65, 1000):
+            check(self.spans(length), strength, dtype, key_size=size, value_size=size, device="cuda")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize("sizes", [(5, 3), (16, 256), (256, 16), (32, 64), (100, 200), (20, 128)], ids=str)
+    def test_table_rows(self, sizes, dtype):
+        for strength in ("medium", "spiky"):
+            check(self.spans(300), strength, dtype, key_size=sizes[0], value_size=sizes[1], device="cuda")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_long_and_in_waves(self, dtype, monkeypatch):
+        spans = self.spans(4100)
+        sizes = {"heads": 1, "key_size": 128, "value_size": 128, "device": "cuda"}
+        first = check(spans, "medium", dtype, **sizes)
+        again = check(spans, "medium", dtype, **sizes)
+        monkeypatch.setattr(channel, "WAVE", 20 * 128 * 128)
+        in_waves = check(spans, "medium", dtype, **sizes)
+        for name, x in first.items():
+            assert x is None or torch.equal(x, again[name]), f"{name} differs between two runs"
+            assert x is None or torch.equal(x, in_waves[name]), f"{name} differs in waves"
+
+    def test_lengths_do_not_recompile(self):
+        kernels = channel.prepare_kernel, channel.states_kernel, channel.sweep_kernel, channel.gradients_kernel
+
+        def compiled():
+            return [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
+
+        sizes = {"key_size": 64, "value_size": 64, "device": "cuda"}
+        check(self.spans(100), "medium", torch.bfloat16, **sizes)
+        before = compiled()
+        for length in (1, 64, 999, 2000):
+            check(self.spans(length), "medium", torch.bfloat16, **sizes)
+        assert compiled() == before

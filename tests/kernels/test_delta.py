@@ -1,0 +1,145 @@
+"""The delta rule's kernels against the recurrence in fp64: outputs, states in and out, every gradient, any cut."""
+
+import functools
+import itertools
+
+import forms
+import pytest
+import torch
+
+from longspan.kernels.linear.form import Spans
+from longspan.kernels.linear.general import General
+from longspan.kernels.linear.splits import Splits
+
+SCALE = 0.3
+# (decay, largest beta) as in forms.random_inputs; "far": sums of thousands whose differences are hundredths.
+FAMILIES = {
+    "delta": (None, 1),
+    "reflecting": (None, 2),
+    "fixed": ("fixed", 1),
+    "medium": ("medium", 1),
+    "strong": ("strong", 1),
+    "spiky": ("spiky", 1),
+    "far": ("spiky", 1),
+}
+MIXED = Spans((0, 1, 2, 66, 67, 220), (1, 2, 4), (2, 4), (1, 2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def delta():
+    """Imported late: Triton need not be installed."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from longspan.kernels.linear import delta
+
+    return delta
+
+
+def make(spans, family, heads, key_size, value_size, dtype=torch.float32, device="cpu"):
+    decay, beta = FAMILIES[family]
+    inputs, *states = forms.random_inputs(spans, heads, key_size, value_size, decay, beta, dtype=dtype, device=device)
+    if family == "far":
+        inputs["log_decay"] = torch.where(inputs["log_decay"] < -1, -500.0, inputs["log_decay"])
+    return inputs, *states
+
+
+def check(delta, spans, given, limit, *, split=64, wanted=None, same_again=False):
+    """Relative errors of all that the Form gives, when spans are cut into splits of `split` tokens."""
+    inputs, entry, d_out, exit_grad = given
+    device = inputs["q"].device
+    wanted = wanted or forms.expected(spans, inputs, entry, d_out, exit_grad, SCALE)
+    tables = delta.DeltaTables.of(Splits.of(spans, split, 64)).map(lambda x: x.to(device))
+    travel = bool(spans.linked)
+    run = functools.partial(forms.run_form, delta.Delta, tables, *given, SCALE, states_travel=travel)
+    found = run()
+    assert all(found[f"d{name}"].dtype == inputs[name].dtype for name in "qkv")
+    gated = inputs["log_decay"] is not None and inputs["log_decay"].ndim == 2
+    assert (found["dlog_decay"] is None) != gated
+    errors = forms.errors(found, wanted)
+    assert max(errors.values()) < limit, {name: f"{error:.1e}" for name, error in errors.items()}
+    if same_again:
+        again = run()
+        assert all(x is None or torch.equal(x, again[name]) for name, x in found.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(delta, family):
+    check(delta, MIXED, make(MIXED, family, 1, 16, 32), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["token", "63", "64", "65"])
+def test_lengths(delta, name):
+    spans = forms.spans_of(name)
+    check(delta, spans, make(spans, "medium", 1, 16, 16), 1e-5)
+
+
+@pytest.mark.parametrize(("sizes", "split"), [((64, 64), 128), ((20, 40), 64), ((5, 3), 1024)], ids=str)
+def test_sizes_and_splits(delta, sizes, split):
+    spans = Spans((0, 40, 240))
+    check(delta, spans, make(spans, "medium", 1, *sizes), 1e-5, split=split)
+
+
+def test_half_precision(delta):
+    given = make(MIXED, "medium", 1, 32, 16, torch.float16)
+    check(delta, MIXED, given, 3e-3)
+
+
+def test_shared_heads_and_foreign_strides(delta):
+    spans = Spans((0, 100))
+    inputs, entry, d_out, exit_grad = make(spans, "medium", 2, 16, 32)
+    inputs["k"] = inputs["k"][:, :1].expand(-1, 2, -1)
+    inputs["q"] = inputs["q"].transpose(0, 1).contiguous().transpose(0, 1)
+    inputs["v"] = inputs["v"].mT.contiguous().mT
+    inputs["beta"] = inputs["beta"].t().contiguous().t()
+    d_out = d_out[:1, :, :1].expand(100, 2, 32)
+    check(delta, spans, (inputs, entry, d_out, exit_grad), 1e-5)
+
+
+def test_no_tokens(delta):
+    spans = Spans((0,))
+    given = make(spans, "medium", 2, 16, 32)
+    found = forms.run_form(delta.Delta, delta.Delta.tables(spans, 2, 16, 32), *given, SCALE, states_travel=False)
+    assert found["out"].shape == found["dv"].shape == (0, 2, 32)
+    assert found["dk"].shape == (0, 2, 16) and found["dlog_decay"].shape == found["dbeta"].shape == (0, 2)
+
+
+def test_needed_parts_of_splits(delta):
+    """Splits of 64: a document alone, a span that one state enters and leaves, and the first span of a document."""
+    spans = Spans((0, 64, 264, 328), (1, 2), (1,), (1, 2))
+    tables = delta.DeltaTables.of(Splits.of(Spans((0, 200, *(200 + x for x in spans.offsets[1:]))), 64, 64))
+    assert tables.summed.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert tables.needed.tolist() == [1, 2, 2, 0, 0, 1, 2, 2, 0, 0]
+    tables = delta.DeltaTables.of(Splits.of(spans, 64, 64))
+    assert tables.summed.tolist() == [1, 2, 3, 4, 5]
+    assert tables.needed.tolist() == [0, 2, 2, 2, 2, 2]
+
+
+def documents(num_tokens):
+    """Mixed lengths with single tokens and a long rest, and the same tokens as one span in the middle of a document."""
+    lengths, left = [], num_tokens
+    for length in (1, 130, 1, 64, 500):
+        if left > length:
+            lengths.append(length)
+            left -= length
+    offsets = (0, *itertools.accumulate([*lengths, left]))
+    last = len(offsets) - 2
+    return [Spans(offsets, (0, last), (last,), (0,)), Spans((0, num_tokens), (0,), (0,), (0,))]
+
+
+# Outputs and gradients are rounded to the inputs' dtype; so are the states and V' between the kernels.
+LIMITS = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-4}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 1000, 4100])
+@pytest.mark.parametrize("sizes", [(16, 16), (32, 32), (64, 64), (128, 128), (256, 256), (96, 200), (128, 64)], ids=str)
+@pytest.mark.parametrize("dtype", LIMITS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_on_a_gpu(delta, dtype, sizes, num_tokens):
+    for spans, family in zip(documents(num_tokens) * 2, ["delta", "medium", "spiky", "fixed"]):
+        given = make(spans, family, 2, *sizes, dtype, "cuda")
+        inputs, *states = given
+        inputs["beta"] = inputs["beta"].to(dtype)
+        exact = {name: None if x is None else x.double() for name, x in inputs.items()}
+        table = General.tables(spans, 2, *sizes).map(lambda x: x.cuda())
+        wanted = forms.run_form(General, table, exact, *(x.double() for x in states), SCALE)
+        wanted = {name: x.cpu() for name, x in wanted.items() if x is not None}
+        check(delta, spans, given, LIMITS[dtype], split=512, wanted=wanted, same_again=True)

@@ -1,0 +1,112 @@
+"""The fused kernels of none, fixed and scalar decay against the recurrence: outputs, states and every gradient."""
+
+import forms
+import pytest
+import torch
+
+from longspan.kernels.linear.chunked import Chunked
+from longspan.kernels.linear.splits import Splits
+
+pytest.importorskip("triton", reason="Triton is not installed")
+DECAYS = [None, "fixed", "medium", "weak", "strong", "spiky"]
+SIZES = [(16, 32), (32, 16), (20, 70)]
+SCALE = 0.3
+
+
+def fused():
+    from longspan.kernels.linear.fused import CHUNK, Fused
+
+    return Fused, CHUNK
+
+
+def check(name, sizes, decay, split, device="cpu", dtype=torch.float32, limit=2e-6):
+    form, chunk = fused()
+    spans = forms.spans_of(name)
+    inputs = forms.random_inputs(spans, 2, *sizes, decay, 0, device=device, dtype=dtype)
+    tables = Splits.of(spans, split, chunk).map(lambda x: x.to(device))
+    actual = forms.run_form(form, tables, *inputs, SCALE)
+    errors = forms.errors(actual, forms.expected(spans, *inputs, SCALE))
+    # A decay of e^-20 per token leaves a gate's gradient near zero: what remains is the rounding of the other terms.
+    limits = {"dlog_decay": 1e3 * limit if decay == "strong" else 5 * limit}
+    assert all(error <= limits.get(key, limit) for key, error in errors.items()), errors
+    return form, tables, inputs, actual
+
+
+@pytest.mark.parametrize("decay", DECAYS, ids=str)
+@pytest.mark.parametrize("name", forms.SPANS)
+def test_equals_the_recurrence(name, decay):
+    sizes = SIZES[(list(forms.SPANS).index(name) + DECAYS.index(decay)) % len(SIZES)]
+    check(name, sizes, decay, split=128)
+
+
+def test_split_sizes_agree():
+    check("mixed", (16, 16), "medium", split=64)
+    check("one", (16, 16), "spiky", split=256)
+
+
+def test_without_linked_spans_no_summary_is_needed():
+    form, _ = fused()
+    spans = forms.spans_of("one")
+    inputs = forms.random_inputs(spans, 1, 16, 16, "medium", 0)
+    actual = forms.run_form(form, Splits.of(spans, 64, 64), *inputs, SCALE, states_travel=False)
+    errors = forms.errors(actual, forms.expected(spans, *inputs, SCALE))
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_heads_may_share_keys_and_strides_may_be_any():
+    form, _ = fused()
+    spans = forms.spans_of("65")
+    (inputs, *states) = forms.random_inputs(spans, 2, 16, 16, "medium", 0)
+    shared = inputs | {
+        "q": inputs["q"][:, :1].expand(-1, 2, -1),
+        "v": inputs["v"].transpose(0, 2).contiguous().mT.mT.transpose(0, 2),
+    }
+    plain = {name: x if x is None else x.contiguous() for name, x in shared.items()}
+    tables = Splits.of(spans, 64, 64)
+    actual = forms.run_form(form, tables, shared, *states, SCALE)
+    for name, x in forms.run_form(form, tables, plain, *states, SCALE).items():
+        assert x is None or torch.equal(x, actual[name]), name
+
+
+def test_no_tokens():
+    form, _ = fused()
+    empty = torch.empty(0, 2, 16)
+    tables = form.tables(forms.Spans((0,)), 2, 16, 16)
+    work = form(tables, empty, empty, empty, torch.empty(0, 2), None, SCALE)
+    work.ahead()
+    out, saved = work.output(torch.empty(0, 2, 16, 16), torch.float32)
+    work.start_backward(saved, empty, True)
+    work.gradient_ahead()
+    grads = work.gradients(torch.empty(0, 2, 16, 16))
+    assert out.shape == empty.shape and all(x.shape[0] == 0 for x in grads[:4])
+
+
+class TestOnGpu:
+    pytestmark = pytest.mark.gpu
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (256, 256), (128, 64), (64, 256), (20, 70)], ids=str)
+    @pytest.mark.parametrize("decay", DECAYS, ids=str)
+    def test_equals_fp64(self, decay, sizes, dtype):
+        """Against the chunked form in fp64, which the CPU tests hold to the recurrence."""
+        form, chunk = fused()
+        for offsets in ((0, 1), (0, 63), (0, 64), (0, 65), (0, 1000), (0, 1, 2, 1300, 1301, 5400)):
+            last = len(offsets) - 2
+            spans = forms.Spans(offsets, (last,), (last,), (last,))
+            inputs = forms.random_inputs(spans, 3, *sizes, decay, 0, device="cuda", dtype=dtype)
+            exact = (
+                {name: x if x is None else x.double() for name, x in inputs[0].items()},
+                *map(torch.Tensor.double, inputs[1:]),
+            )
+            wanted = forms.run_form(Chunked, Chunked.tables(spans).map(lambda x: x.cuda()), *exact, SCALE)
+            wanted = {name: x.cpu() for name, x in wanted.items() if x is not None}
+            tables = Splits.of(spans, 512, chunk).map(lambda x: x.cuda())
+            actual = forms.run_form(form, tables, *inputs, SCALE)
+            errors = forms.errors(actual, wanted)
+            limit = 6e-3 if dtype == torch.bfloat16 else 2e-5
+            assert all(error <= (2 if key == "dlog_decay" else 1) * limit for key, error in errors.items()), (
+                offsets,
+                errors,
+            )
+            for name, x in forms.run_form(form, tables, *inputs, SCALE).items():
+                assert x is None or torch.equal(x, actual[name]), f"{name} differs from run to run"
