@@ -29,9 +29,9 @@ def linear_attention(
     beta: None or [T, H]: the delta rule, S_t = D S_{t-1} + beta_t k_t (v_t - (D S_{t-1})^T k_t)^T with D = decay_t, for
     keys of norm at most 1. causal=False: every token reads its whole document's state (no decay, no beta).
     normalize: divides by scale * q_t^T sum(k), as with positive feature maps.
-    layout, group: a Layout and its process group (None: one rank, by default one document). strategy: auto or a name in
-    parallel.transports.TRANSPORTS. seq: a SequenceContext instead of those three. Raises ValueError, on all ranks, for what
-    does not fit.
+    layout, group: a Layout and its process group (None: one rank, by default one document). strategy: auto or a name
+    in parallel.transports.TRANSPORTS. seq: a SequenceContext instead of those three. Raises ValueError, on all ranks,
+    for what does not fit.
     """
 
     def check():

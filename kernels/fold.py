@@ -87,6 +87,3 @@ def step(state, transition, entry):
         return transition @ entry + state
     missing = entry.ndim - transition.ndim  # 2 for the decay of a head, 1 for that of its key rows
     return transition.exp()[(..., *[None] * missing)] * entry + state
-
-
-fold = fold_chains

@@ -229,7 +229,7 @@ def resolve_transport(transport: str, plan: ScanPlan, direction: str, state) -> 
     return choose_transport(payload_bytes, plan.topology, causal=direction != "whole")
 
 
-def start_scan(transport, plan, direction, state, transition, group, *, fold, step, compose=None):
+def start_scan(transport, plan, direction, state, transition, group, *, fold, compose, step):
     """Starts an exclusive scan over the spans of every document; `wait()` gives (entries, transitions).
 
     transport: a key of TRANSPORTS, or "auto". direction: "forward" (what enters a span from its predecessors),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from longspan.kernels.fold import compose, fold_chains
-from longspan.kernels.linear.channel_gradients import GRADIENTS, gradients_kernel
+from longspan.kernels.linear.channel_gradients import COLUMNS, GRADIENTS, gradients_kernel
 from longspan.kernels.linear.channel_prepare import PREPARE, prepare_kernel
 from longspan.kernels.linear.channel_states import STATES, states_kernel
 from longspan.kernels.linear.channel_sweep import SWEEP, sweep_kernel
@@ -171,16 +171,18 @@ class Channel:
 
     def _gradients(self, dq, dk, dg, states, d_states, wave):
         q, k, v, g, d_out = self.q, self.k, self.v, self.g, self.d_out
-        group, block, strong, warps, stages = GRADIENTS[self.work.itemsize, padded(self.value_size)]
+        columns = min(COLUMNS[self.work.itemsize], padded(self.value_size))
+        group, block, strong, warps, stages = GRADIENTS[self.work.itemsize, columns]
         group = min(group, padded(self.key_size))
-        gradients_kernel[(len(states) * self.heads * -(-self.key_size // group),)](
-            q, k, v, g, d_out, self.totals, states, d_states, dq, dk, dg,
-            self.splits.chunk_first, self.splits.chunk_length, self.tables.edges[wave[0]],
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *g.stride()[:2], *d_out.stride()[:2],
-            self.scale, self.heads, self.key_size, self.value_size,
-            min(block, group), min(strong, group), group, padded(self.value_size), LEVELS, self.gate, self.precision,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        for column in range(0, self.value_size, columns):
+            gradients_kernel[(len(states) * self.heads * -(-self.key_size // group),)](
+                q, k, v, g, d_out, self.totals, states, d_states, dq, dk, dg,
+                self.splits.chunk_first, self.splits.chunk_length, self.tables.edges[wave[0]],
+                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *g.stride()[:2], *d_out.stride()[:2],
+                self.scale, self.heads, self.key_size, self.value_size,
+                min(block, group), min(strong, group), group, columns,
+                LEVELS, column, self.gate, self.precision, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
 
 
 def padded(size: int) -> int:

@@ -15,9 +15,11 @@ from longspan.kernels.linear.channel_decay import LOG2E, climb, is_mild, is_seco
 GRADIENTS = {
     (2, 16): (128, 32, 16, 4, 2), (2, 32): (128, 32, 16, 4, 2), (2, 64): (128, 32, 16, 4, 2),
     (2, 128): (128, 32, 16, 4, 2), (2, 256): (128, 16, 16, 4, 2),
-    (4, 16): (64, 16, 16, 8, 1), (4, 32): (64, 16, 16, 8, 1), (4, 64): (64, 16, 16, 8, 1),
-    (4, 128): (64, 16, 16, 8, 1), (4, 256): (64, 16, 16, 8, 1),
+    (4, 16): (64, 16, 16, 8, 1), (4, 32): (64, 16, 16, 8, 1), (4, 64): (64, 16, 16, 8, 1), (4, 128): (64, 16, 16, 8, 1),
 }  # fmt: skip
+# Bytes per number: value columns that fit on chip; gradients are sums over columns, and further columns are added by
+# another launch.
+COLUMNS = {2: 256, 4: 128}
 
 
 @triton.jit(do_not_specialize=["scale", "first_chunk"])
@@ -27,10 +29,11 @@ def gradients_kernel(
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, g_stride_t, g_stride_h,
     d_out_stride_t, d_out_stride_h, scale, H, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, STRONG_K: tl.constexpr, GROUP_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    LEVELS: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    LEVELS: tl.constexpr, FIRST_COLUMN: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and, if GATE, d_log_decay, all contiguous, of the chunks from first_chunk on. state: what enters each
     chunk; d_state: the gradient of what leaves it, both [chunk - first_chunk, H, K, V].
+    Only the part of BLOCK_V value columns from FIRST_COLUMN on; unless these are the first, on top of what is there.
     Grid (groups of channels * H * chunks)."""
     CHUNK: tl.constexpr = 1 << LEVELS
     groups: tl.constexpr = (K + GROUP_K - 1) // GROUP_K
@@ -50,7 +53,7 @@ def gradients_kernel(
     dk_ptr += (first * H + head) * K
     if GATE:
         dg_ptr += (first * H + head) * K
-    token, column, every = tl.arange(0, CHUNK), tl.arange(0, BLOCK_V), group + tl.arange(0, GROUP_K)
+    token, column, every = tl.arange(0, CHUNK), FIRST_COLUMN + tl.arange(0, BLOCK_V), group + tl.arange(0, GROUP_K)
     work: tl.constexpr = state_ptr.dtype.element_ty
 
     from_before, from_after = token[:, None] >= token[None, :], token[:, None] <= token[None, :]
@@ -78,11 +81,11 @@ def gradients_kernel(
             gate = _through(state, d_state, total) + tl.sum(k * dk, 0)
             dq = tl.dot(lower, k, dq, input_precision=PRECISION)
             dk = tl.dot(upper, q, dk, input_precision=PRECISION)
-            store_rows(dq_ptr, H * K, token, channel, length, dq * (rise * scale), K)
-            store_rows(dk_ptr, H * K, token, channel, length, dk * fall, K)
+            _store(dq_ptr, H * K, token, channel, length, dq * (rise * scale), K, FIRST_COLUMN > 0)
+            _store(dk_ptr, H * K, token, channel, length, dk * fall, K, FIRST_COLUMN > 0)
             if GATE:
                 gate = gate[None, :] + _running_sum(q * dq - k * dk, from_after, work)
-                store_rows(dg_ptr, H * K, token, channel, length, gate, K)
+                _store(dg_ptr, H * K, token, channel, length, gate, K, FIRST_COLUMN > 0)
     else:
         d_self = tl.sum(d_out.to(tl.float32) * v, 1)[:, None]
         for start in range(0, GROUP_K, STRONG_K):
@@ -107,14 +110,21 @@ def gradients_kernel(
             d_state = _load_state(d_state_ptr, channel, column, K, V)
             dq_entry = tl.dot(d_out, tl.trans(state), input_precision=PRECISION) * from_start
             dk_exit = tl.dot(v, tl.trans(d_state), input_precision=PRECISION) * to_end
-            store_rows(dq_ptr, H * K, token, channel, length, (dq + dq_entry) * scale, K)
-            store_rows(dk_ptr, H * K, token, channel, length, dk + dk_exit, K)
+            _store(dq_ptr, H * K, token, channel, length, (dq + dq_entry) * scale, K, FIRST_COLUMN > 0)
+            _store(dk_ptr, H * K, token, channel, length, dk + dk_exit, K, FIRST_COLUMN > 0)
             if GATE:
                 # Next to strong gates even fp32 would drown in keys counted and taken off again: these are not.
                 gate = _running_sum(change + q * dq_entry, from_after, work)
                 gate += _running_sum(k * dk_exit, token[:, None] > token[None, :], work)
                 gate += _through(state, d_state, total)[None, :]
-                store_rows(dg_ptr, H * K, token, channel, length, gate, K)
+                _store(dg_ptr, H * K, token, channel, length, gate, K, FIRST_COLUMN > 0)
+
+
+@triton.jit
+def _store(ptr, stride, token, channel, length, value, K: tl.constexpr, ADD: tl.constexpr):
+    if ADD:
+        value += load_rows(ptr, stride, token, channel, length, K)
+    store_rows(ptr, stride, token, channel, length, value, K)
 
 
 @triton.jit

@@ -152,7 +152,7 @@ def backward_sums(call, wy, d_out, d_values):
 
 
 def backward_states(call, wy, d_out, d_values, exits):
-    """dS^T leaving each chunk [tiles, V, K]; completes d_values to dV'^T. exits: [N, H, K, V], dS leaving the splits."""
+    """dS^T leaving each chunk [tiles, V, K]; completes d_values to dV'^T. exits: [N, H, K, V], leaving the splits."""
     block_k, block_v = call.widths
     d_states = call.scratch(block_v, block_k)
     _launch(call, wy, d_out, d_values, "states", call.splits.num_splits, exits=exits, d_states=d_states)

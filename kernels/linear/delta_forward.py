@@ -135,8 +135,8 @@ def forward_sums(call, wy, tables):
 
 
 def forward_states(call, wy, entries):
-    """S^T entering each chunk [tiles, V, K] and V'^T [tiles, V, C], which takes the place of U^T. entries: [N, H, K, V],
-    S entering the splits."""
+    """S^T entering each chunk [tiles, V, K] and V'^T [tiles, V, C], in the place of U^T. entries: [N, H, K, V], S
+    entering the splits."""
     block_k, block_v = call.widths
     states = call.scratch(block_v, block_k)
     _launch("states", call, wy, call.splits.num_splits, entries=entries, states=states)

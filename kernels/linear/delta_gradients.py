@@ -13,8 +13,8 @@ r_i = <Q, dQi>_i + <beta exp(G) K, dKw>_i its gradient is
     dg_t = sum_{j < t <= i} N_ij + sum_{i >= t} r_i + sum_{j < t} <K, dKi>_j + exp(G_C) <S, dS>
 
 `pairs_kernel` does what lives on pairs of tokens, `inputs_kernel` what takes the states. Both leave sums over their
-part of K or V in fp32 [blocks + 1, tile, 3, CHUNK], for `sums_kernel` to add: terms of dbeta; of dg, those of each token
-that count from it backwards (what counts for all t is the last token's); and those of the token before, forwards.
+part of K or V in fp32 [blocks + 1, tile, 3, CHUNK], for `sums_kernel` to add: terms of dbeta; of dg, those that a token
+gives to all t up to it (the last token has what all t get); and those that the token before it gives to all t from it.
 """
 
 import torch

@@ -53,7 +53,7 @@ def wy_kernel(
         between = (cumulative[:, None] - cumulative[None, :]).to(tl.float32)
         a *= tl.exp(tl.where(row > column, between, float("-inf")))
         beta_k *= from_start
-    inverse = invert_unit_lower(tl.where(row > column, a, 0.0), CHUNK, 6, INVERSE_PRECISION)
+    inverse = invert_unit_lower(tl.where(row > column, a, 0.0), CHUNK, INVERSE_PRECISION)
 
     w = tl.dot((inverse * -beta_k[None, :]).to(k.dtype), k, input_precision=PRECISION)
     w_at = w_ptr + tile * CHUNK * BLOCK_K + row * BLOCK_K + k_column[None, :]
@@ -67,16 +67,31 @@ def wy_kernel(
 
 
 @triton.jit
-def invert_unit_lower(a, CHUNK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + a)^-1 for strictly lower triangular a, by block substitution: diagonal blocks of 2, 4, 8, ... are inverted.
+def invert_unit_lower(a, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 for strictly lower triangular a, by block substitution: inverses of diagonal blocks of 2, 4, ..., CHUNK.
+
+    The blocks of up to 16 x 16 are taken out, [CHUNK / 16, 16, 16], and multiplied side by side.
+    """
+    PARTS: tl.constexpr = CHUNK // 16
+    part, token, small = tl.arange(0, PARTS), tl.arange(0, CHUNK), tl.arange(0, 16)
+    diagonal = (part[:, None] == part[None, :])[:, None, :, None]
+    blocks = tl.sum(tl.where(diagonal, tl.reshape(a, [PARTS, 16, PARTS, 16]), 0.0), 2)
+    differ = small[None, :, None] ^ small[None, None, :]
+    inverse = tl.where(differ == 0, 1.0, 0.0) - tl.where(differ == 1, blocks, 0.0)
+    inverse = merge_blocks(inverse, blocks, differ, 1, 4, "tf32x3")
+    inverse = tl.reshape(tl.where(diagonal, inverse[:, :, None, :], 0.0), [CHUNK, CHUNK])
+    return merge_blocks(inverse, a, token[:, None] ^ token[None, :], 4, 6, PRECISION)
+
+
+@triton.jit
+def merge_blocks(inverse, a, differ, FIRST: tl.constexpr, STOP: tl.constexpr, PRECISION: tl.constexpr):
+    """From the inverses of diagonal blocks of 2^FIRST to those of 2^STOP. differ: row ^ column, whose highest bit is the
+    level at which the blocks of row and column merge.
 
     Two neighbours with inverses X and Y merge into [[X, 0], [-Y a21 X, Y]]; with T the block diagonal of all inverses
     and `below` the blocks a21, all pairs merge at once as T - T below T.
     """
-    row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    differ = row ^ column  # its highest bit is the level at which the blocks of row and column merge
-    inverse = tl.where(row == column, 1.0, 0.0) - tl.where(differ == 1, a, 0.0)
-    for level in tl.static_range(1, LEVELS):
+    for level in tl.static_range(FIRST, STOP):
         below = tl.where(differ >> level == 1, a, 0.0)
         product = tl.dot(inverse, below, input_precision=PRECISION)
         inverse -= tl.dot(product, inverse, input_precision=PRECISION)

@@ -1,4 +1,4 @@
-"""Drive a linear-attention Form as attention/linear.py does, with states that enter and leave, and the same by autograd."""
+"""Drive a linear-attention Form as attention/linear.py does, with states that enter and leave; the same by autograd."""
 
 import torch
 
@@ -20,7 +20,7 @@ def spans_of(name):
 
 
 def random_inputs(spans, heads, key_size, value_size, decay, beta, *, seed=0, device="cpu", dtype=torch.float32):
-    """(inputs, entry, d_out, exit_grad) for Form: q, k, v, log_decay, beta by name; keys of norm one for the delta rule.
+    """(inputs, entry, d_out, exit_grad) for a Form: inputs by name; q and k of norm one where there is a beta.
 
     decay: None, "fixed", or a strength in `log_decays` with "channel_" in front for one per key channel.
     """

@@ -90,6 +90,12 @@ def test_several_groups_of_channels(monkeypatch):
     check(spans, "medium", torch.float32, heads=1, key_size=64, value_size=32, log_decay=strong_above_32)
 
 
+def test_more_value_columns_than_fit(monkeypatch):
+    monkeypatch.setitem(channel.COLUMNS, 4, 16)
+    for strength in ("medium", "strong"):
+        check(forms.spans_of("65"), strength, torch.float32, heads=1, key_size=16, value_size=40)
+
+
 def test_half_precision_and_strides():
     """fp16, q with heads first, v in rows that are not dense, and a gate that all heads share."""
     check(
