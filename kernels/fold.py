@@ -13,7 +13,7 @@ Nothing is ever subtracted and every decay is applied where it stands, so that d
 
 import torch
 
-MAX_KEYS = 256  # rows of a state whose columns stay on chip under a matrix
+MAX_KEYS = 128  # rows of a state whose columns stay on chip under a matrix
 
 
 def fold_chains(states, transition, chains, initial=None):

@@ -8,7 +8,6 @@ from longspan.kernels.fold import MAX_KEYS
 
 BLOCK = 1024  # elements of a state per program, where transitions act on them one by one
 BLOCK_V = 16  # columns of a state per program, where transitions are matrices
-STEP = 32  # columns of a matrix per product
 
 
 def fold_chains_triton(states, transition, chains, initial=None):
@@ -35,11 +34,9 @@ def fold_chains_triton(states, transition, chains, initial=None):
         assert keys <= MAX_KEYS, keys
         block_k = max(16, triton.next_power_of_2(keys))
         grid = num_chains * triton.cdiv(values, BLOCK_V), heads
-        scratch = example.new_empty(*grid, 2, block_k, BLOCK_V)
         fold_matrix_kernel[grid](
-            states, transition, initial, out, scratch, *tables, *strides, *transition.stride(),
-            H=heads, K=keys, V=values, BLOCK_K=block_k, BLOCK_V=BLOCK_V, STEP=min(STEP, block_k),
-            num_warps=4 if block_k <= 64 else 8, num_stages=3,
+            states, transition, initial, out, *tables, *strides, *transition.stride(),
+            H=heads, K=keys, V=values, BLOCK_K=block_k, BLOCK_V=BLOCK_V, num_warps=4 if block_k <= 64 else 8,
         )  # fmt: skip
     return out
 
@@ -85,24 +82,18 @@ def fold_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def fold_matrix_kernel(
-    states_ptr, matrix_ptr, initial_ptr, out_ptr, scratch_ptr, sources_ptr, targets_ptr, first_ptr, length,
+    states_ptr, matrix_ptr, initial_ptr, out_ptr, sources_ptr, targets_ptr, first_ptr, length,
     states_stride_row, initial_stride_row, matrix_stride_row, matrix_stride_head, matrix_stride_i, matrix_stride_j,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STEP: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """What a column has reached goes through scratch memory, from where the next product reads it STEP rows at a time.
-    Two buffers in turn: whoever still reads one does so while the other is written, so one barrier per column is
-    enough."""
+    """Transitions are matrices [K, K] with any strides; products in three tf32 terms, near fp32."""
     tiles: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0).to(tl.int64)
     chain, head = program // tiles, tl.program_id(1).to(tl.int64)
-    k, j, column_v = tl.arange(0, BLOCK_K), tl.arange(0, STEP), tl.arange(0, BLOCK_V)
-    v = program % tiles * BLOCK_V + column_v
-    inside = (k < K)[:, None] & (v < V)[None, :]
-    element = k[:, None] * V + v[None, :]
-    element += head * K * V
-    scratch_ptr += (program * H + head) * 2 * BLOCK_K * BLOCK_V + column_v[None, :]
-    matrix_ptr += head * matrix_stride_head + k[:, None] * matrix_stride_i + j[None, :] * matrix_stride_j
+    k, v = tl.arange(0, BLOCK_K), program % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside, inside_matrix = (k < K)[:, None] & (v < V)[None, :], (k < K)[:, None] & (k < K)[None, :]
+    element = head * K * V + k[:, None] * V + v[None, :]
+    matrix_ptr += head * matrix_stride_head + k[:, None] * matrix_stride_i + k[None, :] * matrix_stride_j
     sources_ptr += chain * length
     targets_ptr += chain * length
 
@@ -114,18 +105,10 @@ def fold_matrix_kernel(
     for column in range(0, length):
         target = tl.load(targets_ptr + column).to(tl.int64)
         tl.store(out_ptr + target * H * K * V + element, reached, mask=inside & (target >= 0))
-        buffer = scratch_ptr + column % 2 * BLOCK_K * BLOCK_V
-        tl.store(buffer + k[:, None] * BLOCK_V, reached)
-        tl.debug_barrier()
         source = tl.load(sources_ptr + column).to(tl.int64)
-        used = source >= 0
-        total = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
-        if states_ptr is not None:
-            total = tl.load(states_ptr + source * states_stride_row + element, mask=inside & used, other=0.0)
-        matrix_at = matrix_ptr + source * matrix_stride_row
-        for start in range(0, K, STEP):
-            mask = used & (k < K)[:, None] & (start + j < K)[None, :]
-            matrix = tl.load(matrix_at + start * matrix_stride_j, mask=mask, other=0.0)
-            rows = tl.load(buffer + (start + j)[:, None] * BLOCK_V)
-            total = tl.dot(matrix, rows, total, input_precision="tf32x3")
-        reached = tl.where(used, total, reached)
+        if source >= 0:
+            state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
+            if states_ptr is not None:
+                state = tl.load(states_ptr + source * states_stride_row + element, mask=inside, other=0.0)
+            matrix = tl.load(matrix_ptr + source * matrix_stride_row, mask=inside_matrix, other=0.0)
+            reached = tl.dot(matrix, reached, state, input_precision="tf32x3")

@@ -84,7 +84,7 @@ class Channel:
         return out, (entries,)
 
     def start_backward(self, saved, d_out, gate):
-        (self.entries,), self.gate, self.d_out = saved, gate, _rows(d_out)
+        (self.entries,), self.gate, self.d_out = saved, gate, _rows(d_out.to(self.q.dtype))
 
     def gradient_summary(self):
         self.sums = self._sum(self.read, self.d_out, self.splits.backward, reverse=True)

@@ -109,12 +109,14 @@ def backward_kernel(
         w = tl.load(w_ptr + tile * CHUNK * BLOCK_K + token[:, None] * BLOCK_K + key[None, :])
         d_values_at = d_values_ptr + tile * CHUNK * BLOCK_V + column[:, None] * CHUNK + token[None, :]
         d_values = tl.load(d_values_at).to(tl.float32)
+        if GATE:
+            total = load_total_decay(decay_ptr, tile, CHUNK)  # early: scalars are not fetched ahead
 
         leaving = state.to(k.dtype)
         weight = tl.full([1, CHUNK], 1.0, tl.float32) * scale
         if GATE:
             weight *= load_decay(decay_ptr, tile, 2, CHUNK)[None, :]
-            state *= load_total_decay(decay_ptr, tile, CHUNK)
+            state *= total
             to_end = load_decay(decay_ptr, tile, 3, CHUNK)
             d_values += tl.dot(leaving, tl.trans(k), input_precision=PRECISION) * to_end[None, :]
         else:

@@ -87,8 +87,7 @@ def forward_kernel(
         else:
             u = tl.load(u_at)
         if GATE:
-            to_end, total = load_decay(decay_ptr, tile, 3, CHUNK), load_total_decay(decay_ptr, tile, CHUNK)
-
+            total = load_total_decay(decay_ptr, tile, CHUNK)  # early: scalars are not fetched ahead
         if MODE == "output":
             q = load_tokens(q_ptr + start * q_stride_t, q_stride_t, left, key, CHUNK, K, K == BLOCK_K)
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [key, query]
@@ -107,11 +106,11 @@ def forward_kernel(
             if GATE:
                 out *= load_decay(decay_ptr, tile, 2, CHUNK)[None, :]
             out = tl.dot(values.to(k.dtype), scores, out, input_precision=PRECISION)
-            out_at = out_ptr + ((start + token) * H + head)[None, :] * V + column[:, None]
+            out_at = out_ptr + (start * H + head) * V + (token[None, :] * (H * V) + column[:, None])
             written = (token < left)[None, :] & (column < V)[:, None]
             tl.store(out_at, (out * scale).to(out_ptr.dtype.element_ty), mask=written)
         if GATE:
-            values *= to_end[None, :]
+            values *= load_decay(decay_ptr, tile, 3, CHUNK)[None, :]
             state *= total
         state = tl.dot(values.to(k.dtype), k, state, input_precision=PRECISION)
         tile += H

@@ -68,9 +68,9 @@ def wy_kernel(
 
 @triton.jit
 def invert_unit_lower(a, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + a)^-1 for strictly lower triangular a, by block substitution: inverses of diagonal blocks of 2, 4, ..., CHUNK.
+    """(I + a)^-1 for strictly lower triangular a, by block substitution: the inverses of diagonal blocks of 2, 4, ...
 
-    The blocks of up to 16 x 16 are taken out, [CHUNK / 16, 16, 16], and multiplied side by side.
+    Up to 16 x 16 the blocks are taken out, [CHUNK / 16, 16, 16], and multiplied side by side.
     """
     PARTS: tl.constexpr = CHUNK // 16
     part, token, small = tl.arange(0, PARTS), tl.arange(0, CHUNK), tl.arange(0, 16)
@@ -85,8 +85,8 @@ def invert_unit_lower(a, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def merge_blocks(inverse, a, differ, FIRST: tl.constexpr, STOP: tl.constexpr, PRECISION: tl.constexpr):
-    """From the inverses of diagonal blocks of 2^FIRST to those of 2^STOP. differ: row ^ column, whose highest bit is the
-    level at which the blocks of row and column merge.
+    """From the inverses of diagonal blocks of 2^FIRST to those of 2^STOP. differ: row ^ column, whose highest bit is
+    the level at which the blocks of row and column merge.
 
     Two neighbours with inverses X and Y merge into [[X, 0], [-Y a21 X, Y]]; with T the block diagonal of all inverses
     and `below` the blocks a21, all pairs merge at once as T - T below T.

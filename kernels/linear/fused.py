@@ -11,9 +11,16 @@ from longspan.kernels.linear.splits import Splits, split_size
 from longspan.kernels.linear.sweep import decay_kernel, reverse_kernel, sum_kernel, sweep_kernel
 
 CHUNK = 64
-# Width of x and y, padded: (columns of z per program, warps, stages).
-SUM = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 3), 128: (128, 8, 3), 256: (64, 8, 2)}
-SWEEP = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 3), 128: (128, 8, 3), 256: (64, 8, 2)}
+# Bytes of an element, width of x and y (padded): (columns of z per program, warps, stages). Measured on H200 for 2, 128;
+# fp32, whose products are three of tf32, is laid out to fit.
+SUM = {
+    (2, 16): (64, 4, 2), (2, 32): (64, 4, 2), (2, 64): (64, 4, 3), (2, 128): (128, 4, 3), (2, 256): (64, 8, 2),
+    (4, 16): (64, 4, 1), (4, 32): (64, 4, 1), (4, 64): (64, 4, 1), (4, 128): (64, 8, 1), (4, 256): (32, 8, 1),
+}  # fmt: skip
+SWEEP = {
+    (2, 16): (64, 4, 2), (2, 32): (64, 4, 2), (2, 64): (64, 4, 2), (2, 128): (64, 4, 2), (2, 256): (64, 8, 2),
+    (4, 16): (64, 4, 1), (4, 32): (64, 4, 1), (4, 64): (64, 4, 1), (4, 128): (32, 4, 1), (4, 256): (16, 8, 1),
+}  # fmt: skip
 
 
 class Fused:
@@ -21,7 +28,7 @@ class Fused:
 
     @staticmethod
     def tables(spans, heads, key_size, value_size) -> Splits:
-        columns = -(-value_size // SWEEP[padded(key_size)][0])
+        columns = -(-value_size // SWEEP[2, padded(key_size)][0])
         return Splits.of(spans, split_size(spans, heads * columns, CHUNK), CHUNK)
 
     def __init__(self, tables, q, k, v, log_decay, beta, scale):
@@ -68,7 +75,7 @@ class Fused:
             self.sums = self._sum(self.q, self.d_out, self.scale, self.splits.backward, reverse=True)
         self.dq = self.reads = self.k.new_empty(self.k.shape)
         if self.gate:
-            columns = -(-self.key_size // SWEEP[padded(self.value_size)][0])
+            columns = -(-self.key_size // self._config(SWEEP, self.value_size)[0])
             self.reads = self.k.new_empty(columns, self.heads, self.num_tokens, dtype=torch.float32)
         self._sweep(self.d_out, self.v, self.k, self.dq, self.entries, self.reads, transposed=True)
 
@@ -79,7 +86,7 @@ class Fused:
         d_decay = torch.empty_like(self.reads) if self.gate else self.reads
 
         def launch(x_size, z_size, only_dv, both):
-            block, warps, stages = SWEEP[padded(x_size)]
+            block, warps, stages = self._config(SWEEP, x_size)
             columns = -(-z_size // block) * (2 if both else 1)
             reverse_kernel[(columns, self.heads, splits.num_splits)](
                 v, d_out, q, k, self.decays, dk, dv, exits, self.reads, d_decay, self.entries,
@@ -96,6 +103,9 @@ class Fused:
             launch(self.value_size, self.key_size, False, both=False)
             launch(self.key_size, self.value_size, True, both=False)
         return self.dq, dk, dv, d_decay.sum(0).t() if self.gate else None, None
+
+    def _config(self, table, width):
+        return table[self.q.dtype.itemsize, padded(width)]
 
     def _chunk_decays(self, log_decay):
         """[2, H, T], see decay_kernel: fp64 for fp32 tensors, whose weights are differences of these, else fp32."""
@@ -114,7 +124,7 @@ class Fused:
         splits = self.splits
         states = y.new_empty(splits.num_sums, self.heads, y.shape[2], z.shape[2], dtype=torch.float32)
         totals = states.new_empty(splits.num_sums, self.heads)
-        block, warps, stages = SUM[padded(y.shape[2])]
+        block, warps, stages = self._config(SUM, y.shape[2])
         if len(direction.splits):
             sum_kernel[(-(-z.shape[2] // block), self.heads, len(direction.splits))](
                 y, z, self.decays, states, totals, direction.splits, splits.first, splits.length, splits.sum_row,
@@ -126,7 +136,7 @@ class Fused:
 
     def _sweep(self, x, y, z, out, entries, reads, *, transposed):
         splits = self.splits
-        block, warps, stages = SWEEP[padded(x.shape[2])]
+        block, warps, stages = self._config(SWEEP, x.shape[2])
         if splits.num_splits:
             sweep_kernel[(-(-z.shape[2] // block), self.heads, splits.num_splits)](
                 x, y, z, self.decays, out, entries, self.q, reads, splits.first, splits.length, splits.forward.row,
