@@ -66,6 +66,7 @@ class Splits:
     def of(cls, spans: Spans, size: int, chunk: int) -> "Splits":
         """Splits of about `size` tokens, a multiple of `chunk` (tokens): each span in equal parts of whole chunks."""
         assert size % chunk == 0 and size > 0, (size, chunk)
+        assert set(spans.entered) | set(spans.left) <= set(spans.linked), spans
         firsts, lengths, members = [], [], []  # members: the splits of each span
         for start, stop in zip(spans.offsets, spans.offsets[1:]):
             chunks = -(-(stop - start) // chunk)

@@ -132,6 +132,10 @@ def _sweep(
                 leaving = tl.sum(tl.load(passed_ptr + at, mask=inside, other=0.0) * state) * scale
 
     chunks = tl.cdiv(length, CHUNK)
+    if GATE:  # read one chunk ahead by hand: Triton does so only for what products read
+        start = chunks * CHUNK - CHUNK if REVERSE else chunks * 0
+        extra_ptr += start.to(tl.int64) * extra_stride_t
+        extra = tl.load(extra_ptr + extra_at, mask=(start + index < length)[:, None] & inside_v & gated, other=0.0)
     for n in range(0, chunks):
         start = (chunks - 1 - n if REVERSE else n) * CHUNK
         at, count = start.to(tl.int64), tl.minimum(length - start, CHUNK)
@@ -140,8 +144,6 @@ def _sweep(
         x = tl.load(x_ptr + at * x_stride_t + x_at, mask=valid & (k < K)[None, :], other=0.0)
         y = tl.load(y_ptr + at * y_stride_t + y_at, mask=valid & (k < K)[None, :], other=0.0)
         z = tl.load(z_ptr + at * z_stride_t + z_at, mask=valid & inside_v, other=0.0)
-        if GATE:
-            extra = tl.load(extra_ptr + at * extra_stride_t + extra_at, mask=valid & inside_v, other=0.0)
         weighted, through = z, 1.0
         scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         if REVERSE:  # measured: backward in time this product is better issued here, forward below
@@ -160,20 +162,23 @@ def _sweep(
         if DECAY != "none":
             out *= (to_end if REVERSE else from_start)[:, None]
         if GATE and REVERSE:
-            outside = tl.sum(out * extra.to(tl.float32), 1) * scale  # k . dk from beyond the chunk
+            if through < FORGOTTEN:  # nothing passes through the chunk: all that leaves it starts in it
+                leaving = tl.sum(out * extra.to(tl.float32)) * scale
         out = tl.dot(weights, z, out, input_precision=PRECISION) * scale
         tl.store(out_ptr + at * (H * V) + out_at, out.to(out_ptr.dtype.element_ty), mask=valid & inside_v)
         if GATE:
-            product = tl.sum(out * extra.to(tl.float32), 1)
-            if REVERSE:
-                # Pairs inside the chunk are rounded alike in q . dq and k . dk, so that their sums cancel exactly.
-                passes = tl.where(through < FORGOTTEN, 0.0, leaving - tl.sum(outside))
-                reads = tl.load(reads_ptr + at + index, mask=held & gated, other=0.0) - (product - outside)
-                gate = tl.cumsum(reads, 0, reverse=True) + tl.cumsum(outside, 0) - outside + passes
-                tl.store(gate_ptr + at + index, gate, mask=held & gated)
-                leaving = passes + tl.sum(reads)
-            else:
-                tl.store(reads_ptr + at + index, product, mask=held)
+            if gated:
+                product = tl.sum(out * extra.to(tl.float32), 1)
+                if REVERSE:
+                    # Pairs inside the chunk are rounded alike in q . dq and k . dk, so that their sums cancel exactly.
+                    change = tl.load(reads_ptr + at + index, mask=held, other=0.0) - product
+                    tl.store(gate_ptr + at + index, tl.cumsum(change, 0, reverse=True) + leaving, mask=held)
+                    leaving += tl.sum(change)
+                else:
+                    tl.store(reads_ptr + at + index, product, mask=held)
+            extra_ptr += (-CHUNK if REVERSE else CHUNK) * extra_stride_t
+            ahead = (start - CHUNK + index >= 0) if REVERSE else (start + CHUNK + index < length)
+            extra = tl.load(extra_ptr + extra_at, mask=ahead[:, None] & inside_v & gated, other=0.0)
         if DECAY != "none":
             state *= through
         state = tl.dot(tl.trans(y), weighted, state, input_precision=PRECISION)

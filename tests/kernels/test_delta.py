@@ -122,7 +122,7 @@ def documents(num_tokens):
             left -= length
     offsets = (0, *itertools.accumulate([*lengths, left]))
     last = len(offsets) - 2
-    return [Spans(offsets, (0, last), (last,), (0,)), Spans((0, num_tokens), (0,), (0,), (0,))]
+    return [Spans(offsets, tuple(sorted({0, last})), (last,), (0,)), Spans((0, num_tokens), (0,), (0,), (0,))]
 
 
 # Outputs and gradients are rounded to the inputs' dtype; so are the states and V' between the kernels.
