@@ -163,8 +163,9 @@ class Progress:
         if self.first and done > self.first[1]:
             rate = (done - self.first[1]) / (now - self.first[0])
             eta = timedelta(seconds=round((self.total - done) / rate))
-        steps = ", ".join(f"{_name(run)} {self.steps[run]}" for run, _ in running)
-        print(f"{done / self.total:4.0%} | eta {eta} | {steps}", flush=True)
+        steps = [self.steps[run] for run, _ in running]
+        names = ", ".join(dict.fromkeys(run.model for run, _ in running))
+        print(f"{done / self.total:4.0%} | eta {eta} | step {min(steps)} to {max(steps)} | {names}", flush=True)
 
 
 def _name(run: Run) -> str:

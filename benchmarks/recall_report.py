@@ -33,11 +33,10 @@ def write_report(record: dict, folder: Path) -> str:
     (folder / "recall.md").write_text(markdown(record, rows))
     written = f"wrote {folder / 'recall.md'}"
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         hint = "pip install 'longspan[plots]', then --plot results.json"
         return f"{table(record, rows)}\n\n{written}; no plot without matplotlib: {hint}"
-    matplotlib.use("svg")
     if rows:
         plot(record, rows, folder / "recall.svg")
     return f"{table(record, rows)}\n\n{written} and recall.svg"
@@ -124,6 +123,7 @@ def markdown(record: dict, rows: list[dict]) -> str:
 
 def plot(record: dict, rows: list[dict], path: Path) -> None:
     """Accuracy by number of pairs, and its mean by the share of softmax layers."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -148,7 +148,8 @@ def plot(record: dict, rows: list[dict], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
-    figure.savefig(path)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "recall"}):  # text as text, the same file every time
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _overall(accuracy: dict[str, float]) -> float:

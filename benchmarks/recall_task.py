@@ -134,8 +134,8 @@ def layer_pattern(model: str) -> list[str]:
 
 
 def train(run: Run, *, evaluation_batches: int, report) -> dict:
-    """Trains and evaluates: "parameters", "state" (numbers in all linear layers' states of one document), "curve",
-    "seconds", "validation" and "accuracy" by number of pairs.
+    """Trains and evaluates: "parameters", "state" (numbers in all linear layers' states of one document), "curve" (step, loss
+    and seconds since the start), "seconds", "validation" and "accuracy" by number of pairs.
 
     Calls report(step) about every 60th part of the way. On GPUs the model computes in bf16 from weights kept in fp32.
     """
@@ -177,12 +177,11 @@ def train(run: Run, *, evaluation_batches: int, report) -> dict:
             rate.fill_(run.learning_rate * _schedule(step + 1, run.steps))
             loss = advance()
             if (step + 1) % every == 0 or step + 1 == run.steps:
-                curve.append({"step": step + 1, "loss": loss.item()})
+                curve.append({"step": step + 1, "loss": loss.item(), "seconds": time.monotonic() - began})
                 report(step + 1)
-    seconds = time.monotonic() - began
     found = {name: _accuracy(model, task, seq, seed, evaluation_batches) for name, seed in EVALUATION_SEEDS.items()}
     size = {"parameters": sum(master.numel() for master in masters), "state": _state_numbers(run.config)}
-    return size | {"curve": curve, "seconds": seconds} | found
+    return size | {"curve": curve, "seconds": time.monotonic() - began} | found
 
 
 class _Graphed:

@@ -17,7 +17,7 @@ from longspan.kernels.linear.channel_decay import (
 # (bytes per number, key channels padded): (channels per step, per step where gates are strong, warps, registers per
 # thread at most).
 PREPARE = {
-    (2, 16): (16, 16, 4, 255), (2, 32): (32, 32, 4, 255), (2, 64): (64, 32, 8, 128), (2, 128): (128, 32, 8, 128),
+    (2, 16): (16, 16, 4, 255), (2, 32): (32, 32, 4, 255), (2, 64): (64, 32, 8, 128), (2, 128): (128, 16, 4, 255),
     (2, 256): (64, 16, 8, 168),
     (4, 16): (16, 16, 4, 255), (4, 32): (32, 16, 4, 255), (4, 64): (32, 16, 4, 255), (4, 128): (32, 16, 4, 255),
     (4, 256): (32, 16, 4, 255),

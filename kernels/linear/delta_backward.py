@@ -163,11 +163,11 @@ def backward_states(call, wy, d_out, d_values, exits):
 
 def _launch(call, wy, d_out, d_values, mode, num_splits, *, exits=None, d_states=None, sums=None, split_list=None):
     splits, block_v = call.splits, call.widths[1]
-    block, warps, stages = call.columns(SWEEP[mode], block_v)
+    block, options = call.columns(SWEEP[mode], block_v)
     if num_splits:
         backward_kernel[(num_splits * call.heads * (block_v // block),)](
             call.q, call.k, d_out, wy[0], d_values, wy[3], exits, d_states, sums,
             split_list, splits.first, splits.length, splits.split_chunk, splits.backward.row, splits.sum_row,
             *call.q.stride()[:2], *call.k.stride()[:2], *d_out.stride()[:2], call.scale, call.heads,
-            **call.constants, BLOCK=block, MODE=mode, num_warps=warps, num_stages=stages,
+            **call.constants, BLOCK=block, MODE=mode, **options,
         )  # fmt: skip

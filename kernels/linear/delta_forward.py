@@ -17,10 +17,10 @@ from longspan.kernels.linear.delta_tiles import (
     load_total_decay,
 )
 
-# Mode, element size, padded K: (columns of S per program, warps, stages).
+# Mode, element size, padded K: (columns of S per program, of S and M together for "sum", warps, stages, registers).
 CONFIGS = {
     "sum": {
-        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)},
+        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 2, 128), 256: (64, 8, 2)},
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 2), 256: (16, 8, 1)},
     },
     "states": {
@@ -50,28 +50,26 @@ def forward_kernel(
     "states"  the state entering every chunk, S^T -> states [tile, V, K], and V'^T in the place of U^T
     "output"  O -> out [T, H, V]
     """
-    blocks_v: tl.constexpr = BLOCK_V // BLOCK
-    blocks: tl.constexpr = blocks_v + BLOCK_K // BLOCK if MODE == "sum" else blocks_v
+    columns: tl.constexpr = BLOCK_V + BLOCK_K if MODE == "sum" else BLOCK_V
+    blocks: tl.constexpr = (columns + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     block, head, split = program % blocks, (program // blocks % H).to(tl.int64), program // blocks // H
     if MODE == "sum":
         split = tl.load(summed_ptr + split)
     first, length = tl.load(first_ptr + split).to(tl.int64), tl.load(length_ptr + split)
     tile = tl.load(split_chunk_ptr + split).to(tl.int64) * H + head
-    token, key, column = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), block % blocks_v * BLOCK + tl.arange(0, BLOCK)
+    token, key, column = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), block * BLOCK + tl.arange(0, BLOCK)
     inside = (column < V)[:, None] & (key < K)[None, :]
     chunks = tl.cdiv(length, CHUNK)
     q_ptr += head * q_stride_h
     k_ptr += head * k_stride_h
 
-    of_identity = False
     if MODE == "sum":
-        of_identity = block >= blocks_v
-        if of_identity:
-            column = (block - blocks_v) * BLOCK + tl.arange(0, BLOCK)
-        needed = tl.load(needed_ptr + split) > tl.where(of_identity, 1, 0)
-        chunks = tl.where(needed, chunks, 0)
-        state = tl.where(of_identity & needed & (column[:, None] == key[None, :]), 1.0, 0.0)
+        # The columns of M follow those of S; as L2 is the limit, programs that take both are the fastest.
+        column_m = column - BLOCK_V
+        needed = tl.load(needed_ptr + split)
+        chunks = tl.where(needed > tl.where(block * BLOCK >= BLOCK_V, 1, 0), chunks, 0)
+        state = tl.where((needed > 1) & (column_m[:, None] == key[None, :]), 1.0, 0.0)
     else:
         entry_row = tl.load(entry_row_ptr + split).to(tl.int64)
         entry_at = entry_ptr + (entry_row * H + head) * K * V + column[:, None] + key[None, :] * V
@@ -83,7 +81,7 @@ def forward_kernel(
         w = tl.load(w_ptr + tile * CHUNK * BLOCK_K + token[:, None] * BLOCK_K + key[None, :])
         u_at = u_ptr + tile * CHUNK * BLOCK_V + column[:, None] * CHUNK + token[None, :]
         if MODE == "sum":
-            u = tl.load(u_at, mask=tl.full([BLOCK, CHUNK], True, tl.int1) & ~of_identity, other=0.0)
+            u = tl.load(u_at, mask=tl.full([BLOCK, CHUNK], True, tl.int1) & (column < BLOCK_V)[:, None], other=0.0)
         else:
             u = tl.load(u_at)
         if GATE:
@@ -117,11 +115,9 @@ def forward_kernel(
 
     if MODE == "sum":
         row = tl.load(sum_row_ptr + split).to(tl.int64) * H + head
-        if of_identity:
-            at = transition_ptr + row * K * K + key[None, :] * K + column[:, None]
-            tl.store(at, state, mask=(column < K)[:, None] & (key < K)[None, :])
-        else:
-            tl.store(sum_ptr + row * K * V + key[None, :] * V + column[:, None], state, mask=inside)
+        tl.store(sum_ptr + row * K * V + key[None, :] * V + column[:, None], state, mask=inside)
+        inside = ((column_m >= 0) & (column_m < K))[:, None] & (key < K)[None, :]
+        tl.store(transition_ptr + row * K * K + key[None, :] * K + column_m[:, None], state, mask=inside)
 
 
 def forward_sums(call, wy, tables):
@@ -152,14 +148,13 @@ def forward_output(call, wy, entries, dtype):
 def _launch(mode, call, wy, num_splits, *, tables=None, entries=None, out=None, states=None, sums=(None, None)):
     w, u, _, decay = wy
     splits, (block_k, block_v) = call.splits, call.widths
-    limits = (block_k, block_v) if mode == "sum" else (block_v,)
-    block, warps, stages = call.columns(CONFIGS[mode], *limits)
-    blocks = sum(limits) // block
+    columns = block_v + block_k if mode == "sum" else block_v
+    block, options = call.columns(CONFIGS[mode], triton.next_power_of_2(columns))
     if num_splits:
-        forward_kernel[(num_splits * call.heads * blocks,)](
+        forward_kernel[(num_splits * call.heads * triton.cdiv(columns, block),)](
             call.q, call.k, w, u, decay, entries, out, states, *sums,
             *((tables.summed, tables.needed) if tables else (None, None)),
             splits.first, splits.length, splits.split_chunk, splits.forward.row, splits.sum_row,
             *call.q.stride()[:2], *call.k.stride()[:2], call.scale, call.heads,
-            **call.constants, BLOCK=block, MODE=mode, num_warps=warps, num_stages=stages,
+            **call.constants, BLOCK=block, MODE=mode, **options,
         )  # fmt: skip

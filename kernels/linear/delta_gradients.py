@@ -23,6 +23,7 @@ import triton.language as tl
 
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
+    launch_options,
     load_decay,
     load_decay_between,
     load_tokens,
@@ -30,7 +31,7 @@ from longspan.kernels.linear.delta_tiles import (
     store_tokens,
 )
 
-# Element size: (columns of K at a time, of V at a time, warps, stages).
+# Element size: (columns of K at a time, of V at a time, warps, stages, registers or left to the compiler).
 PAIRS = {2: (64, 64, 4, 2), 4: (32, 32, 4, 1)}
 # The same; columns of K per program.
 INPUTS = {2: (64, 64, 4, 2), 4: (32, 32, 4, 1)}
@@ -210,8 +211,8 @@ def input_gradients(call, wy, d_out, values, d_values, states, d_states, gate: b
     """dq, dk, dv in the dtype of the inputs; d_beta and, if `gate`, d_log_decay (else None), fp32 [T, H]."""
     q, k, v, beta = call.q, call.k, call.v, call.beta
     block_k, block_v = call.widths
-    pair_k, pair_v, pair_warps, pair_stages = PAIRS[q.element_size()]
-    step_k, step_v, warps, stages = INPUTS[q.element_size()]
+    pair_k, pair_v, *pair_options = PAIRS[q.element_size()]
+    step_k, step_v, *options = INPUTS[q.element_size()]
     step_k, step_v = min(step_k, block_k), min(step_v, block_v)
     blocks = block_k // step_k
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -225,14 +226,14 @@ def input_gradients(call, wy, d_out, values, d_values, states, d_states, gate: b
             q, k, v, d_out, beta, decay, inverse, values, d_values, dv, d_scores, y, sums[blocks], *call.chunks,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2], *beta.stride(),
             call.scale, call.heads, **call.constants, STEP_K=min(pair_k, block_k), STEP_V=min(pair_v, block_v),
-            D_GATE=gate, num_warps=pair_warps, num_stages=pair_stages,
+            D_GATE=gate, **launch_options(*pair_options),
         )  # fmt: skip
         inputs_kernel[(call.num_tiles * blocks,)](
             q, k, d_out, beta, decay, inverse, values, d_values, d_scores, y, states, d_states, dq, dk, sums,
             *call.chunks,
             *q.stride()[:2], *k.stride()[:2], *d_out.stride()[:2], *beta.stride(), sums.stride(0),
             call.scale, call.heads, **call.constants, STEP_K=step_k, STEP_V=step_v,
-            D_GATE=gate, num_warps=warps, num_stages=stages,
+            D_GATE=gate, **launch_options(*options),
         )  # fmt: skip
         sums_kernel[(call.num_tiles,)](
             sums, d_beta, d_decay, *call.chunks, sums.stride(0), call.heads,

@@ -65,14 +65,19 @@ class Call:
         """From {element size: {padded max(K, V): warps}}."""
         return table[self.q.element_size()][max(self.widths)]
 
-    def columns(self, table, *limits):
-        """(columns, warps, stages) from {element size: {padded K: row}}; not more columns than any of `limits`."""
-        columns, warps, stages = table[self.q.element_size()][self.widths[0]]
-        fitting = min(columns, *limits)
-        return fitting, max(4, warps * fitting // columns), stages
+    def columns(self, table, limit):
+        """Columns per program and launch options from {element size: {padded K: (columns, warps, stages, registers)}},
+        where registers may be left to the compiler; not more columns than `limit`."""
+        columns, warps, stages, *registers = table[self.q.element_size()][self.widths[0]]
+        fitting = min(columns, limit)
+        return fitting, launch_options(max(4, warps * fitting // columns), stages, *registers)
 
     def scratch(self, *shape, dtype=None):
         return self.q.new_empty(self.splits.num_chunks, self.heads, *shape, dtype=dtype or self.q.dtype)
+
+
+def launch_options(warps, stages, registers=None) -> dict:
+    return dict(num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
 def padded(size: int) -> int:

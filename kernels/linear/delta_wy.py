@@ -14,6 +14,9 @@ from longspan.kernels.linear.delta_tiles import CHUNK, load_tokens
 
 # Element size, padded max(K, V): warps.
 WARPS = {2: {16: 4, 32: 4, 64: 4, 128: 4, 256: 8}, 4: {16: 4, 32: 4, 64: 4, 128: 8, 256: 8}}
+# For 16-bit inputs: (log2 of the size of the blocks inverted by substitution, precision of the merges, registers).
+VARIANTS = {"small": (3, "fp16", 128), "large": (4, "fp16", 128), "exact": (4, "bf16x3", 168)}
+VARIANT = "small"
 
 
 @triton.jit
@@ -21,7 +24,7 @@ def wy_kernel(
     k_ptr, v_ptr, g_ptr, beta_ptr, w_ptr, u_ptr, inverse_ptr, decay_ptr, chunk_first_ptr, chunk_length_ptr,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, g_stride_t, g_stride_h, beta_stride_t, beta_stride_h, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    GATE: tl.constexpr, INVERSE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, FIRST: tl.constexpr, INVERSE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head. Writes -W [CHUNK, K], U^T [V, CHUNK], T [CHUNK, CHUNK] (unless inverse_ptr is None) and,
     with a GATE, the cumulative log decay G as a sum of two fp32 rows [2, CHUNK]."""
@@ -44,16 +47,21 @@ def wy_kernel(
         g_at = g_ptr + first * g_stride_t + head * g_stride_h + token * g_stride_t
         g = tl.load(g_at, mask=token < length, other=0.0).to(tl.float64)
         cumulative = tl.cumsum(g, 0)
-        rounded, from_start = cumulative.to(tl.float32), tl.exp(cumulative.to(tl.float32))
+        rounded = cumulative.to(tl.float32)
+        rest, from_start = (cumulative - rounded.to(tl.float64)).to(tl.float32), tl.exp(rounded)
         decay_at = decay_ptr + tile * 4 * CHUNK + token
         tl.store(decay_at, rounded)
-        tl.store(decay_at + CHUNK, (cumulative - rounded.to(tl.float64)).to(tl.float32))
+        tl.store(decay_at + CHUNK, rest)
         tl.store(decay_at + 2 * CHUNK, from_start)
         tl.store(decay_at + 3 * CHUNK, tl.exp((tl.sum(g, 0) - cumulative).to(tl.float32)))
-        between = (cumulative[:, None] - cumulative[None, :]).to(tl.float32)
+        between = rounded[:, None] - rounded[None, :]
+        if k.dtype == tl.float32:  # see load_decay_between
+            between += rest[:, None] - rest[None, :]
         a *= tl.exp(tl.where(row > column, between, float("-inf")))
         beta_k *= from_start
-    inverse = invert_unit_lower(tl.where(row > column, a, 0.0), CHUNK, INVERSE_PRECISION)
+    else:
+        a = tl.where(row > column, a, 0.0)
+    inverse = invert_unit_lower(a, CHUNK, FIRST, INVERSE_PRECISION)
 
     w = tl.dot((inverse * -beta_k[None, :]).to(k.dtype), k, input_precision=PRECISION)
     w_at = w_ptr + tile * CHUNK * BLOCK_K + row * BLOCK_K + k_column[None, :]
@@ -67,35 +75,52 @@ def wy_kernel(
 
 
 @triton.jit
-def invert_unit_lower(a, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + a)^-1 for strictly lower triangular a, by block substitution: the inverses of diagonal blocks of 2, 4, ...
-
-    Up to 16 x 16 the blocks are taken out, [CHUNK / 16, 16, 16], and multiplied side by side.
-    """
-    PARTS: tl.constexpr = CHUNK // 16
-    part, token, small = tl.arange(0, PARTS), tl.arange(0, CHUNK), tl.arange(0, 16)
+def invert_unit_lower(a, CHUNK: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 for strictly lower triangular a. Inverts the diagonal blocks of 2^FIRST, taken out side by side, by
+    substitution, a column at a time, and merges neighbours to blocks twice as large until one is left."""
+    SIZE: tl.constexpr = 2**FIRST
+    PARTS: tl.constexpr = CHUNK // SIZE
+    part, token, small = tl.arange(0, PARTS), tl.arange(0, CHUNK), tl.arange(0, SIZE)
     diagonal = (part[:, None] == part[None, :])[:, None, :, None]
-    blocks = tl.sum(tl.where(diagonal, tl.reshape(a, [PARTS, 16, PARTS, 16]), 0.0), 2)
-    differ = small[None, :, None] ^ small[None, None, :]
-    inverse = tl.where(differ == 0, 1.0, 0.0) - tl.where(differ == 1, blocks, 0.0)
-    inverse = merge_blocks(inverse, blocks, differ, 1, 4, "tf32x3")
+    blocks = tl.sum(tl.where(diagonal, tl.reshape(a, [PARTS, SIZE, PARTS, SIZE]), 0.0), 2)
+    inverse = tl.where((small[:, None] == small[None, :])[None, :, :], 1.0, tl.zeros_like(blocks))
+    for j in tl.static_range(SIZE - 1):
+        column = tl.sum(tl.where(small[None, None, :] == j, blocks, 0.0), 2)
+        row = tl.sum(tl.where(small[None, :, None] == j, inverse, 0.0), 1)
+        inverse -= column[:, :, None] * row[:, None, :]
     inverse = tl.reshape(tl.where(diagonal, inverse[:, :, None, :], 0.0), [CHUNK, CHUNK])
-    return merge_blocks(inverse, a, token[:, None] ^ token[None, :], 4, 6, PRECISION)
+    # Two neighbours with inverses X and Y merge into [[X, 0], [-Y a21 X, Y]]; with T the block diagonal of all inverses
+    # and `below` the blocks a21, all pairs merge at once as T - T below T. The highest bit of row ^ column is the level
+    # at which their blocks merge.
+    differ = token[:, None] ^ token[None, :]
+    for level in tl.static_range(FIRST, 6):
+        below = tl.where(differ >> level == 1, a, 0.0)
+        product = exact_dot(inverse, below, PRECISION)
+        inverse -= exact_dot(product, inverse, PRECISION)
+    return inverse
 
 
 @triton.jit
-def merge_blocks(inverse, a, differ, FIRST: tl.constexpr, STOP: tl.constexpr, PRECISION: tl.constexpr):
-    """From the inverses of diagonal blocks of 2^FIRST to those of 2^STOP. differ: row ^ column, whose highest bit is
-    the level at which the blocks of row and column merge.
+def exact_dot(x, y, PRECISION: tl.constexpr):
+    """x @ y of fp32. "bf16x3": both as sums of two bf16 numbers, without the product of the small ones. Triton's own
+    also cares for infinities, at three times the instructions."""
+    if PRECISION == "bf16x3":
+        x_large, x_small = halves(x)
+        y_large, y_small = halves(y)
+        product = tl.dot(x_large, y_small)
+        product = tl.dot(x_large, y_large, tl.dot(x_small, y_large, product))
+    elif PRECISION == "fp16":
+        product = tl.dot(x.to(tl.float16), y.to(tl.float16))
+    else:
+        product = tl.dot(x, y, input_precision=PRECISION)
+    return product
 
-    Two neighbours with inverses X and Y merge into [[X, 0], [-Y a21 X, Y]]; with T the block diagonal of all inverses
-    and `below` the blocks a21, all pairs merge at once as T - T below T.
-    """
-    for level in tl.static_range(FIRST, STOP):
-        below = tl.where(differ >> level == 1, a, 0.0)
-        product = tl.dot(inverse, below, input_precision=PRECISION)
-        inverse -= tl.dot(product, inverse, input_precision=PRECISION)
-    return inverse
+
+@triton.jit
+def halves(x):
+    """x as a sum of two bf16 numbers. The first is cut off, not rounded: packed conversions are all that is left."""
+    large = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return large.to(tl.bfloat16), (x - large).to(tl.bfloat16)
 
 
 def wy(call, *, keep_inverse: bool):
@@ -104,13 +129,16 @@ def wy(call, *, keep_inverse: bool):
     w, u = call.scratch(CHUNK, block_k), call.scratch(block_v, CHUNK)
     inverse = call.scratch(CHUNK, CHUNK) if keep_inverse else None
     decay = None if call.log_decay is None else call.scratch(4, CHUNK, dtype=torch.float32)
-    # Errors of 2^-16 in T are small beside those of 16-bit operands. The interpreter knows no bf16x3.
-    exact = call.q.dtype == torch.float32 or not call.q.is_cuda
+    first, precision, registers = VARIANTS[VARIANT]
+    if call.q.dtype == torch.float32 or (precision == "bf16x3" and not call.q.is_cuda):
+        first, precision, registers = 4, "tf32x3", None
+    warps = call.warps(WARPS)
+    if max(call.widths) > 128:
+        registers = None
     if call.num_tiles:
         wy_kernel[(call.num_tiles,)](
             call.k, call.v, call.log_decay, call.beta, w, u, inverse, decay, *call.chunks,
             *call.k.stride()[:2], *call.v.stride()[:2], *call.decay_strides, *call.beta.stride(), call.heads,
-            **call.constants, INVERSE_PRECISION="tf32x3" if exact else "bf16x3",
-            num_warps=call.warps(WARPS),
+            **call.constants, FIRST=first, INVERSE_PRECISION=precision, num_warps=warps, maxnreg=registers,
         )  # fmt: skip
     return w, u, inverse, decay

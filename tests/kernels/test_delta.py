@@ -83,6 +83,20 @@ def test_half_precision(delta):
     check(delta, MIXED, given, 3e-3)
 
 
+ALIKE = [("delta", 0, 2e-2), ("reflecting", 0.3, 2e-2), ("reflecting", 0, 0.3)]
+
+
+@pytest.mark.parametrize(("family", "noise", "limit"), ALIKE)
+def test_half_precision_with_keys_alike(delta, family, noise, limit):
+    """The hardest inverses: all pairs of tokens interact fully. Reflections about one key never forget an error."""
+    spans = Spans((0, 200))
+    inputs, *states = make(spans, family, 1, 32, 16, torch.float16)
+    keys = inputs["k"][:1].float() + noise * inputs["k"].float()
+    inputs["k"] = torch.nn.functional.normalize(keys, dim=-1).half()
+    inputs["beta"] = torch.full_like(inputs["beta"], FAMILIES[family][1] - 0.01)
+    check(delta, spans, (inputs, *states), limit)
+
+
 def test_shared_heads_and_foreign_strides(delta):
     spans = Spans((0, 100))
     inputs, entry, d_out, exit_grad = make(spans, "medium", 2, 16, 32)
