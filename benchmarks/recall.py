@@ -34,6 +34,7 @@ QUICK = {
     "num_keys": 64,
     "num_values": 64,
     "layers": 2,
+    "hidden": 64,
     "steps": 400,
     "evaluation_batches": 2,
 }
@@ -81,7 +82,7 @@ def make_runs(arguments) -> list[Run]:
     ]
     for run in runs:
         run.validate()
-    return runs
+    return list(dict.fromkeys(runs))
 
 
 def train_all(runs: list[Run], note, *, jobs: int, limit_s: float | None, batches: int) -> None:
@@ -183,8 +184,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--num-keys", type=int, default=256)
     parser.add_argument("--num-values", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=64, help="width of the residual stream")
-    parser.add_argument("--heads", type=int, default=2, help="of hidden / heads dimensions, in every layer")
+    parser.add_argument("--hidden", type=int, default=128, help="width of the residual stream")
+    parser.add_argument("--heads", type=int, default=4, help="of hidden / heads dimensions, in every layer")
     parser.add_argument(
         "--conv-width", type=int, default=4, help="short convolution of linear layers; 0: none, -1: the family's"
     )

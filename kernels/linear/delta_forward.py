@@ -20,7 +20,7 @@ from longspan.kernels.linear.delta_tiles import (
 # Mode, element size, padded K: (columns of S per program, of S and M together for "sum", warps, stages, registers).
 CONFIGS = {
     "sum": {
-        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 2, 128), 256: (64, 8, 2)},
+        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)},
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 2), 256: (16, 8, 1)},
     },
     "states": {

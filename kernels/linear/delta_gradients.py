@@ -34,7 +34,7 @@ from longspan.kernels.linear.delta_tiles import (
 # Element size: (columns of K at a time, of V at a time, warps, stages, registers or left to the compiler).
 PAIRS = {2: (64, 64, 4, 2), 4: (32, 32, 4, 1)}
 # The same; columns of K per program.
-INPUTS = {2: (64, 64, 4, 2), 4: (32, 32, 4, 1)}
+INPUTS = {2: (64, 64, 4, 2, 168), 4: (32, 32, 4, 1)}
 
 
 @triton.jit

@@ -14,9 +14,9 @@ from longspan.kernels.linear.delta_tiles import CHUNK, load_tokens
 
 # Element size, padded max(K, V): warps.
 WARPS = {2: {16: 4, 32: 4, 64: 4, 128: 4, 256: 8}, 4: {16: 4, 32: 4, 64: 4, 128: 8, 256: 8}}
-# For 16-bit inputs: (log2 of the size of the blocks inverted by substitution, precision of the merges, registers).
-VARIANTS = {"small": (3, "fp16", 128), "large": (4, "fp16", 128), "exact": (4, "bf16x3", 168)}
-VARIANT = "small"
+SUBSTITUTED = 4  # log2 of the size of the blocks that are inverted by substitution; larger ones are merged from them
+# Inputs: (precision of the merges, registers per thread). fp16 merges keep T within the rounding of bf16 inputs.
+MERGES = {torch.bfloat16: ("fp16", 128), torch.float16: ("bf16x3", 168), torch.float32: ("tf32x3", None)}
 
 
 @triton.jit
@@ -129,9 +129,9 @@ def wy(call, *, keep_inverse: bool):
     w, u = call.scratch(CHUNK, block_k), call.scratch(block_v, CHUNK)
     inverse = call.scratch(CHUNK, CHUNK) if keep_inverse else None
     decay = None if call.log_decay is None else call.scratch(4, CHUNK, dtype=torch.float32)
-    first, precision, registers = VARIANTS[VARIANT]
-    if call.q.dtype == torch.float32 or (precision == "bf16x3" and not call.q.is_cuda):
-        first, precision, registers = 4, "tf32x3", None
+    precision, registers = MERGES[call.q.dtype]
+    if precision == "bf16x3" and not call.q.is_cuda:  # the interpreter has no right products of bf16
+        precision = "tf32x3"
     warps = call.warps(WARPS)
     if max(call.widths) > 128:
         registers = None
@@ -139,6 +139,6 @@ def wy(call, *, keep_inverse: bool):
         wy_kernel[(call.num_tiles,)](
             call.k, call.v, call.log_decay, call.beta, w, u, inverse, decay, *call.chunks,
             *call.k.stride()[:2], *call.v.stride()[:2], *call.decay_strides, *call.beta.stride(), call.heads,
-            **call.constants, FIRST=first, INVERSE_PRECISION=precision, num_warps=warps, maxnreg=registers,
+            **call.constants, FIRST=SUBSTITUTED, INVERSE_PRECISION=precision, num_warps=warps, maxnreg=registers,
         )  # fmt: skip
     return w, u, inverse, decay
