@@ -1,19 +1,23 @@
 """Linear attention on one rank: the definition (`naive`), forms in plain PyTorch, fused Triton forms, one protocol."""
 
+import torch
+
 from longspan.kernels.linear.chunked import Chunked
 from longspan.kernels.linear.general import General
 
-MAX_WIDTH = 256  # of q, k and v on GPUs: a state of 256 x 64 is what one program holds on chip
+MAX_WIDTH, MAX_WIDTH_FP32 = 256, 128  # of q, k and v in the fused kernels
 
 
 def choose_form(q, v, log_decay, beta):
     """The Form (kernels.linear.form) for these inputs: Triton on CUDA, plain PyTorch on CPU and for fp64.
 
-    A decay per key channel together with the delta rule (KDA) is plain PyTorch everywhere. Raises ValueError for heads
-    wider than MAX_WIDTH on CUDA.
+    On CUDA, plain PyTorch also takes what no kernel does: a decay per key channel together with the delta rule (KDA),
+    and fp32 heads wider than 128 (fp32 is for checking; its tiles do not fit). Raises ValueError for heads wider than
+    MAX_WIDTH on CUDA.
     """
-    per_channel = log_decay is not None and log_decay.ndim == 3
-    if not q.is_cuda or q.dtype.itemsize > 4 or (per_channel and beta is not None):
+    per_channel, width = log_decay is not None and log_decay.ndim == 3, max(q.shape[2], v.shape[2])
+    too_wide = width > MAX_WIDTH_FP32 and q.dtype == torch.float32
+    if not q.is_cuda or q.dtype == torch.float64 or too_wide or (per_channel and beta is not None):
         return General if per_channel or beta is not None else Chunked
     for name, x in {"q": q, "v": v}.items():
         if x.shape[2] > MAX_WIDTH:

@@ -15,16 +15,17 @@ CHUNK = 64
 # (2, 128); fp32, whose products are three of tf32, is laid out to fit.
 SUM = {
     (2, 16): (64, 4, 2), (2, 32): (64, 4, 2), (2, 64): (64, 4, 3), (2, 128): (128, 4, 3), (2, 256): (64, 8, 2),
-    (4, 16): (64, 4, 1), (4, 32): (64, 4, 1), (4, 64): (64, 4, 1), (4, 128): (64, 8, 1), (4, 256): (32, 8, 1),
+    (4, 16): (64, 4, 1), (4, 32): (64, 4, 1), (4, 64): (64, 4, 1), (4, 128): (64, 8, 1),
 }  # fmt: skip
 SWEEP = {
     (2, 16): (64, 4, 2), (2, 32): (64, 4, 2), (2, 64): (64, 4, 2), (2, 128): (64, 4, 2), (2, 256): (64, 8, 2),
-    (4, 16): (64, 4, 1), (4, 32): (64, 4, 1), (4, 64): (64, 4, 1), (4, 128): (32, 4, 1), (4, 256): (32, 8, 1),
+    (4, 16): (64, 4, 1), (4, 32): (64, 4, 1), (4, 64): (64, 4, 1), (4, 128): (32, 4, 1),
 }  # fmt: skip
 
 
 class Fused:
-    """The Form (kernels.linear.form) of no, fixed and scalar decay on CUDA, fp16, bf16 and fp32; K, V up to 256."""
+    """The Form (kernels.linear.form) of no, fixed and scalar decay on CUDA, fp16 and bf16 with K, V up to
+    256, fp32 up to 128."""
 
     @staticmethod
     def tables(spans, heads, key_size, value_size) -> Splits:

@@ -88,6 +88,8 @@ class TestOnGpu:
     @pytest.mark.parametrize("decay", DECAYS, ids=str)
     def test_equals_fp64(self, decay, sizes, dtype):
         """Against the chunked form in fp64, which the CPU tests hold to the recurrence."""
+        if dtype == torch.float32 and max(sizes) > 128:
+            pytest.skip("fp32 heads wider than 128 run in plain PyTorch")
         form, chunk = fused()
         for offsets in ((0, 1), (0, 63), (0, 64), (0, 65), (0, 1000), (0, 1, 2, 1300, 1301, 5400)):
             last = len(offsets) - 2
