@@ -86,23 +86,22 @@ class Fused:
         dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
         d_decay = torch.empty_like(self.reads) if self.gate else self.reads
 
-        def launch(x_size, z_size, only_dv, both):
+        def launch(x_size, z_size, results, only_dv):
             block, warps, stages = self._config(SWEEP, x_size)
-            columns = -(-z_size // block) * (2 if both else 1)
-            reverse_kernel[(columns, self.heads, splits.num_splits)](
+            reverse_kernel[(results * -(-z_size // block) * self.heads * splits.num_splits,)](
                 v, d_out, q, k, self.decays, dk, dv, exits, self.reads, d_decay, self.entries,
                 splits.first, splits.length, splits.backward.row, splits.forward.next_row,
                 *v.stride()[:2], *d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2],
-                self.scale, 1.0 / self.scale if self.scale else 0.0, self.num_tokens, only_dv,
+                self.scale, 1.0 / self.scale if self.scale else 0.0, self.num_tokens, results, only_dv,
                 self.heads, x_size, z_size, padded(x_size), block, CHUNK,
                 self.decay, self.gate and not only_dv, self.precision, num_warps=warps, num_stages=stages,
             )  # fmt: skip
 
         if splits.num_splits and self.key_size == self.value_size:
-            launch(self.key_size, self.key_size, False, both=True)
+            launch(self.key_size, self.key_size, results=2, only_dv=False)
         elif splits.num_splits:
-            launch(self.value_size, self.key_size, False, both=False)
-            launch(self.key_size, self.value_size, True, both=False)
+            launch(self.value_size, self.key_size, results=1, only_dv=False)
+            launch(self.key_size, self.value_size, results=1, only_dv=True)
         return self.dq, dk, dv, d_decay.sum(0).t() if self.gate else None, None
 
     def _config(self, table, width):
@@ -116,7 +115,7 @@ class Fused:
         if splits.num_chunks:
             decay_kernel[(splits.num_chunks, -(-self.heads // heads_per_program))](
                 log_decay, decays, splits.chunk_first, splits.chunk_length, *log_decay.stride(),
-                splits.num_chunks, self.num_tokens, self.heads, heads_per_program, CHUNK,
+                self.num_tokens, self.heads, heads_per_program, CHUNK,
             )  # fmt: skip
         return decays
 
@@ -127,7 +126,7 @@ class Fused:
         totals = states.new_empty(splits.num_sums, self.heads)
         block, warps, stages = self._config(SUM, y.shape[2])
         if len(direction.splits):
-            sum_kernel[(-(-z.shape[2] // block), self.heads, len(direction.splits))](
+            sum_kernel[(-(-z.shape[2] // block) * self.heads * len(direction.splits),)](
                 y, z, self.decays, states, totals, direction.splits, splits.first, splits.length, splits.sum_row,
                 *y.stride()[:2], *z.stride()[:2], scale, self.num_tokens,
                 self.heads, y.shape[2], z.shape[2], padded(y.shape[2]), block, CHUNK,
@@ -139,7 +138,7 @@ class Fused:
         splits = self.splits
         block, warps, stages = self._config(SWEEP, x.shape[2])
         if splits.num_splits:
-            sweep_kernel[(-(-z.shape[2] // block), self.heads, splits.num_splits)](
+            sweep_kernel[(-(-z.shape[2] // block) * self.heads * splits.num_splits,)](
                 x, y, z, self.decays, out, entries, self.q, reads, splits.first, splits.length, splits.forward.row,
                 *x.stride()[:2], *y.stride()[:2], *z.stride()[:2], *self.q.stride()[:2],
                 *((1, self.value_size) if transposed else (self.value_size, 1)), self.scale, self.num_tokens,

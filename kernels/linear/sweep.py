@@ -18,9 +18,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 FORGOTTEN = tl.constexpr(2.0**-24)  # decay of a chunk below which nothing is taken to pass through it
 
 
-@triton.jit(do_not_specialize=["num_chunks", "T"])
+@triton.jit
+def _program(columns, H):
+    """(column block, head, place) of this program. One axis: the others end at 65,535, and there may be more splits."""
+    program = tl.program_id(0)
+    return program % columns, (program // columns % H).to(tl.int64), program // columns // H
+
+
+@triton.jit(do_not_specialize=["T"])
 def decay_kernel(
-    g_ptr, decay_ptr, first_ptr, length_ptr, g_stride_t, g_stride_h, num_chunks, T,
+    g_ptr, decay_ptr, first_ptr, length_ptr, g_stride_t, g_stride_h, T,
     H, BLOCK_H: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """log2 decay from the start of each token's chunk to the token, inclusive -> decay [0, h, t], and from after the
@@ -68,11 +75,12 @@ def sum_kernel(
 
     w_t: log decay from after t to the end of the split (forward), from the start of the split to t (REVERSE).
     """
-    split = tl.load(list_ptr + tl.program_id(2))
-    head = tl.program_id(1).to(tl.int64)
+    columns: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    column, head, place = _program(columns, H)
+    split = tl.load(list_ptr + place)
     first, length = tl.load(first_ptr + split).to(tl.int64), tl.load(length_ptr + split)
     row = tl.load(row_ptr + split).to(tl.int64) * H + head
-    index, k, v = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    index, k, v = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), column * BLOCK_V + tl.arange(0, BLOCK_V)
     y_ptr += first * y_stride_t + head * y_stride_h
     z_ptr += first * z_stride_t + head * z_stride_h
     y_at, z_at = index[:, None] * y_stride_t + k[None, :], index[:, None] * z_stride_t + v[None, :]
@@ -99,7 +107,7 @@ def sum_kernel(
     at = sum_ptr + row * K * V + k[:, None] * V + v[None, :]
     tl.store(at, state * scale, mask=(k < K)[:, None] & (v < V)[None, :])
     if DECAY != "none":
-        if tl.program_id(0) == 0:
+        if column == 0:
             tl.store(total_ptr + row, passed / LOG2E)
 
 
@@ -193,8 +201,9 @@ def sweep_kernel(
     H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Forward in time: out [T, H, V] of every split. Grid (column blocks, H, splits)."""
-    column, head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    """Forward in time: out [T, H, V] of every split. Grid: column blocks x H x splits."""
+    columns: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    column, head, split = _program(columns, H)
     first, row = tl.load(first_ptr + split).to(tl.int64), tl.load(row_ptr + split).to(tl.int64)
     gamma = 0.0
     if DECAY == "fixed":
@@ -211,22 +220,23 @@ def sweep_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["scale", "inverse_scale", "T", "only_dv"])
+@triton.jit(do_not_specialize=["scale", "inverse_scale", "T", "results", "only_dv"])
 def reverse_kernel(
     v_ptr, do_ptr, q_ptr, k_ptr, decay_ptr, dk_ptr, dv_ptr, state_ptr, reads_ptr, gate_ptr, passed_ptr,
     first_ptr, length_ptr, row_ptr, passed_row_ptr,
     v_stride_t, v_stride_h, do_stride_t, do_stride_h, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
-    scale, inverse_scale, T, only_dv,
+    scale, inverse_scale, T, results, only_dv,
     H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward in time. K: width of x and y, V: of z and the result. Grid (column blocks of dk, then of dv, H, splits).
+    """Backward in time. K: width of x and y, V: of z and the result. Grid: (column blocks of dk, then of dv) x H x
+    splits.
 
-    With equal widths one launch does both; its halves run side by side and read the same tokens, so that the second
-    read of q and d_out comes from L2. With only_dv there are no blocks of dk.
+    With equal widths one launch does both (results = 2); its halves run side by side and read the same tokens, so that
+    the second read of q and d_out comes from L2. Otherwise results = 1 and only_dv says which.
     """
-    column, head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    columns = tl.cdiv(V, BLOCK_V)
+    columns: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    column, head, split = _program(columns * results, H)
     is_dv = (column >= columns) | (only_dv != 0)
     column = column % columns
     first, row = tl.load(first_ptr + split).to(tl.int64), tl.load(row_ptr + split).to(tl.int64)
