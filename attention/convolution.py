@@ -5,6 +5,7 @@ strips (parallel.halo). Backward, the strips come first, so that their gradients
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import resolve
 from longspan.attention.recompute import keep, recall
@@ -48,6 +49,7 @@ class _Convolution(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         x, weight, bias, strips = ctx.saved_tensors
         halo, wide = ctx.seq.derive(halo_tables, weight.shape[1]), torch.promote_types(x.dtype, torch.float32)

@@ -1,11 +1,13 @@
 """Linear attention across ranks: local chunked kernels interleaved with the scan of states (LASP-2 and relatives).
 
-Schedule: forward, the summaries start travelling and every segment is computed from a zero state meanwhile; what enters
-it is added at the end. Backward, the gradient summaries need no forward state, so they travel while dq, which needs
+Schedule: forward, the summaries travel while `Form.ahead` does what needs no other rank: in PyTorch every segment from
+a zero state, to which what enters is added at the end; the Triton forms have nothing left to do. Backward, the gradient
+summaries need no forward state, so they travel while dq, which needs
 forward states only, is computed; dk, dv and the gate's gradient come last. Derivation: docs/linear-attention.md.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import pick, resolve
 from longspan.attention.recompute import keep, recall
@@ -25,7 +27,8 @@ def linear_attention(
 
     q, k: [T, H, K]; v: [T, H, V]: this rank's tokens in the order of `layout`, one floating dtype; returns [T, H, V] in
     it. fp64 is computed and sent in fp64, everything else in fp32. scale defaults to K**-0.5.
-    log_decay: None, [H] (fixed, without gradient), [T, H] or [T, H, K] (per key channel), values <= 0.
+    log_decay: None, [H] (fixed, without gradient), [T, H] or [T, H, K] (per key channel), finite
+    values <= 0.
     beta: None or [T, H]: the delta rule, S_t = D S_{t-1} + beta_t k_t (v_t - (D S_{t-1})^T k_t)^T with D = decay_t, for
     keys of norm at most 1. causal=False: every token reads its whole document's state (no decay, no beta).
     normalize: divides by scale * q_t^T sum(k), as with positive feature maps.
@@ -39,7 +42,7 @@ def linear_attention(
         if normalize and beta is not None:
             raise ValueError("normalize does not go with beta: the delta rule's weights do not add up to a sum of keys")
 
-    options = (causal, normalize, scale, None if log_decay is None else log_decay.ndim, beta is None)
+    options = (causal, normalize, scale, getattr(log_decay, "ndim", None), beta is None)
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, linear=strategy)
     transport = pick(TRANSPORTS, seq.parallel.linear, "auto", "linear strategy")
     if transport != "auto" and TRANSPORTS[transport].causal_only and not causal:
@@ -53,10 +56,11 @@ def linear_attention(
 
 
 def _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, dtype):
-    if causal:
-        form = choose_form(q, v, log_decay, beta)
-        return _Causal.apply(q, k, v, log_decay, beta, form, seq, scale, transport, dtype)
-    return _Whole.apply(q, k, v, seq, scale, transport, dtype)
+    with torch.autocast(q.device.type, enabled=False):  # it would round states and gates to bf16
+        if causal:
+            form = choose_form(q, v, log_decay, beta)
+            return _Causal.apply(q, k, v, log_decay, beta, form, seq, scale, transport, dtype)
+        return _Whole.apply(q, k, v, seq, scale, transport, dtype)
 
 
 def local_tables(layout, rank: int, make, *sizes):
@@ -86,6 +90,7 @@ class _Causal(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         q, k, v, log_decay, beta, transitions, *saved = ctx.saved_tensors
         work = _local(ctx.form, ctx.seq, q, k, v, log_decay, beta, ctx.scale)
@@ -127,6 +132,7 @@ class _Whole(torch.autograd.Function):
         return _read(total, q, seq.derive(local_segments), scale).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         q, k, v, total = ctx.saved_tensors
         segments = ctx.seq.derive(local_segments)
@@ -188,6 +194,8 @@ def _check(q, k, v, log_decay, beta, causal):
 def _check_gate(name, x, q, shapes):
     if x is None:
         return
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}; give a tensor")
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}; use a floating-point dtype")
     if x.device != q.device:

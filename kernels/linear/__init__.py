@@ -12,8 +12,8 @@ def choose_form(q, v, log_decay, beta):
     """The Form (kernels.linear.form) for these inputs: Triton on CUDA, plain PyTorch on CPU and for fp64.
 
     On CUDA, plain PyTorch also takes what no kernel does: a decay per key channel together with the delta rule (KDA),
-    and fp32 heads wider than 128 (fp32 is for checking; its tiles do not fit). Raises ValueError for heads wider than
-    MAX_WIDTH on CUDA.
+    and fp32 heads wider than 128 (fp32 is for checking; its tiles do not fit). Raises ValueError on CUDA for heads
+    wider than MAX_WIDTH, and for fp16 without beta or a decay per channel.
     """
     per_channel, width = log_decay is not None and log_decay.ndim == 3, max(q.shape[2], v.shape[2])
     too_wide = width > MAX_WIDTH_FP32 and q.dtype == torch.float32
@@ -30,6 +30,8 @@ def choose_form(q, v, log_decay, beta):
         from longspan.kernels.linear.channel import Channel
 
         return Channel
+    if q.dtype == torch.float16:
+        raise ValueError("q is torch.float16, in which sums of keys and values overflow; use torch.bfloat16 on GPUs")
     from longspan.kernels.linear.fused import Fused
 
     return Fused

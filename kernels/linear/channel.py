@@ -17,7 +17,7 @@ from longspan.kernels.linear.channel_prepare import PREPARE, prepare_kernel
 from longspan.kernels.linear.channel_states import STATES, states_kernel
 from longspan.kernels.linear.channel_sweep import SWEEP, sweep_kernel
 from longspan.kernels.linear.form import Spans
-from longspan.kernels.linear.splits import Splits, split_size
+from longspan.kernels.linear.splits import Splits, padded, split_size, unit_stride
 
 LEVELS = 6
 CHUNK = 1 << LEVELS
@@ -45,7 +45,7 @@ class Tables:
 
 
 class Channel:
-    """The Form (kernels.linear.form) of decay per key channel on CUDA: fp16, bf16 and fp32, K and V up to 256.
+    """The Form (kernels.linear.form) of decay per key channel on CUDA: K and V up to 256 (fp32: 128).
 
     Operands are bf16 for bf16 inputs; fp16 has too little range for decayed operands and states, so fp16 inputs are
     computed in tf32, which has fp16's precision, and fp32 inputs in three tf32 products for each.
@@ -60,7 +60,7 @@ class Channel:
     def __init__(self, tables, q, k, v, log_decay, beta, scale):
         assert beta is None, "the delta rule has its own form"
         self.tables, self.splits, self.scale = tables, tables.splits, scale
-        self.q, self.k, self.v, self.g = (_rows(x) for x in (q, k, v, log_decay))
+        self.q, self.k, self.v, self.g = (unit_stride(x) for x in (q, k, v, log_decay))
         self.num_tokens, self.heads, self.key_size = q.shape
         self.value_size = v.shape[2]
         self.work = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
@@ -84,7 +84,7 @@ class Channel:
         return out, (entries,)
 
     def start_backward(self, saved, d_out, gate):
-        (self.entries,), self.gate, self.d_out = saved, gate, _rows(d_out.to(self.q.dtype))
+        (self.entries,), self.gate, self.d_out = saved, gate, unit_stride(d_out.to(self.q.dtype))
 
     def gradient_summary(self):
         self.sums = self._sum(self.read, self.d_out, self.splits.backward, reverse=True)
@@ -183,12 +183,3 @@ class Channel:
                 min(block, group), min(strong, group), group, columns,
                 LEVELS, column, self.gate, self.precision, num_warps=warps, num_stages=stages,
             )  # fmt: skip
-
-
-def padded(size: int) -> int:
-    """The next power of two, at least 16: what tl.dot takes."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def _rows(x):
-    return x if x.stride(-1) == 1 else x.contiguous()

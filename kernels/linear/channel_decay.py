@@ -29,13 +29,13 @@ def chunk_tokens(C: tl.constexpr):
 @triton.jit
 def load_rows(ptr, stride, token, column, length, WIDTH: tl.constexpr):
     """[tokens, columns] of a tensor whose rows lie `stride` apart; zero outside."""
-    at = ptr + token[:, None] * stride + column[None, :]
+    at = ptr + token[:, None].to(tl.int64) * stride + column[None, :]
     return tl.load(at, mask=(token < length)[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, stride, token, column, length, value, WIDTH: tl.constexpr):
-    at = ptr + token[:, None] * stride + column[None, :]
+    at = ptr + token[:, None].to(tl.int64) * stride + column[None, :]
     tl.store(at, value.to(ptr.dtype.element_ty), mask=(token < length)[:, None] & (column < WIDTH)[None, :])
 
 

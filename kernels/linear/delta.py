@@ -14,9 +14,9 @@ from longspan.kernels.fold import compose, fold_chains
 from longspan.kernels.linear.delta_backward import backward_states, backward_sums, local_gradients
 from longspan.kernels.linear.delta_forward import CONFIGS, forward_output, forward_states, forward_sums
 from longspan.kernels.linear.delta_gradients import input_gradients
-from longspan.kernels.linear.delta_tiles import CHUNK, Call, padded
+from longspan.kernels.linear.delta_tiles import CHUNK, Call
 from longspan.kernels.linear.delta_wy import wy
-from longspan.kernels.linear.splits import Splits, split_size
+from longspan.kernels.linear.splits import Splits, padded, split_size, unit_stride
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class DeltaTables:
 
 
 class Delta:
-    """The Form (kernels.linear.form) of the delta rule on CUDA, fp16, bf16 and fp32; K, V up to 256; no decay of single
-    key channels."""
+    """The Form (kernels.linear.form) of the delta rule on CUDA: K, V up to 256 (fp32: 128); no decay of single key
+    channels."""
 
     @staticmethod
     def tables(spans, heads, key_size, value_size) -> DeltaTables:
@@ -53,7 +53,7 @@ class Delta:
 
     def __init__(self, tables, q, k, v, log_decay, beta, scale):
         assert beta is not None and max(k.shape[2], v.shape[2]) <= 256, (k.shape, v.shape)
-        q, k, v = (_unit_stride(x) for x in (q, k, v))
+        q, k, v = (unit_stride(x) for x in (q, k, v))
         self.call = Call(tables.splits, q, k, v, log_decay, beta, scale)
         self.tables, self.splits = tables, tables.splits
         self.wy = self.sums = None
@@ -77,7 +77,7 @@ class Delta:
     def start_backward(self, saved, d_out, gate):
         self.entries, transitions = saved
         self.transitions, self.gate = transitions.mT, gate
-        self.d_out = _unit_stride(d_out.to(self.call.q.dtype))
+        self.d_out = unit_stride(d_out.to(self.call.q.dtype))
         self.wy = wy(self.call, keep_inverse=True)
         self.d_values = local_gradients(self.call, self.wy, self.d_out)
 
@@ -97,7 +97,3 @@ class Delta:
             self.call, self.wy, self.d_out, self.values, self.d_values, self.states, d_states, self.gate
         )
         return dq, dk, dv, d_decay, d_beta
-
-
-def _unit_stride(x):
-    return x if x.stride(-1) == 1 else x.contiguous()

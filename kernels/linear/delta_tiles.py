@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from longspan.kernels.linear.splits import Splits
+from longspan.kernels.linear.splits import Splits, padded
 
 CHUNK = 64
 
@@ -78,11 +78,6 @@ class Call:
 
 def launch_options(warps, stages, registers=None) -> dict:
     return dict(num_warps=warps, num_stages=stages, maxnreg=registers)
-
-
-def padded(size: int) -> int:
-    """The next power of two, at least 16: what tl.dot takes."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 @triton.jit

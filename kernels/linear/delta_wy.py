@@ -13,7 +13,7 @@ import triton.language as tl
 from longspan.kernels.linear.delta_tiles import CHUNK, load_tokens
 
 # Element size, padded max(K, V): warps.
-WARPS = {2: {16: 4, 32: 4, 64: 4, 128: 4, 256: 8}, 4: {16: 4, 32: 4, 64: 4, 128: 8, 256: 8}}
+WARPS = {2: {16: 4, 32: 4, 64: 4, 128: 4, 256: 8}, 4: {16: 4, 32: 4, 64: 4, 128: 8}}
 SUBSTITUTED = 4  # log2 of the size of the blocks that are inverted by substitution; larger ones are merged from them
 # Inputs: (precision of the merges, registers per thread). fp16 merges keep T within the rounding of bf16 inputs.
 MERGES = {torch.bfloat16: ("fp16", 128), torch.float16: ("bf16x3", 168), torch.float32: ("tf32x3", None)}
@@ -27,7 +27,7 @@ def wy_kernel(
     GATE: tl.constexpr, FIRST: tl.constexpr, INVERSE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head. Writes -W [CHUNK, K], U^T [V, CHUNK], T [CHUNK, CHUNK] (unless inverse_ptr is None) and,
-    with a GATE, the cumulative log decay G as a sum of two fp32 rows [2, CHUNK]."""
+    with a GATE, the rows of `load_decay` [4, CHUNK]."""
     tile = tl.program_id(0).to(tl.int64)
     chunk, head = tile // H, tile % H
     first, length = tl.load(chunk_first_ptr + chunk).to(tl.int64), tl.load(chunk_length_ptr + chunk)

@@ -7,7 +7,7 @@ where spans are linked to other ranks.
 import torch
 
 from longspan.kernels.fold import compose, fold_chains
-from longspan.kernels.linear.splits import Splits, split_size
+from longspan.kernels.linear.splits import Splits, padded, split_size, unit_stride
 from longspan.kernels.linear.sweep import decay_kernel, reverse_kernel, sum_kernel, sweep_kernel
 
 CHUNK = 64
@@ -24,8 +24,8 @@ SWEEP = {
 
 
 class Fused:
-    """The Form (kernels.linear.form) of no, fixed and scalar decay on CUDA, fp16 and bf16 with K, V up to
-    256, fp32 up to 128."""
+    """The Form (kernels.linear.form) of no, fixed and scalar decay on CUDA: bf16 with K, V up to 256, fp32
+    up to 128."""
 
     @staticmethod
     def tables(spans, heads, key_size, value_size) -> Splits:
@@ -35,7 +35,7 @@ class Fused:
     def __init__(self, tables, q, k, v, log_decay, beta, scale):
         assert beta is None, "the delta rule has its own form"
         self.splits, self.scale = tables, scale
-        self.q, self.k, self.v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        self.q, self.k, self.v = (unit_stride(x) for x in (q, k, v))
         self.decay = "none" if log_decay is None else "fixed" if log_decay.ndim == 1 else "scalar"
         self.num_tokens, self.heads, self.key_size = q.shape
         self.value_size = v.shape[2]
@@ -64,8 +64,7 @@ class Fused:
 
     def start_backward(self, saved, d_out, gate):
         (self.entries,), self.gate = saved, gate
-        d_out = d_out.to(self.q.dtype)
-        self.d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+        self.d_out = unit_stride(d_out.to(self.q.dtype))
 
     def gradient_summary(self):
         self.sums = self._sum(self.q, self.d_out, self.scale, self.splits.backward, reverse=True)
@@ -145,8 +144,3 @@ class Fused:
                 self.heads, x.shape[2], z.shape[2], padded(x.shape[2]), block, CHUNK,
                 self.decay, transposed and self.gate, self.precision, num_warps=warps, num_stages=stages,
             )  # fmt: skip
-
-
-def padded(size: int) -> int:
-    """The next power of two, at least 16: what tl.dot takes."""
-    return max(16, 1 << (size - 1).bit_length())

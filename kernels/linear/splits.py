@@ -21,6 +21,16 @@ def split_size(spans: Spans, programs_per_split: int, chunk: int, rounds: int = 
     return -(-max(MIN_SPLIT, -(-spans.offsets[-1] // splits)) // chunk) * chunk
 
 
+def padded(size: int) -> int:
+    """The next power of two, at least 16: what tl.dot takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its last dimension is contiguous, as the kernels take it, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @dataclass(frozen=True)
 class Chains:
     """Folds to run; see kernels.fold. sources, targets: int32 [N, L], -1 where nothing is read or written.
