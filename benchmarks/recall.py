@@ -28,14 +28,16 @@ FAMILIES = ("none", "fixed", "scalar", "gla", "hgrn2", "delta", "gated_delta")
 HYBRIDS = tuple(f"{family}-{ratio}" for family in ("fixed", "hgrn2", "gated_delta") for ratio in ("7:1", "3:1"))
 MODELS = (*FAMILIES, *HYBRIDS, "softmax")
 QUICK = {
-    "models": ["fixed", "gated_delta", "gated_delta-1:1", "softmax"],
+    "models": ["fixed", "gated_delta", "softmax"],
     "pairs": [4, 8, 16],
     "tokens": 1024,
     "num_keys": 64,
     "num_values": 64,
     "layers": 2,
     "hidden": 64,
-    "steps": 400,
+    "heads": 2,
+    "steps": 600,
+    "learning_rates": [3e-3],
     "evaluation_batches": 2,
 }
 STATUS_S = 5.0  # between two lines of progress
@@ -179,7 +181,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--output", metavar="DIR", help="where results.json, recall.md and recall.svg go")
     parser.add_argument("--plot", metavar="RESULTS", help="only draw table and plot of a results.json again, beside it")
     parser.add_argument("--models", nargs="+", default=MODELS, help=f"families, FAMILY-7:1 and the like: {MODELS}")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="pairs per document")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128], help="pairs per document")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per batch of each number of pairs")
     parser.add_argument("--num-keys", type=int, default=256)
     parser.add_argument("--num-values", type=int, default=256)
@@ -191,7 +193,7 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument(
-        "--learning-rates", type=float, nargs="+", default=[3e-3], help="of several, validation picks the model's"
+        "--learning-rates", type=float, nargs="+", default=[2e-3], help="of several, validation picks the model's"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and training batches")
     parser.add_argument("--evaluation-batches", type=int, default=8)
