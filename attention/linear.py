@@ -2,7 +2,8 @@
 
 Schedule: forward, the summaries travel while `Form.ahead` does what needs no other rank: in PyTorch every segment from
 a zero state, to which what enters is added at the end; the Triton forms have nothing left to do. Backward, the gradient
-summaries need no forward state, so they travel while dq, which needs forward states only, is computed; dk, dv and the gate's gradient come last. Derivation: docs/linear-attention.md.
+summaries need no forward state, so they travel while dq, which needs forward states only, is computed; dk, dv and the
+gate's gradient come last. Derivation: docs/linear-attention.md.
 """
 
 import torch
