@@ -135,7 +135,7 @@ def layer_pattern(model: str) -> list[str]:
 
 def train(run: Run, *, evaluation_batches: int, report) -> dict:
     """Trains and evaluates: "parameters", "state" (numbers in all linear layers' states of one document), "curve"
-    (step, loss and seconds since the start), "seconds", "validation" and "accuracy" by number of pairs.
+    (step, loss, seconds since the start), "seconds", "validation" and "accuracy" by number of pairs.
 
     Calls report(step) about every 60th part of the way. On GPUs the model computes in bf16 from weights kept in fp32.
     """
