@@ -14,8 +14,12 @@ the order it lies in memory. The state stays on chip for the whole split. Deriva
 import triton
 import triton.language as tl
 
+from longspan.kernels.linear import splits
+
 LOG2E = tl.constexpr(1.4426950408889634)
 FORGOTTEN = tl.constexpr(2.0**-24)  # decay of a chunk below which nothing is taken to pass through it
+FORGOTTEN_LOG2 = tl.constexpr(splits.FORGOTTEN_LOG2)
+SEARCHED = tl.constexpr(64)  # chunks whose decays are read at once
 
 
 @triton.jit
@@ -73,7 +77,8 @@ def sum_kernel(
 ):  # fmt: skip
     """scale * sum over a split of exp(w_t) y_t z_t^T -> fp32 [row, h, K, V], and the split's log decay -> [row, h].
 
-    w_t: log decay from after t to the end of the split (forward), from the start of the split to t (REVERSE).
+    w_t: log decay from after t to the end of the split (forward), from the start of the split to t (REVERSE). Chunks
+    that are forgotten there are not read.
     """
     columns: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     column, head, place = _program(columns, H)
@@ -89,10 +94,11 @@ def sum_kernel(
         gamma = tl.load(decay_ptr + head).to(tl.float32) * LOG2E
     decay_ptr += head * T + first
 
+    chunks = tl.cdiv(length, CHUNK)
+    kept, total_log = _remembered(decay_ptr, length, chunks, gamma, CHUNK, DECAY, REVERSE)
     state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
     passed = 0.0  # log2 decay between this chunk and the end that weights count to
-    chunks = tl.cdiv(length, CHUNK)
-    for n in range(0, chunks):
+    for n in range(0, kept):
         start = (n if REVERSE else chunks - 1 - n) * CHUNK
         at, count = start.to(tl.int64), tl.minimum(length - start, CHUNK)
         valid = (index < count)[:, None]
@@ -108,7 +114,29 @@ def sum_kernel(
     tl.store(at, state * scale, mask=(k < K)[:, None] & (v < V)[None, :])
     if DECAY != "none":
         if column == 0:
-            tl.store(total_ptr + row, passed / LOG2E)
+            tl.store(total_ptr + row, total_log / LOG2E)
+
+
+@triton.jit
+def _remembered(decay_ptr, length, chunks, gamma, CHUNK: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr):
+    """How many chunks of a split, counted from the end that weights count to, are not forgotten there; and the log2
+    decay of the whole split."""
+    kept, passed = chunks, 0.0
+    if DECAY == "fixed":
+        passed = gamma * length.to(tl.float32)
+        if passed < FORGOTTEN_LOG2:  # the last chunk may be short, and one more is for rounding down
+            kept = tl.minimum(chunks, (1.0 / gamma * (FORGOTTEN_LOG2 / CHUNK)).to(tl.int32) + 2)
+    elif DECAY == "scalar":
+        place, kept = tl.arange(0, SEARCHED), chunks * 0
+        for block in range(0, tl.cdiv(chunks, SEARCHED)):
+            nth = block * SEARCHED + place
+            chunk = nth if REVERSE else chunks - 1 - nth
+            last = tl.minimum(chunk.to(tl.int64) * CHUNK + CHUNK, length) - 1
+            total = tl.load(decay_ptr + last, mask=nth < chunks, other=0.0).to(tl.float32)
+            before = passed + tl.cumsum(total, 0) - total
+            kept += tl.sum(((nth < chunks) & ~(before < FORGOTTEN_LOG2)).to(tl.int32))
+            passed += tl.sum(total)
+    return kept, passed
 
 
 @triton.jit

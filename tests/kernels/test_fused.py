@@ -45,6 +45,52 @@ def test_split_sizes_agree():
     check("one", (16, 16), "spiky", split=256)
 
 
+LONG = 70 * 64 - 5  # tokens of a split whose chunks take two steps of the search for what is remembered
+
+
+@pytest.mark.parametrize("split", [LONG + 5, 512])
+@pytest.mark.parametrize("decay", ["fixed", "scalar"])
+def test_forgetting(decay, split):
+    """Heads of which all, a part or nothing is forgotten, with the border where it matters."""
+    form, chunk = fused()
+    spans = Spans((0, LONG), (0,), (0,), (0,))
+    inputs, *states = forms.random_inputs(spans, 6, 16, 16, None, 0)
+    rates = torch.tensor([-20.0, -0.05, -44.4 / LONG, -44.3 / LONG, -1.0, 0.0])
+    log_decay = rates if decay == "fixed" else rates.expand(LONG, -1).clone()
+    if decay == "scalar":
+        log_decay[:, 4] = 0.0
+        log_decay[LONG // 2, 4] = -500.0
+    given = inputs | {"log_decay": log_decay}, *states
+    actual = forms.run_form(form, Splits.of(spans, split, chunk), *given, SCALE)
+    exact = {name: x if x is None else x.double() for name, x in given[0].items()}, *(x.double() for x in states)
+    wanted = forms.run_form(Chunked, Chunked.tables(spans), *exact, SCALE)
+    errors = forms.errors(actual, {name: x for name, x in wanted.items() if x is not None})
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("decay", ["fixed", "scalar"])
+def test_what_is_forgotten_is_not_read(decay):
+    """NaN in the first chunks does not reach the state that is left; in the last ones, the gradient at the start."""
+    form, chunk = fused()
+    spans = Spans((0, LONG), (0,))
+    inputs, *_ = forms.random_inputs(spans, 3, 16, 16, None, 0)
+    log_decay = torch.tensor([-20.0, -0.05, -0.001])
+    log_decay = log_decay if decay == "fixed" else log_decay.expand(LONG, -1).clone()
+    tables = Splits.of(spans, LONG + 5, chunk)
+    for part in (slice(0, 50 * 64), slice(20 * 64, LONG)):
+        v = inputs["v"].clone()
+        v[part] = float("nan")
+        work = form(tables, inputs["q"], inputs["k"], v, log_decay, None, SCALE)
+        if part.start == 0:
+            state, transition = work.summary()
+            expected = log_decay * LONG if decay == "fixed" else log_decay.sum(0)
+            torch.testing.assert_close(transition[0], expected, rtol=1e-5, atol=0)
+        else:
+            work.start_backward((torch.zeros(1, 3, 16, 16),), v, True)
+            state = work.gradient_summary()
+        assert state[0].flatten(1).isfinite().all(1).tolist() == [True, True, False]
+
+
 def test_without_linked_spans_no_summary_is_needed():
     form, _ = fused()
     spans = forms.spans_of("one")
