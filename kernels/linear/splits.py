@@ -11,9 +11,6 @@ import torch
 
 from longspan.kernels.linear.form import Spans
 
-# What has decayed below 2^-64 is dropped where a split is summed. fp32 carries 24 bits, so what is kept would have to
-# be 2^40 times smaller than what is dropped was for the last bit of the sum to tell.
-FORGOTTEN_LOG2 = -64.0
 MIN_SPLIT = 512  # tokens; a split of 128 x 128 costs a state of 64 KiB, written and read, against 768 B per token
 
 

@@ -14,11 +14,11 @@ the order it lies in memory. The state stays on chip for the whole split. Deriva
 import triton
 import triton.language as tl
 
-from longspan.kernels.linear import splits
-
 LOG2E = tl.constexpr(1.4426950408889634)
 FORGOTTEN = tl.constexpr(2.0**-24)  # decay of a chunk below which nothing is taken to pass through it
-FORGOTTEN_LOG2 = tl.constexpr(splits.FORGOTTEN_LOG2)
+# log2 of the decay below which a sum leaves out what was written before. fp32 carries 24 bits, so what is kept would
+# have to be 2^40 times smaller than what is left out was for the last bit of the sum to tell.
+LEFT_OUT = tl.constexpr(-64.0)
 SEARCHED = tl.constexpr(64)  # chunks whose decays are read at once
 
 
@@ -124,8 +124,8 @@ def _remembered(decay_ptr, length, chunks, gamma, CHUNK: tl.constexpr, DECAY: tl
     kept, passed = chunks, 0.0
     if DECAY == "fixed":
         passed = gamma * length.to(tl.float32)
-        if passed < FORGOTTEN_LOG2:  # the last chunk may be short, and one more is for rounding down
-            kept = tl.minimum(chunks, (1.0 / gamma * (FORGOTTEN_LOG2 / CHUNK)).to(tl.int32) + 2)
+        if passed < LEFT_OUT:  # the last chunk may be short, and one more is for rounding down
+            kept = tl.minimum(chunks, (1.0 / gamma * (LEFT_OUT / CHUNK)).to(tl.int32) + 2)
     elif DECAY == "scalar":
         place, kept = tl.arange(0, SEARCHED), chunks * 0
         for block in range(0, tl.cdiv(chunks, SEARCHED)):
@@ -134,7 +134,7 @@ def _remembered(decay_ptr, length, chunks, gamma, CHUNK: tl.constexpr, DECAY: tl
             last = tl.minimum(chunk.to(tl.int64) * CHUNK + CHUNK, length) - 1
             total = tl.load(decay_ptr + last, mask=nth < chunks, other=0.0).to(tl.float32)
             before = passed + tl.cumsum(total, 0) - total
-            kept += tl.sum(((nth < chunks) & ~(before < FORGOTTEN_LOG2)).to(tl.int32))
+            kept += tl.sum(((nth < chunks) & ~(before < LEFT_OUT)).to(tl.int32))
             passed += tl.sum(total)
     return kept, passed
 

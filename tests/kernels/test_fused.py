@@ -48,24 +48,28 @@ def test_split_sizes_agree():
 LONG = 70 * 64 - 5  # tokens of a split whose chunks take two steps of the search for what is remembered
 
 
-@pytest.mark.parametrize("split", [LONG + 5, 512])
-@pytest.mark.parametrize("decay", ["fixed", "scalar"])
-def test_forgetting(decay, split):
+def check_forgetting(decay, split, sizes=(16, 16), device="cpu", dtype=torch.float32, limit=1e-5):
     """Heads of which all, a part or nothing is forgotten, with the border where it matters."""
     form, chunk = fused()
     spans = Spans((0, LONG), (0,), (0,), (0,))
-    inputs, *states = forms.random_inputs(spans, 6, 16, 16, None, 0)
+    inputs, *states = forms.random_inputs(spans, 6, *sizes, None, 0, device=device, dtype=dtype)
     rates = torch.tensor([-20.0, -0.05, -44.4 / LONG, -44.3 / LONG, -1.0, 0.0])
     log_decay = rates if decay == "fixed" else rates.expand(LONG, -1).clone()
     if decay == "scalar":
         log_decay[:, 4] = 0.0
         log_decay[LONG // 2, 4] = -500.0
-    given = inputs | {"log_decay": log_decay}, *states
-    actual = forms.run_form(form, Splits.of(spans, split, chunk), *given, SCALE)
+    given = inputs | {"log_decay": log_decay.to(device)}, *states
+    actual = forms.run_form(form, Splits.of(spans, split, chunk).map(lambda x: x.to(device)), *given, SCALE)
     exact = {name: x if x is None else x.double() for name, x in given[0].items()}, *(x.double() for x in states)
-    wanted = forms.run_form(Chunked, Chunked.tables(spans), *exact, SCALE)
-    errors = forms.errors(actual, {name: x for name, x in wanted.items() if x is not None})
-    assert max(errors.values()) < 1e-5, errors
+    wanted = forms.run_form(Chunked, Chunked.tables(spans).map(lambda x: x.to(device)), *exact, SCALE)
+    errors = forms.errors(actual, {name: x.cpu() for name, x in wanted.items() if x is not None})
+    assert max(errors.values()) < limit, errors
+
+
+@pytest.mark.parametrize("split", [LONG + 5, 512])
+@pytest.mark.parametrize("decay", ["fixed", "scalar"])
+def test_forgetting(decay, split):
+    check_forgetting(decay, split)
 
 
 @pytest.mark.parametrize("decay", ["fixed", "scalar"])
@@ -153,3 +157,9 @@ class TestOnGpu:
             assert all(error <= limits.get(key, limit) for key, error in errors.items()), (offsets, errors)
             for name, x in forms.run_form(form, tables, *inputs, SCALE).items():
                 assert x is None or torch.equal(x, actual[name]), f"{name} differs from run to run"
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize("split", [LONG + 5, 512])
+    @pytest.mark.parametrize("decay", ["fixed", "scalar"])
+    def test_forgetting(self, decay, split, dtype):
+        check_forgetting(decay, split, (128, 128), "cuda", dtype, 1.2e-2 if dtype == torch.bfloat16 else 1e-4)
