@@ -1,12 +1,13 @@
 """None, fixed and scalar decay in fused Triton kernels: a sum per split, a fold along the splits, one sweep per split.
 
-No state of a chunk goes to memory. Launches: 3 forward and 4 backward, one more each for a scalar gate, and 2 more each
-where spans are linked to other ranks.
+No state of a chunk goes to memory. Launches: 3 forward and 4 backward, with a scalar gate one more forward and three
+backward, and 2 more each where spans are linked to other ranks.
 """
 
 import torch
 
 from longspan.kernels.fold import compose, fold_chains
+from longspan.kernels.linear.gate import STEP, gate_kernel
 from longspan.kernels.linear.splits import Splits, padded, split_size, unit_stride
 from longspan.kernels.linear.sweep import decay_kernel, reverse_kernel, sum_kernel, sweep_kernel
 
@@ -21,6 +22,8 @@ SWEEP = {
     (2, 16): (64, 4, 2), (2, 32): (64, 4, 2), (2, 64): (64, 4, 2), (2, 128): (64, 4, 2), (2, 256): (64, 8, 2),
     (4, 16): (64, 4, 1), (4, 32): (64, 4, 1), (4, 64): (64, 4, 1), (4, 128): (32, 4, 1),
 }  # fmt: skip
+# Stages of the forward sweep of (2, 128) but for scalar gates, whose exponentials want two programs per multiprocessor.
+LONE_STAGES = 4
 
 
 class Fused:
@@ -75,33 +78,54 @@ class Fused:
             self.sums = self._sum(self.q, self.d_out, self.scale, self.splits.backward, reverse=True)
         self.dq = self.reads = self.k.new_empty(self.k.shape)
         if self.gate:
-            columns = -(-self.key_size // self._config(SWEEP, self.value_size)[0])
-            self.reads = self.k.new_empty(columns, self.heads, self.num_tokens, dtype=torch.float32)
+            self.reads = self._row_sums(self.value_size)
         self._sweep(self.d_out, self.v, self.k, self.dq, self.entries, self.reads, transposed=True)
 
     def gradients(self, exit_grad):
         splits, (q, k, v, d_out) = self.splits, (self.q, self.k, self.v, self.d_out)
         exits = fold_chains(*self.sums, splits.backward.inner, exit_grad)
         dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-        d_decay = torch.empty_like(self.reads) if self.gate else self.reads
+        writes = through = dk
+        if self.gate:
+            writes = self._row_sums(self.value_size)
+            through = writes.new_empty(len(writes), splits.num_chunks, self.heads)
 
-        def launch(x_size, z_size, results, only_dv):
+        def launch(which, x_size, z_size):
             block, warps, stages = self._config(SWEEP, x_size)
-            reverse_kernel[(results * -(-z_size // block) * self.heads * splits.num_splits,)](
-                v, d_out, q, k, self.decays, dk, dv, exits, self.reads, d_decay, self.entries,
-                splits.first, splits.length, splits.backward.row, splits.forward.next_row,
+            columns = -(-z_size // block) * (2 if which == "both" else 1)
+            reverse_kernel[(columns * self.heads * splits.num_splits,)](
+                v, d_out, q, k, self.decays, dk, dv, exits, writes, through,
+                splits.first, splits.length, splits.backward.row, splits.split_chunk,
                 *v.stride()[:2], *d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2],
-                self.scale, 1.0 / self.scale if self.scale else 0.0, self.num_tokens, results, only_dv,
+                self.scale, 1.0 / self.scale if self.scale else 0.0, self.num_tokens, splits.num_chunks,
                 self.heads, x_size, z_size, padded(x_size), block, CHUNK,
-                self.decay, self.gate and not only_dv, self.precision, num_warps=warps, num_stages=stages,
+                self.decay, which, self.gate and which == "dk", self.precision, num_warps=warps, num_stages=stages,
             )  # fmt: skip
 
-        if splits.num_splits and self.key_size == self.value_size:
-            launch(self.key_size, self.key_size, results=2, only_dv=False)
-        elif splits.num_splits:
-            launch(self.value_size, self.key_size, results=1, only_dv=False)
-            launch(self.key_size, self.value_size, results=1, only_dv=True)
-        return self.dq, dk, dv, d_decay.sum(0).t() if self.gate else None, None
+        alike = self.key_size == self.value_size and len({x.stride(0) for x in (q, k, v, d_out)}) == 1
+        if splits.num_splits and alike and not self.gate:
+            launch("both", self.key_size, self.key_size)
+        elif splits.num_splits:  # row sums for the gate leave no registers to choose between the two while running
+            launch("dk", self.value_size, self.key_size)
+            launch("dv", self.key_size, self.value_size)
+        return self.dq, dk, dv, self._gate_gradient(writes, through, exits) if self.gate else None, None
+
+    def _row_sums(self, x_size):
+        """[column blocks, H, T], of a sweep whose result is as wide as the keys."""
+        columns = -(-self.key_size // self._config(SWEEP, x_size)[0])
+        return self.k.new_empty(columns, self.heads, self.num_tokens, dtype=torch.float32)
+
+    def _gate_gradient(self, writes, through, exits):
+        splits, reads = self.splits, self.reads
+        gradient = reads.new_empty(self.heads, self.num_tokens)
+        if splits.num_splits:
+            gate_kernel[(splits.num_splits * self.heads,)](
+                reads, writes, through, self.decays, self.entries, exits, gradient,
+                splits.first, splits.length, splits.split_chunk, splits.forward.next_row, splits.backward.row,
+                self.num_tokens, splits.num_chunks, self.heads,
+                self.key_size * self.value_size, len(reads), len(writes), CHUNK, STEP,
+            )  # fmt: skip
+        return gradient.t()
 
     def _config(self, table, width):
         return table[self.q.dtype.itemsize, padded(width)]
@@ -136,6 +160,8 @@ class Fused:
     def _sweep(self, x, y, z, out, entries, reads, *, transposed):
         splits = self.splits
         block, warps, stages = self._config(SWEEP, x.shape[2])
+        if self.decay != "scalar" and (x.dtype.itemsize, padded(x.shape[2])) == (2, 128):
+            stages = LONE_STAGES
         if splits.num_splits:
             sweep_kernel[(-(-z.shape[2] // block) * self.heads * splits.num_splits,)](
                 x, y, z, self.decays, out, entries, self.q, reads, splits.first, splits.length, splits.forward.row,

@@ -1,4 +1,4 @@
-"""The two Triton kernels behind none, fixed and scalar decay: the sum of a split, and the sweep through a split.
+"""The Triton kernels behind none, fixed and scalar decay: the sum of a split, and the sweep through a split.
 
 With rows x, y of width K and z of width V, G the inclusive cumulative log decay in a chunk, S the state entering it:
 
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-FORGOTTEN = tl.constexpr(2.0**-24)  # decay of a chunk below which nothing is taken to pass through it
+FORGOTTEN = tl.constexpr(-24.0)  # log2 of the decay of a chunk below which nothing is taken to pass through it
 # log2 of the decay below which a sum leaves out what was written before. fp32 carries 24 bits, so what is kept would
 # have to be 2^40 times smaller than what is left out was for the last bit of the sum to tell.
 LEFT_OUT = tl.constexpr(-64.0)
@@ -49,15 +49,23 @@ def decay_kernel(
 
 
 @triton.jit
-def _decays(decay_ptr, at, HT, index, count, gamma, DECAY: tl.constexpr):
+def _decays(
+    decay_ptr, at, HT, index, count, gamma, DECAY: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """log2 decay of a chunk's rows: from its start to each row (inclusive), from after each row to its end, and in all.
 
-    Rows past `count` hold zeros wherever these are used, and must only stay finite.
+    Rows past `count` hold zeros wherever these are used, and must only stay finite. FULL: there are none.
     """
     if DECAY == "fixed":
         place = (index + 1).to(tl.float32)
+        if FULL:
+            count = tl.full([], CHUNK, tl.int32)
         from_start, to_end = place * gamma, tl.maximum(count - place, 0.0) * gamma
         total = count.to(tl.float32) * gamma
+    elif FULL:
+        total = tl.load(decay_ptr + at + (CHUNK - 1)).to(tl.float32)
+        from_start = tl.load(decay_ptr + at + index)
+        to_end = tl.load(decay_ptr + HT + at + index).to(tl.float32)
     else:
         total = tl.load(decay_ptr + at + count - 1)
         from_start = tl.load(decay_ptr + at + index, mask=index < count, other=0.0)
@@ -105,7 +113,7 @@ def sum_kernel(
         y = tl.load(y_ptr + at * y_stride_t + y_at, mask=valid & (k < K)[None, :], other=0.0)
         z = tl.load(z_ptr + at * z_stride_t + z_at, mask=valid & (v < V)[None, :], other=0.0)
         if DECAY != "none":
-            from_start, to_end, total = _decays(decay_ptr, at, H * T, index, count, gamma, DECAY)
+            from_start, to_end, total = _decays(decay_ptr, at, H * T, index, count, gamma, DECAY, CHUNK, False)
             weight = tl.exp2((passed + (from_start if REVERSE else to_end)).to(tl.float32))
             z = (z * weight[:, None]).to(z.dtype)
             passed += total
@@ -140,150 +148,184 @@ def _remembered(decay_ptr, length, chunks, gamma, CHUNK: tl.constexpr, DECAY: tl
 
 
 @triton.jit
-def _sweep(
-    x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, state_ptr, x_stride_t, y_stride_t, z_stride_t, state_stride_k,
-    state_stride_v, length, row, column, H, HT, gamma, scale, state_scale,
-    extra_ptr, extra_stride_t, reads_ptr, gate_ptr, passed_ptr, passed_row, gated,
+def _load_rows(ptr, stride, column, index, count, WIDTH: tl.constexpr, ALL: tl.constexpr, FULL: tl.constexpr):
+    """Rows of a chunk, zero after `count`. ALL: no column is past WIDTH; FULL: no row is past `count`."""
+    at = ptr + (index[:, None] * stride + column[None, :])
+    if FULL and ALL:
+        return tl.load(at)
+    if FULL:
+        return tl.load(at, mask=(column < WIDTH)[None, :], other=0.0)
+    if ALL:
+        return tl.load(at, mask=(index < count)[:, None], other=0.0)
+    return tl.load(at, mask=(index < count)[:, None] & (column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _chunk(
+    state, start, count, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, extra_ptr, rows_ptr, through_ptr,
+    x_stride_t: tl.constexpr, y_stride_t: tl.constexpr, z_stride_t: tl.constexpr, out_stride_t: tl.constexpr,
+    extra_stride_t: tl.constexpr, H, HT, gamma, scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """One chunk, of which FULL says that it has all its tokens; gives the state after it."""
+    index, k, v = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), column * BLOCK_V + tl.arange(0, BLOCK_V)
+    ALL_K: tl.constexpr = K == BLOCK_K
+    ALL_V: tl.constexpr = V % BLOCK_V == 0
+    earlier = index[:, None] <= index[None, :] if REVERSE else index[:, None] >= index[None, :]
+    at = tl.full([], start, tl.int64)  # the interpreter counts loops in Python
+    x = _load_rows(x_ptr + at * x_stride_t, x_stride_t, k, index, count, K, ALL_K, FULL)
+    y = _load_rows(y_ptr + at * y_stride_t, y_stride_t, k, index, count, K, ALL_K, FULL)
+    z = _load_rows(z_ptr + at * z_stride_t, z_stride_t, v, index, count, V, ALL_V, FULL)
+    if GATE:
+        extra = _load_rows(extra_ptr + at * extra_stride_t, extra_stride_t, v, index, count, V, ALL_V, FULL)
+    weighted = z
+    scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    if REVERSE:  # measured: backward in time this product is better issued here, forward below
+        out = tl.dot(x, state.to(x.dtype), input_precision=PRECISION)
+    if DECAY == "none":
+        weights = tl.where(earlier, scores, 0.0).to(z.dtype)
+    else:
+        from_start, to_end, total = _decays(decay_ptr, at, HT, index, count, gamma, DECAY, CHUNK, FULL)
+        between = (from_start[:, None] - from_start[None, :]).to(tl.float32)
+        between = tl.where(earlier, -between if REVERSE else between, float("-inf"))
+        weights = (scores * tl.exp2(between)).to(z.dtype)
+        from_start, to_end = tl.exp2(from_start.to(tl.float32)), tl.exp2(to_end)
+        weighted = (z * (from_start if REVERSE else to_end)[:, None]).to(z.dtype)
+    if not REVERSE:
+        out = tl.dot(x, state.to(x.dtype), input_precision=PRECISION)
+    if DECAY != "none":
+        out *= (to_end if REVERSE else from_start)[:, None]
+    if GATE and REVERSE:
+        if total < FORGOTTEN:
+            tl.store(through_ptr + start // CHUNK * H, tl.sum(out * extra.to(tl.float32)) * scale)
+    out = tl.dot(weights, z, out, input_precision=PRECISION) * scale
+    out_at = out_ptr + at * out_stride_t + (index[:, None] * out_stride_t + v[None, :])
+    if FULL and ALL_V:
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty))
+    else:
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=(index < count)[:, None] & (v < V)[None, :])
+    if GATE:
+        tl.store(rows_ptr + at + index, tl.sum(out * extra.to(tl.float32), 1), mask=index < count)
+    if DECAY != "none":
+        state *= tl.exp2(total)
+    return tl.dot(tl.trans(y), weighted, state, input_precision=PRECISION)
+
+
+@triton.jit
+def _sweep(
+    x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, state_ptr, extra_ptr, rows_ptr, through_ptr,
+    x_stride_t: tl.constexpr, y_stride_t: tl.constexpr, z_stride_t: tl.constexpr, extra_stride_t: tl.constexpr,
+    state_stride_k, state_stride_v, length, row, column, HT, gamma, scale, state_scale,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split, head and block of columns of z; pointers stand at its first token. row: of the state that enters.
 
-    GATE adds what d_log_decay needs, over this block of columns: forward (dq, extra = q) rowsum(q . dq) -> reads
-    [h, t]; REVERSE (dk, extra = k, where `gated`) all of it -> gate [h, t]. See docs/linear-attention.md.
+    GATE: what `gate_kernel` adds up, over this block of columns, from dq (extra = q) or REVERSE dk (extra = k):
+    rowsum(extra . out) -> rows [t]; REVERSE, where nothing passes through a chunk, what passes its end -> through.
     """
-    index, k, v = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), column * BLOCK_V + tl.arange(0, BLOCK_V)
-    x_at, y_at = index[:, None] * x_stride_t + k[None, :], index[:, None] * y_stride_t + k[None, :]
-    z_at, out_at = index[:, None] * z_stride_t + v[None, :], index[:, None] * (H * V) + v[None, :]
-    extra_at = index[:, None] * extra_stride_t + v[None, :]
-    inside, inside_v = (k < K)[:, None] & (v < V)[None, :], (v < V)[None, :]
-    earlier = index[:, None] <= index[None, :] if REVERSE else index[:, None] >= index[None, :]
-
-    state, leaving = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32), 0.0
+    k, v = tl.arange(0, BLOCK_K), column * BLOCK_V + tl.arange(0, BLOCK_V)
+    state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
     if row >= 0:
         at = k[:, None] * state_stride_k + v[None, :] * state_stride_v
-        state = tl.load(state_ptr + at, mask=inside, other=0.0) * state_scale
-        if GATE and REVERSE:
-            if passed_row >= 0:  # sum of all that passes the end of the split: <state, its gradient>
-                leaving = tl.sum(tl.load(passed_ptr + at, mask=inside, other=0.0) * state) * scale
-
-    chunks = tl.cdiv(length, CHUNK)
-    if GATE:  # read one chunk ahead by hand: Triton does so only for what products read
-        start = chunks * CHUNK - CHUNK if REVERSE else chunks * 0
-        extra_ptr += start.to(tl.int64) * extra_stride_t
-        extra = tl.load(extra_ptr + extra_at, mask=(start + index < length)[:, None] & inside_v & gated, other=0.0)
-    for n in range(0, chunks):
-        start = (chunks - 1 - n if REVERSE else n) * CHUNK
-        at, count = start.to(tl.int64), tl.minimum(length - start, CHUNK)
-        held = index < count
-        valid = held[:, None]
-        x = tl.load(x_ptr + at * x_stride_t + x_at, mask=valid & (k < K)[None, :], other=0.0)
-        y = tl.load(y_ptr + at * y_stride_t + y_at, mask=valid & (k < K)[None, :], other=0.0)
-        z = tl.load(z_ptr + at * z_stride_t + z_at, mask=valid & inside_v, other=0.0)
-        weighted, through = z, 1.0
-        scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-        if REVERSE:  # measured: backward in time this product is better issued here, forward below
-            out = tl.dot(x, state.to(x.dtype), input_precision=PRECISION)
-        if DECAY == "none":
-            weights = tl.where(earlier, scores, 0.0).to(z.dtype)
-        else:
-            from_start, to_end, total = _decays(decay_ptr, at, HT, index, count, gamma, DECAY)
-            between = (from_start[:, None] - from_start[None, :]).to(tl.float32)
-            between = tl.where(earlier, -between if REVERSE else between, float("-inf"))
-            weights = (scores * tl.exp2(between)).to(z.dtype)
-            from_start, to_end, through = tl.exp2(from_start.to(tl.float32)), tl.exp2(to_end), tl.exp2(total)
-            weighted = (z * (from_start if REVERSE else to_end)[:, None]).to(z.dtype)
-        if not REVERSE:
-            out = tl.dot(x, state.to(x.dtype), input_precision=PRECISION)
-        if DECAY != "none":
-            out *= (to_end if REVERSE else from_start)[:, None]
-        if GATE and REVERSE:
-            if through < FORGOTTEN:  # nothing passes through the chunk: all that leaves it starts in it
-                leaving = tl.sum(out * extra.to(tl.float32)) * scale
-        out = tl.dot(weights, z, out, input_precision=PRECISION) * scale
-        tl.store(out_ptr + at * (H * V) + out_at, out.to(out_ptr.dtype.element_ty), mask=valid & inside_v)
-        if GATE:
-            if gated:
-                product = tl.sum(out * extra.to(tl.float32), 1)
-                if REVERSE:
-                    # Pairs inside the chunk are rounded alike in q . dq and k . dk, so that their sums cancel exactly.
-                    change = tl.load(reads_ptr + at + index, mask=held, other=0.0) - product
-                    tl.store(gate_ptr + at + index, tl.cumsum(change, 0, reverse=True) + leaving, mask=held)
-                    leaving += tl.sum(change)
-                else:
-                    tl.store(reads_ptr + at + index, product, mask=held)
-            extra_ptr += (-CHUNK if REVERSE else CHUNK) * extra_stride_t
-            ahead = (start - CHUNK + index >= 0) if REVERSE else (start + CHUNK + index < length)
-            extra = tl.load(extra_ptr + extra_at, mask=ahead[:, None] & inside_v & gated, other=0.0)
-        if DECAY != "none":
-            state *= through
-        state = tl.dot(tl.trans(y), weighted, state, input_precision=PRECISION)
+        state = tl.load(state_ptr + at, mask=(k < K)[:, None] & (v < V)[None, :], other=0.0) * state_scale
+    full = length // CHUNK
+    rest = length - full * CHUNK
+    # Only the last chunk of a span may be short: whole ones need no masks, and keep their fixed decays in registers.
+    if REVERSE:
+        if rest > 0:
+            state = _chunk(
+                state, full * CHUNK, rest, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, extra_ptr, rows_ptr,
+                through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H, HT, gamma, scale,
+                K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, REVERSE, GATE, PRECISION, FULL=False,
+            )  # fmt: skip
+    for n in range(0, full):
+        state = _chunk(
+            state, (full - 1 - n if REVERSE else n) * CHUNK, CHUNK, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr,
+            extra_ptr, rows_ptr, through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H, HT,
+            gamma, scale, K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, REVERSE, GATE, PRECISION, FULL=True,
+        )  # fmt: skip
+    if not REVERSE:
+        if rest > 0:
+            _chunk(
+                state, full * CHUNK, rest, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, extra_ptr, rows_ptr,
+                through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H, HT, gamma, scale,
+                K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, REVERSE, GATE, PRECISION, FULL=False,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["scale", "T"])
 def sweep_kernel(
-    x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, state_ptr, extra_ptr, reads_ptr,
+    x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, state_ptr, extra_ptr, rows_ptr,
     first_ptr, length_ptr, row_ptr,
-    x_stride_t, x_stride_h, y_stride_t, y_stride_h, z_stride_t, z_stride_h, extra_stride_t, extra_stride_h,
-    state_stride_k, state_stride_v, scale, T,
-    H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    x_stride_t: tl.constexpr, x_stride_h, y_stride_t: tl.constexpr, y_stride_h, z_stride_t: tl.constexpr, z_stride_h,
+    extra_stride_t: tl.constexpr, extra_stride_h, state_stride_k, state_stride_v, scale, T,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Forward in time: out [T, H, V] of every split. Grid: column blocks x H x splits."""
+    """Forward in time: out [T, H, V] of every split; GATE: rows [blocks, H, T]. Grid: column blocks x H x splits."""
     columns: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     column, head, split = _program(columns, H)
     first, row = tl.load(first_ptr + split).to(tl.int64), tl.load(row_ptr + split).to(tl.int64)
     gamma = 0.0
     if DECAY == "fixed":
         gamma = tl.load(decay_ptr + head).to(tl.float32) * LOG2E
-    reads_ptr += (column * H + head) * T + first
     _sweep(
         x_ptr + first * x_stride_t + head * x_stride_h, y_ptr + first * y_stride_t + head * y_stride_h,
         z_ptr + first * z_stride_t + head * z_stride_h, decay_ptr + head * T + first,
         out_ptr + (first * H + head) * V, state_ptr + (row * H + head) * K * V,
-        x_stride_t, y_stride_t, z_stride_t, state_stride_k, state_stride_v,
-        tl.load(length_ptr + split), row, column, H, H * T, gamma, scale, 1.0,
-        extra_ptr + first * extra_stride_t + head * extra_stride_h, extra_stride_t, reads_ptr, reads_ptr, state_ptr, -1,
-        True, K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, False, GATE, PRECISION,
+        extra_ptr + first * extra_stride_t + head * extra_stride_h, rows_ptr + (column * H + head) * T + first, rows_ptr,
+        x_stride_t, y_stride_t, z_stride_t, extra_stride_t, state_stride_k, state_stride_v,
+        tl.load(length_ptr + split), row, column, H * T, gamma, scale, 1.0,
+        H, K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, False, GATE, PRECISION,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["scale", "inverse_scale", "T", "results", "only_dv"])
+@triton.jit(do_not_specialize=["scale", "inverse_scale", "T", "num_chunks"])
 def reverse_kernel(
-    v_ptr, do_ptr, q_ptr, k_ptr, decay_ptr, dk_ptr, dv_ptr, state_ptr, reads_ptr, gate_ptr, passed_ptr,
-    first_ptr, length_ptr, row_ptr, passed_row_ptr,
-    v_stride_t, v_stride_h, do_stride_t, do_stride_h, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
-    scale, inverse_scale, T, results, only_dv,
-    H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    v_ptr, do_ptr, q_ptr, k_ptr, decay_ptr, dk_ptr, dv_ptr, state_ptr, rows_ptr, through_ptr,
+    first_ptr, length_ptr, row_ptr, split_chunk_ptr,
+    v_stride_t: tl.constexpr, v_stride_h, do_stride_t: tl.constexpr, do_stride_h,
+    q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h, scale, inverse_scale, T, num_chunks,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr, DECAY: tl.constexpr, WHICH: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward in time. K: width of x and y, V: of z and the result. Grid: (column blocks of dk, then of dv) x H x
-    splits.
-
-    With equal widths one launch does both (results = 2); its halves run side by side and read the same tokens, so that
-    the second read of q and d_out comes from L2. Otherwise results = 1 and only_dv says which.
+    """Backward in time. K: width of x and y, V: of z and the result, which is WHICH: "dk", "dv", or, where widths and
+    strides are equal, "both": its halves run side by side and read the same tokens, so that the second read of q and
+    d_out comes from L2. GATE, for "dk": rows [blocks, H, T] and through [blocks, chunks, H]. Grid: (column blocks of
+    dk, then of dv) x H x splits.
     """
     columns: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    column, head, split = _program(columns * results, H)
-    is_dv = (column >= columns) | (only_dv != 0)
-    column = column % columns
+    column, head, split = _program(columns * 2 if WHICH == "both" else columns, H)
     first, row = tl.load(first_ptr + split).to(tl.int64), tl.load(row_ptr + split).to(tl.int64)
-    passed_row = tl.load(passed_row_ptr + split).to(tl.int64)
     gamma = 0.0
     if DECAY == "fixed":
         gamma = tl.load(decay_ptr + head).to(tl.float32) * LOG2E
-    sums = (column * H + head) * T + first
+    rows_ptr += (column * H + head) * T + first
+    through_ptr += (column.to(tl.int64) * num_chunks + tl.load(split_chunk_ptr + split)) * H + head
     v_ptr += first * v_stride_t + head * v_stride_h
     do_ptr += first * do_stride_t + head * do_stride_h
     q_ptr += first * q_stride_t + head * q_stride_h
     k_ptr += first * k_stride_t + head * k_stride_h
+    is_dv = WHICH == "dv"
+    if WHICH == "both":
+        is_dv = column >= columns
+        column = column % columns
+    if WHICH == "dv":
+        x_stride_t: tl.constexpr = k_stride_t
+        y_stride_t: tl.constexpr = q_stride_t
+        z_stride_t: tl.constexpr = do_stride_t
+    else:
+        x_stride_t: tl.constexpr = v_stride_t
+        y_stride_t: tl.constexpr = do_stride_t
+        z_stride_t: tl.constexpr = q_stride_t
     _sweep(
         tl.where(is_dv, k_ptr, v_ptr), tl.where(is_dv, q_ptr, do_ptr), tl.where(is_dv, do_ptr, q_ptr),
         decay_ptr + head * T + first,
         tl.where(is_dv, dv_ptr, dk_ptr) + (first * H + head) * V, state_ptr + (row * H + head) * K * V,
-        tl.where(is_dv, k_stride_t, v_stride_t), tl.where(is_dv, q_stride_t, do_stride_t),
-        tl.where(is_dv, do_stride_t, q_stride_t), tl.where(is_dv, V, 1), tl.where(is_dv, 1, K),
-        tl.load(length_ptr + split), row, column, H, H * T, gamma, scale, inverse_scale,
-        k_ptr, k_stride_t, reads_ptr + sums, gate_ptr + sums, passed_ptr + (passed_row * H + head) * K * V, passed_row,
-        is_dv == 0, K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, True, GATE, PRECISION,
+        k_ptr, rows_ptr, through_ptr, x_stride_t, y_stride_t, z_stride_t, k_stride_t,
+        tl.where(is_dv, V, 1), tl.where(is_dv, 1, K),
+        tl.load(length_ptr + split), row, column, H * T, gamma, scale, inverse_scale,
+        H, K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, True, GATE, PRECISION,
     )  # fmt: skip
