@@ -13,6 +13,7 @@ import triton.language as tl
 
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
+    count_remembered,
     load_decay,
     load_decay_between,
     load_tokens,
@@ -84,7 +85,10 @@ def backward_kernel(
         split = tl.load(list_ptr + split)
     first, length = tl.load(first_ptr + split).to(tl.int64), tl.load(length_ptr + split)
     chunks = tl.cdiv(length, CHUNK)
-    tile = (tl.load(split_chunk_ptr + split).to(tl.int64) + chunks - 1) * H + head
+    tile = tl.load(split_chunk_ptr + split).to(tl.int64) * H + head
+    if GATE and MODE == "sum":  # what comes later cannot be felt where the split starts
+        chunks = tl.minimum(count_remembered(decay_ptr, tile, H, chunks, CHUNK) + 1, chunks)
+    tile += (chunks - 1) * H
     token, key, column = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), block * BLOCK + tl.arange(0, BLOCK)
     inside = (column < V)[:, None] & (key < K)[None, :]
     q_ptr += head * q_stride_h

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from longspan.kernels.linear.delta_tiles import (
+    count_remembered,
     load_decay,
     load_decay_between,
     load_tokens,
@@ -47,6 +48,7 @@ def forward_kernel(
     "sum"     the state that a split leaves when it starts from zero -> sum [row, H, K, V], and M, which maps the state
               that enters to its share of the one that leaves -> transition [row, H, K, K], columns of which start from
               those of the identity and run with U = 0. What is not needed (`DeltaTables.needed`) is written as zero.
+              What is forgotten by the end of the split is left out, and M of a split that forgets everything is zero.
     "states"  the state entering every chunk, S^T -> states [tile, V, K], and V'^T in the place of U^T
     "output"  O -> out [T, H, V]
     """
@@ -60,7 +62,7 @@ def forward_kernel(
     tile = tl.load(split_chunk_ptr + split).to(tl.int64) * H + head
     token, key, column = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), block * BLOCK + tl.arange(0, BLOCK)
     inside = (column < V)[:, None] & (key < K)[None, :]
-    chunks = tl.cdiv(length, CHUNK)
+    begin, chunks = 0, tl.cdiv(length, CHUNK)
     q_ptr += head * q_stride_h
     k_ptr += head * k_stride_h
 
@@ -68,6 +70,11 @@ def forward_kernel(
         # The columns of M follow those of S; as L2 is the limit, programs that take both are the fastest.
         column_m = column - BLOCK_V
         needed = tl.load(needed_ptr + split)
+        if GATE:
+            remembered = count_remembered(decay_ptr, tile + (chunks - 1) * H, -H, chunks, CHUNK)
+            needed = tl.minimum(needed, tl.where(remembered == chunks, 2, 1))
+            begin = tl.maximum(chunks - 1 - remembered, 0)
+            tile += begin * H
         chunks = tl.where(needed > tl.where(block * BLOCK >= BLOCK_V, 1, 0), chunks, 0)
         state = tl.where((needed > 1) & (column_m[:, None] == key[None, :]), 1.0, 0.0)
     else:
@@ -75,7 +82,7 @@ def forward_kernel(
         entry_at = entry_ptr + (entry_row * H + head) * K * V + column[:, None] + key[None, :] * V
         state = tl.load(entry_at, mask=inside & (entry_row >= 0), other=0.0)
 
-    for n in range(0, chunks):
+    for n in range(begin, chunks):
         start, left = first + n * CHUNK, length - n * CHUNK
         k = load_tokens(k_ptr + start * k_stride_t, k_stride_t, left, key, CHUNK, K, K == BLOCK_K)
         w = tl.load(w_ptr + tile * CHUNK * BLOCK_K + token[:, None] * BLOCK_K + key[None, :])

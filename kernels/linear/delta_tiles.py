@@ -4,15 +4,18 @@ Scratch tensors hold one tile per (chunk, head), [num_chunks, H, rows, columns],
 to whole chunks, so that they are read without masks. Token tensors are [T, H, D].
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from longspan.kernels.linear.splits import Splits, padded
+from longspan.kernels.linear.splits import LEFT_OUT_LOG2, Splits, padded
 
 CHUNK = 64
+LEFT_OUT = tl.constexpr(LEFT_OUT_LOG2 * math.log(2))
+SEARCHED = tl.constexpr(32)  # chunks whose decays are read at once
 
 
 @dataclass(frozen=True)
@@ -135,3 +138,20 @@ def load_decay_between(decay_ptr, tile, TRANSPOSED: tl.constexpr, EXACT: tl.cons
     else:
         log = tl.where(token[:, None] >= token[None, :], log, float("-inf"))
     return tl.exp(log)
+
+
+@triton.jit
+def count_remembered(decay_ptr, tile, step, chunks, CHUNK: tl.constexpr):
+    """Of `chunks` chunks, that of `tile` and others `step` tiles apart each: how many can be passed, in this order,
+    before the decay through all that were passed is below LEFT_OUT. As |I - beta k k^T| <= 1, nothing that is beyond
+    the next one can be felt before the first. NaN is not forgotten."""
+    number = tl.arange(0, SEARCHED)
+    passed, remembered, log_decay = 0, 0, 0.0
+    while (passed < chunks) & (passed == remembered):
+        left = chunks - passed
+        at = decay_ptr + (tile + (passed + number) * step) * (4 * CHUNK) + CHUNK - 1
+        through = log_decay + tl.cumsum(tl.load(at, mask=number < left, other=0.0), 0)
+        remembered += tl.sum(((number < left) & ~(through < LEFT_OUT)).to(tl.int32), 0)
+        log_decay = tl.min(through, 0)
+        passed += tl.minimum(left, SEARCHED)
+    return remembered

@@ -14,11 +14,11 @@ the order it lies in memory. The state stays on chip for the whole split. Deriva
 import triton
 import triton.language as tl
 
+from longspan.kernels.linear.splits import LEFT_OUT_LOG2
+
 LOG2E = tl.constexpr(1.4426950408889634)
 FORGOTTEN = tl.constexpr(-24.0)  # log2 of the decay of a chunk below which nothing is taken to pass through it
-# log2 of the decay below which a sum leaves out what was written before. fp32 carries 24 bits, so what is kept would
-# have to be 2^40 times smaller than what is left out was for the last bit of the sum to tell.
-LEFT_OUT = tl.constexpr(-64.0)
+LEFT_OUT = tl.constexpr(LEFT_OUT_LOG2)
 SEARCHED = tl.constexpr(64)  # chunks whose decays are read at once
 
 

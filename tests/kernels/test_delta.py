@@ -127,6 +127,61 @@ def test_needed_parts_of_splits(delta):
     assert tables.needed.tolist() == [0, 2, 2, 2, 2, 2]
 
 
+def by_general(spans, given):
+    """What the Form should give, from the plain PyTorch form in fp64."""
+    inputs, *states = given
+    heads, sizes = inputs["q"].shape[1], (inputs["q"].shape[2], inputs["v"].shape[2])
+    exact = {name: None if x is None else x.double() for name, x in inputs.items()}
+    table = General.tables(spans, heads, *sizes).map(lambda x: x.to(inputs["q"].device))
+    wanted = forms.run_form(General, table, exact, *(x.double() for x in states), SCALE)
+    return {name: x.cpu() for name, x in wanted.items() if x is not None}
+
+
+LONG = 36 * 64 - 5  # tokens of a split whose chunks take two steps of the search for what is remembered
+
+
+def forgetting_heads(num_tokens):
+    """[T, 7]: log decays of which all, a part or nothing is forgotten, with the border in every place that matters."""
+    decay = torch.zeros(num_tokens, 7)
+    decay[:, 0] = -20.0
+    decay[:, 1] = -0.05
+    decay[:, 2] = -44.4 / num_tokens  # just below the threshold from end to end
+    decay[:, 3] = -44.3 / num_tokens  # just above
+    decay[70::64, 4] = -44.5 / 32  # the 32 chunks of one step of the search pass it at its last one
+    decay[num_tokens // 2, 5] = -500.0
+    return decay  # the last head never forgets
+
+
+@pytest.mark.parametrize("split", [LONG + 5, 512])
+def test_forgetting(delta, split):
+    length, heads = (LONG, 7) if split > LONG else (LONG // 2, 4)
+    spans = Spans((0, length), (0,), (0,), (0,))
+    inputs, *states = make(spans, "medium", heads, 16, 16)
+    inputs["log_decay"] = forgetting_heads(length)[:, -heads:]
+    given = inputs, *states
+    check(delta, spans, given, 1e-5, split=split, wanted=by_general(spans, given))
+
+
+def test_what_is_forgotten_is_not_read(delta):
+    """NaN in the first chunks does not reach the state that is left; in the last ones, the gradient at the start."""
+    spans = Spans((0, LONG), (0,))
+    inputs, *_ = make(spans, "medium", 7, 16, 16)
+    inputs["log_decay"] = forgetting_heads(LONG)
+    finite = torch.tensor([True, True, False, False, False, True, False])
+    tables = delta.DeltaTables.of(Splits.of(spans, LONG + 5, 64))
+    for part in (slice(0, 17 * 64), slice(19 * 64, LONG)):
+        torn = inputs | {"v": inputs["v"].clone()}
+        torn["v"][part] = float("nan")
+        work = delta.Delta(tables, *(torn[name] for name in ("q", "k", "v", "log_decay", "beta")), SCALE)
+        if part.start == 0:
+            state, transition = work.summary()
+            assert torch.equal(transition[0].flatten(1).any(1), torch.tensor([False] * 3 + [True, False, False, True]))
+        else:
+            work.start_backward((None, torch.zeros(1, 7, 16, 16)), torn["v"], True)
+            state = work.gradient_summary()
+        assert torch.equal(state[0].flatten(1).isfinite().all(1), finite)
+
+
 def documents(num_tokens):
     """Mixed lengths with single tokens and a long rest, and the same tokens as one span in the middle of a document."""
     lengths, left = [], num_tokens
@@ -156,10 +211,5 @@ def test_on_a_gpu(delta, case, num_tokens):
     dtype, *sizes = case
     for spans, family in zip(documents(num_tokens) * 2, ["delta", "medium", "spiky", "fixed"]):
         given = make(spans, family, 2, *sizes, dtype, "cuda")
-        inputs, *states = given
-        inputs["beta"] = inputs["beta"].to(dtype)
-        exact = {name: None if x is None else x.double() for name, x in inputs.items()}
-        table = General.tables(spans, 2, *sizes).map(lambda x: x.cuda())
-        wanted = forms.run_form(General, table, exact, *(x.double() for x in states), SCALE)
-        wanted = {name: x.cpu() for name, x in wanted.items() if x is not None}
-        check(delta, spans, given, LIMITS[dtype], split=512, wanted=wanted, same_again=True)
+        given[0]["beta"] = given[0]["beta"].to(dtype)
+        check(delta, spans, given, LIMITS[dtype], split=512, wanted=by_general(spans, given), same_again=True)
