@@ -123,7 +123,7 @@ class Fused:
                 reads, writes, through, self.decays, self.entries, exits, gradient,
                 splits.first, splits.length, splits.split_chunk, splits.forward.next_row, splits.backward.row,
                 self.num_tokens, splits.num_chunks, self.heads,
-                self.key_size * self.value_size, len(reads), len(writes), CHUNK, STEP,
+                self.key_size * self.value_size, len(reads), len(writes), CHUNK, STEP, num_warps=8,
             )  # fmt: skip
         return gradient.t()
 

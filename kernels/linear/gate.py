@@ -5,7 +5,8 @@ import triton.language as tl
 
 from longspan.kernels.linear.sweep import FORGOTTEN
 
-STEP = 16  # chunks at a time
+STEP = 32  # chunks at a time
+STATE_STEP = tl.constexpr(4096)  # numbers of the states at a time
 
 
 @triton.jit(do_not_specialize=["T", "num_chunks"])
@@ -30,9 +31,9 @@ def gate_kernel(
 
     carried = 0.0  # of what passes the end of the chunks at hand
     if (leaving_row >= 0) & (exit_row >= 0):
-        passed = tl.zeros([1024], dtype=tl.float32)
-        for block in range(0, (SIZE + 1023) // 1024):
-            element = block * 1024 + tl.arange(0, 1024)
+        passed = tl.zeros([STATE_STEP], dtype=tl.float32)
+        for block in range(0, (SIZE + STATE_STEP - 1) // STATE_STEP):
+            element = block * STATE_STEP + tl.arange(0, STATE_STEP)
             state = tl.load(entry_ptr + (leaving_row * H + head) * SIZE + element, mask=element < SIZE, other=0.0)
             d_state = tl.load(exit_ptr + (exit_row * H + head) * SIZE + element, mask=element < SIZE, other=0.0)
             passed += state * d_state
@@ -55,8 +56,8 @@ def gate_kernel(
         for part in tl.static_range(WRITES):
             place = part * num_chunks.to(tl.int64) * H + chunk * H
             restart += tl.load(through_ptr + place, mask=anew, other=0.0)
-        # At the start of chunk n: the changes from there to the first chunk that starts anew, with what that one has, or
-        # to the end of the chunks at hand, with what is carried. Equal counts: nothing starts anew in between.
+        # At the start of chunk n: the changes from there to the first chunk that starts anew, with what that one has,
+        # or to the end of the chunks at hand, with what is carried. Equal counts: nothing starts anew in between.
         changes = tl.sum(change, 1)
         count = tl.cumsum(anew.to(tl.int32), 0, reverse=True)
         same = (step[:, None] <= step[None, :]) & (count[:, None] == count[None, :])

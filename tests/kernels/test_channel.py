@@ -166,6 +166,11 @@ def test_no_tokens():
     assert all(result[name].shape == x.shape for name in ("out", "dq", "dk", "dv", "dlog_decay"))
 
 
+def fits(dtype, *sizes):
+    if dtype == torch.float32 and max(sizes) > 128:
+        pytest.skip("fp32 heads wider than 128 run in plain PyTorch")
+
+
 class TestOnGpu:
     pytestmark = pytest.mark.gpu
 
@@ -179,6 +184,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("size", [64, 128, 256])
     def test_sizes(self, size, dtype, strength):
+        fits(dtype, size)
         spans = self.spans(1000 if size < 256 else 200)
         check(spans, strength, dtype, heads=1, key_size=size, value_size=size, size=256, device="cuda")
 
@@ -191,6 +197,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
     @pytest.mark.parametrize("sizes", [(5, 3), (16, 256), (256, 16), (32, 64), (100, 200), (20, 128)], ids=str)
     def test_table_rows(self, sizes, dtype):
+        fits(dtype, *sizes)
         for strength in ("medium", "spiky"):
             check(self.spans(200), strength, dtype, heads=1, key_size=sizes[0], value_size=sizes[1], device="cuda")
 
