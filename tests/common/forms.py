@@ -120,6 +120,12 @@ def errors(actual, wanted):
     return result
 
 
+def assert_within(errors, limits):
+    """Every error below its limit, or all of them in the message, which pytest would cut."""
+    listed = ", ".join(f"{name} {error:.1e} (< {limits[name]:.1e})" for name, error in errors.items())
+    assert all(error < limits[name] for name, error in errors.items()), listed
+
+
 def _zero(rows):
     q, v = rows["q"], rows["v"]
     return q.new_zeros(q.shape[1], q.shape[2], v.shape[2])

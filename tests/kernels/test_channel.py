@@ -46,7 +46,7 @@ def check(
         wanted = {name: x for name, x in wanted.items() if name not in ("state", "d_state", "transition")}
     errors = forms.errors(actual, wanted)
     limits = {name: (GATE_LIMITS if name == "dlog_decay" else LIMITS)[dtype] for name in errors}
-    assert all(error < limits[name] for name, error in errors.items()), errors
+    forms.assert_within(errors, limits)
     assert actual["dbeta"] is None and actual["dq"].dtype == actual["dv"].dtype == dtype
     return actual
 

@@ -54,8 +54,10 @@ def check(delta, spans, given, limit, *, split=64, wanted=None, same_again=False
     assert all(found[f"d{name}"].dtype == inputs[name].dtype for name in "qkv")
     gated = inputs["log_decay"] is not None and inputs["log_decay"].ndim == 2
     assert (found["dlog_decay"] is None) != gated
-    errors = forms.errors(found, wanted)
-    assert max(errors.values()) < limit, {name: f"{error:.1e}" for name, error in errors.items()}
+    # One number per head is left of sums over the width that cancel: with one token nothing averages the rounding.
+    alone = spans.offsets[-1] == 1
+    limits = {name: 3 * limit if alone and name in ("dbeta", "dlog_decay") else limit for name in wanted}
+    forms.assert_within(forms.errors(found, wanted), limits)
     if same_again:
         again = run()
         assert all(x is None or torch.equal(x, again[name]) for name, x in found.items())

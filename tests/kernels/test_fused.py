@@ -32,8 +32,7 @@ def check(name, sizes, decay, split, device="cpu", dtype=torch.float32, limit=2e
     tables = Splits.of(spans, split, chunk).map(lambda x: x.to(device))
     actual = forms.run_form(form, tables, *inputs, SCALE)
     errors = forms.errors(actual, forms.expected(spans, *inputs, SCALE))
-    limits = {"dlog_decay": gate_limit(decay, limit, 5)}
-    assert all(error <= limits.get(key, limit) for key, error in errors.items()), errors
+    forms.assert_within(errors, dict.fromkeys(errors, limit) | {"dlog_decay": gate_limit(decay, limit, 5)})
     return form, tables, inputs, actual
 
 
@@ -67,7 +66,7 @@ def check_forgetting(decay, split, sizes=(16, 16), device="cpu", dtype=torch.flo
     exact = {name: x if x is None else x.double() for name, x in given[0].items()}, *(x.double() for x in states)
     wanted = forms.run_form(Chunked, Chunked.tables(spans).map(lambda x: x.to(device)), *exact, SCALE)
     errors = forms.errors(actual, {name: x.cpu() for name, x in wanted.items() if x is not None})
-    assert max(errors.values()) < limit, errors
+    forms.assert_within(errors, dict.fromkeys(errors, limit))
 
 
 @pytest.mark.parametrize("split", [LONG + 5, 512])
@@ -157,8 +156,7 @@ class TestOnGpu:
             actual = forms.run_form(form, tables, *inputs, SCALE)
             errors = forms.errors(actual, wanted)
             limit = 6e-3 if dtype == torch.bfloat16 else 2e-5
-            limits = {"dlog_decay": gate_limit(decay, limit, 2)}
-            assert all(error <= limits.get(key, limit) for key, error in errors.items()), (offsets, errors)
+            forms.assert_within(errors, dict.fromkeys(errors, limit) | {"dlog_decay": gate_limit(decay, limit, 2)})
             for name, x in forms.run_form(form, tables, *inputs, SCALE).items():
                 assert x is None or torch.equal(x, actual[name]), f"{name} differs from run to run"
 
