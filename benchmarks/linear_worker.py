@@ -19,6 +19,7 @@ import torch
 from longspan.benchmarks import linear_cases
 from longspan.benchmarks.linear_cases import Problem
 from longspan.benchmarks.linear_peers import IMPLEMENTATIONS
+from longspan.benchmarks.parallel_tuning import compile_in_parallel
 
 ROTATED_BYTES = 256 << 20  # input sets are rotated until they weigh this, several times an L2 cache
 REPETITION_S = 1e-3  # shorter calls are repeated within one timed repetition
@@ -83,6 +84,8 @@ def prepare_all(batches: list[list[Step]], *, limit_s: float) -> None:
 
 
 def _serve(connection, steps):
+    if any(step.by != "longspan" and step.problem.device.type == "cuda" for step in steps):
+        compile_in_parallel()
     for step in steps:
         try:
             result = KINDS[step.kind](step)

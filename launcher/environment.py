@@ -69,8 +69,10 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the clone that runs, with `+changes` when files differ from it. For a copy without its history what
-    LONGSPAN_COMMIT says, or None."""
+    """What LONGSPAN_COMMIT says, for copies without their history or with another; else the commit of the clone that
+    runs, with `+changes` when files differ from it, or None."""
+    if said := os.environ.get("LONGSPAN_COMMIT"):
+        return said
     root = Path(longspan.__file__).resolve().parent.parent
     try:
         outputs = [
@@ -78,5 +80,5 @@ def commit() -> str | None:
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         ]
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("LONGSPAN_COMMIT")
+        return None
     return outputs[0].strip() + ("+changes" if outputs[1].strip() else "")
