@@ -1,4 +1,4 @@
-"""Peers' autotuning with the compilers on all cores: the same configurations are timed, but none is waited for alone."""
+"""Autotuning of peers with the compilers on all cores: the same configurations are timed, none is waited for alone."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

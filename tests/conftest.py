@@ -1,13 +1,17 @@
 """What every test gets: NaN-filled scratch memory in longspan code, one torch thread, GPU tests skipped without one."""
 
+import importlib.util
 import os
 
+import interpreter_bf16
 import poison
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # before any kernel is defined: Triton's interpreter runs them on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        interpreter_bf16.install()
 
 
 @pytest.fixture(autouse=True, scope="session")

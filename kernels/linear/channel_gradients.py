@@ -92,7 +92,7 @@ def gradients_kernel(
             channel = group + start + tl.arange(0, STRONG_K)
             g = load_rows(g_ptr, g_stride_t, token, channel, length, K).to(tl.float32)
             total = tl.load(total_ptr + channel, mask=channel < K, other=0.0)
-            q = load_rows(q_ptr, q_stride_t, token, channel, length, K) * scale
+            q = load_rows(q_ptr, q_stride_t, token, channel, length, K).to(tl.float32) * scale
             k = load_rows(k_ptr, k_stride_t, token, channel, length, K).to(tl.float32)
             passed, to_end = tl.exp(g), tl.full([CHUNK, STRONG_K], 1.0, tl.float32)
             from_start = passed

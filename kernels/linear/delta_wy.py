@@ -130,8 +130,6 @@ def wy(call, *, keep_inverse: bool):
     inverse = call.scratch(CHUNK, CHUNK) if keep_inverse else None
     decay = None if call.log_decay is None else call.scratch(4, CHUNK, dtype=torch.float32)
     precision, registers = MERGES[call.q.dtype]
-    if precision == "bf16x3" and not call.q.is_cuda:  # the interpreter has no right products of bf16
-        precision = "tf32x3"
     warps = call.warps(WARPS)
     if max(call.widths) > 128:
         registers = None

@@ -1,4 +1,4 @@
-"""Peers' configurations are compiled before the first one is timed. No GPU: Triton compiles for one that is not there."""
+"""Configurations of peers are compiled before one is timed. No GPU: Triton compiles for one that is not there."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
 """Decay per key channel in Triton kernels, against the recurrence: values, gradients, states in and out.
 
-Here in the interpreter, in fp32 and fp16; on a GPU in bf16 and fp32 at full sizes.
+Here in the interpreter, at small sizes; on a GPU in bf16 and fp32 at full sizes.
 """
 
 import forms
@@ -60,6 +60,11 @@ def test_span_lengths(name, strength):
 @pytest.mark.parametrize("strength", STRENGTHS)
 def test_splits_of_many_spans(strength):
     check(forms.spans_of("mixed"), strength, torch.float32, heads=1, key_size=16, value_size=16, size=128)
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_bfloat16(strength):
+    check(forms.spans_of("mixed"), strength, torch.bfloat16, heads=1, key_size=32, value_size=16, size=128)
 
 
 def test_one_chunk_per_split():

@@ -80,9 +80,10 @@ def test_sizes_and_splits(delta, sizes, split):
     check(delta, spans, make(spans, "medium", 1, *sizes), 1e-5, split=split)
 
 
-def test_half_precision(delta):
-    given = make(MIXED, "medium", 1, 32, 16, torch.float16)
-    check(delta, MIXED, given, 3e-3)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 3e-3), (torch.bfloat16, 1.5e-2)], ids=str)
+def test_half_precision(delta, dtype, limit):
+    given = make(MIXED, "medium", 1, 32, 16, dtype)
+    check(delta, MIXED, given, limit)
 
 
 ALIKE = [("delta", 0, 2e-2), ("reflecting", 0.3, 2e-2), ("reflecting", 0, 0.3)]

@@ -43,6 +43,11 @@ def test_equals_the_recurrence(name, decay):
     check(name, sizes, decay, split=128)
 
 
+@pytest.mark.parametrize("decay", DECAYS, ids=str)
+def test_bfloat16(decay):
+    check("mixed", (32, 16), decay, split=128, dtype=torch.bfloat16, limit=6e-3)
+
+
 def test_split_sizes_agree():
     check("mixed", (16, 16), "medium", split=64)
     check("one", (16, 16), "spiky", split=256)

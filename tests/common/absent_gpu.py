@@ -1,0 +1,118 @@
+"""Compile kernels for a Hopper GPU that is not there: `install()`, then call forms on CPU tensors; nothing is launched.
+
+As a script it compiles what the linear forms launch and prints a line of JSON per kernel:
+
+    python tests/common/absent_gpu.py DTYPE WIDTH...          # such as bfloat16 64 128
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+SHARED_LIMIT = 227 * 1024  # bytes of shared memory that a program may have on Hopper
+_INSTRUCTION = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+_UNIFORM = re.compile(r"(gdesc|desc)?\[?UR(\d+)")
+
+
+def install() -> list:
+    """From now on kernels are compiled for compute capability 9.0 and not launched. Returns the list that they go to.
+    Triton's interpreter must be off (TRITON_INTERPRET)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Absent:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def map_python_to_cpp_type(self, kind):
+            return "int"
+
+    driver.set_active(Absent())
+    compiled, launch = [], JITFunction.run
+
+    def run(self, *args, grid, warmup, **options):
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        if all(kernel is not other for other in compiled):
+            compiled.append(kernel)
+        return kernel
+
+    JITFunction.run = run
+    return compiled
+
+
+def disassemble(kernel) -> str:
+    """The machine code of a compiled kernel as text."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def undefined_registers(sass: str) -> dict[str, str]:
+    """{uniform register that is read and never written: the instruction that reads it}. ptxas 12.8 has made such code:
+    addresses of products' operands came from it, and gradients were wrong by a few percent."""
+    written, read = set(), {}
+    for match in _INSTRUCTION.finditer(sass):
+        operation, operands = match[1], [operand.strip() for operand in match[2].split(",")]
+        wide = 2 if ".64" in operation or "WIDE" in operation else 4 if ".128" in operation else 1
+        if re.fullmatch(r"UR\d+", operands[0]) and operation.startswith(
+            ("U", "R2UR", "S2UR", "REDUX", "VOTEU", "LDCU")
+        ):
+            first = int(operands.pop(0)[2:])
+            written |= set(range(first, first + wide))
+        for operand in operands:
+            for kind, number in _UNIFORM.findall(operand):
+                first, count = int(number), 1
+                if kind == "gdesc":  # descriptors of both operands, or of the second if the first is in registers
+                    first, count = (first + 2, 2) if re.fullmatch(r"R\d+", operands[1]) else (first, 4)
+                elif kind == "desc" or (".64" in operation and operation.startswith("U")):
+                    count = 2
+                for register in range(first, first + count):
+                    read.setdefault(register, f"{operation} {match[2].strip()}")
+    return {f"UR{register}": text for register, text in read.items() if register not in written}
+
+
+def compile_forms(dtype, widths) -> list:
+    """What the fused forms launch for heads of these widths, forward and backward, with all that states do."""
+    import forms
+
+    from longspan.kernels.linear.channel import Channel
+    from longspan.kernels.linear.delta import Delta
+    from longspan.kernels.linear.form import Spans
+    from longspan.kernels.linear.fused import Fused
+
+    compiled = install()
+    spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
+    cases = [(Fused, decay, 0) for decay in (None, "fixed", "medium")]
+    cases += [(Delta, decay, 1) for decay in (None, "fixed", "medium")] + [(Channel, "channel_medium", 0)]
+    for width in widths:
+        for form, decay, beta in cases:
+            inputs, *states = forms.random_inputs(spans, 2, width, width, decay, beta, dtype=dtype)
+            forms.run_form(form, form.tables(spans, 2, width, width), inputs, *states, 0.3)
+    return compiled
+
+
+def main():
+    import torch
+
+    for kernel in compile_forms(getattr(torch, sys.argv[1]), [int(width) for width in sys.argv[2:]]):
+        sass = disassemble(kernel)
+        record = {"name": kernel.name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+        record |= {"spills": len(re.findall(r"\bSTL\b", sass)), "undefined": undefined_registers(sass)}
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()

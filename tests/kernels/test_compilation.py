@@ -1,0 +1,54 @@
+"""Kernels compile for Hopper, fit it, and the assembler has not left out half of what it wrote. No GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import absent_gpu
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+REST = [("bfloat16", width) for width in (16, 32, 64, 256)] + [("float32", width) for width in (16, 64, 128)]
+
+
+def compiled(dtype, width, cache):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, absent_gpu.__file__, dtype, str(width)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env=environment | {"TRITON_CACHE_DIR": str(cache)}
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(kernels):
+    names = {kernel["name"] for kernel in kernels}
+    assert {"sweep_kernel", "reverse_kernel", "gate_kernel", "inputs_kernel", "gradients_kernel"} <= names
+    for kernel in kernels:
+        assert kernel["shared"] <= absent_gpu.SHARED_LIMIT, kernel
+        assert not kernel["undefined"], kernel
+
+
+def test_kernels_compile(tmp_path):
+    check(compiled("bfloat16", 128, tmp_path))
+
+
+@pytest.mark.gpu  # minutes, and what matters is the assembler that comes with the GPU machine's Triton
+@pytest.mark.parametrize(("dtype", "width"), REST)
+def test_all_widths_compile(dtype, width, tmp_path):
+    check(compiled(dtype, width, tmp_path))
+
+
+def test_undefined_registers_are_found():
+    sass = """
+        /*0010*/                   ULDC.64 UR4, c[0x0][0x208] ;
+        /*0020*/                   UMOV UR8, 0x400 ;
+        /*0030*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0040*/              @!UP0 UIADD3 UR9, UR8, UR17, URZ ;
+        /*0050*/                   HGMMA.64x64x16.F32 R24, R60, gdesc[UR20].tnspB, R24 ;
+        /*0060*/                   UMOV UR22, UR8 ;
+        /*0070*/                   HGMMA.64x32x16.F32 R24, gdesc[UR20].tnspA.tnspB, RZ, !UPT ;
+        /*0080*/                   UMOV UR20, UR9 ;
+    """
+    assert sorted(absent_gpu.undefined_registers(sass)) == ["UR17", "UR21", "UR23"]
