@@ -35,7 +35,8 @@ from longspan.kernels.linear.delta_tiles import (
 PAIRS = {2: (64, 64, 4, 2), 4: (32, 32, 4, 1)}
 # The same; columns of K per program.
 INPUTS = {2: (64, 64, 4, 2, 168), 4: (32, 32, 4, 1)}
-# With 32 columns of 2 bytes, ptxas 12.8 computes the address of an operand from a register that it never sets.
+# For keys up to 32 wide of 2 bytes: in larger steps ptxas 12.8 computes the address of an operand from a register that
+# it never sets, for some widths of V.
 NARROW = (16, 16, 4, 2)
 
 
@@ -214,7 +215,7 @@ def input_gradients(call, wy, d_out, values, d_values, states, d_states, gate: b
     q, k, v, beta = call.q, call.k, call.v, call.beta
     block_k, block_v = call.widths
     pair_k, pair_v, *pair_options = PAIRS[q.element_size()]
-    step_k, step_v, *options = NARROW if (q.element_size(), block_k) == (2, 32) else INPUTS[q.element_size()]
+    step_k, step_v, *options = NARROW if q.element_size() == 2 and block_k <= 32 else INPUTS[q.element_size()]
     step_k, step_v = min(step_k, block_k), min(step_v, block_v)
     blocks = block_k // step_k
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))

@@ -1,7 +1,7 @@
 """None, fixed and scalar decay in fused Triton kernels: a sum per split, a fold along the splits, one sweep per split.
 
-No state of a chunk goes to memory. Launches: 3 forward and 4 backward, with a scalar gate one more forward and three
-backward, and 2 more each where spans are linked to other ranks.
+No state of a chunk goes to memory. Launches: 3 forward and 4 backward (5 if widths or token strides differ), with a
+scalar gate 4 and 7, and 2 more each where spans are linked to other ranks.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 As a script it compiles what the linear forms launch and prints a line of JSON per kernel:
 
-    python tests/common/absent_gpu.py DTYPE WIDTH...          # such as bfloat16 64 128
+    python tests/common/absent_gpu.py DTYPE WIDTH...          # such as bfloat16 64 128, or 16,64 for K, V
 """
 
 import json
@@ -85,7 +85,7 @@ def undefined_registers(sass: str) -> dict[str, str]:
 
 
 def compile_forms(dtype, widths) -> list:
-    """What the fused forms launch for heads of these widths, forward and backward, with all that states do."""
+    """What the fused forms launch for heads of these widths (K, V), forward and backward, with all that states do."""
     import forms
 
     from longspan.kernels.linear.channel import Channel
@@ -97,17 +97,18 @@ def compile_forms(dtype, widths) -> list:
     spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
     cases = [(Fused, decay, 0) for decay in (None, "fixed", "medium")]
     cases += [(Delta, decay, 1) for decay in (None, "fixed", "medium")] + [(Channel, "channel_medium", 0)]
-    for width in widths:
+    for sizes in widths:
         for form, decay, beta in cases:
-            inputs, *states = forms.random_inputs(spans, 2, width, width, decay, beta, dtype=dtype)
-            forms.run_form(form, form.tables(spans, 2, width, width), inputs, *states, 0.3)
+            inputs, *states = forms.random_inputs(spans, 2, *sizes, decay, beta, dtype=dtype)
+            forms.run_form(form, form.tables(spans, 2, *sizes), inputs, *states, 0.3)
     return compiled
 
 
 def main():
     import torch
 
-    for kernel in compile_forms(getattr(torch, sys.argv[1]), [int(width) for width in sys.argv[2:]]):
+    widths = [[int(size) for size in width.split(",")] for width in sys.argv[2:]]
+    for kernel in compile_forms(getattr(torch, sys.argv[1]), [(*sizes, sizes[0])[:2] for sizes in widths]):
         sass = disassemble(kernel)
         record = {"name": kernel.name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
         record |= {"spills": len(re.findall(r"\bSTL\b", sass)), "undefined": undefined_registers(sass)}

@@ -125,6 +125,22 @@ def test_heads_may_share_keys_and_strides_may_be_any():
         assert x is None or torch.equal(x, actual[name]), name
 
 
+@pytest.mark.parametrize("decay", [None, "fixed", "medium"], ids=str)
+def test_token_strides_may_differ(decay):
+    """v and d_out as parts of wider tensors, q and k not: dk and dv cannot share a launch then."""
+    form, _ = fused()
+    spans = forms.spans_of("65")
+    inputs, entry, d_out, exit_grad = forms.random_inputs(spans, 2, 16, 16, decay, 0)
+    tables = Splits.of(spans, 64, 64)
+    plain = forms.run_form(form, tables, inputs, entry, d_out, exit_grad, SCALE)
+    for wide in (("v",), ("d_out",), ("q",)):
+        parts = {name: torch.cat([x, x], 1)[:, :2] if name in wide else x for name, x in inputs.items()}
+        d_part = torch.cat([d_out, d_out], 1)[:, :2] if "d_out" in wide else d_out
+        actual = forms.run_form(form, tables, parts, entry, d_part, exit_grad, SCALE)
+        for name, x in plain.items():
+            assert x is None or torch.equal(x, actual[name]), (wide, name)
+
+
 def test_no_tokens():
     form, _ = fused()
     empty = torch.empty(0, 2, 16)
