@@ -27,8 +27,7 @@ def linear_attention(
 
     q, k: [T, H, K]; v: [T, H, V]: this rank's tokens in the order of `layout`, one floating dtype; returns [T, H, V] in
     it. fp64 is computed and sent in fp64, everything else in fp32. scale defaults to K**-0.5.
-    log_decay: None, [H] (fixed, without gradient), [T, H] or [T, H, K] (per key channel), finite
-    values <= 0.
+    log_decay: None, [H] (fixed, without gradient), [T, H] or [T, H, K] (per key channel), <= 0; -inf forgets all.
     beta: None or [T, H]: the delta rule, S_t = D S_{t-1} + beta_t k_t (v_t - (D S_{t-1})^T k_t)^T with D = decay_t, for
     keys of norm at most 1. causal=False: every token reads its whole document's state (no decay, no beta).
     normalize: divides by scale * q_t^T sum(k), as with positive feature maps.

@@ -6,8 +6,8 @@ they are used. Backward, the sums over tokens leave as one row per piece and are
 """
 
 import torch
-import triton
-import triton.language as tl
+
+from longspan.kernels.compiler import tl, triton
 
 AHEAD, BLOCK_CHANNELS, NUM_WARPS = 4, 256, 2
 FORWARD_STEPS = 64  # tokens of a piece

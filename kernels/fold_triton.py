@@ -1,9 +1,8 @@
 """fold_chains as one Triton launch: a program follows one chain with a tile of one head's state on chip."""
 
 import torch
-import triton
-import triton.language as tl
 
+from longspan.kernels.compiler import tl, triton
 from longspan.kernels.fold import MAX_KEYS
 
 BLOCK = 1024  # elements of a state per program, where transitions act on them one by one

@@ -1,8 +1,8 @@
 """merge as one Triton kernel: every tensor is read once and the accumulators written once."""
 
 import torch
-import triton
-import triton.language as tl
+
+from longspan.kernels.compiler import tl, triton
 
 
 def merge_triton(

@@ -11,8 +11,7 @@ strong  elsewhere, a tree: on level n the chunk is cut in blocks of 2^(n + 1) to
         (`climb`), never differences of logs: no gate, not even log decay -inf, is too strong or costs accuracy.
 """
 
-import triton
-import triton.language as tl
+from longspan.kernels.compiler import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MILD = tl.constexpr(120.0)
@@ -37,6 +36,15 @@ def load_rows(ptr, stride, token, column, length, WIDTH: tl.constexpr):
 def store_rows(ptr, stride, token, column, length, value, WIDTH: tl.constexpr):
     at = ptr + token[:, None].to(tl.int64) * stride + column[None, :]
     tl.store(at, value.to(ptr.dtype.element_ty), mask=(token < length)[:, None] & (column < WIDTH)[None, :])
+
+
+@triton.jit
+def factor(x, work: tl.constexpr, PRECISION: tl.constexpr):
+    """x as a product will take it, for use beside that product: in `work`, and for tf32 rounded to its 11 bits."""
+    x = x.to(work)
+    if PRECISION == "tf32" and work == tl.float32:
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit

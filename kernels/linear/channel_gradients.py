@@ -5,10 +5,8 @@ to queries from it on, keys before it to the exit, and entry to exit. What a pai
 taken off again at the key, both from the same rounded factors, so that only rounding in fp32 is left outside the pair.
 """
 
-import triton
-import triton.language as tl
-
-from longspan.kernels.linear.channel_decay import LOG2E, climb, is_mild, is_second, load_rows, meets, store_rows
+from longspan.kernels.compiler import tl, triton
+from longspan.kernels.linear.channel_decay import LOG2E, climb, factor, is_mild, is_second, load_rows, meets, store_rows
 
 # (bytes per number, value columns padded): (key channels per program, per step, per step where gates are strong, warps,
 # stages).
@@ -72,8 +70,8 @@ def gradients_kernel(
             half = total * (0.5 * LOG2E)
             rise = _running_sum(g * LOG2E, from_before, work) - half[None, :]
             rise, fall, edge = tl.exp2(rise), tl.exp2(-rise), tl.exp2(half)
-            q = (load_rows(q_ptr, q_stride_t, token, channel, length, K) * (rise * scale)).to(work)
-            k = (load_rows(k_ptr, k_stride_t, token, channel, length, K) * fall).to(work)
+            q = factor(load_rows(q_ptr, q_stride_t, token, channel, length, K) * (rise * scale), work, PRECISION)
+            k = factor(load_rows(k_ptr, k_stride_t, token, channel, length, K) * fall, work, PRECISION)
             state = _load_state(state_ptr, channel, column, K, V)
             d_state = _load_state(d_state_ptr, channel, column, K, V)
             dq = tl.dot(d_out, tl.trans(state), input_precision=PRECISION) * edge[None, :]
@@ -99,11 +97,11 @@ def gradients_kernel(
             dq, dk, change = d_self * k, d_self * q, tl.zeros_like(g)
             for level in range(LEVELS):
                 second = is_second(token, level)
-                factor = tl.where(second, from_start, to_end)
-                x = (tl.where(second, q, k) * factor).to(work)
+                decay = tl.where(second, from_start, to_end)
+                x = factor(tl.where(second, q, k) * decay, work, PRECISION)
                 dx = tl.dot(tl.where(meets(token, level), d_pairs, 0.0), x, input_precision=PRECISION)
-                dq += tl.where(second, dx * factor, 0.0)
-                dk += tl.where(second, 0.0, dx * factor)
+                dq += tl.where(second, dx * decay, 0.0)
+                dk += tl.where(second, 0.0, dx * decay)
                 change += tl.where(second, x * dx, -x * dx)
                 passed, from_start, to_end = climb(passed, from_start, to_end, token ^ (1 << level), second)
             state = _load_state(state_ptr, channel, column, K, V)

@@ -1,8 +1,6 @@
 """What decay per key channel asks of q and k before plain matrix products can take over: all chunks at once."""
 
-import triton
-import triton.language as tl
-
+from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.channel_decay import (
     LOG2E,
     chunk_tokens,

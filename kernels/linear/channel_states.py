@@ -1,8 +1,6 @@
 """States along splits under decay per key channel: a chain of one product and one scaling per chunk."""
 
-import triton
-import triton.language as tl
-
+from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.channel_decay import LOG2E, load_rows
 
 # (bytes per number, key channels padded): (value columns per program, warps, stages).

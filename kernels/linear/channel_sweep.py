@@ -1,8 +1,6 @@
 """Outputs under decay per key channel, and with time reversed dv: one sweep along each split with the state on chip."""
 
-import triton
-import triton.language as tl
-
+from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.channel_decay import LOG2E, chunk_tokens, load_rows, store_rows
 
 # (bytes per number, key channels padded): (value columns per program, warps, stages) forward and in reverse.

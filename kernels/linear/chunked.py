@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import torch
 
-from longspan.kernels.linear.form import Spans
+from longspan.kernels.linear.form import CLOSED, Spans
 from longspan.kernels.segments import CHUNK, Segments
 
 # Chunks per sweep step: scratch memory is a few times BLOCK * H * (K * V + CHUNK^2) numbers. A CPU wants it in cache, a
@@ -59,7 +59,7 @@ class Chunked:
         assert beta is None, "the delta rule has its own form"
         self.segments, self.table, self.scale = tables.segments, tables, scale
         self.q, self.k, self.v = q, k, v
-        self.g = None if log_decay is None else log_decay.expand(q.shape[:2])
+        self.g = None if log_decay is None else log_decay.clamp(min=CLOSED).expand(q.shape[:2])
         self.prefix = prefix_decay(self.g, self.segments)
 
     def summary(self):

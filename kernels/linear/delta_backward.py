@@ -8,9 +8,8 @@ forward sweep does S, and for the same reason: no result of a product is ever tr
 """
 
 import torch
-import triton
-import triton.language as tl
 
+from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
     count_remembered,

@@ -7,9 +7,8 @@ or V'^T on its left and a tile as it lies in memory on its right, and neither is
 """
 
 import torch
-import triton
-import triton.language as tl
 
+from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.delta_tiles import (
     count_remembered,
     load_decay,

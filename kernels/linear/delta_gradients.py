@@ -18,9 +18,8 @@ gives to all t up to it (the last token has what all t get); and those that the 
 """
 
 import torch
-import triton
-import triton.language as tl
 
+from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
     launch_options,
@@ -35,9 +34,6 @@ from longspan.kernels.linear.delta_tiles import (
 PAIRS = {2: (64, 64, 4, 2), 4: (32, 32, 4, 1)}
 # The same; columns of K per program.
 INPUTS = {2: (64, 64, 4, 2, 168), 4: (32, 32, 4, 1)}
-# For keys up to 32 wide of 2 bytes: in larger steps ptxas 12.8 computes the address of an operand from a register that
-# it never sets, for some widths of V.
-NARROW = (16, 16, 4, 2)
 
 
 @triton.jit
@@ -215,7 +211,7 @@ def input_gradients(call, wy, d_out, values, d_values, states, d_states, gate: b
     q, k, v, beta = call.q, call.k, call.v, call.beta
     block_k, block_v = call.widths
     pair_k, pair_v, *pair_options = PAIRS[q.element_size()]
-    step_k, step_v, *options = NARROW if q.element_size() == 2 and block_k <= 32 else INPUTS[q.element_size()]
+    step_k, step_v, *options = INPUTS[q.element_size()]
     step_k, step_v = min(step_k, block_k), min(step_v, block_v)
     blocks = block_k // step_k
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))

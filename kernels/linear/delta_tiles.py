@@ -8,9 +8,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
+from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.splits import LEFT_OUT_LOG2, Splits, padded
 
 CHUNK = 64

@@ -7,11 +7,12 @@ depends on another. Formulas: docs/linear-attention.md.
 """
 
 import torch
-import triton
-import triton.language as tl
 
+from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.delta_tiles import CHUNK, load_tokens
+from longspan.kernels.linear.form import CLOSED_FP32
 
+CLOSED = tl.constexpr(CLOSED_FP32)
 # Element size, padded max(K, V): warps.
 WARPS = {2: {16: 4, 32: 4, 64: 4, 128: 4, 256: 8}, 4: {16: 4, 32: 4, 64: 4, 128: 8}}
 SUBSTITUTED = 4  # log2 of the size of the blocks that are inverted by substitution; larger ones are merged from them
@@ -45,7 +46,8 @@ def wy_kernel(
     beta_k = beta
     if GATE:
         g_at = g_ptr + first * g_stride_t + head * g_stride_h + token * g_stride_t
-        g = tl.load(g_at, mask=token < length, other=0.0).to(tl.float64)
+        g = tl.load(g_at, mask=token < length, other=0.0)
+        g = tl.where(g < CLOSED, CLOSED, g).to(tl.float64)
         cumulative = tl.cumsum(g, 0)
         rounded = cumulative.to(tl.float32)
         rest, from_start = (cumulative - rounded.to(tl.float64)).to(tl.float32), tl.exp(rounded)

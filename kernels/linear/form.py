@@ -27,6 +27,10 @@ State dtype is fp64 for fp64 inputs, else fp32. Over a span the state obeys S_ou
 
 from dataclasses import dataclass
 
+# Log decays whose exp is zero in fp32 and in fp64. Stronger gates are taken as these, so that sums of log decays keep
+# their digits and -inf makes no NaN.
+CLOSED_FP32, CLOSED = -128.0, -800.0
+
 
 @dataclass(frozen=True)
 class Spans:

@@ -1,8 +1,6 @@
 """The gradient of a scalar gate, from row sums that the sweeps leave. Derivation: docs/linear-attention.md."""
 
-import triton
-import triton.language as tl
-
+from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.sweep import FORGOTTEN
 
 STEP = 32  # chunks at a time

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from longspan.kernels.linear.chunked import accumulation_dtype
+from longspan.kernels.linear.form import CLOSED
 from longspan.kernels.linear.groups import Groups
 
 
@@ -28,6 +29,8 @@ class General:
         self.dtype = accumulation_dtype(q.dtype)
         self.num_tokens, self.heads, self.key_size = q.shape
         self.value_size = v.shape[2]
+        if log_decay is not None:
+            log_decay = log_decay.clamp(min=CLOSED)
         self.by_head = log_decay is not None and log_decay.ndim < 3
         if self.by_head:
             log_decay = log_decay[..., None].expand(self.num_tokens, self.heads, 1)

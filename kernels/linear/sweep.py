@@ -11,14 +11,14 @@ kernel transposes the result of a product, which Triton before 3.7.1 miscompiles
 the order it lies in memory. The state stays on chip for the whole split. Derivation: docs/linear-attention.md.
 """
 
-import triton
-import triton.language as tl
-
+from longspan.kernels.compiler import tl, triton
+from longspan.kernels.linear.form import CLOSED_FP32
 from longspan.kernels.linear.splits import LEFT_OUT_LOG2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FORGOTTEN = tl.constexpr(-24.0)  # log2 of the decay of a chunk below which nothing is taken to pass through it
 LEFT_OUT = tl.constexpr(LEFT_OUT_LOG2)
+CLOSED = tl.constexpr(CLOSED_FP32)
 SEARCHED = tl.constexpr(64)  # chunks whose decays are read at once
 
 
@@ -41,11 +41,22 @@ def decay_kernel(
     head, index = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, CHUNK)
     inside = (index < length)[:, None] & (head < H)[None, :]
     g_at = g_ptr + (first + index)[:, None] * g_stride_t + head[None, :] * g_stride_h
-    g = tl.load(g_at, mask=inside, other=0.0).to(tl.float64) * LOG2E
+    g = tl.load(g_at, mask=inside, other=0.0)
+    g = tl.where(g < CLOSED, CLOSED, g).to(tl.float64) * LOG2E
     at = decay_ptr + head[None, :].to(tl.int64) * T + (first + index)[:, None]
     kind = decay_ptr.dtype.element_ty
     tl.store(at, tl.cumsum(g, 0).to(kind), mask=inside)
     tl.store(at + H * T, (tl.cumsum(g, 0, reverse=True) - g).to(kind), mask=inside)
+
+
+@triton.jit
+def _per_token(decay_ptr, head, DECAY: tl.constexpr):
+    """log2 of a fixed decay; 0 for others."""
+    gamma = 0.0
+    if DECAY == "fixed":
+        gamma = tl.load(decay_ptr + head).to(tl.float32)
+        gamma = tl.where(gamma < CLOSED, CLOSED, gamma) * LOG2E
+    return gamma
 
 
 @triton.jit
@@ -97,9 +108,7 @@ def sum_kernel(
     y_ptr += first * y_stride_t + head * y_stride_h
     z_ptr += first * z_stride_t + head * z_stride_h
     y_at, z_at = index[:, None] * y_stride_t + k[None, :], index[:, None] * z_stride_t + v[None, :]
-    gamma = 0.0
-    if DECAY == "fixed":
-        gamma = tl.load(decay_ptr + head).to(tl.float32) * LOG2E
+    gamma = _per_token(decay_ptr, head, DECAY)
     decay_ptr += head * T + first
 
     chunks = tl.cdiv(length, CHUNK)
@@ -268,9 +277,7 @@ def sweep_kernel(
     columns: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     column, head, split = _program(columns, H)
     first, row = tl.load(first_ptr + split).to(tl.int64), tl.load(row_ptr + split).to(tl.int64)
-    gamma = 0.0
-    if DECAY == "fixed":
-        gamma = tl.load(decay_ptr + head).to(tl.float32) * LOG2E
+    gamma = _per_token(decay_ptr, head, DECAY)
     _sweep(
         x_ptr + first * x_stride_t + head * x_stride_h, y_ptr + first * y_stride_t + head * y_stride_h,
         z_ptr + first * z_stride_t + head * z_stride_h, decay_ptr + head * T + first,
@@ -300,9 +307,7 @@ def reverse_kernel(
     columns: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     column, head, split = _program(columns * 2 if WHICH == "both" else columns, H)
     first, row = tl.load(first_ptr + split).to(tl.int64), tl.load(row_ptr + split).to(tl.int64)
-    gamma = 0.0
-    if DECAY == "fixed":
-        gamma = tl.load(decay_ptr + head).to(tl.float32) * LOG2E
+    gamma = _per_token(decay_ptr, head, DECAY)
     rows_ptr += (column * H + head) * T + first
     through_ptr += (column.to(tl.int64) * num_chunks + tl.load(split_chunk_ptr + split)) * H + head
     v_ptr += first * v_stride_t + head * v_stride_h

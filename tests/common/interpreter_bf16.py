@@ -17,7 +17,7 @@ def narrow(x):
 
 
 def install():
-    import triton.language as tl
+    import triton.language as tl  # noqa: TID251
     from triton.runtime import interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle

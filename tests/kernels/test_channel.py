@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 channel = pytest.importorskip("longspan.kernels.linear.channel")
 
 SCALE = 0.3
-STRENGTHS = ["weak", "medium", "strong", "spiky"]
+STRENGTHS = ["weak", "medium", "strong", "spiky", "closed"]
 # Norm of the error over the norm of what is wanted. fp16: results are rounded to 11 bits, operands to as many.
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 GATE_LIMITS = LIMITS | {torch.float32: 1e-4}  # of gates so strong that keys passing them give next to nothing

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import absent_gpu
 import pytest
@@ -53,3 +54,25 @@ def test_undefined_registers_are_found():
         /*0080*/                   UMOV UR20, UR9 ;
     """
     assert sorted(absent_gpu.undefined_registers(sass)) == ["UR17", "UR21", "UR23"]
+
+
+def test_an_old_ptxas_is_not_used(monkeypatch):
+    from longspan.kernels import compiler
+
+    def with_versions(default, newer):
+        tools = {"ptxas": (default, "/default"), "ptxas_blackwell": (newer, "/newer")}
+        tools = {name: SimpleNamespace(version=version, path=path) for name, (version, path) in tools.items()}
+        knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=False), nvidia=SimpleNamespace(**tools))
+        monkeypatch.setattr(compiler, "knobs", knobs)
+        compiler.require_ptxas()
+        return os.environ.get("TRITON_PTXAS_PATH")
+
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    assert with_versions("13.0", "12.9") is None
+    with pytest.raises(RuntimeError, match="brings no ptxas 12.9; name one in TRITON_PTXAS_PATH"):
+        with_versions("12.8", "12.8")
+    assert with_versions("12.8", "12.9") == "/newer"
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/mine")
+    with pytest.raises(RuntimeError, match="TRITON_PTXAS_PATH=/mine is no ptxas 12.9 or newer; unset it"):
+        with_versions("12.8", "12.9")
+    assert with_versions("12.10", "12.9") == "/mine"

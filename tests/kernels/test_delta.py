@@ -20,6 +20,7 @@ FAMILIES = {
     "medium": ("medium", 1),
     "strong": ("strong", 1),
     "spiky": ("spiky", 1),
+    "closed": ("closed", 1),
     "far": ("spiky", 1),
 }
 MIXED = Spans((0, 1, 2, 66, 67, 220), (1, 2, 4), (2, 4), (1, 2))
