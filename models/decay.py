@@ -131,7 +131,7 @@ class ChannelDecay(nn.Module):
 
 
 class BoundedDecay(nn.Module):
-    """HGRN-2's forget gate per key channel: log f of shape [T, H, K] with f = bound + (1 - bound) sigmoid(f_proj(x)).
+    """HGRN-2's forget gate per key channel: from a [T, H K] to log f [T, H, K] with f = bound + (1 - bound) sigmoid(a).
 
     The bound of layer l of L is l / L: the first layer may forget at once, later ones keep more and more. The first has
     1e-6 instead of 0, so that log f is finite in fp32 too.
@@ -140,20 +140,19 @@ class BoundedDecay(nn.Module):
     def __init__(self, config, layer, key_size):
         super().__init__()
         self.num_heads, self.bound = config.linear_heads, max(layer / config.num_layers, 1e-6)
-        self.f_proj = nn.Linear(config.hidden_size, config.linear_heads * key_size, bias=False)
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        f = self.f_proj(x_TD)
-        f = f.to(decay_dtype(f.dtype)).unflatten(-1, (self.num_heads, -1))
+    def forward(self, a_TC: torch.Tensor) -> torch.Tensor:
+        a_THK = a_TC.to(decay_dtype(a_TC.dtype)).unflatten(-1, (self.num_heads, -1))
         # By way of 1 - f, which is exact where f is almost 1 and memories are long.
-        return torch.log1p(-self.most_forgotten(f) * torch.sigmoid(-f))
+        return torch.log1p(-self.most_forgotten(a_THK) * torch.sigmoid(-a_THK))
 
     @torch.compiler.disable  # as in FixedDecay
-    def most_forgotten(self, f: torch.Tensor) -> torch.Tensor:
-        return torch.full((), 1 - self.bound, dtype=f.dtype, device=f.device)
+    def most_forgotten(self, a: torch.Tensor) -> torch.Tensor:
+        return torch.full((), 1 - self.bound, dtype=a.dtype, device=a.device)
 
 
-# name: module of (config, layer, key_size) that maps the layer's input [T, D] to its log decay
+# name: module of (config, layer, key_size) that maps the layer's input [T, D], or where keys come from the decay their
+# projection, to the log decay
 DECAYS = {
     "none": NoDecay,
     "fixed": FixedDecay,

@@ -10,7 +10,8 @@ class LinearFamily:
     # What the family is.
     decay: str  # how the state fades, one of models.decay.DECAYS
     delta_rule: bool = False  # writes v_t - S^T k_t, weighted by beta, instead of v_t; q and k have unit length
-    keys_from_decay: bool = False  # k = 1 - decay instead of a projection
+    keys_from_decay: bool = False  # k = 1 - decay, and the decay comes from the projection that others have for k
+    conv_activation: str | None = "silu"  # behind the short convolution, where there is one
     normalizer: bool = True  # linear_normalize has a sum of weights to divide by
     # What settings may change.
     feature_map: str = "elu1"  # on queries and keys, one of models.feature_maps
@@ -24,7 +25,9 @@ LINEAR_FAMILIES = {
     "scalar": LinearFamily("scalar"),
     "mamba2": LinearFamily("scalar", normalizer=False, feature_map="identity", conv_width=4),
     "gla": LinearFamily("channel", feature_map="identity"),
-    "hgrn2": LinearFamily("bounded", keys_from_decay=True, feature_map="silu", output_gate="none"),
+    "hgrn2": LinearFamily(
+        "bounded", keys_from_decay=True, conv_activation=None, feature_map="silu", output_gate="none"
+    ),
     "delta": LinearFamily(
         "none", delta_rule=True, normalizer=False, feature_map="l2norm", conv_width=4, output_gate="none"
     ),

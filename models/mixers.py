@@ -49,12 +49,13 @@ class LinearMixer(nn.Module):
         width = self.num_heads * value_size
         self.normalize = config.linear_normalize
         self.q_proj = nn.Linear(hidden, self.num_heads * size, bias=False)
-        self.k_proj = None if family.keys_from_decay else nn.Linear(hidden, self.num_heads * size, bias=False)
+        self.keys_from_decay = family.keys_from_decay
+        self.k_proj = nn.Linear(hidden, self.num_heads * size, bias=False)
         self.v_proj = nn.Linear(hidden, width, bias=False)
         self.g_proj = nn.Linear(hidden, width, bias=False) if family.output_gate == "silu" else None
         self.o_proj = nn.Linear(width, hidden, bias=False)
-        channels = sum(project.out_features for project in self._projections())
-        self.conv = ShortConvolution(channels, family.conv_width) if family.conv_width else None
+        channels, width = 2 * self.num_heads * size + width, family.conv_width
+        self.conv = ShortConvolution(channels, width, family.conv_activation) if width else None
         self.q_map = build_feature_map(family.feature_map, self.num_heads, size)
         self.k_map = None if family.keys_from_decay else build_feature_map(family.feature_map, self.num_heads, size)
         self.o_norm = OUTPUT_NORMS[config.output_norm](value_size, config.norm_eps)
@@ -62,13 +63,13 @@ class LinearMixer(nn.Module):
         self.b_proj = nn.Linear(hidden, self.num_heads, bias=False) if family.delta_rule else None
 
     def forward(self, x_TD: torch.Tensor, rotary: Rotary, seq) -> torch.Tensor:
-        streams = [project(x_TD) for project in self._projections()]
+        streams = [project(x_TD) for project in (self.q_proj, self.k_proj, self.v_proj)]
         if self.conv is not None:  # one convolution, so that ranks exchange one halo
             sizes = [stream.shape[-1] for stream in streams]
             streams = self.conv(torch.cat(streams, -1), seq).split(sizes, -1)
-        q_THK, *k_THK, v_THV = (stream.unflatten(-1, (self.num_heads, -1)) for stream in streams)
-        q_THK, log_decay = self.q_map(q_THK), self.decay(x_TD)
-        k_THK = self.k_map(*k_THK) if k_THK else -torch.expm1(log_decay).to(q_THK.dtype)
+        q_THK, k_THK, v_THV = (stream.unflatten(-1, (self.num_heads, -1)) for stream in streams)
+        q_THK, log_decay = self.q_map(q_THK), self.decay(streams[1] if self.keys_from_decay else x_TD)
+        k_THK = -torch.expm1(log_decay).to(q_THK.dtype) if self.keys_from_decay else self.k_map(k_THK)
         o_THV = linear_attention(
             q_THK, k_THK, v_THV, log_decay=log_decay, beta=self._beta(x_TD), normalize=self.normalize, seq=seq
         )
@@ -76,9 +77,6 @@ class LinearMixer(nn.Module):
         if self.g_proj is not None:
             o_TD = o_TD * F.silu(self.g_proj(x_TD))
         return self.o_proj(o_TD)
-
-    def _projections(self):
-        return [project for project in (self.q_proj, self.k_proj, self.v_proj) if project is not None]
 
     def _beta(self, x_TD):
         if self.b_proj is None:

@@ -132,10 +132,10 @@ class Fused:
         return table[self.q.dtype.itemsize, padded(width)]
 
     def _chunk_decays(self, log_decay):
-        """[2, H, T], see decay_kernel: fp64 for fp32 tensors, whose weights are differences of these, else fp32."""
+        """[H, T, 2], see decay_kernel: fp64 for fp32 tensors, whose weights are differences of these, else fp32."""
         splits, heads_per_program = self.splits, 16
         dtype = torch.float64 if self.q.dtype == torch.float32 else torch.float32
-        decays = log_decay.new_empty(2, self.heads, self.num_tokens, dtype=dtype)
+        decays = log_decay.new_empty(self.heads, self.num_tokens, 2, dtype=dtype)
         if splits.num_chunks:
             decay_kernel[(splits.num_chunks, -(-self.heads // heads_per_program))](
                 log_decay, decays, splits.chunk_first, splits.chunk_length, *log_decay.stride(),

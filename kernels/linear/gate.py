@@ -48,7 +48,7 @@ def gate_kernel(
         for part in tl.static_range(WRITES):
             change -= tl.load(writes_ptr + part * H * T.to(tl.int64) + at + token, mask=inside, other=0.0)
         last = tl.minimum(chunk * CHUNK + CHUNK, length) - 1
-        total = tl.load(decay_ptr + at + last, mask=chunk >= 0, other=0.0).to(tl.float32)
+        total = tl.load(decay_ptr + (at + last) * 2, mask=chunk >= 0, other=0.0).to(tl.float32)
         anew = total < FORGOTTEN
         restart = tl.zeros([STEP], dtype=tl.float32)
         for part in tl.static_range(WRITES):

@@ -34,8 +34,8 @@ def decay_kernel(
     g_ptr, decay_ptr, first_ptr, length_ptr, g_stride_t, g_stride_h, T,
     H, BLOCK_H: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """log2 decay from the start of each token's chunk to the token, inclusive -> decay [0, h, t], and from after the
-    token to the end of its chunk -> decay [1, h, t]. Summed in fp64, each from its own side: small sums are exact."""
+    """log2 decay from the start of each token's chunk to the token, inclusive -> decay [h, t, 0], and from after the
+    token to the end of its chunk -> decay [h, t, 1]. Summed in fp64, each from its own side: small sums are exact."""
     chunk = tl.program_id(0)
     first, length = tl.load(first_ptr + chunk).to(tl.int64), tl.load(length_ptr + chunk)
     head, index = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, CHUNK)
@@ -43,10 +43,10 @@ def decay_kernel(
     g_at = g_ptr + (first + index)[:, None] * g_stride_t + head[None, :] * g_stride_h
     g = tl.load(g_at, mask=inside, other=0.0)
     g = tl.where(g < CLOSED, CLOSED, g).to(tl.float64) * LOG2E
-    at = decay_ptr + head[None, :].to(tl.int64) * T + (first + index)[:, None]
+    at = decay_ptr + (head[None, :].to(tl.int64) * T + (first + index)[:, None]) * 2
     kind = decay_ptr.dtype.element_ty
     tl.store(at, tl.cumsum(g, 0).to(kind), mask=inside)
-    tl.store(at + H * T, (tl.cumsum(g, 0, reverse=True) - g).to(kind), mask=inside)
+    tl.store(at + 1, (tl.cumsum(g, 0, reverse=True) - g).to(kind), mask=inside)
 
 
 @triton.jit
@@ -60,9 +60,22 @@ def _per_token(decay_ptr, head, DECAY: tl.constexpr):
 
 
 @triton.jit
-def _decays(
-    decay_ptr, at, HT, index, count, gamma, DECAY: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
+def _load_decays(decay_ptr, start, length, CHUNK: tl.constexpr, DECAY: tl.constexpr):
+    """What `_decays` needs of the chunk that starts at token `start` of `length`, for it to be on its way early: both
+    decays of each row, [CHUNK, 2], and that of the chunk. One load of both: a smaller one would be repeated for every
+    layout in which they are used, and copies of it fetched ahead with an address each in registers."""
+    rows, total = 0.0, 0.0
+    if DECAY == "scalar":
+        index, count = tl.arange(0, CHUNK), tl.minimum(length - start, CHUNK)
+        decay_ptr += start.to(tl.int64) * 2
+        rows_at = decay_ptr + (index[:, None] * 2 + tl.arange(0, 2)[None, :])
+        rows = tl.load(rows_at, mask=(index < count)[:, None], other=0.0)
+        total = tl.load(decay_ptr + (count - 1) * 2)
+    return rows, total
+
+
+@triton.jit
+def _decays(rows, total, index, count, gamma, DECAY: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr):
     """log2 decay of a chunk's rows: from its start to each row (inclusive), from after each row to its end, and in all.
 
     Rows past `count` hold zeros wherever these are used, and must only stay finite. FULL: there are none.
@@ -73,16 +86,11 @@ def _decays(
             count = tl.full([], CHUNK, tl.int32)
         from_start, to_end = place * gamma, tl.maximum(count - place, 0.0) * gamma
         total = count.to(tl.float32) * gamma
-    elif FULL:
-        total = tl.load(decay_ptr + at + (CHUNK - 1)).to(tl.float32)
-        from_start = tl.load(decay_ptr + at + index)
-        to_end = tl.load(decay_ptr + HT + at + index).to(tl.float32)
     else:
-        total = tl.load(decay_ptr + at + count - 1)
-        from_start = tl.load(decay_ptr + at + index, mask=index < count, other=0.0)
-        from_start = tl.where(index < count, from_start, total)
-        to_end = tl.load(decay_ptr + HT + at + index, mask=index < count, other=0.0).to(tl.float32)
-        total = total.to(tl.float32)
+        from_start, to_end = tl.split(rows)
+        if not FULL:
+            from_start = tl.where(index < count, from_start, total)
+        to_end, total = to_end.to(tl.float32), total.to(tl.float32)
     return from_start, to_end, total
 
 
@@ -109,7 +117,7 @@ def sum_kernel(
     z_ptr += first * z_stride_t + head * z_stride_h
     y_at, z_at = index[:, None] * y_stride_t + k[None, :], index[:, None] * z_stride_t + v[None, :]
     gamma = _per_token(decay_ptr, head, DECAY)
-    decay_ptr += head * T + first
+    decay_ptr += (head * T + first) * 2
 
     chunks = tl.cdiv(length, CHUNK)
     kept, total_log = _remembered(decay_ptr, length, chunks, gamma, CHUNK, DECAY, REVERSE)
@@ -122,7 +130,8 @@ def sum_kernel(
         y = tl.load(y_ptr + at * y_stride_t + y_at, mask=valid & (k < K)[None, :], other=0.0)
         z = tl.load(z_ptr + at * z_stride_t + z_at, mask=valid & (v < V)[None, :], other=0.0)
         if DECAY != "none":
-            from_start, to_end, total = _decays(decay_ptr, at, H * T, index, count, gamma, DECAY, CHUNK, False)
+            rows, total = _load_decays(decay_ptr, tl.full([], start, tl.int32), length, CHUNK, DECAY)
+            from_start, to_end, total = _decays(rows, total, index, count, gamma, DECAY, CHUNK, False)
             weight = tl.exp2((passed + (from_start if REVERSE else to_end)).to(tl.float32))
             z = (z * weight[:, None]).to(z.dtype)
             passed += total
@@ -149,7 +158,7 @@ def _remembered(decay_ptr, length, chunks, gamma, CHUNK: tl.constexpr, DECAY: tl
             nth = block * SEARCHED + place
             chunk = nth if REVERSE else chunks - 1 - nth
             last = tl.minimum(chunk.to(tl.int64) * CHUNK + CHUNK, length) - 1
-            total = tl.load(decay_ptr + last, mask=nth < chunks, other=0.0).to(tl.float32)
+            total = tl.load(decay_ptr + last * 2, mask=nth < chunks, other=0.0).to(tl.float32)
             before = passed + tl.cumsum(total, 0) - total
             kept += tl.sum(((nth < chunks) & ~(before < LEFT_OUT)).to(tl.int32))
             passed += tl.sum(total)
@@ -171,9 +180,9 @@ def _load_rows(ptr, stride, column, index, count, WIDTH: tl.constexpr, ALL: tl.c
 
 @triton.jit
 def _chunk(
-    state, start, count, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, extra_ptr, rows_ptr, through_ptr,
+    state, rows, total, start, count, column, x_ptr, y_ptr, z_ptr, out_ptr, extra_ptr, rows_ptr, through_ptr,
     x_stride_t: tl.constexpr, y_stride_t: tl.constexpr, z_stride_t: tl.constexpr, out_stride_t: tl.constexpr,
-    extra_stride_t: tl.constexpr, H, HT, gamma, scale,
+    extra_stride_t: tl.constexpr, H, gamma, scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -195,7 +204,7 @@ def _chunk(
     if DECAY == "none":
         weights = tl.where(earlier, scores, 0.0).to(z.dtype)
     else:
-        from_start, to_end, total = _decays(decay_ptr, at, HT, index, count, gamma, DECAY, CHUNK, FULL)
+        from_start, to_end, total = _decays(rows, total, index, count, gamma, DECAY, CHUNK, FULL)
         between = (from_start[:, None] - from_start[None, :]).to(tl.float32)
         between = tl.where(earlier, -between if REVERSE else between, float("-inf"))
         weights = (scores * tl.exp2(between)).to(z.dtype)
@@ -225,7 +234,7 @@ def _chunk(
 def _sweep(
     x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, state_ptr, extra_ptr, rows_ptr, through_ptr,
     x_stride_t: tl.constexpr, y_stride_t: tl.constexpr, z_stride_t: tl.constexpr, extra_stride_t: tl.constexpr,
-    state_stride_k, state_stride_v, length, row, column, HT, gamma, scale, state_scale,
+    state_stride_k, state_stride_v, length, row, column, gamma, scale, state_scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -244,22 +253,29 @@ def _sweep(
     # Only the last chunk of a span may be short: whole ones need no masks, and keep their fixed decays in registers.
     if REVERSE:
         if rest > 0:
+            rows, total = _load_decays(decay_ptr, full * CHUNK, length, CHUNK, DECAY)
             state = _chunk(
-                state, full * CHUNK, rest, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, extra_ptr, rows_ptr,
-                through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H, HT, gamma, scale,
+                state, rows, total, full * CHUNK, rest, column, x_ptr, y_ptr, z_ptr, out_ptr, extra_ptr, rows_ptr,
+                through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H, gamma, scale,
                 K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, REVERSE, GATE, PRECISION, FULL=False,
             )  # fmt: skip
+    first = tl.maximum(full - 1, 0) if REVERSE else full * 0
+    rows, total = _load_decays(decay_ptr, first * CHUNK, length, CHUNK, DECAY)
     for n in range(0, full):
+        start = (full - 1 - n if REVERSE else n) * CHUNK
+        following = tl.maximum(start - CHUNK, 0) if REVERSE else tl.minimum(start + CHUNK, length - 1)
+        next_rows, next_total = _load_decays(decay_ptr, following, length, CHUNK, DECAY)
         state = _chunk(
-            state, (full - 1 - n if REVERSE else n) * CHUNK, CHUNK, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr,
-            extra_ptr, rows_ptr, through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H, HT,
+            state, rows, total, start, CHUNK, column, x_ptr, y_ptr, z_ptr, out_ptr,
+            extra_ptr, rows_ptr, through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H,
             gamma, scale, K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, REVERSE, GATE, PRECISION, FULL=True,
         )  # fmt: skip
+        rows, total = next_rows, next_total
     if not REVERSE:
-        if rest > 0:
+        if rest > 0:  # what was read ahead is its own
             _chunk(
-                state, full * CHUNK, rest, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, extra_ptr, rows_ptr,
-                through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H, HT, gamma, scale,
+                state, rows, total, full * CHUNK, rest, column, x_ptr, y_ptr, z_ptr, out_ptr, extra_ptr, rows_ptr,
+                through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H, gamma, scale,
                 K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, REVERSE, GATE, PRECISION, FULL=False,
             )  # fmt: skip
 
@@ -280,12 +296,12 @@ def sweep_kernel(
     gamma = _per_token(decay_ptr, head, DECAY)
     _sweep(
         x_ptr + first * x_stride_t + head * x_stride_h, y_ptr + first * y_stride_t + head * y_stride_h,
-        z_ptr + first * z_stride_t + head * z_stride_h, decay_ptr + head * T + first,
+        z_ptr + first * z_stride_t + head * z_stride_h, decay_ptr + (head * T + first) * 2,
         out_ptr + (first * H + head) * V, state_ptr + (row * H + head) * K * V,
         extra_ptr + first * extra_stride_t + head * extra_stride_h,
         rows_ptr + (column * H + head) * T + first, rows_ptr,
         x_stride_t, y_stride_t, z_stride_t, extra_stride_t, state_stride_k, state_stride_v,
-        tl.load(length_ptr + split), row, column, H * T, gamma, scale, 1.0,
+        tl.load(length_ptr + split), row, column, gamma, scale, 1.0,
         H, K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, False, GATE, PRECISION,
     )  # fmt: skip
 
@@ -328,10 +344,10 @@ def reverse_kernel(
         z_stride_t: tl.constexpr = q_stride_t
     _sweep(
         tl.where(is_dv, k_ptr, v_ptr), tl.where(is_dv, q_ptr, do_ptr), tl.where(is_dv, do_ptr, q_ptr),
-        decay_ptr + head * T + first,
+        decay_ptr + (head * T + first) * 2,
         tl.where(is_dv, dv_ptr, dk_ptr) + (first * H + head) * V, state_ptr + (row * H + head) * K * V,
         k_ptr, rows_ptr, through_ptr, x_stride_t, y_stride_t, z_stride_t, k_stride_t,
         tl.where(is_dv, V, 1), tl.where(is_dv, 1, K),
-        tl.load(length_ptr + split), row, column, H * T, gamma, scale, inverse_scale,
+        tl.load(length_ptr + split), row, column, gamma, scale, inverse_scale,
         H, K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, True, GATE, PRECISION,
     )  # fmt: skip

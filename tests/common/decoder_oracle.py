@@ -81,15 +81,15 @@ def softmax_mixer(c, p, x, lengths):
     return out.reshape(len(x), -1) @ p["o_proj.weight"].T
 
 
-def convolve(x, weight, lengths):
-    """silu of each token's and its predecessors' weighted sum; weight [D, W], the last column for the token itself."""
+def convolve(x, weight, lengths, activation=True):
+    """Each token's and its predecessors' weighted sum, and silu of it; weight [D, W], the last column for the token."""
     out, start = torch.zeros_like(x), 0
     for length in lengths:
         for t in range(length):
             for back in range(min(t + 1, weight.shape[1])):
                 out[start + t] += weight[:, -1 - back] * x[start + t - back]
         start += length
-    return silu(out)
+    return silu(out) if activation else out
 
 
 def feature_map(name, x):
@@ -132,19 +132,21 @@ def linear_mixer(c, p, x, lengths, family, layer):
     elif family == "gla":
         decay = x @ p["decay.in_proj.weight"].T @ p["decay.out_proj.weight"].T + gate["bias"]
         decay = heads(torch.log(sigmoid(decay)) / 16, number)
-    elif family == "hgrn2":
-        bound = max(layer / c.num_layers, 1e-6)
-        forget = heads(bound + (1 - bound) * sigmoid(x @ p["decay.f_proj.weight"].T), number)
-        decay = forget.log()
     if "delta" in family:
         beta = sigmoid(x @ p["b_proj.weight"].T)
-    projected = [x @ p[f"{n}_proj.weight"].T for n in ("qv" if family == "hgrn2" else "qkv")]
+    projected = [x @ p[f"{n}_proj.weight"].T for n in "qkv"]
     if width:
         assert p["conv.weight"].shape[1] == width
         weights = p["conv.weight"].split([y.shape[1] for y in projected])
-        projected = [convolve(y, weight, lengths) for y, weight in zip(projected, weights)]
-    q, *k, v = (heads(y, number) for y in projected)
-    q, k = feature_map(name, q), feature_map(name, k[0]) if k else 1 - forget
+        projected = [convolve(y, w, lengths, family != "hgrn2") for y, w in zip(projected, weights)]
+    q, k, v = (heads(y, number) for y in projected)
+    q = feature_map(name, q)
+    if family == "hgrn2":
+        bound = max(layer / c.num_layers, 1e-6)
+        forget = bound + (1 - bound) * sigmoid(k)
+        k, decay = 1 - forget, forget.log()
+    else:
+        k = feature_map(name, k)
     out = oracles.linear_attention(q, k, v, lengths, log_decay=decay, beta=beta, normalize=c.linear_normalize)
     out = norm(out, p.get("o_norm.weight", 1), c.norm_eps).reshape(len(x), -1)
     if gated:

@@ -93,7 +93,6 @@ def test_channel_gate_starts_with_memories_of_23_tokens():
 def test_bounded_decay(layer, compute):
     """Finite for every input, exact where memories are long, never below the bound, which rises from layer to layer."""
     decay = BoundedDecay(ModelConfig(num_layers=8, num_heads=2), layer, 4)
-    decay.f_proj = torch.nn.Identity()
     inputs = torch.tensor([[-1e4, -90, -17, -3, 0, 3, 17, 80]], requires_grad=True)
     found = decay(inputs.to(compute))
     assert found.dtype == torch.promote_types(compute, torch.float32) and found.shape == (1, 2, 4)
