@@ -60,17 +60,18 @@ def _per_token(decay_ptr, head, DECAY: tl.constexpr):
 
 
 @triton.jit
-def _load_decays(decay_ptr, start, length, CHUNK: tl.constexpr, DECAY: tl.constexpr):
+def _load_decays(decay_ptr, at, index, count, DECAY: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr):
     """What `_decays` needs of the chunk that starts at token `start` of `length`, for it to be on its way early: both
     decays of each row, [CHUNK, 2], and that of the chunk. One load of both: a smaller one would be repeated for every
     layout in which they are used, and copies of it fetched ahead with an address each in registers."""
     rows, total = 0.0, 0.0
     if DECAY == "scalar":
-        index, count = tl.arange(0, CHUNK), tl.minimum(length - start, CHUNK)
-        decay_ptr += start.to(tl.int64) * 2
-        rows_at = decay_ptr + (index[:, None] * 2 + tl.arange(0, 2)[None, :])
-        rows = tl.load(rows_at, mask=(index < count)[:, None], other=0.0)
-        total = tl.load(decay_ptr + (count - 1) * 2)
+        rows_at = decay_ptr + at * 2 + (index[:, None] * 2 + tl.arange(0, 2)[None, :])
+        if FULL:
+            rows, total = tl.load(rows_at), tl.load(decay_ptr + at * 2 + 2 * (CHUNK - 1))
+        else:
+            rows = tl.load(rows_at, mask=(index < count)[:, None], other=0.0)
+            total = tl.load(decay_ptr + at * 2 + (count - 1) * 2)
     return rows, total
 
 
@@ -130,7 +131,7 @@ def sum_kernel(
         y = tl.load(y_ptr + at * y_stride_t + y_at, mask=valid & (k < K)[None, :], other=0.0)
         z = tl.load(z_ptr + at * z_stride_t + z_at, mask=valid & (v < V)[None, :], other=0.0)
         if DECAY != "none":
-            rows, total = _load_decays(decay_ptr, tl.full([], start, tl.int32), length, CHUNK, DECAY)
+            rows, total = _load_decays(decay_ptr, at, index, count, DECAY, CHUNK, False)
             from_start, to_end, total = _decays(rows, total, index, count, gamma, DECAY, CHUNK, False)
             weight = tl.exp2((passed + (from_start if REVERSE else to_end)).to(tl.float32))
             z = (z * weight[:, None]).to(z.dtype)
@@ -180,7 +181,7 @@ def _load_rows(ptr, stride, column, index, count, WIDTH: tl.constexpr, ALL: tl.c
 
 @triton.jit
 def _chunk(
-    state, rows, total, start, count, column, x_ptr, y_ptr, z_ptr, out_ptr, extra_ptr, rows_ptr, through_ptr,
+    state, start, count, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, extra_ptr, rows_ptr, through_ptr,
     x_stride_t: tl.constexpr, y_stride_t: tl.constexpr, z_stride_t: tl.constexpr, out_stride_t: tl.constexpr,
     extra_stride_t: tl.constexpr, H, gamma, scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
@@ -192,6 +193,7 @@ def _chunk(
     ALL_V: tl.constexpr = V % BLOCK_V == 0
     earlier = index[:, None] <= index[None, :] if REVERSE else index[:, None] >= index[None, :]
     at = tl.full([], start, tl.int64)  # the interpreter counts loops in Python
+    rows, total = _load_decays(decay_ptr, at, index, count, DECAY, CHUNK, FULL)
     x = _load_rows(x_ptr + at * x_stride_t, x_stride_t, k, index, count, K, ALL_K, FULL)
     y = _load_rows(y_ptr + at * y_stride_t, y_stride_t, k, index, count, K, ALL_K, FULL)
     z = _load_rows(z_ptr + at * z_stride_t, z_stride_t, v, index, count, V, ALL_V, FULL)
@@ -253,28 +255,21 @@ def _sweep(
     # Only the last chunk of a span may be short: whole ones need no masks, and keep their fixed decays in registers.
     if REVERSE:
         if rest > 0:
-            rows, total = _load_decays(decay_ptr, full * CHUNK, length, CHUNK, DECAY)
             state = _chunk(
-                state, rows, total, full * CHUNK, rest, column, x_ptr, y_ptr, z_ptr, out_ptr, extra_ptr, rows_ptr,
+                state, full * CHUNK, rest, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, extra_ptr, rows_ptr,
                 through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H, gamma, scale,
                 K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, REVERSE, GATE, PRECISION, FULL=False,
             )  # fmt: skip
-    first = tl.maximum(full - 1, 0) if REVERSE else full * 0
-    rows, total = _load_decays(decay_ptr, first * CHUNK, length, CHUNK, DECAY)
     for n in range(0, full):
-        start = (full - 1 - n if REVERSE else n) * CHUNK
-        following = tl.maximum(start - CHUNK, 0) if REVERSE else tl.minimum(start + CHUNK, length - 1)
-        next_rows, next_total = _load_decays(decay_ptr, following, length, CHUNK, DECAY)
         state = _chunk(
-            state, rows, total, start, CHUNK, column, x_ptr, y_ptr, z_ptr, out_ptr,
+            state, (full - 1 - n if REVERSE else n) * CHUNK, CHUNK, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr,
             extra_ptr, rows_ptr, through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H,
             gamma, scale, K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, REVERSE, GATE, PRECISION, FULL=True,
         )  # fmt: skip
-        rows, total = next_rows, next_total
     if not REVERSE:
-        if rest > 0:  # what was read ahead is its own
+        if rest > 0:
             _chunk(
-                state, rows, total, full * CHUNK, rest, column, x_ptr, y_ptr, z_ptr, out_ptr, extra_ptr, rows_ptr,
+                state, full * CHUNK, rest, column, x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, extra_ptr, rows_ptr,
                 through_ptr, x_stride_t, y_stride_t, z_stride_t, H * V, extra_stride_t, H, gamma, scale,
                 K, V, BLOCK_K, BLOCK_V, CHUNK, DECAY, REVERSE, GATE, PRECISION, FULL=False,
             )  # fmt: skip
