@@ -131,12 +131,22 @@ def zigzag(lengths, world_size: int) -> Layout:
         share, extra = divmod(length, world_size)
         shares = [share + ((rank - next_extra) % world_size < extra) for rank in range(world_size)]
         next_extra = (next_extra + extra) % world_size
-        head, tail = 0, length
-        for rank, tokens in enumerate(shares):
-            head_stop, tail_start = head + (tokens + 1) // 2, tail - tokens // 2
-            spans[rank] += [Span(document, head, head_stop), Span(document, tail_start, tail)]
-            head, tail = head_stop, tail_start
-    return Layout(lengths, tuple(tuple(filter(len, rank_spans)) for rank_spans in spans))
+        for rank, pair in enumerate(head_tail(document, shares)):
+            spans[rank] += pair
+    return Layout(lengths, tuple(map(tuple, spans)))
+
+
+def head_tail(document: int, shares) -> list[list[Span]]:
+    """Cuts a document of sum(shares) tokens from both ends inwards: share n is a head part and the mirrored tail part.
+
+    Under a causal mask a share's part of the query-key pairs is its part of the tokens (odd shares aside).
+    """
+    head, tail, cut = 0, sum(shares), []
+    for tokens in shares:
+        head_stop, tail_start = head + (tokens + 1) // 2, tail - tokens // 2
+        cut.append([span for span in (Span(document, head, head_stop), Span(document, tail_start, tail)) if len(span)])
+        head, tail = head_stop, tail_start
+    return cut
 
 
 def check_lengths(lengths) -> tuple[int, ...]:

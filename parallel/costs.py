@@ -1,0 +1,137 @@
+"""What softmax attention costs on a machine: seconds of its arithmetic, of moving keys, and of moving tokens.
+
+Everything is of one layer, forward and backward. A rank that holds x query tokens of a document works on them for
+pair_s * (pairs + start_tokens * pairs / x): its kernels lose as much as start_tokens more query tokens would take.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from longspan.parallel.geometry import Mask
+from longspan.parallel.layout import Layout
+from longspan.parallel.topology import Topology
+
+KEY_PASSES = 3  # keys and values travel forward, again backward, and their gradients travel home
+REMAP_PASSES = 2  # q, k, v and o forward, their gradients backward
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Defaults: H200, bf16, 32 query and 8 key heads of 128. `h200` gives those of other heads, `pairs_only` counts
+    query-key pairs and nothing else.
+
+    pair_s: seconds per visible query-key pair, all heads. start_tokens: see above. key_s: per token whose keys and
+    values arrive from a rank of the same node; remote_key_s: from another node, over the link of one rank. token_s,
+    remote_token_s: the same per token that is remapped for the layer and back. min_shard: a document is not cut into
+    pieces of fewer tokens where that can be helped. Raises ValueError for numbers below 0, and for a pair_s of 0.
+    """
+
+    pair_s: float = 9.29e-11
+    start_tokens: int = 860
+    key_s: float = 4.1e-8
+    remote_key_s: float = 2.73e-7
+    token_s: float = 1.37e-7
+    remote_token_s: float = 9.1e-7
+    min_shard: int = 256
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 <= value < float("inf") or (field.name == "pair_s" and not value):
+                raise ValueError(f"Costs.{field.name}={value} must be a finite number above 0")
+
+    def near(self, mask: Mask) -> float:
+        """Seconds per token of a document that a rank shares in and another rank of its node holds."""
+        return self.key_s * visible_share(mask)
+
+    def far(self, mask: Mask, topology: Topology) -> float:
+        """The same where a rank of another node holds it: keys come to a node once, over the links of all its ranks,
+        and go on inside."""
+        return (self.key_s + self.remote_key_s / topology.ranks_per_node) * visible_share(mask)
+
+    @classmethod
+    def pairs_only(cls) -> "Costs":
+        return cls(1.0, 0, 0.0, 0.0, 0.0, 0.0, 1)
+
+    @classmethod
+    def h200(cls, heads: int, kv_heads: int, head_dim: int, bytes_per_number: int = 2) -> "Costs":
+        """FlashAttention-4 at 617 TFLOP/s on one document of 131,072 tokens and 510 on eight of 4,096 (forward and
+        backward); 300 GB/s between GPUs of a node and 45 GB/s, 90 % of a 400 Gb/s link, between nodes."""
+        flops_per_pair = 3.5 * 4 * heads * head_dim
+        key_bytes = KEY_PASSES * 2 * kv_heads * head_dim * bytes_per_number
+        token_bytes = REMAP_PASSES * 2 * (heads + kv_heads) * head_dim * bytes_per_number
+        intra, inter = 1 / 300e9, 1 / 45e9
+        return cls(
+            flops_per_pair / 617e12, 860, key_bytes * intra, key_bytes * inter, token_bytes * intra, token_bytes * inter
+        )
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Seconds of each rank: attention; keys that arrive; tokens remapped for the layer and back."""
+
+    attention_s: tuple[float, ...]
+    keys_s: tuple[float, ...]
+    remap_s: tuple[float, ...]
+
+    @property
+    def exposed_s(self) -> tuple[float, ...]:
+        """What of the keys' transfer cannot hide behind attention."""
+        return tuple(max(keys - attention, 0.0) for keys, attention in zip(self.keys_s, self.attention_s))
+
+    @property
+    def slowest_s(self) -> float:
+        """Until the last rank is done; all wait for one another before and after the remap."""
+        together = max(attention + exposed for attention, exposed in zip(self.attention_s, self.exposed_s))
+        return together + max(self.remap_s)
+
+    @property
+    def imbalance(self) -> float:
+        """The slowest rank's attention over the mean."""
+        mean = sum(self.attention_s) / len(self.attention_s)
+        return max(self.attention_s) / mean if mean else 1.0
+
+
+def visible_share(mask: Mask) -> float:
+    """Of a document's tokens that other ranks hold, the share whose keys a rank with a head and a tail part sees: of
+    those inside its own all, of those outside the head half."""
+    return 0.75 if mask.causal else 1.0
+
+
+def predict(layout: Layout, topology: Topology, costs: Costs, mask: Mask = Mask()) -> Predicted:
+    """What a layout costs."""
+    if topology.world_size != layout.world_size:
+        raise ValueError(f"the layout has {layout.world_size} ranks but {topology} has {topology.world_size}")
+    held, pairs = {}, {}
+    for rank, spans in enumerate(layout.spans):
+        for span in spans:
+            key = span.document, rank
+            held[key] = held.get(key, 0) + len(span)
+            pairs[key] = pairs.get(key, 0) + mask.pairs(span, layout.lengths[span.document])
+    documents, ranks = (np.array(column, np.int64) for column in zip(*held))
+    tokens = np.array(list(held.values()), np.float64)
+    work = np.array(list(pairs.values()), np.float64)
+    attention = np.zeros(layout.world_size)
+    np.add.at(attention, ranks, costs.pair_s * work * (1 + costs.start_tokens / tokens))
+
+    nodes = ranks // topology.ranks_per_node
+    on_node = np.zeros((len(layout.lengths), topology.nodes))
+    np.add.at(on_node, (documents, nodes), tokens)
+    near = on_node[documents, nodes] - tokens
+    far = np.array(layout.lengths, np.float64)[documents] - on_node[documents, nodes]
+    keys = np.zeros(layout.world_size)
+    np.add.at(keys, ranks, near * costs.near(mask) + far * costs.far(mask, topology))
+    remap = remap_seconds(np.array(layout.tokens_per_rank), topology, costs)
+    return Predicted(tuple(attention.tolist()), tuple(keys.tolist()), tuple(remap.tolist()))
+
+
+def remap_seconds(tokens: np.ndarray, topology: Topology, costs: Costs) -> np.ndarray:
+    """Per rank, for what it has above or below the mean. What a node has too much or too little crosses nodes, over the
+    links of all its ranks."""
+    excess = tokens - tokens.mean()
+    crossing = np.abs(excess.reshape(topology.nodes, -1).sum(1)) / topology.ranks_per_node
+    excess = np.abs(excess)
+    excess[excess < 1] = 0  # the mean is no whole number
+    crossing[crossing < 1] = 0
+    return excess * costs.token_s + np.repeat(crossing, topology.ranks_per_node) * costs.remote_token_s
