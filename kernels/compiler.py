@@ -2,14 +2,16 @@
 
 ptxas 12.8, which Triton 3.6 and 3.7 use for Hopper, miscompiles some of them: gradients were wrong by 0.02 to 1e3, and
 memory was read that is not there. 12.9 does not, nor 12.8 where it does not optimise. Both releases also carry a newer
-ptxas, for Blackwell; it compiles for older GPUs as well.
+ptxas for Blackwell, which compiles for Ampere and Hopper as well: 12.9 (Triton 3.6) or 13.1 (3.7).
 """
 
 import os
 
+import torch
 import triton
 import triton.language as tl  # noqa: TID251
 from triton import knobs
+from triton.backends.nvidia import compiler as backend
 
 __all__ = ["tl", "triton"]
 
@@ -18,21 +20,37 @@ OLDEST_PTXAS = (12, 9)
 
 def require_ptxas() -> None:
     """Makes this process, and those it starts, compile with OLDEST_PTXAS or newer: sets TRITON_PTXAS_PATH where what
-    Triton takes by itself is older. Raises RuntimeError if that variable does not name one that is new enough, or if
-    Triton brings none."""
-    if knobs.runtime.interpret or _version(knobs.nvidia.ptxas) >= OLDEST_PTXAS:
+    Triton takes by itself is older. Raises RuntimeError if that variable names none that is new enough, or if Triton
+    brings none that the GPU's driver can run code of."""
+    if knobs.runtime.interpret or torch.version.hip or _version("ptxas") >= OLDEST_PTXAS:
         return
-    wanted = ".".join(map(str, OLDEST_PTXAS))
-    given, newer = os.environ.get("TRITON_PTXAS_PATH"), knobs.nvidia.ptxas_blackwell
-    if given:
+    wanted, given = ".".join(map(str, OLDEST_PTXAS)), os.environ.get("TRITON_PTXAS_PATH")
+    if given is not None:
         raise RuntimeError(f"TRITON_PTXAS_PATH={given} is no ptxas {wanted} or newer; unset it")
-    if _version(newer) < OLDEST_PTXAS:
-        raise RuntimeError(f"Triton {triton.__version__} brings no ptxas {wanted}; name one in TRITON_PTXAS_PATH")
-    os.environ["TRITON_PTXAS_PATH"] = newer.path
+    newer, driver = _version("ptxas_blackwell"), _driver_version()
+    if newer < OLDEST_PTXAS or (driver and newer[0] > driver[0]):
+        brings = f"Triton {triton.__version__} brings ptxas {'.'.join(map(str, newer)) or 'in no other version'}"
+        drives = f", the driver runs code of CUDA {'.'.join(map(str, driver))}" if driver else ""
+        raise RuntimeError(f"{brings}{drives}; name a ptxas {wanted} in TRITON_PTXAS_PATH, see docs/installation.md")
+    os.environ["TRITON_PTXAS_PATH"] = knobs.nvidia.ptxas_blackwell.path
+    # Part of the key under which compiled kernels are found again, and remembered from before.
+    backend.get_ptxas_version.cache_clear()
 
 
-def _version(tool) -> tuple[int, ...]:
-    return tuple(int(part) for part in tool.version.split("."))
+def _version(tool: str) -> tuple[int, ...]:
+    """() where there is none that runs."""
+    try:
+        return tuple(int(part) for part in getattr(knobs.nvidia, tool).version.split("."))
+    except (RuntimeError, OSError):
+        return ()
+
+
+def _driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver runs; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    version = torch._C._cuda_getDriverVersion()
+    return version // 1000, version % 1000 // 10
 
 
 require_ptxas()

@@ -43,7 +43,8 @@ def factor(x, work: tl.constexpr, PRECISION: tl.constexpr):
     """x as a product will take it, for use beside that product: in `work`, and for tf32 rounded to its 11 bits."""
     x = x.to(work)
     if PRECISION == "tf32" and work == tl.float32:
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # NaN would turn into zero
     return x
 
 

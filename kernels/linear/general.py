@@ -29,8 +29,6 @@ class General:
         self.dtype = accumulation_dtype(q.dtype)
         self.num_tokens, self.heads, self.key_size = q.shape
         self.value_size = v.shape[2]
-        if log_decay is not None:
-            log_decay = log_decay.clamp(min=CLOSED)
         self.by_head = log_decay is not None and log_decay.ndim < 3
         if self.by_head:
             log_decay = log_decay[..., None].expand(self.num_tokens, self.heads, 1)
@@ -153,7 +151,10 @@ class General:
     def _gather(self, block):
         """q, k, v, log decay (fp64) and beta of one block, [chunks * H, C, ...]; zeros in the padding."""
         dtypes = (self.dtype, self.dtype, self.dtype, torch.float64, self.dtype)
-        return [None if x is None else self._pad(block, x).to(dtype) for x, dtype in zip(self.inputs, dtypes)]
+        q, k, v, g, beta = (
+            None if x is None else self._pad(block, x).to(dtype) for x, dtype in zip(self.inputs, dtypes)
+        )
+        return q, k, v, None if g is None else g.clamp(min=CLOSED), beta
 
     def _pad(self, block, x):
         """[T, H, D] -> [chunks * H, C, D]."""

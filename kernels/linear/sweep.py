@@ -61,9 +61,9 @@ def _per_token(decay_ptr, head, DECAY: tl.constexpr):
 
 @triton.jit
 def _load_decays(decay_ptr, at, index, count, DECAY: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr):
-    """What `_decays` needs of the chunk that starts at token `start` of `length`, for it to be on its way early: both
-    decays of each row, [CHUNK, 2], and that of the chunk. One load of both: a smaller one would be repeated for every
-    layout in which they are used, and copies of it fetched ahead with an address each in registers."""
+    """What `_decays` needs of the chunk that starts at token `at` and has `count` tokens: both decays of each row,
+    [CHUNK, 2], and that of the chunk. One load of both: a smaller one would be repeated for every layout in which they
+    are used, and all of these copied ahead, with an address each in registers."""
     rows, total = 0.0, 0.0
     if DECAY == "scalar":
         rows_at = decay_ptr + at * 2 + (index[:, None] * 2 + tl.arange(0, 2)[None, :])

@@ -34,11 +34,13 @@ FAMILIES = {
     "scalar_strong": ("scalar_strong", 0, {}),
     "scalar_weak": ("scalar_weak", 0, {}),
     "scalar_spiky": ("scalar_spiky", 0, {}),
+    "scalar_closed": ("scalar_closed", 0, {}),
     "channel": ("channel", 0, {}),
     "channel_normalized": ("channel", 0, {"normalize": True}),
     "channel_strong": ("channel_strong", 0, {}),
     "channel_weak": ("channel_weak", 0, {}),
     "channel_spiky": ("channel_spiky", 0, {}),
+    "channel_closed": ("channel_closed", 0, {}),
     "delta": (None, 1, {}),
     "delta_reflecting": (None, 2, {"scale": 0.7}),
     "gated_delta": ("scalar", 1, {}),
@@ -110,6 +112,7 @@ def make_inputs(family, lengths, dtype=torch.float64):
             "weak": -1e-4 * draw,
             # Forgets nearly everything every tenth token or so, exactly nothing at others.
             "spiky": torch.where(draw < 0.1, -20.0, torch.where(draw > 0.5, 0.0, -0.05)),
+            "closed": torch.where(draw < 0.05, -torch.inf, -0.05 * draw),
         }[strength]
     inputs = {name: x.to(gate_dtype if name in ("log_decay", "beta") else dtype) for name, x in inputs.items()}
     return inputs, normal(num_tokens, NUM_HEADS, VALUE_SIZE).to(dtype), kwargs | fixed

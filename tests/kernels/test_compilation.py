@@ -59,20 +59,32 @@ def test_undefined_registers_are_found():
 def test_an_old_ptxas_is_not_used(monkeypatch):
     from longspan.kernels import compiler
 
-    def with_versions(default, newer):
+    def with_versions(default, newer, driver=None):
         tools = {"ptxas": (default, "/default"), "ptxas_blackwell": (newer, "/newer")}
         tools = {name: SimpleNamespace(version=version, path=path) for name, (version, path) in tools.items()}
         knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=False), nvidia=SimpleNamespace(**tools))
         monkeypatch.setattr(compiler, "knobs", knobs)
+        monkeypatch.setattr(compiler, "_driver_version", lambda: driver)
         compiler.require_ptxas()
         return os.environ.get("TRITON_PTXAS_PATH")
 
-    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "")  # so that whatever is set below is undone
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
     assert with_versions("13.0", "12.9") is None
-    with pytest.raises(RuntimeError, match="brings no ptxas 12.9; name one in TRITON_PTXAS_PATH"):
-        with_versions("12.8", "12.8")
-    assert with_versions("12.8", "12.9") == "/newer"
+    for versions in [("12.8", "12.8"), ("12.8", "13.1", (12, 8))]:
+        with pytest.raises(RuntimeError, match="name a ptxas 12.9 in TRITON_PTXAS_PATH"):
+            with_versions(*versions)
+    assert with_versions("12.8", "13.1", (13, 0)) == "/newer"
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/mine")
     with pytest.raises(RuntimeError, match="TRITON_PTXAS_PATH=/mine is no ptxas 12.9 or newer; unset it"):
         with_versions("12.8", "12.9")
     assert with_versions("12.10", "12.9") == "/mine"
+
+
+def test_a_ptxas_that_does_not_run_is_named(monkeypatch, tmp_path):
+    from longspan.kernels import compiler
+
+    monkeypatch.setattr(compiler.knobs.runtime, "interpret", False)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path))  # a folder
+    with pytest.raises(RuntimeError, match=f"TRITON_PTXAS_PATH={tmp_path} is no ptxas 12.9 or newer"):
+        compiler.require_ptxas()

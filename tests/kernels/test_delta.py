@@ -21,6 +21,7 @@ FAMILIES = {
     "strong": ("strong", 1),
     "spiky": ("spiky", 1),
     "closed": ("closed", 1),
+    "fixed_closed": ("fixed_closed", 1),
     "far": ("spiky", 1),
 }
 MIXED = Spans((0, 1, 2, 66, 67, 220), (1, 2, 4), (2, 4), (1, 2))
@@ -220,7 +221,7 @@ CASES += [(torch.float32, size, size) for size in (16, 32, 64, 128)]
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}".removeprefix("torch."))
 def test_on_a_gpu(delta, case, num_tokens):
     dtype, *sizes = case
-    for spans, family in zip(documents(num_tokens) * 2, ["delta", "medium", "closed", "fixed"]):
+    for spans, family in zip(documents(num_tokens) * 3, ["delta", "medium", "spiky", "closed", "fixed"]):
         given = make(spans, family, 2, *sizes, dtype, "cuda")
         given[0]["beta"] = given[0]["beta"].to(dtype)
         check(delta, spans, given, LIMITS[dtype], split=512, wanted=by_general(spans, given), same_again=True)

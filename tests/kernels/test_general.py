@@ -21,6 +21,7 @@ FAMILIES = {
     "scalar": ("medium", 0),
     "scalar_strong": ("strong", 0),
     "scalar_spiky": ("spiky", 0),
+    "fixed_closed": ("fixed_closed", 0),
     "scalar_closed": ("closed", 0),
     "channel": ("channel_medium", 0),
     "channel_weak": ("channel_weak", 0),
@@ -36,6 +37,7 @@ FAMILIES = {
     "kda": ("channel_medium", 1),
     "kda_strong": ("channel_strong", 1),
     "kda_spiky": ("channel_spiky", 1),
+    "kda_closed": ("channel_closed", 1),
     "kda_reflecting": ("channel_weak", 2),
 }
 # Lengths around the chunk, alone and among others; long and short spans of every kind of link side by side.

@@ -60,7 +60,7 @@ BY_HAND = {
     "scalar": (QKVO + 16 * 21 + 16 * 3, 2 * 3 * 5 * 7),
     "mamba2": (16 * (2 * 21 + 2 * 6 + 3) + 4 * (21 + 2 * 6) + 21 * 16, 2 * 3 * 6 * 7),
     "gla": (QKVO + 16 * 21 + 16 * 2 + 2 * 15, 2 * 3 * 5 * 7),
-    "hgrn2": (QKVO, 2 * 3 * 5 * 7),  # the gate's projection in place of the keys'
+    "hgrn2": (QKVO, 2 * 3 * 5 * 7),  # the gate has no projection of its own
     "delta": (QKVO + CONVOLUTION + 16 * 3, 3 * 3 * 5 * 7),
     "gated_delta": (QKVO + 16 * 21 + CONVOLUTION + 2 * 16 * 3, 3 * 3 * 5 * 7),
 }
