@@ -10,12 +10,15 @@ from functools import lru_cache
 import torch
 
 from longspan.attention.arguments import pick, resolve
+from longspan.attention.planned import planned_schedule, schedule_of
 from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import STRATEGIES, softmax_schedule
 from longspan.kernels.merge import merge
 from longspan.kernels.softmax import choose
 from longspan.parallel.exchange import start_exchange
 from longspan.parallel.geometry import Mask
+from longspan.parallel.planner import STRATEGIES as PLANNERS
+from longspan.parallel.planner import AttentionPlan
 
 log = logging.getLogger(__name__)
 
@@ -29,19 +32,30 @@ def softmax_attention(
     q: [T, Hq, D]; k, v: [T, Hkv, D] with Hq a multiple of Hkv: this rank's tokens in the order of `layout`, one
     floating dtype; returns [T, Hq, D] in it. fp64 is computed and sent in fp64; log-sum-exp and merges are at least
     fp32. scale defaults to D**-0.5. layout, group: a Layout and its process group (None: one rank, by default one
-    document). strategy: auto, ring or all_gather. seq: a SequenceContext instead of those three.
-    Raises ValueError, on all ranks, for what does not fit.
+    document). strategy: auto (ring), ring, all_gather; or zeppelin, zeppelin_even: in the layout of a plan that
+    balances documents of mixed lengths (`parallel.plan_attention`), to which q, k and v move and from which the result
+    comes back. plan: an AttentionPlan instead of a strategy. seq: a SequenceContext instead of layout, group, strategy
+    and plan. Raises ValueError, on all ranks, for what does not fit.
     """
 
     def check():
-        _check(q, k, v, window, plan)
+        _check(q, k, v, window, plan, seq, strategy)
 
-    seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, (causal, scale), softmax=strategy)
-    strategy = pick(STRATEGIES, seq.parallel.softmax, "ring", "softmax strategy")
-    backend = _backend(seq.parallel.backend, q.device.type, q.dtype, q.shape[-1])
+    options = causal, scale, None if plan is None else getattr(plan, "digest", None)
+    seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, softmax=strategy)
+    parallel, mask = seq.parallel, Mask(causal)
+    strategy = pick(STRATEGIES | PLANNERS, parallel.softmax, "ring", "softmax strategy")
+    backend = _backend(parallel.backend, q.device.type, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    schedule = seq.derive(softmax_schedule, strategy, Mask(causal))
-    return _Attention.apply(q, k, v, schedule, backend, scale, seq.parallel.group)
+    if plan is None and strategy in STRATEGIES:
+        return _Attention.apply(q, k, v, seq.derive(softmax_schedule, strategy, mask), backend, scale, parallel.group)
+    if plan is None:
+        planned = seq.derive(planned_schedule, mask, strategy, parallel.topology, parallel.costs, parallel.token_cap)
+    else:
+        planned = seq.derive(schedule_of, plan, mask)
+    q, k, v = planned.move(q, k, v, parallel.group)
+    out = _Attention.apply(q, k, v, planned.schedule, backend, scale, parallel.group)
+    return planned.move_back(out, parallel.group)
 
 
 class _Attention(torch.autograd.Function):
@@ -152,11 +166,13 @@ def _backend(name, device_type, dtype, head_dim):
     return backend
 
 
-def _check(q, k, v, window, plan):
+def _check(q, k, v, window, plan, seq, strategy):
     if window is not None:
         raise ValueError(f"window={window} is not supported; leave it out")
-    if plan is not None:
-        raise ValueError("plan is not supported; give layout and strategy")
+    if plan is not None and not isinstance(plan, AttentionPlan):
+        raise ValueError(f"plan must be a longspan.parallel.AttentionPlan, got {type(plan).__name__}")
+    if plan is not None and (seq is not None or strategy != "auto"):
+        raise ValueError("plan goes with layout and group; a seq, or a strategy, has its own")
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be equal")
     if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:

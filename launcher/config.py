@@ -72,7 +72,10 @@ class ParallelConfig:
     linear: Literal["auto", "lasp2", "lasp", "all_scan", "hierarchical"] = setting(
         "auto", "how states of linear attention travel between ranks"
     )
-    softmax: Literal["auto", "ring", "all_gather"] = setting("auto", "how softmax attention shares keys between ranks")
+    softmax: Literal["auto", "ring", "all_gather", "zeppelin", "zeppelin_even"] = setting(
+        "auto", "how softmax attention shares keys between ranks; zeppelin: by a plan that balances mixed lengths"
+    )
+    token_cap: float = setting(1.5, "with zeppelin: most tokens of a rank in softmax attention, in units of the mean")
     backend: Literal["auto", "fa4", "cudnn", "flash", "cpu", "math"] = setting(
         "auto", "kernel of softmax attention; auto: the fastest that is installed and fits"
     )
@@ -183,6 +186,7 @@ class Config:
             _require(self._get(path) > 0, f"{path}={self._get(path)}: use a number above 0")
         for path in ("optim.beta1", "optim.beta2", "data.validation_fraction"):
             _require(0 <= self._get(path) < 1, f"{path}={self._get(path)}: use a number from 0 to below 1")
+        _require(self.parallel.token_cap >= 1, f"parallel.token_cap={self.parallel.token_cap}: use 1 or more")
         _require(0 <= self.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.optim.min_lr_ratio}: use 0 to 1")
 
     def _validate_data(self) -> None:

@@ -78,7 +78,7 @@ class StepMeter:
             row[1] += batch.seq.num_tokens_local
             # Each rank reports its share, so the sum over ranks counts every SP group's work once.
             row[2] += model_flops(self._model, layout.lengths) / self._mesh.sp
-            row[3] += attention_pairs(layout)[self._mesh.sp_rank]
+            row[3] += attention_pairs(batch.seq.attention_layout)[self._mesh.sp_rank]
         row[4] = _peak_memory(self._mesh.device)
         mine = torch.tensor(row, dtype=torch.float64).to(self._mesh.device, non_blocking=True)
         mine[0] = loss_sum

@@ -24,7 +24,7 @@ from longspan.launcher.samples import SampleStream
 from longspan.launcher.schedule import learning_rate
 from longspan.models.decoder import Decoder
 from longspan.models.parallelize import parallelize
-from longspan.parallel import SequenceParallel
+from longspan.parallel import Costs, SequenceParallel
 from longspan.parallel.mesh import Mesh, build_mesh
 
 log = logging.getLogger("longspan")
@@ -65,6 +65,8 @@ class Trainer:
             linear=config.parallel.linear,
             softmax=config.parallel.softmax,
             backend=config.parallel.backend,
+            costs=Costs.h200(config.model.num_heads, config.model.kv_heads, config.model.head_size),
+            token_cap=config.parallel.token_cap,
             device=mesh.device,
         )
         self._open_data()

@@ -6,8 +6,11 @@ from threading import Lock
 import torch
 
 from longspan.parallel.balanced import balanced
+from longspan.parallel.costs import Costs
 from longspan.parallel.exchange import group_rank, group_size, to_device
 from longspan.parallel.layout import Layout, contiguous, zigzag
+from longspan.parallel.planner import STRATEGIES, AttentionPlan, plan_attention
+from longspan.parallel.rebalance import rebalance
 from longspan.parallel.topology import Topology
 
 MEMO = 4  # latest contexts kept for batches of equal lengths; each holds device memory for every local token
@@ -19,11 +22,12 @@ class SequenceParallel:
     group: process group that carries tokens, keys and values; state_group: a second communicator over the same ranks
     for linear-attention states, so that they never queue behind other traffic (default: group). None is one rank.
     topology: which of the ranks share a machine (default: all). layout: "auto", "contiguous" or "zigzag". linear,
-    softmax, backend: names that the attention layers resolve.
+    softmax, backend: names that the attention layers resolve. costs, token_cap: what plans for softmax attention go by,
+    where `softmax` is one of parallel.planner.STRATEGIES.
     """
 
     def __init__(self, group=None, state_group=None, *, topology=None, layout="auto", linear="auto", softmax="auto",
-                 backend="auto", device="cpu"):
+                 backend="auto", costs=None, token_cap=1.5, device="cpu"):
         if layout not in BASE_LAYOUTS:
             raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(BASE_LAYOUTS)}")
         self.group, self.state_group = group, group if state_group is None else state_group
@@ -33,12 +37,22 @@ class SequenceParallel:
             found = self.topology.world_size
             raise ValueError(f"topology={self.topology} has {found} ranks but the group has {self.world_size}")
         self.layout, self.linear, self.softmax, self.backend = layout, linear, softmax, backend
+        self.costs, self.token_cap = Costs() if costs is None else costs, token_cap
         self.device = torch.device(device)
         self._contexts, self._derivations, self._lock = OrderedDict(), {}, Lock()
 
     def base_layout(self, lengths) -> Layout:
-        """The layout with equal tokens per rank in which everything but softmax attention runs."""
+        """The layout with equal tokens per rank in which everything but softmax attention runs. With a planned strategy
+        "auto" is the plan's, with what is too much on some ranks moved."""
+        if self.layout == "auto" and self.softmax in STRATEGIES:
+            return rebalance(self.plan(lengths).layout, self.topology)
         return BASE_LAYOUTS[self.layout](tuple(lengths), self.world_size)
+
+    def plan(self, lengths) -> AttentionPlan | None:
+        """What `softmax` plans for these documents; None for a strategy without plans."""
+        if self.softmax not in STRATEGIES:
+            return None
+        return plan_attention(lengths, self.topology, self.costs, self.token_cap, self.softmax)
 
     def context(self, lengths_or_layout) -> "SequenceContext":
         """The context of a batch: lengths of its documents (placed by `base_layout`) or a ready Layout.
@@ -82,6 +96,12 @@ class SequenceContext:
         self.num_tokens, self.num_tokens_local = layout.num_tokens, layout.tokens_per_rank[parallel.rank]
         self.positions = to_device(torch.from_numpy(layout.positions(self.rank)), parallel.device)
         self._derived = {}
+
+    @property
+    def attention_layout(self) -> Layout:
+        """The layout in which softmax attention runs."""
+        plan = self.parallel.plan(self.layout.lengths)
+        return self.layout if plan is None else plan.layout
 
     def derive(self, function, *arguments):
         """function(layout, rank, *arguments), computed once; its `.map(move)` moves its tensors to the device.

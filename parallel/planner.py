@@ -7,7 +7,7 @@ Every rank computes the same plan by itself; `digest` tells whether it did.
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil
 
 import numpy as np
@@ -20,6 +20,7 @@ from longspan.parallel.water_fill import Keys, water_fill
 from longspan.parallel.zeppelin_even import even_rings
 
 ZONES = ("inter", "intra", "local")
+MEMO = 8  # latest plans
 CAPS = (1.0, 0.0)  # caps to try between the mean (0) and `token_cap` (1); with the first most work is balanced
 EVEN_ROOM = 1.03  # tokens per rank of `zeppelin_even`, in units of the mean: the published scheme has batches 97 % full
 
@@ -62,15 +63,20 @@ def plan_attention(
     costs: None for `Costs()`, an H200. token_cap: tokens on a rank at most, in units of the mean (more where that is
     less than one whole token). strategy: `zeppelin`, uneven shards for equal time; `zeppelin_even`, the published
     scheme of even shards, for comparison. Raises ValueError for lengths below 1, a cap below 1 and unknown strategies.
+    The latest plans are kept.
     """
     lengths, costs = check_lengths(lengths), Costs() if costs is None else costs
     if not 1 <= token_cap < float("inf"):
         raise ValueError(f"token_cap={token_cap} must be at least 1, the mean number of tokens per rank")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is unknown; use one of {', '.join(STRATEGIES)}")
-    mean = sum(lengths) / topology.world_size
-    shares = STRATEGIES[strategy](lengths, topology, token_cap * mean, costs, mask)
-    layout = _layout(lengths, topology, shares)
+    return _plan(lengths, topology, costs, token_cap, strategy, mask)
+
+
+@lru_cache(MEMO)
+def _plan(lengths, topology, costs, token_cap, strategy, mask):
+    most = token_cap * sum(lengths) / topology.world_size
+    layout = _layout(lengths, topology, STRATEGIES[strategy](lengths, topology, most, costs, mask))
     return AttentionPlan(layout, topology, predict(layout, topology, costs, mask))
 
 

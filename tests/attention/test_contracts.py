@@ -8,7 +8,7 @@ import torch.distributed as dist
 from spawn import run_ranks
 
 from longspan.attention import linear_attention, softmax_attention
-from longspan.parallel import SequenceParallel, contiguous, zigzag
+from longspan.parallel import SequenceParallel, Topology, contiguous, plan_attention, zigzag
 
 TOKENS, HEADS, SIZE = 6, 2, 4
 
@@ -64,6 +64,7 @@ LINEAR = BOTH | {
     "decay without a direction": ({"log_decay": -ones(2), "causal": False}, r"log_decay.*causal"),
     "ring without a direction": ({"strategy": "lasp", "causal": False}, r"lasp.*causal"),
 }
+PLAN = plan_attention([6], Topology(1, 1))
 SOFTMAX = BOTH | {
     "heads that do not divide": (tensors(heads=3) | {"q": ones(6, 4, 4)}, r"3.*4|4.*3"),
     "more key heads than query heads": ({"q": ones(6, 1, 4)}, r"2.*1|1.*2"),
@@ -71,7 +72,9 @@ SOFTMAX = BOTH | {
     "misspelt strategy": ({"strategy": "rign"}, r"rign.*did you mean 'ring'"),
     "strategy of linear": ({"strategy": "lasp2"}, r"lasp2.*ring"),
     "window": ({"window": 3}, r"window"),
-    "plan": ({"plan": "a plan"}, r"plan"),
+    "plan": ({"plan": "a plan"}, r"plan must be a longspan.parallel.AttentionPlan, got str"),
+    "plan of other documents": ({"plan": PLAN, "layout": contiguous((4, 2), 1)}, r"plan is for 1 doc.* the layout"),
+    "plan and strategy": ({"plan": PLAN, "strategy": "ring"}, r"plan goes with layout and group"),
 }
 
 

@@ -14,7 +14,7 @@ from parity import Case, disagreements, relative_error, run_share
 from spawn import run_ranks
 
 from longspan.attention import softmax_attention
-from longspan.parallel import contiguous
+from longspan.parallel import Costs, SequenceParallel, Topology, contiguous, plan_attention
 
 WORLD_SIZES = [1, 2, 3, 4, 8]
 HEAD_SIZE = 8
@@ -30,6 +30,7 @@ VARIANTS = {
 }
 SMALL = ["two", "ones", "few", "single_token"]
 STRATEGIES = ["ring", "all_gather", "auto"]
+PLANNED = ["zeppelin", "zeppelin_even"]
 
 
 def all_cases():
@@ -39,10 +40,13 @@ def all_cases():
             for strategy in STRATEGIES[:2]:
                 yield Case(variant, "one", layout, strategy)
                 yield Case(variant, "mixed", layout, strategy)
+            for n, strategy in enumerate(PLANNED):
+                yield Case(variant, "mixed" if (i + j + n) % 2 else "one", layout, strategy)
+                yield Case(variant, SMALL[(i + j + n) % 4], layout, strategy)
             for n in range(2):
                 yield Case(variant, SMALL[(i + j + 2 * n) % 4], layout, STRATEGIES[(i + j + n) % 3])
             if variant != "causal_peaked":  # Its scores of around 100 lose two of fp32's digits in the exponential.
-                yield Case(variant, "mixed", layout, STRATEGIES[(i + j) % 3], torch.float32)
+                yield Case(variant, "mixed", layout, [*STRATEGIES, *PLANNED][(i + j) % 5], torch.float32)
 
 
 def make_inputs(variant, lengths, dtype=torch.float64):
@@ -94,7 +98,7 @@ def run_bf16(rank, world_size, strategies):
 
 def test_bf16_is_as_close_to_fp64_as_one_rank():
     world_size = 4
-    ranks = run_ranks(run_bf16, world_size, STRATEGIES[:2])
+    ranks = run_ranks(run_bf16, world_size, [*STRATEGIES[:2], "zeppelin"])
     exact = expected("causal_gqa", "mixed", torch.bfloat16)
     problems = []
     for layout_name, strategy in ranks[0]:
@@ -106,3 +110,37 @@ def test_bf16_is_as_close_to_fp64_as_one_rank():
         shares = [results[layout_name, strategy][0] for results in ranks]
         problems += disagreements(f"{layout_name}-{strategy}", shares, layout, exact, torch.bfloat16, limits)
     assert not problems, "\n".join(problems)
+
+
+# Plans given by hand, or made by the context: queries, keys and values move and come back.
+
+
+def run_plans(rank, world_size, lengths):
+    """Shares by a given plan of two nodes that cuts all it can, and by a context on its own base layout."""
+    inputs, grad_out, kwargs = make_inputs("causal_gqa", lengths)
+    plan = plan_attention(lengths, Topology(2, world_size // 2), Costs.pairs_only(), token_cap=3.0)
+    start = contiguous(lengths, world_size)
+    given = run_share(softmax_attention, inputs, grad_out, start, rank, group=dist.group.WORLD, plan=plan, **kwargs)
+    parallel = SequenceParallel(dist.group.WORLD, topology=Topology(2, world_size // 2), softmax="zeppelin")
+    seq = parallel.context(lengths)
+
+    def by_context(*tensors, layout, group, **options):
+        return softmax_attention(*tensors, seq=seq, **options)
+
+    made = run_share(by_context, inputs, grad_out, seq.layout, rank, group=dist.group.WORLD, **kwargs)
+    return given, made, seq.layout, plan.layout != start, seq.attention_layout != seq.layout
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_plans_given_and_made(world_size):
+    lengths = LENGTHS["mixed"]
+    ranks = run_ranks(run_plans, world_size, lengths)
+    exact = expected("causal_gqa", "mixed", torch.float64)
+    limits = dict.fromkeys(exact, 1e-9)
+    given, made = ([results[n] for results in ranks] for n in range(2))
+    problems = disagreements("given", given, contiguous(lengths, world_size), exact, torch.float64, limits)
+    problems += disagreements("made", made, ranks[0][2], exact, torch.float64, limits)
+    assert not problems, "\n".join(problems)
+    assert all(results[3] for results in ranks) and len({results[2] for results in ranks}) == 1
+    tokens = ranks[0][2].tokens_per_rank
+    assert max(tokens) - min(tokens) <= 1

@@ -200,6 +200,7 @@ def test_missing_file_names_the_shipped_configs():
         (["checkpoint.keep_last=0"], "checkpoint.keep_last=0"),
         (["checkpoint.interval=-1"], "checkpoint.interval=-1"),
         (["parallel.sp=-1"], "parallel.sp=-1"),
+        (["parallel.token_cap=0.5"], "parallel.token_cap=0.5: use 1 or more"),
         (["run.seed=-1"], "run.seed=-1"),
         (["optim.lr=0"], "optim.lr=0.0"),
         (["optim.eps=0"], "optim.eps=0.0"),

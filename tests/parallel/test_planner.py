@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.benchmarks.length_mixes import draw
-from longspan.parallel import Costs, Layout, Mask, Span, Topology, attention_pairs, plan_attention, rebalance
+from longspan.parallel import Costs, Layout, Mask, Span, Topology, attention_pairs, plan_attention, planner, rebalance
 from longspan.parallel.costs import predict, remap_seconds
 
 COSTS = {"pairs": Costs.pairs_only(), "h200": Costs()}
@@ -88,8 +88,10 @@ def test_queues_name_every_document_of_a_rank_in_its_zone():
 
 def test_plans_repeat_and_digests_tell_them_apart():
     lengths, topology = [5, 4000, 300, 7, 900, 12_000, 1, 1], Topology(2, 2)
-    first, again = plan_attention(lengths, topology), plan_attention(tuple(lengths), topology)
-    assert first.layout == again.layout and first.digest == again.digest
+    first = plan_attention(lengths, topology)
+    planner._plan.cache_clear()
+    again = plan_attention(tuple(lengths), topology)
+    assert first is not again and first.layout == again.layout and first.digest == again.digest
     assert plan_attention(lengths[::-1], topology).digest != first.digest
 
 
