@@ -49,6 +49,9 @@ def _runs_on(rank, world_size, folder, corpus):
         results["documents"] = _observe(
             tiny_config(corpus, folder / "documents", "data.packing=documents", "parallel.sp=1")
         )
+        for softmax in ("ring", "zeppelin"):  # every sample on both ranks
+            settings = ("data.packing=documents", f"parallel.softmax={softmax}")
+            results[f"documents, {softmax}"] = _observe(tiny_config(corpus, folder / softmax, *settings))
     if world_size == 4:
         results["2 -> 4"] = _resume(folder, corpus, "2 ranks, sp 2", "2 to 4", "parallel.sp=2")
         os.environ["LOCAL_WORLD_SIZE"] = "2"
@@ -135,6 +138,13 @@ def test_documents_of_mixed_lengths(runs):
     assert all(0 < row["tokens"] <= 4 * 96 for row in run["rows"])
     assert len({row["tokens"] for row in run["rows"]}) > 1
     assert max(row["imbalance"] for row in run["rows"]) > 1
+
+
+@pytest.mark.parametrize("softmax", ["ring", "zeppelin"])
+def test_documents_over_two_ranks(runs, softmax):
+    one, two = runs["documents"], runs[f"documents, {softmax}"]
+    assert two["samples"] == one["samples"]
+    assert _losses(two) == pytest.approx(_losses(one), rel=TOLERANCE)
 
 
 def test_resumed_equals_uninterrupted_bitwise(runs):

@@ -65,6 +65,8 @@ def all_cases():
                     yield Case("gates", lengths, layout, *strategies, torch.float64)
                     if lengths == "mixed":
                         yield Case("gates", lengths, layout, *strategies, torch.float32)
+        yield Case("families", lengths, "balanced", "lasp2", "zeppelin", torch.float64)
+        yield Case("normalized", lengths, "contiguous", "lasp2", "zeppelin_even", torch.float64)
 
 
 def make_model(name, dtype):
