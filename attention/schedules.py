@@ -62,6 +62,17 @@ class Schedule:
         ))  # fmt: skip
 
 
+    def with_peers(self, name) -> "Schedule":
+        """The same among ranks of other numbers: peer r is name(r)."""
+
+        def renamed(ends):
+            return tuple((name(peer), rows) for peer, rows in ends)
+
+        return Schedule(tuple(
+            replace(step, sends=renamed(step.sends), receives=renamed(step.receives)) for step in self.steps
+        ))  # fmt: skip
+
+
 def ring(rank: int, world_size: int) -> list[list[int]]:
     """One neighbour further away at every step: transfers are pairwise and hide behind the step before."""
     return [[(rank - step) % world_size] for step in range(1, world_size)]

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 
 from longspan.attention.arguments import pick, resolve
-from longspan.attention.planned import planned_schedule, schedule_of
+from longspan.attention.moved import head_groups, head_parallel_schedule, planned_schedule, schedule_of
 from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import STRATEGIES, softmax_schedule
 from longspan.kernels.merge import merge
@@ -19,6 +19,8 @@ from longspan.parallel.exchange import start_exchange
 from longspan.parallel.geometry import Mask
 from longspan.parallel.planner import STRATEGIES as PLANNERS
 from longspan.parallel.planner import AttentionPlan
+
+HEAD_PARALLEL = ("ulysses", "usp")
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +34,14 @@ def softmax_attention(
     q: [T, Hq, D]; k, v: [T, Hkv, D] with Hq a multiple of Hkv: this rank's tokens in the order of `layout`, one
     floating dtype; returns [T, Hq, D] in it. fp64 is computed and sent in fp64; log-sum-exp and merges are at least
     fp32. scale defaults to D**-0.5. layout, group: a Layout and its process group (None: one rank, by default one
-    document). strategy: auto (ring), ring, all_gather; or zeppelin, zeppelin_even: in the layout of a plan that
-    balances documents of mixed lengths (`parallel.plan_attention`), to which q, k and v move and from which the result
-    comes back. plan: an AttentionPlan instead of a strategy. seq: a SequenceContext instead of layout, group, strategy
-    and plan. Raises ValueError, on all ranks, for what does not fit.
+    document). seq: a SequenceContext instead of layout, group, strategy and plan. strategy:
+
+        auto, ring, all_gather             keys travel to the queries; auto is ring
+        ulysses                            every rank gets all tokens and a part of the heads
+        usp                                the same among as many ranks in a row as share the heads evenly, and a ring
+        zeppelin, zeppelin_even, hybrid    a ring where a plan for mixed lengths puts the tokens (parallel.planner)
+
+    plan: an AttentionPlan instead of a strategy. Raises ValueError, on all ranks, for what does not fit.
     """
 
     def check():
@@ -44,18 +50,20 @@ def softmax_attention(
     options = causal, scale, None if plan is None else getattr(plan, "digest", None)
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, softmax=strategy)
     parallel, mask = seq.parallel, Mask(causal)
-    strategy = pick(STRATEGIES | PLANNERS, parallel.softmax, "ring", "softmax strategy")
+    strategy = pick((*STRATEGIES, *HEAD_PARALLEL, *PLANNERS), parallel.softmax, "ring", "softmax strategy")
     backend = _backend(parallel.backend, q.device.type, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if plan is None and strategy in STRATEGIES:
         return _Attention.apply(q, k, v, seq.derive(softmax_schedule, strategy, mask), backend, scale, parallel.group)
-    if plan is None:
-        planned = seq.derive(planned_schedule, mask, strategy, parallel.topology, parallel.costs, parallel.token_cap)
+    if plan is not None:
+        moved = seq.derive(schedule_of, plan, mask)
+    elif strategy in PLANNERS:
+        moved = seq.derive(planned_schedule, mask, strategy, parallel.topology, parallel.costs, parallel.token_cap)
     else:
-        planned = seq.derive(schedule_of, plan, mask)
-    q, k, v = planned.move(q, k, v, parallel.group)
-    out = _Attention.apply(q, k, v, planned.schedule, backend, scale, parallel.group)
-    return planned.move_back(out, parallel.group)
+        moved = seq.derive(head_parallel_schedule, mask, head_groups(strategy, seq.world_size, q.shape[1]))
+    q, k, v = moved.move(q, k, v, parallel.group)
+    out = _Attention.apply(q, k, v, moved.schedule, backend, scale, parallel.group)
+    return moved.move_back(out, parallel.group)
 
 
 class _Attention(torch.autograd.Function):

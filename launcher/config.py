@@ -72,7 +72,7 @@ class ParallelConfig:
     linear: Literal["auto", "lasp2", "lasp", "all_scan", "hierarchical"] = setting(
         "auto", "how states of linear attention travel between ranks"
     )
-    softmax: Literal["auto", "ring", "all_gather", "zeppelin", "zeppelin_even"] = setting(
+    softmax: Literal["auto", "ring", "all_gather", "ulysses", "usp", "hybrid", "zeppelin_even", "zeppelin"] = setting(
         "auto", "how softmax attention shares keys between ranks; zeppelin: by a plan that balances mixed lengths"
     )
     token_cap: float = setting(1.5, "with zeppelin: most tokens of a rank in softmax attention, in units of the mean")

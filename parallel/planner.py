@@ -14,6 +14,7 @@ import numpy as np
 
 from longspan.parallel.costs import Costs, Predicted, predict, remap_seconds
 from longspan.parallel.geometry import Mask
+from longspan.parallel.hybrid import power_of_two_groups
 from longspan.parallel.layout import Layout, Span, check_lengths, head_tail
 from longspan.parallel.topology import Topology
 from longspan.parallel.water_fill import Keys, water_fill
@@ -22,7 +23,7 @@ from longspan.parallel.zeppelin_even import even_rings
 ZONES = ("inter", "intra", "local")
 MEMO = 8  # latest plans
 CAPS = (1.0, 0.0)  # caps to try between the mean (0) and `token_cap` (1); with the first most work is balanced
-EVEN_ROOM = 1.03  # tokens per rank of `zeppelin_even`, in units of the mean: the published scheme has batches 97 % full
+EVEN_ROOM = 1.03  # tokens per rank of the others, in units of the mean: the published scheme has batches 97 % full
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def plan_attention(
     """The placement of a batch for softmax attention.
 
     costs: None for `Costs()`, an H200. token_cap: tokens on a rank at most, in units of the mean (more where that is
-    less than one whole token). strategy: `zeppelin`, uneven shards for equal time; `zeppelin_even`, the published
-    scheme of even shards, for comparison. Raises ValueError for lengths below 1, a cap below 1 and unknown strategies.
-    The latest plans are kept.
+    less than one whole token). strategy: `zeppelin`, uneven shards for equal time; for comparison `zeppelin_even`, the
+    published scheme of even shards, and `hybrid`, groups of powers of two. Raises ValueError for lengths below 1, a cap
+    below 1 and unknown strategies. The latest plans are kept.
     """
     lengths, costs = check_lengths(lengths), Costs() if costs is None else costs
     if not 1 <= token_cap < float("inf"):
@@ -101,7 +102,11 @@ def _even_rings(lengths, topology, most, costs, mask):
     return even_rings(lengths, topology, ceil(EVEN_ROOM * sum(lengths) / topology.world_size))
 
 
-STRATEGIES = {"zeppelin": _water_fill, "zeppelin_even": _even_rings}
+def _hybrid(lengths, topology, most, costs, mask):
+    return power_of_two_groups(lengths, topology, ceil(EVEN_ROOM * sum(lengths) / topology.world_size))
+
+
+STRATEGIES = {"zeppelin": _water_fill, "zeppelin_even": _even_rings, "hybrid": _hybrid}
 
 
 def _tokens(shares, topology):

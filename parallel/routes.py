@@ -67,6 +67,26 @@ def route_table(layout: Layout, rank: int, wanted) -> RouteTable:
     )
 
 
+def head_routes(tokens, rank: int, groups: int) -> tuple[RouteTable, RouteTable]:
+    """Ways there and back between a rank's tokens with all heads and its group of heads of the tokens of `groups` ranks
+    in a row. Rows here are tokens x groups of heads; there, the tokens of those ranks one after the other. tokens: of
+    every rank."""
+    mine, first = tokens[rank], rank // groups * groups
+    ranks = range(first, first + groups)
+    here = np.arange(mine * groups).reshape(mine, groups)
+    alike = tuple(mine if peer in ranks else 0 for peer in range(len(tokens)))
+    theirs = tuple(tokens[peer] if peer in ranks else 0 for peer in range(len(tokens)))
+    gathered = np.arange(sum(theirs))
+    returned = np.argsort(here.T.ravel())  # they come group after group
+    there = RouteTable(here.size, torch.from_numpy(here.T.ravel().copy()), alike, theirs, *_arriving(gathered))
+    back = RouteTable(len(gathered), torch.from_numpy(gathered), theirs, alike, *_arriving(returned))
+    return there, back
+
+
+def _arriving(source):
+    return torch.from_numpy(source), _turns(source)
+
+
 def _turns(source) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
     """(places, source[places]) for the first, second, ... occurrence of every number in `source`, places ascending."""
     order = np.argsort(source, kind="stable")

@@ -18,14 +18,14 @@ def even_rings(lengths, topology: Topology, cap: int) -> list[Share]:
         if placed is not None:
             break
     else:
-        return [_even(document, length, range(topology.world_size)) for document, length in enumerate(lengths)]
+        return [even_share(document, length, range(topology.world_size)) for document, length in enumerate(lengths)]
     rings, whole = placed
     shares = []
     crossing = [[0.0] * size, [0.0] * size]  # tokens and squares that cross-node rings put on every rank of a node
     loads = [[list(column) for column in crossing] for _ in range(nodes)]
     for document, members in rings.items():
         ranks = [node * size + rank for node in members for rank in range(size)]
-        shares.append(_even(document, lengths[document], ranks))
+        shares.append(even_share(document, lengths[document], ranks))
         for node in members:
             for rank in range(size):
                 loads[node][0][rank] += lengths[document] / len(ranks)
@@ -37,7 +37,7 @@ def even_rings(lengths, topology: Topology, cap: int) -> list[Share]:
                 break
         else:
             found = {document: range(size) for document in documents}
-        shares += [_even(d, lengths[d], sorted(node * size + rank for rank in ring)) for d, ring in found.items()]
+        shares += [even_share(d, lengths[d], sorted(node * size + rank for rank in ring)) for d, ring in found.items()]
     return shares
 
 
@@ -99,7 +99,7 @@ def _over_ranks(lengths, documents, tokens, squares, cap, first):
     return rings
 
 
-def _even(document, length, ranks) -> Share:
+def even_share(document, length, ranks) -> Share:
     """A document over ranks in equal parts; the first ones get what is left of the division."""
     share, extra = divmod(length, len(ranks))
     tokens = [share + (place < extra) for place in range(len(ranks))]

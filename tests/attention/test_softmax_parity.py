@@ -14,7 +14,7 @@ from parity import Case, disagreements, relative_error, run_share
 from spawn import run_ranks
 
 from longspan.attention import softmax_attention
-from longspan.parallel import Costs, SequenceParallel, Topology, contiguous, plan_attention
+from longspan.parallel import Costs, SequenceParallel, Topology, contiguous, plan_attention, zigzag
 
 WORLD_SIZES = [1, 2, 3, 4, 8]
 HEAD_SIZE = 8
@@ -28,9 +28,10 @@ VARIANTS = {
     "causal_mqa": (3, 1, {"scale": 0.9}),
     "causal_peaked": (2, 2, {"scale": 20.0}),
 }
+WIDE = {"causal_wide": (8, 2, {})}  # for strategies that share out heads
 SMALL = ["two", "ones", "few", "single_token"]
 STRATEGIES = ["ring", "all_gather", "auto"]
-PLANNED = ["zeppelin", "zeppelin_even"]
+MOVED = ["zeppelin", "zeppelin_even", "hybrid", "usp"]
 
 
 def all_cases():
@@ -40,18 +41,18 @@ def all_cases():
             for strategy in STRATEGIES[:2]:
                 yield Case(variant, "one", layout, strategy)
                 yield Case(variant, "mixed", layout, strategy)
-            for n, strategy in enumerate(PLANNED):
+            for n, strategy in enumerate(MOVED):
                 yield Case(variant, "mixed" if (i + j + n) % 2 else "one", layout, strategy)
                 yield Case(variant, SMALL[(i + j + n) % 4], layout, strategy)
             for n in range(2):
                 yield Case(variant, SMALL[(i + j + 2 * n) % 4], layout, STRATEGIES[(i + j + n) % 3])
             if variant != "causal_peaked":  # Its scores of around 100 lose two of fp32's digits in the exponential.
-                yield Case(variant, "mixed", layout, [*STRATEGIES, *PLANNED][(i + j) % 5], torch.float32)
+                yield Case(variant, "mixed", layout, [*STRATEGIES, *MOVED][(i + j) % 7], torch.float32)
 
 
 def make_inputs(variant, lengths, dtype=torch.float64):
     """(differentiable inputs, gradient of the output, keyword arguments): global and the same on every rank."""
-    num_heads, num_kv_heads, kwargs = VARIANTS[variant]
+    num_heads, num_kv_heads, kwargs = (VARIANTS | WIDE)[variant]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{variant}{lengths}".encode()))
 
     def normal(heads):
@@ -98,7 +99,7 @@ def run_bf16(rank, world_size, strategies):
 
 def test_bf16_is_as_close_to_fp64_as_one_rank():
     world_size = 4
-    ranks = run_ranks(run_bf16, world_size, [*STRATEGIES[:2], "zeppelin"])
+    ranks = run_ranks(run_bf16, world_size, [*STRATEGIES[:2], "zeppelin", "usp"])
     exact = expected("causal_gqa", "mixed", torch.bfloat16)
     problems = []
     for layout_name, strategy in ranks[0]:
@@ -144,3 +145,32 @@ def test_plans_given_and_made(world_size):
     assert all(results[3] for results in ranks) and len({results[2] for results in ranks}) == 1
     tokens = ranks[0][2].tokens_per_rank
     assert max(tokens) - min(tokens) <= 1
+
+
+# Ulysses: every rank has all tokens of its heads; of 8 query heads, with 2 key heads, each may go to a rank of its own.
+
+
+def run_ulysses(rank, world_size, lengths):
+    """Shares, and what is said where the heads cannot be shared out."""
+    inputs, grad_out, _ = make_inputs("causal_wide", lengths)
+    layout, group = zigzag(lengths, world_size), dist.group.WORLD
+    share = run_share(softmax_attention, inputs, grad_out, layout, rank, group=group, strategy="ulysses")
+    few = [torch.zeros(layout.tokens_per_rank[rank], 3, HEAD_SIZE) for _ in range(3)]
+    with pytest.raises(ValueError) as refused:
+        softmax_attention(*few, layout=layout, group=group, strategy="ulysses")
+    return share, str(refused.value)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ulysses(world_size):
+    lengths = LENGTHS["mixed"]
+    ranks = run_ranks(run_ulysses, world_size, lengths)
+    exact = expected("causal_wide", "mixed", torch.float64)
+    limits = dict.fromkeys(exact, 1e-9)
+    problems = disagreements(
+        "ulysses", [r[0] for r in ranks], zigzag(lengths, world_size), exact, torch.float64, limits
+    )
+    assert not problems, "\n".join(problems)
+    assert {r[1] for r in ranks} == {
+        f"strategy 'ulysses' shares 3 query heads among {world_size} ranks; use 'usp' or 'ring'"
+    }

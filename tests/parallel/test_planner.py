@@ -31,9 +31,9 @@ def test_any_lengths_are_placed_within_the_cap(lengths, topology, costs, cap):
 
 
 @settings(max_examples=80, deadline=None)
-@given(lengths, topologies)
-def test_even_rings_place_any_lengths(lengths, topology):
-    plan = plan_attention(lengths, topology, strategy="zeppelin_even")
+@given(lengths, topologies, st.sampled_from(["zeppelin_even", "hybrid"]))
+def test_even_shards_of_any_lengths(lengths, topology, strategy):
+    plan = plan_attention(lengths, topology, strategy=strategy)
     assert plan.layout.lengths == tuple(lengths)
     for document, length in enumerate(lengths):  # shards of one document are even
         held = [sum(len(s) for s in spans if s.document == document) for spans in plan.layout.spans]
@@ -147,7 +147,10 @@ def test_bad_input_is_named():
     for arguments, message in [
         (dict(lengths=[3, 0]), "document 1 has length 0"),
         (dict(lengths=[3], token_cap=0.9), "token_cap=0.9 must be at least 1"),
-        (dict(lengths=[3], strategy="zigzag"), "strategy='zigzag' is unknown; use one of zeppelin, zeppelin_even"),
+        (
+            dict(lengths=[3], strategy="zigzag"),
+            "strategy='zigzag' is unknown; use one of zeppelin, zeppelin_even, hybrid",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             plan_attention(topology=topology, **arguments)

@@ -1,0 +1,90 @@
+"""Softmax attention elsewhere than where the tokens are: in the layout of a plan, or on other ranks head by head.
+
+Queries, keys and values move there by one exchange, outputs and gradients back.
+"""
+
+from dataclasses import dataclass, replace
+from math import gcd
+
+import torch
+
+from longspan.attention.schedules import Schedule, softmax_schedule
+from longspan.parallel.geometry import Mask
+from longspan.parallel.layout import Layout
+from longspan.parallel.planner import AttentionPlan, plan_attention
+from longspan.parallel.routes import Route, RouteTable, head_routes, route_table
+
+STRATEGY = "ring"  # among the ranks that share heads, in whatever layout
+
+
+@dataclass(frozen=True)
+class Moved:
+    """schedule: of the layout that tokens move to. there, back: to it and home again, None where it is the same; they
+    move rows of a token's heads, of which `groups` equal groups go separate ways."""
+
+    schedule: Schedule
+    there: RouteTable | None
+    back: RouteTable | None
+    groups: int = 1
+
+    def map(self, move) -> "Moved":
+        """The same with every tensor passed through `move`."""
+        there, back = (way and way.map(move) for way in (self.there, self.back))
+        return replace(self, schedule=self.schedule.map(move), there=there, back=back)
+
+    def move(self, q, k, v, group):
+        """q, k and v where the schedule works on them. Key heads are repeated where there are too few to share out."""
+        if self.there is None:
+            return q, k, v
+        repeats = self.groups // gcd(k.shape[1], self.groups)
+        if repeats > 1:
+            k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+        rows = [x.unflatten(1, (self.groups, -1)).flatten(0, 1) for x in (q, k, v)]
+        heads = [x.shape[1] for x in rows]
+        return Route(self.there, group)(torch.cat(rows, 1)).split(heads, 1)
+
+    def move_back(self, out, group):
+        if self.back is None:
+            return out
+        return Route(self.back, group)(out).unflatten(0, (-1, self.groups)).flatten(1, 2)
+
+
+def planned_schedule(layout: Layout, rank: int, mask: Mask, strategy, topology, costs, token_cap) -> Moved:
+    """The same on every rank, as the plan is a pure function of the lengths and of what is given here."""
+    return schedule_of(layout, rank, plan_attention(layout.lengths, topology, costs, token_cap, strategy), mask)
+
+
+def schedule_of(layout: Layout, rank: int, plan: AttentionPlan, mask: Mask) -> Moved:
+    """Raises ValueError for a plan of other documents or of another number of ranks."""
+    if plan.layout.lengths != layout.lengths or plan.layout.world_size != layout.world_size:
+        raise ValueError(
+            f"plan is for {len(plan.layout.lengths)} documents of {plan.layout.num_tokens} tokens on "
+            f"{plan.layout.world_size} ranks, the layout has {len(layout.lengths)} of {layout.num_tokens} on "
+            f"{layout.world_size}"
+        )
+    schedule = softmax_schedule(plan.layout, rank, STRATEGY, mask)
+    if plan.layout == layout:
+        return Moved(schedule, None, None)
+    there = route_table(layout, rank, map(plan.layout.global_indices, range(layout.world_size)))
+    back = route_table(plan.layout, rank, map(layout.global_indices, range(layout.world_size)))
+    return Moved(schedule, there, back)
+
+
+def head_parallel_schedule(layout: Layout, rank: int, mask: Mask, groups: int) -> Moved:
+    """`groups` ranks in a row exchange heads for tokens: each gets its group of heads of all their tokens. Ranks with
+    the same heads then share keys as in a ring. groups = world_size is Ulysses (arXiv 2309.14509), less is USP (arXiv
+    2405.07719)."""
+    place, number = rank // groups, rank % groups
+    spans = [sum(layout.spans[first : first + groups], ()) for first in range(0, layout.world_size, groups)]
+    schedule = softmax_schedule(Layout(layout.lengths, tuple(spans)), place, STRATEGY, mask)
+    if groups == 1:
+        return Moved(schedule, None, None)
+    schedule = schedule.with_peers(lambda peer: peer * groups + number)
+    return Moved(schedule, *head_routes(layout.tokens_per_rank, rank, groups), groups)
+
+
+def head_groups(strategy: str, world_size: int, heads: int) -> int:
+    """Ranks that exchange heads for tokens. ValueError for ulysses where the heads cannot be shared by all ranks."""
+    if strategy == "ulysses" and heads % world_size:
+        raise ValueError(f"strategy 'ulysses' shares {heads} query heads among {world_size} ranks; use 'usp' or 'ring'")
+    return max(n for n in range(1, world_size + 1) if world_size % n == 0 and heads % n == 0)
