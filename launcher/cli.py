@@ -1,9 +1,10 @@
-"""The `longspan` command: `longspan prepare` writes corpora, `longspan train` is launcher/train.py."""
+"""The `longspan` command: `prepare` writes corpora, `train` is launcher/train.py, `bench` measures."""
 
 import argparse
 import sys
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
 import longspan
@@ -108,7 +109,28 @@ def prepare(argv: list[str]) -> None:
     )
 
 
-COMMANDS = {"prepare": prepare, "train": train}
+def bench(argv: list[str]) -> None:
+    """Runs a benchmark on one rank. UserError for an unknown one."""
+    parser = _Parser(
+        prog="longspan bench",
+        description="Measures. Over several ranks: torchrun --nproc-per-node N -m longspan.benchmarks.MODULE",
+        epilog="\n".join(f"  {name:<10} {module}" for name, module in BENCHMARKS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("benchmark", choices=list(BENCHMARKS), help="`longspan bench BENCHMARK --help` says more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the benchmark")
+    arguments = parser.parse_args(argv)
+    sys.argv = [f"longspan bench {arguments.benchmark}", *arguments.arguments]
+    sys.exit(import_module(f"longspan.benchmarks.{BENCHMARKS[arguments.benchmark]}").main())
+
+
+# name: module of longspan.benchmarks
+BENCHMARKS = {
+    "calibrate": "calibrate", "kernels": "linear_kernels", "attention": "ring_attention", "linear": "linear_ranks",
+    "planner": "planner", "recall": "recall",
+}  # fmt: skip
+COMMANDS = {"prepare": prepare, "train": train, "bench": bench}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -75,6 +75,7 @@ class ParallelConfig:
     softmax: Literal["auto", "ring", "all_gather", "ulysses", "usp", "hybrid", "zeppelin_even", "zeppelin"] = setting(
         "auto", "how softmax attention shares keys between ranks; zeppelin: by a plan that balances mixed lengths"
     )
+    costs: str = setting("", "file of `longspan bench calibrate` for plans of zeppelin; empty: an H200")
     token_cap: float = setting(1.5, "with zeppelin: most tokens of a rank in softmax attention, in units of the mean")
     backend: Literal["auto", "fa4", "cudnn", "flash", "cpu", "math"] = setting(
         "auto", "kernel of softmax attention; auto: the fastest that is installed and fits"

@@ -14,6 +14,7 @@ from torch import nn
 from longspan.launcher import checkpoint
 from longspan.launcher.agreement import decide
 from longspan.launcher.batches import BatchLoader, StepBuilder
+from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config, OptimConfig
 from longspan.launcher.corpus import open_corpus
 from longspan.launcher.environment import choose_device, describe_environment
@@ -24,7 +25,7 @@ from longspan.launcher.samples import SampleStream
 from longspan.launcher.schedule import learning_rate
 from longspan.models.decoder import Decoder
 from longspan.models.parallelize import parallelize
-from longspan.parallel import Costs, SequenceParallel
+from longspan.parallel import SequenceParallel
 from longspan.parallel.mesh import Mesh, build_mesh
 
 log = logging.getLogger("longspan")
@@ -65,7 +66,7 @@ class Trainer:
             linear=config.parallel.linear,
             softmax=config.parallel.softmax,
             backend=config.parallel.backend,
-            costs=Costs.h200(config.model.num_heads, config.model.kv_heads, config.model.head_size),
+            costs=decide(lambda: load_costs(config.parallel.costs, config.model)),
             token_cap=config.parallel.token_cap,
             device=mesh.device,
         )

@@ -58,13 +58,21 @@ class Costs:
     def h200(cls, heads: int, kv_heads: int, head_dim: int, bytes_per_number: int = 2) -> "Costs":
         """FlashAttention-4 at 617 TFLOP/s on one document of 131,072 tokens and 510 on eight of 4,096 (forward and
         backward); 300 GB/s between GPUs of a node and 45 GB/s, 90 % of a 400 Gb/s link, between nodes."""
-        flops_per_pair = 3.5 * 4 * heads * head_dim
-        key_bytes = KEY_PASSES * 2 * kv_heads * head_dim * bytes_per_number
-        token_bytes = REMAP_PASSES * 2 * (heads + kv_heads) * head_dim * bytes_per_number
+        pair_s = 3.5 * 4 * heads * head_dim / 617e12
+        keys = key_bytes(kv_heads, head_dim, bytes_per_number)
+        tokens = token_bytes(heads, kv_heads, head_dim, bytes_per_number)
         intra, inter = 1 / 300e9, 1 / 45e9
-        return cls(
-            flops_per_pair / 617e12, 860, key_bytes * intra, key_bytes * inter, token_bytes * intra, token_bytes * inter
-        )
+        return cls(pair_s, 860, keys * intra, keys * inter, tokens * intra, tokens * inter)
+
+
+def key_bytes(kv_heads: int, head_dim: int, bytes_per_number: int) -> int:
+    """Of one token's keys and values, in all their passes."""
+    return KEY_PASSES * 2 * kv_heads * head_dim * bytes_per_number
+
+
+def token_bytes(heads: int, kv_heads: int, head_dim: int, bytes_per_number: int) -> int:
+    """Of one token that is remapped and back, in both directions of a layer."""
+    return REMAP_PASSES * 2 * (heads + kv_heads) * head_dim * bytes_per_number
 
 
 @dataclass(frozen=True)
