@@ -8,13 +8,13 @@ from math import gcd
 
 import torch
 
+from longspan.attention.double_ring import double_ring_schedule
 from longspan.attention.schedules import Schedule, softmax_schedule
 from longspan.parallel.geometry import Mask
 from longspan.parallel.layout import Layout
 from longspan.parallel.planner import AttentionPlan, plan_attention
 from longspan.parallel.routes import Route, RouteTable, head_routes, route_table
-
-STRATEGY = "ring"  # among the ranks that share heads, in whatever layout
+from longspan.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Moved:
     move rows of a token's heads, of which `groups` equal groups go separate ways."""
 
     schedule: Schedule
-    there: RouteTable | None
-    back: RouteTable | None
+    there: RouteTable | None = None
+    back: RouteTable | None = None
     groups: int = 1
 
     def map(self, move) -> "Moved":
@@ -62,12 +62,19 @@ def schedule_of(layout: Layout, rank: int, plan: AttentionPlan, mask: Mask) -> M
             f"{plan.layout.world_size} ranks, the layout has {len(layout.lengths)} of {layout.num_tokens} on "
             f"{layout.world_size}"
         )
-    schedule = softmax_schedule(plan.layout, rank, STRATEGY, mask)
+    schedule = ring_schedule(plan.layout, rank, mask, plan.topology)
     if plan.layout == layout:
-        return Moved(schedule, None, None)
+        return Moved(schedule)
     there = route_table(layout, rank, map(plan.layout.global_indices, range(layout.world_size)))
     back = route_table(plan.layout, rank, map(layout.global_indices, range(layout.world_size)))
     return Moved(schedule, there, back)
+
+
+def ring_schedule(layout: Layout, rank: int, mask: Mask, topology: Topology) -> Schedule:
+    """A ring over all ranks, on several nodes one that crosses between them once."""
+    if topology.nodes == 1:
+        return softmax_schedule(layout, rank, "ring", mask)
+    return double_ring_schedule(layout, rank, mask, topology)
 
 
 def head_parallel_schedule(layout: Layout, rank: int, mask: Mask, groups: int) -> Moved:
@@ -76,9 +83,9 @@ def head_parallel_schedule(layout: Layout, rank: int, mask: Mask, groups: int) -
     2405.07719)."""
     place, number = rank // groups, rank % groups
     spans = [sum(layout.spans[first : first + groups], ()) for first in range(0, layout.world_size, groups)]
-    schedule = softmax_schedule(Layout(layout.lengths, tuple(spans)), place, STRATEGY, mask)
+    schedule = softmax_schedule(Layout(layout.lengths, tuple(spans)), place, "ring", mask)
     if groups == 1:
-        return Moved(schedule, None, None)
+        return Moved(schedule)
     schedule = schedule.with_peers(lambda peer: peer * groups + number)
     return Moved(schedule, *head_routes(layout.tokens_per_rank, rank, groups), groups)
 

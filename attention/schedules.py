@@ -28,12 +28,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """Keys sent, keys that arrive, and the calls on them. sends: (peer, local rows); receives: (peer, rows of the
-    step's buffer). The first step has neither: it works on the local keys."""
+    """Keys sent, keys that arrive, and the calls on them. sends: (peer, rows); receives: (peer, rows of the step's
+    buffer). The first step has neither: it works on the local keys. source: the step whose buffer the rows sent are
+    of, None for the local keys. last_to_send: the last step whose source this one is, None for no step."""
 
     sends: tuple[tuple[int, Rows], ...]
     receives: tuple[tuple[int, slice], ...]
     calls: tuple[Call, ...]
+    source: int | None = None
+    last_to_send: int | None = None
 
     @property
     def num_keys(self) -> int:
@@ -60,7 +63,6 @@ class Schedule:
             )
             for step in self.steps
         ))  # fmt: skip
-
 
     def with_peers(self, name) -> "Schedule":
         """The same among ranks of other numbers: peer r is name(r)."""
@@ -89,28 +91,36 @@ STRATEGIES = {"ring": ring, "all_gather": all_gather}
 def softmax_schedule(layout: Layout, rank: int, strategy: str, mask: Mask) -> Schedule:
     """The schedule of `rank`: a pure function of the layout. strategy: a key of STRATEGIES."""
     peers = STRATEGIES[strategy]
-    holdings = [_by_document(layout, r) for r in range(layout.world_size)]
-    steps = [Step((), (), _local_calls(layout, rank, mask))]
+    holdings = [by_document(layout, r) for r in range(layout.world_size)]
+    steps = [local_step(layout, rank, mask)]
     for number, sources in enumerate(peers(rank, layout.world_size)):
-        sends = []
-        for peer in range(layout.world_size):
-            if rank in peers(peer, layout.world_size)[number]:
-                pieces = _needed(holdings[peer], holdings[rank], mask)
-                if pieces:
-                    sends.append((peer, _rows([(start, start + len(span)) for span, start in pieces])))
-        receives, keys, end = [], [], 0
-        for peer in sources:
-            start = end
-            for span, _ in _needed(holdings[rank], holdings[peer], mask):
-                keys.append((span, end))
-                end += len(span)
-            if end > start:
-                receives.append((peer, slice(start, end)))
-        steps.append(Step(tuple(sends), tuple(receives), _calls(_rectangles(holdings[rank], keys, mask))))
+        sent = [peer for peer in range(layout.world_size) if rank in peers(peer, layout.world_size)[number]]
+        sent = [(peer, needed(holdings[peer], holdings[rank], mask)) for peer in sent]
+        arriving = [(peer, needed(holdings[rank], holdings[peer], mask)) for peer in sources]
+        steps.append(make_step(holdings[rank], sent, arriving, mask))
     return Schedule(tuple(steps))
 
 
-def _by_document(layout, rank):
+def local_step(layout: Layout, rank: int, mask: Mask) -> Step:
+    """The first step: local queries, local keys."""
+    return Step((), (), _local_calls(layout, rank, mask))
+
+
+def make_step(queries, sent, arriving, mask: Mask, **options) -> Step:
+    """A step from (peer, pieces) that are sent and that arrive, pieces as `needed` gives them."""
+    sends = [(peer, _rows([(row, row + len(span)) for span, row in pieces])) for peer, pieces in sent if pieces]
+    receives, keys, end = [], [], 0
+    for peer, pieces in arriving:
+        start = end
+        for span, _ in pieces:
+            keys.append((span, end))
+            end += len(span)
+        if end > start:
+            receives.append((peer, slice(start, end)))
+    return Step(tuple(sends), tuple(receives), _calls(_rectangles(queries, keys, mask)), **options)
+
+
+def by_document(layout: Layout, rank: int) -> dict:
     """document -> [(span, first local row)] of one rank."""
     held = defaultdict(list)
     for span, start in zip(layout.spans[rank], layout.local_offsets(rank)):
@@ -118,8 +128,8 @@ def _by_document(layout, rank):
     return held
 
 
-def _needed(queries, keys, mask):
-    """The parts of one rank's keys that another rank's queries see: [(span, first row at the owner)]."""
+def needed(queries, keys, mask: Mask) -> list:
+    """The parts of some keys that some queries see, both by document: [(span, first row of the keys)]."""
     pieces = []
     for document in keys.keys() & queries.keys():
         for span, row in keys[document]:

@@ -10,9 +10,11 @@ from functools import lru_cache
 import torch
 
 from longspan.attention.arguments import pick, resolve
-from longspan.attention.moved import head_groups, head_parallel_schedule, planned_schedule, schedule_of
+from longspan.attention.double_ring import double_ring_schedule
+from longspan.attention.moved import Moved, head_groups, head_parallel_schedule, planned_schedule, schedule_of
 from longspan.attention.recompute import keep, recall
-from longspan.attention.schedules import STRATEGIES, softmax_schedule
+from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
+from longspan.attention.schedules import softmax_schedule
 from longspan.kernels.merge import merge
 from longspan.kernels.softmax import choose
 from longspan.parallel.exchange import start_exchange
@@ -21,6 +23,7 @@ from longspan.parallel.planner import STRATEGIES as PLANNERS
 from longspan.parallel.planner import AttentionPlan
 
 HEAD_PARALLEL = ("ulysses", "usp")
+STRATEGIES = (*KEYS_TRAVEL, "double_ring", *HEAD_PARALLEL, *PLANNERS)
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,8 @@ def softmax_attention(
     fp32. scale defaults to D**-0.5. layout, group: a Layout and its process group (None: one rank, by default one
     document). seq: a SequenceContext instead of layout, group, strategy and plan. strategy:
 
-        auto, ring, all_gather             keys travel to the queries; auto is ring
+        ring, double_ring, all_gather      keys travel to the queries; double_ring: between nodes once. auto: ring, on
+                                           several nodes double_ring
         ulysses                            every rank gets all tokens and a part of the heads
         usp                                the same among as many ranks in a row as share the heads evenly, and a ring
         zeppelin, zeppelin_even, hybrid    a ring where a plan for mixed lengths puts the tokens (parallel.planner)
@@ -49,21 +53,29 @@ def softmax_attention(
 
     options = causal, scale, None if plan is None else getattr(plan, "digest", None)
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, softmax=strategy)
-    parallel, mask = seq.parallel, Mask(causal)
-    strategy = pick((*STRATEGIES, *HEAD_PARALLEL, *PLANNERS), parallel.softmax, "ring", "softmax strategy")
+    parallel = seq.parallel
     backend = _backend(parallel.backend, q.device.type, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if plan is None and strategy in STRATEGIES:
-        return _Attention.apply(q, k, v, seq.derive(softmax_schedule, strategy, mask), backend, scale, parallel.group)
-    if plan is not None:
-        moved = seq.derive(schedule_of, plan, mask)
-    elif strategy in PLANNERS:
-        moved = seq.derive(planned_schedule, mask, strategy, parallel.topology, parallel.costs, parallel.token_cap)
-    else:
-        moved = seq.derive(head_parallel_schedule, mask, head_groups(strategy, seq.world_size, q.shape[1]))
+    moved = _moved(seq, plan, Mask(causal), q.shape[1])
     q, k, v = moved.move(q, k, v, parallel.group)
     out = _Attention.apply(q, k, v, moved.schedule, backend, scale, parallel.group)
     return moved.move_back(out, parallel.group)
+
+
+def _moved(seq, plan, mask, heads) -> Moved:
+    """The schedule, and where tokens go for it."""
+    parallel = seq.parallel
+    topology, default = parallel.topology, "ring" if parallel.topology.nodes == 1 else "double_ring"
+    strategy = pick(STRATEGIES, parallel.softmax, default, "softmax strategy")
+    if plan is not None:
+        return seq.derive(schedule_of, plan, mask)
+    if strategy in PLANNERS:
+        return seq.derive(planned_schedule, mask, strategy, topology, parallel.costs, parallel.token_cap)
+    if strategy in HEAD_PARALLEL:
+        return seq.derive(head_parallel_schedule, mask, head_groups(strategy, seq.world_size, heads))
+    if strategy == "double_ring":
+        return Moved(seq.derive(double_ring_schedule, mask, topology))
+    return Moved(seq.derive(softmax_schedule, strategy, mask))
 
 
 class _Attention(torch.autograd.Function):
@@ -103,8 +115,8 @@ def _forward(q, k, v, schedule, backend, scale, group):
 def _backward(d_out, q, k, v, out, lse, schedule, backend, scale, group):
     wide = _wide(q)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
-    returning = None
-    for step, keys, values in _arriving(k, v, schedule, group):
+    kept, returning = {None: (dk, dv)}, []
+    for number, (step, keys, values) in enumerate(_arriving(k, v, schedule, group)):
         local = keys is k
         dkeys, dvalues = (dk, dv) if local else (torch.zeros_like(x, dtype=wide) for x in (keys, values))
         for call in step.calls:
@@ -114,20 +126,30 @@ def _backward(d_out, q, k, v, out, lse, schedule, backend, scale, group):
             )
             for total, at, grad in zip((dq, dkeys, dvalues), (rows, key_rows, key_rows), part):
                 total[at] += grad
-        if returning is not None:
-            _add_returned(dk, dv, returning)
-        returning = None if local else _return(step, dkeys.to(k.dtype), dvalues.to(v.dtype), k, v, group)
-    if returning is not None:
-        _add_returned(dk, dv, returning)
+        while returning:
+            _add_returned(*returning.pop(0))
+        for source in [n for n in kept if n is not None and schedule.steps[n].last_to_send < number]:
+            # All that it was passed on to have answered.
+            returning.append(_return(schedule.steps[source], kept.pop(source), kept, k, v, group))
+        if step.last_to_send is not None:
+            kept[number] = dkeys, dvalues
+        elif not local:
+            returning.append(_return(step, (dkeys, dvalues), kept, k, v, group))
+    while returning or len(kept) > 1:
+        while returning:
+            _add_returned(*returning.pop(0))
+        for source in [n for n in kept if n is not None]:
+            returning.append(_return(schedule.steps[source], kept.pop(source), kept, k, v, group))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _arriving(k, v, schedule, group):
     """(step, keys, values) of every step, the next step's transfer started before this one is handed out."""
+    kept = {None: (k, v)}
 
     def start(step):
         keys, values = (x.new_empty(step.num_keys, *x.shape[1:]) for x in (k, v))
-        sends = [(peer, x[rows].contiguous()) for peer, rows in step.sends for x in (k, v)]
+        sends = [(peer, x[rows].contiguous()) for peer, rows in step.sends for x in kept[step.source]]
         receives = [(peer, x[rows]) for peer, rows in step.receives for x in (keys, values)]
         return start_exchange(sends, receives, group), keys, values
 
@@ -136,29 +158,33 @@ def _arriving(k, v, schedule, group):
         pending, keys, values = coming
         if pending is not None:
             pending.wait()
+        if step.last_to_send is not None:
+            kept[number] = keys, values
         if number + 1 < len(schedule.steps):
             coming = start(schedule.steps[number + 1])
+        for source in [n for n in kept if n is not None and schedule.steps[n].last_to_send <= number + 1]:
+            del kept[source]
         yield step, keys, values
 
 
-def _return(step, dkeys, dvalues, k, v, group):
-    """Starts sending the gradients of this step's keys back to their owners: the exchange of the step, transposed."""
-    sends = [(peer, x[rows]) for peer, rows in step.receives for x in (dkeys, dvalues)]
+def _return(step, gradients, totals, k, v, group):
+    """Starts sending the gradients of a step's keys back to where they came from, the exchange of the step transposed;
+    what comes is to be added to totals[step.source]."""
+    sends = [(peer, x[rows].to(k.dtype)) for peer, rows in step.receives for x in gradients]
     receives, targets = [], []
     for peer, rows in step.sends:
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         parts = [x.new_empty(count, *x.shape[1:]) for x in (k, v)]
         receives += [(peer, part) for part in parts]
         targets.append((rows, parts))
-    return start_exchange(sends, receives, group), targets
+    return start_exchange(sends, receives, group), targets, totals[step.source]
 
 
-def _add_returned(dk, dv, returning):
-    pending, targets = returning
+def _add_returned(pending, targets, totals):
     pending.wait()
-    for rows, (dk_part, dv_part) in targets:
-        dk[rows] += dk_part
-        dv[rows] += dv_part
+    for rows, parts in targets:
+        for total, part in zip(totals, parts, strict=True):
+            total[rows] += part
 
 
 def _wide(x):

@@ -72,8 +72,10 @@ class ParallelConfig:
     linear: Literal["auto", "lasp2", "lasp", "all_scan", "hierarchical"] = setting(
         "auto", "how states of linear attention travel between ranks"
     )
-    softmax: Literal["auto", "ring", "all_gather", "ulysses", "usp", "hybrid", "zeppelin_even", "zeppelin"] = setting(
-        "auto", "how softmax attention shares keys between ranks; zeppelin: by a plan that balances mixed lengths"
+    softmax: Literal[
+        "auto", "ring", "double_ring", "all_gather", "ulysses", "usp", "hybrid", "zeppelin_even", "zeppelin"
+    ] = setting(
+        "auto", "how softmax attention shares keys; zeppelin: by a plan that balances documents of mixed lengths"
     )
     costs: str = setting("", "file of `longspan bench calibrate` for plans of zeppelin; empty: an H200")
     token_cap: float = setting(1.5, "with zeppelin: most tokens of a rank in softmax attention, in units of the mean")

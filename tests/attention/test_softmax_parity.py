@@ -116,6 +116,44 @@ def test_bf16_is_as_close_to_fp64_as_one_rank():
 # Plans given by hand, or made by the context: queries, keys and values move and come back.
 
 
+def run_nodes(rank, world_size, cases):
+    """The share of every (lengths, layout, nodes, mask) over a double ring, and how often keys crossed nodes."""
+    results = []
+    for name, layout_name, nodes, variant in cases:
+        lengths = LENGTHS[name]
+        inputs, grad_out, kwargs = make_inputs(variant, lengths)
+        layout = layouts(lengths, world_size)[layout_name]
+        topology = Topology(nodes, world_size // nodes)
+        seq = SequenceParallel(dist.group.WORLD, topology=topology, softmax="double_ring").context(layout)
+
+        def on_nodes(*tensors, layout, group, seq=seq, **options):
+            return softmax_attention(*tensors, seq=seq, **options)
+
+        results.append(run_share(on_nodes, inputs, grad_out, layout, rank, group=dist.group.WORLD, **kwargs))
+    return results
+
+
+def node_cases(world_size):
+    nodes = [n for n in range(2, world_size + 1) if world_size % n == 0]
+    for i, layout in enumerate(["contiguous", "zigzag", "random", "holes"]):
+        for j, variant in enumerate(["causal_gqa", "full"]):
+            for name in ("one", "mixed", SMALL[(i + j) % 4]):
+                yield name, layout, nodes[(i + j) % len(nodes)], variant
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_double_ring(world_size):
+    cases = list(node_cases(world_size))
+    ranks = run_ranks(run_nodes, world_size, cases, timeout=120)
+    problems = []
+    for n, (name, layout_name, nodes, variant) in enumerate(cases):
+        exact = expected(variant, name, torch.float64)
+        layout = layouts(LENGTHS[name], world_size)[layout_name]
+        shares, limits = [results[n] for results in ranks], dict.fromkeys(exact, 1e-9)
+        problems += disagreements(f"{cases[n]}", shares, layout, exact, torch.float64, limits)
+    assert not problems, "\n".join(problems)
+
+
 def run_plans(rank, world_size, lengths):
     """Shares by a given plan of two nodes that cuts all it can, and by a context on its own base layout."""
     inputs, grad_out, kwargs = make_inputs("causal_gqa", lengths)
