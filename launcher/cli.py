@@ -128,7 +128,7 @@ def bench(argv: list[str]) -> None:
 # name: module of longspan.benchmarks
 BENCHMARKS = {
     "calibrate": "calibrate", "kernels": "linear_kernels", "attention": "ring_attention", "linear": "linear_ranks",
-    "planner": "planner", "recall": "recall",
+    "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
 COMMANDS = {"prepare": prepare, "train": train, "bench": bench}
 

@@ -1,4 +1,4 @@
-"""Softmax attention over nodes with slow links between them: found out, still exact, and what crosses goes over them."""
+"""Softmax attention over nodes with slow links between them: found, still exact, and what crosses goes over them."""
 
 import pytest
 import torch

@@ -1,0 +1,210 @@
+"""Softmax attention over documents of mixed lengths: ways to share it between ranks, on the same kernels in one run.
+
+    torchrun --nproc-per-node 4 -m longspan.benchmarks.attention_schemes --output benchmarks/results/schemes_4xH200.json
+    python -m longspan.benchmarks.attention_schemes --nodes 2 --ranks-per-node 2 --megabits 200 --output schemes.json
+
+The second form emulates nodes with slow links on this machine (root; see emulated_nodes.py). See benchmarks/README.md
+for what is measured and what the columns mean.
+"""
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from longspan.attention import softmax_attention
+from longspan.benchmarks.calibrate import fit, peers, time_attention, time_exchange
+from longspan.benchmarks.common import Traffic, format_table, new_record, save
+from longspan.benchmarks.emulated_nodes import emulated_nodes
+from longspan.benchmarks.length_mixes import MIXES, draw
+from longspan.benchmarks.ranks import Ranks
+from longspan.launcher.calibration import read_costs
+from longspan.launcher.parsing import parse_tokens
+from longspan.parallel import SequenceParallel, attention_pairs
+from longspan.parallel.mesh import build_mesh
+
+# name: (base layout, strategy)
+SCHEMES = {
+    "te_ring": ("zigzag", "ring"),
+    "all_gather": ("zigzag", "all_gather"),
+    "ulysses": ("zigzag", "ulysses"),
+    "usp": ("zigzag", "usp"),
+    "hybrid": ("auto", "hybrid"),
+    "zeppelin_even": ("auto", "zeppelin_even"),
+    "balanced": ("auto", "auto"),
+    "zeppelin": ("auto", "zeppelin"),
+}
+ONE = "one"  # a single document
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.nodes and "RANK" not in os.environ:
+        return on_emulated_nodes(arguments)
+    start, device = time.monotonic(), torch.device(arguments.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    mesh = build_mesh(sp=0, sharding="fsdp", device=device, timeout_s=300.0)
+    ranks = Ranks(mesh, device, arguments.repetitions)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    record = new_record("attention_schemes", vars(arguments) | {"world_size": mesh.world_size}) | {"rows": []}
+    heads = arguments.heads, arguments.kv_heads, arguments.head_dim
+    alone = [time_attention(n, arguments, device, dtype) for n in (arguments.short, arguments.long)]
+    links = {at: time_exchange(to, mesh, arguments) for at, to in peers(mesh.sp_rank, mesh.sp_topology).items()}
+    here = fit(*alone, links, heads, dtype.itemsize)
+    costs = read_costs(arguments.costs) if arguments.costs else here
+    record |= {"alone": alone, "seconds_per_byte": links, "costs": asdict(costs)}
+    failed = False
+    for mix in arguments.mixes:
+        for tokens in arguments.tokens:
+            lengths = batch(mix, tokens * mesh.sp, arguments.seed)
+            ideal = ideal_seconds(lengths, mesh.sp, here)
+            for scheme in arguments.schemes:
+                late = [time.monotonic() - start > arguments.budget]
+                dist.broadcast_object_list(late)
+                found, error = None, f"skipped: --budget of {arguments.budget:.0f} s is spent"
+                if not late[0]:
+                    found, error = ranks.guarded(time_scheme, scheme, lengths, arguments, costs, dtype)
+                row = {"mix": mix, "tokens": tokens, "documents": len(lengths), "scheme": scheme}
+                if error:
+                    row["error"] = error
+                else:
+                    row |= found | {"of_ideal": 1e3 * ideal / found["ms"]["forward+backward"]}
+                failed |= error is not None
+                record["rows"].append(row)
+                if mesh.is_main:
+                    print(progress(row), flush=True)
+                    if arguments.output:
+                        save(record | {"seconds": time.monotonic() - start}, arguments.output)
+    if mesh.is_main:
+        print(f"\n{table(record['rows'])}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    return int(failed)
+
+
+def time_scheme(ranks: Ranks, scheme: str, lengths, arguments, costs, dtype) -> dict:
+    """Milliseconds of attention over all ranks, bytes that a rank receives at most, and how the pairs are shared."""
+    layout, strategy = SCHEMES[scheme]
+    mesh = ranks.mesh
+    parallel = SequenceParallel(
+        mesh.sp_group, topology=mesh.sp_topology, layout=layout, softmax=strategy, costs=costs, device=ranks.device
+    )
+    seq = parallel.context(lengths)
+    shape = (seq.num_tokens_local, arguments.head_dim)
+    q, k, v, d_out = (
+        torch.randn(shape[0], heads, shape[1], dtype=dtype, device=ranks.device)
+        for heads in (arguments.heads, arguments.kv_heads, arguments.kv_heads, arguments.heads)
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def step(mark):
+        mark()
+        out = softmax_attention(*leaves, seq=seq)
+        mark()
+        torch.autograd.grad(out, leaves, d_out)
+        mark()
+
+    times = ranks.measure(step)
+    with Traffic() as traffic:
+        step(lambda: None)
+    received = torch.tensor(traffic.received, dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(received, dist.ReduceOp.MAX, mesh.sp_group)
+    pairs = attention_pairs(seq.attention_layout)
+    return {"ms": times, "received_mib": received.item() / 2**20, "pairs": max(pairs) * len(pairs) / sum(pairs)}
+
+
+def batch(mix: str, tokens: int, seed: int) -> tuple[int, ...]:
+    return (tokens,) if mix == ONE else draw(mix, np.random.default_rng(seed), tokens, tokens)
+
+
+def ideal_seconds(lengths, world_size: int, costs) -> float:
+    """The mean rank's attention, were every document whole and on its own at the rate of one rank."""
+    pairs = (length * (length + 1) / 2 * (1 + costs.start_tokens / length) for length in lengths)
+    return costs.pair_s * sum(pairs) / world_size
+
+
+def on_emulated_nodes(arguments) -> int:
+    """This script again, as the ranks of emulated nodes."""
+    command = [sys.executable, "-m", "longspan.benchmarks.attention_schemes", *sys.argv[1:]]
+    world_size = arguments.nodes * arguments.ranks_per_node
+    with emulated_nodes(arguments.nodes, arguments.megabits) as nodes, contextlib.ExitStack() as stack:
+        processes = []
+        for rank in range(world_size):
+            node = nodes[rank // arguments.ranks_per_node]
+            environment = os.environ | {
+                "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank % arguments.ranks_per_node),
+                "LOCAL_WORLD_SIZE": str(arguments.ranks_per_node), "GLOO_SOCKET_IFNAME": node.interface,
+                "MASTER_ADDR": nodes[0].address, "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            process = subprocess.Popen(["ip", "netns", "exec", node.namespace, *command], env=environment)
+            stack.callback(process.kill)
+            processes.append(process)
+        return max(abs(process.wait()) for process in processes)
+
+
+def progress(row: dict) -> str:
+    where = f"{row['mix']} {row['tokens']} {row['scheme']}"
+    if "error" in row:
+        return f"{where}: {row['error']}"
+    shown = f"{row['ms']['forward+backward']:.2f} ms, {row['received_mib']:.1f} MiB received"
+    return f"{where}: {shown}, pairs {row['pairs']:.2f}, {row['of_ideal']:.0%} of ideal"
+
+
+def table(rows: list[dict]) -> str:
+    """Forward and backward: one line per mix and size; ms, and in brackets the share of the ideal."""
+    lines = {}
+    for row in rows:
+        line = lines.setdefault((row["mix"], row["tokens"]), {"mix": row["mix"], "tokens/rank": row["tokens"]})
+        cell = "failed"
+        if "ms" in row:
+            cell = f"{row['ms']['forward+backward']:.2f} ({row['of_ideal']:.0%})"
+        line[row["scheme"]] = cell
+    columns = ["mix", "tokens/rank", *dict.fromkeys(row["scheme"] for row in rows)]
+    return format_table(list(lines.values()), columns)
+
+
+def parse_arguments(argv=None):
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--output", help="JSON file, saved again after every measurement")
+    add("--mixes", nargs="+", choices=[*MIXES, ONE], default=[*MIXES, ONE], help="of document lengths (default: all)")
+    add("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), help="(default: all)")
+    add(
+        "--tokens",
+        type=parse_tokens,
+        nargs="+",
+        default=[32 << 10, 128 << 10] if on_gpu else [1 << 10],
+        help="per rank",
+    )
+    add("--heads", type=int, default=32 if on_gpu else 8, help=f"query heads {default}")
+    add("--kv-heads", type=int, default=8 if on_gpu else 4, help=f"key and value heads {default}")
+    add("--head-dim", type=int, default=128 if on_gpu else 32, help=default)
+    add("--costs", help="file of calibrate.py for the plans; otherwise attention and links are measured first")
+    add("--short", type=parse_tokens, default=4096 if on_gpu else 64, help=f"for that: short documents {default}")
+    add("--long", type=parse_tokens, default=32768 if on_gpu else 1024, help=f"for that: the long one {default}")
+    add("--megabytes", type=int, default=256 if on_gpu else 1, help=f"for that: of one exchange {default}")
+    add("--seconds", type=float, default=3.0, help=f"for that: of one measurement {default}")
+    add("--nodes", type=int, default=0, help="emulate as many nodes on this machine")
+    add("--ranks-per-node", type=int, default=2, help=f"of emulated nodes {default}")
+    add("--megabits", type=float, default=200.0, help=f"per second, of an emulated node's link {default}")
+    add("--seed", type=int, default=0, help="of the lengths")
+    add("--repetitions", type=int, default=20 if on_gpu else 5, help=default)
+    add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {default}")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
