@@ -10,11 +10,13 @@ import torch
 
 from longspan.attention.double_ring import double_ring_schedule
 from longspan.attention.schedules import Schedule, softmax_schedule
-from longspan.parallel.geometry import Mask
+from longspan.parallel.geometry import Mask, attention_pairs
 from longspan.parallel.layout import Layout
 from longspan.parallel.planner import AttentionPlan, plan_attention
 from longspan.parallel.routes import Route, RouteTable, head_routes, route_table
 from longspan.parallel.topology import Topology
+
+HEAD_PARALLEL = ("ulysses", "usp")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def planned_schedule(layout: Layout, rank: int, mask: Mask, strategy, topology, 
 
 def schedule_of(layout: Layout, rank: int, plan: AttentionPlan, mask: Mask) -> Moved:
     """Raises ValueError for a plan of other documents or of another number of ranks."""
-    if plan.layout.lengths != layout.lengths or plan.layout.world_size != layout.world_size:
+    sizes = {plan.layout.world_size, plan.topology.world_size, layout.world_size}
+    if plan.layout.lengths != layout.lengths or len(sizes) > 1:
         raise ValueError(
             f"plan is for {len(plan.layout.lengths)} documents of {plan.layout.num_tokens} tokens on "
             f"{plan.layout.world_size} ranks, the layout has {len(layout.lengths)} of {layout.num_tokens} on "
@@ -81,17 +84,28 @@ def head_parallel_schedule(layout: Layout, rank: int, mask: Mask, groups: int) -
     """`groups` ranks in a row exchange heads for tokens: each gets its group of heads of all their tokens. Ranks with
     the same heads then share keys as in a ring. groups = world_size is Ulysses (arXiv 2309.14509), less is USP (arXiv
     2405.07719)."""
-    place, number = rank // groups, rank % groups
-    spans = [sum(layout.spans[first : first + groups], ()) for first in range(0, layout.world_size, groups)]
-    schedule = softmax_schedule(Layout(layout.lengths, tuple(spans)), place, "ring", mask)
     if groups == 1:
-        return Moved(schedule)
+        return Moved(softmax_schedule(layout, rank, "ring", mask))
+    place, number = rank // groups, rank % groups
+    firsts = range(0, layout.world_size, groups)
+    spans = (sorted(sum(layout.spans[first : first + groups], ())) for first in firsts)
+    schedule = softmax_schedule(Layout(layout.lengths, tuple(map(tuple, spans))), place, "ring", mask)
     schedule = schedule.with_peers(lambda peer: peer * groups + number)
-    return Moved(schedule, *head_routes(layout.tokens_per_rank, rank, groups), groups)
+    return Moved(schedule, *head_routes(layout, rank, groups), groups)
 
 
-def head_groups(strategy: str, world_size: int, heads: int) -> int:
-    """Ranks that exchange heads for tokens. ValueError for ulysses where the heads cannot be shared by all ranks."""
+def pairs_per_rank(seq, heads: int) -> tuple[float, ...]:
+    """Query-key pairs, times the share of the heads, that each rank works on under causal attention."""
+    pairs, strategy = attention_pairs(seq.attention_layout), seq.parallel.softmax
+    groups = head_groups(strategy, seq.parallel.topology, heads) if strategy in HEAD_PARALLEL else 1
+    return tuple(sum(pairs[rank // groups * groups :][:groups]) / groups for rank in range(len(pairs)))
+
+
+def head_groups(strategy: str, topology: Topology, heads: int) -> int:
+    """Ranks that exchange heads for tokens, with usp ranks of one node. ValueError for ulysses where not all ranks can
+    share the heads."""
+    world_size = topology.world_size
     if strategy == "ulysses" and heads % world_size:
         raise ValueError(f"strategy 'ulysses' shares {heads} query heads among {world_size} ranks; use 'usp' or 'ring'")
-    return max(n for n in range(1, world_size + 1) if world_size % n == 0 and heads % n == 0)
+    most = world_size if strategy == "ulysses" else topology.ranks_per_node
+    return max(n for n in range(1, most + 1) if most % n == 0 and heads % n == 0)

@@ -2,7 +2,8 @@
 
 Pass `checkpoint_contexts` as `context_fn` to `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`. What a
 layer got from other ranks (entry states of linear attention, output and log-sum-exp of softmax attention) is kept from
-the forward pass and handed back when the layer is recomputed.
+the forward pass and handed back when the layer is recomputed. Strategies that move q, k and v to other ranks do that
+again.
 """
 
 import threading

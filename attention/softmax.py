@@ -11,7 +11,14 @@ import torch
 
 from longspan.attention.arguments import pick, resolve
 from longspan.attention.double_ring import double_ring_schedule
-from longspan.attention.moved import Moved, head_groups, head_parallel_schedule, planned_schedule, schedule_of
+from longspan.attention.moved import (
+    HEAD_PARALLEL,
+    Moved,
+    head_groups,
+    head_parallel_schedule,
+    planned_schedule,
+    schedule_of,
+)
 from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.attention.schedules import softmax_schedule
@@ -22,7 +29,6 @@ from longspan.parallel.geometry import Mask
 from longspan.parallel.planner import STRATEGIES as PLANNERS
 from longspan.parallel.planner import AttentionPlan
 
-HEAD_PARALLEL = ("ulysses", "usp")
 STRATEGIES = (*KEYS_TRAVEL, "double_ring", *HEAD_PARALLEL, *PLANNERS)
 
 log = logging.getLogger(__name__)
@@ -72,7 +78,7 @@ def _moved(seq, plan, mask, heads) -> Moved:
     if strategy in PLANNERS:
         return seq.derive(planned_schedule, mask, strategy, topology, parallel.costs, parallel.token_cap)
     if strategy in HEAD_PARALLEL:
-        return seq.derive(head_parallel_schedule, mask, head_groups(strategy, seq.world_size, heads))
+        return seq.derive(head_parallel_schedule, mask, head_groups(strategy, topology, heads))
     if strategy == "double_ring":
         return Moved(seq.derive(double_ring_schedule, mask, topology))
     return Moved(seq.derive(softmax_schedule, strategy, mask))

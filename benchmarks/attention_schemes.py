@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention import softmax_attention
+from longspan.attention.moved import pairs_per_rank
 from longspan.benchmarks.calibrate import fit, peers, time_attention, time_exchange
 from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.emulated_nodes import emulated_nodes
@@ -27,7 +28,7 @@ from longspan.benchmarks.length_mixes import MIXES, draw
 from longspan.benchmarks.ranks import Ranks
 from longspan.launcher.calibration import read_costs
 from longspan.launcher.parsing import parse_tokens
-from longspan.parallel import SequenceParallel, attention_pairs
+from longspan.parallel import SequenceParallel
 from longspan.parallel.mesh import build_mesh
 
 # name: (base layout, strategy)
@@ -120,7 +121,7 @@ def time_scheme(ranks: Ranks, scheme: str, lengths, arguments, costs, dtype) -> 
         step(lambda: None)
     received = torch.tensor(traffic.received, dtype=torch.float64, device=ranks.device)
     dist.all_reduce(received, dist.ReduceOp.MAX, mesh.sp_group)
-    pairs = attention_pairs(seq.attention_layout)
+    pairs = pairs_per_rank(seq, arguments.heads)
     return {"ms": times, "received_mib": received.item() / 2**20, "pairs": max(pairs) * len(pairs) / sum(pairs)}
 
 
@@ -150,7 +151,10 @@ def on_emulated_nodes(arguments) -> int:
             process = subprocess.Popen(["ip", "netns", "exec", node.namespace, *command], env=environment)
             stack.callback(process.kill)
             processes.append(process)
-        return max(abs(process.wait()) for process in processes)
+        while all(process.poll() is None for process in processes):
+            time.sleep(0.2)
+        failed = any(process.poll() for process in processes)  # the others would wait for a rank that is gone
+        return int(failed or any(process.wait() for process in processes))
 
 
 def progress(row: dict) -> str:

@@ -23,6 +23,8 @@ from longspan.parallel.costs import key_bytes, token_bytes
 from longspan.parallel.exchange import start_exchange
 from longspan.parallel.mesh import build_mesh
 
+MODEL = ("heads", "kv_heads", "head_dim", "bytes_per_number")
+
 
 def main() -> int:
     arguments = parse_arguments()
@@ -42,7 +44,7 @@ def main() -> int:
     costs = fit(short, long, seconds_per_byte, heads, dtype.itemsize)
     record |= {
         "costs": asdict(costs),
-        "model": dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True)),
+        "model": dict(zip(MODEL, (*heads, dtype.itemsize), strict=True)),
         "measured": {"attention": [short, long], "seconds_per_byte": seconds_per_byte},
     }
     if mesh.is_main:

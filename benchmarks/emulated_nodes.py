@@ -5,6 +5,7 @@ Needs root, `ip` and `tc`. Ranks of one node talk over its loopback at full spee
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 from dataclasses import dataclass
 
 CLONE_NEWNET = 0x40000000
+_numbers = itertools.count()  # of clusters of this process
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def unavailable() -> str | None:
 def emulated_nodes(count: int, megabits: float):
     """`count` nodes whose links send at most `megabits` per second each; taken down at the end. RuntimeError where the
     machine does not permit it."""
-    prefix = f"ls{os.getpid()}"
+    prefix = f"ls{os.getpid()}x{next(_numbers)}"
     hub, nodes = f"{prefix}h", [Node(f"{prefix}n{n}", "eth0", f"10.77.0.{n + 1}") for n in range(count)]
     try:
         _run("ip", "netns", "add", hub)

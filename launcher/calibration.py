@@ -1,25 +1,27 @@
 """Costs for plans of softmax attention, from the file of `longspan bench calibrate`."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
+from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
-from longspan.models.config import ModelConfig
 from longspan.parallel import Costs
 
 REMEDY = "write it with `longspan bench calibrate --output FILE`"
 
 
-def load_costs(path: str, config: ModelConfig) -> Costs:
-    """Those of the file `path`, or of an H200 if it is empty. UserError for a file that cannot be read or is of a model
-    with other heads."""
-    wanted = {"heads": config.num_heads, "kv_heads": config.kv_heads, "head_dim": config.head_size}
+def load_costs(config: Config) -> Costs:
+    """Those of the file `parallel.costs`, or of an H200 if it is empty. UserError for a file that cannot be read, or is
+    of a model with other heads or of another dtype."""
+    path, model = config.parallel.costs, config.model
+    wanted = {"heads": model.num_heads, "kv_heads": model.kv_heads, "head_dim": model.head_size}
+    wanted["bytes_per_number"] = 4 if config.train.dtype == "float32" else 2
     if not path:
         return Costs.h200(**wanted)
-    costs, model = _read(path)
-    if model != wanted:
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in wanted.items())
-        raise UserError(f"parallel.costs={path} is for a model with {model}; calibrate with {flags}")
+    costs, measured = _read(path)
+    if measured != wanted:
+        raise UserError(f"parallel.costs={path} is for a model with {measured}, this one has {wanted}; {REMEDY}")
     return costs
 
 
@@ -31,6 +33,9 @@ def read_costs(path: str) -> Costs:
 def _read(path):
     try:
         found = json.loads(Path(path).read_text())
+        missing = {field.name for field in fields(Costs)} - set(found["costs"])
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return Costs(**found["costs"]), found["model"]
     except OSError as error:
         raise UserError(f"parallel.costs={path}: {error.strerror}; {REMEDY}") from None

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longspan.attention.moved import pairs_per_rank
 from longspan.launcher.batches import Batch
 from longspan.launcher.errors import UserError
 from longspan.models.config import ModelConfig
 from longspan.models.flops import model_flops
-from longspan.parallel.geometry import attention_pairs
 from longspan.parallel.mesh import Mesh
 
 GB = 2**30
@@ -78,7 +78,7 @@ class StepMeter:
             row[1] += batch.seq.num_tokens_local
             # Each rank reports its share, so the sum over ranks counts every SP group's work once.
             row[2] += model_flops(self._model, layout.lengths) / self._mesh.sp
-            row[3] += attention_pairs(batch.seq.attention_layout)[self._mesh.sp_rank]
+            row[3] += pairs_per_rank(batch.seq, self._model.num_heads)[self._mesh.sp_rank]
         row[4] = _peak_memory(self._mesh.device)
         mine = torch.tensor(row, dtype=torch.float64).to(self._mesh.device, non_blocking=True)
         mine[0] = loss_sum

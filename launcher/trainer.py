@@ -66,7 +66,7 @@ class Trainer:
             linear=config.parallel.linear,
             softmax=config.parallel.softmax,
             backend=config.parallel.backend,
-            costs=decide(lambda: load_costs(config.parallel.costs, config.model)),
+            costs=decide(lambda: load_costs(config)),
             token_cap=config.parallel.token_cap,
             device=mesh.device,
         )

@@ -95,13 +95,13 @@ class SequenceContext:
         self.rank, self.world_size = parallel.rank, parallel.world_size
         self.num_tokens, self.num_tokens_local = layout.num_tokens, layout.tokens_per_rank[parallel.rank]
         self.positions = to_device(torch.from_numpy(layout.positions(self.rank)), parallel.device)
+        self._plan = parallel.plan(layout.lengths)
         self._derived = {}
 
     @property
     def attention_layout(self) -> Layout:
         """The layout in which softmax attention runs."""
-        plan = self.parallel.plan(self.layout.lengths)
-        return self.layout if plan is None else plan.layout
+        return self.layout if self._plan is None else self._plan.layout
 
     def derive(self, function, *arguments):
         """function(layout, rank, *arguments), computed once; its `.map(move)` moves its tensors to the device.

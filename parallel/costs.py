@@ -24,7 +24,7 @@ class Costs:
     pair_s: seconds per visible query-key pair, all heads. start_tokens: see above. key_s: per token whose keys and
     values arrive from a rank of the same node; remote_key_s: from another node, over the link of one rank. token_s,
     remote_token_s: the same per token that is remapped for the layer and back. min_shard: a document is not cut into
-    pieces of fewer tokens where that can be helped. Raises ValueError for numbers below 0, and for a pair_s of 0.
+    pieces of fewer tokens where that can be helped. Raises ValueError for numbers that are none of these.
     """
 
     pair_s: float = 9.29e-11
@@ -38,8 +38,12 @@ class Costs:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if not 0 <= value < float("inf") or (field.name == "pair_s" and not value):
-                raise ValueError(f"Costs.{field.name}={value} must be a finite number above 0")
+            if field.type == "int" or field.type is int:
+                if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1 << 40:
+                    raise ValueError(f"Costs.{field.name}={value!r} must be a whole number from 0 to 2**40")
+            elif not isinstance(value, (int, float)) or not 0 <= value <= 1e6 or (field.name == "pair_s" and not value):
+                least = "above 0" if field.name == "pair_s" else "from 0"
+                raise ValueError(f"Costs.{field.name}={value!r} must be a number of seconds {least}, up to 1e6")
 
     def near(self, mask: Mask) -> float:
         """Seconds per token of a document that a rank shares in and another rank of its node holds."""
@@ -137,9 +141,10 @@ def predict(layout: Layout, topology: Topology, costs: Costs, mask: Mask = Mask(
 def remap_seconds(tokens: np.ndarray, topology: Topology, costs: Costs) -> np.ndarray:
     """Per rank, for what it has above or below the mean. What a node has too much or too little crosses nodes, over the
     links of all its ranks."""
-    excess = tokens - tokens.mean()
-    crossing = np.abs(excess.reshape(topology.nodes, -1).sum(1)) / topology.ranks_per_node
-    excess = np.abs(excess)
+    mean = tokens.mean()
+    on_node = tokens.reshape(topology.nodes, -1).sum(1)  # of whole numbers: the same on every machine
+    crossing = np.abs(on_node / topology.ranks_per_node - mean)
+    excess = np.abs(tokens - mean)
     excess[excess < 1] = 0  # the mean is no whole number
     crossing[crossing < 1] = 0
     return excess * costs.token_s + np.repeat(crossing, topology.ranks_per_node) * costs.remote_token_s

@@ -52,7 +52,7 @@ class AttentionPlan:
     @cached_property
     def digest(self) -> str:
         """Equal on all ranks that made the same plan."""
-        return hashlib.sha256(repr((self.layout.lengths, self.layout.spans)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.layout.lengths, self.layout.spans, self.topology)).encode()).hexdigest()
 
 
 def plan_attention(
@@ -68,7 +68,7 @@ def plan_attention(
     """
     lengths, costs = check_lengths(lengths), Costs() if costs is None else costs
     if not 1 <= token_cap < float("inf"):
-        raise ValueError(f"token_cap={token_cap} must be at least 1, the mean number of tokens per rank")
+        raise ValueError(f"token_cap={token_cap} must be a finite number of at least 1, the mean of all ranks")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is unknown; use one of {', '.join(STRATEGIES)}")
     return _plan(lengths, topology, costs, token_cap, strategy, mask)
@@ -87,7 +87,7 @@ def _water_fill(lengths, topology, most, costs, mask):
     keys = Keys(costs.near(mask), costs.far(mask, topology))
     mean, best, seconds = sum(lengths) / topology.world_size, None, None
     for share in CAPS if costs.token_s else CAPS[:1]:
-        cap = max(ceil(mean), int(mean + share * (most - mean)))
+        cap = min(sum(lengths), max(ceil(mean), int(mean + share * (most - mean))))
         found = water_fill(lengths, weights, costs.start_tokens, keys, topology, cap, costs.min_shard, seconds)
         if found is None:
             continue

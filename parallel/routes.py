@@ -67,19 +67,17 @@ def route_table(layout: Layout, rank: int, wanted) -> RouteTable:
     )
 
 
-def head_routes(tokens, rank: int, groups: int) -> tuple[RouteTable, RouteTable]:
+def head_routes(layout: Layout, rank: int, groups: int) -> tuple[RouteTable, RouteTable]:
     """Ways there and back between a rank's tokens with all heads and its group of heads of the tokens of `groups` ranks
-    in a row. Rows here are tokens x groups of heads; there, the tokens of those ranks one after the other. tokens: of
-    every rank."""
-    mine, first = tokens[rank], rank // groups * groups
-    ranks = range(first, first + groups)
-    here = np.arange(mine * groups).reshape(mine, groups)
-    alike = tuple(mine if peer in ranks else 0 for peer in range(len(tokens)))
-    theirs = tuple(tokens[peer] if peer in ranks else 0 for peer in range(len(tokens)))
-    gathered = np.arange(sum(theirs))
-    returned = np.argsort(here.T.ravel())  # they come group after group
-    there = RouteTable(here.size, torch.from_numpy(here.T.ravel().copy()), alike, theirs, *_arriving(gathered))
-    back = RouteTable(len(gathered), torch.from_numpy(gathered), theirs, alike, *_arriving(returned))
+    in a row. Rows here are tokens x groups of heads; there, the tokens of those ranks by document and position."""
+    tokens, mine = layout.tokens_per_rank, layout.tokens_per_rank[rank]
+    ranks = range(rank // groups * groups, (rank // groups + 1) * groups)
+    here = np.arange(mine * groups).reshape(mine, groups).T.ravel()  # group after group
+    alike = tuple(mine if peer in ranks else 0 for peer in range(layout.world_size))
+    theirs = tuple(tokens[peer] if peer in ranks else 0 for peer in range(layout.world_size))
+    ordered = np.argsort(np.concatenate([layout.global_indices(peer) for peer in ranks]))
+    there = RouteTable(len(here), torch.from_numpy(here.copy()), alike, theirs, *_arriving(ordered))
+    back = RouteTable(len(ordered), torch.from_numpy(np.argsort(ordered)), theirs, alike, *_arriving(np.argsort(here)))
     return there, back
 
 

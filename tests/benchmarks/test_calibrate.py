@@ -7,8 +7,8 @@ from spawn import run_ranks
 
 from longspan.benchmarks import calibrate
 from longspan.launcher.calibration import load_costs
+from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
-from longspan.models.config import ModelConfig
 from longspan.parallel import Costs, Topology
 
 HEADS = (32, 8, 128)
@@ -59,18 +59,23 @@ def test_a_run_reads_what_was_measured(tmp_path):
     assert run_ranks(run_calibration, 4, path) == [0] * 4
     record = json.loads(path.read_text())
     assert set(record["measured"]["seconds_per_byte"]) == {"near", "far"}
-    model = ModelConfig(hidden_size=16, num_heads=2, num_kv_heads=1)
-    costs = load_costs(str(path), model)
+    costs = load_costs(make_config(path))
     assert costs == Costs(**record["costs"]) and costs.key_s > 0 and costs.remote_key_s > 0
-    assert load_costs("", model) == Costs.h200(2, 1, 8)
+    assert load_costs(make_config("")) == Costs.h200(2, 1, 8, 4)
 
-    with pytest.raises(UserError, match="is for a model with .* calibrate with --heads 4 --kv-heads 4 --head-dim 4"):
-        load_costs(str(path), ModelConfig(hidden_size=16, num_heads=4))
-    with pytest.raises(
-        UserError, match="none.json: No such file or directory; write it with `longspan bench"
-    ):
-        load_costs(str(tmp_path / "none.json"), model)
-    for content in ("[", "{}", '{"costs": {"pair_s": 0}, "model": {}}', '{"costs": {"speed": 1}, "model": {}}'):
+    with pytest.raises(UserError, match="is for a model with .*'heads': 2.*, this one has .*'heads': 4"):
+        load_costs(make_config(path, "model.num_heads=4"))
+    with pytest.raises(UserError, match="this one has .*'bytes_per_number': 2"):
+        load_costs(make_config(path, "train.dtype=bfloat16"))
+    with pytest.raises(UserError, match="none.json: No such file or directory; write it with `longspan bench"):
+        load_costs(make_config(tmp_path / "none.json"))
+    whole = {"costs": record["costs"] | {"min_shard": 2.5}, "model": record["model"]}
+    for content in ("[", "{}", '{"costs": {"pair_s": 1}, "model": {}}', json.dumps(whole)):
         path.write_text(content)
         with pytest.raises(UserError, match="is no file of costs"):
-            load_costs(str(path), model)
+            load_costs(make_config(path))
+
+
+def make_config(path, *settings):
+    model = ["model.hidden_size=16", "model.num_heads=2", "model.num_kv_heads=1"]
+    return Config.load(None, ["data.corpora=[{path: x}]", *model, f"parallel.costs={path}", *settings])

@@ -1,6 +1,7 @@
 """Attention plans: every token placed once, within the cap, balanced; the same on every rank; and what they cost."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -93,6 +94,9 @@ def test_plans_repeat_and_digests_tell_them_apart():
     again = plan_attention(tuple(lengths), topology)
     assert first is not again and first.layout == again.layout and first.digest == again.digest
     assert plan_attention(lengths[::-1], topology).digest != first.digest
+    spread = plan_attention((64,), Topology(2, 2), Costs.pairs_only())
+    together = plan_attention((64,), Topology(1, 4), Costs.pairs_only())
+    assert spread.layout == together.layout and spread.digest != together.digest  # they are rings of other kinds
 
 
 def test_remapping_has_to_pay():
@@ -146,7 +150,7 @@ def test_bad_input_is_named():
     topology = Topology(1, 2)
     for arguments, message in [
         (dict(lengths=[3, 0]), "document 1 has length 0"),
-        (dict(lengths=[3], token_cap=0.9), "token_cap=0.9 must be at least 1"),
+        (dict(lengths=[3], token_cap=0.9), "token_cap=0.9 must be a finite number of at least 1"),
         (
             dict(lengths=[3], strategy="zigzag"),
             "strategy='zigzag' is unknown; use one of zeppelin, zeppelin_even, hybrid",
@@ -154,5 +158,8 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(ValueError, match=message):
             plan_attention(topology=topology, **arguments)
-    with pytest.raises(ValueError, match="Costs.key_s=-1 must be"):
-        Costs(key_s=-1)
+    for wrong in ({"key_s": -1}, {"pair_s": 0}, {"pair_s": 1e305}, {"min_shard": 256.5}, {"start_tokens": 10**30}):
+        (name, value), *_ = wrong.items()
+        with pytest.raises(ValueError, match=re.escape(f"Costs.{name}={value!r} must be")):
+            Costs(**wrong)
+    assert max(plan_attention([5, 9000, 3], topology, token_cap=1e18).layout.tokens_per_rank) <= 9008

@@ -1,11 +1,12 @@
-"""Schedules of the double ring: what is sent is what is received, and keys cross between nodes once."""
+"""Schedules: a double ring sends what is received, and keys cross between nodes once; Ulysses makes one call."""
 
 import pytest
 from cases import layouts
 
 from longspan.attention.double_ring import double_ring_schedule
+from longspan.attention.moved import head_parallel_schedule, pairs_per_rank
 from longspan.attention.schedules import softmax_schedule
-from longspan.parallel import Mask, Topology, zigzag
+from longspan.parallel import Mask, SequenceParallel, Topology, attention_pairs, contiguous, zigzag
 
 MASK = Mask()
 
@@ -52,3 +53,24 @@ def test_keys_cross_once_per_node(nodes):
     assert crossing(schedules, topology) == wanted
     rings = [softmax_schedule(layout, rank, "ring", MASK) for rank in range(8)]
     assert crossing(rings, topology) > 0.6 * topology.ranks_per_node * wanted
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "random", "holes"])
+def test_ulysses_is_one_packed_call_in_any_layout(layout):
+    layout = layouts((300, 1, 17, 80, 2, 64), 4)[layout]
+    for rank in range(4):
+        step, *others = head_parallel_schedule(layout, rank, MASK, 4).schedule.steps
+        assert not others and len(step.calls) == 1
+        assert step.calls[0].pack.lengths_q == (300, 1, 17, 80, 2, 64)
+
+
+def test_pairs_of_ranks_that_share_heads():
+    layout = contiguous((300, 20, 60, 9), 1)
+    seq = SequenceParallel(softmax="ring").context(layout)
+    assert pairs_per_rank(seq, 4) == attention_pairs(layout)
+    four = SequenceParallel(softmax="usp")  # as seen from one of four ranks
+    four.world_size, four.topology = 4, Topology(2, 2)
+    seq = four.context(contiguous((300, 20, 60, 9), 4))
+    pairs = attention_pairs(seq.layout)
+    halves = [sum(pairs[:2]) / 2] * 2 + [sum(pairs[2:]) / 2] * 2
+    assert pairs_per_rank(seq, 4) == tuple(halves) and pairs_per_rank(seq, 3) == pairs
