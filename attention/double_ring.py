@@ -31,20 +31,18 @@ def double_ring_schedule(layout: Layout, rank: int, mask: Mask, topology: Topolo
 
     for hop in range(nodes):
         origin, target = (node - hop) % nodes, (node + hop) % nodes
-        source = None
+        source, passed_on = None, held[node * size : (node + 1) * size]  # what each rank of the node passes on
         if hop:
             source = len(steps)
             owner, fetcher = origin * size + place, target * size + place
-            arriving, sent = [(owner, fetched(owner, node)[0])], [(fetcher, fetched(rank, target)[0])]
+            pieces, passed_on = zip(*(fetched(origin * size + other, node) for other in range(size)))
+            arriving, sent = [(owner, pieces[place])], [(fetcher, fetched(rank, target)[0])]
             last = source + size - 1 if size > 1 else None
             steps.append(make_step(held[rank], sent, arriving, mask, last_to_send=last))
         for turn in range(1, size):
-            before, after = node * size + (place - turn) % size, node * size + (place + turn) % size
-            theirs, mine = held[before], held[rank]
-            if hop:
-                theirs = fetched(origin * size + before % size, node)[1]
-                mine = fetched(origin * size + place, node)[1]
-            arriving, sent = [(before, needed(held[rank], theirs, mask))], [(after, needed(held[after], mine, mask))]
+            before, after = (place - turn) % size, (place + turn) % size
+            arriving = [(node * size + before, needed(held[rank], passed_on[before], mask))]
+            sent = [(node * size + after, needed(held[node * size + after], passed_on[place], mask))]
             steps.append(make_step(held[rank], sent, arriving, mask, source=source))
     return Schedule(tuple(steps))
 

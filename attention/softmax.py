@@ -48,7 +48,7 @@ def softmax_attention(
         ring, double_ring, all_gather      keys travel to the queries; double_ring: between nodes once. auto: ring, on
                                            several nodes double_ring
         ulysses                            every rank gets all tokens and a part of the heads
-        usp                                the same among as many ranks in a row as share the heads evenly, and a ring
+        usp                                the same among as many ranks of a node as share the heads evenly, and a ring
         zeppelin, zeppelin_even, hybrid    a ring where a plan for mixed lengths puts the tokens (parallel.planner)
 
     plan: an AttentionPlan instead of a strategy. Raises ValueError, on all ranks, for what does not fit.

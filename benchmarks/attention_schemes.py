@@ -21,15 +21,22 @@ import torch.distributed as dist
 
 from longspan.attention import softmax_attention
 from longspan.attention.moved import pairs_per_rank
-from longspan.benchmarks.calibrate import fit, peers, time_attention, time_exchange
+from longspan.benchmarks.calibrate import (
+    add_arguments,
+    check_arguments,
+    fit,
+    peers,
+    time_attention,
+    time_exchange,
+)
 from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.emulated_nodes import emulated_nodes
 from longspan.benchmarks.length_mixes import MIXES, draw
-from longspan.benchmarks.ranks import Ranks
+from longspan.benchmarks.ranks import Ranks, join
 from longspan.launcher.calibration import read_costs
+from longspan.launcher.errors import UserError
 from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import SequenceParallel
-from longspan.parallel.mesh import build_mesh
 
 # name: (base layout, strategy)
 SCHEMES = {
@@ -49,13 +56,11 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.nodes and "RANK" not in os.environ:
         return on_emulated_nodes(arguments)
-    start, device = time.monotonic(), torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    else:
+    start = time.monotonic()
+    mesh = join(arguments.device, timeout_s=300.0)
+    device = mesh.device
+    if device.type == "cpu":
         torch.set_num_threads(1)
-    mesh = build_mesh(sp=0, sharding="fsdp", device=device, timeout_s=300.0)
     ranks = Ranks(mesh, device, arguments.repetitions)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     record = new_record("attention_schemes", vars(arguments) | {"world_size": mesh.world_size}) | {"rows": []}
@@ -102,9 +107,8 @@ def time_scheme(ranks: Ranks, scheme: str, lengths, arguments, costs, dtype) -> 
         mesh.sp_group, topology=mesh.sp_topology, layout=layout, softmax=strategy, costs=costs, device=ranks.device
     )
     seq = parallel.context(lengths)
-    shape = (seq.num_tokens_local, arguments.head_dim)
     q, k, v, d_out = (
-        torch.randn(shape[0], heads, shape[1], dtype=dtype, device=ranks.device)
+        torch.randn(seq.num_tokens_local, heads, arguments.head_dim, dtype=dtype, device=ranks.device)
         for heads in (arguments.heads, arguments.kv_heads, arguments.kv_heads, arguments.heads)
     )
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -182,32 +186,34 @@ def parse_arguments(argv=None):
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, default = parser.add_argument, "(default: %(default)s)"
+    sizes = [32 << 10, 128 << 10] if on_gpu else [1 << 10]
     add("--output", help="JSON file, saved again after every measurement")
     add("--mixes", nargs="+", choices=[*MIXES, ONE], default=[*MIXES, ONE], help="of document lengths (default: all)")
     add("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), help="(default: all)")
-    add(
-        "--tokens",
-        type=parse_tokens,
-        nargs="+",
-        default=[32 << 10, 128 << 10] if on_gpu else [1 << 10],
-        help="per rank",
-    )
-    add("--heads", type=int, default=32 if on_gpu else 8, help=f"query heads {default}")
-    add("--kv-heads", type=int, default=8 if on_gpu else 4, help=f"key and value heads {default}")
-    add("--head-dim", type=int, default=128 if on_gpu else 32, help=default)
-    add("--costs", help="file of calibrate.py for the plans; otherwise attention and links are measured first")
-    add("--short", type=parse_tokens, default=4096 if on_gpu else 64, help=f"for that: short documents {default}")
-    add("--long", type=parse_tokens, default=32768 if on_gpu else 1024, help=f"for that: the long one {default}")
-    add("--megabytes", type=int, default=256 if on_gpu else 1, help=f"for that: of one exchange {default}")
-    add("--seconds", type=float, default=3.0, help=f"for that: of one measurement {default}")
+    add("--tokens", type=parse_tokens, nargs="+", default=sizes, help=f"per rank {default}")
+    add("--costs", help="file of calibrate.py for the plans; otherwise those measured first, as there")
     add("--nodes", type=int, default=0, help="emulate as many nodes on this machine")
     add("--ranks-per-node", type=int, default=2, help=f"of emulated nodes {default}")
     add("--megabits", type=float, default=200.0, help=f"per second, of an emulated node's link {default}")
     add("--seed", type=int, default=0, help="of the lengths")
     add("--repetitions", type=int, default=20 if on_gpu else 5, help=default)
     add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {default}")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
-    return parser.parse_args(argv)
+    add_arguments(parser)
+    if not on_gpu:
+        parser.set_defaults(heads=8, kv_heads=4, head_dim=32, megabytes=1)
+    arguments = parser.parse_args(argv)
+    check_arguments(parser, arguments)
+    for name in ("ranks_per_node", "megabits", "repetitions", "budget"):
+        if getattr(arguments, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    if arguments.nodes < 0:
+        parser.error(f"--nodes {arguments.nodes} must be 0 (none are emulated) or more")
+    if arguments.costs:
+        try:
+            read_costs(arguments.costs)
+        except UserError as error:
+            parser.error(str(error))
+    return arguments
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Takes about a minute. What cannot be measured, such as links of a machine alone,
 """
 
 import argparse
-import os
 import sys
 from dataclasses import asdict, replace
 
@@ -17,22 +16,19 @@ import torch.distributed as dist
 
 from longspan.attention import softmax_attention
 from longspan.benchmarks.common import format_table, measure, new_record, save
+from longspan.benchmarks.ranks import join
 from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import Costs, SequenceParallel
 from longspan.parallel.costs import key_bytes, token_bytes
 from longspan.parallel.exchange import start_exchange
-from longspan.parallel.mesh import build_mesh
 
 MODEL = ("heads", "kv_heads", "head_dim", "bytes_per_number")
 
 
 def main() -> int:
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    mesh = build_mesh(sp=0, sharding="fsdp", device=device, timeout_s=120.0)
+    mesh = join(arguments.device)
+    device = mesh.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads = arguments.heads, arguments.kv_heads, arguments.head_dim
     record = new_record("calibrate", vars(arguments) | {"world_size": mesh.world_size})
@@ -133,19 +129,29 @@ def summary(record: dict) -> str:
 
 
 def parse_arguments(argv=None):
-    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add, default = parser.add_argument, "(default: %(default)s)"
-    add("--output", help="JSON file for parallel.costs; without it the costs are only printed")
+    parser.add_argument("--output", help="JSON file for parallel.costs; without it the costs are only printed")
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    check_arguments(parser, arguments)
+    return arguments
+
+
+def add_arguments(parser) -> None:
+    """Those of a model's attention and of how it and the links are measured."""
+    on_gpu, default = torch.cuda.is_available(), "(default: %(default)s)"
+    add = parser.add_argument
     add("--heads", type=int, default=32, help=f"query heads of the model {default}")
     add("--kv-heads", type=int, default=8, help=f"key and value heads {default}")
     add("--head-dim", type=int, default=128, help=default)
     add("--short", type=parse_tokens, default=4096 if on_gpu else 64, help=f"tokens of short documents {default}")
     add("--long", type=parse_tokens, default=32768 if on_gpu else 1024, help=f"tokens of the long one {default}")
     add("--megabytes", type=int, default=256 if on_gpu else 16, help=f"of one exchange {default}")
-    add("--seconds", type=float, default=5.0, help=f"of one measurement, about {default}")
+    add("--seconds", type=float, default=5.0, help=f"of one measurement of cost, about {default}")
     add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
-    arguments = parser.parse_args(argv)
+
+
+def check_arguments(parser, arguments) -> None:
     for name in ("heads", "kv_heads", "head_dim", "short", "megabytes", "seconds"):
         if getattr(arguments, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
@@ -153,7 +159,6 @@ def parse_arguments(argv=None):
         parser.error(f"--long {arguments.long} must be at least twice --short {arguments.short}")
     if arguments.heads % arguments.kv_heads:
         parser.error(f"--kv-heads {arguments.kv_heads} does not divide --heads {arguments.heads}")
-    return arguments
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ of parameters over all layers beside it: over eight numbers the ratio of two rou
 """
 
 import argparse
-import os
 import re
 import sys
 
@@ -18,12 +17,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.ranks import join
 from longspan.launcher.config import Config
 from longspan.launcher.parsing import parse_tokens
 from longspan.models.decoder import Decoder
 from longspan.models.parallelize import checkpoint_blocks, parallelize
 from longspan.parallel import SequenceParallel
-from longspan.parallel.mesh import build_mesh
 
 LIMIT = 1.5
 
@@ -35,11 +34,8 @@ def main():
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    mesh = build_mesh(sp=0, sharding="fsdp", device=device)
+    mesh = join(arguments.device, timeout_s=600.0)
+    device = mesh.device
     alone = init_device_mesh(device.type, (mesh.world_size, 1), mesh_dim_names=("copies", "alone"))["alone"]
     config = Config.load(arguments.config, []).model
     batch = _batch(config, arguments.tokens, device)

@@ -8,7 +8,6 @@ One document lies over all ranks. See benchmarks/README.md for what is measured 
 """
 
 import argparse
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -22,13 +21,12 @@ from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.head_parallel import HEAD_PARALLEL, HeadParallel
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.benchmarks.linear_parity import drift, parity
-from longspan.benchmarks.ranks import DIRECTIONS, Ranks
+from longspan.benchmarks.ranks import DIRECTIONS, Ranks, join
 from longspan.launcher.parsing import parse_tokens
 from longspan.models import mixers
 from longspan.models.config import ModelConfig
 from longspan.models.decay import ScalarGate
 from longspan.models.decoder import Decoder
-from longspan.parallel.mesh import build_mesh
 from longspan.parallel.scan import TRANSPORTS
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -133,11 +131,8 @@ def efficiency_table(rows: list[dict], direction: str) -> str:
 def main() -> int:
     start = time.monotonic()
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    mesh = build_mesh(sp=0, sharding="fsdp", device=device, timeout_s=120.0)
+    mesh = join(arguments.device)
+    device = mesh.device
     ranks = Ranks(mesh, device, arguments.repetitions)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     record = new_record("linear_ranks", vars(arguments) | {"world_size": mesh.world_size}) | {"rows": []}

@@ -1,6 +1,7 @@
 """The ranks of a benchmark run: contexts for strategies and layouts, times and errors that all ranks agree on."""
 
 import gc
+import os
 import statistics
 import time
 import traceback
@@ -10,8 +11,18 @@ import torch.distributed as dist
 
 from longspan.benchmarks.linear_worker import describe
 from longspan.parallel import SequenceParallel
+from longspan.parallel.mesh import Mesh, build_mesh
 
 DIRECTIONS = ("forward", "forward+backward")
+
+
+def join(device: str, timeout_s: float = 120.0) -> Mesh:
+    """The mesh of one SP group over all ranks; on "cuda" every rank takes the GPU of its local rank."""
+    found = torch.device(device)
+    if found.type == "cuda":
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(found)
+    return build_mesh(sp=0, sharding="fsdp", device=found, timeout_s=timeout_s)
 
 
 class Ranks:

@@ -5,6 +5,7 @@ memory was read that is not there. 12.9 does not, nor 12.8 where it does not opt
 ptxas for Blackwell, which compiles for Ampere and Hopper as well: 12.9 (Triton 3.6) or 13.1 (3.7).
 """
 
+import ctypes
 import os
 
 import torch
@@ -46,11 +47,13 @@ def _version(tool: str) -> tuple[int, ...]:
 
 
 def _driver_version() -> tuple[int, int] | None:
-    """The newest CUDA that the driver runs; None without a GPU."""
-    if not torch.cuda.is_available():
+    """The newest CUDA that the driver runs; None without a driver. Asks the driver itself, and starts nothing."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
         return None
-    version = torch._C._cuda_getDriverVersion()
-    return version // 1000, version % 1000 // 10
+    return None if failed else (version.value // 1000, version.value % 1000 // 10)
 
 
 require_ptxas()

@@ -19,7 +19,7 @@ def load_costs(config: Config) -> Costs:
     wanted["bytes_per_number"] = 4 if config.train.dtype == "float32" else 2
     if not path:
         return Costs.h200(**wanted)
-    costs, measured = _read(path)
+    costs, measured = _read(path, f"parallel.costs={path}")
     if measured != wanted:
         raise UserError(f"parallel.costs={path} is for a model with {measured}, this one has {wanted}; {REMEDY}")
     return costs
@@ -27,10 +27,10 @@ def load_costs(config: Config) -> Costs:
 
 def read_costs(path: str) -> Costs:
     """Those of the file `path`, whatever model they are for."""
-    return _read(path)[0]
+    return _read(path, path)[0]
 
 
-def _read(path):
+def _read(path, shown):
     try:
         found = json.loads(Path(path).read_text())
         missing = {field.name for field in fields(Costs)} - set(found["costs"])
@@ -38,6 +38,6 @@ def _read(path):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return Costs(**found["costs"]), found["model"]
     except OSError as error:
-        raise UserError(f"parallel.costs={path}: {error.strerror}; {REMEDY}") from None
+        raise UserError(f"{shown}: {error.strerror}; {REMEDY}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"parallel.costs={path} is no file of costs ({error}); {REMEDY}") from None
+        raise UserError(f"{shown} is no file of costs ({error}); {REMEDY}") from None

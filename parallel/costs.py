@@ -38,7 +38,7 @@ class Costs:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" or field.type is int:
+            if field.type is int:
                 if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1 << 40:
                     raise ValueError(f"Costs.{field.name}={value!r} must be a whole number from 0 to 2**40")
             elif not isinstance(value, (int, float)) or not 0 <= value <= 1e6 or (field.name == "pair_s" and not value):

@@ -6,9 +6,8 @@ length over the group. Megatron runs such groups one after the other where they 
 up.
 """
 
+from longspan.parallel.shares import Share, even_share
 from longspan.parallel.topology import Topology
-from longspan.parallel.water_fill import Share
-from longspan.parallel.zeppelin_even import even_share
 
 
 def power_of_two_groups(lengths, topology: Topology, room: int) -> list[Share]:

@@ -14,19 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from longspan.parallel.shares import Share
 from longspan.parallel.topology import Topology
 
 LEVELS = (1.0, 1.08, 1.3)  # first tries, then twice the last
 PRECISION = 0.01  # of the level, to which it is searched
-
-
-@dataclass(frozen=True)
-class Share:
-    """What of a document each of some ranks takes: ranks ascending, tokens > 0."""
-
-    document: int
-    ranks: tuple[int, ...]
-    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ reconstructed from the paper's description; where its rules leave a rank overful
 everything on a node, or everything, is cut over all of its ranks.
 """
 
+from longspan.parallel.shares import Share, even_share
 from longspan.parallel.topology import Topology
-from longspan.parallel.water_fill import Share
 
 
 def even_rings(lengths, topology: Topology, cap: int) -> list[Share]:
@@ -97,11 +97,3 @@ def _over_ranks(lengths, documents, tokens, squares, cap, first):
         squares[r] += lengths[d] ** 2 / 2
         rings[d] = [r]
     return rings
-
-
-def even_share(document, length, ranks) -> Share:
-    """A document over ranks in equal parts; the first ones get what is left of the division."""
-    share, extra = divmod(length, len(ranks))
-    tokens = [share + (place < extra) for place in range(len(ranks))]
-    kept = [(rank, count) for rank, count in zip(ranks, tokens) if count]
-    return Share(document, *(tuple(column) for column in zip(*kept)))

@@ -31,6 +31,22 @@ def test_every_scheme_is_recorded(tmp_path):
     assert {row["documents"] for row in rows if row["mix"] == "one"} == {1}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--nodes", "-1"], "--nodes -1 must be 0"),
+        (["--megabits", "0"], "--megabits 0.0 must be greater than 0"),
+        (["--heads", "3", "--kv-heads", "2"], "--kv-heads 2 does not divide --heads 3"),
+        (["--short", "64", "--long", "100"], "--long 100 must be at least twice --short 64"),
+        (["--costs", "nowhere.json"], "nowhere.json: No such file or directory; write it with `longspan bench"),
+    ],
+)
+def test_refusals(arguments, expected, capsys):
+    with pytest.raises(SystemExit):
+        attention_schemes.parse_arguments(arguments)
+    assert expected in capsys.readouterr().err
+
+
 def test_ideal_is_every_document_alone_shared_out():
     costs = Costs(pair_s=2.0, start_tokens=3)
     assert attention_schemes.ideal_seconds([4, 1], 2, costs) == pytest.approx(2 * (10 * 1.75 + 1 * 4) / 2)

@@ -81,6 +81,25 @@ def test_an_old_ptxas_is_not_used(monkeypatch):
     assert with_versions("12.10", "12.9") == "/mine"
 
 
+def test_the_driver_says_what_it_runs(monkeypatch):
+    from longspan.kernels import compiler
+
+    class Driver:
+        def __init__(self, name):
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, version):
+            version._obj.value = 12080
+            return 0
+
+    monkeypatch.setattr(compiler.ctypes, "CDLL", Driver)
+    assert compiler._driver_version() == (12, 8)
+    monkeypatch.setattr(Driver, "cuDriverGetVersion", lambda self, version: 100)  # no device
+    assert compiler._driver_version() is None
+    monkeypatch.setattr(compiler.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    assert compiler._driver_version() is None
+
+
 def test_a_ptxas_that_does_not_run_is_named(monkeypatch, tmp_path):
     from longspan.kernels import compiler
 

@@ -1,5 +1,7 @@
 """The fused kernels of none, fixed and scalar decay against the recurrence: outputs, states and every gradient."""
 
+import math
+
 import forms
 import pytest
 import torch
@@ -20,10 +22,10 @@ def fused():
     return Fused, CHUNK
 
 
-def gate_limit(decay, limit, times, width):
-    """e^-20 per token leaves a gate's gradient near zero: what remains is the rounding of the other terms, which grow
-    with the width."""
-    return max(times * limit, 2e-3, 8e-5 * width) if decay == "strong" else times * limit
+def gate_limit(decay, limit, times, sizes):
+    """e^-20 per token leaves a gate's gradient near zero: what remains is fp32's rounding of (q.k)(do.v), which cancels
+    in sums of 64 tokens: typically 1.5e-5 sqrt(K V) of the floor of `errors`, 5.5e-5 in an unlucky order of sums."""
+    return max(times * limit, 8e-5 * math.prod(sizes) ** 0.5) if decay == "strong" else times * limit
 
 
 def check(name, sizes, decay, split, device="cpu", dtype=torch.float32, limit=2e-6):
@@ -33,7 +35,7 @@ def check(name, sizes, decay, split, device="cpu", dtype=torch.float32, limit=2e
     tables = Splits.of(spans, split, chunk).map(lambda x: x.to(device))
     actual = forms.run_form(form, tables, *inputs, SCALE)
     errors = forms.errors(actual, forms.expected(spans, *inputs, SCALE))
-    forms.assert_within(errors, dict.fromkeys(errors, limit) | {"dlog_decay": gate_limit(decay, limit, 5, max(sizes))})
+    forms.assert_within(errors, dict.fromkeys(errors, limit) | {"dlog_decay": gate_limit(decay, limit, 5, sizes)})
     return form, tables, inputs, actual
 
 
@@ -189,7 +191,7 @@ class TestOnGpu:
             actual = forms.run_form(form, tables, *inputs, SCALE)
             errors = forms.errors(actual, wanted)
             limit = 6e-3 if dtype == torch.bfloat16 else 2e-5
-            gate = {"dlog_decay": gate_limit(decay, limit, 2, max(sizes))}
+            gate = {"dlog_decay": gate_limit(decay, limit, 2, sizes)}
             forms.assert_within(errors, dict.fromkeys(errors, limit) | gate)
             for name, x in forms.run_form(form, tables, *inputs, SCALE).items():
                 assert x is None or torch.equal(x, actual[name]), f"{name} differs from run to run"

@@ -57,6 +57,8 @@ def test_version(capsys):
         (["train", "optim.lrr=1"], "did you mean optim.lr?"),
         (["train"], "data.corpora is empty"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["bench"], "longspan: error: bench: the following arguments are required: benchmark"),
+        (["bench", "calibrat"], "longspan: error: bench: argument benchmark: invalid choice: 'calibrat'"),
         (["prepare", "--input", "x"], "the following arguments are required: --output"),
     ],
 )
@@ -84,3 +86,11 @@ def test_help_does_not_wait_for_torch():
     code = "import sys; from longspan.launcher.cli import settings_help; settings_help(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=60)
     assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize("name", cli.BENCHMARKS)
+def test_every_benchmark_can_be_asked_for_help(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["longspan"])
+    with pytest.raises(SystemExit) as ended:
+        cli.bench([name, "--help"])
+    assert ended.value.code == 0 and f"usage: longspan bench {name}" in capsys.readouterr().out
