@@ -187,6 +187,8 @@ class TestOnGpu:
             exact = exact, *(x.double() for x in inputs[1:])
             wanted = forms.run_form(Chunked, Chunked.tables(spans).map(lambda x: x.cuda()), *exact, SCALE)
             wanted = {name: x.cpu() for name, x in wanted.items() if x is not None}
+            if decay in ("closed", "fixed_closed"):  # PyTorch's form takes what closes as -800, the kernels as -128
+                wanted["transition"][wanted["transition"] <= -800] = -torch.inf
             tables = Splits.of(spans, 512, chunk).map(lambda x: x.cuda())
             actual = forms.run_form(form, tables, *inputs, SCALE)
             errors = forms.errors(actual, wanted)
