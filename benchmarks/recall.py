@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from longspan.benchmarks.common import new_record, save
-from longspan.benchmarks.recall_report import load, write_report
+from longspan.benchmarks.recall_report import join, load, write_report
 from longspan.benchmarks.recall_task import Run, Task, train
 
 FAMILIES = ("none", "fixed", "scalar", "gla", "hgrn2", "delta", "gated_delta")
@@ -46,8 +46,7 @@ STATUS_S = 5.0  # between two lines of progress
 def main() -> int:
     arguments = parse_arguments()
     if arguments.plot:
-        print(write_report(load(arguments.plot), Path(arguments.plot).parent))
-        return 0
+        return report(arguments.plot, arguments.output)
     runs = make_runs(arguments)
     folder = Path(arguments.output)
     record = new_record("recall", vars(arguments)) | {"runs": []}
@@ -60,6 +59,20 @@ def main() -> int:
     train_all(runs, note, jobs=arguments.jobs, limit_s=arguments.time_limit, batches=arguments.evaluation_batches)
     print(write_report(record, folder))
     return int(any("error" in row for row in record["runs"]))
+
+
+def report(paths: list[str], output: str | None) -> int:
+    """Table and plot of one results.json, beside it, or of several that are joined into the folder `output`."""
+    folder = Path(output or Path(paths[0]).parent)
+    try:
+        record = join([load(path) for path in paths])
+    except (OSError, ValueError) as error:
+        print(f"--plot: {error}", file=sys.stderr)
+        return 2
+    if output:
+        save(record, folder / "results.json")
+    print(write_report(record, folder))
+    return 0
 
 
 def make_runs(arguments) -> list[Run]:
@@ -179,7 +192,12 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--output", metavar="DIR", help="where results.json, recall.md and recall.svg go")
-    parser.add_argument("--plot", metavar="RESULTS", help="only draw table and plot of a results.json again, beside it")
+    parser.add_argument(
+        "--plot",
+        metavar="RESULTS",
+        nargs="+",
+        help="only draw table and plot of a results.json again, beside it; several are joined into --output",
+    )
     parser.add_argument("--models", nargs="+", default=MODELS, help=f"families, FAMILY-7:1 and the like: {MODELS}")
     parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128], help="pairs per document")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per batch of each number of pairs")
@@ -205,8 +223,8 @@ def parse_arguments(argv=None):
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
     arguments = parser.parse_args(argv)
-    if bool(arguments.output) == bool(arguments.plot):
-        parser.error("give either --output DIR or --plot RESULTS")
+    if not arguments.output and len(arguments.plot or ()) != 1:
+        parser.error("give --output DIR, or --plot RESULTS of one file, or both for several")
     for name in ("layers", "hidden", "heads", "steps", "evaluation_batches", "jobs", "num_keys", "num_values"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")

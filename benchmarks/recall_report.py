@@ -15,6 +15,9 @@ COLORS = {
     "gated_delta": "tab:blue",
     "softmax": "black",
 }
+ORIGIN = ("commit", "date", "command", "machine", "versions")
+PARTS = ("models", "learning_rates", "seeds")
+HARMLESS = ("output", "plot", "jobs", "time_limit", "no_graphs")
 DASHES = {"": "-", "7:1": "--", "3:1": "-.", "1:1": ":"}
 
 
@@ -24,6 +27,29 @@ def load(path: str | Path) -> dict:
     if not isinstance(record, dict) or record.get("benchmark") != "recall":
         raise ValueError(f"{path} is no results.json of longspan.benchmarks.recall")
     return record
+
+
+def join(records: list[dict]) -> dict:
+    """One record of several that differ in models, learning rates and seeds, to compare what was trained in parts; the
+    first's with `parts`, where each came from. Of a run that several have, the first that finished counts. ValueError
+    if another setting differs."""
+    first, *others = records
+    if not others:
+        return first
+    merged, runs = dict(first["arguments"]), {}
+    for record in others:
+        for name, value in record["arguments"].items():
+            if name in PARTS:
+                merged[name] = list(dict.fromkeys([*merged[name], *value]))
+            elif name not in HARMLESS and value != first["arguments"][name]:
+                raise ValueError(f"results with {name}={first['arguments'][name]} and {name}={value} cannot be joined")
+    for run in (run for record in records for run in record["runs"]):
+        key = run["model"], run["learning_rate"], run["seed"]
+        if key not in runs or ("error" in runs[key] and "error" not in run):
+            runs[key] = run
+    merged["learning_rates"].sort()
+    parts = [{name: record[name] for name in ORIGIN} for record in records]
+    return first | {"arguments": merged, "parts": parts, "runs": list(runs.values())}
 
 
 def write_report(record: dict, folder: Path) -> str:
@@ -88,18 +114,21 @@ def table(record: dict, rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _origin(part: dict) -> str:
+    machine = ", ".join(part["machine"]["gpus"]) or f"{part['machine']['architecture']} CPU"
+    return f"{machine}, torch {part['versions']['torch']}, commit {part['commit']}, {part['date']}: `{part['command']}`"
+
+
 def markdown(record: dict, rows: list[dict]) -> str:
     """recall.md: where the figures come from, the table, every learning rate that was tried, runs that failed."""
     found = record["arguments"]
-    machine = ", ".join(record["machine"]["gpus"]) or f"{record['machine']['architecture']} CPU"
     parts = [
         "# Multi-query associative recall",
         f"Accuracy at queries, in percent. {found['layers']} layers, hidden size {found['hidden']}, {found['heads']}"
         f" heads; {found['steps']} steps of {found['tokens']} tokens for each number of pairs; {found['num_keys']} keys"
         f" and {found['num_values']} values; short convolution of linear layers: {found['conv_width']} (-1: the"
         f" family's); seeds {_list(found['seeds'])}. `state`: numbers in the states of all linear layers.",
-        f"{machine}, torch {record['versions']['torch']}, commit {record['commit']}, {record['date']}:"
-        f" `{record['command']}`",
+        *(_origin(part) for part in record.get("parts", [record])),
         table(record, rows),
     ]
     if len(found["learning_rates"]) > 1:

@@ -158,13 +158,18 @@ def test_what_fails_or_is_late_is_recorded(tmp_path, monkeypatch):
         (["--models", "none-7:1"], "multiple of 8 layers"),
         (["--heads", "3"], "model.num_heads=3 does not divide"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
-        (["--plot", "results.json"], "either --output"),
     ],
 )
 def test_bad_arguments_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         recall.parse_arguments(command(tmp_path, *words)[1:])
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_results_to_join_want_a_folder(capsys):
+    with pytest.raises(SystemExit):
+        recall.parse_arguments(["--plot", "a.json", "b.json"])
+    assert "give --output DIR" in capsys.readouterr().err.splitlines()[-1]
 
 
 def results(**runs):
@@ -192,6 +197,29 @@ def test_validation_chooses_the_learning_rate_and_seeds_are_averaged():
     assert (fixed["softmax"], softmax["softmax"]) == (0, 1)
     text = recall_report.markdown(record, [fixed, softmax])
     assert "| fixed | 50.0 | 70.0 |" in text and "| softmax | - | 100.0 |" in text
+
+
+def test_results_of_several_parts_are_joined(tmp_path, monkeypatch, capsys):
+    first = results(fixed=[(0.001, 0, 0.5, 0.5)], softmax=[(0.001, 0, 0.1, 0.1)])
+    first["runs"][0] = {"model": "fixed", "learning_rate": 0.001, "seed": 0, "layers": [], "error": "stopped"}
+    second = results(fixed=[(0.001, 0, 0.5, 0.6)], softmax=[(0.003, 0, 0.9, 0.8), (0.001, 0, 1, 1)]) | {"date": "later"}
+    second["arguments"] |= {"learning_rates": [0.001, 0.003], "jobs": 7}
+    for name, record in {"a": first, "b": second}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    words = ["recall", "--plot", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--output", str(tmp_path / "c")]
+    monkeypatch.setattr("sys.argv", words)
+    assert recall.main() == 0
+    joined = recall_report.load(tmp_path / "c" / "results.json")
+    assert joined["arguments"]["learning_rates"] == [0.001, 0.003, 0.01] and len(joined["parts"]) == 2
+    fixed, softmax = recall_report.models(joined)
+    assert fixed["accuracy"]["8"] == 0.6 and softmax["learning_rate"] == 0.003
+    assert softmax["validation"] == {0.001: 0.1, 0.003: 0.9}  # of a run that both have, the first that finished
+    assert ", later: `e`" in (tmp_path / "c" / "recall.md").read_text()
+
+    second["arguments"]["steps"] += 1
+    (tmp_path / "b.json").write_text(json.dumps(second))
+    assert recall.main() == 2
+    assert "cannot be joined" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_plot_is_drawn_from_the_record(tmp_path):
