@@ -1,0 +1,20 @@
+"""Softmax attention over lists of key blocks: one plan, its Triton kernels, and the same in plain PyTorch."""
+
+import torch
+
+from longspan.kernels.sparse import gathered
+from longspan.kernels.sparse.plan import BlockPlan, Blocks
+
+__all__ = ["BlockPlan", "Blocks", "choose"]
+
+
+def choose(device_type: str, dtype: torch.dtype, head_dim: int, plan: BlockPlan):
+    """The module that computes a case (forward, backward), and why it is not the Triton kernels, or None."""
+    if device_type != "cuda":
+        return gathered, f"Triton kernels run on cuda, not on {device_type}"
+    try:
+        from longspan.kernels.sparse import fused
+    except ImportError as error:
+        return gathered, f"Triton does not load: {error}"
+    refusal = fused.refusal(dtype, head_dim, plan)
+    return (gathered, refusal) if refusal else (fused, None)

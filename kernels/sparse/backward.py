@@ -1,0 +1,159 @@
+"""Backward in three kernels: dq walks the lists of query blocks, dk and dv those of key blocks, a part of a long list
+per program; parts are added in order, so that gradients repeat bit for bit.
+
+With P = exp(scores - lse) and delta = rowsum(d_out . out) - d_lse:
+
+    dS = P (d_out v^T - delta)      dq = scale dS k      dk = scale dS^T q      dv = P^T d_out
+"""
+
+from longspan.kernels.compiler import tl, triton
+from longspan.kernels.sparse.tiles import LOG2E, key_rows, load_tile, query_rows, store_tile
+
+
+@triton.jit
+def rows_kernel(
+    d_out_ptr, out_ptr, lse_ptr, d_lse_ptr, rows_ptr, d_out_stride_t, d_out_stride_h, count,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """lse in base 2 and delta of every row and head -> [T, HEADS, 2]; count: T * HEADS."""
+    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row, head, valid = index // HEADS, index % HEADS, index < count
+    d_out = load_tile(d_out_ptr, row, d_out_stride_t, head * d_out_stride_h, valid, D, BLOCK_D).to(tl.float32)
+    out = load_tile(out_ptr, index, D, index * 0, valid, D, BLOCK_D).to(tl.float32)
+    d_lse = tl.load(d_lse_ptr + index, mask=valid, other=0.0)
+    tl.store(rows_ptr + index * 2, tl.load(lse_ptr + index, mask=valid) * LOG2E, mask=valid)
+    tl.store(rows_ptr + index * 2 + 1, tl.sum(d_out * out, 1) - d_lse, mask=valid)
+
+
+@triton.jit
+def _load_rows(rows_ptr, row, place, valid, HEADS: tl.constexpr):
+    """(lse in base 2, delta) of a tile. One load of both: smaller ones would be repeated for every layout in which they
+    are used, and copied ahead with an address each in registers."""
+    at = ((row * HEADS + place) * 2)[:, None] + tl.arange(0, 2)[None, :]
+    return tl.split(tl.load(rows_ptr + at, mask=valid[:, None], other=0.0))
+
+
+@triton.jit(do_not_specialize=["M", "capacity", "scale"])
+def queries_kernel(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, dq_ptr,
+    q_start, q_length, q_position, k_start, k_length, k_position, k_step, row_ptr, row_idx, weight_ptr,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, d_out_stride_t, d_out_stride_h,
+    scale, M, capacity,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr, GATHER: tl.constexpr, CAUSAL: tl.constexpr,
+    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq [T, HEADS, D] of one query block and pack of heads."""
+    block, pack = tl.program_id(0) // (HEADS // PACK), tl.program_id(0) % (HEADS // PACK)
+    first_head = pack * PACK
+    key_head, listed = first_head // (HEADS // KEY_HEADS), (first_head * LISTS // HEADS).to(tl.int64)
+    first, row, place, position, valid = query_rows(block, 0, q_start, q_length, q_position, ROWS, PACK)
+    q_ptr += first * q_stride_t + first_head * q_stride_h
+    d_out_ptr += first * d_out_stride_t + first_head * d_out_stride_h
+    rows_at = first * HEADS + first_head
+    q = load_tile(q_ptr, row, q_stride_t, place * q_stride_h, valid, D, BLOCK_D)
+    d_out = load_tile(d_out_ptr, row, d_out_stride_t, place * d_out_stride_h, valid, D, BLOCK_D)
+    lse, delta = _load_rows(rows_ptr + rows_at * 2, row, place, valid, HEADS)
+    k_ptr += key_head * k_stride_h
+    v_ptr += key_head * v_stride_h
+    row_ptr += listed * (M + 1) + block
+    row_idx += listed * capacity
+
+    dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    stop = tl.load(row_ptr + 1)
+    for entry in range(tl.load(row_ptr), stop, GATHER):
+        key_first, key_row, key_position, weight, there = key_rows(
+            row_idx, entry, stop, k_start, k_length, k_position, k_step, weight_ptr, KEYS, GATHER, CAUSAL, WEIGHTED
+        )  # fmt: skip
+        k = load_tile(k_ptr + key_first * k_stride_t, key_row, k_stride_t, 0, there, D, BLOCK_D)
+        v = load_tile(v_ptr + key_first * v_stride_t, key_row, v_stride_t, 0, there, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        seen = there[None, :]
+        if WEIGHTED:
+            scores += weight if GATHER == 1 else weight[None, :]
+        if CAUSAL:
+            seen = seen & (key_position[None, :] <= position[:, None])
+        weights = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
+        d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+        d_scores = (weights * (d_weights - delta[:, None])).to(k.dtype)
+        dq = tl.dot(d_scores, k, dq, input_precision=PRECISION)
+    store_tile(dq_ptr + rows_at * D, row, HEADS * D, place * D, valid, dq * scale, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["M", "num_columns", "items", "capacity", "scale"])
+def keys_kernel(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, dk_ptr, dv_ptr,
+    q_start, q_length, q_position, k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col,
+    weight_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, d_out_stride_t, d_out_stride_h,
+    scale, num_columns, items, capacity,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr, CHUNK: tl.constexpr,
+    CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Part of dk and dv of one key block from CHUNK query blocks of its list, all query heads that share list and keys:
+    fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS)."""
+    GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
+    TURNS: tl.constexpr = HEADS // GROUPS // PACK * PARTS
+    item, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    key_head, listed = group // (GROUPS // KEY_HEADS), (group * LISTS // GROUPS).to(tl.int64)
+    column = tl.load(item_col + listed * items + item)
+    if column < num_columns:
+        inside = tl.arange(0, KEYS)
+        there = inside < tl.load(k_length + column)
+        key_first = tl.load(k_start + column).to(tl.int64)
+        key_position = tl.load(k_position + column) + inside * tl.load(k_step + column)
+        k_ptr += key_first * k_stride_t + key_head * k_stride_h
+        v_ptr += key_first * v_stride_t + key_head * v_stride_h
+        k = load_tile(k_ptr, inside, k_stride_t, 0, there, D, BLOCK_D)
+        v = load_tile(v_ptr, inside, v_stride_t, 0, there, D, BLOCK_D)
+        weight = 0.0
+        if WEIGHTED:
+            weight = tl.load(weight_ptr + column) * LOG2E
+        dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
+        ends = col_ptr + listed * (num_columns + 1) + column
+        begin = tl.load(ends) + (item - tl.load(item_ptr + listed * (num_columns + 1) + column)) * CHUNK
+        stop = tl.minimum(begin + CHUNK, tl.load(ends + 1))
+        for turn in range(begin * TURNS, stop * TURNS):
+            block, part = tl.load(col_idx + listed * capacity + turn // TURNS), turn % PARTS
+            first, row, place, position, valid = query_rows(block, part, q_start, q_length, q_position, ROWS, PACK)
+            head = group * (HEADS // GROUPS) + turn % TURNS // PARTS * PACK
+            rows_at, q_at = first * HEADS + head, q_ptr + first * q_stride_t + head * q_stride_h
+            d_out_at = d_out_ptr + first * d_out_stride_t + head * d_out_stride_h
+            q = load_tile(q_at, row, q_stride_t, place * q_stride_h, valid, D, BLOCK_D)
+            d_out = load_tile(d_out_at, row, d_out_stride_t, place * d_out_stride_h, valid, D, BLOCK_D)
+            lse, delta = _load_rows(rows_ptr + rows_at * 2, row, place, valid, HEADS)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + weight
+            seen = there[:, None] & valid[None, :]
+            if CAUSAL:
+                seen = seen & (key_position[:, None] <= position[None, :])
+            weights = tl.where(seen, tl.exp2(scores - lse[None, :]), 0.0)
+            dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+            d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+            d_scores = (weights * (d_weights - delta[None, :])).to(q.dtype)
+            dk = tl.dot(d_scores, q, dk, input_precision=PRECISION)
+        at = (group.to(tl.int64) * items + item) * KEYS
+        store_tile(dk_ptr + at * D, inside, D, 0, inside < KEYS, dk * scale, D, BLOCK_D)
+        store_tile(dv_ptr + at * D, inside, D, 0, inside < KEYS, dv, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["num_columns", "items"])
+def add_kernel(
+    parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, num_columns, items,
+    KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dk, dv [T, KEY_HEADS, D] of one key block and head: the parts of its lists, in order."""
+    GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
+    column, key_head = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS
+    inside = tl.arange(0, KEYS)
+    there = inside < tl.load(k_length + column)
+    dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
+    for turn in range(0, GROUPS // KEY_HEADS):
+        group = key_head * (GROUPS // KEY_HEADS) + turn
+        ends = item_ptr + (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
+        for item in range(tl.load(ends), tl.load(ends + 1)):
+            at = (tl.full([], group, tl.int64) * items + item) * KEYS * D
+            dk += load_tile(parts_dk + at, inside, D, 0, there, D, BLOCK_D)
+            dv += load_tile(parts_dv + at, inside, D, 0, there, D, BLOCK_D)
+    at = (tl.load(k_start + column).to(tl.int64) * KEY_HEADS + key_head) * D
+    store_tile(dk_ptr + at, inside, KEY_HEADS * D, 0, there, dk, D, BLOCK_D)
+    store_tile(dv_ptr + at, inside, KEY_HEADS * D, 0, there, dv, D, BLOCK_D)

@@ -1,0 +1,56 @@
+"""Forward: one program per query block and pack of heads walks the block's list with an online softmax in base 2."""
+
+from longspan.kernels.compiler import tl, triton
+from longspan.kernels.sparse.tiles import LOG2E, key_rows, load_tile, query_rows, store_tile
+
+
+@triton.jit(do_not_specialize=["M", "capacity", "scale"])
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    q_start, q_length, q_position, k_start, k_length, k_position, k_step, row_ptr, row_idx, weight_ptr,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, M, capacity,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr, GATHER: tl.constexpr, CAUSAL: tl.constexpr,
+    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes out [T, HEADS, D] and lse [T, HEADS], natural logarithm; 0 and -inf for a query that sees nothing."""
+    block, pack = tl.program_id(0) // (HEADS // PACK), tl.program_id(0) % (HEADS // PACK)
+    first_head = pack * PACK
+    key_head, listed = first_head // (HEADS // KEY_HEADS), (first_head * LISTS // HEADS).to(tl.int64)
+    first, row, place, position, valid = query_rows(block, 0, q_start, q_length, q_position, ROWS, PACK)
+    q_ptr += first * q_stride_t + first_head * q_stride_h
+    q = load_tile(q_ptr, row, q_stride_t, place * q_stride_h, valid, D, BLOCK_D)
+    k_ptr += key_head * k_stride_h
+    v_ptr += key_head * v_stride_h
+    row_ptr += listed * (M + 1) + block
+    row_idx += listed * capacity
+
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    stop = tl.load(row_ptr + 1)
+    for entry in range(tl.load(row_ptr), stop, GATHER):
+        key_first, key_row, key_position, weight, there = key_rows(
+            row_idx, entry, stop, k_start, k_length, k_position, k_step, weight_ptr, KEYS, GATHER, CAUSAL, WEIGHTED
+        )  # fmt: skip
+        k = load_tile(k_ptr + key_first * k_stride_t, key_row, k_stride_t, 0, there, D, BLOCK_D)
+        v = load_tile(v_ptr + key_first * v_stride_t, key_row, v_stride_t, 0, there, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        seen = there[None, :]
+        if WEIGHTED:
+            scores += weight if GATHER == 1 else weight[None, :]
+        if CAUSAL:
+            seen = seen & (key_position[None, :] <= position[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weights, rescale = tl.exp2(scores - shift[:, None]), tl.exp2(highest - shift)
+        total = total * rescale + tl.sum(weights, 1)
+        out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
+        highest = higher
+    empty = total == 0.0
+    out = out / tl.where(empty, 1.0, total)[:, None]
+    rows_at = first * HEADS + first_head
+    store_tile(out_ptr + rows_at * D, row, HEADS * D, place * D, valid, out, D, BLOCK_D)
+    lse = tl.where(empty, float("-inf"), (highest + tl.log2(tl.where(empty, 1.0, total))) / LOG2E)
+    tl.store(lse_ptr + rows_at + row * HEADS + place, lse, mask=valid)

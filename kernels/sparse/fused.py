@@ -1,0 +1,111 @@
+"""The Triton kernels over a plan: forward, and backward in two passes over the lists."""
+
+import torch
+
+from longspan.kernels.sparse.backward import add_kernel, keys_kernel, queries_kernel, rows_kernel
+from longspan.kernels.sparse.forward import forward_kernel
+from longspan.kernels.sparse.plan import CHUNK, BlockPlan
+
+ROWS = 128  # queries in a tile where heads that share keys and lists can fill it
+KEYS = 64  # keys in a tile where a list's blocks are smaller
+TURN = 64  # queries in a tile that the gradients of keys take at once: with more, registers spill
+STAGES = {2: (3, 2), 4: (1, 1)}  # by bytes of an element: over lists of query blocks, of key blocks
+
+
+def refusal(dtype: torch.dtype, head_dim: int, plan: BlockPlan) -> str | None:
+    """Why these kernels do not take a case, or None."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"takes bfloat16, float16 and float32, not {dtype}"
+    widest = 64 if dtype == torch.float32 else 128  # by the shared memory of a Hopper GPU
+    if head_dim > widest:
+        return f"takes {dtype} heads up to {widest} wide, not {head_dim}"
+    for name, size in (("query", plan.queries.size), ("key", plan.keys.size)):
+        if size not in (16, 32, 64, 128):
+            return f"takes blocks of 16, 32, 64 or 128 rows, the {name} blocks have {size}"
+    return None
+
+
+def forward(q, k, v, plan: BlockPlan, scale: float):
+    """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D], lse fp32 [Tq, Hq])."""
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    tile = _tile(q, k, plan)
+    if len(plan.queries):
+        forward_kernel[(len(plan.queries) * q.shape[1] // tile["PACK"],)](
+            q, k, v, out, lse, *_tables(plan), *_strides(q, k, v), scale, len(plan.queries), plan.row_idx.shape[1],
+            **tile, GATHER=_gather(plan), **_options(q, tile["ROWS"], 0),
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float):
+    """(dq, dk, dv) in the dtypes of q, k and v; d_lse: [Tq, Hq] or None. out and lse: of all keys that the queries see,
+    also where the plan lists some of them."""
+    d_out, q, k, v = (_unit_stride(x) for x in (d_out, q, k, v))
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
+    rows = lse.new_empty(*lse.shape, 2)
+    if lse.numel():
+        d_lse = torch.zeros_like(lse) if d_lse is None else d_lse.float().contiguous()
+        rows_kernel[(-(-lse.numel() // 64),)](
+            d_out, out.contiguous(), lse.contiguous(), d_lse, rows, *d_out.stride()[:2], lse.numel(), heads, head_dim,
+            tile["BLOCK_D"], 64,
+        )  # fmt: skip
+        queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
+            q, k, v, d_out, rows, dq, *_tables(plan), *_strides(q, k, v, d_out), scale, len(plan.queries),
+            plan.row_idx.shape[1], **tile, GATHER=_gather(plan), **_options(q, tile["ROWS"], 0),
+        )  # fmt: skip
+    if len(plan.keys):
+        groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
+        parts = [q.new_empty(groups, items, plan.keys.size, head_dim, dtype=torch.float32) for _ in range(2)]
+        tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], TURN)
+        keys_kernel[(items * groups,)](
+            q, k, v, d_out, rows, *parts, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col,
+            tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1],
+            **(tile | {"ROWS": rows_at_once}), PARTS=tile["ROWS"] // rows_at_once, CHUNK=CHUNK,
+            **_options(q, plan.keys.size, 1),
+        )  # fmt: skip
+        add_kernel[(num_columns * k.shape[1],)](
+            *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, num_columns, items,
+            k.shape[1], plan.heads, head_dim, tile["BLOCK_D"], plan.keys.size,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _tile(q, k, plan):
+    """Shapes of the kernels' tiles. PACK: query heads that share a list and keys, side by side in a tile."""
+    heads, key_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+    shared, pack = heads // max(key_heads, plan.heads), 1
+    while shared % (2 * pack) == 0 and 2 * pack * plan.queries.size <= ROWS:
+        pack *= 2
+    return {
+        "HEADS": heads, "KEY_HEADS": key_heads, "LISTS": plan.heads, "D": head_dim,
+        "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()), "ROWS": plan.queries.size * pack, "KEYS": plan.keys.size,
+        "PACK": pack, "CAUSAL": plan.causal, "WEIGHTED": plan.log_weight is not None,
+    }  # fmt: skip
+
+
+def _gather(plan):
+    return max(1, KEYS // plan.keys.size)
+
+
+def _options(q, rows, which):
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    return {"PRECISION": precision, "num_warps": 8 if rows >= 128 else 4, "num_stages": STAGES[q.itemsize][which]}
+
+
+def _tables(plan):
+    queries, keys = plan.queries, plan.keys
+    weight = queries.start if plan.log_weight is None else plan.log_weight
+    return (
+        queries.start, queries.length, queries.position, keys.start, keys.length, keys.position, keys.step,
+        plan.row_ptr, plan.row_idx, weight,
+    )  # fmt: skip
+
+
+def _strides(*tensors):
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _unit_stride(x):
+    return x if x.stride(-1) == 1 else x.contiguous()

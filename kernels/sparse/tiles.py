@@ -1,0 +1,58 @@
+"""What the kernels share: the rows of a tile of queries or keys, and the scores between them."""
+
+from longspan.kernels.compiler import tl, triton
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def query_rows(block, part, start_ptr, length_ptr, position_ptr, SIZE: tl.constexpr, PACK: tl.constexpr):
+    """The part-th SIZE rows of a query block's tokens, each PACK heads beside one another: first row of the block, row
+    in the block, head of the pack, position, valid. What varies in a tile stays below 2^31: addresses take half the
+    registers."""
+    index = part * SIZE + tl.arange(0, SIZE)
+    token, head = index // PACK, index % PACK
+    first, count = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
+    return first, token, head, tl.load(position_ptr + block) + token, token < count
+
+
+@triton.jit
+def key_rows(
+    list_ptr, entry, stop, start_ptr, length_ptr, position_ptr, step_ptr, weight_ptr,
+    BLOCK: tl.constexpr, GATHER: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Tile of the key blocks of GATHER successive entries of a list: (first row, row after it, position, log2 weight,
+    valid)."""
+    index = tl.arange(0, BLOCK * GATHER)
+    position, weight = index, 0.0
+    if GATHER == 1:
+        inside, column = index, tl.load(list_ptr + entry)
+        valid = inside < tl.load(length_ptr + column)
+        first, row = tl.load(start_ptr + column).to(tl.int64), inside
+    else:
+        inside, listed = index % BLOCK, entry + index // BLOCK < stop
+        column = tl.load(list_ptr + entry + index // BLOCK, mask=listed, other=0)
+        valid = listed & (inside < tl.load(length_ptr + column))
+        first, row = tl.zeros([], tl.int64), tl.load(start_ptr + column).to(tl.int64) + inside
+    if CAUSAL:
+        position = tl.load(position_ptr + column) + inside * tl.load(step_ptr + column)
+    if WEIGHTED:
+        weight = tl.load(weight_ptr + column) * LOG2E
+    return first, row, position, weight, valid
+
+
+@triton.jit
+def load_tile(ptr, row, stride, head_at, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D], zero where not valid and past D."""
+    column = tl.arange(0, BLOCK_D)
+    at = ptr + ((row * stride + head_at)[:, None] + column[None, :])
+    if D == BLOCK_D:
+        return tl.load(at, mask=valid[:, None], other=0.0)
+    return tl.load(at, mask=valid[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, row, stride, head_at, valid, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    column = tl.arange(0, BLOCK_D)
+    at = ptr + ((row * stride + head_at)[:, None] + column[None, :])
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=valid[:, None] & (column < D)[None, :])

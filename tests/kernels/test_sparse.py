@@ -1,0 +1,228 @@
+"""Block lists: the plan's two orders, and both forms of the arithmetic against full masked scores in fp64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longspan.kernels.sparse import BlockPlan, Blocks, choose, gathered, naive
+from longspan.kernels.sparse import plan as plan_module
+
+fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
+LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+SCALE = 0.3
+
+# name: (offsets, query block, key block, list heads, query heads, key heads, head dim, causal, weighted, keys a row)
+CASES = {
+    "one block": ((0, 5), 16, 16, 1, 1, 1, 16, False, False, 1),
+    "ragged": ((0, 70, 71, 200), 32, 16, 1, 2, 1, 16, True, False, 3),
+    "packed heads": ((0, 70, 130), 16, 32, 2, 8, 2, 16, True, True, 3),
+    "list per key head": ((0, 90), 32, 32, 2, 4, 2, 20, False, True, 2),
+    "list per query head": ((0, 100), 16, 16, 4, 4, 2, 20, True, True, 5),
+    "one list": ((0, 150), 64, 64, 1, 4, 4, 16, False, False, 3),
+    "small keys": ((0, 33, 170), 64, 16, 1, 1, 1, 16, True, True, 7),
+}
+
+
+def random_lists(queries, keys, heads, most, causal, generator):
+    """[heads, M, most]: 0 to `most` key blocks of the same document, under `causal` none of the future."""
+    chosen = torch.full((heads, len(queries), most), -1)
+    for head in range(heads):
+        for i in range(len(queries)):
+            last = queries.position[i] + queries.length[i] - 1
+            allowed = (keys.document == queries.document[i]) & ((keys.position <= last) if causal else True)
+            allowed = allowed.nonzero().flatten()
+            count = int(torch.randint(0, min(most, len(allowed)) + 1, (), generator=generator))
+            chosen[head, i, :count] = allowed[torch.randperm(len(allowed), generator=generator)[:count]]
+    return chosen
+
+
+def make(name, chosen=None, device="cpu", dtype=torch.float32, case=None):
+    """(plan, q, k, v, d_out, d_lse) of a case with random lists, or those of `chosen(queries, keys, heads)`."""
+    offsets, query_block, key_block, lists, heads, key_heads, dim, causal, weighted, most = case or CASES[name]
+    generator = torch.Generator().manual_seed(len(name))
+    queries, keys = Blocks.of(offsets, query_block), Blocks.of(offsets, key_block)
+    if chosen is None:
+        columns = random_lists(queries, keys, lists, most, causal, generator)
+    else:
+        columns = chosen(queries, keys, lists)
+    weight = torch.randn(len(keys), generator=generator) if weighted else None
+    queries, keys = (blocks.map(lambda x: x.to(device)) for blocks in (queries, keys))
+    plan = BlockPlan.of(
+        queries, keys, columns.to(device), causal=causal, log_weight=None if weight is None else weight.to(device)
+    )
+    shapes = ((heads, dim), (key_heads, dim), (key_heads, dim), (heads, dim), (heads,))
+    q, k, v, d_out, d_lse = (torch.randn(offsets[-1], *shape, generator=generator).to(device) for shape in shapes)
+    return plan, q.to(dtype), k.to(dtype), v.to(dtype), d_out.to(dtype), d_lse
+
+
+def check(form, plan, q, k, v, d_out, d_lse):
+    """Outputs, lse and every gradient of a form against the definition; gives what the form gave."""
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    wanted, wanted_lse = naive.attend(*leaves, plan, SCALE)
+    seen = wanted_lse > -torch.inf
+    d_lse = torch.where(seen, d_lse, 0)
+    loss = (wanted * d_out.double()).sum() + (torch.where(seen, wanted_lse, 0) * d_lse.double()).sum()
+    gradients = torch.autograd.grad(loss, leaves)
+    out, lse = form.forward(q, k, v, plan, SCALE)
+    actual = form.backward(d_out, d_lse, q, k, v, out, lse, plan, SCALE)
+    assert torch.equal(lse > -torch.inf, seen) and not out[~seen].any()
+    assert [x.dtype for x in (out, *actual)] == [q.dtype] * 4
+    pairs = {"out": (out, wanted), "lse": (torch.where(seen, lse, 0), torch.where(seen, wanted_lse, 0))}
+    pairs |= {name: pair for name, *pair in zip(("dq", "dk", "dv"), actual, gradients)}
+    errors = {
+        name: ((x.double() - y).norm() / y.norm().clamp(min=1e-3 * y.numel() ** 0.5)).item()
+        for name, (x, y) in pairs.items()
+    }
+    assert max(errors.values()) <= LIMITS[q.dtype], errors
+    return out, lse, *actual
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_equal_the_definition(name):
+    check(fused, *make(name))
+
+
+@pytest.mark.parametrize("name", ["ragged", "packed heads", "list per key head"])
+def test_kernels_in_bfloat16(name):
+    check(fused, *make(name, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_plain_pytorch_equals_the_definition(name, dtype, monkeypatch):
+    monkeypatch.setattr(gathered, "BATCH_ELEMENTS", 5000)  # several batches
+    check(gathered, *make(name, dtype=dtype))
+
+
+def test_plain_pytorch_takes_any_block_size():
+    check(gathered, *make("odd", dtype=torch.float64, case=((0, 40, 97), 24, 7, 2, 4, 2, 5, True, True, 6)))
+
+
+def nothing(queries, keys, heads):
+    return torch.full((heads, len(queries), 2), -1)
+
+
+def the_first(queries, keys, heads):
+    return torch.zeros(heads, len(queries), 1, dtype=torch.int64)
+
+
+def everything(queries, keys, heads):
+    return torch.arange(len(keys)).flip(0).expand(heads, len(queries), -1)
+
+
+@pytest.mark.parametrize("form", [fused, gathered], ids=["fused", "gathered"])
+@pytest.mark.parametrize("chosen", [nothing, the_first, everything])
+def test_extreme_lists(form, chosen, monkeypatch):
+    monkeypatch.setattr(plan_module, "CHUNK", 2)  # a column that all rows choose is split
+    monkeypatch.setattr(fused, "CHUNK", 2)
+    plan, *rest = make("extreme", chosen, case=((0, 150), 32, 32, 2, 4, 2, 16, False, True, 0))
+    assert chosen is nothing or (plan.item_ptr.diff() > 1).any()
+    check(form, plan, *rest)
+
+
+def test_all_blocks_make_it_dense():
+    plan, q, k, v, *_ = make(
+        "dense", everything, dtype=torch.float64, case=((0, 90),) + (32, 16, 1, 2, 1, 8) + (True, False, 0)
+    )
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (q, k.expand(-1, 2, -1), v.expand(-1, 2, -1))), is_causal=True, scale=SCALE
+    )
+    torch.testing.assert_close(gathered.forward(q, k, v, plan, SCALE)[0], dense.transpose(0, 1))
+
+
+def test_coarse_keys_stand_for_their_last_token():
+    """Every fourth token as a key: a query sees the keys of groups that end at or before it."""
+    queries, keys = Blocks.of((0, 32), 16), Blocks.of((0, 8), 16)
+    keys = Blocks(16, keys.start, keys.length, keys.position + 3, keys.step * 4, keys.document)
+    plan = BlockPlan.of(queries, keys, torch.zeros(1, 2, 1, dtype=torch.int64), causal=True)
+    seen = naive.log_weights(plan, 32, 8)[0] == 0
+    assert seen.sum(1).tolist() == [(t + 1) // 4 for t in range(32)]
+    generator = torch.Generator().manual_seed(0)
+    q, d_out = (torch.randn(32, 1, 16, generator=generator) for _ in range(2))
+    k, v = (torch.randn(8, 1, 16, generator=generator) for _ in range(2))
+    for form in (fused, gathered):
+        check(form, plan, q, k, v, d_out, torch.zeros(32, 1))
+
+
+def test_parts_of_a_plan_merge():
+    """Two plans over disjoint keys, with the lse and out of both together, give the gradients of one plan."""
+    plan, q, k, v, d_out, _ = make(
+        "merge", everything, dtype=torch.float64, case=((0, 64), 16, 16, 1, 2, 1, 8, False, False, 0)
+    )
+    halves = [
+        BlockPlan.of(plan.queries, plan.keys, torch.tensor(columns).expand(1, 4, 2), causal=False)
+        for columns in ([0, 1], [2, 3])
+    ]
+    parts = [gathered.forward(q, k, v, half, SCALE) for half in halves]
+    lse = torch.logaddexp(parts[0][1], parts[1][1])
+    out = sum(part * (part_lse - lse).exp()[..., None] for part, part_lse in parts)
+    whole = gathered.forward(q, k, v, plan, SCALE)
+    torch.testing.assert_close((out, lse), whole)
+    given = d_out, None, q, k, v, out, lse
+    sums = [sum(x) for x in zip(*(gathered.backward(*given, half, SCALE) for half in halves))]
+    torch.testing.assert_close(tuple(sums), gathered.backward(*given, plan, SCALE))
+
+
+@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3))
+def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads):
+    generator = torch.Generator().manual_seed(seed)
+    most = min(most, columns)
+    chosen = torch.rand(heads, rows, columns, generator=generator).argsort(-1)[..., :most]
+    chosen = torch.where(torch.rand(chosen.shape, generator=generator) < 0.3, -1, chosen)
+    queries, keys = Blocks.of((0, rows * 4), 4), Blocks.of((0, columns * 4), 4)
+    plan = BlockPlan.of(queries, keys, chosen, causal=False)
+    assert plan.col_idx.dtype == plan.row_idx.dtype == plan.item_col.dtype == torch.int32
+    for head in range(heads):
+        wanted = {(i, j) for i in range(rows) for j in chosen[head, i].tolist() if j >= 0}
+        by_row = [plan.row_idx[head, a:b].tolist() for a, b in zip(plan.row_ptr[head], plan.row_ptr[head, 1:])]
+        by_column = [plan.col_idx[head, a:b].tolist() for a, b in zip(plan.col_ptr[head], plan.col_ptr[head, 1:])]
+        assert all(x == sorted(x) for x in by_row + by_column)
+        assert {(i, j) for i, row in enumerate(by_row) for j in row} == wanted
+        assert {(i, j) for j, column in enumerate(by_column) for i in column} == wanted
+        items = [j for j, column in enumerate(by_column) for _ in range(max(1, -(-len(column) // plan_module.CHUNK)))]
+        rest = plan.item_col[head].tolist()
+        assert rest[: len(items)] == items and set(rest[len(items) :]) <= {columns}
+
+
+def test_what_the_kernels_refuse():
+    plan = make("one list")[0]
+    assert choose("cpu", torch.float32, 64, plan)[0] is gathered
+    assert fused.refusal(torch.bfloat16, 128, plan) is None
+    assert "not torch.float64" in fused.refusal(torch.float64, 64, plan)
+    assert "up to 64 wide, not 128" in fused.refusal(torch.float32, 128, plan)
+    odd = BlockPlan.of(Blocks.of((0, 48), 48), plan.keys, torch.zeros(1, 1, 1, dtype=torch.int64), causal=False)
+    assert "the query blocks have 48" in fused.refusal(torch.bfloat16, 64, odd)
+
+
+class TestOnGpu:
+    pytestmark = pytest.mark.gpu
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    @pytest.mark.parametrize("dim", [64, 128])
+    @pytest.mark.parametrize("blocks", [(128, 64), (128, 128), (64, 64), (64, 16), (16, 16)], ids=str)
+    @pytest.mark.parametrize("heads", [(1, 4, 4), (2, 8, 2), (8, 8, 2)], ids=str)
+    def test_equals_the_definition(self, heads, blocks, dim, dtype):
+        if dtype == torch.float32 and dim > 64:
+            pytest.skip("fp32 heads wider than 64 run in plain PyTorch")
+        for causal in (False, True):
+            case = ((0, 1, 700, 1500), *blocks, *heads, dim, causal, causal, 6)
+            given = make("gpu", device="cuda", dtype=dtype, case=case)
+            assert choose("cuda", dtype, dim, given[0]) == (fused, None)
+            first, again = check(fused, *given), check(fused, *given)
+            assert all(torch.equal(x, y) for x, y in zip(first, again)), "differs from run to run"
+
+    @pytest.mark.parametrize("chosen", [nothing, the_first, everything])
+    def test_extreme_lists(self, chosen):
+        case = ((0, 12000), 16, 64, 1, 2, 1, 64, False, False, 0)
+        check(fused, *make("gpu", chosen, device="cuda", dtype=torch.bfloat16, case=case))
+
+    def test_building_a_plan_does_not_wait(self):
+        queries, keys = (Blocks.of((0, 5000), size).map(lambda x: x.cuda()) for size in (128, 64))
+        chosen = torch.zeros(2, len(queries), 3, dtype=torch.int64, device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            BlockPlan.of(queries, keys, chosen, causal=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
