@@ -2,6 +2,8 @@
 
 from longspan.attention.convolution import short_convolution
 from longspan.attention.linear import linear_attention
+from longspan.attention.selections import TopBlocks
 from longspan.attention.softmax import softmax_attention
+from longspan.attention.sparse import sparse_attention
 
-__all__ = ["linear_attention", "short_convolution", "softmax_attention"]
+__all__ = ["TopBlocks", "linear_attention", "short_convolution", "softmax_attention", "sparse_attention"]

@@ -22,12 +22,25 @@ class SequenceParallel:
     group: process group that carries tokens, keys and values; state_group: a second communicator over the same ranks
     for linear-attention states, so that they never queue behind other traffic (default: group). None is one rank.
     topology: which of the ranks share a machine (default: all). layout: "auto", "contiguous" or "zigzag". linear,
-    softmax, backend: names that the attention layers resolve. costs, token_cap: what plans for softmax attention go by,
-    where `softmax` is one of parallel.planner.STRATEGIES.
+    softmax, sparse, backend: names that the attention layers resolve. costs, token_cap: what plans for softmax
+    attention go by, where `softmax` is one of parallel.planner.STRATEGIES.
     """
 
-    def __init__(self, group=None, state_group=None, *, topology=None, layout="auto", linear="auto", softmax="auto",
-                 backend="auto", costs=None, token_cap=1.5, device="cpu"):
+    def __init__(
+        self,
+        group=None,
+        state_group=None,
+        *,
+        topology=None,
+        layout="auto",
+        linear="auto",
+        softmax="auto",
+        sparse="auto",
+        backend="auto",
+        costs=None,
+        token_cap=1.5,
+        device="cpu",
+    ):
         if layout not in BASE_LAYOUTS:
             raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(BASE_LAYOUTS)}")
         self.group, self.state_group = group, group if state_group is None else state_group
@@ -36,7 +49,7 @@ class SequenceParallel:
         if self.topology.world_size != self.world_size:
             found = self.topology.world_size
             raise ValueError(f"topology={self.topology} has {found} ranks but the group has {self.world_size}")
-        self.layout, self.linear, self.softmax, self.backend = layout, linear, softmax, backend
+        self.layout, self.linear, self.softmax, self.sparse, self.backend = layout, linear, softmax, sparse, backend
         self.costs, self.token_cap = Costs() if costs is None else costs, token_cap
         self.device = torch.device(device)
         self._contexts, self._derivations, self._lock = OrderedDict(), {}, Lock()

@@ -55,20 +55,21 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float):
             q, k, v, d_out, rows, dq, *_tables(plan), *_strides(q, k, v, d_out), scale, len(plan.queries),
             plan.row_idx.shape[1], **tile, GATHER=_gather(plan), **_options(q, tile["ROWS"], 0),
         )  # fmt: skip
-    if len(plan.keys):
-        groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
-        parts = [q.new_empty(groups, items, plan.keys.size, head_dim, dtype=torch.float32) for _ in range(2)]
-        tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], TURN)
-        keys_kernel[(items * groups,)](
-            q, k, v, d_out, rows, *parts, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col,
-            tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1],
-            **(tile | {"ROWS": rows_at_once}), PARTS=tile["ROWS"] // rows_at_once, CHUNK=CHUNK,
-            **_options(q, plan.keys.size, 1),
-        )  # fmt: skip
-        add_kernel[(num_columns * k.shape[1],)](
-            *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, num_columns, items,
-            k.shape[1], plan.heads, head_dim, tile["BLOCK_D"], plan.keys.size,
-        )  # fmt: skip
+    groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
+    if not items:
+        return dq, dk.zero_(), dv.zero_()
+    parts = [q.new_empty(groups, items, plan.keys.size, head_dim, dtype=torch.float32) for _ in range(2)]
+    tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], TURN)
+    keys_kernel[(items * groups,)](
+        q, k, v, d_out, rows, *parts, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col,
+        tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1],
+        **(tile | {"ROWS": rows_at_once}), PARTS=tile["ROWS"] // rows_at_once, CHUNK=CHUNK,
+        **_options(q, plan.keys.size, 1),
+    )  # fmt: skip
+    add_kernel[(num_columns * k.shape[1],)](
+        *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, num_columns, items,
+        k.shape[1], plan.heads, head_dim, tile["BLOCK_D"], plan.keys.size,
+    )  # fmt: skip
     return dq, dk, dv
 
 

@@ -55,7 +55,7 @@ class BlockPlan:
     row_ptr [Hs, M+1], row_idx [Hs, C]: the key blocks of query block i are row_idx[h, row_ptr[h, i]:row_ptr[h, i+1]],
     ascending. col_ptr [Hs, T+1], col_idx [Hs, C]: the query blocks of each key block, ascending. C is a capacity; what
     lies past the last list is undefined. item_ptr [Hs, T+1], item_col [Hs, I]: programs of the gradients of keys, one
-    for every CHUNK query blocks of a list and one for an empty list; the column of each, T past the last.
+    for every CHUNK query blocks of a list; the column of each, T past the last.
     log_weight: fp32 [T], added to the scaled scores of a key block's rows, or None. causal: keys at later positions of
     their document than the query are not seen; a coarse key has the position of the last token that it stands for.
     """
@@ -76,9 +76,10 @@ class BlockPlan:
         return self.row_ptr.shape[0]
 
     @classmethod
-    def of(cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None) -> "BlockPlan":
+    def of(cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, listed=None) -> "BlockPlan":
         """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing.
-        Nothing waits for the device."""
+        listed: most key blocks that a head's lists name, if known: memory for gradients follows it. Nothing waits for
+        the device."""
         heads, num_rows, most = chosen.shape
         num_cols, device = len(keys), chosen.device
         capacity = num_rows * most
@@ -93,8 +94,9 @@ class BlockPlan:
         by_column, order = row_idx.sort(dim=-1, stable=True)  # rows ascend within a column
         edges = torch.arange(num_cols + 1, dtype=torch.int32, device=device).expand(heads, -1).contiguous()
         col_ptr = torch.searchsorted(by_column, edges)
-        item_ptr = _pointers((col_ptr.diff(dim=-1) + (CHUNK - 1)).div(CHUNK, rounding_mode="floor").clamp(min=1))
-        items = torch.arange(num_cols + capacity // CHUNK, device=device).expand(heads, -1).contiguous()
+        item_ptr = _pointers((col_ptr.diff(dim=-1) + (CHUNK - 1)).div(CHUNK, rounding_mode="floor"))
+        most_items = min(num_cols if listed is None else listed, capacity) + capacity // CHUNK
+        items = torch.arange(most_items, device=device).expand(heads, -1).contiguous()
         item_col = torch.searchsorted(item_ptr, items, right=True) - 1
         return cls(
             queries, keys, row_ptr.int(), row_idx, col_ptr.int(), row_of.gather(1, order), item_ptr.int(),

@@ -180,7 +180,7 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads):
         assert all(x == sorted(x) for x in by_row + by_column)
         assert {(i, j) for i, row in enumerate(by_row) for j in row} == wanted
         assert {(i, j) for j, column in enumerate(by_column) for i in column} == wanted
-        items = [j for j, column in enumerate(by_column) for _ in range(max(1, -(-len(column) // plan_module.CHUNK)))]
+        items = [j for j, column in enumerate(by_column) for _ in range(-(-len(column) // plan_module.CHUNK))]
         rest = plan.item_col[head].tolist()
         assert rest[: len(items)] == items and set(rest[len(items) :]) <= {columns}
 

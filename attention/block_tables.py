@@ -1,0 +1,124 @@
+"""Where the blocks of block-sparse attention are: a pure function of the layout, made once per batch.
+
+Documents are cut into blocks from their start, the same on any number of ranks; a rank holds pieces of them, one for
+each block that one of its spans meets. Pieces are numbered over all ranks: owner * width + place on the owner.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from longspan.kernels.sparse import Blocks
+from longspan.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The blocks of one size. local: this rank's pieces; block: int64 [local pieces], the block that each is of.
+    of_block: int64 [blocks, most], the pieces of every block in the order of tokens, -1 for none; length: int64
+    [blocks], tokens. width: most pieces of a rank. lengths, positions: int64 [world_size * width], tokens of every
+    piece and where it starts in its document."""
+
+    local: Blocks
+    block: torch.Tensor
+    of_block: torch.Tensor
+    length: torch.Tensor
+    lengths: torch.Tensor
+    positions: torch.Tensor
+    width: int
+    size: int
+
+    def map(self, move) -> "Pieces":
+        """The same with every tensor passed through `move`."""
+        moved = {name: move(x) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, local=self.local.map(move), **moved)
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether no block is cut by ranks or spans."""
+        return self.of_block.shape[1] <= 1
+
+
+@dataclass(frozen=True)
+class BlockTables:
+    """queries, keys: the blocks of both sizes. For every local piece of queries, int64: first, stop: the key blocks
+    that its block may choose from, all of its document or, causal, those wholly before it; most: how many of them it
+    keeps; and [pieces, n] diagonal: those that it always keeps, -1 for none. previous: int64, the query block whose
+    pooled queries choose for it: its own or, causal, the one before, -1 for none. ranges: (first, stop) on the host."""
+
+    queries: Pieces
+    keys: Pieces
+    first: torch.Tensor
+    stop: torch.Tensor
+    most: torch.Tensor
+    diagonal: torch.Tensor
+    router: torch.Tensor
+    ranges: np.ndarray
+    kept: int
+
+    def map(self, move) -> "BlockTables":
+        """The same with every tensor passed through `move`."""
+        moved = {name: move(x) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, queries=self.queries.map(move), keys=self.keys.map(move), **moved)
+
+
+def block_tables(layout: Layout, rank: int, query_block: int, key_block: int, keep: float, causal: bool) -> BlockTables:
+    """keep: key blocks of a list, or below 1 their share of those to choose from (at least one)."""
+    queries, keys = pieces(layout, rank, query_block), pieces(layout, rank, key_block)
+    per_document = -(-np.array(layout.lengths) // key_block)
+    base = np.concatenate([[0], np.cumsum(per_document)])
+    document = queries.local.document.numpy().astype(np.int64)
+    query_base = np.concatenate([[0], np.cumsum(-(-np.array(layout.lengths) // query_block))])
+    place = queries.block.numpy() - query_base[document]  # of the query block in its document
+    begin, end = place * query_block, np.minimum((place + 1) * query_block, np.array(layout.lengths)[document])
+    first, stop = base[document], base[document + 1]
+    diagonal = np.zeros((len(place), 0), np.int64)
+    if causal:
+        met = first + -(-end // key_block)  # past the last key block that the query block meets
+        stop = first + begin // key_block
+        diagonal = stop[:, None] + np.arange(int((met - stop).max(initial=0)))
+        diagonal = np.where(diagonal < met[:, None], diagonal, -1)
+    candidates = stop - first
+    most = np.minimum(candidates, keep if keep >= 1 else np.maximum((keep * candidates).astype(np.int64), 1))
+    router = queries.block.numpy() - 1 if causal else queries.block.numpy()
+    router = np.where((place > 0) | (not causal), router, -1)
+    tensors = (torch.from_numpy(x.astype(np.int64)) for x in (first, stop, most, diagonal, router))
+    return BlockTables(queries, keys, *tensors, np.stack([first, stop], 1), int(most.max(initial=0)))
+
+
+def pieces(layout: Layout, rank: int, size: int) -> Pieces:
+    """The pieces of blocks of `size` tokens."""
+    counts = -(-np.array(layout.lengths) // size)
+    base = np.concatenate([[0], np.cumsum(counts)])
+    found = []  # per rank: (start among its tokens, tokens, position, document, block)
+    for r, spans in enumerate(layout.spans):
+        rows = []
+        for span, offset in zip(spans, layout.local_offsets(r)):
+            cuts = np.arange(span.start // size * size, span.stop, size).clip(span.start)
+            ends = np.append(cuts[1:], span.stop)
+            document = np.full(len(cuts), span.document)
+            rows.append(
+                np.stack([offset + cuts - span.start, ends - cuts, cuts, document, base[document] + cuts // size])
+            )
+        found.append(np.concatenate(rows, 1) if rows else np.zeros((5, 0), np.int64))
+    width = max(x.shape[1] for x in found)
+    block = np.concatenate([x[4] for x in found])
+    number = np.concatenate([r * width + np.arange(x.shape[1]) for r, x in enumerate(found)])
+    order = np.lexsort((np.concatenate([x[2] for x in found]), block))
+    block, number = block[order], number[order]
+    turn = np.arange(len(block)) - np.searchsorted(block, block)
+    of_block = np.full((base[-1], turn.max(initial=0) + 1), -1)
+    of_block[block, turn] = number
+    lengths, positions = np.zeros((2, len(found) * width), np.int64)
+    lengths[number] = np.concatenate([x[1] for x in found])[order]
+    positions[number] = np.concatenate([x[2] for x in found])[order]
+    start, length, position, document, mine = found[rank]
+    columns = (torch.from_numpy(x.astype(np.int32)) for x in (start, length, position, np.ones_like(start), document))
+    tokens = np.minimum(
+        size, np.repeat(layout.lengths, counts) - (np.arange(base[-1]) - np.repeat(base[:-1], counts)) * size
+    )
+    return Pieces(
+        Blocks(size, *columns), torch.from_numpy(mine), torch.from_numpy(of_block), torch.from_numpy(tokens),
+        torch.from_numpy(lengths), torch.from_numpy(positions), width, size,
+    )  # fmt: skip
