@@ -41,51 +41,64 @@ class TopBlocks:
     def tables(self, seq, causal: bool) -> BlockTables:
         return seq.derive(block_tables, self.query_block, self.key_block, self.keep, causal)
 
-    def choose(self, q, k, tables: BlockTables, gather) -> torch.Tensor:
-        """int64 [Hkv, local query pieces, n]: key blocks, -1 for none. gather: rows of this rank -> of all ranks."""
-        means = pooled(q.unflatten(1, (k.shape[1], -1)).mean(2), tables.queries, gather)
+    def coarse(self, k, v, tables, gather):
+        return None, None
+
+    def choose(self, q, k, coarse_k, tables: BlockTables, gather):
+        """(int64 [Hkv, local query pieces, n]: key blocks, -1 for none, None). gather: rows of all ranks from mine."""
+        means = block_means(q.unflatten(1, (k.shape[1], -1)).mean(2), tables.queries, gather)
         means = means[tables.router.clamp(min=0)].transpose(0, 1)
-        keys = pooled(k, tables.keys, gather).transpose(0, 1)
-        chosen = [tables.diagonal.expand(keys.shape[0], -1, -1)]
-        if tables.kept:
-            parts = [self._top(means, keys, tables, rows) for rows in _batches(tables, keys.shape[0])]
-            chosen.append(torch.cat(parts, 1))
-        return torch.cat(chosen, 2)
-
-    def _top(self, means, keys, tables, rows):
-        start, stop = int(tables.ranges[rows, 0].min()), int(tables.ranges[rows, 1].max())
-        column = torch.arange(start, stop, device=keys.device)
-        first, end = tables.first[rows, None], tables.stop[rows, None]
-        scores = means[:, rows] @ keys[:, start:stop].mT
-        scores = scores.masked_fill((column < first + self.first) | (column >= end - self.recent), torch.inf)
-        scores = scores.masked_fill((column < first) | (column >= end), -torch.inf)
-        values, order = scores.topk(min(tables.kept, stop - start), -1)
-        there = (values > -torch.inf) & (torch.arange(order.shape[-1], device=keys.device) < tables.most[rows, None])
-        order = torch.where(there, order + start, -1)
-        return torch.nn.functional.pad(order, (0, tables.kept - order.shape[-1]), value=-1)
+        keys = block_means(k, tables.keys, gather).transpose(0, 1)
+        found = top_in_ranges(means, keys, tables, self.first, self.recent)
+        return torch.cat([tables.diagonal.expand(keys.shape[0], -1, -1), found], 2), None
 
 
-def pooled(x: torch.Tensor, pieces: Pieces, gather) -> torch.Tensor:
-    """Means of blocks, in at least fp32: [T_local, H, D] -> [blocks, H, D] of all ranks."""
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    sums = x.new_zeros(pieces.width, *x.shape[1:])
-    if len(pieces.local):
-        sums[: len(pieces.local)] = torch.segment_reduce(x, "sum", lengths=pieces.local.length.long(), axis=0)
-    sums = gather(sums)
+def top_in_ranges(means, keys, ranges, first=0, recent=0):
+    """int64 [H, R, n]: of the keys [H, T, D] from ranges.first to ranges.stop those with the highest products with a
+    row of means [H, R, D], ranges.most of them, -1 for none. first, recent: so many at either end are always taken."""
+    parts = [_top(means, keys, ranges, rows, first, recent) for rows in _batches(ranges.ranges, keys.shape[0])]
+    return torch.cat(parts, 1) if parts else torch.empty(*means.shape[:2], 0, dtype=torch.int64, device=keys.device)
+
+
+def _top(means, keys, ranges, rows, forced_first, forced_recent):
+    start, end = int(ranges.ranges[rows, 0].min()), int(ranges.ranges[rows, 1].max())
+    column = torch.arange(start, end, device=keys.device)
+    first, stop = ranges.first[rows, None], ranges.stop[rows, None]
+    scores = means[:, rows] @ keys[:, start:end].mT
+    scores = scores.masked_fill((column < first + forced_first) | (column >= stop - forced_recent), torch.inf)
+    scores = scores.masked_fill((column < first) | (column >= stop), -torch.inf)
+    values, order = scores.topk(min(ranges.kept, end - start), -1)
+    there = (values > -torch.inf) & (torch.arange(order.shape[-1], device=keys.device) < ranges.most[rows, None])
+    return torch.nn.functional.pad(torch.where(there, order + start, -1), (0, ranges.kept - order.shape[-1]), value=-1)
+
+
+def block_means(x: torch.Tensor, pieces: Pieces, gather) -> torch.Tensor:
+    """[T_local, H, D] -> [blocks, H, D] of all ranks, in at least fp32, differentiable."""
+    return block_sums(x, pieces, gather) / pieces.length[:, None, None]
+
+
+def block_sums(x: torch.Tensor, pieces: Pieces, gather) -> torch.Tensor:
+    """[T_local, H, D] -> [blocks, H, D] of all ranks, in at least fp32, differentiable."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.shape[0]:
+        sums = torch.segment_reduce(x, "sum", lengths=pieces.local.length.long(), axis=0)
+    else:
+        sums = x.sum(0, keepdim=True)  # a rank without tokens is part of the graph as well
+    sums = gather(torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, pieces.width - sums.shape[0])))
     total = sums[pieces.of_block[:, 0]]
     for turn in range(1, pieces.of_block.shape[1]):
         piece = pieces.of_block[:, turn]
         total = total + sums[piece.clamp(min=0)].masked_fill((piece < 0)[:, None, None], 0)
-    return total / pieces.length[:, None, None]
+    return total
 
 
-def _batches(tables, heads):
-    """Runs of query pieces whose scores fit the limit, by the key blocks that they reach."""
-    first, count = 0, len(tables.ranges)
+def _batches(ranges, heads):
+    """Runs of rows whose scores fit the limit, by the keys that they reach."""
+    first, count = 0, len(ranges)
     while first < count:
-        stop, low, high = first, tables.ranges[first, 0], tables.ranges[first, 1]
+        stop, low, high = first, ranges[first, 0], ranges[first, 1]
         while stop < count:
-            low, high = min(low, tables.ranges[stop, 0]), max(high, tables.ranges[stop, 1])
+            low, high = min(low, ranges[stop, 0]), max(high, ranges[stop, 1])
             if stop > first and (stop + 1 - first) * (high - low) * heads > SCORE_ELEMENTS:
                 break
             stop += 1

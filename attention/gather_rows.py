@@ -1,0 +1,24 @@
+"""Rows of all ranks on every rank; gradients of the copies are summed in rank order, as of any route."""
+
+import torch
+
+from longspan.parallel.exchange import all_to_all_rows, group_size, start_all_gather
+
+
+def gather_rows(x: torch.Tensor, group) -> torch.Tensor:
+    """[n, ...] with n >= 1 and equal on all ranks -> [world_size * n, ...], differentiable. A collective call, also
+    backward: x must be part of the graph on all ranks or on none."""
+    return _GatherRows.apply(x, group)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return start_all_gather(x, group).wait().flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ranks = group_size(ctx.group)
+        counts = [grad.shape[0] // ranks] * ranks
+        return all_to_all_rows(grad, counts, counts, ctx.group).unflatten(0, (ranks, -1)).sum(0), None
