@@ -34,33 +34,49 @@ class Pieces:
         moved = {name: move(x) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
         return replace(self, local=self.local.map(move), **moved)
 
-    @property
-    def are_whole(self) -> bool:
-        """Whether no block is cut by ranks or spans."""
-        return self.of_block.shape[1] <= 1
+
+@dataclass(frozen=True)
+class Ranges:
+    """What each row may choose from and how much of it: int64 [rows] first, stop and most; bounds: (first, stop) on the
+    host; kept: the highest of `most`."""
+
+    first: torch.Tensor
+    stop: torch.Tensor
+    most: torch.Tensor
+    bounds: np.ndarray
+    kept: int
+
+    @classmethod
+    def of(cls, first: np.ndarray, stop: np.ndarray, keep: float) -> "Ranges":
+        """keep: so many, or below 1 a share of the range, at least one."""
+        size = stop - first
+        most = np.minimum(size, keep if keep >= 1 else np.maximum((keep * size).astype(np.int64), 1))
+        tensors = (torch.from_numpy(x.astype(np.int64)) for x in (first, stop, most))
+        return cls(*tensors, np.stack([first, stop], 1), int(most.max(initial=0)))
+
+    def map(self, move) -> "Ranges":
+        """The same with every tensor passed through `move`."""
+        return replace(self, first=move(self.first), stop=move(self.stop), most=move(self.most))
 
 
 @dataclass(frozen=True)
 class BlockTables:
-    """queries, keys: the blocks of both sizes. For every local piece of queries, int64: first, stop: the key blocks
-    that its block may choose from, all of its document or, causal, those wholly before it; most: how many of them it
-    keeps; and [pieces, n] diagonal: those that it always keeps, -1 for none. previous: int64, the query block whose
-    pooled queries choose for it: its own or, causal, the one before, -1 for none. ranges: (first, stop) on the host."""
+    """queries, keys: the blocks of both sizes. For every local piece of queries: candidates, the key blocks that its
+    block may choose from, all of its document or, causal, those wholly before it; diagonal: int64 [pieces, n], those
+    that it always keeps, -1 for none; router: int64, the query block whose mean chooses for it, its own or, causal, the
+    one before (-1 for none)."""
 
     queries: Pieces
     keys: Pieces
-    first: torch.Tensor
-    stop: torch.Tensor
-    most: torch.Tensor
+    candidates: Ranges
     diagonal: torch.Tensor
     router: torch.Tensor
-    ranges: np.ndarray
-    kept: int
 
     def map(self, move) -> "BlockTables":
         """The same with every tensor passed through `move`."""
-        moved = {name: move(x) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return replace(self, queries=self.queries.map(move), keys=self.keys.map(move), **moved)
+        return BlockTables(
+            *(x.map(move) for x in (self.queries, self.keys, self.candidates)), move(self.diagonal), move(self.router)
+        )
 
 
 def block_tables(layout: Layout, rank: int, query_block: int, key_block: int, keep: float, causal: bool) -> BlockTables:
@@ -79,12 +95,10 @@ def block_tables(layout: Layout, rank: int, query_block: int, key_block: int, ke
         stop = first + begin // key_block
         diagonal = stop[:, None] + np.arange(int((met - stop).max(initial=0)))
         diagonal = np.where(diagonal < met[:, None], diagonal, -1)
-    candidates = stop - first
-    most = np.minimum(candidates, keep if keep >= 1 else np.maximum((keep * candidates).astype(np.int64), 1))
     router = queries.block.numpy() - 1 if causal else queries.block.numpy()
     router = np.where((place > 0) | (not causal), router, -1)
-    tensors = (torch.from_numpy(x.astype(np.int64)) for x in (first, stop, most, diagonal, router))
-    return BlockTables(queries, keys, *tensors, np.stack([first, stop], 1), int(most.max(initial=0)))
+    tensors = (torch.from_numpy(x.astype(np.int64)) for x in (diagonal, router))
+    return BlockTables(queries, keys, Ranges.of(first, stop, keep), *tensors)
 
 
 def pieces(layout: Layout, rank: int, size: int) -> Pieces:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longspan.attention.block_tables import BlockTables, Pieces, block_tables
+from longspan.attention.block_tables import BlockTables, Pieces, Ranges, block_tables
 
 SCORE_ELEMENTS = 1 << 22  # scores held at once: 16 MB
 
@@ -49,19 +49,19 @@ class TopBlocks:
         means = block_means(q.unflatten(1, (k.shape[1], -1)).mean(2), tables.queries, gather)
         means = means[tables.router.clamp(min=0)].transpose(0, 1)
         keys = block_means(k, tables.keys, gather).transpose(0, 1)
-        found = top_in_ranges(means, keys, tables, self.first, self.recent)
+        found = top_in_ranges(means, keys, tables.candidates, self.first, self.recent)
         return torch.cat([tables.diagonal.expand(keys.shape[0], -1, -1), found], 2), None
 
 
-def top_in_ranges(means, keys, ranges, first=0, recent=0):
+def top_in_ranges(means, keys, ranges: Ranges, first: int = 0, recent: int = 0) -> torch.Tensor:
     """int64 [H, R, n]: of the keys [H, T, D] from ranges.first to ranges.stop those with the highest products with a
     row of means [H, R, D], ranges.most of them, -1 for none. first, recent: so many at either end are always taken."""
-    parts = [_top(means, keys, ranges, rows, first, recent) for rows in _batches(ranges.ranges, keys.shape[0])]
+    parts = [_top(means, keys, ranges, rows, first, recent) for rows in _batches(ranges.bounds, keys.shape[0])]
     return torch.cat(parts, 1) if parts else torch.empty(*means.shape[:2], 0, dtype=torch.int64, device=keys.device)
 
 
 def _top(means, keys, ranges, rows, forced_first, forced_recent):
-    start, end = int(ranges.ranges[rows, 0].min()), int(ranges.ranges[rows, 1].max())
+    start, end = int(ranges.bounds[rows, 0].min()), int(ranges.bounds[rows, 1].max())
     column = torch.arange(start, end, device=keys.device)
     first, stop = ranges.first[rows, None], ranges.stop[rows, None]
     scores = means[:, rows] @ keys[:, start:end].mT
@@ -92,13 +92,13 @@ def block_sums(x: torch.Tensor, pieces: Pieces, gather) -> torch.Tensor:
     return total
 
 
-def _batches(ranges, heads):
+def _batches(bounds, heads):
     """Runs of rows whose scores fit the limit, by the keys that they reach."""
-    first, count = 0, len(ranges)
+    first, count = 0, len(bounds)
     while first < count:
-        stop, low, high = first, ranges[first, 0], ranges[first, 1]
+        stop, (low, high) = first, bounds[first]
         while stop < count:
-            low, high = min(low, ranges[stop, 0]), max(high, ranges[stop, 1])
+            low, high = min(low, bounds[stop, 0]), max(high, bounds[stop, 1])
             if stop > first and (stop + 1 - first) * (high - low) * heads > SCORE_ELEMENTS:
                 break
             stop += 1

@@ -19,6 +19,7 @@ CASES = {
     "packed heads": ((0, 70, 130), 16, 32, 2, 8, 2, 16, True, True, 3),
     "list per key head": ((0, 90), 32, 32, 2, 4, 2, 20, False, True, 2),
     "list per query head": ((0, 100), 16, 16, 4, 4, 2, 20, True, True, 5),
+    "keys for one head": ((0, 100), 32, 16, 2, 4, 1, 16, False, False, 3),
     "one list": ((0, 150), 64, 64, 1, 4, 4, 16, False, False, 3),
     "small keys": ((0, 33, 170), 64, 16, 1, 1, 1, 16, True, True, 7),
 }
