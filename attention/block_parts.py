@@ -71,7 +71,7 @@ def block_parts(wanted, tables, causal, strategy, group) -> list[Part]:
     asked.scatter_(1, torch.where(owner == rank, -1, wanted).flatten(1) % asked.shape[1], True)
     asked = asked[:, :-1].unflatten(1, (world_size, -1))
     counts = start_all_gather(asked.sum((0, 2))[None], group).wait().flatten(0, 1).tolist()  # [who asks][whom]
-    others = heads * (world_size - 1) * int((keys.lengths > 0).sum())
+    others = heads * (world_size - 1) * keys.count
     if strategy == "ring" or (strategy == "auto" and sum(map(sum, counts)) > RING_SHARE * others):
         return [local, *_ring(wanted, owner, tables, causal, counts, rank, world_size)]
     return [local, _fetch(wanted, asked, tables, causal, counts, rank, group)]
@@ -112,7 +112,6 @@ def _fetch(wanted, asked, tables, causal, counts, rank, group) -> Part:
 def _ring(wanted, owner, tables, causal, counts, rank, world_size) -> list[Part]:
     """All keys of one rank after the other, where anybody wants any of them."""
     keys, parts = tables.keys, []
-    num_local = int(keys.local.length.sum())
     for step in range(1, world_size):
         source, target = (rank - step) % world_size, (rank + step) % world_size
         number = torch.arange(source * keys.width, (source + 1) * keys.width, device=wanted.device)
@@ -120,8 +119,8 @@ def _ring(wanted, owner, tables, causal, counts, rank, world_size) -> list[Part]
         first = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         columns = torch.where(owner == source, wanted % keys.width, -1)
         plan = BlockPlan.of(tables.queries.local, _arrived(keys, number, first[:-1], lengths), columns, causal=causal)
-        num_rows = int(first[-1]) if counts[rank][source] else 0
-        sends = ((target, slice(0, num_local), None),) if counts[target][rank] else ()
+        num_rows = keys.tokens[source] if counts[rank][source] else 0
+        sends = ((target, slice(0, keys.tokens[rank]), None),) if counts[target][rank] else ()
         receives = ((source, slice(0, num_rows)),) if num_rows else ()
         parts.append(Part(plan, sends, receives, num_rows))
     return parts

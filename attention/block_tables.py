@@ -18,7 +18,7 @@ class Pieces:
     """The blocks of one size. local: this rank's pieces; block: int64 [local pieces], the block that each is of.
     of_block: int64 [blocks, most], the pieces of every block in the order of tokens, -1 for none; length: int64
     [blocks], tokens. width: most pieces of a rank. lengths, positions: int64 [world_size * width], tokens of every
-    piece and where it starts in its document."""
+    piece and where it starts in its document. count: pieces of all ranks; tokens: of every rank."""
 
     local: Blocks
     block: torch.Tensor
@@ -28,6 +28,8 @@ class Pieces:
     positions: torch.Tensor
     width: int
     size: int
+    count: int
+    tokens: tuple[int, ...]
 
     def map(self, move) -> "Pieces":
         """The same with every tensor passed through `move`."""
@@ -135,4 +137,5 @@ def pieces(layout: Layout, rank: int, size: int) -> Pieces:
     return Pieces(
         Blocks(size, *columns), torch.from_numpy(mine), torch.from_numpy(of_block), torch.from_numpy(tokens),
         torch.from_numpy(lengths), torch.from_numpy(positions), width, size,
+        len(number), layout.tokens_per_rank,
     )  # fmt: skip
