@@ -53,7 +53,7 @@ class Moved:
 
 def planned_schedule(layout: Layout, rank: int, mask: Mask, strategy, topology, costs, token_cap) -> Moved:
     """The same on every rank, as the plan is a pure function of the lengths and of what is given here."""
-    return schedule_of(layout, rank, plan_attention(layout.lengths, topology, costs, token_cap, strategy), mask)
+    return schedule_of(layout, rank, plan_attention(layout.lengths, topology, costs, token_cap, strategy, mask), mask)
 
 
 def schedule_of(layout: Layout, rank: int, plan: AttentionPlan, mask: Mask) -> Moved:

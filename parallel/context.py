@@ -8,6 +8,7 @@ import torch
 from longspan.parallel.balanced import balanced
 from longspan.parallel.costs import Costs
 from longspan.parallel.exchange import group_rank, group_size, to_device
+from longspan.parallel.geometry import Mask
 from longspan.parallel.layout import Layout, contiguous, zigzag
 from longspan.parallel.planner import STRATEGIES, AttentionPlan, plan_attention
 from longspan.parallel.rebalance import rebalance
@@ -43,16 +44,16 @@ class SequenceParallel:
 
     def base_layout(self, lengths) -> Layout:
         """The layout with equal tokens per rank in which everything but softmax attention runs. With a planned strategy
-        "auto" is the plan's, with what is too much on some ranks moved."""
+        "auto" is the plan's for causal attention, with what is too much on some ranks moved."""
         if self.layout == "auto" and self.softmax in STRATEGIES:
             return rebalance(self.plan(lengths).layout, self.topology)
         return BASE_LAYOUTS[self.layout](tuple(lengths), self.world_size)
 
-    def plan(self, lengths) -> AttentionPlan | None:
-        """What `softmax` plans for these documents; None for a strategy without plans."""
+    def plan(self, lengths, mask=Mask()) -> AttentionPlan | None:
+        """What `softmax` plans for these documents under a mask; None for a strategy without plans."""
         if self.softmax not in STRATEGIES:
             return None
-        return plan_attention(lengths, self.topology, self.costs, self.token_cap, self.softmax)
+        return plan_attention(lengths, self.topology, self.costs, self.token_cap, self.softmax, mask)
 
     def context(self, lengths_or_layout) -> "SequenceContext":
         """The context of a batch: lengths of its documents (placed by `base_layout`) or a ready Layout.
@@ -100,7 +101,7 @@ class SequenceContext:
 
     @property
     def attention_layout(self) -> Layout:
-        """The layout in which softmax attention runs."""
+        """The layout in which causal softmax attention without a window runs."""
         return self.layout if self._plan is None else self._plan.layout
 
     def derive(self, function, *arguments):
