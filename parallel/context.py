@@ -41,6 +41,7 @@ class SequenceParallel:
         self.costs, self.token_cap = Costs() if costs is None else costs, token_cap
         self.device = torch.device(device)
         self._contexts, self._derivations, self._lock = OrderedDict(), {}, Lock()
+        self.masks = {Mask()}  # that layouts of softmax attention were asked for
 
     def base_layout(self, lengths) -> Layout:
         """The layout with equal tokens per rank in which everything but softmax attention runs. With a planned strategy
@@ -96,13 +97,16 @@ class SequenceContext:
         self.rank, self.world_size = parallel.rank, parallel.world_size
         self.num_tokens, self.num_tokens_local = layout.num_tokens, layout.tokens_per_rank[parallel.rank]
         self.positions = to_device(torch.from_numpy(layout.positions(self.rank)), parallel.device)
-        self._plan = parallel.plan(layout.lengths)
+        self._plans = {mask: parallel.plan(layout.lengths, mask) for mask in list(parallel.masks)}
         self._derived = {}
 
-    @property
-    def attention_layout(self) -> Layout:
-        """The layout in which causal softmax attention without a window runs."""
-        return self.layout if self._plan is None else self._plan.layout
+    def attention_layout(self, mask: Mask = Mask()) -> Layout:
+        """The layout in which softmax attention with this mask runs."""
+        if mask not in self._plans:
+            self._plans[mask] = self.parallel.plan(self.layout.lengths, mask)
+            self.parallel.masks.add(mask)  # contexts to come plan for it when they are made
+        plan = self._plans[mask]
+        return self.layout if plan is None else plan.layout
 
     def derive(self, function, *arguments):
         """function(layout, rank, *arguments), computed once; its `.map(move)` moves its tensors to the device.

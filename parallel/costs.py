@@ -47,8 +47,8 @@ class Costs:
                 raise ValueError(f"Costs.{field.name}={value!r} must be a number of seconds {least}, up to 1e6")
 
     def keys(self, mask: Mask, topology: Topology) -> "Keys":
-        """Keys come to a node once, over the links of all its ranks, and go on inside. Of a window, at most those before
-        each of a rank's two parts are seen; one rank may hold them all, and they come over one link."""
+        """Keys come to a node once, over the links of all its ranks, and go on inside. Of a window, a rank sees those
+        before each of its two parts at most; one rank may hold them all, and they come over one link."""
         share, far = visible_share(mask), self.key_s + self.remote_key_s / topology.ranks_per_node
         keys = Keys(share * self.key_s, share * far)
         if mask.window is None:
@@ -125,8 +125,8 @@ class Predicted:
 
 
 def visible_share(mask: Mask) -> float:
-    """Of a document's tokens that other ranks hold, the share whose keys a rank with a head and a tail part sees without
-    a window: of those inside its own all, of those outside the head half."""
+    """Without a window: of a document's tokens that other ranks hold, the share whose keys a rank with a head and a
+    tail part sees. Of those inside its own all, of those outside the head half."""
     return 0.75 if mask.causal else 1.0
 
 

@@ -183,7 +183,7 @@ def run_plans(rank, world_size, lengths, variant):
         return softmax_attention(*tensors, seq=seq, **options)
 
     made = run_share(by_context, inputs, grad_out, seq.layout, rank, group=dist.group.WORLD, **kwargs)
-    return given, made, seq.layout, plan.layout != start, seq.attention_layout != seq.layout
+    return given, made, seq.layout, plan.layout != start, seq.attention_layout() != seq.layout
 
 
 @pytest.mark.parametrize("world_size, variant", [(2, "causal_gqa"), (4, "causal_gqa"), (4, "window_31")])
