@@ -7,9 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.attention.double_ring import double_ring_schedule
-from longspan.attention.moved import head_parallel_schedule, pairs_per_rank
+from longspan.attention.moved import head_parallel_schedule, pairs_per_rank, planned_schedule
 from longspan.attention.schedules import softmax_schedule
-from longspan.parallel import Layout, Mask, SequenceParallel, Topology, attention_pairs, contiguous, zigzag
+from longspan.parallel import (
+    Layout,
+    Mask,
+    SequenceParallel,
+    Topology,
+    attention_pairs,
+    contiguous,
+    plan_attention,
+    zigzag,
+)
 
 MASK = Mask()
 
@@ -176,6 +185,22 @@ def test_documents_within_the_window_make_the_calls_of_causal_attention():
             for one, other in zip(plain.steps, wide.steps, strict=True):
                 assert [call.pack for call in one.calls] == [call.pack for call in other.calls], name
                 assert sizes(one.receives) == sizes(other.receives)
+
+
+def test_plans_are_made_for_the_window():
+    """Of a layer's schedule and of the pairs that are reported, as of four ranks seen from each of them."""
+    lengths, topology, mask = (60_000, 9_000, *[700] * 40), Topology(1, 4), Mask(window=50)
+    plan = plan_attention(lengths, topology, mask=mask)
+    assert plan.layout != plan_attention(lengths, topology).layout
+    four = SequenceParallel(softmax="zeppelin")
+    four.world_size, four.topology = 4, topology
+    seq = four.context(lengths)
+    assert pairs_per_rank(seq, 4, mask) == attention_pairs(plan.layout, mask)
+    assert pairs_per_rank(seq, 4) == attention_pairs(plan_attention(lengths, topology).layout)
+    assert mask in four.context(lengths[::-1])._plans  # made ahead, with the context
+    for rank in range(4):
+        step, *_ = planned_schedule(seq.layout, rank, mask, "zeppelin", topology, four.costs, 1.5).schedule.steps
+        assert step.calls[0].pack.cu_q[-1] == plan.layout.tokens_per_rank[rank]
 
 
 def test_a_windowed_layer_on_one_rank_is_two_calls():
