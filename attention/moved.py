@@ -53,7 +53,7 @@ class Moved:
 
 def planned_schedule(layout: Layout, rank: int, mask: Mask, strategy, topology, costs, token_cap) -> Moved:
     """The same on every rank, as the plan is a pure function of the lengths and of what is given here."""
-    return schedule_of(layout, rank, plan_attention(layout.lengths, topology, costs, token_cap, strategy), mask)
+    return schedule_of(layout, rank, plan_attention(layout.lengths, topology, costs, token_cap, strategy, mask), mask)
 
 
 def schedule_of(layout: Layout, rank: int, plan: AttentionPlan, mask: Mask) -> Moved:
@@ -94,9 +94,9 @@ def head_parallel_schedule(layout: Layout, rank: int, mask: Mask, groups: int) -
     return Moved(schedule, *head_routes(layout, rank, groups), groups)
 
 
-def pairs_per_rank(seq, heads: int) -> tuple[float, ...]:
-    """Query-key pairs, times the share of the heads, that each rank works on under causal attention."""
-    pairs, strategy = attention_pairs(seq.attention_layout), seq.parallel.softmax
+def pairs_per_rank(seq, heads: int, mask: Mask = Mask()) -> tuple[float, ...]:
+    """Query-key pairs, times the share of the heads, that each rank works on in a layer with this mask."""
+    pairs, strategy = attention_pairs(seq.attention_layout(mask), mask), seq.parallel.softmax
     groups = head_groups(strategy, seq.parallel.topology, heads) if strategy in HEAD_PARALLEL else 1
     return tuple(sum(pairs[rank // groups * groups :][:groups]) / groups for rank in range(len(pairs)))
 

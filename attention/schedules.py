@@ -2,8 +2,12 @@
 
 Queries stay where they are; keys and values travel from their owners, cut to what the mask lets the receiver see. A
 strategy only says whose keys arrive at which step (STRATEGIES); everything else follows from the layout.
+
+Kernels know full and causal calls, no windows: what a window leaves is cut into rectangles and triangles
+(`Mask.pieces`), and a triangle of keys that drop out is causal with its rows in descending order.
 """
 
+from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -19,7 +23,8 @@ Rows = slice | torch.Tensor  # int64 row numbers where the rows are not one run
 
 @dataclass(frozen=True)
 class Call:
-    """One packed kernel call: local query rows against rows of this step's keys; no row of either appears twice."""
+    """One packed kernel call: local query rows against rows of this step's keys; no row of either appears twice. Rows
+    of a sequence may be in descending order."""
 
     pack: Pack
     query_rows: Rows
@@ -117,7 +122,7 @@ def make_step(queries, sent, arriving, mask: Mask, **options) -> Step:
             end += len(span)
         if end > start:
             receives.append((peer, slice(start, end)))
-    return Step(tuple(sends), tuple(receives), _calls(_rectangles(queries, keys, mask)), **options)
+    return Step(tuple(sends), tuple(receives), _calls(_pieces(queries, keys, mask)), **options)
 
 
 def by_document(layout: Layout, rank: int) -> dict:
@@ -140,62 +145,73 @@ def needed(queries, keys, mask: Mask) -> list:
     return sorted(pieces, key=lambda piece: piece[1])
 
 
-def _rectangles(queries, keys, mask):
-    """(query start, query stop, key start, key stop) in rows, for keys of other runs: each is fully visible."""
-    found = []
+def _pieces(queries, keys, mask):
+    """(shape, rectangle) of all that queries, by document, see of keys of other runs. A rectangle: (query start, query
+    stop, key start, key stop) in rows."""
     for span, key_row in keys:
         for query, query_row in queries.get(span.document, ()):
-            part = mask.visible_keys(query, span)
-            if part:
-                assert mask.sees_all(query, part), (query, part)
-                start = key_row + part.start - span.start
-                found.append((query_row, query_row + len(query), start, start + len(part)))
-    return found
+            yield from _in_rows(mask.pieces(query, span), query_row - query.start, key_row - span.start)
+
+
+def _in_rows(pieces, query_shift, key_shift):
+    for shape, query, key in pieces:
+        yield shape, (query.start + query_shift, query.stop + query_shift, key.start + key_shift, key.stop + key_shift)
 
 
 def _local_calls(layout, rank, mask):
-    """Local keys: one packed call over all runs of a document's rows, then what earlier runs of it add."""
-    runs = []
-    for span, row in zip(layout.spans[rank], layout.local_offsets(rank)):
-        last = runs[-1] if runs else None
-        if last and last[-1][0].document == span.document and last[-1][0].stop <= span.start:
-            last.append((span, row))
-        else:
-            runs.append([(span, row)])
+    """Local keys: one packed call in which every query sees itself, then what else there is to see."""
+    runs = _runs(layout, rank, mask)
     if not runs:
         return ()
-    bounds = [run[0][1] for run in runs] + [layout.tokens_per_rank[rank]]
-    whole = Call(Pack(tuple(bounds), tuple(bounds), mask.causal), slice(0, bounds[-1]), slice(0, bounds[-1]))
-    others = []
+    own, others = [], []
+    for run in runs:
+        first, row = run[0]
+        rows = Span(first.document, 0, sum(len(span) for span, _ in run))  # where there are gaps, only the order counts
+        for shape, rectangle in _in_rows(mask.pieces(rows, rows), row, row):
+            if rectangle[:2] == rectangle[2:]:
+                own.append(rectangle)
+            else:
+                others.append((shape, rectangle))
     for _, same_document in groupby(sorted(runs, key=lambda run: run[0][0].document), lambda run: run[0][0].document):
         same_document = list(same_document)
         for queries in same_document:
             for keys in same_document:
                 if keys is not queries:
-                    others += _rectangles({keys[0][0].document: queries}, keys, mask)
-    return (whole, *_calls(others))
+                    others += _pieces({keys[0][0].document: queries}, keys, mask)
+    return (_call(own, mask.causal), *_calls(others))
 
 
-def _calls(rectangles):
-    """Packs rectangles into as few calls as leave every row at most once in a call."""
-    rectangles = _join(sorted(rectangles), same=(0, 1), run=(2, 3))
-    rectangles = _join(sorted(rectangles, key=lambda r: (r[2:], r[:2])), same=(2, 3), run=(0, 1))
-    packs = []
-    for rectangle in sorted(rectangles):
-        for pack in packs:
-            if not any(_overlap(rectangle[:2], r[:2]) or _overlap(rectangle[2:], r[2:]) for r in pack):
-                pack.append(rectangle)
-                break
+def _runs(layout, rank, mask):
+    """Lists of (span, first row): spans in ascending order that one causal call can take as one sequence. Where a
+    window cuts the document, distances count, and a run is one span."""
+    runs = []
+    for span, row in zip(layout.spans[rank], layout.local_offsets(rank)):
+        last = runs[-1][-1][0] if runs else None
+        goes_on = last and last.document == span.document and last.stop <= span.start
+        if goes_on and not mask.cuts(layout.lengths[span.document]):
+            runs[-1].append((span, row))
         else:
-            packs.append([rectangle])
-    return tuple(
-        Call(
-            Pack(_cumulative(r[1] - r[0] for r in pack), _cumulative(r[3] - r[2] for r in pack), False),
-            _rows([r[:2] for r in pack]),
-            _rows([r[2:] for r in pack]),
-        )
-        for pack in packs
+            runs.append([(span, row)])
+    return runs
+
+
+def _calls(pieces) -> tuple[Call, ...]:
+    """Packs pieces, as `_pieces` gives them, into as few calls as leave every row at most once in a call."""
+    found = {"full": [], "upper": []}
+    for shape, rectangle in pieces:
+        found[shape].append(rectangle)
+    full = _join(sorted(found["full"]), same=(0, 1), run=(2, 3))
+    full = _join(sorted(full, key=lambda r: (r[2:], r[:2])), same=(2, 3), run=(0, 1))
+    return (
+        *(_call(pack, causal=False) for pack in _disjoint(full)),
+        *(_call(pack, causal=True, descending=True) for pack in _disjoint(found["upper"])),
     )
+
+
+def _call(rectangles, causal, descending=False):
+    bounds = [[r[:2] for r in rectangles], [r[2:] for r in rectangles]]
+    lengths = [_cumulative(stop - start for start, stop in side) for side in bounds]
+    return Call(Pack(*lengths, causal), *(_rows(side, descending) for side in bounds))
 
 
 def _join(rectangles, same, run):
@@ -210,8 +226,21 @@ def _join(rectangles, same, run):
     return joined
 
 
-def _overlap(a, b):
-    return a[0] < b[1] and b[0] < a[1]
+def _disjoint(rectangles):
+    """The rectangles in few groups; in a group no two share a row."""
+    groups = []  # (rectangles in the order of their queries, their key ranges in order)
+    for rectangle in sorted(rectangles):
+        start, stop = keys = tuple(rectangle[2:])
+        for group, taken in groups:
+            at = bisect(taken, keys)
+            before, after = taken[at - 1][1] if at else 0, taken[at][0] if at < len(taken) else stop
+            if group[-1][1] <= rectangle[0] and before <= start and stop <= after:
+                group.append(rectangle)
+                taken.insert(at, keys)
+                break
+        else:
+            groups.append(([rectangle], [keys]))
+    return [group for group, _ in groups]
 
 
 def _cumulative(lengths):
@@ -221,8 +250,10 @@ def _cumulative(lengths):
     return tuple(total)
 
 
-def _rows(bounds) -> Rows:
+def _rows(bounds, descending=False) -> Rows:
     """A slice where the ranges are one run, else their row numbers."""
+    if descending:
+        return torch.cat([torch.arange(stop - 1, start - 1, -1) for start, stop in bounds])
     if all(stop == start for (_, stop), (start, _) in zip(bounds, bounds[1:])):
         return slice(bounds[0][0], bounds[-1][1])
     return torch.cat([torch.arange(start, stop) for start, stop in bounds])

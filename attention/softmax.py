@@ -42,7 +42,8 @@ def softmax_attention(
 
     q: [T, Hq, D]; k, v: [T, Hkv, D] with Hq a multiple of Hkv: this rank's tokens in the order of `layout`, one
     floating dtype; returns [T, Hq, D] in it. fp64 is computed and sent in fp64; log-sum-exp and merges are at least
-    fp32. scale defaults to D**-0.5. layout, group: a Layout and its process group (None: one rank, by default one
+    fp32. window: a query sees the last `window` keys of its document, itself included (None: all; needs causal).
+    scale defaults to D**-0.5. layout, group: a Layout and its process group (None: one rank, by default one
     document). seq: a SequenceContext instead of layout, group, strategy and plan. strategy:
 
         ring, double_ring, all_gather      keys travel to the queries; double_ring: between nodes once. auto: ring, on
@@ -55,14 +56,15 @@ def softmax_attention(
     """
 
     def check():
-        _check(q, k, v, window, plan, seq, strategy)
+        _check(q, k, v, plan, seq, strategy)
+        Mask(causal, window)
 
-    options = causal, scale, None if plan is None else getattr(plan, "digest", None)
+    options = causal, window, scale, None if plan is None else getattr(plan, "digest", None)
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, softmax=strategy)
     parallel = seq.parallel
     backend = _backend(parallel.backend, q.device.type, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    moved = _moved(seq, plan, Mask(causal), q.shape[1])
+    moved = _moved(seq, plan, Mask(causal, window), q.shape[1])
     q, k, v = moved.move(q, k, v, parallel.group)
     out = _Attention.apply(q, k, v, moved.schedule, backend, scale, parallel.group)
     return moved.move_back(out, parallel.group)
@@ -206,9 +208,7 @@ def _backend(name, device_type, dtype, head_dim):
     return backend
 
 
-def _check(q, k, v, window, plan, seq, strategy):
-    if window is not None:
-        raise ValueError(f"window={window} is not supported; leave it out")
+def _check(q, k, v, plan, seq, strategy):
     if plan is not None and not isinstance(plan, AttentionPlan):
         raise ValueError(f"plan must be a longspan.parallel.AttentionPlan, got {type(plan).__name__}")
     if plan is not None and (seq is not None or strategy != "auto"):

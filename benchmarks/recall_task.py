@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longspan.models.config import LAYER_KINDS, ModelConfig
+from longspan.models.config import LINEAR_KINDS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.decoder import Decoder
 from longspan.parallel import SequenceParallel
@@ -122,12 +122,14 @@ def layer_pattern(model: str) -> list[str]:
     Raises ValueError for another name.
     """
     family, _, ratio = model.partition("-")
-    kind = model if model == "softmax" else f"linear:{family}"
-    if kind in LAYER_KINDS and not ratio and model == kind.removeprefix("linear:"):
+    kind = f"linear:{family}"
+    if model == "softmax":
+        return [model]
+    if kind in LINEAR_KINDS and model == family:
         return [kind]
-    if kind in LAYER_KINDS and ratio in RATIOS:
+    if kind in LINEAR_KINDS and ratio in RATIOS:
         return [kind] * int(ratio[0]) + ["softmax"]
-    families = ", ".join(kind.removeprefix("linear:") for kind in LAYER_KINDS)
+    families = ", ".join(["softmax", *(kind.removeprefix("linear:") for kind in LINEAR_KINDS)])
     raise ValueError(
         f"model {model!r} is unknown; use {families}, or a linear one with -{', -'.join(RATIOS)} behind it"
     )
@@ -247,4 +249,4 @@ def _accuracy(model, task, seq, seed, batches) -> dict[str, float]:
 
 
 def _state_numbers(config: ModelConfig) -> int:
-    return sum(math.prod(config.state_shape(kind)) for kind in config.layer_kinds if kind != "softmax")
+    return sum(math.prod(config.state_shape(kind)) for kind in config.layer_kinds if kind in LINEAR_KINDS)

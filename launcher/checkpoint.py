@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 MARKER = "complete"
 # Model settings that the stored parameters do not depend on; all others must be those of the checkpoint.
-FREE_MODEL_SETTINGS = ("embedding_std", "init_std", "loss_chunk", "rope_base", "rope_scaling")
+FREE_MODEL_SETTINGS = ("embedding_std", "init_std", "loss_chunk", "rope_base", "rope_scaling", "window")
 DATA_ORDER_SETTINGS = ("data.corpora", "data.packing", "data.seq_len", "data.validation_fraction", "run.seed")
 
 
@@ -81,7 +81,7 @@ def read_info(path: Path) -> Info:
 
 def check_model(info: Info, model: ModelConfig) -> None:
     """Raises UserError naming the settings in which `model` differs from the checkpoint's model."""
-    stored, wanted = info.config["model"], asdict(model)
+    stored, wanted = asdict(ModelConfig()) | info.config["model"], asdict(model)  # defaults: settings of later releases
     names = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
     differences = {name: f"model.{name} is {stored.get(name)} there and {wanted.get(name)} here" for name in names}
     fatal = [text for name, text in differences.items() if name not in FREE_MODEL_SETTINGS]

@@ -8,6 +8,7 @@ import json
 import math
 import resource
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from longspan.attention.moved import pairs_per_rank
 from longspan.launcher.batches import Batch
 from longspan.launcher.errors import UserError
 from longspan.models.config import ModelConfig
-from longspan.models.flops import model_flops
+from longspan.models.flops import model_flops, softmax_masks
+from longspan.parallel.geometry import Mask
 from longspan.parallel.mesh import Mesh
 
 GB = 2**30
@@ -63,6 +65,7 @@ class StepMeter:
 
     def __init__(self, model: ModelConfig, mesh: Mesh):
         self._model, self._mesh = model, mesh
+        self._masks = Counter(softmax_masks(model) or [Mask()])  # without softmax layers: how causal ones would fare
         self._peak_tflops = peak_tflops(mesh.device)
         self._clock = Clock(mesh.device)
 
@@ -78,13 +81,18 @@ class StepMeter:
             row[1] += batch.seq.num_tokens_local
             # Each rank reports its share, so the sum over ranks counts every SP group's work once.
             row[2] += model_flops(self._model, layout.lengths) / self._mesh.sp
-            row[3] += pairs_per_rank(batch.seq, self._model.num_heads)[self._mesh.sp_rank]
+            row[3] += self.pairs(batch.seq)
         row[4] = _peak_memory(self._mesh.device)
         mine = torch.tensor(row, dtype=torch.float64).to(self._mesh.device, non_blocking=True)
         mine[0] = loss_sum
         rows = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
         dist.all_gather(rows, mine)
         return torch.stack(rows)
+
+    def pairs(self, seq) -> float:
+        """Query-key pairs of this rank in all softmax layers, times its share of their heads."""
+        rank, heads = self._mesh.sp_rank, self._model.num_heads
+        return sum(layers * pairs_per_rank(seq, heads, mask)[rank] for mask, layers in self._masks.items())
 
     def pending(self, step: int, lr: float, table, loss, grad_norm, begin, end) -> "PendingStep":
         """The step's numbers on their way to the host."""

@@ -8,9 +8,11 @@ from difflib import get_close_matches
 from typing import Literal, get_args, get_type_hints
 
 from longspan.models.families import LINEAR_FAMILIES, LinearFamily
-from longspan.models.settings import setting
+from longspan.models.settings import Tokens, setting
 
-LAYER_KINDS = ("softmax", *(f"linear:{family}" for family in LINEAR_FAMILIES))
+SOFTMAX_KINDS = ("softmax", "softmax:window")
+LINEAR_KINDS = tuple(f"linear:{family}" for family in LINEAR_FAMILIES)
+LAYER_KINDS = SOFTMAX_KINDS + LINEAR_KINDS
 MAX_HEAD = 256  # widest keys and values that the kernels take
 
 
@@ -37,6 +39,7 @@ class ModelConfig:
         ["linear", "linear", "linear", "softmax"],
         f"mixer of each layer, repeated up to num_layers: {', '.join(('linear', *LAYER_KINDS))}",
     )
+    window: Tokens = setting(0, "keys that a query of softmax:window layers sees, itself included; 0 = no such layers")
     linear_family: Literal[tuple(LINEAR_FAMILIES)] = setting("fixed", "the family that `linear` in the pattern means")
     decay_slopes: Literal["lightning", "retention"] = setting(
         "lightning", "decay rates of linear:fixed: lightning (slower in later layers) or retention (longer memory)"
@@ -105,6 +108,10 @@ class ModelConfig:
         kinds = [f"linear:{self.linear_family}" if entry == "linear" else entry for entry in self.pattern]
         return tuple(kinds[layer % len(kinds)] for layer in range(self.num_layers))
 
+    def window_of(self, kind: str) -> int | None:
+        """Keys that a query of a softmax kind sees at most; None for all before it."""
+        return self.window if kind == "softmax:window" else None
+
     def family(self, kind: str) -> LinearFamily:
         """What a layer of a linear kind, such as "linear:gla", is made of: its family, changed by settings."""
         given = {"feature_map": self.feature_map, "output_gate": self.output_gate, "conv_width": self.conv_width}
@@ -140,13 +147,27 @@ class ModelConfig:
             _require_choice(f"model.{name}", getattr(self, name), get_args(hints[name]))
         _require(len(self.pattern) > 0, "model.pattern is empty; give at least one layer, such as [linear, softmax]")
         for entry in self.pattern:
-            _require_choice("model.pattern entry", entry, ("softmax", "linear", *LAYER_KINDS[1:]))
+            _require_choice("model.pattern entry", entry, (*SOFTMAX_KINDS, "linear", *LINEAR_KINDS))
+        self._validate_window()
         self._validate_heads()
         self._validate_features()
         for kind in dict.fromkeys(self.layer_kinds):
-            if kind != "softmax":
+            if kind in LINEAR_KINDS:
                 self._validate_linear(kind)
         _require(self.rope_scaling >= 1, f"model.rope_scaling={self.rope_scaling} must be at least 1; 1 means none")
+
+    def _validate_window(self) -> None:
+        _require(self.window >= 0, f"model.window={self.window} is negative; give the keys that softmax:window sees")
+        windowed = "softmax:window" in self.pattern
+        _require(
+            self.window > 0 or not windowed,
+            "model.pattern has softmax:window, but model.window=0; set the keys that it sees, such as model.window=4K",
+        )
+        _require(
+            windowed or self.window == 0,
+            f"model.window={self.window} is for softmax:window layers, of which model.pattern has none; use"
+            " softmax:window there, or model.window=0",
+        )
 
     def _validate_heads(self) -> None:
         divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
@@ -160,7 +181,7 @@ class ModelConfig:
             f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}; change one of them"
             " or set model.head_dim",
         )
-        if "softmax" in self.layer_kinds:
+        if not set(self.layer_kinds).isdisjoint(SOFTMAX_KINDS):
             source = self._source("head_dim")
             _require(
                 self.head_size % 2 == 0,

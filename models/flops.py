@@ -1,9 +1,10 @@
 """Model FLOPs and parameters: what MFU and the estimate count.
 
 Backward is twice the forward; recomputation, norms, rotations, gates and the optimizer are not counted. Softmax
-attention counts the query-key pairs the causal mask leaves, document by document; linear attention counts its
-recurrence, whatever a chunked kernel computes instead: per token and head a write and a read of the state, 2 K V each,
-and with the delta rule one more read, of what the state holds for the key. Decay is not counted, of whatever shape.
+attention counts the query-key pairs the causal mask and a window leave, document by document; linear attention counts
+its recurrence, whatever a chunked kernel computes instead: per token and head a write and a read of the state, 2 K V
+each, and with the delta rule one more read, of what the state holds for the key. Decay is not counted, of whatever
+shape.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from longspan.models.config import ModelConfig
+from longspan.models.config import LINEAR_KINDS, SOFTMAX_KINDS, ModelConfig
 from longspan.models.decoder import Decoder
 from longspan.parallel.geometry import Mask
 from longspan.parallel.layout import Span
@@ -27,14 +28,19 @@ def model_flops_by_kind(config: ModelConfig, lengths: Iterable[int]) -> dict[str
     """The same, split: projections, MLPs, convolutions ("matmul"), "softmax" and "linear" attention, output "head"."""
     lengths = list(lengths)
     tokens = sum(lengths)
-    pairs = sum(Mask(causal=True).pairs(Span(0, 0, length), length) for length in lengths)
+    pairs = sum(mask.pairs(Span(0, 0, length), length) for mask in softmax_masks(config) for length in lengths)
     forward = {
         "matmul": 2.0 * tokens * _sizes(config)["block_matmul"],
-        "softmax": 4.0 * pairs * config.head_size * config.num_heads * config.layer_kinds.count("softmax"),
-        "linear": 1.0 * tokens * sum(_recurrence(config, kind) for kind in config.layer_kinds if kind != "softmax"),
+        "softmax": 4.0 * pairs * config.head_size * config.num_heads,
+        "linear": 1.0 * tokens * sum(_recurrence(config, kind) for kind in config.layer_kinds if kind in LINEAR_KINDS),
         "head": 2.0 * tokens * config.hidden_size * config.vocab_size,
     }
     return {kind: 3 * flops for kind, flops in forward.items()}
+
+
+def softmax_masks(config: ModelConfig) -> list[Mask]:
+    """The mask of every softmax layer, in their order."""
+    return [Mask(window=config.window_of(kind)) for kind in config.layer_kinds if kind in SOFTMAX_KINDS]
 
 
 def _recurrence(config, kind):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from longspan.attention import linear_attention, softmax_attention
+from longspan.models.config import SOFTMAX_KINDS
 from longspan.models.convolution import ShortConvolution
 from longspan.models.decay import DECAYS, ScalarGate, decay_dtype
 from longspan.models.feature_maps import build_feature_map
@@ -16,11 +17,13 @@ from longspan.models.rope import Rotary, rotate
 
 
 class SoftmaxMixer(nn.Module):
-    """Causal softmax attention with rotary positions, grouped key and value heads, optional RMSNorm on q and k."""
+    """Causal softmax attention, of softmax:window over the latest `window` keys, with rotary positions, grouped key and
+    value heads, optional RMSNorm on q and k."""
 
     def __init__(self, config, layer: int, kind: str):
         super().__init__()
         hidden, self.head_size = config.hidden_size, config.head_size
+        self.window = config.window_of(kind)
         self.q_proj = nn.Linear(hidden, config.num_heads * self.head_size, bias=False)
         self.k_proj = nn.Linear(hidden, config.kv_heads * self.head_size, bias=False)
         self.v_proj = nn.Linear(hidden, config.kv_heads * self.head_size, bias=False)
@@ -33,7 +36,7 @@ class SoftmaxMixer(nn.Module):
         q_THK = rotate(self.q_norm(self.q_proj(x_TD).unflatten(-1, heads)), rotary)
         k_THK = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, heads)), rotary)
         v_THK = self.v_proj(x_TD).unflatten(-1, heads)
-        return self.o_proj(softmax_attention(q_THK, k_THK, v_THK, seq=seq).flatten(1))
+        return self.o_proj(softmax_attention(q_THK, k_THK, v_THK, window=self.window, seq=seq).flatten(1))
 
 
 class LinearMixer(nn.Module):
@@ -134,7 +137,7 @@ class Mamba2Mixer(nn.Module):
 
 
 OUTPUT_NORMS = {"rmsnorm": RMSNorm, "simple_rmsnorm": SimpleRMSNorm}
-MIXERS = {"softmax": SoftmaxMixer, "linear:mamba2": Mamba2Mixer}
+MIXERS = {**dict.fromkeys(SOFTMAX_KINDS, SoftmaxMixer), "linear:mamba2": Mamba2Mixer}
 
 
 def build_mixer(config, layer: int, kind: str) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 from longspan.parallel.balanced import balanced
 from longspan.parallel.costs import Costs
 from longspan.parallel.exchange import group_rank, group_size, to_device
+from longspan.parallel.geometry import Mask
 from longspan.parallel.layout import Layout, contiguous, zigzag
 from longspan.parallel.planner import STRATEGIES, AttentionPlan, plan_attention
 from longspan.parallel.rebalance import rebalance
@@ -53,19 +54,20 @@ class SequenceParallel:
         self.costs, self.token_cap = Costs() if costs is None else costs, token_cap
         self.device = torch.device(device)
         self._contexts, self._derivations, self._lock = OrderedDict(), {}, Lock()
+        self.masks = {Mask()}  # that layouts of softmax attention were asked for
 
     def base_layout(self, lengths) -> Layout:
         """The layout with equal tokens per rank in which everything but softmax attention runs. With a planned strategy
-        "auto" is the plan's, with what is too much on some ranks moved."""
+        "auto" is the plan's for causal attention, with what is too much on some ranks moved."""
         if self.layout == "auto" and self.softmax in STRATEGIES:
             return rebalance(self.plan(lengths).layout, self.topology)
         return BASE_LAYOUTS[self.layout](tuple(lengths), self.world_size)
 
-    def plan(self, lengths) -> AttentionPlan | None:
-        """What `softmax` plans for these documents; None for a strategy without plans."""
+    def plan(self, lengths, mask=Mask()) -> AttentionPlan | None:
+        """What `softmax` plans for these documents under a mask; None for a strategy without plans."""
         if self.softmax not in STRATEGIES:
             return None
-        return plan_attention(lengths, self.topology, self.costs, self.token_cap, self.softmax)
+        return plan_attention(lengths, self.topology, self.costs, self.token_cap, self.softmax, mask)
 
     def context(self, lengths_or_layout) -> "SequenceContext":
         """The context of a batch: lengths of its documents (placed by `base_layout`) or a ready Layout.
@@ -108,13 +110,16 @@ class SequenceContext:
         self.rank, self.world_size = parallel.rank, parallel.world_size
         self.num_tokens, self.num_tokens_local = layout.num_tokens, layout.tokens_per_rank[parallel.rank]
         self.positions = to_device(torch.from_numpy(layout.positions(self.rank)), parallel.device)
-        self._plan = parallel.plan(layout.lengths)
+        self._plans = {mask: parallel.plan(layout.lengths, mask) for mask in list(parallel.masks)}
         self._derived = {}
 
-    @property
-    def attention_layout(self) -> Layout:
-        """The layout in which softmax attention runs."""
-        return self.layout if self._plan is None else self._plan.layout
+    def attention_layout(self, mask: Mask = Mask()) -> Layout:
+        """The layout in which softmax attention with this mask runs."""
+        if mask not in self._plans:
+            self._plans[mask] = self.parallel.plan(self.layout.lengths, mask)
+            self.parallel.masks.add(mask)  # contexts to come plan for it when they are made
+        plan = self._plans[mask]
+        return self.layout if plan is None else plan.layout
 
     def derive(self, function, *arguments):
         """function(layout, rank, *arguments), computed once; its `.map(move)` moves its tensors to the device.

@@ -4,7 +4,8 @@ Everything is of one layer, forward and backward. A rank that holds x query toke
 pair_s * (pairs + start_tokens * pairs / x): its kernels lose as much as start_tokens more query tokens would take.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from math import inf
 
 import numpy as np
 
@@ -45,14 +46,15 @@ class Costs:
                 least = "above 0" if field.name == "pair_s" else "from 0"
                 raise ValueError(f"Costs.{field.name}={value!r} must be a number of seconds {least}, up to 1e6")
 
-    def near(self, mask: Mask) -> float:
-        """Seconds per token of a document that a rank shares in and another rank of its node holds."""
-        return self.key_s * visible_share(mask)
-
-    def far(self, mask: Mask, topology: Topology) -> float:
-        """The same where a rank of another node holds it: keys come to a node once, over the links of all its ranks,
-        and go on inside."""
-        return (self.key_s + self.remote_key_s / topology.ranks_per_node) * visible_share(mask)
+    def keys(self, mask: Mask, topology: Topology) -> "Keys":
+        """Keys come to a node once, over the links of all its ranks, and go on inside. Of a window, a rank sees those
+        before each of its two parts at most; one rank may hold them all, and they come over one link."""
+        share, far = visible_share(mask), self.key_s + self.remote_key_s / topology.ranks_per_node
+        keys = Keys(share * self.key_s, share * far)
+        if mask.window is None:
+            return keys
+        most = 2 * (mask.window - 1)
+        return replace(keys, most_near=most * self.key_s, most_far=most * (self.key_s + self.remote_key_s))
 
     @classmethod
     def pairs_only(cls) -> "Costs":
@@ -77,6 +79,23 @@ def key_bytes(kv_heads: int, head_dim: int, bytes_per_number: int) -> int:
 def token_bytes(heads: int, kv_heads: int, head_dim: int, bytes_per_number: int) -> int:
     """Of one token that is remapped and back, in both directions of a layer."""
     return REMAP_PASSES * 2 * (heads + kv_heads) * head_dim * bytes_per_number
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Seconds that a rank needs for keys of a document that it shares in, from above: per token that other ranks of its
+    node hold (near) or other nodes (far), and at most, however many tokens those are."""
+
+    near: float = 0.0
+    far: float = 0.0
+    most_near: float = inf
+    most_far: float = inf
+
+    def near_s(self, tokens):
+        return np.minimum(tokens * self.near, self.most_near)
+
+    def far_s(self, tokens):
+        return np.minimum(tokens * self.far, self.most_far)
 
 
 @dataclass(frozen=True)
@@ -106,8 +125,8 @@ class Predicted:
 
 
 def visible_share(mask: Mask) -> float:
-    """Of a document's tokens that other ranks hold, the share whose keys a rank with a head and a tail part sees: of
-    those inside its own all, of those outside the head half."""
+    """Without a window: of a document's tokens that other ranks hold, the share whose keys a rank with a head and a
+    tail part sees. Of those inside its own all, of those outside the head half."""
     return 0.75 if mask.causal else 1.0
 
 
@@ -133,7 +152,8 @@ def predict(layout: Layout, topology: Topology, costs: Costs, mask: Mask = Mask(
     near = on_node[documents, nodes] - tokens
     far = np.array(layout.lengths, np.float64)[documents] - on_node[documents, nodes]
     keys = np.zeros(layout.world_size)
-    np.add.at(keys, ranks, near * costs.near(mask) + far * costs.far(mask, topology))
+    seconds = costs.keys(mask, topology)
+    np.add.at(keys, ranks, seconds.near_s(near) + seconds.far_s(far))
     remap = remap_seconds(np.array(layout.tokens_per_rank), topology, costs)
     return Predicted(tuple(attention.tolist()), tuple(keys.tolist()), tuple(remap.tolist()))
 

@@ -17,7 +17,7 @@ from longspan.parallel.geometry import Mask
 from longspan.parallel.hybrid import power_of_two_groups
 from longspan.parallel.layout import Layout, Span, check_lengths, head_tail
 from longspan.parallel.topology import Topology
-from longspan.parallel.water_fill import Keys, water_fill
+from longspan.parallel.water_fill import water_fill
 from longspan.parallel.zeppelin_even import even_rings
 
 ZONES = ("inter", "intra", "local")
@@ -84,7 +84,7 @@ def _plan(lengths, topology, costs, token_cap, strategy, mask):
 def _water_fill(lengths, topology, most, costs, mask):
     """With more tokens on a rank attention is balanced better, with fewer less is remapped: the faster of some caps."""
     weights = [costs.pair_s * mask.pairs(Span(0, 0, length), length) / length for length in lengths]
-    keys = Keys(costs.near(mask), costs.far(mask, topology))
+    keys = costs.keys(mask, topology)
     mean, best, seconds = sum(lengths) / topology.world_size, None, None
     for share in CAPS if costs.token_s else CAPS[:1]:
         cap = min(sum(lengths), max(ceil(mean), int(mean + share * (most - mean))))

@@ -10,23 +10,15 @@ Only sums of integers depend on the order of summation, so that every machine ge
 """
 
 import heapq
-from dataclasses import dataclass
 
 import numpy as np
 
+from longspan.parallel.costs import Keys
 from longspan.parallel.shares import Share
 from longspan.parallel.topology import Topology
 
 LEVELS = (1.0, 1.08, 1.3)  # first tries, then twice the last
 PRECISION = 0.01  # of the level, to which it is searched
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Seconds per token of a document that a rank shares in and does not hold: held on its node, or on another."""
-
-    near: float = 0.0
-    far: float = 0.0
 
 
 def water_fill(
@@ -117,7 +109,7 @@ class _Pour:
             tokens[ranks] += parts
             work[ranks] += weight * (parts + self.start)
             on_node = np.bincount(self.node[ranks], parts, self.topology.nodes)[self.node[ranks]]
-            arriving[ranks] += self.keys.near * (on_node - parts) + self.keys.far * (length - on_node)
+            arriving[ranks] += self.keys.near_s(on_node - parts) + self.keys.far_s(length - on_node)
             order = np.argsort(ranks)
             shares.append(Share(document, tuple(ranks[order].tolist()), tuple(parts[order].tolist())))
         return shares
@@ -134,8 +126,8 @@ class _Pour:
         """(ranks, tokens) that hold `length` tokens in this room, most room first; None if there is too little. free:
         seconds for more keys that ranks have; last: no document comes after this one."""
         room = np.maximum(room, 0).astype(np.int64).reshape(self.topology.nodes, -1)
-        for seconds, several in ((self.keys.near, False), (self.keys.far, True)):
-            usable = room * (seconds * length <= free).reshape(room.shape)
+        for seconds, several in ((self.keys.near_s(length), False), (self.keys.far_s(length), True)):
+            usable = room * (seconds <= free).reshape(room.shape)
             by_node = usable.sum(1)
             if several or by_node.max() >= length:
                 break

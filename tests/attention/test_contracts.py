@@ -71,7 +71,9 @@ SOFTMAX = BOTH | {
     "k and v of different heads": ({"v": ones(6, 1, 4)}, r"6, 1, 4"),
     "misspelt strategy": ({"strategy": "rign"}, r"rign.*did you mean 'ring'"),
     "strategy of linear": ({"strategy": "lasp2"}, r"lasp2.*ring"),
-    "window": ({"window": 3}, r"window"),
+    "a window of nothing": ({"window": 0}, r"window=0 must be a whole number of at least 1"),
+    "half a token": ({"window": 2.5}, r"window=2.5 must be a whole number"),
+    "a window without a direction": ({"window": 3, "causal": False}, r"window=3 needs causal attention"),
     "plan": ({"plan": "a plan"}, r"plan must be a longspan.parallel.AttentionPlan, got str"),
     "plan of other documents": ({"plan": PLAN, "layout": contiguous((4, 2), 1)}, r"plan is for 1 doc.* the layout"),
     "plan and strategy": ({"plan": PLAN, "strategy": "ring"}, r"plan goes with layout and group"),
@@ -198,7 +200,8 @@ ONE_RANK = {
     },
     "softmax": ONE_RANK_BOTH
     | {
-        "a window": ({"window": 3}, "rank 3.*window"),
+        "another window": ({"window": 3}, r"rank 3 has.*\(True, 3, "),
+        "a window of nothing": ({"window": 0}, "rank 3.*window=0"),
         "heads that do not divide": (tensors(heads=3) | {"q": ones(6, 4, 4)}, "rank 3"),
         "another strategy": ({"strategy": "all_gather"}, "rank 3"),
     },

@@ -28,7 +28,11 @@ VARIANTS = {
     "causal_mqa": (3, 1, {"scale": 0.9}),
     "causal_peaked": (2, 2, {"scale": 20.0}),
 }
-WIDE = {"causal_wide": (8, 2, {})}  # for strategies that share out heads
+WINDOWS = {  # of one token, short, as long as a part or a shard, longer than any document
+    f"window_{window}": (heads, kv_heads, {"window": window})
+    for window, heads, kv_heads in ((1, 2, 2), (2, 4, 2), (7, 3, 1), (31, 4, 2), (64, 2, 2), (1000, 4, 2))
+}
+WIDE = {"causal_wide": (8, 2, {}), "window_wide": (8, 2, {"window": 13})}  # for strategies that share out heads
 SMALL = ["two", "ones", "few", "single_token"]
 STRATEGIES = ["ring", "all_gather", "auto"]
 MOVED = ["zeppelin", "zeppelin_even", "hybrid", "usp"]
@@ -50,9 +54,21 @@ def all_cases():
                 yield Case(variant, "mixed", layout, [*STRATEGIES, *MOVED][(i + j) % 7], torch.float32)
 
 
+def windowed_cases():
+    """Every window with every strategy, the layouts and batches taking turns."""
+    for i, variant in enumerate(WINDOWS):
+        for n, strategy in enumerate([*STRATEGIES, *MOVED]):
+            layout = ["contiguous", "zigzag", "random", "holes", "balanced"][(i + n) % 5]
+            for lengths in ("one", "mixed"):
+                yield Case(variant, lengths, layout, strategy)
+            if n % 3 == i % 3:
+                yield Case(variant, SMALL[(i + n) % 4], layout, strategy)
+                yield Case(variant, "mixed", layout, strategy, torch.float32)
+
+
 def make_inputs(variant, lengths, dtype=torch.float64):
     """(differentiable inputs, gradient of the output, keyword arguments): global and the same on every rank."""
-    num_heads, num_kv_heads, kwargs = (VARIANTS | WIDE)[variant]
+    num_heads, num_kv_heads, kwargs = (VARIANTS | WINDOWS | WIDE)[variant]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{variant}{lengths}".encode()))
 
     def normal(heads):
@@ -75,8 +91,8 @@ def expected(variant, lengths, dtype):
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_equals_the_full_matrix(world_size):
-    cases = list(all_cases())
-    ranks = run_ranks(run_cases, world_size, cases, timeout=180)
+    cases = [*all_cases(), *windowed_cases()]
+    ranks = run_ranks(run_cases, world_size, cases, timeout=240)
     parity.check_cases(ranks, world_size, cases, lambda case: expected(case.variant, case.lengths, case.dtype))
 
 
@@ -136,7 +152,7 @@ def run_nodes(rank, world_size, cases):
 def node_cases(world_size):
     nodes = [n for n in range(2, world_size + 1) if world_size % n == 0]
     for i, layout in enumerate(["contiguous", "zigzag", "random", "holes"]):
-        for j, variant in enumerate(["causal_gqa", "full"]):
+        for j, variant in enumerate(["causal_gqa", "full", "window_31"]):
             for name in ("one", "mixed", SMALL[(i + j) % 4]):
                 yield name, layout, nodes[(i + j) % len(nodes)], variant
 
@@ -154,9 +170,9 @@ def test_double_ring(world_size):
     assert not problems, "\n".join(problems)
 
 
-def run_plans(rank, world_size, lengths):
+def run_plans(rank, world_size, lengths, variant):
     """Shares by a given plan of two nodes that cuts all it can, and by a context on its own base layout."""
-    inputs, grad_out, kwargs = make_inputs("causal_gqa", lengths)
+    inputs, grad_out, kwargs = make_inputs(variant, lengths)
     plan = plan_attention(lengths, Topology(2, world_size // 2), Costs.pairs_only(), token_cap=3.0)
     start = contiguous(lengths, world_size)
     given = run_share(softmax_attention, inputs, grad_out, start, rank, group=dist.group.WORLD, plan=plan, **kwargs)
@@ -167,14 +183,14 @@ def run_plans(rank, world_size, lengths):
         return softmax_attention(*tensors, seq=seq, **options)
 
     made = run_share(by_context, inputs, grad_out, seq.layout, rank, group=dist.group.WORLD, **kwargs)
-    return given, made, seq.layout, plan.layout != start, seq.attention_layout != seq.layout
+    return given, made, seq.layout, plan.layout != start, seq.attention_layout() != seq.layout
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_plans_given_and_made(world_size):
+@pytest.mark.parametrize("world_size, variant", [(2, "causal_gqa"), (4, "causal_gqa"), (4, "window_31")])
+def test_plans_given_and_made(world_size, variant):
     lengths = LENGTHS["mixed"]
-    ranks = run_ranks(run_plans, world_size, lengths)
-    exact = expected("causal_gqa", "mixed", torch.float64)
+    ranks = run_ranks(run_plans, world_size, lengths, variant)
+    exact = expected(variant, "mixed", torch.float64)
     limits = dict.fromkeys(exact, 1e-9)
     given, made = ([results[n] for results in ranks] for n in range(2))
     problems = disagreements("given", given, contiguous(lengths, world_size), exact, torch.float64, limits)
@@ -189,25 +205,28 @@ def test_plans_given_and_made(world_size):
 
 
 def run_ulysses(rank, world_size, lengths):
-    """Shares, and what is said where the heads cannot be shared out."""
-    inputs, grad_out, _ = make_inputs("causal_wide", lengths)
-    layout, group = zigzag(lengths, world_size), dist.group.WORLD
-    share = run_share(softmax_attention, inputs, grad_out, layout, rank, group=group, strategy="ulysses")
+    """Shares by variant, and what is said where the heads cannot be shared out."""
+    layout, group, shares = zigzag(lengths, world_size), dist.group.WORLD, {}
+    for variant in WIDE:
+        inputs, grad_out, kwargs = make_inputs(variant, lengths)
+        shares[variant] = run_share(
+            softmax_attention, inputs, grad_out, layout, rank, group=group, strategy="ulysses", **kwargs
+        )
     few = [torch.zeros(layout.tokens_per_rank[rank], 3, HEAD_SIZE) for _ in range(3)]
     with pytest.raises(ValueError) as refused:
         softmax_attention(*few, layout=layout, group=group, strategy="ulysses")
-    return share, str(refused.value)
+    return shares, str(refused.value)
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_ulysses(world_size):
     lengths = LENGTHS["mixed"]
     ranks = run_ranks(run_ulysses, world_size, lengths)
-    exact = expected("causal_wide", "mixed", torch.float64)
-    limits = dict.fromkeys(exact, 1e-9)
-    problems = disagreements(
-        "ulysses", [r[0] for r in ranks], zigzag(lengths, world_size), exact, torch.float64, limits
-    )
+    problems = []
+    for variant in WIDE:
+        exact, shares = expected(variant, "mixed", torch.float64), [r[0][variant] for r in ranks]
+        limits = dict.fromkeys(exact, 1e-9)
+        problems += disagreements(variant, shares, zigzag(lengths, world_size), exact, torch.float64, limits)
     assert not problems, "\n".join(problems)
     assert {r[1] for r in ranks} == {
         f"strategy 'ulysses' shares 3 query heads among {world_size} ranks; use 'usp' or 'ring'"

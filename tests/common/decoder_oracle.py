@@ -28,8 +28,8 @@ def reference_logits(model, tokens, lengths):
         own = {name.removeprefix(f"blocks.{layer}."): x for name, x in p.items() if name.startswith(f"blocks.{layer}.")}
         mixer = {name.removeprefix("mixer."): x for name, x in own.items() if name.startswith("mixer.")}
         y = norm(x, own["mixer_norm.weight"], c.norm_eps)
-        if kind == "softmax":
-            x = x + softmax_mixer(c, mixer, y, lengths)
+        if kind.startswith("softmax"):
+            x = x + softmax_mixer(c, mixer, y, lengths, c.window if kind == "softmax:window" else None)
         elif kind == "linear:mamba2":
             x = x + mamba2_mixer(c, mixer, y, lengths)
         else:
@@ -71,13 +71,13 @@ def rope(x, c, lengths):
     return out
 
 
-def softmax_mixer(c, p, x, lengths):
+def softmax_mixer(c, p, x, lengths, window):
     q, k, v = (x @ p[f"{name}_proj.weight"].T for name in "qkv")
     kv_heads = c.num_kv_heads or c.num_heads
     q, k, v = heads(q, c.num_heads), heads(k, kv_heads), heads(v, kv_heads)
     if c.qk_norm:
         q, k = norm(q, p["q_norm.weight"], c.norm_eps), norm(k, p["k_norm.weight"], c.norm_eps)
-    out = oracles.softmax_attention(rope(q, c, lengths), rope(k, c, lengths), v, lengths)
+    out = oracles.softmax_attention(rope(q, c, lengths), rope(k, c, lengths), v, lengths, window=window)
     return out.reshape(len(x), -1) @ p["o_proj.weight"].T
 
 

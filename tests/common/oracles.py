@@ -46,8 +46,9 @@ def linear_attention(q, k, v, lengths, *, log_decay=None, beta=None, causal=True
     return out_THV[..., :-1] / out_THV[..., -1:] if normalize else out_THV
 
 
-def softmax_attention(q, k, v, lengths, *, causal=True, scale=None):
-    """The full masked matrix; q: [T, H, D]; k, v: [T, G, D]; query head h reads key head h // (H / G)."""
+def softmax_attention(q, k, v, lengths, *, causal=True, window=None, scale=None):
+    """The full masked matrix; q: [T, H, D]; k, v: [T, G, D]; query head h reads key head h // (H / G). window: a query
+    sees the last so many keys, itself included."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group_size = q.shape[1] // k.shape[1]
     k_THD = k.repeat_interleave(group_size, 1)
@@ -56,6 +57,9 @@ def softmax_attention(q, k, v, lengths, *, causal=True, scale=None):
     visible_TT = document[:, None] == document[None, :]
     if causal:
         visible_TT = visible_TT.tril()
+    if window is not None:
+        row = torch.arange(len(q))
+        visible_TT &= row[:, None] - row < window
     scores_HTT = scale * torch.einsum("thd,shd->hts", q, k_THD)
     weights_HTT = scores_HTT.masked_fill(~visible_TT, float("-inf")).softmax(-1)
     return torch.einsum("hts,shd->thd", weights_HTT, v_THD)

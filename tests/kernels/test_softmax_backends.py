@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from oracles import softmax_attention as full_matrix
+from oracles import with_gradients
 
 from longspan.kernels.merge import merge
 from longspan.kernels.softmax import BACKENDS, Pack, choose
@@ -80,21 +82,36 @@ def run(backend, pack, q, k, v, dout, scale):
     return (out, lse, *backend.backward(dout, q, k, v, out, lse, pack, scale))
 
 
-def run_in_two_halves(backend, case, q, k, v, dout, scale):
-    """One sequence in two calls, as ring steps are: half of the keys each, (out, lse) merged, gradients summed."""
+def in_two_halves(case):
+    """One sequence in two calls, as ring steps are: half of the keys each."""
     length_q, length_k = sum(case.lengths_q), sum(case.lengths_k)
     half = length_k // 2
     if case.causal:  # both diagonal squares in one call, the square below the diagonal in the other
         early = (slice(0, half), slice(half, length_k))
-        calls = [
+        return [
             (slice(0, length_q), slice(0, length_k), Pack((0, half, length_q), (0, half, length_k), True)),
             (early[1], early[0], Pack((0, length_q - half), (0, half), False)),
         ]
-    else:
-        calls = [
-            (slice(0, length_q), slice(0, half), Pack((0, length_q), (0, half), False)),
-            (slice(0, length_q), slice(half, length_k), Pack((0, length_q), (0, length_k - half), False)),
-        ]
+    return [
+        (slice(0, length_q), slice(0, half), Pack((0, length_q), (0, half), False)),
+        (slice(0, length_q), slice(half, length_k), Pack((0, length_q), (0, length_k - half), False)),
+    ]
+
+
+def in_a_window(length, window, device):
+    """One sequence in two calls: blocks as long as the window, then what each sees of the one before, turned around."""
+    starts = range(0, length, window)
+    assert length % window == 0
+    turned = torch.cat([torch.arange(start + window - 2, start - 1, -1) for start in starts[1:]]).to(device)
+    blocks, triangles = offsets([window] * len(starts)), offsets([window - 1] * (len(starts) - 1))
+    return [
+        (slice(0, length), slice(0, length), Pack(blocks, blocks, True)),
+        (turned, turned - window + 1, Pack(triangles, triangles, True)),
+    ]
+
+
+def run_in_calls(backend, calls, q, k, v, dout, scale):
+    """(query rows, key rows, pack) of each call; (out, lse) merged, gradients summed."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     out_acc = torch.full(q.shape, float("nan"), dtype=dtype, device=q.device)
     lse_acc = torch.full(q.shape[:2], float("-inf"), dtype=dtype, device=q.device)
@@ -126,7 +143,24 @@ def test_cpu_backend_equals_definition(name, case, dtype, bound):
 @pytest.mark.parametrize("name", ["cpu", "math"])
 def test_halves_merge_to_the_whole(name, case):
     inputs = make_inputs(case, torch.float64)
-    errors = relative_errors(run_in_two_halves(BACKENDS[name], case, *inputs, 0.3), reference(case, *inputs, 0.3))
+    errors = relative_errors(
+        run_in_calls(BACKENDS[name], in_two_halves(case), *inputs, 0.3), reference(case, *inputs, 0.3)
+    )
+    assert max(errors) <= 1e-10, errors
+
+
+def window_errors(backend, length, window, heads, head_dim, dtype, device):
+    """Of out and gradients, against the full masked matrix in fp64."""
+    inputs = make_inputs(square("", (length,), heads, head_dim), dtype, device)
+    out, _, *gradients = run_in_calls(backend, in_a_window(length, window, device), *inputs, 0.1)
+    *differentiable, dout = (x.cpu() for x in inputs)
+    expected = with_gradients(full_matrix, dict(zip("qkv", differentiable)), dout, [length], window=window, scale=0.1)
+    return relative_errors([x.cpu() for x in (out, *gradients)], [*expected.values()])
+
+
+@pytest.mark.parametrize("name", ["cpu", "math"])
+def test_a_window_is_two_causal_calls(name):
+    errors = window_errors(BACKENDS[name], 60, 12, (4, 2), 8, torch.float64, "cpu")
     assert max(errors) <= 1e-10, errors
 
 
@@ -231,7 +265,14 @@ class TestOnGpu:
     def test_halves_merge_to_the_whole(self, name, case):
         backend = gpu_backend(name, torch.bfloat16, case.head_dim)
         inputs = make_inputs(case, torch.bfloat16, "cuda")
-        assert_as_good_as_sdpa(run_in_two_halves(backend, case, *inputs, 0.1), case, inputs, 0.1)
+        assert_as_good_as_sdpa(run_in_calls(backend, in_two_halves(case), *inputs, 0.1), case, inputs, 0.1)
+
+    @pytest.mark.parametrize("length, window", [(2048, 256), (1024, 64), (768, 2)])
+    @pytest.mark.parametrize("name", GPU_BACKENDS)
+    def test_a_window_is_two_causal_calls(self, name, length, window):
+        backend = gpu_backend(name, torch.bfloat16, 128)
+        errors = window_errors(backend, length, window, (8, 2), 128, torch.bfloat16, "cuda")
+        assert max(errors) <= 1e-2, errors
 
     def test_math_serves_double(self):
         inputs = make_inputs(GPU_CASES[3], torch.float64, "cuda")

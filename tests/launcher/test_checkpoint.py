@@ -96,6 +96,18 @@ def test_incompatible_model(tmp_path, caplog):
     assert "model.rope_scaling is 1.0 there and 4.0 here" in caplog.text
 
 
+def test_a_setting_the_checkpoint_does_not_know_has_its_default(tmp_path, caplog):
+    _fake(tmp_path, 3)
+    info, config = checkpoint.find(tmp_path, "auto"), Config()
+    info.config["model"] = json.loads(json.dumps(asdict(config.model)))
+    del info.config["model"]["window"]
+    checkpoint.check_model(info, config.model)
+    assert not caplog.text
+    info.config["model"]["pattern"] = ["softmax:window"]
+    checkpoint.check_model(info, ModelConfig(pattern=["softmax:window"], window=64))
+    assert "model.window is 0 there and 64 here" in caplog.text
+
+
 def test_changes_of_the_data_order_are_named(tmp_path, caplog):
     _fake(tmp_path, 3)
     info, config = checkpoint.find(tmp_path, "auto"), Config()

@@ -57,6 +57,18 @@ def test_counts(gathered):
     assert row["imbalance"] == pytest.approx(36 / ((20 + 36 + 7 + 17) / 4))
 
 
+def test_imbalance_is_that_of_all_softmax_layers():
+    """Of one rank, so that it is 1; what counts is the pairs it is made of."""
+    mesh = SimpleNamespace(sp=1, sp_rank=0, world_size=1, device=torch.device("cpu"))
+    found = []
+    for pattern in (["softmax:window"], ["softmax"], ["softmax", "softmax:window"], ["linear"]):
+        window = 3 * ("softmax:window" in pattern)
+        config = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, pattern=pattern, window=window)
+        found.append(metrics.StepMeter(config, mesh).pairs(SequenceParallel().context([10, 2])))
+    windowed, full = 6 + 7 * 3 + 3, 55 + 3
+    assert found == [2 * windowed, 2 * full, full + windowed, full]
+
+
 def test_every_rank_gets_the_same_numbers(gathered):
     assert all(rows == gathered[0] for rows in gathered)
 

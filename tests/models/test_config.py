@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from longspan.models.config import LAYER_KINDS, ModelConfig
+from longspan.models.config import LINEAR_KINDS, ModelConfig
 from longspan.models.families import LINEAR_FAMILIES
 
 
@@ -36,6 +36,24 @@ def test_pattern_repeats_and_is_cut():
         ({"vocab_size": 0}, "model.vocab_size=0 must be at least 1"),
         ({"num_layers": 0}, "model.num_layers=0 must be at least 1"),
         ({"loss_chunk": 0}, "model.loss_chunk=0 must be at least 1"),
+        (
+            {"pattern": ["softmax:window"]},
+            "model.pattern has softmax:window, but model.window=0; set the keys that it sees, such as model.window=4K",
+        ),
+        (
+            {"window": 4096},
+            "model.window=4096 is for softmax:window layers, of which model.pattern has none; use softmax:window there,"
+            " or model.window=0",
+        ),
+        (
+            {"pattern": ["softmax:window"], "window": -1},
+            "model.window=-1 is negative; give the keys that softmax:window sees",
+        ),
+        (
+            {"pattern": ["linear", "softmax:window"], "hidden_size": 20, "num_heads": 4, "window": 8},
+            "hidden_size / num_heads = 5 is odd, but rotary embedding turns pairs of dimensions; use an even"
+            " model.head_dim",
+        ),
         ({"head_dim": -1}, "model.head_dim=-1 is negative; use 0 to derive it"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0 must be greater than 0"),
         (
@@ -57,14 +75,14 @@ def test_pattern_repeats_and_is_cut():
         ({"pattern": []}, "model.pattern is empty; give at least one layer, such as [linear, softmax]"),
         (
             {"pattern": ["linear:fixd"]},
-            "model.pattern entry 'linear:fixd' is unknown; did you mean 'linear:fixed'? allowed: softmax, linear,"
-            " linear:none, linear:fixed, linear:scalar, linear:mamba2, linear:gla, linear:hgrn2, linear:delta,"
-            " linear:gated_delta",
+            "model.pattern entry 'linear:fixd' is unknown; did you mean 'linear:fixed'? allowed: softmax,"
+            " softmax:window, linear, linear:none, linear:fixed, linear:scalar, linear:mamba2, linear:gla,"
+            " linear:hgrn2, linear:delta, linear:gated_delta",
         ),
         (
             {"pattern": ["attention"]},
-            "model.pattern entry 'attention' is unknown; allowed: softmax, linear, linear:none, linear:fixed,"
-            " linear:scalar, linear:mamba2, linear:gla, linear:hgrn2, linear:delta, linear:gated_delta",
+            "model.pattern entry 'attention' is unknown; allowed: softmax, softmax:window, linear, linear:none,"
+            " linear:fixed, linear:scalar, linear:mamba2, linear:gla, linear:hgrn2, linear:delta, linear:gated_delta",
         ),
         (
             {"linear_family": "scaler"},
@@ -161,7 +179,7 @@ def test_settings_change_what_families_are_made_of():
     config = ModelConfig()
     assert config.family("linear:hgrn2") == LINEAR_FAMILIES["hgrn2"]
     config = ModelConfig(feature_map="relu", conv_width=0, output_gate="none")
-    for kind in LAYER_KINDS[1:]:
+    for kind in LINEAR_KINDS:
         family = config.family(kind)
         delta = "delta" in kind
         assert family.feature_map == ("relu+l2norm" if delta else "relu"), "the delta rule needs keys of unit length"

@@ -18,6 +18,7 @@ CONFIGS = {
         pattern=["softmax"], num_layers=1, num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True, tie_embeddings=True,
         rope_scaling=3.0,
     ),
+    "softmax_window": dict(pattern=["softmax:window", "softmax"], num_layers=2, num_kv_heads=1, window=4),
     "none": dict(pattern=["linear:none"], num_layers=2, feature_map="identity"),
     "fixed": dict(
         pattern=["linear"], num_layers=2, output_gate="none", feature_map="relu", output_norm="simple_rmsnorm",
@@ -42,7 +43,7 @@ CONFIGS = {
         pattern=["linear:none", "linear:fixed", "linear:scalar", "linear:gla", "linear:hgrn2"], num_layers=5,
         linear_num_heads=3, linear_head_dim=5, linear_value_dim=7, conv_width=3,
     ),
-    "hybrid": dict(pattern=list(LAYER_KINDS), num_layers=len(LAYER_KINDS)),
+    "hybrid": dict(pattern=list(LAYER_KINDS), num_layers=len(LAYER_KINDS), window=3),
 }  # fmt: skip
 LENGTHS = [6, 1, 9]
 

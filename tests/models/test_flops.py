@@ -75,12 +75,28 @@ def test_flops_of_every_family_by_hand(family):
     assert found["softmax"] == 0
 
 
+def test_a_window_leaves_few_pairs():
+    """Document by document: growing up to the window, then the window for every token."""
+    shape = dict(vocab_size=31, hidden_size=16, num_heads=4, mlp_size=24)
+
+    def flops(*pattern, window=5):
+        config = ModelConfig(**shape, num_layers=len(pattern), pattern=[*pattern], window=window)
+        return model_flops_by_kind(config, [3, 12])
+
+    pairs = 3 * 4 // 2 + 5 * 6 // 2 + 7 * 5
+    assert flops("softmax:window")["softmax"] == 3 * 2 * 2 * pairs * 4 * 4
+    full = flops("softmax", window=0)
+    assert flops("softmax", "softmax:window")["softmax"] == flops("softmax:window")["softmax"] + full["softmax"]
+    assert flops("softmax:window", window=12) == full
+
+
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 def test_kinds_add_up(kind):
     """Layers count on their own: two of a kind are twice one, whatever stands beside them."""
 
     def flops(*pattern):
-        return model_flops_by_kind(ModelConfig(**LINEAR | {"num_layers": len(pattern)}, pattern=[*pattern]), [11])
+        settings = LINEAR | {"num_layers": len(pattern), "window": 4 * ("softmax:window" in pattern)}
+        return model_flops_by_kind(ModelConfig(**settings, pattern=[*pattern]), [11])
 
     for name, other in product(("matmul", "softmax", "linear"), ("softmax", "linear:delta")):
         assert flops(kind, other)[name] == flops(kind)[name] + flops(other)[name]

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from spawn import run_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longspan.models.config import LAYER_KINDS, ModelConfig
+from longspan.models.config import LAYER_KINDS, LINEAR_KINDS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.decoder import Decoder
 from longspan.models.parallelize import parallelize
@@ -17,7 +17,7 @@ from longspan.parallel import Layout, SequenceParallel, Span
 # Positive features and a large norm_eps, as in test_parity: bf16 is judged by its rounding, not by tiny norms.
 CONFIG = dict(
     vocab_size=29, num_layers=len(LAYER_KINDS), hidden_size=8, num_heads=2, mlp_size=12, state_size=5, gate_rank=3,
-    init_std=0.3, loss_chunk=7, feature_map="elu1", norm_eps=1e-3, pattern=list(LAYER_KINDS),
+    init_std=0.3, loss_chunk=7, feature_map="elu1", norm_eps=1e-3, pattern=list(LAYER_KINDS), window=3,
 )  # fmt: skip
 # name: (mesh axes, dtype of parameters, keyword arguments)
 COMBINATIONS = {
@@ -149,7 +149,7 @@ def test_gates_stay_exact_in_bf16():
 
 def run_compiled(rank, world_size):
     """Blocks are really compiled, inside checkpoints too, and layers of one kind share their graphs."""
-    layers = {"num_layers": 6, "pattern": ["linear:fixed", "linear:fixed", "softmax"]}
+    layers = {"num_layers": 6, "window": 0, "pattern": ["linear:fixed", "linear:fixed", "softmax"]}
     plain = make_model(**layers)
     plain(*make_batch(0)).backward()
     model = apply(make_model(**layers), make_mesh("shard", world_size), checkpointing="full", compile=True)
@@ -164,12 +164,12 @@ def test_compiled():
     run_ranks(run_compiled, 1, timeout=300)
 
 
-@pytest.mark.parametrize("kind", LAYER_KINDS[1:])
+@pytest.mark.parametrize("kind", LINEAR_KINDS)
 def test_linear_layers_compile(kind):
     """Traced by the compiler (without its slow code generation): equal results, and layers share their graphs."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
-    model = make_model(pattern=[kind], num_layers=10)
+    model = make_model(pattern=[kind], num_layers=10, window=0)
     tokens, labels, seq = make_batch(1)
     wanted = model(tokens, labels, seq)
     before = counters["unique_graphs"]

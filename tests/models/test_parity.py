@@ -35,6 +35,7 @@ MODELS = {
     "normalized": dict(
         pattern=["linear:scalar", "softmax"], num_layers=2, linear_normalize=True, tie_embeddings=True,
     ),
+    "windows": dict(pattern=["linear:fixed", "softmax:window", "softmax"], num_layers=3, window=11, num_kv_heads=1),
 }  # fmt: skip
 LENGTHS = {"one": (83,), "mixed": (1, 17, 2, 40, 5, 1, 16)}
 LAYOUTS = ["contiguous", "zigzag", "balanced", "holes"]
@@ -67,6 +68,9 @@ def all_cases():
                         yield Case("gates", lengths, layout, *strategies, torch.float32)
         yield Case("families", lengths, "balanced", "lasp2", "zeppelin", torch.float64)
         yield Case("normalized", lengths, "contiguous", "lasp2", "zeppelin_even", torch.float64)
+        for layout, softmax in zip(LAYOUTS, ("zeppelin", "ring", "usp", "all_gather")):
+            yield Case("windows", lengths, layout, "lasp2", softmax, torch.float64)
+        yield Case("windows", lengths, "balanced", "lasp2", "ring", torch.float32)
 
 
 def make_model(name, dtype):

@@ -116,6 +116,35 @@ def test_windows_make_work_linear():
     assert max(tokens) / min(tokens) < 1.1, tokens
 
 
+def test_a_window_takes_less_of_everything():
+    """Predicted seconds fall with the window, keys to what a rank's two parts see; windows beyond the documents do as
+    none does."""
+    lengths, topology = (60_000, 9_000, *[700] * 20), Topology(2, 4)
+    for strategy in ("zeppelin", "zeppelin_even", "hybrid"):
+        layout = plan_attention(lengths, topology, strategy=strategy).layout
+        same = [predict(layout, topology, Costs(), Mask(window=w)) for w in (1, 100, 3000, 20_000, 60_000)]
+        assert same[-1] == predict(layout, topology, Costs())
+        own = [
+            plan_attention(lengths, topology, strategy=strategy, mask=Mask(window=w)).predicted for w in (1, 100, 3000)
+        ]
+        for less, more in [*zip(same, same[1:]), *zip(own, own[1:])]:
+            assert less.slowest_s <= more.slowest_s
+            assert max(less.attention_s) < max(more.attention_s) and max(less.keys_s) <= max(more.keys_s)
+        assert max(same[0].keys_s) == 0 < max(same[1].keys_s) < 0.1 * max(same[-1].keys_s)
+    with_window = plan_attention(lengths, topology, mask=Mask(window=100)).layout
+    held = [sum(len(span) for span in spans if span.document == 0) for spans in with_window.spans]
+    assert max(held) < 1.2 * sum(lengths) / 8 < max(plan_attention(lengths, topology).layout.tokens_per_rank)
+
+
+def test_keys_of_a_window_by_hand():
+    costs, topology = Costs(key_s=1.0, remote_key_s=40.0), Topology(2, 4)
+    keys = costs.keys(Mask(window=11), topology)
+    assert [keys.near_s(tokens) for tokens in (0, 8, 1000)] == [0, 6, 20]  # 10 before each of two parts
+    assert [keys.far_s(tokens) for tokens in (8, 1000)] == [6 * 11, 20 * 41]  # shared by four links, or over one
+    assert costs.keys(Mask(), topology).far_s(1000) == 750 * 11
+    assert Costs.pairs_only().keys(Mask(window=11), topology).near_s(5) == 0
+
+
 def test_predicted_costs_of_a_small_layout():
     """By hand: ranks 0 and 1 on one node, 2 on another; document 0 of 8 tokens on 0 and 2, document 1 of 3 on 1."""
     layout = Layout((8, 3), ((Span(0, 0, 4),), (Span(1, 0, 3),), (Span(0, 4, 8),), ()))
