@@ -35,6 +35,17 @@ class Hierarchical:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Hierarchical.{name}={value!r} must be a whole number of at least {least}")
 
+    def pairs(self, length: int) -> int:
+        """Pairs of queries and keys or means of one head in a document of `length` tokens under a causal mask."""
+        token = np.arange(length)
+        before = [token // self.block**level for level in range(self.levels + 1)]  # rows of each level in the past
+        chosen, total = np.minimum(self.keep, before[-1]), before[-1].copy()  # all rows of the last level
+        for level in range(self.levels - 1, 0, -1):
+            listed = chosen * self.block + before[level] % self.block
+            total += listed
+            chosen = np.minimum(self.keep, listed)
+        return int((total + chosen * self.block + token % self.block + 1).sum())
+
     def tables(self, seq, causal: bool) -> "HierarchyTables":
         return seq.derive(hierarchy_tables, self.block, self.keep, self.levels, causal)
 
@@ -193,7 +204,7 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     return HierarchyTables(
         fine, fine, tuple(tables), tuple(tensor(x) for x in sizes), under,
         tuple(tensor(x) for x in chain[:levels]), coarse_blocks,
-        torch.from_numpy(np.concatenate(weights).astype(np.float32)),
+        torch.from_numpy(np.concatenate(weights)),
         tensor(_top_blocks(chain[levels], blocks_under[-1], bases[levels + 1], documents[levels + 1], causal)),
         tensor(chain[0][:, None] if causal else np.zeros((len(chain[0]), 0))),
     )  # fmt: skip

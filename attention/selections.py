@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from longspan.attention.block_tables import BlockTables, Pieces, Ranges, block_tables
@@ -37,6 +38,14 @@ class TopBlocks:
 
         if 1 <= self.keep < self.first + self.recent:
             raise ValueError(f"TopBlocks.keep={self.keep} must be at least first + recent, {self.first + self.recent}")
+
+    def pairs(self, length: int) -> int:
+        """Query-key pairs of one head in a document of `length` tokens under a causal mask."""
+        begin = np.arange(0, length, self.query_block)
+        count, past = np.minimum(self.query_block, length - begin), begin // self.key_block
+        kept = np.minimum(past, self.keep if self.keep >= 1 else np.maximum((self.keep * past).astype(np.int64), 1))
+        diagonal = count * (begin - past * self.key_block) + count * (count + 1) // 2
+        return int((count * kept * self.key_block + diagonal).sum())
 
     def tables(self, seq, causal: bool) -> BlockTables:
         return seq.derive(block_tables, self.query_block, self.key_block, self.keep, causal)

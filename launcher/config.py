@@ -77,6 +77,9 @@ class ParallelConfig:
     ] = setting(
         "auto", "how softmax attention shares keys; zeppelin: by a plan that balances documents of mixed lengths"
     )
+    sparse: Literal["auto", "fetch", "ring"] = setting(
+        "auto", "how sparse attention shares keys: blocks by request, or all in a ring; auto: by what is chosen"
+    )
     costs: str = setting("", "file of `longspan bench calibrate` for plans of zeppelin; empty: an H200")
     token_cap: float = setting(1.5, "with zeppelin: most tokens of a rank in softmax attention, in units of the mean")
     backend: Literal["auto", "fa4", "cudnn", "flash", "cpu", "math"] = setting(

@@ -65,6 +65,7 @@ class Trainer:
             layout=config.parallel.layout,
             linear=config.parallel.linear,
             softmax=config.parallel.softmax,
+            sparse=config.parallel.sparse,
             backend=config.parallel.backend,
             costs=decide(lambda: load_costs(config)),
             token_cap=config.parallel.token_cap,

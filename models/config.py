@@ -11,14 +11,15 @@ from longspan.models.families import LINEAR_FAMILIES, LinearFamily
 from longspan.models.settings import Tokens, setting
 
 SOFTMAX_KINDS = ("softmax", "softmax:window")
+SPARSE_KINDS = ("sla", "llsa")
 LINEAR_KINDS = tuple(f"linear:{family}" for family in LINEAR_FAMILIES)
-LAYER_KINDS = SOFTMAX_KINDS + LINEAR_KINDS
+LAYER_KINDS = SOFTMAX_KINDS + SPARSE_KINDS + LINEAR_KINDS
 MAX_HEAD = 256  # widest keys and values that the kernels take
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A pre-norm decoder whose layers mix tokens by softmax or linear attention, as `pattern` says.
+    """A pre-norm decoder whose layers mix tokens by softmax, block-sparse or linear attention, as `pattern` says.
 
     0 means "derived" for numbers of heads and widths; the derived values are the properties `kv_heads`, `head_size` and
     so on. `family` resolves what is "auto". Call `validate` before use; `Decoder` does.
@@ -40,6 +41,17 @@ class ModelConfig:
         f"mixer of each layer, repeated up to num_layers: {', '.join(('linear', *LAYER_KINDS))}",
     )
     window: Tokens = setting(0, "keys that a query of softmax:window layers sees, itself included; 0 = no such layers")
+    sla_keep: float = setting(
+        0.05, "blocks of past keys that a block of queries of sla layers chooses; below 1: a share of those there are"
+    )
+    sla_query_block: int = setting(128, "tokens of a block of queries in sla layers")
+    sla_key_block: int = setting(64, "tokens of a block of keys in sla layers")
+    sla_feature_map: str = setting(
+        "softmax", "applied to queries and keys of the linear part of sla layers; a positive one, see feature_map"
+    )
+    llsa_block: int = setting(16, "tokens of a block in llsa layers, and rows of a level that make one of the next")
+    llsa_keep: int = setting(8, "blocks chosen on every level in llsa layers")
+    llsa_levels: int = setting(2, "levels of means in llsa layers; cost grows like tokens / llsa_block ^ llsa_levels")
     linear_family: Literal[tuple(LINEAR_FAMILIES)] = setting("fixed", "the family that `linear` in the pattern means")
     decay_slopes: Literal["lightning", "retention"] = setting(
         "lightning", "decay rates of linear:fixed: lightning (slower in later layers) or retention (longer memory)"
@@ -112,6 +124,14 @@ class ModelConfig:
         """Keys that a query of a softmax kind sees at most; None for all before it."""
         return self.window if kind == "softmax:window" else None
 
+    def selection(self, kind: str):
+        """What a layer of a sparse kind attends to, a selection of longspan.attention."""
+        from longspan.attention import Hierarchical, TopBlocks
+
+        if kind == "sla":
+            return TopBlocks(self.sla_keep, self.sla_query_block, self.sla_key_block)
+        return Hierarchical(self.llsa_block, self.llsa_keep, self.llsa_levels)
+
     def family(self, kind: str) -> LinearFamily:
         """What a layer of a linear kind, such as "linear:gla", is made of: its family, changed by settings."""
         given = {"feature_map": self.feature_map, "output_gate": self.output_gate, "conv_width": self.conv_width}
@@ -147,8 +167,9 @@ class ModelConfig:
             _require_choice(f"model.{name}", getattr(self, name), get_args(hints[name]))
         _require(len(self.pattern) > 0, "model.pattern is empty; give at least one layer, such as [linear, softmax]")
         for entry in self.pattern:
-            _require_choice("model.pattern entry", entry, (*SOFTMAX_KINDS, "linear", *LINEAR_KINDS))
+            _require_choice("model.pattern entry", entry, (*SOFTMAX_KINDS, *SPARSE_KINDS, "linear", *LINEAR_KINDS))
         self._validate_window()
+        self._validate_sparse()
         self._validate_heads()
         self._validate_features()
         for kind in dict.fromkeys(self.layer_kinds):
@@ -169,6 +190,19 @@ class ModelConfig:
             " softmax:window there, or model.window=0",
         )
 
+    def _validate_sparse(self) -> None:
+        from longspan.models.feature_maps import POSITIVE_FEATURE_MAPS
+
+        for name, least in (("sla_query_block", 1), ("sla_key_block", 1), ("llsa_block", 2), ("llsa_keep", 1)):
+            _require(getattr(self, name) >= least, f"model.{name}={getattr(self, name)} must be at least {least}")
+        _require(self.llsa_levels >= 1, f"model.llsa_levels={self.llsa_levels} must be at least 1")
+        whole = self.sla_keep < 1 or self.sla_keep == int(self.sla_keep)
+        _require(
+            self.sla_keep > 0 and whole,
+            f"model.sla_keep={self.sla_keep} must be a whole number of blocks, or a share between 0 and 1",
+        )
+        _require_choice("model.sla_feature_map", self.sla_feature_map, POSITIVE_FEATURE_MAPS)
+
     def _validate_heads(self) -> None:
         divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
         _require(
@@ -181,7 +215,7 @@ class ModelConfig:
             f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}; change one of them"
             " or set model.head_dim",
         )
-        if not set(self.layer_kinds).isdisjoint(SOFTMAX_KINDS):
+        if not set(self.layer_kinds).isdisjoint(SOFTMAX_KINDS + SPARSE_KINDS):
             source = self._source("head_dim")
             _require(
                 self.head_size % 2 == 0,

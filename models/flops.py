@@ -1,10 +1,10 @@
 """Model FLOPs and parameters: what MFU and the estimate count.
 
 Backward is twice the forward; recomputation, norms, rotations, gates and the optimizer are not counted. Softmax
-attention counts the query-key pairs the causal mask and a window leave, document by document; linear attention counts
-its recurrence, whatever a chunked kernel computes instead: per token and head a write and a read of the state, 2 K V
-each, and with the delta rule one more read, of what the state holds for the key. Decay is not counted, of whatever
-shape.
+attention counts the query-key pairs the causal mask and a window leave, document by document; sparse attention those of
+chosen blocks and coarse keys, without choosing; linear attention its recurrence, whatever a chunked kernel computes
+instead: per token and head a write and a read of the state, 2 K V each, and with the delta rule one more read, of what
+the state holds for the key. Decay is not counted, of whatever shape.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from longspan.models.config import LINEAR_KINDS, SOFTMAX_KINDS, ModelConfig
+from longspan.models.config import LINEAR_KINDS, SOFTMAX_KINDS, SPARSE_KINDS, ModelConfig
 from longspan.models.decoder import Decoder
 from longspan.parallel.geometry import Mask
 from longspan.parallel.layout import Span
@@ -25,13 +25,15 @@ def model_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
 
 
 def model_flops_by_kind(config: ModelConfig, lengths: Iterable[int]) -> dict[str, float]:
-    """The same, split: projections, MLPs, convolutions ("matmul"), "softmax" and "linear" attention, output "head"."""
+    """The same, split: projections, MLPs, convolutions ("matmul"), "softmax", "sparse" and "linear" attention, output
+    "head"."""
     lengths = list(lengths)
     tokens = sum(lengths)
     pairs = sum(mask.pairs(Span(0, 0, length), length) for mask in softmax_masks(config) for length in lengths)
     forward = {
         "matmul": 2.0 * tokens * _sizes(config)["block_matmul"],
         "softmax": 4.0 * pairs * config.head_size * config.num_heads,
+        "sparse": sum(_sparse(config, kind, lengths) for kind in config.layer_kinds if kind in SPARSE_KINDS),
         "linear": 1.0 * tokens * sum(_recurrence(config, kind) for kind in config.layer_kinds if kind in LINEAR_KINDS),
         "head": 2.0 * tokens * config.hidden_size * config.vocab_size,
     }
@@ -41,6 +43,15 @@ def model_flops_by_kind(config: ModelConfig, lengths: Iterable[int]) -> dict[str
 def softmax_masks(config: ModelConfig) -> list[Mask]:
     """The mask of every softmax layer, in their order."""
     return [Mask(window=config.window_of(kind)) for kind in config.layer_kinds if kind in SOFTMAX_KINDS]
+
+
+def _sparse(config, kind, lengths):
+    """Forward FLOPs of a sparse layer; of sla with its linear part, whose projection "matmul" counts for one head."""
+    selection, heads, width, tokens = config.selection(kind), config.num_heads, config.head_size, sum(lengths)
+    flops = 4.0 * heads * width * sum(map(selection.pairs, lengths))
+    if kind == "sla":
+        flops += tokens * (4.0 * heads * width * (width + 1) + 2.0 * (heads - 1) * width * width)
+    return flops
 
 
 def _recurrence(config, kind):

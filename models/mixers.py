@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from longspan.attention import linear_attention, softmax_attention
+from longspan.attention import linear_attention, softmax_attention, sparse_attention
 from longspan.models.config import SOFTMAX_KINDS
 from longspan.models.convolution import ShortConvolution
 from longspan.models.decay import DECAYS, ScalarGate, decay_dtype
@@ -36,7 +36,44 @@ class SoftmaxMixer(nn.Module):
         q_THK = rotate(self.q_norm(self.q_proj(x_TD).unflatten(-1, heads)), rotary)
         k_THK = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, heads)), rotary)
         v_THK = self.v_proj(x_TD).unflatten(-1, heads)
-        return self.o_proj(softmax_attention(q_THK, k_THK, v_THK, window=self.window, seq=seq).flatten(1))
+        return self.o_proj(self.attend(q_THK, k_THK, v_THK, seq).flatten(1))
+
+    def attend(self, q_THK, k_THK, v_THK, seq):
+        return softmax_attention(q_THK, k_THK, v_THK, window=self.window, seq=seq)
+
+
+class SparseMixer(SoftmaxMixer):
+    """The same over blocks of keys that are chosen block by block, with coarse keys for the rest (LLSA)."""
+
+    def __init__(self, config, layer: int, kind: str):
+        super().__init__(config, layer, kind)
+        self.selection = config.selection(kind)
+
+    def attend(self, q_THK, k_THK, v_THK, seq):
+        return sparse_attention(q_THK, k_THK, v_THK, selection=self.selection, seq=seq)
+
+
+class SLAMixer(SparseMixer):
+    """Chosen blocks, and linear attention to all tokens through a projection that starts at zero (SLA, arXiv
+    2509.24006, as its public code has it: the linear part does not leave out what was chosen)."""
+
+    def __init__(self, config, layer: int, kind: str):
+        super().__init__(config, layer, kind)
+        self.q_map = build_feature_map(config.sla_feature_map, config.num_heads, self.head_size)
+        self.k_map = build_feature_map(config.sla_feature_map, config.kv_heads, self.head_size)
+        self.linear_weight = nn.Parameter(torch.empty(self.head_size, self.head_size))  # shared by all heads
+        self.linear_bias = nn.Parameter(torch.empty(self.head_size))
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.linear_weight)
+        nn.init.zeros_(self.linear_bias)
+
+    def attend(self, q_THK, k_THK, v_THK, seq):
+        k_map_THK, v_all_THK = (
+            x.repeat_interleave(q_THK.shape[1] // x.shape[1], 1) for x in (self.k_map(k_THK), v_THK)
+        )
+        linear_THK = linear_attention(self.q_map(q_THK), k_map_THK, v_all_THK, normalize=True, scale=1.0, seq=seq)
+        return super().attend(q_THK, k_THK, v_THK, seq) + F.linear(linear_THK, self.linear_weight, self.linear_bias)
 
 
 class LinearMixer(nn.Module):
@@ -137,7 +174,12 @@ class Mamba2Mixer(nn.Module):
 
 
 OUTPUT_NORMS = {"rmsnorm": RMSNorm, "simple_rmsnorm": SimpleRMSNorm}
-MIXERS = {**dict.fromkeys(SOFTMAX_KINDS, SoftmaxMixer), "linear:mamba2": Mamba2Mixer}
+MIXERS = {
+    **dict.fromkeys(SOFTMAX_KINDS, SoftmaxMixer),
+    "sla": SLAMixer,
+    "llsa": SparseMixer,
+    "linear:mamba2": Mamba2Mixer,
+}
 
 
 def build_mixer(config, layer: int, kind: str) -> nn.Module:

@@ -108,7 +108,7 @@ def keys_kernel(
         v = load_tile(v_ptr, inside, v_stride_t, 0, there, D, BLOCK_D)
         weight = 0.0
         if WEIGHTED:
-            weight = tl.load(weight_ptr + column) * LOG2E
+            weight = tl.load(weight_ptr + column).to(tl.float32) * LOG2E
         dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
         ends = col_ptr + listed * (num_columns + 1) + column
         begin = tl.load(ends) + (item - tl.load(item_ptr + listed * (num_columns + 1) + column)) * CHUNK

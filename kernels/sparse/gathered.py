@@ -62,14 +62,15 @@ class _Batch:
         if plan.causal:
             at = (keys.position[columns, None] + place * keys.step[columns, None]).flatten(1)
             seen = seen & (at[:, None] <= (queries.position[blocks, None] + inside)[..., None])
-        bias = torch.zeros(seen.shape, device=blocks.device).masked_fill_(~seen, -torch.inf)
+        bias = torch.zeros(seen.shape, dtype=torch.float64, device=blocks.device)
         if plan.log_weight is not None:
             bias += plan.log_weight[columns].repeat_interleave(keys.size, 1)[:, None]
+        bias.masked_fill_(~seen, -torch.inf)
         self.bias = bias[:, None]  # [block, 1, row or 1, key]
 
     def scores(self, q, k, scale):
         scores = self.queries(q) @ self.keys(k).mT * scale
-        return (scores.unflatten(2, (-1, self.rows.shape[1])) + self.bias[:, :, None]).flatten(2, 3)
+        return (scores.unflatten(2, (-1, self.rows.shape[1])) + self.bias[:, :, None].to(scores.dtype)).flatten(2, 3)
 
     def queries(self, x):
         """[T, Hq, D] -> [block, key head, heads of it x row, D] in at least fp32, zero where there is no row."""

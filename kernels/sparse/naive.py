@@ -19,8 +19,8 @@ def attend(q, k, v, plan: BlockPlan, scale: float):
 
 
 def log_weights(plan: BlockPlan, num_queries: int, num_keys: int) -> torch.Tensor:
-    """fp32 [Hs, Tq, Tk]: what is added to the scores, -inf where a query does not see a key."""
-    bias = torch.full((plan.heads, num_queries, num_keys), -torch.inf, device=plan.row_ptr.device)
+    """fp64 [Hs, Tq, Tk]: what is added to the scores, -inf where a query does not see a key."""
+    bias = torch.full((plan.heads, num_queries, num_keys), -torch.inf, dtype=torch.float64, device=plan.row_ptr.device)
     queries, keys = ([x.tolist() for x in (b.start, b.length, b.position, b.step)] for b in (plan.queries, plan.keys))
     pointers, lists = plan.row_ptr.tolist(), plan.row_idx.tolist()
     for head in range(plan.heads):

@@ -56,8 +56,8 @@ class BlockPlan:
     ascending. col_ptr [Hs, T+1], col_idx [Hs, C]: the query blocks of each key block, ascending. C is a capacity; what
     lies past the last list is undefined. item_ptr [Hs, T+1], item_col [Hs, I]: programs of the gradients of keys, one
     for every CHUNK query blocks of a list; the column of each, T past the last.
-    log_weight: fp32 [T], added to the scaled scores of a key block's rows, or None. causal: keys at later positions of
-    their document than the query are not seen; a coarse key has the position of the last token that it stands for.
+    log_weight: floats [T], added to the scaled scores of a key block's rows, or None. causal: keys at later positions
+    of their document than the query are not seen; a coarse key has the position from which on it is seen.
     """
 
     queries: Blocks

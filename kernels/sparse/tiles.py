@@ -37,7 +37,7 @@ def key_rows(
     if CAUSAL:
         position = tl.load(position_ptr + column) + inside * tl.load(step_ptr + column)
     if WEIGHTED:
-        weight = tl.load(weight_ptr + column) * LOG2E
+        weight = tl.load(weight_ptr + column).to(tl.float32) * LOG2E
     return first, row, position, weight, valid
 
 

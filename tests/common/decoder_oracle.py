@@ -3,7 +3,10 @@
 import math
 
 import oracles
+import sparse_oracle
 import torch
+
+from longspan.attention import Hierarchical, TopBlocks
 
 # What `auto` and -1 mean: feature map, convolution width, output gate.
 FAMILIES = {
@@ -28,8 +31,8 @@ def reference_logits(model, tokens, lengths):
         own = {name.removeprefix(f"blocks.{layer}."): x for name, x in p.items() if name.startswith(f"blocks.{layer}.")}
         mixer = {name.removeprefix("mixer."): x for name, x in own.items() if name.startswith("mixer.")}
         y = norm(x, own["mixer_norm.weight"], c.norm_eps)
-        if kind.startswith("softmax"):
-            x = x + softmax_mixer(c, mixer, y, lengths, c.window if kind == "softmax:window" else None)
+        if not kind.startswith("linear"):
+            x = x + softmax_mixer(c, mixer, y, lengths, kind)
         elif kind == "linear:mamba2":
             x = x + mamba2_mixer(c, mixer, y, lengths)
         else:
@@ -71,13 +74,26 @@ def rope(x, c, lengths):
     return out
 
 
-def softmax_mixer(c, p, x, lengths, window):
+def softmax_mixer(c, p, x, lengths, kind):
     q, k, v = (x @ p[f"{name}_proj.weight"].T for name in "qkv")
     kv_heads = c.num_kv_heads or c.num_heads
     q, k, v = heads(q, c.num_heads), heads(k, kv_heads), heads(v, kv_heads)
     if c.qk_norm:
         q, k = norm(q, p["q_norm.weight"], c.norm_eps), norm(k, p["k_norm.weight"], c.norm_eps)
-    out = oracles.softmax_attention(rope(q, c, lengths), rope(k, c, lengths), v, lengths, window=window)
+    q, k = rope(q, c, lengths), rope(k, c, lengths)
+    if kind == "llsa":
+        out = sparse_oracle.sparse_attention(
+            q, k, v, lengths, selection=Hierarchical(c.llsa_block, c.llsa_keep, c.llsa_levels)
+        )
+    elif kind == "sla":
+        selection = TopBlocks(c.sla_keep, c.sla_query_block, c.sla_key_block)
+        out = sparse_oracle.sparse_attention(q, k, v, lengths, selection=selection)
+        q, k, v = q.softmax(-1), *(x.repeat_interleave(c.num_heads // kv_heads, 1) for x in (k.softmax(-1), v))
+        linear = oracles.linear_attention(q, k, v, lengths, normalize=True, scale=1.0)
+        out = out + linear @ p["linear_weight"].T + p["linear_bias"]
+    else:
+        window = c.window if kind == "softmax:window" else None
+        out = oracles.softmax_attention(q, k, v, lengths, window=window)
     return out.reshape(len(x), -1) @ p["o_proj.weight"].T
 
 

@@ -54,6 +54,14 @@ def test_pattern_repeats_and_is_cut():
             "hidden_size / num_heads = 5 is odd, but rotary embedding turns pairs of dimensions; use an even"
             " model.head_dim",
         ),
+        ({"sla_keep": 1.5}, "model.sla_keep=1.5 must be a whole number of blocks, or a share between 0 and 1"),
+        ({"sla_keep": 0.0}, "model.sla_keep=0.0 must be a whole number of blocks, or a share between 0 and 1"),
+        ({"llsa_block": 1}, "model.llsa_block=1 must be at least 2"),
+        ({"llsa_levels": 0}, "model.llsa_levels=0 must be at least 1"),
+        (
+            {"sla_feature_map": "gelu"},
+            "model.sla_feature_map 'gelu' is unknown; did you mean 'elu1'? allowed: elu1, softmax, hedgehog",
+        ),
         ({"head_dim": -1}, "model.head_dim=-1 is negative; use 0 to derive it"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0 must be greater than 0"),
         (
@@ -76,13 +84,14 @@ def test_pattern_repeats_and_is_cut():
         (
             {"pattern": ["linear:fixd"]},
             "model.pattern entry 'linear:fixd' is unknown; did you mean 'linear:fixed'? allowed: softmax,"
-            " softmax:window, linear, linear:none, linear:fixed, linear:scalar, linear:mamba2, linear:gla,"
+            " softmax:window, sla, llsa, linear, linear:none, linear:fixed, linear:scalar, linear:mamba2, linear:gla,"
             " linear:hgrn2, linear:delta, linear:gated_delta",
         ),
         (
             {"pattern": ["attention"]},
-            "model.pattern entry 'attention' is unknown; allowed: softmax, softmax:window, linear, linear:none,"
-            " linear:fixed, linear:scalar, linear:mamba2, linear:gla, linear:hgrn2, linear:delta, linear:gated_delta",
+            "model.pattern entry 'attention' is unknown; allowed: softmax, softmax:window, sla, llsa, linear,"
+            " linear:none, linear:fixed, linear:scalar, linear:mamba2, linear:gla, linear:hgrn2, linear:delta,"
+            " linear:gated_delta",
         ),
         (
             {"linear_family": "scaler"},

@@ -12,6 +12,7 @@ TINY = dict(
     vocab_size=19, hidden_size=12, num_heads=2, mlp_size=20, state_size=5, gate_rank=3, rope_base=100.0, init_std=0.3,
     loss_chunk=5,
 )  # fmt: skip
+BLOCKS = dict(sla_keep=1, sla_query_block=4, sla_key_block=2, llsa_block=2, llsa_keep=1)
 CONFIGS = {
     "softmax": dict(pattern=["softmax"], num_layers=2),
     "softmax_gqa_qk_norm_tied": dict(
@@ -19,6 +20,8 @@ CONFIGS = {
         rope_scaling=3.0,
     ),
     "softmax_window": dict(pattern=["softmax:window", "softmax"], num_layers=2, num_kv_heads=1, window=4),
+    "sla": dict(pattern=["sla"], num_layers=2, num_kv_heads=1, **BLOCKS),
+    "llsa": dict(pattern=["llsa"], num_layers=2, num_kv_heads=1, **BLOCKS),
     "none": dict(pattern=["linear:none"], num_layers=2, feature_map="identity"),
     "fixed": dict(
         pattern=["linear"], num_layers=2, output_gate="none", feature_map="relu", output_norm="simple_rmsnorm",
@@ -43,13 +46,17 @@ CONFIGS = {
         pattern=["linear:none", "linear:fixed", "linear:scalar", "linear:gla", "linear:hgrn2"], num_layers=5,
         linear_num_heads=3, linear_head_dim=5, linear_value_dim=7, conv_width=3,
     ),
-    "hybrid": dict(pattern=list(LAYER_KINDS), num_layers=len(LAYER_KINDS), window=3),
+    "hybrid": dict(pattern=list(LAYER_KINDS), num_layers=len(LAYER_KINDS), window=3, **BLOCKS),
 }  # fmt: skip
 LENGTHS = [6, 1, 9]
 
 
 def make_model(name, dtype=torch.float64):
-    return Decoder(ModelConfig(**TINY | CONFIGS[name])).to(dtype)
+    model = Decoder(ModelConfig(**TINY | CONFIGS[name])).to(dtype)
+    for name, parameter in model.named_parameters():
+        if ".linear_" in name:  # of sla; starts at zero
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 def make_batch(lengths, vocab_size=19):

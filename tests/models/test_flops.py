@@ -41,6 +41,7 @@ def test_flops_by_hand():
     assert model_flops_by_kind(config, lengths) == {
         "matmul": 6 * 10 * block_weights,
         "softmax": 3 * 2 * 2 * pairs * 4 * 4,  # scores and values; head size 4, 4 heads
+        "sparse": 0,
         "linear": 3 * 10 * 3 * 4 * (2 * 4 * 4 + 2 * 4 * 4),  # 3 layers, 4 heads; write and read of a 4 x 4 state
         "head": 6 * 10 * 16 * 31,
     }
@@ -90,6 +91,19 @@ def test_a_window_leaves_few_pairs():
     assert flops("softmax:window", window=12) == full
 
 
+def test_sparse_layers_by_hand():
+    shape = dict(vocab_size=31, hidden_size=16, num_heads=4, mlp_size=24, num_layers=1)
+    # Blocks of 2 queries and 2 keys, one of the past each: the second and third block see 2 keys of the past.
+    sla = ModelConfig(**shape, pattern=["sla"], sla_keep=1, sla_query_block=2, sla_key_block=2)
+    pairs, tokens = 3 + (2 * 2 + 3) + 2 + 1, 5
+    linear = 2 * 2 * 4 * 5 * 4  # writes and reads of a 4 x 5 state, the normaliser's column with it
+    assert model_flops_by_kind(sla, [tokens])["sparse"] == 3 * (4 * 4 * 4 * pairs + tokens * (linear + 2 * 3 * 4 * 4))
+    # Blocks of 2, one level: all means of blocks before one's own, one block of tokens, one's own.
+    llsa = ModelConfig(**shape, pattern=["llsa"], llsa_block=2, llsa_keep=1, llsa_levels=1)
+    pairs = (1 + 2) + (1 + 2 + 1 + 1 + 2 + 2) + (2 + 2 + 1)
+    assert model_flops_by_kind(llsa, [5])["sparse"] == 3 * 4 * 4 * 4 * pairs
+
+
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 def test_kinds_add_up(kind):
     """Layers count on their own: two of a kind are twice one, whatever stands beside them."""
@@ -98,7 +112,7 @@ def test_kinds_add_up(kind):
         settings = LINEAR | {"num_layers": len(pattern), "window": 4 * ("softmax:window" in pattern)}
         return model_flops_by_kind(ModelConfig(**settings, pattern=[*pattern]), [11])
 
-    for name, other in product(("matmul", "softmax", "linear"), ("softmax", "linear:delta")):
+    for name, other in product(("matmul", "softmax", "sparse", "linear"), ("softmax", "linear:delta")):
         assert flops(kind, other)[name] == flops(kind)[name] + flops(other)[name]
 
 

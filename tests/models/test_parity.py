@@ -35,6 +35,10 @@ MODELS = {
     "normalized": dict(
         pattern=["linear:scalar", "softmax"], num_layers=2, linear_normalize=True, tie_embeddings=True,
     ),
+    "sparse": dict(
+        pattern=["sla", "linear:scalar", "llsa"], num_layers=3, num_kv_heads=1, sla_keep=2, sla_query_block=8,
+        sla_key_block=4, llsa_block=4, llsa_keep=2,
+    ),
     "windows": dict(pattern=["linear:fixed", "softmax:window", "softmax"], num_layers=3, window=11, num_kv_heads=1),
 }  # fmt: skip
 LENGTHS = {"one": (83,), "mixed": (1, 17, 2, 40, 5, 1, 16)}
@@ -70,12 +74,17 @@ def all_cases():
         yield Case("normalized", lengths, "contiguous", "lasp2", "zeppelin_even", torch.float64)
         for layout, softmax in zip(LAYOUTS, ("zeppelin", "ring", "usp", "all_gather")):
             yield Case("windows", lengths, layout, "lasp2", softmax, torch.float64)
+            yield Case("sparse", lengths, layout, "lasp2", softmax, torch.float64)
         yield Case("windows", lengths, "balanced", "lasp2", "ring", torch.float32)
 
 
 def make_model(name, dtype):
     torch.manual_seed(0)
-    return Decoder(ModelConfig(**TINY | MODELS[name])).to(dtype)
+    model = Decoder(ModelConfig(**TINY | MODELS[name]))
+    for name, parameter in model.named_parameters():
+        if ".linear_" in name:  # of sla; starts at zero
+            torch.nn.init.normal_(parameter)
+    return model.to(dtype)
 
 
 def make_batch(lengths):

@@ -1,0 +1,120 @@
+"""Sparse attention by its definition, token by token: what each selection lets a query see, and the full matrix of it.
+
+Plain differentiable torch on whole tensors, documents laid end to end; called with fp64, autograd gives the gradients.
+"""
+
+import torch
+
+from longspan.attention import Hierarchical
+
+
+def sparse_attention(q, k, v, lengths, *, selection, causal=True):
+    """q: [T, H, D]; k, v: [T, G, D]. Blocks are chosen from detached tensors."""
+    matrix = hierarchy_matrix if isinstance(selection, Hierarchical) else full_matrix
+    return matrix(q, k, v, lengths, selection=selection, causal=causal)
+
+
+def blocks_seen(q, k, causal, selection):
+    """[query heads, T, T] of one document, token by token from the definition in TopBlocks."""
+    length, per_key = q.shape[0], q.shape[1] // k.shape[1]
+    query_starts, key_starts = (range(0, length, n) for n in (selection.query_block, selection.key_block))
+    seen = torch.zeros(q.shape[1], length, length, dtype=torch.bool)
+    for key_head in range(k.shape[1]):
+        group = slice(key_head * per_key, (key_head + 1) * per_key)
+        means = [k[j : j + selection.key_block, key_head].mean(0) for j in key_starts]
+        for i in query_starts:
+            stop = min(i + selection.query_block, length)
+            past = [n for n, j in enumerate(key_starts) if not causal or j + selection.key_block <= i]
+            kept = set()
+            if past:
+                router = q[i - selection.query_block : i, group] if causal else q[i:stop, group]
+                scores = {n: (router.mean((0, 1)) @ means[n]).item() for n in past}
+                forced = [*past[: selection.first], *past[len(past) - selection.recent :]]
+                scores |= dict.fromkeys(forced, torch.inf)
+                count = selection.keep if selection.keep >= 1 else max(1, int(selection.keep * len(past)))
+                kept |= set(sorted(past, key=scores.get, reverse=True)[:count])
+            if causal:
+                kept |= {n for n, j in enumerate(key_starts) if j < stop and j + selection.key_block > i}
+            for n in kept:
+                j = key_starts[n]
+                seen[group, i:stop, j : j + selection.key_block] = True
+    return seen.tril() if causal else seen
+
+
+def full_matrix(q, k, v, lengths, *, selection, causal=True):
+    out, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        seen = blocks_seen(q[rows].detach(), k[rows].detach(), causal, selection)
+        k_rows, v_rows = (x[rows].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("thd,shd->hts", q[rows], k_rows) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hts,shd->thd", weights, v_rows))
+        start += length
+    return torch.cat(out)
+
+
+def hierarchy_seen(q, k, causal, selection):
+    """(fine [query heads, T, T], [(level, row, log weight)], coarse [query heads, T, rows]) of one document."""
+    B, length, per_key = selection.block, q.shape[0], q.shape[1] // k.shape[1]
+    rows = {n: range(-(-length // B**n)) for n in range(1, selection.levels + 1)}
+    spans = {(n, r): (r * B**n, min((r + 1) * B**n, length)) for n in rows for r in rows[n]}
+    names = list(spans)
+    fine = torch.zeros(q.shape[1], length, length, dtype=torch.bool)
+    coarse = torch.zeros(q.shape[1], length, len(names), dtype=torch.bool)
+    for key_head in range(k.shape[1]):
+        group = slice(key_head * per_key, (key_head + 1) * per_key)
+
+        def query(n, r):  # the mean that chooses for a row
+            start, stop = spans[n, r - 1 if causal else r]
+            return q[start:stop, group].mean((0, 1))
+
+        def best(n, r, candidates):
+            candidates = [c for c in candidates if not causal or c < r]
+            if not candidates:
+                return []
+            means = {c: k[slice(*spans[n, c]), key_head].mean(0) for c in candidates}
+            router = query(n, r)
+            return sorted(candidates, key=lambda c: (router @ means[c]).item(), reverse=True)[: selection.keep]
+
+        top = selection.levels
+        chosen = {(top, r): best(top, r, rows[top]) for r in rows[top]}
+        for n in range(top - 1, 0, -1):
+            for r in rows[n]:
+                parents = [*chosen[n + 1, r // B], *([r // B] if causal else [])]
+                chosen[n, r] = best(n, r, [c for c in rows[n] if c // B in parents])
+        for t in range(length):
+            i = t // B
+            for block in [*chosen[1, i], *([i] if causal else [])]:
+                fine[group, t, block * B : (block + 1) * B] = True
+            for index, (n, r) in enumerate(names):
+                if n == top:
+                    listed = True
+                else:
+                    above = i // B**n  # the row of level n + 1 that t is in
+                    listed = r // B in [*chosen[n + 1, above], *([above] if causal else [])]
+                coarse[group, t, index] = listed and (not causal or (r + 1) * B**n <= t)
+    return fine.tril() if causal else fine, spans, coarse
+
+
+def hierarchy_matrix(q, k, v, lengths, *, selection, causal=True):
+    """Fine keys and means of rows side by side; a mean's weight is its number of tokens."""
+    out, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        fine, spans, coarse = hierarchy_seen(q[rows].detach(), k[rows].detach(), causal, selection)
+        seen = torch.cat([fine, coarse], 2)
+        heads = q.shape[1] // k.shape[1]
+        k_rows, v_rows = (
+            torch.cat([x[rows], *(x[rows][a:b].mean(0, keepdim=True) for a, b in spans.values())]).repeat_interleave(
+                heads, 1
+            )
+            for x in (k, v)
+        )
+        counts = [1.0] * length + [float(stop - start) for start, stop in spans.values()]
+        weight = torch.tensor(counts, dtype=torch.float64).log().to(q.dtype)
+        scores = torch.einsum("thd,shd->hts", q[rows], k_rows) * q.shape[-1] ** -0.5 + weight
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hts,shd->thd", weights, v_rows))
+        start += length
+    return torch.cat(out)
