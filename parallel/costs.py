@@ -50,8 +50,8 @@ class Costs:
         return self.key_s * visible_share(mask)
 
     def far(self, mask: Mask, topology: Topology) -> float:
-        """The same where a rank of another node holds it: keys come to a node once, over the links of all its ranks,
-        and go on inside."""
+        """The same where a rank of another node holds it: keys come to a node once, over the links of all its ranks
+        (parallel.routing), and go on inside."""
         return (self.key_s + self.remote_key_s / topology.ranks_per_node) * visible_share(mask)
 
     @classmethod
@@ -81,7 +81,8 @@ def token_bytes(heads: int, kv_heads: int, head_dim: int, bytes_per_number: int)
 
 @dataclass(frozen=True)
 class Predicted:
-    """Seconds of each rank: attention; keys that arrive; tokens remapped for the layer and back."""
+    """Seconds of each rank: attention; keys that arrive, or cross to its node over its link; tokens remapped for the
+    layer and back."""
 
     attention_s: tuple[float, ...]
     keys_s: tuple[float, ...]
@@ -131,9 +132,12 @@ def predict(layout: Layout, topology: Topology, costs: Costs, mask: Mask = Mask(
     on_node = np.zeros((len(layout.lengths), topology.nodes))
     np.add.at(on_node, (documents, nodes), tokens)
     near = on_node[documents, nodes] - tokens
-    far = np.array(layout.lengths, np.float64)[documents] - on_node[documents, nodes]
-    keys = np.zeros(layout.world_size)
-    np.add.at(keys, ranks, near * costs.near(mask) + far * costs.far(mask, topology))
+    elsewhere = np.where(on_node > 0, np.array(layout.lengths, np.float64)[:, None] - on_node, 0.0)
+    far = elsewhere[documents, nodes]
+    # All ranks of a node carry, and wait for, what crosses to it, whichever of them sees it.
+    crossing = elsewhere.sum(0) * (visible_share(mask) * costs.remote_key_s / topology.ranks_per_node)
+    keys = np.repeat(crossing, topology.ranks_per_node)
+    np.add.at(keys, ranks, (near + far) * costs.near(mask))
     remap = remap_seconds(np.array(layout.tokens_per_rank), topology, costs)
     return Predicted(tuple(attention.tolist()), tuple(keys.tolist()), tuple(remap.tolist()))
 
