@@ -23,7 +23,7 @@ from longspan.benchmarks.calibrate import add_arguments, check_arguments, fit, p
 from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.emulated_nodes import run_on_emulated_nodes, sent_bytes
 from longspan.benchmarks.length_mixes import MIXES, draw
-from longspan.benchmarks.ranks import Ranks, join
+from longspan.benchmarks.ranks import DIRECTIONS, join
 from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import Layout, Mask, SequenceParallel, Span, Topology, plan_attention, zigzag
 from longspan.parallel.costs import KEY_PASSES, predict
@@ -76,22 +76,21 @@ def main() -> int:
     start = time.monotonic()
     mesh = join("cpu", timeout_s=300.0)
     torch.set_num_threads(1)
-    ranks = Ranks(mesh, mesh.device, arguments.repetitions)
     record = new_record("routing", vars(arguments))
     heads = arguments.heads, arguments.kv_heads, arguments.head_dim
     alone = [time_attention(n, arguments, mesh.device, torch.float32) for n in (arguments.short, arguments.long)]
     links = {where: time_exchange(to, mesh, arguments) for where, to in peers(mesh.sp_rank, mesh.sp_topology).items()}
     costs = fit(*alone, links, heads, torch.float32.itemsize)
     record |= {"alone": alone, "seconds_per_byte": links, "costs": asdict(costs), "rows": []}
-    unrouted = replace(costs, key_s=0.0, remote_key_s=0.0)  # where nothing takes time nothing pays
+    # Where nothing takes time nothing pays.
+    routings = {"off": replace(costs, key_s=0.0, remote_key_s=0.0), "on": costs}
     for case, layout in cases(arguments, topology, costs).items():
-        for routing, by in (("off", unrouted), ("on", costs)):
-            row = {"case": case, "routing": routing} | run_case(ranks, layout, by, costs, arguments)
-            record["rows"].append(row)
+        for row in run_case(mesh, layout, routings, costs, arguments):
+            record["rows"].append({"case": case} | row)
             if mesh.is_main:
-                print(progress(row), flush=True)
-                if arguments.output:
-                    save(record | {"seconds": time.monotonic() - start}, arguments.output)
+                print(progress(record["rows"][-1]), flush=True)
+        if mesh.is_main and arguments.output:
+            save(record | {"seconds": time.monotonic() - start}, arguments.output)
     if mesh.is_main:
         print(f"\n{table(record['rows'])}", flush=True)
     dist.barrier()
@@ -99,63 +98,73 @@ def main() -> int:
     return 0
 
 
-def run_case(ranks: Ranks, layout: Layout, routed_by, costs, arguments) -> dict:
-    """Measured and predicted times of attention whose schedule goes by the costs `routed_by`."""
-    mesh = ranks.mesh
-    topology = mesh.sp_topology
-    seq = SequenceParallel(mesh.sp_group, topology=topology, softmax="double_ring", costs=routed_by).context(layout)
+def run_case(mesh, layout: Layout, routings: dict, costs, arguments) -> list[dict]:
+    """Measured and predicted times of attention in a layout, one row for every entry of `routings`: name -> the costs
+    that its schedule goes by."""
+    topology, group, rank = mesh.sp_topology, mesh.sp_group, mesh.sp_rank
     q, k, v, d_out = (
-        torch.randn(seq.num_tokens_local, heads, arguments.head_dim)
+        torch.randn(layout.tokens_per_rank[rank], heads, arguments.head_dim)
         for heads in (arguments.heads, arguments.kv_heads, arguments.kv_heads, arguments.heads)
     )
     leaves = [x.requires_grad_() for x in (q, k, v)]
-
-    def step(mark):
-        mark()
-        out = softmax_attention(*leaves, seq=seq)
-        mark()
-        torch.autograd.grad(out, leaves, d_out)
-        mark()
-
-    times = ranks.measure(step)
-    dist.barrier()
-    before = sent_bytes()
-    step(lambda: None)
-    dist.barrier()
-    over_link = gathered(sent_bytes() - before)
-    schedules = [double_ring_schedule(layout, rank, MASK, topology, routed_by) for rank in range(layout.world_size)]
-    crossing = [keys_over_link(schedule, rank, topology) for rank, schedule in enumerate(schedules)]
-    steps = time_steps(schedules[mesh.sp_rank], k.detach(), v.detach(), arguments.repetitions, mesh.sp_group)
-    predicted = step_seconds(schedules, topology, costs)
-    return {
-        "tokens": layout.tokens_per_rank,
-        "ms": times,
-        "link_mib": [count / 2**20 for count in over_link],
-        "keys_over_link": crossing,
-        "step_ms": steps,
-        "transfer_ms": sum(steps),
-        "predicted_step_ms": [1e3 * seconds / KEY_PASSES for seconds in predicted],
-        "predicted_ms": 1e3 * sum(predicted) / KEY_PASSES,
-        "planner_ms": 1e3 * max(predict(layout, topology, costs, MASK).keys_s) / KEY_PASSES,
+    contexts = {
+        name: SequenceParallel(group, topology=topology, softmax="double_ring", costs=by).context(layout)
+        for name, by in routings.items()
+    }
+    schedules = {
+        name: [double_ring_schedule(layout, r, MASK, topology, by) for r in range(layout.world_size)]
+        for name, by in routings.items()
     }
 
+    def attend(name):
+        out = softmax_attention(*leaves, seq=contexts[name])
+        yield
+        torch.autograd.grad(out, leaves, d_out)
+        yield
 
-def time_steps(schedule, k, v, repetitions: int, group) -> list[float]:
-    """Median milliseconds until the keys of each step have arrived at the last rank, since those of the step before:
-    the transfers of a forward pass by themselves, no kernel running."""
-    found = []
-    for _ in range(repetitions + 1):
+    def transfer(name):
+        yield from _arriving(k.detach(), v.detach(), schedules[name][rank], group)
+
+    times = alternate(attend, routings, arguments.repetitions, group)
+    arrivals = alternate(transfer, routings, arguments.repetitions, group)
+    rows = []
+    for name in routings:
         dist.barrier(group)
-        last, elapsed = time.perf_counter(), []
-        for _ in _arriving(k, v, schedule, group):
-            now = time.perf_counter()
-            elapsed.append(1e3 * (now - last))
-            last = now
-        found.append(np.cumsum(elapsed).tolist())
-    slowest = torch.tensor(found[1:], dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX, group)
-    arrived = [statistics.median(column) for column in slowest.t().tolist()]
-    return np.diff(arrived, prepend=0.0).tolist()
+        before = sent_bytes()
+        list(attend(name))
+        dist.barrier(group)
+        over_link = gathered(sent_bytes() - before)
+        predicted = step_seconds(schedules[name], topology, costs)
+        rows.append({
+            "routing": name,
+            "tokens": layout.tokens_per_rank,
+            "ms": dict(zip(DIRECTIONS, times[name], strict=True)),
+            "link_mib": [count / 2**20 for count in over_link],
+            "keys_over_link": [keys_over_link(one, r, topology) for r, one in enumerate(schedules[name])],
+            "step_ms": np.diff(arrivals[name], prepend=0.0).tolist(),
+            "transfer_ms": arrivals[name][-1],
+            "predicted_step_ms": [1e3 * seconds / KEY_PASSES for seconds in predicted],
+            "predicted_ms": 1e3 * sum(predicted) / KEY_PASSES,
+            "planner_ms": 1e3 * max(predict(layout, topology, costs, MASK).keys_s) / KEY_PASSES,
+        })  # fmt: skip
+    return rows
+
+
+def alternate(run, names, repetitions: int, group) -> dict[str, list[float]]:
+    """Median milliseconds until each yield of run(name), of each repetition the last rank counted. The names take
+    turns, so that what else the machine does meets all of them; the first turn warms up."""
+    found = {name: [] for name in names}
+    for _ in range(repetitions + 1):
+        for name in names:
+            dist.barrier(group)
+            start = time.perf_counter()
+            found[name].append([1e3 * (time.perf_counter() - start) for _ in run(name)])
+    medians = {}
+    for name in names:
+        slowest = torch.tensor(found[name][1:], dtype=torch.float64)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group)
+        medians[name] = [statistics.median(column) for column in slowest.t().tolist()]
+    return medians
 
 
 def step_seconds(schedules, topology: Topology, costs) -> list[float]:
