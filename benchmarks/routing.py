@@ -30,6 +30,7 @@ from longspan.parallel.costs import KEY_PASSES, predict
 from longspan.parallel.layout import head_tail
 
 MASK = Mask()
+CASES = ("lopsided", "uneven", *(f"zeppelin {mix}" for mix in MIXES), "zigzag")
 UNEVEN = 3  # tokens of a node's first rank to one of every other
 
 
@@ -59,13 +60,14 @@ def uneven(lengths, topology: Topology) -> Layout:
     return Layout(tuple(lengths), tuple(map(tuple, spans)))
 
 
-def cases(arguments, topology: Topology, costs) -> dict[str, Layout]:
+def place(case: str, arguments, topology: Topology, costs) -> Layout:
     tokens = arguments.tokens * topology.world_size
-    found = {make.__name__: make((tokens,), topology) for make in (lopsided, uneven)}
-    for mix in MIXES:
-        lengths = draw(mix, np.random.default_rng(arguments.seed), tokens, tokens)
-        found[f"zeppelin {mix}"] = plan_attention(lengths, topology, costs).layout
-    return found | {"zigzag": zigzag((tokens,), topology.world_size)}
+    if case == "zigzag":
+        return zigzag((tokens,), topology.world_size)
+    if case in ("lopsided", "uneven"):
+        return {"lopsided": lopsided, "uneven": uneven}[case]((tokens,), topology)
+    lengths = draw(case.removeprefix("zeppelin "), np.random.default_rng(arguments.seed), tokens, tokens)
+    return plan_attention(lengths, topology, costs).layout
 
 
 def main() -> int:
@@ -84,8 +86,8 @@ def main() -> int:
     record |= {"alone": alone, "seconds_per_byte": links, "costs": asdict(costs), "rows": []}
     # Where nothing takes time nothing pays.
     routings = {"off": replace(costs, key_s=0.0, remote_key_s=0.0), "on": costs}
-    for case, layout in cases(arguments, topology, costs).items():
-        for row in run_case(mesh, layout, routings, costs, arguments):
+    for case in arguments.cases:
+        for row in run_case(mesh, place(case, arguments, topology, costs), routings, costs, arguments):
             record["rows"].append({"case": case} | row)
             if mesh.is_main:
                 print(progress(record["rows"][-1]), flush=True)
@@ -224,6 +226,7 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--output", help="JSON file, saved again after every measurement")
+    add("--cases", nargs="+", choices=CASES, default=list(CASES), help="(default: all)")
     add("--nodes", type=int, default=2, help=f"emulated on this machine {default}")
     add("--ranks-per-node", type=int, default=2, help=default)
     add("--megabits", type=float, default=200.0, help=f"per second, of a rank's link {default}")

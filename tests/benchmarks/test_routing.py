@@ -18,9 +18,11 @@ def test_both_ways_are_recorded(tmp_path, monkeypatch):
     path = tmp_path / "routing.json"
     options = "--tokens 128 --heads 2 --kv-heads 2 --head-dim 8 --short 16 --long 64 --seconds 0.01 --megabytes 1"
     monkeypatch.setattr(sys, "argv", ["routing", "--output", str(path), "--repetitions", "2", *options.split()])
+    sys.argv += ["--cases", "lopsided", "zeppelin magi"]
     assert routing.main() == 0
     rows = json.loads(path.read_text())["rows"]
-    assert [row["routing"] for row in rows] == ["off", "on"] * (len(rows) // 2)
+    assert [row["case"] for row in rows] == ["lopsided"] * 2 + ["zeppelin magi"] * 2
+    assert [row["routing"] for row in rows] == ["off", "on"] * 2
     by_case = {(row["case"], row["routing"]): row for row in rows}
     off, on = by_case["lopsided", "off"], by_case["lopsided", "on"]
     assert off["keys_over_link"] == [0, 256, 0, 0] and on["keys_over_link"] == [128, 128, 0, 0]
@@ -50,6 +52,7 @@ def test_uneven_shards_hold_every_token():
 def test_refusals(capsys):
     for arguments, expected in [
         (["--nodes", "0"], "--nodes 0 must be greater than 0"),
+        (["--cases", "ring"], "invalid choice: 'ring'"),
         (["--megabits", "-1"], "--megabits -1.0 must be greater than 0"),
     ]:
         with pytest.raises(SystemExit):
