@@ -1,55 +1,121 @@
-"""Keys cross between nodes once: each rank fetches those of one rank of another node, and passes them on in its own.
+"""Keys cross between nodes once, over the links of all ranks of a node, and are passed round the node they come to.
 
-Around the nodes in an outer ring, and for every node of it around the ranks of one's own in an inner ring. What a rank
-fetches is what any rank of its node sees; what it passes on is cut to what the receiver sees. The outer transfers of
-all ranks of a node run at the same time, each over its own link.
+Around the nodes in an outer ring, and for every node of it around the ranks of one's own in an inner ring. What any
+rank of a node sees is fetched for it: each rank gets what the one in its place on the other node carries, which are
+that one's own rows and, where links would be loaded unevenly, rows dealt out to it (parallel.routing). What it passes
+on is cut to what the receiver sees. Rows are dealt out beside the last turn of the inner ring before.
 """
 
+from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 
 from longspan.attention.schedules import Schedule, by_document, local_step, make_step, needed
+from longspan.parallel.costs import Costs
 from longspan.parallel.geometry import Mask
-from longspan.parallel.layout import Layout
+from longspan.parallel.layout import Layout, Span
+from longspan.parallel.routing import route
 from longspan.parallel.topology import Topology
 
 
-def double_ring_schedule(layout: Layout, rank: int, mask: Mask, topology: Topology) -> Schedule:
-    """The schedule of `rank`: a pure function of layout and topology."""
+def double_ring_schedule(layout: Layout, rank: int, mask: Mask, topology: Topology, costs: Costs) -> Schedule:
+    """The schedule of `rank`: a pure function of layout, topology and costs."""
     size, nodes = topology.ranks_per_node, topology.nodes
     node, place = divmod(rank, size)
-    held = [by_document(layout, r) for r in range(layout.world_size)]
-    on_node = [_together(held[n * size : (n + 1) * size]) for n in range(nodes)]
-    steps = [local_step(layout, rank, mask)]
+    held = [[by_document(layout, n * size + p) for p in range(size)] for n in range(nodes)]
+    queries, steps = held[node][place], [local_step(layout, rank, mask)]
 
-    def fetched(owner, to_node):
-        """Of a rank's keys, what a node sees: (pieces at the owner, the same by document in the fetcher's buffer)."""
-        pieces, buffer, end = needed(on_node[to_node], held[owner], mask), {}, 0
-        for span, _ in pieces:
-            buffer.setdefault(span.document, []).append((span, end))
-            end += len(span)
-        return pieces, buffer
+    @cache
+    def loads(sender, receiver):
+        return _loads(held[sender], held[receiver], mask, costs)
+
+    def deal(target, **options):
+        """Rows for `target` go to the ranks of this node that carry them; nobody attends to them here."""
+        to = loads(node, target)
+        sent = [(node * size + p, pieces, None) for p in range(size) for owner, pieces in to[p].dealt if owner == place]
+        arriving = [(node * size + owner, pieces) for owner, pieces in to[place].dealt]
+        return make_step({}, sent, arriving, mask, **options)
+
+    def cross(origin, target, dealt_in, **options):
+        """Rows for `target` leave, own ones and those of step `dealt_in`; those of `origin` arrive."""
+        there, here = loads(node, target)[place], loads(origin, node)[place]
+        fetcher, owner = target * size + place, origin * size + place
+        sent = [(fetcher, there.own, None), (fetcher, _in_buffer(there.foreign), dealt_in)]
+        return make_step(queries, sent, [(owner, here.own), (owner, here.foreign)], mask, **options)
+
+    def pass_on(turn, source, passed_on):
+        before, after = (place - turn) % size, (place + turn) % size
+        arriving = [(node * size + before, needed(queries, passed_on[before], mask))]
+        sent = [(node * size + after, needed(held[node][after], passed_on[place], mask), source)]
+        return make_step(queries, sent, arriving, mask)
 
     for hop in range(nodes):
-        origin, target = (node - hop) % nodes, (node + hop) % nodes
-        source, passed_on = None, held[node * size : (node + 1) * size]  # what each rank of the node passes on
+        source, passed_on, more = None, held[node], size > 1 and hop + 1 < nodes
         if hop:
-            source = len(steps)
-            owner, fetcher = origin * size + place, target * size + place
-            pieces, passed_on = zip(*(fetched(origin * size + other, node) for other in range(size)))
-            arriving, sent = [(owner, pieces[place])], [(fetcher, fetched(rank, target)[0])]
-            last = source + size - 1 if size > 1 else None
-            steps.append(make_step(held[rank], sent, arriving, mask, last_to_send=last))
+            origin, target, source = (node - hop) % nodes, (node + hop) % nodes, len(steps)
+            passed_on = [_documents(_in_buffer(load.own + load.foreign)) for load in loads(origin, node)]
+            last = source + size - 1 + more if size > 1 else None  # the last turn, behind the step that deals
+            steps.append(cross(origin, target, source - 2, last_to_send=last))
         for turn in range(1, size):
-            before, after = (place - turn) % size, (place + turn) % size
-            arriving = [(node * size + before, needed(held[rank], passed_on[before], mask))]
-            sent = [(node * size + after, needed(held[node * size + after], passed_on[place], mask))]
-            steps.append(make_step(held[rank], sent, arriving, mask, source=source))
+            if more and turn == size - 1:
+                steps.append(deal((node + hop + 1) % nodes, last_to_send=len(steps) + 2, beside=True))
+            steps.append(pass_on(turn, source, passed_on))
     return Schedule(tuple(steps))
 
 
-def _together(holdings):
-    """document -> [(span, row)] of several ranks, to ask what any of them sees."""
-    merged = {}
-    for document, pieces in chain.from_iterable(held.items() for held in holdings):
-        merged.setdefault(document, []).extend(pieces)
-    return merged
+@dataclass(frozen=True)
+class _Load:
+    """What a rank carries to another node, pieces as `needed` gives them: own rows, and (owner's place, its pieces)."""
+
+    own: list
+    dealt: list
+
+    @property
+    def foreign(self):
+        return [piece for _, pieces in self.dealt for piece in pieces]
+
+
+def _loads(owners, readers, mask, costs) -> list[_Load]:
+    """Of every rank of a node, for another node: both as by_document of their ranks."""
+    seen = {}
+    for document, pieces in chain.from_iterable(held.items() for held in readers):
+        seen.setdefault(document, []).extend(pieces)
+    own = [needed(seen, held, mask) for held in owners]
+    rows = [{} for _ in owners]
+    for of_document, pieces in zip(rows, own):
+        for span, _ in pieces:
+            of_document[span.document] = of_document.get(span.document, 0) + len(span)
+    dealt = [[] for _ in owners]
+    for owner, proxy, count in route(rows, [set(held) for held in readers], costs):
+        own[owner], taken = _split(own[owner], count)
+        dealt[proxy].append((owner, taken))
+    return list(map(_Load, own, dealt))
+
+
+def _split(pieces, count):
+    """The pieces without their last `count` rows, and those rows."""
+    kept, taken = list(pieces), []
+    while count:
+        span, row = kept.pop()
+        cut = max(span.start, span.stop - count)
+        if cut > span.start:
+            kept.append((Span(span.document, span.start, cut), row))
+        taken.insert(0, (Span(span.document, cut, span.stop), row + cut - span.start))
+        count -= span.stop - cut
+    return kept, taken
+
+
+def _in_buffer(pieces):
+    """The same, as rows of the buffer that they arrive in one after another."""
+    end, arrived = 0, []
+    for span, _ in pieces:
+        arrived.append((span, end))
+        end += len(span)
+    return arrived
+
+
+def _documents(pieces):
+    held = {}
+    for span, row in pieces:
+        held.setdefault(span.document, []).append((span, row))
+    return held

@@ -10,6 +10,7 @@ import torch
 
 from longspan.attention.double_ring import double_ring_schedule
 from longspan.attention.schedules import Schedule, softmax_schedule
+from longspan.parallel.costs import Costs
 from longspan.parallel.geometry import Mask, attention_pairs
 from longspan.parallel.layout import Layout
 from longspan.parallel.planner import AttentionPlan, plan_attention
@@ -65,7 +66,7 @@ def schedule_of(layout: Layout, rank: int, plan: AttentionPlan, mask: Mask) -> M
             f"{plan.layout.world_size} ranks, the layout has {len(layout.lengths)} of {layout.num_tokens} on "
             f"{layout.world_size}"
         )
-    schedule = ring_schedule(plan.layout, rank, mask, plan.topology)
+    schedule = ring_schedule(plan.layout, rank, mask, plan.topology, plan.costs)
     if plan.layout == layout:
         return Moved(schedule)
     there = route_table(layout, rank, map(plan.layout.global_indices, range(layout.world_size)))
@@ -73,11 +74,11 @@ def schedule_of(layout: Layout, rank: int, plan: AttentionPlan, mask: Mask) -> M
     return Moved(schedule, there, back)
 
 
-def ring_schedule(layout: Layout, rank: int, mask: Mask, topology: Topology) -> Schedule:
+def ring_schedule(layout: Layout, rank: int, mask: Mask, topology: Topology, costs: Costs) -> Schedule:
     """A ring over all ranks, on several nodes one that crosses between them once."""
     if topology.nodes == 1:
         return softmax_schedule(layout, rank, "ring", mask)
-    return double_ring_schedule(layout, rank, mask, topology)
+    return double_ring_schedule(layout, rank, mask, topology, costs)
 
 
 def head_parallel_schedule(layout: Layout, rank: int, mask: Mask, groups: int) -> Moved:

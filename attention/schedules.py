@@ -33,15 +33,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """Keys sent, keys that arrive, and the calls on them. sends: (peer, rows); receives: (peer, rows of the step's
-    buffer). The first step has neither: it works on the local keys. source: the step whose buffer the rows sent are
-    of, None for the local keys. last_to_send: the last step whose source this one is, None for no step."""
+    """Keys sent, keys that arrive, and the calls on them. sends: (peer, rows, source), the step whose buffer the rows
+    are of, None for the local keys; receives: (peer, rows of the step's buffer). The first step has neither: it works
+    on the local keys. last_to_send: the last step that sends of this one's buffer, None for no step. beside: while it
+    is under way the next step's transfer starts, too. The last two are the same on all ranks."""
 
-    sends: tuple[tuple[int, Rows], ...]
+    sends: tuple[tuple[int, Rows, int | None], ...]
     receives: tuple[tuple[int, slice], ...]
     calls: tuple[Call, ...]
-    source: int | None = None
     last_to_send: int | None = None
+    beside: bool = False
 
     @property
     def num_keys(self) -> int:
@@ -63,7 +64,7 @@ class Schedule:
         return Schedule(tuple(
             replace(
                 step,
-                sends=tuple((peer, rows(sent)) for peer, sent in step.sends),
+                sends=tuple((peer, rows(sent), source) for peer, sent, source in step.sends),
                 calls=tuple(Call(c.pack.map(move), rows(c.query_rows), rows(c.key_rows)) for c in step.calls),
             )
             for step in self.steps
@@ -73,7 +74,7 @@ class Schedule:
         """The same among ranks of other numbers: peer r is name(r)."""
 
         def renamed(ends):
-            return tuple((name(peer), rows) for peer, rows in ends)
+            return tuple((name(peer), *rows) for peer, *rows in ends)
 
         return Schedule(tuple(
             replace(step, sends=renamed(step.sends), receives=renamed(step.receives)) for step in self.steps
@@ -100,7 +101,7 @@ def softmax_schedule(layout: Layout, rank: int, strategy: str, mask: Mask) -> Sc
     steps = [local_step(layout, rank, mask)]
     for number, sources in enumerate(peers(rank, layout.world_size)):
         sent = [peer for peer in range(layout.world_size) if rank in peers(peer, layout.world_size)[number]]
-        sent = [(peer, needed(holdings[peer], holdings[rank], mask)) for peer in sent]
+        sent = [(peer, needed(holdings[peer], holdings[rank], mask), None) for peer in sent]
         arriving = [(peer, needed(holdings[rank], holdings[peer], mask)) for peer in sources]
         steps.append(make_step(holdings[rank], sent, arriving, mask))
     return Schedule(tuple(steps))
@@ -112,8 +113,8 @@ def local_step(layout: Layout, rank: int, mask: Mask) -> Step:
 
 
 def make_step(queries, sent, arriving, mask: Mask, **options) -> Step:
-    """A step from (peer, pieces) that are sent and that arrive, pieces as `needed` gives them."""
-    sends = [(peer, _rows([(row, row + len(span)) for span, row in pieces])) for peer, pieces in sent if pieces]
+    """A step from (peer, pieces, source) sent and (peer, pieces) that arrive, pieces as `needed` gives them."""
+    sends = [(peer, _rows([(row, row + len(span)) for span, row in pieces]), of) for peer, pieces, of in sent if pieces]
     receives, keys, end = [], [], 0
     for peer, pieces in arriving:
         start = end

@@ -82,7 +82,7 @@ def _moved(seq, plan, mask, heads) -> Moved:
     if strategy in HEAD_PARALLEL:
         return seq.derive(head_parallel_schedule, mask, head_groups(strategy, topology, heads))
     if strategy == "double_ring":
-        return Moved(seq.derive(double_ring_schedule, mask, topology))
+        return Moved(seq.derive(double_ring_schedule, mask, topology, parallel.costs))
     return Moved(seq.derive(softmax_schedule, strategy, mask))
 
 
@@ -136,8 +136,7 @@ def _backward(d_out, q, k, v, out, lse, schedule, backend, scale, group):
                 total[at] += grad
         while returning:
             _add_returned(*returning.pop(0))
-        for source in [n for n in kept if n is not None and schedule.steps[n].last_to_send < number]:
-            # All that it was passed on to have answered.
+        for source in _answered(kept, schedule, number):
             returning.append(_return(schedule.steps[source], kept.pop(source), kept, k, v, group))
         if step.last_to_send is not None:
             kept[number] = dkeys, dvalues
@@ -146,51 +145,58 @@ def _backward(d_out, q, k, v, out, lse, schedule, backend, scale, group):
     while returning or len(kept) > 1:
         while returning:
             _add_returned(*returning.pop(0))
-        for source in [n for n in kept if n is not None]:
+        for source in _answered(kept, schedule, len(schedule.steps)):
             returning.append(_return(schedule.steps[source], kept.pop(source), kept, k, v, group))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _arriving(k, v, schedule, group):
     """(step, keys, values) of every step, the next step's transfer started before this one is handed out."""
-    kept = {None: (k, v)}
+    kept, steps = {None: (k, v)}, schedule.steps
 
     def start(step):
         keys, values = (x.new_empty(step.num_keys, *x.shape[1:]) for x in (k, v))
-        sends = [(peer, x[rows].contiguous()) for peer, rows in step.sends for x in kept[step.source]]
+        sends = [(peer, x[rows].contiguous()) for peer, rows, source in step.sends for x in kept[source]]
         receives = [(peer, x[rows]) for peer, rows in step.receives for x in (keys, values)]
         return start_exchange(sends, receives, group), keys, values
 
-    coming = (None, k, v)
-    for number, step in enumerate(schedule.steps):
-        pending, keys, values = coming
+    coming = [(None, k, v)]
+    for number, step in enumerate(steps):
+        pending, keys, values = coming.pop(0)
         if pending is not None:
             pending.wait()
         if step.last_to_send is not None:
             kept[number] = keys, values
-        if number + 1 < len(schedule.steps):
-            coming = start(schedule.steps[number + 1])
-        for source in [n for n in kept if n is not None and schedule.steps[n].last_to_send <= number + 1]:
+        while number + len(coming) + 1 < len(steps) and (not coming or steps[number + len(coming)].beside):
+            coming.append(start(steps[number + len(coming) + 1]))
+        for source in [n for n in kept if n is not None and steps[n].last_to_send <= number + len(coming)]:
             del kept[source]
         yield step, keys, values
 
 
+def _answered(kept, schedule, number):
+    """The kept steps whose gradients are complete before step `number`: all they were passed on to have answered, also
+    where those passed it on again."""
+    last = {n: schedule.steps[n].last_to_send for n in kept if n is not None}
+    return [n for n in last if last[n] < number and last[n] not in kept]
+
+
 def _return(step, gradients, totals, k, v, group):
     """Starts sending the gradients of a step's keys back to where they came from, the exchange of the step transposed;
-    what comes is to be added to totals[step.source]."""
+    what comes is to be added to the totals of where they came from."""
     sends = [(peer, x[rows].to(k.dtype)) for peer, rows in step.receives for x in gradients]
     receives, targets = [], []
-    for peer, rows in step.sends:
+    for peer, rows, source in step.sends:
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         parts = [x.new_empty(count, *x.shape[1:]) for x in (k, v)]
         receives += [(peer, part) for part in parts]
-        targets.append((rows, parts))
-    return start_exchange(sends, receives, group), targets, totals[step.source]
+        targets.append((totals[source], rows, parts))
+    return start_exchange(sends, receives, group), targets
 
 
-def _add_returned(pending, targets, totals):
+def _add_returned(pending, targets):
     pending.wait()
-    for rows, parts in targets:
+    for totals, rows, parts in targets:
         for total, part in zip(totals, parts, strict=True):
             total[rows] += part
 

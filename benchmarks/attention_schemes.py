@@ -8,9 +8,7 @@ for what is measured and what the columns mean.
 """
 
 import argparse
-import contextlib
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -30,13 +28,13 @@ from longspan.benchmarks.calibrate import (
     time_exchange,
 )
 from longspan.benchmarks.common import Traffic, format_table, new_record, save
-from longspan.benchmarks.emulated_nodes import emulated_nodes
+from longspan.benchmarks.emulated_nodes import run_on_emulated_nodes
 from longspan.benchmarks.length_mixes import MIXES, draw
 from longspan.benchmarks.ranks import Ranks, join
 from longspan.launcher.calibration import read_costs
 from longspan.launcher.errors import UserError
 from longspan.launcher.parsing import parse_tokens
-from longspan.parallel import SequenceParallel
+from longspan.parallel import SequenceParallel, Topology
 
 # name: (base layout, strategy)
 SCHEMES = {
@@ -55,7 +53,8 @@ ONE = "one"  # a single document
 def main() -> int:
     arguments = parse_arguments()
     if arguments.nodes and "RANK" not in os.environ:
-        return on_emulated_nodes(arguments)
+        topology = Topology(arguments.nodes, arguments.ranks_per_node)
+        return run_on_emulated_nodes("longspan.benchmarks.attention_schemes", topology, arguments.megabits)
     start = time.monotonic()
     mesh = join(arguments.device, timeout_s=300.0)
     device = mesh.device
@@ -139,28 +138,6 @@ def ideal_seconds(lengths, world_size: int, costs) -> float:
     return costs.pair_s * sum(pairs) / world_size
 
 
-def on_emulated_nodes(arguments) -> int:
-    """This script again, as the ranks of emulated nodes."""
-    command = [sys.executable, "-m", "longspan.benchmarks.attention_schemes", *sys.argv[1:]]
-    world_size = arguments.nodes * arguments.ranks_per_node
-    with emulated_nodes(arguments.nodes, arguments.megabits) as nodes, contextlib.ExitStack() as stack:
-        processes = []
-        for rank in range(world_size):
-            node = nodes[rank // arguments.ranks_per_node]
-            environment = os.environ | {
-                "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank % arguments.ranks_per_node),
-                "LOCAL_WORLD_SIZE": str(arguments.ranks_per_node), "GLOO_SOCKET_IFNAME": node.interface,
-                "MASTER_ADDR": nodes[0].address, "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            process = subprocess.Popen(["ip", "netns", "exec", node.namespace, *command], env=environment)
-            stack.callback(process.kill)
-            processes.append(process)
-        while all(process.poll() is None for process in processes):
-            time.sleep(0.2)
-        failed = any(process.poll() for process in processes)  # the others would wait for a rank that is gone
-        return int(failed or any(process.wait() for process in processes))
-
-
 def progress(row: dict) -> str:
     where = f"{row['mix']} {row['tokens']} {row['scheme']}"
     if "error" in row:
@@ -194,7 +171,7 @@ def parse_arguments(argv=None):
     add("--costs", help="file of calibrate.py for the plans; otherwise those measured first, as there")
     add("--nodes", type=int, default=0, help="emulate as many nodes on this machine")
     add("--ranks-per-node", type=int, default=2, help=f"of emulated nodes {default}")
-    add("--megabits", type=float, default=200.0, help=f"per second, of an emulated node's link {default}")
+    add("--megabits", type=float, default=200.0, help=f"per second, of an emulated rank's link {default}")
     add("--seed", type=int, default=0, help="of the lengths")
     add("--repetitions", type=int, default=20 if on_gpu else 5, help=default)
     add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {default}")

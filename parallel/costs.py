@@ -47,14 +47,14 @@ class Costs:
                 raise ValueError(f"Costs.{field.name}={value!r} must be a number of seconds {least}, up to 1e6")
 
     def keys(self, mask: Mask, topology: Topology) -> "Keys":
-        """Keys come to a node once, over the links of all its ranks, and go on inside. Of a window, a rank sees those
-        before each of its two parts at most; one rank may hold them all, and they come over one link."""
-        share, far = visible_share(mask), self.key_s + self.remote_key_s / topology.ranks_per_node
-        keys = Keys(share * self.key_s, share * far)
+        """Keys come to a node once, over the links of all its ranks (parallel.routing), and go on inside. Of a window,
+        a rank sees those before each of its two parts at most; if one rank sees them all, they may use one link."""
+        share = visible_share(mask)
+        keys = Keys(share * self.key_s, share * self.remote_key_s / topology.ranks_per_node)
         if mask.window is None:
             return keys
         most = 2 * (mask.window - 1)
-        return replace(keys, most_near=most * self.key_s, most_far=most * (self.key_s + self.remote_key_s))
+        return replace(keys, most_near=most * self.key_s, most_cross=most * self.remote_key_s)
 
     @classmethod
     def pairs_only(cls) -> "Costs":
@@ -83,24 +83,29 @@ def token_bytes(heads: int, kv_heads: int, head_dim: int, bytes_per_number: int)
 
 @dataclass(frozen=True)
 class Keys:
-    """Seconds that a rank needs for keys of a document that it shares in, from above: per token that other ranks of its
-    node hold (near) or other nodes (far), and at most, however many tokens those are."""
+    """Seconds for keys of a document that other ranks hold, from above: per token for a rank that sees them (near), per
+    token that crosses to a node (cross), and at most, however many tokens those are."""
 
     near: float = 0.0
-    far: float = 0.0
+    cross: float = 0.0
     most_near: float = inf
-    most_far: float = inf
+    most_cross: float = inf
 
     def near_s(self, tokens):
         return np.minimum(tokens * self.near, self.most_near)
 
+    def cross_s(self, tokens):
+        return np.minimum(tokens * self.cross, self.most_cross)
+
     def far_s(self, tokens):
-        return np.minimum(tokens * self.far, self.most_far)
+        """For tokens that other nodes hold."""
+        return self.near_s(tokens) + self.cross_s(tokens)
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Seconds of each rank: attention; keys that arrive; tokens remapped for the layer and back."""
+    """Seconds of each rank: attention; keys that arrive, or cross to its node over its link; tokens remapped for the
+    layer and back."""
 
     attention_s: tuple[float, ...]
     keys_s: tuple[float, ...]
@@ -150,10 +155,12 @@ def predict(layout: Layout, topology: Topology, costs: Costs, mask: Mask = Mask(
     on_node = np.zeros((len(layout.lengths), topology.nodes))
     np.add.at(on_node, (documents, nodes), tokens)
     near = on_node[documents, nodes] - tokens
-    far = np.array(layout.lengths, np.float64)[documents] - on_node[documents, nodes]
-    keys = np.zeros(layout.world_size)
+    elsewhere = np.where(on_node > 0, np.array(layout.lengths, np.float64)[:, None] - on_node, 0.0)
+    far = elsewhere[documents, nodes]
     seconds = costs.keys(mask, topology)
-    np.add.at(keys, ranks, seconds.near_s(near) + seconds.far_s(far))
+    # All ranks of a node carry, and wait for, what crosses to it, whichever of them sees it.
+    keys = np.repeat(seconds.cross_s(elsewhere).sum(0), topology.ranks_per_node)
+    np.add.at(keys, ranks, seconds.near_s(near + far))
     remap = remap_seconds(np.array(layout.tokens_per_rank), topology, costs)
     return Predicted(tuple(attention.tolist()), tuple(keys.tolist()), tuple(remap.tolist()))
 

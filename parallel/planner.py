@@ -28,10 +28,12 @@ EVEN_ROOM = 1.03  # tokens per rank of the others, in units of the mean: the pub
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """layout: where every token of the batch is during softmax attention. predicted: what that costs."""
+    """layout: where every token of the batch is during softmax attention. costs: what it was planned with, and its keys
+    are routed with. predicted: what that costs."""
 
     layout: Layout
     topology: Topology
+    costs: Costs
     predicted: Predicted
 
     @cached_property
@@ -52,7 +54,8 @@ class AttentionPlan:
     @cached_property
     def digest(self) -> str:
         """Equal on all ranks that made the same plan."""
-        return hashlib.sha256(repr((self.layout.lengths, self.layout.spans, self.topology)).encode()).hexdigest()
+        made = self.layout.lengths, self.layout.spans, self.topology, self.costs
+        return hashlib.sha256(repr(made).encode()).hexdigest()
 
 
 def plan_attention(
@@ -78,7 +81,7 @@ def plan_attention(
 def _plan(lengths, topology, costs, token_cap, strategy, mask):
     most = token_cap * sum(lengths) / topology.world_size
     layout = _layout(lengths, topology, STRATEGIES[strategy](lengths, topology, most, costs, mask))
-    return AttentionPlan(layout, topology, predict(layout, topology, costs, mask))
+    return AttentionPlan(layout, topology, costs, predict(layout, topology, costs, mask))
 
 
 def _water_fill(lengths, topology, most, costs, mask):

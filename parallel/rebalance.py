@@ -23,15 +23,15 @@ def rebalance(layout: Layout, topology: Topology) -> Layout:
     moves = []
     nodes = [range(n * topology.ranks_per_node, (n + 1) * topology.ranks_per_node) for n in range(topology.nodes)]
     for ranks in (*nodes, range(topology.world_size)):
-        moves += _match(surplus, deficit, ranks)
+        moves += match(surplus, deficit, ranks)
 
     spans = [list(rank_spans) for rank_spans in layout.spans]
     arrived = [[] for _ in spans]
     for source, target, count in moves:
         arrived[target] += _take_from_end(spans[source], count)
-    return Layout(layout.lengths, tuple(
-        tuple(sorted(kept + new)) if new else tuple(kept) for kept, new in zip(spans, arrived)
-    ))
+    return Layout(
+        layout.lengths, tuple(tuple(sorted(kept + new)) if new else tuple(kept) for kept, new in zip(spans, arrived))
+    )
 
 
 def _targets(tokens, topology: Topology) -> list[int]:
@@ -54,7 +54,7 @@ def _targets(tokens, topology: Topology) -> list[int]:
     return targets
 
 
-def _match(surplus, deficit, ranks) -> list[tuple[int, int, int]]:
+def match(surplus, deficit, ranks) -> list[tuple[int, int, int]]:
     """Greedy matching among `ranks`, lowest ranks first; consumes surplus and deficit in place."""
     moves = []
     targets = [rank for rank in ranks if deficit[rank]]

@@ -14,7 +14,8 @@ from parity import Case, disagreements, relative_error, run_share
 from spawn import run_ranks
 
 from longspan.attention import softmax_attention
-from longspan.parallel import Costs, SequenceParallel, Topology, contiguous, plan_attention, zigzag
+from longspan.benchmarks.routing import lopsided, uneven
+from longspan.parallel import Costs, Layout, SequenceParallel, Span, Topology, contiguous, plan_attention, zigzag
 
 WORLD_SIZES = [1, 2, 3, 4, 8]
 HEAD_SIZE = 8
@@ -132,15 +133,32 @@ def test_bf16_is_as_close_to_fp64_as_one_rank():
 # Plans given by hand, or made by the context: queries, keys and values move and come back.
 
 
+ROUTED = Costs(key_s=1e-3, remote_key_s=1e-2)  # every row that crosses counts
+
+
+def placed(name, lengths, topology):
+    """A layout of cases.py, or one that loads the links between nodes unevenly; giant: the longest document on one rank
+    of the first node, the others lopsided."""
+    if name in ("lopsided", "uneven"):
+        return {"lopsided": lopsided, "uneven": uneven}[name](lengths, topology)
+    if name != "giant":
+        return layouts(lengths, topology.world_size)[name]
+    longest = lengths.index(max(lengths))
+    spans = [[s for s in held if s.document != longest] for held in lopsided(lengths, topology).spans]
+    spans[topology.ranks_per_node - 1].append(Span(longest, 0, lengths[longest]))
+    return Layout(lengths, tuple(map(tuple, spans)))
+
+
 def run_nodes(rank, world_size, cases):
-    """The share of every (lengths, layout, nodes, mask) over a double ring, and how often keys crossed nodes."""
+    """The share of every (lengths, layout, nodes, mask) over a double ring."""
     results = []
     for name, layout_name, nodes, variant in cases:
         lengths = LENGTHS[name]
         inputs, grad_out, kwargs = make_inputs(variant, lengths)
-        layout = layouts(lengths, world_size)[layout_name]
         topology = Topology(nodes, world_size // nodes)
-        seq = SequenceParallel(dist.group.WORLD, topology=topology, softmax="double_ring").context(layout)
+        layout = placed(layout_name, lengths, topology)
+        parallel = SequenceParallel(dist.group.WORLD, topology=topology, softmax="double_ring", costs=ROUTED)
+        seq = parallel.context(layout)
 
         def on_nodes(*tensors, layout, group, seq=seq, **options):
             return softmax_attention(*tensors, seq=seq, **options)
@@ -155,16 +173,21 @@ def node_cases(world_size):
         for j, variant in enumerate(["causal_gqa", "full", "window_31"]):
             for name in ("one", "mixed", SMALL[(i + j) % 4]):
                 yield name, layout, nodes[(i + j) % len(nodes)], variant
+    for layout in ("lopsided", "uneven", "giant"):
+        for n in nodes:
+            for variant in ("causal_gqa", "full"):
+                yield "mixed" if layout == "giant" else "one", layout, n, variant
+                yield "two", layout, n, variant
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("world_size", [2, 4, 6, 8])
 def test_double_ring(world_size):
     cases = list(node_cases(world_size))
     ranks = run_ranks(run_nodes, world_size, cases, timeout=120)
     problems = []
     for n, (name, layout_name, nodes, variant) in enumerate(cases):
         exact = expected(variant, name, torch.float64)
-        layout = layouts(LENGTHS[name], world_size)[layout_name]
+        layout = placed(layout_name, LENGTHS[name], Topology(nodes, world_size // nodes))
         shares, limits = [results[n] for results in ranks], dict.fromkeys(exact, 1e-9)
         problems += disagreements(f"{cases[n]}", shares, layout, exact, torch.float64, limits)
     assert not problems, "\n".join(problems)

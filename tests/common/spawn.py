@@ -30,12 +30,12 @@ class RanksFailed(RuntimeError):
     """At least one rank raised, died or ran past the time limit; the message holds every rank's traceback."""
 
 
-def run_ranks(fn, world_size, *args, timeout=120, nodes=None):
+def run_ranks(fn, world_size, *args, timeout=120, places=None):
     """Call ``fn(rank, world_size, *args)`` on `world_size` processes that share a gloo group.
 
     `fn` is a module-level function; `args` and the results must pickle. Every rank has one torch thread, the same
-    seed (0) and NaN-filled scratch memory in longspan code (see poison.py). nodes: of emulated_nodes, on which equally
-    many ranks each run.
+    seed (0) and NaN-filled scratch memory in longspan code (see poison.py). places: where each rank runs, of
+    emulated_nodes.
 
     Returns the list of results, indexed by rank. Raises RanksFailed with the traceback of every rank otherwise;
     after `timeout` seconds for all of it, with the place where each rank was stuck. No process is left behind.
@@ -51,7 +51,7 @@ def run_ranks(fn, world_size, *args, timeout=120, nodes=None):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_rank_main,
-                    args=(rank, world_size, where, payload, sender, folder, timeout, nodes),
+                    args=(rank, world_size, where, payload, sender, folder, timeout, places and places[rank]),
                     daemon=True,
                 )
                 process.start()
@@ -111,16 +111,15 @@ def _describe(processes, results, failures, timeout, folder):
     return f"{len(processes)} ranks, {len(failures)} failed\n" + "\n".join(parts)
 
 
-def _rank_main(rank, world_size, where, payload, sender, folder, timeout, nodes):
+def _rank_main(rank, world_size, where, payload, sender, folder, timeout, place):
     threading.Thread(target=_die_with_parent, daemon=True).start()
     stacks = open(Path(folder) / f"stacks.{rank}", "w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     if Path("/sys/class/net/lo").exists():  # The host name of a container may not resolve.
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    if nodes:
-        os.environ["LOCAL_WORLD_SIZE"] = str(world_size // len(nodes))
-        nodes[rank * len(nodes) // world_size].enter()
+    if place:
+        place.enter()
     import poison
     import torch
     import torch.distributed as dist

@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,8 @@ def test_plans_repeat_and_digests_tell_them_apart():
     spread = plan_attention((64,), Topology(2, 2), Costs.pairs_only())
     together = plan_attention((64,), Topology(1, 4), Costs.pairs_only())
     assert spread.layout == together.layout and spread.digest != together.digest  # they are rings of other kinds
+    dear = plan_attention((64,), Topology(2, 2), replace(Costs.pairs_only(), remote_key_s=1e-9))
+    assert spread.layout == dear.layout and spread.digest != dear.digest  # their keys may cross by other routes
 
 
 def test_remapping_has_to_pay():
@@ -151,9 +154,10 @@ def test_predicted_costs_of_a_small_layout():
     costs = Costs(2.0, 3, 10.0, 100.0, 1000.0, 10_000.0, 1)
     found = predict(layout, Topology(2, 2), costs)
     assert found.attention_s == pytest.approx((2 * 10 * (1 + 3 / 4), 2 * 6 * (1 + 3 / 3), 2 * 26 * (1 + 3 / 4), 0))
-    far = 0.75 * 4 * (10 + 100 / 2)
-    assert found.keys_s == pytest.approx((far, 0, far, 0))
-    assert found.exposed_s == pytest.approx((far - 35, 0, far - 91, 0))
+    crossing = 0.75 * 4 * 100 / 2  # to either node, over both its links
+    far = 0.75 * 4 * 10 + crossing
+    assert found.keys_s == pytest.approx((far, crossing, far, crossing))
+    assert found.exposed_s == pytest.approx((far - 35, crossing - 24, far - 91, crossing))
     # The mean is 2.75: 1.25, 0.25, 1.25 and 2.75 off it, of which less than a token does not move; nodes are 1.5 off.
     crossing = 1.5 / 2 * 0
     assert found.remap_s == pytest.approx((1250 + crossing, crossing, 1250 + crossing, 2750 + crossing))
