@@ -8,7 +8,6 @@ on is cut to what the receiver sees. Rows are dealt out beside the last turn of 
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 
 from longspan.attention.schedules import Schedule, by_document, local_step, make_step, needed
 from longspan.parallel.costs import Costs
@@ -23,11 +22,13 @@ def double_ring_schedule(layout: Layout, rank: int, mask: Mask, topology: Topolo
     size, nodes = topology.ranks_per_node, topology.nodes
     node, place = divmod(rank, size)
     held = [[by_document(layout, n * size + p) for p in range(size)] for n in range(nodes)]
+    on_node, documents = [_together(of_node) for of_node in held], [list(map(set, of_node)) for of_node in held]
     queries, steps = held[node][place], [local_step(layout, rank, mask)]
 
     @cache
     def loads(sender, receiver):
-        return _loads(held[sender], held[receiver], mask, costs)
+        own = [needed(on_node[receiver], keys, mask) for keys in held[sender]]
+        return _loads(own, documents[receiver], costs)
 
     def deal(target, **options):
         """Rows for `target` go to the ranks of this node that carry them; nobody attends to them here."""
@@ -75,18 +76,15 @@ class _Load:
         return [piece for _, pieces in self.dealt for piece in pieces]
 
 
-def _loads(owners, readers, mask, costs) -> list[_Load]:
-    """Of every rank of a node, for another node: both as by_document of their ranks."""
-    seen = {}
-    for document, pieces in chain.from_iterable(held.items() for held in readers):
-        seen.setdefault(document, []).extend(pieces)
-    own = [needed(seen, held, mask) for held in owners]
-    rows = [{} for _ in owners]
+def _loads(own, readers, costs) -> list[_Load]:
+    """Of every rank of a node, for another node. own: the pieces of each that the other node sees; readers: for each
+    rank there, the documents it holds parts of."""
+    rows = [{} for _ in own]
     for of_document, pieces in zip(rows, own):
         for span, _ in pieces:
             of_document[span.document] = of_document.get(span.document, 0) + len(span)
-    dealt = [[] for _ in owners]
-    for owner, proxy, count in route(rows, [set(held) for held in readers], costs):
+    dealt = [[] for _ in own]
+    for owner, proxy, count in route(rows, readers, costs):
         own[owner], taken = _split(own[owner], count)
         dealt[proxy].append((owner, taken))
     return list(map(_Load, own, dealt))
@@ -119,3 +117,8 @@ def _documents(pieces):
     for span, row in pieces:
         held.setdefault(span.document, []).append((span, row))
     return held
+
+
+def _together(holdings):
+    """document -> [(span, row)] of several ranks, to ask what any of them sees."""
+    return _documents(piece for held in holdings for pieces in held.values() for piece in pieces)

@@ -24,6 +24,8 @@ def route(rows, readers, costs: Costs) -> tuple[tuple[int, int, int], ...]:
     loads = [sum(of_document.values()) for of_document in rows]
     order = sorted(range(len(loads)), key=lambda place: (-loads[place], place))
     best, least = (), (1 - LEAST_GAIN) * transfer_seconds(rows, readers, (), costs) - EXCHANGE_S
+    if least <= 0:  # so little crosses that nothing can be won
+        return ()
     for count in range(2, len(loads) + 1):
         moves = _level(loads, order[:count])
         seconds = transfer_seconds(rows, readers, moves, costs)
