@@ -23,6 +23,7 @@ from longspan.parallel.zeppelin_even import even_rings
 ZONES = ("inter", "intra", "local")
 MEMO = 8  # latest plans
 CAPS = (1.0, 0.0)  # caps to try between the mean (0) and `token_cap` (1); with the first most work is balanced
+SLOW_LINKS = 1.25  # a plan's time over its slowest rank's attention from which on other schemes are tried
 EVEN_ROOM = 1.03  # tokens per rank of the others, in units of the mean: the published scheme has batches 97 % full
 
 
@@ -65,9 +66,10 @@ def plan_attention(
     """The placement of a batch for softmax attention.
 
     costs: None for `Costs()`, an H200. token_cap: tokens on a rank at most, in units of the mean (more where that is
-    less than one whole token). strategy: `zeppelin`, uneven shards for equal time; for comparison `zeppelin_even`, the
-    published scheme of even shards, and `hybrid`, groups of powers of two. Raises ValueError for lengths below 1, a cap
-    below 1 and unknown strategies. The latest plans are kept.
+    less than one whole token). strategy: `zeppelin`, uneven shards for equal time, or over slow links one of the other
+    two where less time is predicted for it; `zeppelin_even`, the published scheme of even shards; `hybrid`, groups of
+    powers of two. Raises ValueError for lengths below 1, a cap below 1 and unknown strategies. The latest plans are
+    kept.
     """
     lengths, costs = check_lengths(lengths), Costs() if costs is None else costs
     if not 1 <= token_cap < float("inf"):
@@ -80,8 +82,20 @@ def plan_attention(
 @lru_cache(MEMO)
 def _plan(lengths, topology, costs, token_cap, strategy, mask):
     most = token_cap * sum(lengths) / topology.world_size
-    layout = _layout(lengths, topology, STRATEGIES[strategy](lengths, topology, most, costs, mask))
-    return AttentionPlan(layout, topology, costs, predict(layout, topology, costs, mask))
+
+    def plan(shares):
+        layout = _layout(lengths, topology, shares)
+        return AttentionPlan(layout, topology, costs, predict(layout, topology, costs, mask))
+
+    found = plan(STRATEGIES[strategy](lengths, topology, most, costs, mask))
+    if strategy != "zeppelin" or not costs.token_s:
+        return found
+    if found.predicted.slowest_s > SLOW_LINKS * max(found.predicted.attention_s):
+        for other in ("zeppelin_even", "hybrid"):  # cut fewer documents, at the price of balance
+            rival = plan(STRATEGIES[other](lengths, topology, most, costs, mask))
+            if max(rival.layout.tokens_per_rank) <= max(most, max(found.layout.tokens_per_rank)):
+                found = min(found, rival, key=lambda plan: plan.predicted.slowest_s)
+    return found
 
 
 def _water_fill(lengths, topology, most, costs, mask):

@@ -196,3 +196,19 @@ def test_bad_input_is_named():
         with pytest.raises(ValueError, match=re.escape(f"Costs.{name}={value!r} must be")):
             Costs(**wrong)
     assert max(plan_attention([5, 9000, 3], topology, token_cap=1e18).layout.tokens_per_rank) <= 9008
+
+
+def test_over_slow_links_zeppelin_is_no_slower_than_the_others():
+    """Where links take most of the time, what is predicted to take least is taken; also under a token cap."""
+    slow = Costs(
+        pair_s=1.5e-7, start_tokens=146, key_s=1.2e-5, remote_key_s=5.7e-4, token_s=2.5e-5, remote_token_s=1.1e-3
+    )
+    topology, changed = Topology(2, 2), 0
+    for mix in MIXES:
+        lengths = draw(mix, np.random.default_rng(0), 4096, 4096)
+        plans = {name: plan_attention(lengths, topology, slow, 1.5, name) for name in planner.STRATEGIES}
+        others = [plan.predicted.slowest_s for name, plan in plans.items() if name != "zeppelin"]
+        assert plans["zeppelin"].predicted.slowest_s <= min(others) * planner.SLOW_LINKS
+        changed += plans["zeppelin"].layout in (plans["zeppelin_even"].layout, plans["hybrid"].layout)
+        assert max(plan_attention(lengths, topology, slow, 1.0).layout.tokens_per_rank) <= -(-4096 // 4)
+    assert changed >= 2
