@@ -7,7 +7,7 @@ token placement (positions, segments, routes, schedules) is derived from it.
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from operator import index
+from operator import attrgetter, index
 
 import numpy as np
 
@@ -45,7 +45,8 @@ class Layout:
 
     def _check_cover(self):
         reached = dict.fromkeys(range(len(self.lengths)), 0)
-        for span in sorted(span for rank_spans in self.spans for span in rank_spans):
+        spans = (span for rank_spans in self.spans for span in rank_spans)
+        for span in sorted(spans, key=attrgetter("document", "start", "stop")):
             if span.document not in reached:
                 raise ValueError(f"{span} names a document outside 0..{len(self.lengths) - 1}")
             if span.start >= span.stop:

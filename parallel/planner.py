@@ -24,6 +24,7 @@ ZONES = ("inter", "intra", "local")
 MEMO = 8  # latest plans
 CAPS = (1.0, 0.0)  # caps to try between the mean (0) and `token_cap` (1); with the first most work is balanced
 SLOW_LINKS = 1.25  # a plan's time over its slowest rank's attention from which on other schemes are tried
+FEW_RANKS = 16
 EVEN_ROOM = 1.03  # tokens per rank of the others, in units of the mean: the published scheme has batches 97 % full
 
 
@@ -91,7 +92,8 @@ def _plan(lengths, topology, costs, token_cap, strategy, mask):
     if strategy != "zeppelin" or not costs.token_s:
         return found
     if found.predicted.slowest_s > SLOW_LINKS * max(found.predicted.attention_s):
-        for other in ("zeppelin_even", "hybrid"):  # cut fewer documents, at the price of balance
+        # They cut fewer documents, at the price of balance. Groups of powers of two take long to plan on many ranks.
+        for other in ("zeppelin_even", "hybrid") if topology.world_size <= FEW_RANKS else ("zeppelin_even",):
             rival = plan(STRATEGIES[other](lengths, topology, most, costs, mask))
             if max(rival.layout.tokens_per_rank) <= max(most, max(found.layout.tokens_per_rank)):
                 found = min(found, rival, key=lambda plan: plan.predicted.slowest_s)
@@ -109,7 +111,9 @@ def _water_fill(lengths, topology, most, costs, mask):
         if found is None:
             continue
         level, shares = found
-        total = level + remap_seconds(_tokens(shares, topology), topology, costs).max()
+        total = level
+        if costs.token_s:
+            total += remap_seconds(_tokens(shares, topology), topology, costs).max()
         if seconds is None or total < seconds:
             best, seconds = shares, total
     return best
