@@ -104,11 +104,11 @@ class _Attention(torch.autograd.Function):
 def _forward(q, k, v, schedule, backend, scale, group):
     """(out [T, Hq, D] in q's dtype, lse [T, Hq])."""
     if q.shape[0] == 0:
-        for _ in _arriving(k, v, schedule, group):  # a rank without queries still sends (nothing) and stays in step
+        for _ in arriving(k, v, schedule, group):  # a rank without queries still sends (nothing) and stays in step
             pass
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
     out = lse = None
-    for step, keys, values in _arriving(k, v, schedule, group):
+    for step, keys, values in arriving(k, v, schedule, group):
         for call in step.calls:
             rows = call.query_rows
             part = backend.forward(q[rows], keys[call.key_rows], values[call.key_rows], call.pack, scale)
@@ -124,7 +124,7 @@ def _backward(d_out, q, k, v, out, lse, schedule, backend, scale, group):
     wide = _wide(q)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     kept, returning = {None: (dk, dv)}, []
-    for number, (step, keys, values) in enumerate(_arriving(k, v, schedule, group)):
+    for number, (step, keys, values) in enumerate(arriving(k, v, schedule, group)):
         local = keys is k
         dkeys, dvalues = (dk, dv) if local else (torch.zeros_like(x, dtype=wide) for x in (keys, values))
         for call in step.calls:
@@ -150,7 +150,7 @@ def _backward(d_out, q, k, v, out, lse, schedule, backend, scale, group):
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _arriving(k, v, schedule, group):
+def arriving(k, v, schedule, group):
     """(step, keys, values) of every step, the next step's transfer started before this one is handed out."""
     kept, steps = {None: (k, v)}, schedule.steps
 

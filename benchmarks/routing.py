@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention.double_ring import double_ring_schedule
-from longspan.attention.softmax import _arriving, softmax_attention
+from longspan.attention.softmax import arriving, softmax_attention
 from longspan.benchmarks.calibrate import add_arguments, check_arguments, fit, peers, time_attention, time_exchange
 from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.emulated_nodes import run_on_emulated_nodes, sent_bytes
@@ -125,7 +125,7 @@ def run_case(mesh, layout: Layout, routings: dict, costs, arguments) -> list[dic
         yield
 
     def transfer(name):
-        yield from _arriving(k.detach(), v.detach(), schedules[name][rank], group)
+        yield from arriving(k.detach(), v.detach(), schedules[name][rank], group)
 
     times = alternate(attend, routings, arguments.repetitions, group)
     arrivals = alternate(transfer, routings, arguments.repetitions, group)
