@@ -2,12 +2,13 @@
 
 import torch
 
+from longspan.attention.recompute import keep, recall
 from longspan.parallel.exchange import all_to_all_rows, group_size, start_all_gather
 
 
 def gather_rows(x: torch.Tensor, group) -> torch.Tensor:
     """[n, ...] with n >= 1 and equal on all ranks -> [world_size * n, ...], differentiable. A collective call, also
-    backward: x must be part of the graph on all ranks or on none."""
+    backward: x must be part of the graph on all ranks or on none. Recomputation takes what was gathered before."""
     return _GatherRows.apply(x, group)
 
 
@@ -15,7 +16,8 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        return start_all_gather(x, group).wait().flatten(0, 1)
+        kept = recall()
+        return (keep(start_all_gather(x, group).wait()) if kept is None else kept).flatten(0, 1)
 
     @staticmethod
     def backward(ctx, grad):

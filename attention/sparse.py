@@ -14,6 +14,7 @@ from longspan.attention.gather_rows import gather_rows
 from longspan.attention.recompute import keep, recall
 from longspan.kernels.merge import merge
 from longspan.kernels.sparse import BlockPlan, choose
+from longspan.parallel.exchange import start_all_gather
 
 
 @torch.compiler.disable
@@ -45,21 +46,18 @@ def sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = selection.tables(seq, causal)
 
-    def gather(x):
-        return gather_rows(x, seq.parallel.group)
-
-    coarse = selection.coarse(k, v, tables, gather)
-    return _Attention.apply(q, k, v, *coarse, selection, tables, gather, causal, seq.parallel.group, strategy, scale)
+    coarse = selection.coarse(k, v, tables, lambda x: gather_rows(x, seq.parallel.group))
+    return _Attention.apply(q, k, v, *coarse, selection, tables, causal, seq.parallel.group, strategy, scale)
 
 
 class _Attention(torch.autograd.Function):
     """coarse_k, coarse_v: [rows, Hkv, D], keys and values that stand for many and are on every rank, or None."""
 
     @staticmethod
-    def forward(ctx, q, k, v, coarse_k, coarse_v, selection, tables, gather, causal, group, strategy, scale):
+    def forward(ctx, q, k, v, coarse_k, coarse_v, selection, tables, causal, group, strategy, scale):
         kept = recall()
         if kept is None:
-            parts = _choose(q, k, coarse_k, selection, tables, gather, causal, strategy, group)
+            parts = _choose(q, k, coarse_k, selection, tables, causal, strategy, group)
             kept = keep(_forward(q, (k, v), (coarse_k, coarse_v), parts, group, scale))
         out, lse, parts, arrived = kept
         out = out.detach()
@@ -72,11 +70,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_out):
         q, k, v, coarse_k, coarse_v, out, lse, *arrived = ctx.saved_tensors
         given = d_out.contiguous(), q, (k, v), (coarse_k, coarse_v), out, lse, arrived
-        return *_backward(*given, *ctx.rest), *[None] * 7
+        return *_backward(*given, *ctx.rest), *[None] * 6
 
 
-def _choose(q, k, coarse_k, selection, tables, gather, causal, strategy, group) -> list[Part]:
+def _choose(q, k, coarse_k, selection, tables, causal, strategy, group) -> list[Part]:
     """What to attend to, the local keys first, then coarse ones, then those of other ranks."""
+
+    def gather(x):
+        return start_all_gather(x, group).wait().flatten(0, 1)
+
     with torch.no_grad():
         fine, coarse = selection.choose(q, k, coarse_k, tables, gather)
         wanted = tables.keys.of_block[fine.clamp(min=0)].masked_fill((fine < 0)[..., None], -1).flatten(2)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from traffic import Traffic
 
-from longspan.attention import linear_attention, softmax_attention
+from longspan.attention import Hierarchical, TopBlocks, linear_attention, softmax_attention, sparse_attention
 from longspan.attention.recompute import checkpoint_contexts
 from longspan.parallel import SequenceParallel
 
@@ -45,18 +45,29 @@ def hybrid_layer(x, weights, where):
     return softmax_layer(linear_layer(x, weights[:1], where), weights[1:], where)
 
 
+def sparse_layer(x, weights, where):
+    """Chosen blocks, and blocks with means of blocks, which are gathered."""
+    for weight, selection in zip(weights, (TopBlocks(2, 16, 8), Hierarchical(8, 2, 2))):
+        q, k, v = (part.unflatten(-1, (NUM_HEADS, -1)) for part in (x @ weight)[:, : 3 * WIDTH].split(WIDTH, -1))
+        x = x + sparse_attention(q, k, v, selection=selection, **where).flatten(1).tanh()
+    return x
+
+
 LAYERS = [
     (linear_layer, "lasp2"),
     (linear_layer, "lasp"),
     (softmax_layer, "ring"),
     (softmax_layer, "all_gather"),
     (hybrid_layer, "auto"),
+    (sparse_layer, "fetch"),
+    (sparse_layer, "ring"),
 ]
 
 
 def places(layout, layer, strategy):
     """The ways of saying where `layer` runs, by name."""
-    names = {linear_layer: {"linear": strategy}, softmax_layer: {"softmax": strategy}, hybrid_layer: {}}[layer]
+    kinds = {linear_layer: "linear", softmax_layer: "softmax", sparse_layer: "sparse"}
+    names = {kinds[layer]: strategy} if layer in kinds else {}
     return {
         "seq": {"seq": SequenceParallel(dist.group.WORLD, **names).context(layout)},
         "group": {"layout": layout, "group": dist.group.WORLD, "strategy": strategy},
