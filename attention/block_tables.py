@@ -51,14 +51,18 @@ class Ranges:
     @classmethod
     def of(cls, first: np.ndarray, stop: np.ndarray, keep: float) -> "Ranges":
         """keep: so many, or below 1 a share of the range, at least one."""
-        size = stop - first
-        most = np.minimum(size, keep if keep >= 1 else np.maximum((keep * size).astype(np.int64), 1))
+        most = kept_of(stop - first, keep)
         tensors = (torch.from_numpy(x.astype(np.int64)) for x in (first, stop, most))
         return cls(*tensors, np.stack([first, stop], 1), int(most.max(initial=0)))
 
     def map(self, move) -> "Ranges":
         """The same with every tensor passed through `move`."""
         return replace(self, first=move(self.first), stop=move(self.stop), most=move(self.most))
+
+
+def kept_of(size: np.ndarray, keep: float) -> np.ndarray:
+    """How many of so many are kept: `keep`, or below 1 that share, at least one."""
+    return np.minimum(size, keep if keep >= 1 else np.maximum((keep * size).astype(np.int64), 1))
 
 
 @dataclass(frozen=True)

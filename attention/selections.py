@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from longspan.attention.block_tables import BlockTables, Pieces, Ranges, block_tables
+from longspan.attention.block_tables import BlockTables, Pieces, Ranges, block_tables, kept_of
 
 SCORE_ELEMENTS = 1 << 22  # scores held at once: 16 MB
 
@@ -43,7 +43,7 @@ class TopBlocks:
         """Query-key pairs of one head in a document of `length` tokens under a causal mask."""
         begin = np.arange(0, length, self.query_block)
         count, past = np.minimum(self.query_block, length - begin), begin // self.key_block
-        kept = np.minimum(past, self.keep if self.keep >= 1 else np.maximum((self.keep * past).astype(np.int64), 1))
+        kept = kept_of(past, self.keep)
         diagonal = count * (begin - past * self.key_block) + count * (count + 1) // 2
         return int((count * kept * self.key_block + diagonal).sum())
 

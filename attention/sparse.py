@@ -11,7 +11,9 @@ from torch.autograd.function import once_differentiable
 from longspan.attention.arguments import pick, resolve
 from longspan.attention.block_parts import STRATEGIES, Part, block_parts
 from longspan.attention.gather_rows import gather_rows
+from longspan.attention.hierarchy import Hierarchical
 from longspan.attention.recompute import keep, recall
+from longspan.attention.selections import TopBlocks
 from longspan.kernels.merge import merge
 from longspan.kernels.sparse import BlockPlan, choose
 from longspan.parallel.exchange import start_all_gather
@@ -25,7 +27,7 @@ def sparse_attention(
 
     q: [T, Hq, D]; k, v: [T, Hkv, D] with Hq a multiple of Hkv: this rank's tokens in the order of `layout`, one
     floating dtype; returns [T, Hq, D] in it; a query that sees nothing gets 0. fp64 is computed and sent in fp64, all
-    else in fp32 where sums are made. scale defaults to D**-0.5. selection: one of attention.selections; it gets no
+    else in fp32 where sums are made. scale defaults to D**-0.5. selection: TopBlocks or Hierarchical; it gets no
     gradient. The result does not depend on the layout: blocks are those of documents. layout, group: a Layout and its
     process group (None: one rank, by default one document). strategy: "fetch", blocks by request; "ring", all keys of
     one rank after the other; "auto", by what is chosen. seq: a SequenceContext instead of those three. Raises
@@ -33,6 +35,8 @@ def sparse_attention(
     """
 
     def check():
+        if not isinstance(selection, (TopBlocks, Hierarchical)):
+            raise ValueError(f"selection is a {type(selection).__name__}; give TopBlocks(...) or Hierarchical(...)")
         if k.shape != v.shape:
             raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be equal")
         if k.shape[2] != q.shape[2]:
@@ -45,7 +49,6 @@ def sparse_attention(
     strategy = pick(STRATEGIES, seq.parallel.sparse, "auto", "sparse strategy")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = selection.tables(seq, causal)
-
     coarse = selection.coarse(k, v, tables, lambda x: gather_rows(x, seq.parallel.group))
     return _Attention.apply(q, k, v, *coarse, selection, tables, causal, seq.parallel.group, strategy, scale)
 
@@ -120,8 +123,9 @@ def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
     d_coarse, returning, arrived = (None, None), [], list(arrived)
     for number, part in enumerate(parts):
         keys, values = local if number == 0 else coarse if part.coarse else (arrived.pop(0), arrived.pop(0))
-        gradients = (torch.zeros_like(keys), torch.zeros_like(values))
-        if q.shape[0] and len(part.plan.keys):
+        if not q.shape[0] or not len(part.plan.keys):
+            gradients = torch.zeros_like(keys), torch.zeros_like(values)
+        else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
             found, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale)
             dq += found

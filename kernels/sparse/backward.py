@@ -7,7 +7,7 @@ With P = exp(scores - lse) and delta = rowsum(d_out . out) - d_lse:
 """
 
 from longspan.kernels.compiler import tl, triton
-from longspan.kernels.sparse.tiles import LOG2E, key_rows, load_tile, query_rows, store_tile
+from longspan.kernels.sparse.tiles import LOG2E, key_rows, load_tile, program_of, query_rows, query_scores, store_tile
 
 
 @triton.jit
@@ -44,9 +44,7 @@ def queries_kernel(
     WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [T, HEADS, D] of one query block and pack of heads."""
-    block, pack = tl.program_id(0) // (HEADS // PACK), tl.program_id(0) % (HEADS // PACK)
-    first_head = pack * PACK
-    key_head, listed = first_head // (HEADS // KEY_HEADS), (first_head * LISTS // HEADS).to(tl.int64)
+    block, first_head, key_head, listed = program_of(HEADS, KEY_HEADS, LISTS, PACK)
     first, row, place, position, valid = query_rows(block, 0, q_start, q_length, q_position, ROWS, PACK)
     q_ptr += first * q_stride_t + first_head * q_stride_h
     d_out_ptr += first * d_out_stride_t + first_head * d_out_stride_h
@@ -67,12 +65,9 @@ def queries_kernel(
         )  # fmt: skip
         k = load_tile(k_ptr + key_first * k_stride_t, key_row, k_stride_t, 0, there, D, BLOCK_D)
         v = load_tile(v_ptr + key_first * v_stride_t, key_row, v_stride_t, 0, there, D, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        seen = there[None, :]
-        if WEIGHTED:
-            scores += weight if GATHER == 1 else weight[None, :]
-        if CAUSAL:
-            seen = seen & (key_position[None, :] <= position[:, None])
+        scores, seen = query_scores(
+            q, k, scale, weight, there, key_position, position, GATHER, CAUSAL, WEIGHTED, PRECISION
+        )  # fmt: skip
         weights = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
         d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         d_scores = (weights * (d_weights - delta[:, None])).to(k.dtype)

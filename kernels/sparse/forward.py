@@ -1,7 +1,7 @@
 """Forward: one program per query block and pack of heads walks the block's list with an online softmax in base 2."""
 
 from longspan.kernels.compiler import tl, triton
-from longspan.kernels.sparse.tiles import LOG2E, key_rows, load_tile, query_rows, store_tile
+from longspan.kernels.sparse.tiles import LOG2E, key_rows, load_tile, program_of, query_rows, query_scores, store_tile
 
 
 @triton.jit(do_not_specialize=["M", "capacity", "scale"])
@@ -14,9 +14,7 @@ def forward_kernel(
     WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes out [T, HEADS, D] and lse [T, HEADS], natural logarithm; 0 and -inf for a query that sees nothing."""
-    block, pack = tl.program_id(0) // (HEADS // PACK), tl.program_id(0) % (HEADS // PACK)
-    first_head = pack * PACK
-    key_head, listed = first_head // (HEADS // KEY_HEADS), (first_head * LISTS // HEADS).to(tl.int64)
+    block, first_head, key_head, listed = program_of(HEADS, KEY_HEADS, LISTS, PACK)
     first, row, place, position, valid = query_rows(block, 0, q_start, q_length, q_position, ROWS, PACK)
     q_ptr += first * q_stride_t + first_head * q_stride_h
     q = load_tile(q_ptr, row, q_stride_t, place * q_stride_h, valid, D, BLOCK_D)
@@ -35,12 +33,9 @@ def forward_kernel(
         )  # fmt: skip
         k = load_tile(k_ptr + key_first * k_stride_t, key_row, k_stride_t, 0, there, D, BLOCK_D)
         v = load_tile(v_ptr + key_first * v_stride_t, key_row, v_stride_t, 0, there, D, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        seen = there[None, :]
-        if WEIGHTED:
-            scores += weight if GATHER == 1 else weight[None, :]
-        if CAUSAL:
-            seen = seen & (key_position[None, :] <= position[:, None])
+        scores, seen = query_scores(
+            q, k, scale, weight, there, key_position, position, GATHER, CAUSAL, WEIGHTED, PRECISION
+        )  # fmt: skip
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)

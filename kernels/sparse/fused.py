@@ -2,6 +2,7 @@
 
 import torch
 
+from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.backward import add_kernel, keys_kernel, queries_kernel, rows_kernel
 from longspan.kernels.sparse.forward import forward_kernel
 from longspan.kernels.sparse.plan import CHUNK, BlockPlan
@@ -27,7 +28,7 @@ def refusal(dtype: torch.dtype, head_dim: int, plan: BlockPlan) -> str | None:
 
 def forward(q, k, v, plan: BlockPlan, scale: float):
     """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D], lse fp32 [Tq, Hq])."""
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     tile = _tile(q, k, plan)
     if len(plan.queries):
@@ -41,7 +42,7 @@ def forward(q, k, v, plan: BlockPlan, scale: float):
 def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float):
     """(dq, dk, dv) in the dtypes of q, k and v; d_lse: [Tq, Hq] or None. out and lse: of all keys that the queries see,
     also where the plan lists some of them."""
-    d_out, q, k, v = (_unit_stride(x) for x in (d_out, q, k, v))
+    d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
     rows = lse.new_empty(*lse.shape, 2)
@@ -68,7 +69,7 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float):
     )  # fmt: skip
     add_kernel[(num_columns * k.shape[1],)](
         *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, num_columns, items,
-        k.shape[1], plan.heads, head_dim, tile["BLOCK_D"], plan.keys.size,
+        k.shape[1], plan.heads, head_dim, tile["BLOCK_D"], plan.keys.size, num_warps=plan.keys.size // 8,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -81,7 +82,7 @@ def _tile(q, k, plan):
         pack *= 2
     return {
         "HEADS": heads, "KEY_HEADS": key_heads, "LISTS": plan.heads, "D": head_dim,
-        "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()), "ROWS": plan.queries.size * pack, "KEYS": plan.keys.size,
+        "BLOCK_D": padded(head_dim), "ROWS": plan.queries.size * pack, "KEYS": plan.keys.size,
         "PACK": pack, "CAUSAL": plan.causal, "WEIGHTED": plan.log_weight is not None,
     }  # fmt: skip
 
@@ -106,7 +107,3 @@ def _tables(plan):
 
 def _strides(*tensors):
     return [stride for x in tensors for stride in x.stride()[:2]]
-
-
-def _unit_stride(x):
-    return x if x.stride(-1) == 1 else x.contiguous()

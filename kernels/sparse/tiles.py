@@ -6,6 +6,28 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def program_of(HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, PACK: tl.constexpr):
+    """What a program that walks the list of a query block works on: (block, first of PACK heads, key head, list)."""
+    block, head = tl.program_id(0) // (HEADS // PACK), tl.program_id(0) % (HEADS // PACK) * PACK
+    return block, head, head // (HEADS // KEY_HEADS), (head * LISTS // HEADS).to(tl.int64)
+
+
+@triton.jit
+def query_scores(
+    q, k, scale, weight, there, key_position, position,
+    GATHER: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[queries, keys] scores in base 2, weights added, and which of them are seen."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+    seen = there[None, :]
+    if WEIGHTED:
+        scores += weight if GATHER == 1 else weight[None, :]
+    if CAUSAL:
+        seen = seen & (key_position[None, :] <= position[:, None])
+    return scores, seen
+
+
+@triton.jit
 def query_rows(block, part, start_ptr, length_ptr, position_ptr, SIZE: tl.constexpr, PACK: tl.constexpr):
     """The part-th SIZE rows of a query block's tokens, each PACK heads beside one another: first row of the block, row
     in the block, head of the pack, position, valid. What varies in a tile stays below 2^31: addresses take half the

@@ -145,3 +145,37 @@ def test_only_blocks_that_are_chosen_travel():
     sent, wanted = map(sum, zip(*fetched))
     assert sent == wanted > 0
     assert sum(sent for sent, _ in ring) > 2 * wanted
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"selection": 5}, "selection is a int; give TopBlocks(...) or Hierarchical(...)"),
+        ({"v": torch.zeros(8, 2, 3)}, "k has shape (8, 2, 4) but v has (8, 2, 3); they must be equal"),
+        ({"q": torch.zeros(8, 4, 5)}, "k has shape (8, 2, 4); its head_dim must be that of q, (8, 4, 5)"),
+        ({"q": torch.zeros(8, 3, 4)}, "k has 2 heads, which does not divide the 3 heads of q"),
+        ({"strategy": "rign"}, "sparse strategy 'rign' is unknown; use auto, fetch, ring; did you mean 'ring'?"),
+    ],
+)
+def test_refusals(change, message):
+    given = {"q": torch.zeros(8, 4, 4), "k": torch.zeros(8, 2, 4), "v": torch.zeros(8, 2, 4), "selection": TopBlocks()}
+    with pytest.raises(ValueError) as error:
+        sparse_attention(**given | change)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TopBlocks(0), "TopBlocks.keep=0 must be a whole number of blocks or a share between 0 and 1"),
+        (lambda: TopBlocks(2.5), "TopBlocks.keep=2.5 must be a whole number of blocks or a share between 0 and 1"),
+        (lambda: TopBlocks(query_block=0), "TopBlocks.query_block=0 must be a whole number of at least 1"),
+        (lambda: TopBlocks(2, first=2, recent=1), "TopBlocks.keep=2 must be at least first + recent, 3"),
+        (lambda: Hierarchical(1), "Hierarchical.block=1 must be a whole number of at least 2"),
+        (lambda: Hierarchical(levels=0), "Hierarchical.levels=0 must be a whole number of at least 1"),
+    ],
+)
+def test_selections_refuse(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert str(error.value) == message
