@@ -15,7 +15,7 @@ CHUNK = 64
 # Bytes of an element, width of x and y (padded): (columns of z per program, warps, stages). Measured on H200 for
 # (2, 128); fp32, whose products are three of tf32, is laid out to fit.
 SUM = {
-    (2, 16): (64, 4, 2), (2, 32): (64, 4, 2), (2, 64): (64, 4, 3), (2, 128): (128, 4, 3), (2, 256): (64, 8, 2),
+    (2, 16): (64, 4, 2), (2, 32): (64, 4, 2), (2, 64): (64, 4, 3), (2, 128): (64, 4, 4), (2, 256): (64, 8, 2),
     (4, 16): (64, 4, 1), (4, 32): (64, 4, 1), (4, 64): (64, 4, 1), (4, 128): (64, 8, 1),
 }  # fmt: skip
 SWEEP = {
