@@ -23,6 +23,7 @@ from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.attention.schedules import softmax_schedule
 from longspan.kernels.merge import merge
+from longspan.kernels.scatter import scatter_rows
 from longspan.kernels.softmax import choose
 from longspan.parallel.exchange import start_exchange
 from longspan.parallel.geometry import Mask
@@ -122,32 +123,55 @@ def _forward(q, k, v, schedule, backend, scale, group):
 
 def _backward(d_out, q, k, v, out, lse, schedule, backend, scale, group):
     wide = _wide(q)
-    dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
-    kept, returning = {None: (dk, dv)}, []
+    dq, kept, returning = None, {}, []
     for number, (step, keys, values) in enumerate(arriving(k, v, schedule, group)):
-        local = keys is k
-        dkeys, dvalues = (dk, dv) if local else (torch.zeros_like(x, dtype=wide) for x in (keys, values))
+        dkeys = dvalues = None
         for call in step.calls:
             rows, key_rows = call.query_rows, call.key_rows
             part = backend.backward(
                 d_out[rows], q[rows], keys[key_rows], values[key_rows], out[rows], lse[rows], call.pack, scale
             )
-            for total, at, grad in zip((dq, dkeys, dvalues), (rows, key_rows, key_rows), part):
-                total[at] += grad
+            dq = _added(dq, rows, part[0], q, wide)
+            dkeys, dvalues = (
+                _added(total, key_rows, grad, keys, wide) for total, grad in zip((dkeys, dvalues), part[1:])
+            )
+        if len(schedule.steps) == 1:
+            return tuple(_like(x, total) for x, total in ((q, dq), (k, dkeys), (v, dvalues)))
+        dkeys, dvalues = (torch.zeros_like(keys, dtype=wide) if x is None else x.to(wide) for x in (dkeys, dvalues))
+        if number == 0:
+            dk, dv = kept[None] = dkeys, dvalues
         while returning:
             _add_returned(*returning.pop(0))
         for source in _answered(kept, schedule, number):
             returning.append(_return(schedule.steps[source], kept.pop(source), kept, k, v, group))
         if step.last_to_send is not None:
             kept[number] = dkeys, dvalues
-        elif not local:
+        elif number:
             returning.append(_return(step, (dkeys, dvalues), kept, k, v, group))
     while returning or len(kept) > 1:
         while returning:
             _add_returned(*returning.pop(0))
         for source in _answered(kept, schedule, len(schedule.steps)):
             returning.append(_return(schedule.steps[source], kept.pop(source), kept, k, v, group))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return _like(q, dq), _like(k, dk), _like(v, dv)
+
+
+def _like(x, total):
+    return torch.zeros_like(x) if total is None else total.to(x.dtype)
+
+
+def _added(total, rows, part, like, wide):
+    """`total` with `part` added at `rows`, in `wide`. None stands for zeros; a first part of all rows stays as it is."""
+    covers = (rows.stop - rows.start if isinstance(rows, slice) else len(rows)) == len(like)
+    if total is None and covers and isinstance(rows, slice):
+        return part
+    if total is None:
+        total = (torch.empty_like if covers else torch.zeros_like)(like, dtype=wide)
+        scatter_rows(total, rows, part, add=not covers)
+        return total
+    total = total.to(wide)
+    scatter_rows(total, rows, part)
+    return total
 
 
 def arriving(k, v, schedule, group):
@@ -198,7 +222,7 @@ def _add_returned(pending, targets):
     pending.wait()
     for totals, rows, parts in targets:
         for total, part in zip(totals, parts, strict=True):
-            total[rows] += part
+            scatter_rows(total, rows, part)
 
 
 def _wide(x):

@@ -4,6 +4,10 @@ import torch
 
 from longspan.parallel.exchange import Pending, group_size, start_all_gather, start_exchange
 
+# GPUs up to so many send to each other directly: on 4 H200 that takes less time than NCCL's ring, whose hops wait for
+# each other.
+DIRECT_RANKS = 8
+
 
 def lasp2(plan, direction, state, transition, group, *, fold, summarize, step):
     """One all-gather of what every rank publishes; every rank folds what its spans need (LASP-2, arXiv 2502.07563)."""
@@ -83,7 +87,7 @@ def _gather_totals(totals, table, rank: int, group):
 
 def _start_gather(x, ranks, rank: int, group) -> Pending:
     """Starts gathering x, equal in shape on all `ranks`, among them: [len(ranks), *x.shape] in their order."""
-    if len(ranks) == group_size(group):
+    if len(ranks) == group_size(group) and not (x.is_cuda and len(ranks) <= DIRECT_RANKS):
         return start_all_gather(x, group)
     out = x.new_empty(len(ranks), *x.shape)
     out[ranks.index(rank)] = x
