@@ -161,7 +161,7 @@ def _like(x, total):
 
 
 def _added(total, rows, part, like, wide):
-    """`total` with `part` added at `rows`, in `wide`. None stands for zeros; a first part of all rows stays as it is."""
+    """`total` with `part` added at `rows`, in `wide`. None stands for zeros; a first part of all rows stays itself."""
     covers = (rows.stop - rows.start if isinstance(rows, slice) else len(rows)) == len(like)
     if total is None and covers and isinstance(rows, slice):
         return part
