@@ -42,8 +42,8 @@ def backward_kernel(
     """inverse, scores, rows: `Prepared`. Grid: (splits * H * blocks). MODE:
 
     "sum"     the gradient of the state that enters a split from the split's own outputs -> sum [row, H, K, V]
-    "states"  the gradient of the state that leaves every chunk, dS^T -> d_states [tile, V, K], and E^T -> errors
-              [tile, V, C]
+    "states"  the gradient of the state that leaves every chunk, dS^T -> d_states [tile, V, K], and E -> errors
+              [tile, C, V]
     """
     blocks: tl.constexpr = BLOCK_V // BLOCK
     program = tl.program_id(0)
@@ -93,7 +93,7 @@ def backward_kernel(
         errors = tl.dot(d_values.to(k.dtype), inverse, input_precision=PRECISION)
         if MODE == "states":
             tl.store(d_states_ptr + tile * BLOCK_V * BLOCK_K + column[:, None] * BLOCK_K + key[None, :], leaving)
-            errors_at = errors_ptr + tile * BLOCK_V * CHUNK + column[:, None] * CHUNK + token[None, :]
+            errors_at = errors_ptr + tile * BLOCK_V * CHUNK + column[:, None] + token[None, :] * BLOCK_V
             tl.store(errors_at, errors.to(k.dtype))
         state = tl.dot((d_out * weight).to(k.dtype), q, state, input_precision=PRECISION)
         state = tl.dot((errors * -read).to(k.dtype), k, state, input_precision=PRECISION)
@@ -113,9 +113,9 @@ def backward_sums(call, prepared, d_out):
 
 
 def backward_states(call, prepared, d_out, exits):
-    """dS^T leaving each chunk [tiles, V, K] and E^T [tiles, V, C]. exits: [N, H, K, V], leaving the splits."""
+    """dS^T leaving each chunk [tiles, V, K] and E [tiles, C, V]. exits: [N, H, K, V], leaving the splits."""
     block_k, block_v = call.widths
-    states = call.scratch(block_v, block_k), call.scratch(block_v, CHUNK)
+    states = call.scratch(block_v, block_k), call.scratch(CHUNK, block_v)
     _launch("states", call, prepared, d_out, call.splits.num_splits, exits=exits, states=states)
     return states
 
