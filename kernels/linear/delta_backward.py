@@ -12,7 +12,7 @@ from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
     count_remembered,
-    load_row,
+    load_two_rows,
     load_tokens,
     load_tokens_transposed,
     load_total_decay,
@@ -79,24 +79,25 @@ def backward_kernel(
         )
         square = tile * CHUNK * CHUNK + token[:, None] * CHUNK + token[None, :]
         inverse, scores = tl.load(inverse_ptr + square), tl.load(scores_ptr + square)
-        read = load_row(rows_ptr, tile, 0, CHUNK)[None, :]
-        weight = tl.full([1, CHUNK], 1.0, tl.float32) * scale
+        weight = tl.full([CHUNK], 1.0, tl.float32) * scale
         leaving = state.to(k.dtype)
         d_values = tl.dot(leaving, tl.trans(k), input_precision=PRECISION)
         if GATE:
             state *= load_total_decay(rows_ptr, tile, CHUNK)
-            d_values *= load_row(rows_ptr, tile, 2, CHUNK)[None, :]
-            from_start = load_row(rows_ptr, tile, 1, CHUNK)[None, :]
-            read *= from_start
-            weight *= from_start
+            to_end, _ = load_two_rows(rows_ptr, tile, 2, CHUNK)
+            d_values *= to_end[None, :]
         d_values = tl.dot(d_out, scores, d_values, input_precision=PRECISION)
         errors = tl.dot(d_values.to(k.dtype), inverse, input_precision=PRECISION)
         if MODE == "states":
             tl.store(d_states_ptr + tile * BLOCK_V * BLOCK_K + column[:, None] * BLOCK_K + key[None, :], leaving)
             errors_at = errors_ptr + tile * BLOCK_V * CHUNK + column[:, None] + token[None, :] * BLOCK_V
             tl.store(errors_at, errors.to(k.dtype))
-        state = tl.dot((d_out * weight).to(k.dtype), q, state, input_precision=PRECISION)
-        state = tl.dot((errors * -read).to(k.dtype), k, state, input_precision=PRECISION)
+        read, from_start = load_two_rows(rows_ptr, tile, 0, CHUNK)
+        if GATE:
+            read *= from_start
+            weight *= from_start
+        state = tl.dot((d_out * weight[None, :]).to(k.dtype), q, state, input_precision=PRECISION)
+        state = tl.dot((errors * -read[None, :]).to(k.dtype), k, state, input_precision=PRECISION)
         tile -= H
 
     if MODE == "sum":

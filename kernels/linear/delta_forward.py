@@ -12,7 +12,7 @@ from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
     count_remembered,
-    load_row,
+    load_two_rows,
     load_tokens,
     load_tokens_transposed,
     load_total_decay,
@@ -93,12 +93,12 @@ def forward_kernel(
         inverse = tl.load(inverse_ptr + square)
         if GATE:
             total = load_total_decay(rows_ptr, tile, CHUNK)  # early: scalars are not fetched ahead
-            from_start = load_row(rows_ptr, tile, 1, CHUNK)[None, :]
         entering = state.to(k.dtype)
         read = tl.dot(entering, tl.trans(k), input_precision=PRECISION)
+        beta, from_start = load_two_rows(rows_ptr, tile, 0, CHUNK)
         if GATE:
-            read *= from_start
-        right = (v.to(tl.float32) - read) * load_row(rows_ptr, tile, 0, CHUNK)[None, :]
+            read *= from_start[None, :]
+        right = (v.to(tl.float32) - read) * beta[None, :]
         values = tl.dot(right.to(k.dtype), tl.trans(inverse), input_precision=PRECISION)
         if MODE == "states":
             tl.store(states_ptr + tile * BLOCK_V * BLOCK_K + column[:, None] * BLOCK_K + key[None, :], entering)
@@ -109,13 +109,14 @@ def forward_kernel(
             scores = tl.load(scores_ptr + square)
             out = tl.dot(entering, tl.trans(q), input_precision=PRECISION) * scale
             if GATE:
-                out *= from_start
+                out *= from_start[None, :]
             out = tl.dot(values.to(k.dtype), tl.trans(scores), out, input_precision=PRECISION)
             out_at = out_ptr + (start * H + head) * V + (token[None, :] * (H * V) + column[:, None])
             written = (token < left)[None, :] & (column < V)[:, None]
             tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=written)
         if GATE:
-            values *= load_row(rows_ptr, tile, 2, CHUNK)[None, :]
+            to_end, _ = load_two_rows(rows_ptr, tile, 2, CHUNK)
+            values *= to_end[None, :]
             state *= total
         state = tl.dot(values.to(k.dtype), k, state, input_precision=PRECISION)
         tile += H

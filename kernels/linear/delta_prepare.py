@@ -38,13 +38,12 @@ def prepare_kernel(
     k_ptr += first * k_stride_t + head * k_stride_h
     q_ptr += first * q_stride_t + head * q_stride_h
     k = load_tokens(k_ptr, k_stride_t, length, key, CHUNK, K, K == BLOCK_K)
-    q = load_tokens(q_ptr, q_stride_t, length, key, CHUNK, K, K == BLOCK_K)
     beta_at = beta_ptr + first * beta_stride_t + head * beta_stride_h + token * beta_stride_t
     beta = tl.load(beta_at, mask=token < length, other=0.0).to(tl.float32)
-    rows_at = rows_ptr + tile * ROWS * CHUNK + token
+    rows_ptr += tile * ROWS * CHUNK
+    rows_at = rows_ptr + token * 4
     tl.store(rows_at, beta)
 
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     a = tl.dot(k, tl.trans(k), input_precision=PRECISION) * beta[:, None]
     if GATE:
         g_at = g_ptr + first * g_stride_t + head * g_stride_h + token * g_stride_t
@@ -53,19 +52,22 @@ def prepare_kernel(
         cumulative = tl.cumsum(g, 0)
         rounded = cumulative.to(tl.float32)
         rest = (cumulative - rounded.to(tl.float64)).to(tl.float32)
-        tl.store(rows_at + CHUNK, tl.exp(rounded))
-        tl.store(rows_at + 2 * CHUNK, tl.exp((tl.sum(g, 0) - cumulative).to(tl.float32)))
-        tl.store(rows_at + 3 * CHUNK, rounded)
-        tl.store(rows_at + 4 * CHUNK, rest)
+        tl.store(rows_at + 1, tl.exp(rounded))
+        tl.store(rows_at + 2, tl.exp((tl.sum(g, 0) - cumulative).to(tl.float32)))
+        tl.store(rows_at + 3, rounded)
+        tl.store(rows_ptr + 4 * CHUNK + token, rest)
         between = rounded[:, None] - rounded[None, :]
         if k.dtype == tl.float32:  # see load_decay_between
             between += rest[:, None] - rest[None, :]
         decay = tl.exp(tl.where(row >= column, between, float("-inf")))
+        a *= decay
+    a = tl.where(row > column, a, 0.0)
+    q = load_tokens(q_ptr, q_stride_t, length, key, CHUNK, K, K == BLOCK_K)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if GATE:
         scores *= decay
-        a = tl.where(row > column, a * decay, 0.0)
     else:
         scores = tl.where(row >= column, scores, 0.0)
-        a = tl.where(row > column, a, 0.0)
     square = tile * CHUNK * CHUNK + row * CHUNK + column
     tl.store(scores_ptr + square, scores.to(scores_ptr.dtype.element_ty))
     inverse = invert_unit_lower(a, CHUNK, FIRST, INVERSE_PRECISION)

@@ -119,14 +119,23 @@ def store_tokens(ptr, stride, length, column, value, CHUNK: tl.constexpr, WIDTH:
 @triton.jit
 def load_row(rows_ptr, tile, ROW: tl.constexpr, CHUNK: tl.constexpr):
     """One number per token of a chunk. 0: beta, 1: exp(G), 2: exp(G_C - G), 3: G rounded to fp32, 4: what the rounding
-    left; without a gate only beta is there."""
-    return tl.load(rows_ptr + (tile * ROWS + ROW) * CHUNK + tl.arange(0, CHUNK))
+    left. Without a gate only beta is there. The first four lie side by side."""
+    token = tl.arange(0, CHUNK)
+    return tl.load(rows_ptr + tile * ROWS * CHUNK + (4 * CHUNK + token if ROW == 4 else token * 4 + ROW))
+
+
+@triton.jit
+def load_two_rows(rows_ptr, tile, ROW: tl.constexpr, CHUNK: tl.constexpr):
+    """Rows ROW and ROW + 1, in one load: smaller ones would be repeated for every layout in which they are used, and all
+    of these copied ahead, with an address each in registers."""
+    token = tl.arange(0, CHUNK)[:, None] * 4 + (ROW + tl.arange(0, 2))[None, :]
+    return tl.split(tl.load(rows_ptr + tile * ROWS * CHUNK + token))
 
 
 @triton.jit
 def load_total_decay(rows_ptr, tile, CHUNK: tl.constexpr):
     """exp(G_C)."""
-    return tl.load(rows_ptr + (tile * ROWS + 2) * CHUNK - 1)
+    return tl.load(rows_ptr + tile * ROWS * CHUNK + (4 * CHUNK - 3))
 
 
 @triton.jit
