@@ -12,7 +12,7 @@ from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
     count_remembered,
-    load_two_rows,
+    load_rows,
     load_tokens,
     load_tokens_transposed,
     load_total_decay,
@@ -84,7 +84,7 @@ def backward_kernel(
         d_values = tl.dot(leaving, tl.trans(k), input_precision=PRECISION)
         if GATE:
             state *= load_total_decay(rows_ptr, tile, CHUNK)
-            to_end, _ = load_two_rows(rows_ptr, tile, 2, CHUNK)
+            to_end, _, _ = load_rows(rows_ptr, tile, 4, CHUNK)
             d_values *= to_end[None, :]
         d_values = tl.dot(d_out, scores, d_values, input_precision=PRECISION)
         errors = tl.dot(d_values.to(k.dtype), inverse, input_precision=PRECISION)
@@ -92,9 +92,9 @@ def backward_kernel(
             tl.store(d_states_ptr + tile * BLOCK_V * BLOCK_K + column[:, None] * BLOCK_K + key[None, :], leaving)
             errors_at = errors_ptr + tile * BLOCK_V * CHUNK + column[:, None] + token[None, :] * BLOCK_V
             tl.store(errors_at, errors.to(k.dtype))
-        read, from_start = load_two_rows(rows_ptr, tile, 0, CHUNK)
+        read, from_start, decayed_read = load_rows(rows_ptr, tile, 0, CHUNK)
         if GATE:
-            read *= from_start
+            read = decayed_read
             weight *= from_start
         state = tl.dot((d_out * weight[None, :]).to(k.dtype), q, state, input_precision=PRECISION)
         state = tl.dot((errors * -read[None, :]).to(k.dtype), k, state, input_precision=PRECISION)

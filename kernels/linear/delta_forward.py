@@ -12,7 +12,7 @@ from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
     count_remembered,
-    load_two_rows,
+    load_rows,
     load_tokens,
     load_tokens_transposed,
     load_total_decay,
@@ -95,7 +95,7 @@ def forward_kernel(
             total = load_total_decay(rows_ptr, tile, CHUNK)  # early: scalars are not fetched ahead
         entering = state.to(k.dtype)
         read = tl.dot(entering, tl.trans(k), input_precision=PRECISION)
-        beta, from_start = load_two_rows(rows_ptr, tile, 0, CHUNK)
+        beta, from_start, _ = load_rows(rows_ptr, tile, 0, CHUNK)
         if GATE:
             read *= from_start[None, :]
         right = (v.to(tl.float32) - read) * beta[None, :]
@@ -115,7 +115,7 @@ def forward_kernel(
             written = (token < left)[None, :] & (column < V)[:, None]
             tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=written)
         if GATE:
-            to_end, _ = load_two_rows(rows_ptr, tile, 2, CHUNK)
+            to_end, _, _ = load_rows(rows_ptr, tile, 4, CHUNK)
             values *= to_end[None, :]
             state *= total
         state = tl.dot(values.to(k.dtype), k, state, input_precision=PRECISION)

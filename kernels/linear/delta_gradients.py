@@ -123,8 +123,6 @@ def inputs_kernel(
         key = key_start + tl.arange(0, STEP_K)
         if ALL:
             state, d_state = load_states(states_ptr, d_states_ptr, 0, key, STEP_V, BLOCK_K)
-        q = load_tokens(q_ptr, q_stride_t, length, key, CHUNK, K, K == BLOCK_K)
-        k = load_tokens(k_ptr, k_stride_t, length, key, CHUNK, K, K == BLOCK_K)
         dk = tl.zeros([CHUNK, STEP_K], dtype=tl.float32)
         dkw = tl.zeros([CHUNK, STEP_K], dtype=tl.float32)
         for start in range(0, BLOCK_V, STEP_V):
@@ -137,8 +135,10 @@ def inputs_kernel(
             dkw = tl.dot(errors, state, dkw, input_precision=PRECISION)
             if D_GATE:
                 through += tl.sum(state.to(tl.float32) * d_state.to(tl.float32))
+        k = load_tokens(k_ptr, k_stride_t, length, key, CHUNK, K, K == BLOCK_K)
+        q = load_tokens(q_ptr, q_stride_t, length, key, CHUNK, K, K == BLOCK_K)
         if GATE:
-            dk *= load_row(rows_ptr, tile, 2, CHUNK)[:, None]
+            dk *= load_row(rows_ptr, tile, 4, CHUNK)[:, None]
             dkw *= load_row(rows_ptr, tile, 1, CHUNK)[:, None]
         k_dkw = tl.sum(k.to(tl.float32) * dkw, 1)
         d_beta -= k_dkw

@@ -9,7 +9,7 @@ chunk depends on another. Formulas: docs/linear-attention.md.
 import torch
 
 from longspan.kernels.compiler import tl, triton
-from longspan.kernels.linear.delta_tiles import CHUNK, ROWS, Prepared, load_tokens
+from longspan.kernels.linear.delta_tiles import CHUNK, Prepared, load_tokens
 from longspan.kernels.linear.form import CLOSED_FP32
 
 CLOSED = tl.constexpr(CLOSED_FP32)
@@ -28,7 +28,7 @@ def prepare_kernel(
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GATE: tl.constexpr, FIRST: tl.constexpr, INVERSE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head. Writes T and P [CHUNK, CHUNK] and the rows of `load_row` [ROWS, CHUNK]."""
+    """One chunk of one head. Writes T and P [CHUNK, CHUNK] and the rows of `load_row` [2, CHUNK, 4]."""
     tile = tl.program_id(0).to(tl.int64)
     chunk, head = tile // H, tile % H
     first, length = tl.load(chunk_first_ptr + chunk).to(tl.int64), tl.load(chunk_length_ptr + chunk)
@@ -40,11 +40,11 @@ def prepare_kernel(
     k = load_tokens(k_ptr, k_stride_t, length, key, CHUNK, K, K == BLOCK_K)
     beta_at = beta_ptr + first * beta_stride_t + head * beta_stride_h + token * beta_stride_t
     beta = tl.load(beta_at, mask=token < length, other=0.0).to(tl.float32)
-    rows_ptr += tile * ROWS * CHUNK
-    rows_at = rows_ptr + token * 4
+    rows_at = rows_ptr + tile * (8 * CHUNK) + token * 4
     tl.store(rows_at, beta)
 
-    a = tl.dot(k, tl.trans(k), input_precision=PRECISION) * beta[:, None]
+    q = load_tokens(q_ptr, q_stride_t, length, key, CHUNK, K, K == BLOCK_K)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if GATE:
         g_at = g_ptr + first * g_stride_t + head * g_stride_h + token * g_stride_t
         g = tl.load(g_at, mask=token < length, other=0.0)
@@ -53,23 +53,20 @@ def prepare_kernel(
         rounded = cumulative.to(tl.float32)
         rest = (cumulative - rounded.to(tl.float64)).to(tl.float32)
         tl.store(rows_at + 1, tl.exp(rounded))
-        tl.store(rows_at + 2, tl.exp((tl.sum(g, 0) - cumulative).to(tl.float32)))
-        tl.store(rows_at + 3, rounded)
-        tl.store(rows_ptr + 4 * CHUNK + token, rest)
+        tl.store(rows_at + 2, beta * tl.exp(rounded))
+        tl.store(rows_at + 4 * CHUNK, tl.exp((tl.sum(g, 0) - cumulative).to(tl.float32)))
+        tl.store(rows_at + 4 * CHUNK + 1, rounded)
+        tl.store(rows_at + 4 * CHUNK + 2, rest)
         between = rounded[:, None] - rounded[None, :]
         if k.dtype == tl.float32:  # see load_decay_between
             between += rest[:, None] - rest[None, :]
         decay = tl.exp(tl.where(row >= column, between, float("-inf")))
-        a *= decay
-    a = tl.where(row > column, a, 0.0)
-    q = load_tokens(q_ptr, q_stride_t, length, key, CHUNK, K, K == BLOCK_K)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    if GATE:
-        scores *= decay
     else:
-        scores = tl.where(row >= column, scores, 0.0)
+        decay = tl.where(row >= column, 1.0, 0.0)
     square = tile * CHUNK * CHUNK + row * CHUNK + column
-    tl.store(scores_ptr + square, scores.to(scores_ptr.dtype.element_ty))
+    tl.store(scores_ptr + square, (scores * decay).to(scores_ptr.dtype.element_ty))
+    a = tl.dot(k, tl.trans(k), input_precision=PRECISION) * beta[:, None] * decay
+    a = tl.where(row > column, a, 0.0)
     inverse = invert_unit_lower(a, CHUNK, FIRST, INVERSE_PRECISION)
     tl.store(inverse_ptr + square, inverse.to(inverse_ptr.dtype.element_ty))
 
@@ -125,7 +122,7 @@ def halves(x):
 
 def prepare(call) -> Prepared:
     prepared = Prepared(
-        call.scratch(CHUNK, CHUNK), call.scratch(CHUNK, CHUNK), call.scratch(ROWS.value, CHUNK, dtype=torch.float32)
+        call.scratch(CHUNK, CHUNK), call.scratch(CHUNK, CHUNK), call.scratch(2, CHUNK, 4, dtype=torch.float32)
     )
     q, k, g, beta = call.q, call.k, call.log_decay, call.beta
     width, merges = call.widths[0], MERGES[q.dtype]

@@ -16,11 +16,10 @@ from longspan.kernels.linear.splits import LEFT_OUT_LOG2, Splits, padded
 CHUNK = 64
 LEFT_OUT = tl.constexpr(LEFT_OUT_LOG2 * math.log(2))
 SEARCHED = tl.constexpr(32)  # chunks whose decays are read at once
-ROWS = tl.constexpr(5)  # see load_row
 
 
 class Prepared(NamedTuple):
-    """What `delta_prepare` makes: T and P, both [tiles, C, C]; rows [tiles, ROWS, C], fp32 (`load_row`)."""
+    """What `delta_prepare` makes: T and P, both [tiles, C, C]; rows [tiles, 2, C, 4], fp32 (`load_row`)."""
 
     inverse: torch.Tensor
     scores: torch.Tensor
@@ -118,24 +117,27 @@ def store_tokens(ptr, stride, length, column, value, CHUNK: tl.constexpr, WIDTH:
 
 @triton.jit
 def load_row(rows_ptr, tile, ROW: tl.constexpr, CHUNK: tl.constexpr):
-    """One number per token of a chunk. 0: beta, 1: exp(G), 2: exp(G_C - G), 3: G rounded to fp32, 4: what the rounding
-    left. Without a gate only beta is there. The first four lie side by side."""
-    token = tl.arange(0, CHUNK)
-    return tl.load(rows_ptr + tile * ROWS * CHUNK + (4 * CHUNK + token if ROW == 4 else token * 4 + ROW))
+    """One number per token of a chunk. 0: beta, 1: exp(G), 2: beta exp(G), 4: exp(G_C - G), 5: G rounded to fp32, 6: what
+    the rounding left. Without a gate only beta is there. Rows 0 to 3 of a token lie side by side, and 4 to 7."""
+    return tl.load(rows_ptr + (tile * 2 + ROW // 4) * (4 * CHUNK) + tl.arange(0, CHUNK) * 4 + ROW % 4)
 
 
 @triton.jit
-def load_two_rows(rows_ptr, tile, ROW: tl.constexpr, CHUNK: tl.constexpr):
-    """Rows ROW and ROW + 1, in one load: smaller ones would be repeated for every layout in which they are used, and all
-    of these copied ahead, with an address each in registers."""
-    token = tl.arange(0, CHUNK)[:, None] * 4 + (ROW + tl.arange(0, 2))[None, :]
-    return tl.split(tl.load(rows_ptr + tile * ROWS * CHUNK + token))
+def load_rows(rows_ptr, tile, FIRST: tl.constexpr, CHUNK: tl.constexpr):
+    """Three rows from FIRST, 0 or 4, on. In one load: smaller ones would be repeated for every layout in which they are
+    used, and all of these copied ahead, with an address each in registers."""
+    at = tl.arange(0, CHUNK)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    rows = tl.load(rows_ptr + (tile * 2 + FIRST // 4) * (4 * CHUNK) + at)
+    even, odd = tl.split(tl.reshape(rows, [CHUNK, 2, 2]))
+    first, third = tl.split(even)
+    second, _ = tl.split(odd)
+    return first, second, third
 
 
 @triton.jit
 def load_total_decay(rows_ptr, tile, CHUNK: tl.constexpr):
     """exp(G_C)."""
-    return tl.load(rows_ptr + tile * ROWS * CHUNK + (4 * CHUNK - 3))
+    return tl.load(rows_ptr + tile * (8 * CHUNK) + (4 * CHUNK - 3))
 
 
 @triton.jit
@@ -143,10 +145,10 @@ def load_decay_between(rows_ptr, tile, TRANSPOSED: tl.constexpr, EXACT: tl.const
     """Lambda: exp(G_i - G_j) for i >= j, else 0; i counts rows, columns if TRANSPOSED. EXACT: where a G of thousands,
     whose rounding error is 1e-4, would be felt."""
     token = tl.arange(0, CHUNK)
-    g = load_row(rows_ptr, tile, 3, CHUNK)
+    g = load_row(rows_ptr, tile, 5, CHUNK)
     log = g[:, None] - g[None, :]
     if EXACT:
-        rest = load_row(rows_ptr, tile, 4, CHUNK)
+        rest = load_row(rows_ptr, tile, 6, CHUNK)
         log += rest[:, None] - rest[None, :]
     if TRANSPOSED:
         log = tl.where(token[:, None] <= token[None, :], -log, float("-inf"))
@@ -164,7 +166,7 @@ def count_remembered(rows_ptr, tile, step, chunks, CHUNK: tl.constexpr):
     passed, remembered, log_decay = 0, 0, 0.0
     while (passed < chunks) & (passed == remembered):
         left = chunks - passed
-        at = rows_ptr + (tile + (passed + number) * step) * (ROWS * CHUNK) + 4 * CHUNK - 1
+        at = rows_ptr + (tile + (passed + number) * step) * (8 * CHUNK) + 8 * CHUNK - 3
         through = log_decay + tl.cumsum(tl.load(at, mask=number < left, other=0.0), 0)
         remembered += tl.sum(((number < left) & ~(through < LEFT_OUT)).to(tl.int32), 0)
         log_decay = tl.min(through, 0)
