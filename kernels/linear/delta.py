@@ -48,8 +48,9 @@ class Delta:
 
     @staticmethod
     def tables(spans, heads, key_size, value_size) -> DeltaTables:
-        blocks = -(-value_size // CONFIGS["output"][2][padded(key_size)][0])
-        return DeltaTables.of(Splits.of(spans, split_size(spans, heads * blocks, CHUNK), CHUNK))
+        columns, warps, *_ = CONFIGS["output"][2][padded(key_size)]
+        size = split_size(spans, heads * -(-value_size // columns), CHUNK, rounds=max(1, 8 // warps))
+        return DeltaTables.of(Splits.of(spans, size, CHUNK))
 
     def __init__(self, tables, q, k, v, log_decay, beta, scale):
         assert beta is not None and max(k.shape[2], v.shape[2]) <= 256, (k.shape, v.shape)

@@ -14,22 +14,21 @@ from longspan.kernels.linear.delta_tiles import (
     count_remembered,
     load_rows,
     load_tokens,
-    load_tokens_transposed,
     load_total_decay,
 )
 
 # Mode, element size, padded K: (columns of S per program, of S and M together for "sum", warps, stages, registers).
 CONFIGS = {
     "sum": {
-        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)},
+        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 3), 256: (64, 8, 2)},
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 2)},
     },
     "states": {
-        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 8, 2)},
+        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 3), 256: (32, 8, 2)},
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 2)},
     },
     "output": {
-        2: {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 8, 1)},
+        2: {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (128, 8, 3), 256: (32, 8, 1)},
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 1)},
     },
 }
@@ -88,7 +87,7 @@ def forward_kernel(
         start, left = first + n * CHUNK, length - n * CHUNK
         k = load_tokens(k_ptr + start * k_stride_t, k_stride_t, left, key, CHUNK, K, K == BLOCK_K)
         # Columns of M see V = 0: they are beyond those of V.
-        v = load_tokens_transposed(v_ptr + start * v_stride_t, v_stride_t, left, column, CHUNK, V, V == columns)
+        v = tl.trans(load_tokens(v_ptr + start * v_stride_t, v_stride_t, left, column, CHUNK, V, V == columns))
         square = tile * CHUNK * CHUNK + token[:, None] * CHUNK + token[None, :]
         inverse = tl.load(inverse_ptr + square)
         if GATE:
@@ -152,7 +151,9 @@ def forward_output(call, prepared, entries, dtype):
     return out
 
 
-def _launch(mode, call, prepared, num_splits, *, tables=None, entries=None, out=None, states=(None,) * 2, sums=(None,) * 2):
+def _launch(
+    mode, call, prepared, num_splits, *, tables=None, entries=None, out=None, states=(None,) * 2, sums=(None,) * 2
+):
     q, k, v = call.q, call.k, call.v
     splits, (block_k, block_v) = call.splits, call.widths
     columns = block_v + block_k if mode == "sum" else block_v
