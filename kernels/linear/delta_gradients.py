@@ -1,4 +1,4 @@
-"""Gradients of the delta rule's inputs, chunk by chunk, once S, dS, V' and E (`delta_backward`) of every chunk are known:
+"""Gradients of the delta rule's inputs, chunk by chunk, once S, V', dS and E (`delta_backward`) of each are known:
 
     dP  = scale (dO V'^T) . Lambda        Y  = -beta tril_-1(E V'^T) . Lambda
     dQi = scale exp(G) . (dO S^T)         dQ = dQi + dP K
@@ -18,7 +18,6 @@ import torch
 
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.delta_tiles import (
-    CHUNK,
     launch_options,
     load_decay_between,
     load_row,

@@ -117,8 +117,8 @@ def store_tokens(ptr, stride, length, column, value, CHUNK: tl.constexpr, WIDTH:
 
 @triton.jit
 def load_row(rows_ptr, tile, ROW: tl.constexpr, CHUNK: tl.constexpr):
-    """One number per token of a chunk. 0: beta, 1: exp(G), 2: beta exp(G), 4: exp(G_C - G), 5: G rounded to fp32, 6: what
-    the rounding left. Without a gate only beta is there. Rows 0 to 3 of a token lie side by side, and 4 to 7."""
+    """One number per token of a chunk. 0: beta, 1: exp(G), 2: beta exp(G), 4: exp(G_C - G), 5: G rounded to fp32, 6:
+    what the rounding left. Without a gate only beta is there. Rows 0 to 3 of a token lie side by side, and 4 to 7."""
     return tl.load(rows_ptr + (tile * 2 + ROW // 4) * (4 * CHUNK) + tl.arange(0, CHUNK) * 4 + ROW % 4)
 
 
