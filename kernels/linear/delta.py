@@ -1,7 +1,7 @@
 """The delta rule, with or without a gate per head, in fused Triton kernels. Formulas: docs/linear-attention.md.
 
-Forward: what every chunk needs of its own tokens (`delta_prepare`, kept for the backward pass: 288 bytes per token
-and head in 16 bits); per split its summary, an affine map; a fold along the splits; one sweep per split. Backward: a sweep
+Forward: what every chunk needs of its own tokens (`delta_prepare`, kept for the backward pass: 288 bytes per token and
+head in 16 bits); per split its summary, an affine map; a fold along the splits; one sweep per split. Backward: a sweep
 forwards writes the state entering every chunk, one backwards the gradient of the state leaving it, after which every
 chunk is on its own. Launches: 4 forward, 5 backward, and 2 and 1 more where spans are linked to other ranks.
 """

@@ -2,8 +2,8 @@
 
     A = tril_-1(beta_i (k_i . k_j) exp(G_i - G_j))      T = (I + A)^-1      P = scale tril((q_i . k_j) exp(G_i - G_j))
 
-With S the state that enters, the chunk writes V' = T beta (V - exp(G) K S) and puts out scale exp(G) Q S + P V'. No chunk
-depends on another. Formulas: docs/linear-attention.md.
+With S the state that enters, the chunk writes V' = T beta (V - exp(G) K S) and puts out scale exp(G) Q S + P V'. No
+chunk depends on another. Formulas: docs/linear-attention.md.
 """
 
 import torch
