@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import pick, resolve
 from longspan.attention.recompute import keep, recall
-from longspan.kernels.fold import compose, fold_chains, step
+from longspan.kernels.fold import fold_chains, step, summarize
 from longspan.kernels.linear import choose_form, chunked
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.segments import Segments
@@ -172,7 +172,7 @@ def local_segments(layout, rank: int) -> Segments:
 def _scan(transport, plan, direction, state, transition, seq):
     group = seq.parallel.state_group
     return start_scan(
-        transport, plan, direction, state, transition, group, fold=fold_chains, step=step, compose=compose
+        transport, plan, direction, state, transition, group, fold=fold_chains, summarize=summarize, step=step
     )
 
 

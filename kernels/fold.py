@@ -28,13 +28,26 @@ def fold_chains(states, transition, chains, initial=None):
 
     Rows of `states` that no chain names may hold anything. Rows of the result that no chain names are undefined.
     """
-    example = initial if states is None else states
-    wide = transition is not None and transition.ndim == 4 and transition.shape[-1] > MAX_KEYS
-    if example.is_cuda and example.dtype == torch.float32 and not wide:
+    if _fits_triton(initial if states is None else states, transition):
         from longspan.kernels.fold_triton import fold_chains_triton
 
-        return fold_chains_triton(states, transition, chains, initial)
+        return fold_chains_triton(states, transition, chains, initial)[0]
     return fold_chains_naive(states, transition, chains, initial)
+
+
+def summarize(states, transition, chains):
+    """What each whole chain amounts to: (fold_chains(states, transition, chains), compose(transition, chains.sources)),
+    with Triton in one launch. Every chain writes at its end, row n for chain n."""
+    if transition is not None and _fits_triton(states, transition):
+        from longspan.kernels.fold_triton import fold_chains_triton
+
+        return fold_chains_triton(states, transition, chains, compose=True)
+    return fold_chains(states, transition, chains), compose(transition, chains.sources)
+
+
+def _fits_triton(states, transition) -> bool:
+    wide = transition is not None and transition.ndim == 4 and transition.shape[-1] > MAX_KEYS
+    return states.is_cuda and states.dtype == torch.float32 and not wide
 
 
 def fold_chains_naive(states, transition, chains, initial=None):

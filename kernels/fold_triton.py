@@ -9,17 +9,20 @@ BLOCK = 1024  # elements of a state per program, where transitions act on them o
 BLOCK_V = 16  # columns of a state per program, where transitions are matrices
 
 
-def fold_chains_triton(states, transition, chains, initial=None):
-    """See kernels.fold.fold_chains. fp32; each row of `states` and of `initial` is contiguous, rows need not be."""
+def fold_chains_triton(states, transition, chains, initial=None, *, compose=False):
+    """See kernels.fold.fold_chains and, for the second result (None unless `compose`), kernels.fold.summarize. fp32;
+    each row of `states` and of `initial` is contiguous, rows need not be."""
     example = initial if states is None else states
     _, heads, keys, values = example.shape
     num_chains, length = chains.sources.shape
     assert all(x is None or x.dtype == torch.float32 for x in (states, transition, initial)), example.dtype
     assert all(x is None or x[:1].is_contiguous() for x in (states, initial)), example.stride()
     assert all(x.is_contiguous() and x.dtype == torch.int32 for x in (chains.sources, chains.targets, chains.initial))
-    out = example.new_empty(chains.num_out, heads, keys, values)
+    out, composed = example.new_empty(chains.num_out, heads, keys, values), None
+    if compose:
+        composed = transition.new_empty(num_chains, *transition.shape[1:])
     if 0 in (num_chains, length, out.numel()):
-        return out
+        return out, composed
     tables = chains.sources, chains.targets, chains.initial, length
     strides = tuple(0 if x is None else x.stride(0) for x in (states, initial))
     if transition is None or transition.ndim < 4:
@@ -27,32 +30,38 @@ def fold_chains_triton(states, transition, chains, initial=None):
         decay_strides += (0,) * (3 - len(decay_strides))
         grid = num_chains * triton.cdiv(keys * values, BLOCK), heads
         fold_kernel[grid](
-            states, transition, initial, out, *tables, *strides, *decay_strides, H=heads, K=keys, V=values, BLOCK=BLOCK
-        )
+            states, transition, initial, out, composed, *tables, *strides, *decay_strides,
+            H=heads, K=keys, V=values, BLOCK=BLOCK, DECAYS=1 if transition is None or transition.ndim < 3 else keys,
+        )  # fmt: skip
     else:
         assert keys <= MAX_KEYS, keys
         block_k = max(16, triton.next_power_of_2(keys))
-        grid = num_chains * triton.cdiv(values, BLOCK_V), heads
+        tiles = triton.cdiv(values, BLOCK_V) + (triton.cdiv(keys, BLOCK_V) if compose else 0)
+        grid = num_chains * tiles, heads
         fold_matrix_kernel[grid](
-            states, transition, initial, out, *tables, *strides, *transition.stride(),
+            states, transition, initial, out, composed, *tables, *strides, *transition.stride(),
             H=heads, K=keys, V=values, BLOCK_K=block_k, BLOCK_V=BLOCK_V, num_warps=4 if block_k <= 64 else 8,
         )  # fmt: skip
-    return out
+    return out, composed
 
 
 @triton.jit(do_not_specialize=["length"])
 def fold_kernel(
-    states_ptr, decay_ptr, initial_ptr, out_ptr, sources_ptr, targets_ptr, first_ptr, length,
+    states_ptr, decay_ptr, initial_ptr, out_ptr, composed_ptr, sources_ptr, targets_ptr, first_ptr, length,
     states_stride_row, initial_stride_row, decay_stride_row, decay_stride_head, decay_stride_k,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
-    """No decay, or a log decay of the head (decay_stride_k = 0) or of its key rows."""
+    """No decay, or a log decay of the head (DECAYS = 1, decay_stride_k = 0) or of its key rows (K)."""
     tiles: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
     chain, head = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
     element = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     inside = element < K * V
     if decay_ptr is not None:
         decay_at = decay_ptr + head * decay_stride_head + element // V * decay_stride_k
+    if composed_ptr is not None:
+        passed = tl.zeros([BLOCK], dtype=tl.float32)
+        composed_at = composed_ptr + (chain * H + head) * DECAYS + element // V
+        writes = (element % V == 0) & (element // V < DECAYS) & inside
     element += head * K * V
     states_at, out_at = states_ptr + element, out_ptr + element
     sources_ptr += chain * length
@@ -75,21 +84,28 @@ def fold_kernel(
         if decay_ptr is not None:
             decay = tl.load(decay_at + source * decay_stride_row, mask=inside & (source >= 0), other=0.0)
             reached *= tl.exp(decay)
+            if composed_ptr is not None:
+                passed += decay
         reached += state
         source, state = next_source, next_state
+    if composed_ptr is not None:
+        tl.store(composed_at, passed, mask=writes)
 
 
 @triton.jit(do_not_specialize=["length"])
 def fold_matrix_kernel(
-    states_ptr, matrix_ptr, initial_ptr, out_ptr, sources_ptr, targets_ptr, first_ptr, length,
+    states_ptr, matrix_ptr, initial_ptr, out_ptr, composed_ptr, sources_ptr, targets_ptr, first_ptr, length,
     states_stride_row, initial_stride_row, matrix_stride_row, matrix_stride_head, matrix_stride_i, matrix_stride_j,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Transitions are matrices [K, K] with any strides; products in three tf32 terms, near fp32."""
+    """Transitions are matrices [K, K] with any strides; products in three tf32 terms, near fp32. To compose them,
+    the identity goes along the chain, in columns past those of the states."""
     tiles: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    more: tl.constexpr = 0 if composed_ptr is None else (K + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0).to(tl.int64)
-    chain, head = program // tiles, tl.program_id(1).to(tl.int64)
-    k, v = tl.arange(0, BLOCK_K), program % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+    chain, tile, head = program // (tiles + more), program % (tiles + more), tl.program_id(1).to(tl.int64)
+    is_state = tile < tiles
+    k, v = tl.arange(0, BLOCK_K), tile * BLOCK_V + tl.arange(0, BLOCK_V)
     inside, inside_matrix = (k < K)[:, None] & (v < V)[None, :], (k < K)[:, None] & (k < K)[None, :]
     element = head * K * V + k[:, None] * V + v[None, :]
     matrix_ptr += head * matrix_stride_head + k[:, None] * matrix_stride_i + k[None, :] * matrix_stride_j
@@ -101,13 +117,20 @@ def fold_matrix_kernel(
         first = tl.load(first_ptr + chain).to(tl.int64)
         initial_at = initial_ptr + first * initial_stride_row + element
         reached = tl.load(initial_at, mask=inside & (first >= 0), other=0.0)
-    for column in range(0, length):
-        target = tl.load(targets_ptr + column).to(tl.int64)
-        tl.store(out_ptr + target * H * K * V + element, reached, mask=inside & (target >= 0))
-        source = tl.load(sources_ptr + column).to(tl.int64)
+    if composed_ptr is not None:
+        column = v - tiles * BLOCK_V
+        if not is_state:
+            reached = (k[:, None] == column[None, :]).to(tl.float32)
+    for step in range(0, length):
+        target = tl.load(targets_ptr + step).to(tl.int64)
+        tl.store(out_ptr + target * H * K * V + element, reached, mask=inside & (target >= 0) & is_state)
+        source = tl.load(sources_ptr + step).to(tl.int64)
         if source >= 0:
             state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
             if states_ptr is not None:
-                state = tl.load(states_ptr + source * states_stride_row + element, mask=inside, other=0.0)
+                state = tl.load(states_ptr + source * states_stride_row + element, mask=inside & is_state, other=0.0)
             matrix = tl.load(matrix_ptr + source * matrix_stride_row, mask=inside_matrix, other=0.0)
             reached = tl.dot(matrix, reached, state, input_precision="tf32x3")
+    if composed_ptr is not None:
+        at = composed_ptr + (chain * H + head) * K * K + k[:, None] * K + column[None, :]
+        tl.store(at, reached, mask=(k < K)[:, None] & ((column >= 0) & (column < K))[None, :])

@@ -229,17 +229,17 @@ def resolve_transport(transport: str, plan: ScanPlan, direction: str, state) -> 
     return choose_transport(payload_bytes, plan.topology, causal=direction != "whole")
 
 
-def start_scan(transport, plan, direction, state, transition, group, *, fold, compose, step):
+def start_scan(transport, plan, direction, state, transition, group, *, fold, summarize, step):
     """Starts an exclusive scan over the spans of every document; `wait()` gives (entries, transitions).
 
     transport: a key of TRANSPORTS, or "auto". direction: "forward" (what enters a span from its predecessors),
     "backward" (the gradient that comes back from its successors) or "whole" (all spans of the document together; not
     where TRANSPORTS says causal_only). state: [N, H, K, V] for the linked spans; transition: [N, H, ...] or None going
     forward, and what the forward scan returned as transitions (of matrices, the transposes) going backward.
-    fold, compose, step: the arithmetic, kernels.fold's fold_chains, compose and step. entries: [n, H, K, V], n =
+    fold, summarize, step: the arithmetic, kernels.fold's fold_chains, summarize and step. entries: [n, H, K, V], n =
     len(which) of the plan's chains of that direction.
     """
     chosen = TRANSPORTS[resolve_transport(transport, plan, direction, state)]
     assert not (direction == "whole" and chosen.causal_only), (transport, direction)
-    steps = chosen.run(plan, direction, state, transition, group, fold=fold, compose=compose, step=step)
+    steps = chosen.run(plan, direction, state, transition, group, fold=fold, summarize=summarize, step=step)
     return Background(steps, state.device, keep=(state, transition))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from longspan.kernels.fold import compose, fold_chains
+from longspan.kernels.fold import fold_chains, summarize
 from longspan.kernels.linear.channel_gradients import COLUMNS, GRADIENTS, gradients_kernel
 from longspan.kernels.linear.channel_prepare import PREPARE, prepare_kernel
 from longspan.kernels.linear.channel_states import STATES, states_kernel
@@ -69,9 +69,7 @@ class Channel:
 
     def summary(self):
         self.ahead()
-        states, decays = self.sums
-        chains = self.splits.forward.summary
-        return fold_chains(states, decays, chains), compose(decays, chains.sources)
+        return summarize(*self.sums, self.splits.forward.summary)
 
     def ahead(self):
         if self.sums is None:

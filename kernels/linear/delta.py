@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longspan.kernels.fold import compose, fold_chains
+from longspan.kernels.fold import fold_chains, summarize
 from longspan.kernels.linear.delta_backward import backward_states, backward_sums
 from longspan.kernels.linear.delta_forward import CONFIGS, forward_output, forward_states, forward_sums
 from longspan.kernels.linear.delta_gradients import input_gradients
@@ -61,9 +61,7 @@ class Delta:
 
     def summary(self):
         self.ahead()
-        states, transitions = self.sums
-        chains = self.splits.forward.summary
-        return fold_chains(states, transitions, chains), compose(transitions, chains.sources)
+        return summarize(*self.sums, self.splits.forward.summary)
 
     def ahead(self):
         if self.sums is None:

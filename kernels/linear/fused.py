@@ -6,7 +6,7 @@ scalar gate 4 and 7, and 2 more each where spans are linked to other ranks.
 
 import torch
 
-from longspan.kernels.fold import compose, fold_chains
+from longspan.kernels.fold import fold_chains, summarize
 from longspan.kernels.linear.gate import STEP, gate_kernel
 from longspan.kernels.linear.splits import Splits, padded, split_size, unit_stride
 from longspan.kernels.linear.sweep import decay_kernel, reverse_kernel, sum_kernel, sweep_kernel
@@ -15,7 +15,7 @@ CHUNK = 64
 # Bytes of an element, width of x and y (padded): (columns of z per program, warps, stages). Measured on H200 for
 # (2, 128); fp32, whose products are three of tf32, is laid out to fit.
 SUM = {
-    (2, 16): (64, 4, 2), (2, 32): (64, 4, 2), (2, 64): (64, 4, 3), (2, 128): (128, 4, 3), (2, 256): (64, 8, 2),
+    (2, 16): (64, 4, 2), (2, 32): (64, 4, 2), (2, 64): (64, 4, 3), (2, 128): (64, 4, 4), (2, 256): (64, 8, 2),
     (4, 16): (64, 4, 1), (4, 32): (64, 4, 1), (4, 64): (64, 4, 1), (4, 128): (64, 8, 1),
 }  # fmt: skip
 SWEEP = {
@@ -52,9 +52,7 @@ class Fused:
 
     def summary(self):
         self.sums = self._sum(self.k, self.v, 1.0, self.splits.forward, reverse=False)
-        states, decays = self.sums
-        chains = self.splits.forward.summary
-        return fold_chains(states, decays, chains), compose(decays, chains.sources)
+        return summarize(*self.sums, self.splits.forward.summary)
 
     def ahead(self):
         if self.sums is None:

@@ -207,7 +207,10 @@ def _chunk(
         weights = tl.where(earlier, scores, 0.0).to(z.dtype)
     else:
         from_start, to_end, total = _decays(rows, total, index, count, gamma, DECAY, CHUNK, FULL)
-        between = (from_start[:, None] - from_start[None, :]).to(tl.float32)
+        if DECAY == "fixed":  # a difference of rounded products, contracted, would not be 0 on the diagonal
+            between = (index[:, None] - index[None, :]).to(tl.float32) * gamma
+        else:
+            between = (from_start[:, None] - from_start[None, :]).to(tl.float32)
         between = tl.where(earlier, -between if REVERSE else between, float("-inf"))
         weights = (scores * tl.exp2(between)).to(z.dtype)
         from_start, to_end = tl.exp2(from_start.to(tl.float32)), tl.exp2(to_end)

@@ -1,6 +1,6 @@
 """How states travel between the ranks that share documents: one exclusive scan, four transports, and the choice.
 
-A transport is a generator function `run(plan, direction, state, transition, group, *, fold, compose, step)`: it posts
+A transport is a generator function `run(plan, direction, state, transition, group, *, fold, summarize, step)`: it posts
 what needs nothing from other ranks, yields once, and returns (entries, transitions); see parallel.scan.start_scan.
 """
 

@@ -5,18 +5,18 @@ import torch
 from longspan.parallel.exchange import Pending, group_size, start_all_gather, start_exchange
 
 
-def lasp2(plan, direction, state, transition, group, *, fold, compose, step):
+def lasp2(plan, direction, state, transition, group, *, fold, summarize, step):
     """One all-gather of what every rank publishes; every rank folds what its spans need (LASP-2, arXiv 2502.07563)."""
-    return (yield from _gather_scan(plan, plan.flat, direction, state, transition, group, fold, compose))
+    return (yield from _gather_scan(plan, plan.flat, direction, state, transition, group, fold, summarize))
 
 
-def hierarchical(plan, direction, state, transition, group, *, fold, compose, step):
+def hierarchical(plan, direction, state, transition, group, *, fold, summarize, step):
     """Summaries are gathered inside a node and folded to totals. Each rank sends its share of the node's totals to its
     counterparts on the other nodes, and the ranks of a node give each other the shares they received."""
-    return (yield from _gather_scan(plan, plan.nodes, direction, state, transition, group, fold, compose))
+    return (yield from _gather_scan(plan, plan.nodes, direction, state, transition, group, fold, summarize))
 
 
-def _gather_scan(plan, table, direction, state, transition, group, fold, compose):
+def _gather_scan(plan, table, direction, state, transition, group, fold, summarize):
     """Transitions travel with the forward states; the backward scan is given all rows of their table."""
     tail, sends_transition = state.shape[1:], transition is not None and direction != "backward"
     pending, parts = None, []  # parts: (states, transitions) of the table's rows
@@ -32,9 +32,11 @@ def _gather_scan(plan, table, direction, state, transition, group, fold, compose
         parts.append((states, transitions))
         if table.num_totals:
             chains = table.total_backward if direction == "backward" else table.total_forward
-            totals = [fold(states, transitions if sends_transition else transition, chains)]
             if sends_transition:
-                totals.append(_padded(compose(transitions, chains.sources), table.num_totals))
+                totals, passed = summarize(states, transitions, chains)
+                totals = [totals, _padded(passed, table.num_totals)]
+            else:
+                totals = [fold(states, transition, chains)]
             gathered = _gather_totals(_packed(totals), table, plan.rank, group)
             parts.append(_unpacked(gathered, tail, transition if sends_transition else None))
     if table.has_own_rows or not parts:

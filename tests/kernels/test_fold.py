@@ -1,12 +1,13 @@
 """Folds of states along chains: against a loop over one chain at a time, for every kind of transition, both twins."""
 
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from longspan.kernels.fold import compose, fold_chains, fold_chains_naive, step
+from longspan.kernels.fold import compose, fold_chains, fold_chains_naive, step, summarize
 
 TRANSITIONS = ["none", "scalar", "vector", "matrix", "transposed matrix"]
 ROWS, HEADS = 9, 3
@@ -105,18 +106,18 @@ def test_one_hop_and_the_transition_of_many(kind):
         initial=torch.full((3,), -1, dtype=torch.int32),
         num_out=3,
     )
-    partial, composed = fold_chains(states, transition, ends), compose(transition, sources)
+    passed, composed = summarize(states, transition, ends)
     ends.initial = torch.zeros(3, dtype=torch.int32)
     whole = fold_chains(states, transition, ends, initial)
-    torch.testing.assert_close(step(partial, composed, initial[:1].expand(3, -1, -1, -1)), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(step(passed, composed, initial[:1].expand(3, -1, -1, -1)), whole, rtol=0, atol=1e-12)
     for n in range(3):
         one = None if composed is None else composed[n, 1:]
-        torch.testing.assert_close(step(partial[n, 1:, :, :2], one, initial[0, 1:, :, :2]), whole[n, 1:, :, :2])
-        assert step(partial[n], one, None) is partial[n] or torch.equal(step(partial[n], one, None), partial[n])
+        torch.testing.assert_close(step(passed[n, 1:, :, :2], one, initial[0, 1:, :, :2]), whole[n, 1:, :, :2])
+        assert step(passed[n], one, None) is passed[n] or torch.equal(step(passed[n], one, None), passed[n])
 
 
-def check_twins(fold_fused, kind, device, shapes):
-    """The fused kernel in fp32 equals the plain form in fp64."""
+def check_twins(fold_fused, summarize_fused, kind, device, shapes):
+    """The fused kernels in fp32 equal the plain forms in fp64."""
     for num_chains, length, keys, values in shapes:
         states, transition, chains, initial = problem(kind, num_chains, length, keys, values, seed=length)
         expected = fold_chains_naive(states, transition, chains, initial)
@@ -128,6 +129,11 @@ def check_twins(fold_fused, kind, device, shapes):
         moved = SimpleNamespace(**{name: x.to(device) if torch.is_tensor(x) else x for name, x in vars(chains).items()})
         actual = fold_fused(single[0], single[1], moved, single[2]).cpu().double()
         assert error(named(chains, actual), named(chains, expected)) < 5e-6, (num_chains, length, keys, values)
+        if transition is not None:
+            actual, composed = (x.cpu().double() for x in summarize_fused(single[0], single[1], moved))
+            expected = fold_chains_naive(states, transition, chains)
+            assert error(named(chains, actual), named(chains, expected)) < 5e-6, (num_chains, length, keys, values)
+            assert error(composed, compose(transition, chains.sources)) < 5e-6, (num_chains, length, keys, values)
         if kind.endswith("matrix"):
             start = initial[:, :, :, :keys] if values >= keys else initial[..., :1].expand(-1, -1, -1, keys)
             start = start.contiguous()
@@ -141,19 +147,15 @@ def test_fused_in_the_interpreter(kind):
     pytest.importorskip("triton", reason="Triton is not installed")
     from longspan.kernels.fold_triton import fold_chains_triton
 
-    check_twins(fold_chains_triton, kind, "cpu", [(3, 4, 5, 7), (2, 3, 40, 33), (1, 1, 64, 20), (0, 2, 4, 4)])
+    def fold(*arguments):
+        return fold_chains_triton(*arguments)[0]
+
+    fused = partial(fold_chains_triton, compose=True)
+    check_twins(fold, fused, kind, "cpu", [(3, 4, 5, 7), (2, 3, 40, 33), (1, 1, 64, 20), (0, 2, 4, 4)])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", TRANSITIONS)
 def test_fused_on_a_gpu(kind):
     shapes = [(5, 9, 16, 16), (1, 33, 64, 64), (7, 6, 128, 128), (2, 17, 128, 129), (3, 8, 192, 100), (2, 9, 256, 256)]
-    check_twins(fold_chains, kind, "cuda", [*shapes, (300, 3, 32, 48)])
-
-
-@pytest.mark.gpu
-def test_composed_matrices_on_a_gpu():
-    transition = random_transition("matrix", 128, torch.Generator().manual_seed(0))
-    sources = torch.tensor([[1, 2, 3, 4], [-1, 5, -1, 6], [-1, -1, -1, -1]], dtype=torch.int32)
-    actual = compose(transition.float().cuda(), sources.cuda()).cpu().double()
-    assert error(actual, compose(transition, sources)) < 5e-6
+    check_twins(fold_chains, summarize, kind, "cuda", [*shapes, (300, 3, 32, 48)])

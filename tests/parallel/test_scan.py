@@ -11,13 +11,13 @@ from cases import LENGTHS, layouts, random_layout
 from spawn import run_ranks
 from traffic import Traffic
 
-from longspan.kernels.fold import compose, fold_chains, step
+from longspan.kernels.fold import fold_chains, step, summarize
 from longspan.launcher.config import ParallelConfig
 from longspan.parallel import Span, Topology, contiguous, zigzag
 from longspan.parallel.scan import TRANSPORTS, choose_transport, resolve_transport, scan_plan, start_scan
 from longspan.parallel.transports import LARGE, MIB, SMALL, chain
 
-ARITHMETIC = {"fold": fold_chains, "compose": compose, "step": step}
+ARITHMETIC = {"fold": fold_chains, "summarize": summarize, "step": step}
 TRANSITIONS = ["none", "scalar", "vector", "matrix"]
 HEADS, KEYS, VALUES = 3, 2, 4
 TOPOLOGIES = {
