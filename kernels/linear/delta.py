@@ -1,9 +1,9 @@
 """The delta rule, with or without a gate per head, in fused Triton kernels. Formulas: docs/linear-attention.md.
 
-Forward: the WY form of every chunk (`delta_wy`); per split its summary, an affine map; a fold along the splits; one
-sweep per split. Backward recomputes the WY form; a sweep forwards writes the state entering every chunk, one backwards
-the gradient of the state leaving it, after which every chunk is on its own. Nothing per chunk is kept between the two.
-Launches: 4 forward, 9 backward, and 2 and 1 more where spans are linked to other ranks.
+Forward: what every chunk needs of its own tokens (`delta_prepare`, kept for the backward pass: 288 bytes per token and
+head in 16 bits); per split its summary, an affine map; a fold along the splits; one sweep per split. Backward: a sweep
+forwards writes the state entering every chunk, one backwards the gradient of the state leaving it, after which every
+chunk is on its own. Launches: 4 forward, 5 backward, and 2 and 1 more where spans are linked to other ranks.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from longspan.kernels.fold import fold_chains, summarize
-from longspan.kernels.linear.delta_backward import backward_states, backward_sums, local_gradients
+from longspan.kernels.linear.delta_backward import backward_states, backward_sums
 from longspan.kernels.linear.delta_forward import CONFIGS, forward_output, forward_states, forward_sums
 from longspan.kernels.linear.delta_gradients import input_gradients
-from longspan.kernels.linear.delta_tiles import CHUNK, Call
-from longspan.kernels.linear.delta_wy import wy
+from longspan.kernels.linear.delta_prepare import prepare
+from longspan.kernels.linear.delta_tiles import CHUNK, Call, Prepared
 from longspan.kernels.linear.splits import Splits, padded, split_size, unit_stride
 
 
@@ -48,15 +48,16 @@ class Delta:
 
     @staticmethod
     def tables(spans, heads, key_size, value_size) -> DeltaTables:
-        blocks = -(-value_size // CONFIGS["output"][2][padded(key_size)][0])
-        return DeltaTables.of(Splits.of(spans, split_size(spans, heads * blocks, CHUNK), CHUNK))
+        columns, warps, *_ = CONFIGS["output"][2][padded(key_size)]
+        size = split_size(spans, heads * -(-value_size // columns), CHUNK, rounds=max(1, 8 // warps))
+        return DeltaTables.of(Splits.of(spans, size, CHUNK))
 
     def __init__(self, tables, q, k, v, log_decay, beta, scale):
         assert beta is not None and max(k.shape[2], v.shape[2]) <= 256, (k.shape, v.shape)
         q, k, v = (unit_stride(x) for x in (q, k, v))
         self.call = Call(tables.splits, q, k, v, log_decay, beta, scale)
         self.tables, self.splits = tables, tables.splits
-        self.wy = self.sums = None
+        self.prepared = self.sums = None
 
     def summary(self):
         self.ahead()
@@ -64,34 +65,32 @@ class Delta:
 
     def ahead(self):
         if self.sums is None:
-            self.wy = wy(self.call, keep_inverse=False)
-            self.sums = forward_sums(self.call, self.wy, self.tables)
+            self.prepared = prepare(self.call)
+            self.sums = forward_sums(self.call, self.prepared, self.tables)
 
     def output(self, entry, dtype):
         states, transitions = self.sums
         entries = fold_chains(states, transitions, self.splits.forward.inner, entry)
-        return forward_output(self.call, self.wy, entries, dtype), (entries, transitions)
+        return forward_output(self.call, self.prepared, entries, dtype), (entries, transitions, *self.prepared)
 
     def start_backward(self, saved, d_out, gate):
-        self.entries, transitions = saved
-        self.transitions, self.gate = transitions.mT, gate
+        self.entries, transitions, *prepared = saved
+        self.transitions, self.gate, self.prepared = transitions.mT, gate, Prepared(*prepared)
         self.d_out = unit_stride(d_out.to(self.call.q.dtype))
-        self.wy = wy(self.call, keep_inverse=True)
-        self.d_values = local_gradients(self.call, self.wy, self.d_out)
 
     def gradient_summary(self):
-        self.sums = backward_sums(self.call, self.wy, self.d_out, self.d_values)
+        self.sums = backward_sums(self.call, self.prepared, self.d_out)
         return fold_chains(self.sums, self.transitions, self.splits.backward.summary)
 
     def gradient_ahead(self):
         if self.sums is None:
-            self.sums = backward_sums(self.call, self.wy, self.d_out, self.d_values)
-        self.states, self.values = forward_states(self.call, self.wy, self.entries)
+            self.sums = backward_sums(self.call, self.prepared, self.d_out)
+        self.entering = forward_states(self.call, self.prepared, self.entries)
 
     def gradients(self, exit_grad):
         exits = fold_chains(self.sums, self.transitions, self.splits.backward.inner, exit_grad)
-        d_states = backward_states(self.call, self.wy, self.d_out, self.d_values, exits)
+        leaving = backward_states(self.call, self.prepared, self.d_out, exits)
         dq, dk, dv, d_beta, d_decay = input_gradients(
-            self.call, self.wy, self.d_out, self.values, self.d_values, self.states, d_states, self.gate
+            self.call, self.prepared, self.d_out, self.entering, leaving, self.gate
         )
         return dq, dk, dv, d_decay, d_beta

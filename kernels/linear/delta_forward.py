@@ -1,6 +1,6 @@
-"""The forward recurrence of the delta rule through a split, chunk by chunk, with the WY form of `delta_wy`:
+"""The forward recurrence of the delta rule through a split, chunk by chunk, with T and P of `delta_prepare`:
 
-    V' = U - W S     O = scale [ exp(G) . (Q S) + ((Q K^T) . Lambda) V' ]     S <- exp(G_C) S + (exp(G_C - G) . K)^T V'
+    V' = T beta (V - exp(G) K S)     O = scale exp(G) (Q S) + P V'     S <- exp(G_C) S + (exp(G_C - G) K)^T V'
 
 A program owns a block of columns of S and carries it transposed, [BLOCK, K]: then every product has the carried state
 or V'^T on its left and a tile as it lies in memory on its right, and neither is ever transposed.
@@ -10,9 +10,9 @@ import torch
 
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.delta_tiles import (
+    CHUNK,
     count_remembered,
-    load_decay,
-    load_decay_between,
+    load_rows,
     load_tokens,
     load_total_decay,
 )
@@ -20,15 +20,15 @@ from longspan.kernels.linear.delta_tiles import (
 # Mode, element size, padded K: (columns of S per program, of S and M together for "sum", warps, stages, registers).
 CONFIGS = {
     "sum": {
-        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)},
+        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 3), 256: (64, 8, 2)},
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 2)},
     },
     "states": {
-        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 8, 2)},
+        2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 3), 256: (32, 8, 2)},
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 2)},
     },
     "output": {
-        2: {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 8, 1)},
+        2: {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (128, 8, 3), 256: (32, 8, 1)},
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 1)},
     },
 }
@@ -36,19 +36,20 @@ CONFIGS = {
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, w_ptr, u_ptr, decay_ptr, entry_ptr, out_ptr, states_ptr, sum_ptr, transition_ptr,
+    q_ptr, k_ptr, v_ptr, inverse_ptr, scores_ptr, rows_ptr, entry_ptr, out_ptr, states_ptr, values_ptr,
+    sum_ptr, transition_ptr,
     summed_ptr, needed_ptr, first_ptr, length_ptr, split_chunk_ptr, entry_row_ptr, sum_row_ptr,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, scale, H,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, MODE: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """w, u: -W and U^T of every tile. Grid: (splits * H * blocks). MODE:
+    """inverse, scores, rows: `Prepared`. Grid: (splits * H * blocks). MODE:
 
     "sum"     the state that a split leaves when it starts from zero -> sum [row, H, K, V], and M, which maps the state
               that enters to its share of the one that leaves -> transition [row, H, K, K], columns of which start from
-              those of the identity and run with U = 0. What is not needed (`DeltaTables.needed`) is written as zero.
+              those of the identity and run with V = 0. What is not needed (`DeltaTables.needed`) is written as zero.
               What is forgotten by the end of the split is left out, and M of a split that forgets everything is zero.
-    "states"  the state entering every chunk, S^T -> states [tile, V, K], and V'^T in the place of U^T
+    "states"  the state entering every chunk, S^T -> states [tile, V, K], and V'^T -> values [tile, V, C]
     "output"  O -> out [T, H, V]
     """
     columns: tl.constexpr = BLOCK_V + BLOCK_K if MODE == "sum" else BLOCK_V
@@ -64,13 +65,14 @@ def forward_kernel(
     begin, chunks = 0, tl.cdiv(length, CHUNK)
     q_ptr += head * q_stride_h
     k_ptr += head * k_stride_h
+    v_ptr += head * v_stride_h
 
     if MODE == "sum":
         # The columns of M follow those of S; as L2 is the limit, programs that take both are the fastest.
         column_m = column - BLOCK_V
         needed = tl.load(needed_ptr + split)
         if GATE:
-            remembered = count_remembered(decay_ptr, tile + (chunks - 1) * H, -H, chunks, CHUNK)
+            remembered = count_remembered(rows_ptr, tile + (chunks - 1) * H, -H, chunks, CHUNK)
             needed = tl.minimum(needed, tl.where(remembered == chunks, 2, 1))
             begin = tl.maximum(chunks - 1 - remembered, 0)
             tile += begin * H
@@ -84,37 +86,36 @@ def forward_kernel(
     for n in range(begin, chunks):
         start, left = first + n * CHUNK, length - n * CHUNK
         k = load_tokens(k_ptr + start * k_stride_t, k_stride_t, left, key, CHUNK, K, K == BLOCK_K)
-        w = tl.load(w_ptr + tile * CHUNK * BLOCK_K + token[:, None] * BLOCK_K + key[None, :])
-        u_at = u_ptr + tile * CHUNK * BLOCK_V + column[:, None] * CHUNK + token[None, :]
-        if MODE == "sum":
-            u = tl.load(u_at, mask=tl.full([BLOCK, CHUNK], True, tl.int1) & (column < BLOCK_V)[:, None], other=0.0)
-        else:
-            u = tl.load(u_at)
+        # Columns of M see V = 0: they are beyond those of V.
+        v = tl.trans(load_tokens(v_ptr + start * v_stride_t, v_stride_t, left, column, CHUNK, V, V == columns))
+        square = tile * CHUNK * CHUNK + token[:, None] * CHUNK + token[None, :]
+        inverse = tl.load(inverse_ptr + square)
         if GATE:
-            total = load_total_decay(decay_ptr, tile, CHUNK)  # early: scalars are not fetched ahead
-        if MODE == "output":
-            q = load_tokens(q_ptr + start * q_stride_t, q_stride_t, left, key, CHUNK, K, K == BLOCK_K)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [key, query]
-            if GATE:
-                scores *= load_decay_between(decay_ptr, tile, True, k.dtype == tl.float32, CHUNK)
-            else:
-                scores = tl.where(token[:, None] <= token[None, :], scores, 0.0)
-            scores = scores.to(k.dtype)
+            total = load_total_decay(rows_ptr, tile, CHUNK)  # early: scalars are not fetched ahead
         entering = state.to(k.dtype)
-        values = tl.dot(entering, tl.trans(w), u.to(tl.float32), input_precision=PRECISION)
+        read = tl.dot(entering, tl.trans(k), input_precision=PRECISION)
+        beta, from_start, _ = load_rows(rows_ptr, tile, 0, CHUNK)
+        if GATE:
+            read *= from_start[None, :]
+        right = (v.to(tl.float32) - read) * beta[None, :]
+        values = tl.dot(right.to(k.dtype), tl.trans(inverse), input_precision=PRECISION)
         if MODE == "states":
             tl.store(states_ptr + tile * BLOCK_V * BLOCK_K + column[:, None] * BLOCK_K + key[None, :], entering)
-            tl.store(u_at, values.to(u.dtype))
+            values_at = values_ptr + tile * BLOCK_V * CHUNK + column[:, None] * CHUNK + token[None, :]
+            tl.store(values_at, values.to(k.dtype))
         if MODE == "output":
-            out = tl.dot(entering, tl.trans(q), input_precision=PRECISION)
+            q = load_tokens(q_ptr + start * q_stride_t, q_stride_t, left, key, CHUNK, K, K == BLOCK_K)
+            scores = tl.load(scores_ptr + square)
+            out = tl.dot(entering, tl.trans(q), input_precision=PRECISION) * scale
             if GATE:
-                out *= load_decay(decay_ptr, tile, 2, CHUNK)[None, :]
-            out = tl.dot(values.to(k.dtype), scores, out, input_precision=PRECISION)
+                out *= from_start[None, :]
+            out = tl.dot(values.to(k.dtype), tl.trans(scores), out, input_precision=PRECISION)
             out_at = out_ptr + (start * H + head) * V + (token[None, :] * (H * V) + column[:, None])
             written = (token < left)[None, :] & (column < V)[:, None]
-            tl.store(out_at, (out * scale).to(out_ptr.dtype.element_ty), mask=written)
+            tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=written)
         if GATE:
-            values *= load_decay(decay_ptr, tile, 3, CHUNK)[None, :]
+            to_end, _, _ = load_rows(rows_ptr, tile, 4, CHUNK)
+            values *= to_end[None, :]
             state *= total
         state = tl.dot(values.to(k.dtype), k, state, input_precision=PRECISION)
         tile += H
@@ -126,41 +127,42 @@ def forward_kernel(
         tl.store(transition_ptr + row * K * K + key[None, :] * K + column_m[:, None], state, mask=inside)
 
 
-def forward_sums(call, wy, tables):
+def forward_sums(call, prepared, tables):
     """(states [num_sums, H, K, V], transitions [num_sums, H, K, K]) as far as `tables`, DeltaTables, says."""
     _, heads, key_size = call.k.shape
     states = call.q.new_empty(call.splits.num_sums, heads, key_size, call.v.shape[2], dtype=torch.float32)
     transitions = states.new_empty(call.splits.num_sums, heads, key_size, key_size)
-    _launch("sum", call, wy, len(tables.summed), tables=tables, sums=(states, transitions))
+    _launch("sum", call, prepared, len(tables.summed), tables=tables, sums=(states, transitions))
     return states, transitions
 
 
-def forward_states(call, wy, entries):
-    """S^T entering each chunk [tiles, V, K] and V'^T [tiles, V, C], in the place of U^T. entries: [N, H, K, V], S
-    entering the splits."""
+def forward_states(call, prepared, entries):
+    """S^T entering each chunk [tiles, V, K] and V'^T [tiles, V, C]. entries: [N, H, K, V], S entering the splits."""
     block_k, block_v = call.widths
-    states = call.scratch(block_v, block_k)
-    _launch("states", call, wy, call.splits.num_splits, entries=entries, states=states)
-    return states, wy[1]
+    states = call.scratch(block_v, block_k), call.scratch(block_v, CHUNK)
+    _launch("states", call, prepared, call.splits.num_splits, entries=entries, states=states)
+    return states
 
 
-def forward_output(call, wy, entries, dtype):
+def forward_output(call, prepared, entries, dtype):
     """O [T, H, V]. entries: [N, H, K, V], S entering the splits."""
     out = call.v.new_empty(call.v.shape, dtype=dtype)
-    _launch("output", call, wy, call.splits.num_splits, entries=entries, out=out)
+    _launch("output", call, prepared, call.splits.num_splits, entries=entries, out=out)
     return out
 
 
-def _launch(mode, call, wy, num_splits, *, tables=None, entries=None, out=None, states=None, sums=(None, None)):
-    w, u, _, decay = wy
+def _launch(
+    mode, call, prepared, num_splits, *, tables=None, entries=None, out=None, states=(None,) * 2, sums=(None,) * 2
+):
+    q, k, v = call.q, call.k, call.v
     splits, (block_k, block_v) = call.splits, call.widths
     columns = block_v + block_k if mode == "sum" else block_v
     block, options = call.columns(CONFIGS[mode], triton.next_power_of_2(columns))
     if num_splits:
         forward_kernel[(num_splits * call.heads * triton.cdiv(columns, block),)](
-            call.q, call.k, w, u, decay, entries, out, states, *sums,
+            q, k, v, *prepared, entries, out, *states, *sums,
             *((tables.summed, tables.needed) if tables else (None, None)),
             splits.first, splits.length, splits.split_chunk, splits.forward.row, splits.sum_row,
-            *call.q.stride()[:2], *call.k.stride()[:2], call.scale, call.heads,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], call.scale, call.heads,
             **call.constants, BLOCK=block, MODE=mode, **options,
         )  # fmt: skip

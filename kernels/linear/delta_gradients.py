@@ -1,241 +1,214 @@
-"""Gradients of the delta rule's inputs, chunk by chunk, once S, dS, V' and dV' of every chunk are known:
+"""Gradients of the delta rule's inputs, chunk by chunk, once S, V', dS and E (`delta_backward`) of each are known:
 
-    dP  = scale (dO V'^T) . Lambda        E = T^T dV'        Y = -beta tril_-1(E V'^T) . Lambda
+    dP  = scale (dO V'^T) . Lambda        Y  = -beta tril_-1(E V'^T) . Lambda
     dQi = scale exp(G) . (dO S^T)         dQ = dQi + dP K
-    dKi = exp(G_C - G) . (V' dS^T)        dKw = -T^T (dV' S^T)
-    dV  = beta . E                        dK = dKi + dP^T Q + (Y + Y^T) K + beta exp(G) . dKw
-    dbeta = rowsum(Y . K K^T) / beta + rowsum(dKw . exp(G) K) + rowsum(E . V)
+    dKi = exp(G_C - G) . (V' dS^T)        dK = dKi + dP^T Q + (Y + Y^T) K + beta dKw
+    dKw = -exp(G) . (E S^T)               dV = beta . E
+    dbeta = rowsum(Y . K K^T) / beta + rowsum(dKw . K) + rowsum(E . V)
 
-T is the inverse of `delta_wy`. E and dKw are the gradients of beta V and of beta exp(G) K, Y that of the products
-k_i . k_j in A. Token t's decay lies on every path from before t to t or later, so with N = dP . Q K^T + Y . K K^T and
-r_i = <Q, dQi>_i + <beta exp(G) K, dKw>_i its gradient is
+beta dKw is what dK has of beta exp(G) K, and Y the gradient of the products k_i . k_j in A. Token t's decay lies on
+every path from before t to t or later, so with N = dP . Q K^T + Y . K K^T and r_i = <Q, dQi>_i + beta_i <K, dKw>_i
 
     dg_t = sum_{j < t <= i} N_ij + sum_{i >= t} r_i + sum_{j < t} <K, dKi>_j + exp(G_C) <S, dS>
 
-`pairs_kernel` does what lives on pairs of tokens, `inputs_kernel` what takes the states. Both leave sums over their
-part of K or V in fp32 [blocks + 1, tile, 3, CHUNK], for `sums_kernel` to add: terms of dbeta; of dg, those that a token
-gives to all t up to it (the last token has what all t get); and those that the token before it gives to all t from it.
+dP^T and Y^T are products of their own: no result of a product is ever transposed.
 """
 
 import torch
 
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.delta_tiles import (
-    CHUNK,
     launch_options,
-    load_decay,
     load_decay_between,
+    load_row,
     load_tokens,
     load_total_decay,
     store_tokens,
 )
 
 # Element size: (columns of K at a time, of V at a time, warps, stages, registers or left to the compiler).
-PAIRS = {2: (64, 64, 4, 2), 4: (32, 32, 4, 1)}
-# The same; columns of K per program.
-INPUTS = {2: (64, 64, 4, 2, 168), 4: (32, 32, 4, 1)}
+INPUTS = {2: (32, 128, 4, 1), 4: (32, 32, 4, 1)}
 
 
 @triton.jit
-def pairs_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, beta_ptr, decay_ptr, inverse_ptr, values_ptr, d_values_ptr,
-    dv_ptr, d_scores_ptr, y_ptr, sums_ptr, chunk_first_ptr, chunk_length_ptr,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, d_out_stride_t, d_out_stride_h,
-    beta_stride_t, beta_stride_h, scale, H,
+def inputs_kernel(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, scores_ptr, rows_ptr, states_ptr, values_ptr, d_states_ptr, errors_ptr,
+    dq_ptr, dk_ptr, dv_ptr, d_beta_ptr, d_decay_ptr, chunk_first_ptr, chunk_length_ptr,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, d_out_stride_t, d_out_stride_h, scale, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STEP_K: tl.constexpr,
     STEP_V: tl.constexpr, CHUNK: tl.constexpr, GATE: tl.constexpr, D_GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head: dv [T, H, V]; dP and Y -> d_scores, y [tile, CHUNK, CHUNK]; its part of the sums."""
+    """One chunk of one head: dq, dk [T, H, K], dv [T, H, V], d_beta and, if D_GATE, d_log_decay [T, H]."""
     tile = tl.program_id(0).to(tl.int64)
     chunk, head = tile // H, tile % H
     first, length = tl.load(chunk_first_ptr + chunk).to(tl.int64), tl.load(chunk_length_ptr + chunk)
     token = tl.arange(0, CHUNK)
     row, column = token[:, None], token[None, :]
+    square = tile * CHUNK * CHUNK + row * CHUNK + column
     q_ptr += first * q_stride_t + head * q_stride_h
     k_ptr += first * k_stride_t + head * k_stride_h
     v_ptr += first * v_stride_t + head * v_stride_h
     d_out_ptr += first * d_out_stride_t + head * d_out_stride_h
+    states_ptr += tile * BLOCK_V * BLOCK_K
+    d_states_ptr += tile * BLOCK_V * BLOCK_K
     values_ptr += tile * BLOCK_V * CHUNK
-    d_values_ptr += tile * BLOCK_V * CHUNK
+    errors_ptr += tile * BLOCK_V * CHUNK
+    dq_ptr += (first * H + head) * K
+    dk_ptr += (first * H + head) * K
     dv_ptr += (first * H + head) * V
+    beta = load_row(rows_ptr, tile, 0, CHUNK)
+    ALL: tl.constexpr = STEP_V == BLOCK_V  # then what the two loops over V read is read once
+    if ALL:
+        d_out, values_t, errors = load_values(
+            d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, 0, STEP_V, CHUNK, V, BLOCK_V
+        )
 
-    inverse_t = tl.load(inverse_ptr + tile * CHUNK * CHUNK + (row + column * CHUNK))
-    beta_at = beta_ptr + (first + token) * beta_stride_t + head * beta_stride_h
-    beta = tl.load(beta_at, mask=token < length, other=0.0).to(tl.float32)
+    # What lives on pairs of tokens: first as [i, j] ...
     d_beta = tl.zeros([CHUNK], dtype=tl.float32)
     d_scores = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
     x = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)  # -Y / beta
-    for start in range(0, BLOCK_V, STEP_V):
-        value = start + tl.arange(0, STEP_V)
-        values_t = tl.load(values_ptr + (value[:, None] * CHUNK + token[None, :]))
-        d_values_t = tl.load(d_values_ptr + (value[:, None] * CHUNK + token[None, :]))
-        d_out = load_tokens(d_out_ptr, d_out_stride_t, length, value, CHUNK, V, V == BLOCK_V)
-        v = load_tokens(v_ptr, v_stride_t, length, value, CHUNK, V, V == BLOCK_V)
-        d_scores = tl.dot(d_out, values_t, d_scores, input_precision=PRECISION)
-        e = tl.dot(inverse_t, tl.trans(d_values_t), input_precision=PRECISION)
-        x = tl.dot(e.to(values_t.dtype), values_t, x, input_precision=PRECISION)
-        d_beta += tl.sum(e * v.to(tl.float32), 1)
-        store_tokens(dv_ptr, H * V, length, value, e * beta[:, None], CHUNK, V)
-
-    if GATE:
-        between = load_decay_between(decay_ptr, tile, False, inverse_t.dtype == tl.float32, CHUNK)
-        d_scores *= between * scale
-        x *= between
-    else:
-        d_scores = tl.where(row >= column, d_scores * scale, 0.0)
-    x = tl.where(row > column, x, 0.0)
-    y = x * -beta[:, None]
-    square = row * CHUNK + column
-    tl.store(d_scores_ptr + tile * CHUNK * CHUNK + square, d_scores.to(d_scores_ptr.dtype.element_ty))
-    tl.store(y_ptr + tile * CHUNK * CHUNK + square, y.to(y_ptr.dtype.element_ty))
-
     kk = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
-    qk = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
-    for start in range(0, BLOCK_K, STEP_K):
-        key = start + tl.arange(0, STEP_K)
-        k = load_tokens(k_ptr, k_stride_t, length, key, CHUNK, K, K == BLOCK_K)
-        kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
-        if D_GATE:
-            q = load_tokens(q_ptr, q_stride_t, length, key, CHUNK, K, K == BLOCK_K)
-            qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
-    sums_at = sums_ptr + tile * 3 * CHUNK + token
-    tl.store(sums_at, d_beta - tl.sum(x * kk, 1))
-    if D_GATE:
-        # Row sums minus column sums of the same numbers: their sum over tokens from t on is that of N over j < t <= i.
-        pairs = tl.where(row > column, d_scores * qk, 0.0) + y * kk
-        tl.store(sums_at + CHUNK, tl.sum(pairs, 1) - tl.sum(pairs, 0))
-
-
-@triton.jit
-def inputs_kernel(
-    q_ptr, k_ptr, d_out_ptr, beta_ptr, decay_ptr, inverse_ptr, values_ptr, d_values_ptr, d_scores_ptr, y_ptr,
-    states_ptr, d_states_ptr, dq_ptr, dk_ptr, sums_ptr, chunk_first_ptr, chunk_length_ptr,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, d_out_stride_t, d_out_stride_h,
-    beta_stride_t, beta_stride_h, sums_stride_block, scale, H,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STEP_K: tl.constexpr,
-    STEP_V: tl.constexpr, CHUNK: tl.constexpr, GATE: tl.constexpr, D_GATE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """STEP_K columns of one chunk of one head: of dq and dk [T, H, K], and what they add to the sums."""
-    blocks: tl.constexpr = BLOCK_K // STEP_K
-    tile, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    chunk, head = tile // H, tile % H
-    first, length = tl.load(chunk_first_ptr + chunk).to(tl.int64), tl.load(chunk_length_ptr + chunk)
-    token, key = tl.arange(0, CHUNK), block * STEP_K + tl.arange(0, STEP_K)
-    d_out_ptr += first * d_out_stride_t + head * d_out_stride_h
-    values_ptr += tile * BLOCK_V * CHUNK
-    d_values_ptr += tile * BLOCK_V * CHUNK
-    states_ptr += tile * BLOCK_V * BLOCK_K
-    d_states_ptr += tile * BLOCK_V * BLOCK_K
-
-    dq = tl.zeros([CHUNK, STEP_K], dtype=tl.float32)
-    dk = tl.zeros([CHUNK, STEP_K], dtype=tl.float32)
-    dw = tl.zeros([CHUNK, STEP_K], dtype=tl.float32)
-    through = 0.0  # <S, dS>
     for start in range(0, BLOCK_V, STEP_V):
+        if not ALL:
+            d_out, values_t, errors = load_values(
+                d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, start, STEP_V, CHUNK, V, BLOCK_V
+            )
         value = start + tl.arange(0, STEP_V)
-        d_out = load_tokens(d_out_ptr, d_out_stride_t, length, value, CHUNK, V, V == BLOCK_V)
-        values_t = tl.load(values_ptr + (value[:, None] * CHUNK + token[None, :]))
-        d_values_t = tl.load(d_values_ptr + (value[:, None] * CHUNK + token[None, :]))
-        state = tl.load(states_ptr + (value[:, None] * BLOCK_K + key[None, :]))
-        d_state = tl.load(d_states_ptr + (value[:, None] * BLOCK_K + key[None, :]))
-        dq = tl.dot(d_out, state, dq, input_precision=PRECISION)
-        dw = tl.dot(tl.trans(d_values_t), state, dw, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(values_t), d_state, dk, input_precision=PRECISION)
-        if D_GATE:
-            through += tl.sum(state.to(tl.float32) * d_state.to(tl.float32))
-
-    q = load_tokens(q_ptr + first * q_stride_t + head * q_stride_h, q_stride_t, length, key, CHUNK, K, K == BLOCK_K)
-    k = load_tokens(k_ptr + first * k_stride_t + head * k_stride_h, k_stride_t, length, key, CHUNK, K, K == BLOCK_K)
-    beta_at = beta_ptr + (first + token) * beta_stride_t + head * beta_stride_h
-    beta = tl.load(beta_at, mask=token < length, other=0.0).to(tl.float32)
-    square = tile * CHUNK * CHUNK
-    by_row, by_column = token[:, None] * CHUNK + token[None, :], token[:, None] + token[None, :] * CHUNK
-    dkw = tl.dot(tl.load(inverse_ptr + square + by_column), -dw.to(k.dtype), input_precision=PRECISION)
-    dq *= scale
-    if GATE:
-        from_start = load_decay(decay_ptr, tile, 2, CHUNK)[:, None]
-        dq *= from_start
-        dkw *= from_start
-        dk *= load_decay(decay_ptr, tile, 3, CHUNK)[:, None]
-
-    k_dkw = tl.sum(k.to(tl.float32) * dkw, 1)
-    sums_at = sums_ptr + block * sums_stride_block + tile * 3 * CHUNK + token
-    tl.store(sums_at, k_dkw)
+        v = load_tokens(v_ptr, v_stride_t, length, value, CHUNK, V, V == BLOCK_V)
+        d_beta += tl.sum(errors.to(tl.float32) * v.to(tl.float32), 1)
+        store_tokens(dv_ptr, H * V, length, value, errors.to(tl.float32) * beta[:, None], CHUNK, V)
+        d_scores = tl.dot(d_out, values_t, d_scores, input_precision=PRECISION)
+        x = tl.dot(errors, values_t, x, input_precision=PRECISION)
+    for start in range(0, BLOCK_K, STEP_K):
+        k = load_tokens(k_ptr, k_stride_t, length, start + tl.arange(0, STEP_K), CHUNK, K, K == BLOCK_K)
+        kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
+    pairs = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
     if D_GATE:
-        from_queries = tl.sum(q.to(tl.float32) * dq, 1) + beta * k_dkw
-        through *= load_total_decay(decay_ptr, tile, CHUNK)
-        tl.store(sums_at + CHUNK, from_queries + tl.where(token == CHUNK - 1, through, 0.0))
-        tl.store(sums_at + 2 * CHUNK + 1, tl.sum(k.to(tl.float32) * dk, 1), mask=token < CHUNK - 1)
+        pairs = tl.where(row > column, d_scores * tl.load(scores_ptr + square).to(tl.float32), 0.0)
+    if GATE:
+        between = load_decay_between(rows_ptr, tile, False, k_ptr.dtype.element_ty == tl.float32, CHUNK)
+    else:
+        between = tl.where(row >= column, 1.0, 0.0)
+    d_scores = (d_scores * between * scale).to(k_ptr.dtype.element_ty)
+    x = tl.where(row > column, x * between, 0.0)
+    kk *= x
+    d_beta -= tl.sum(kk, 1)
+    # Row sums minus column sums of the same numbers: their sum over tokens from t on is that of N over j < t <= i.
+    pairs -= beta[:, None] * kk
+    from_queries = tl.sum(pairs, 1) - tl.sum(pairs, 0)
 
-    d_scores = tl.load(d_scores_ptr + square + by_row)
-    dq = tl.dot(d_scores, k, dq, input_precision=PRECISION)
-    store_tokens(dq_ptr + (first * H + head) * K, H * K, length, key, dq, CHUNK, K)
-    dk += beta[:, None] * dkw
-    d_scores_t = tl.load(d_scores_ptr + square + by_column)
-    dk = tl.dot(d_scores_t, q, dk, input_precision=PRECISION)
-    y = tl.load(y_ptr + square + by_row) + tl.load(y_ptr + square + by_column)
-    dk = tl.dot(y, k, dk, input_precision=PRECISION)
-    store_tokens(dk_ptr + (first * H + head) * K, H * K, length, key, dk, CHUNK, K)
+    # ... then as [j, i].
+    d_scores_t = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
+    x_t = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
+    for start in range(0, BLOCK_V, STEP_V):
+        if not ALL:
+            d_out, values_t, errors = load_values(
+                d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, start, STEP_V, CHUNK, V, BLOCK_V
+            )
+        d_scores_t = tl.dot(tl.trans(values_t), tl.trans(d_out), d_scores_t, input_precision=PRECISION)
+        x_t = tl.dot(tl.trans(values_t), tl.trans(errors), x_t, input_precision=PRECISION)
+    if GATE:
+        between = load_decay_between(rows_ptr, tile, True, k_ptr.dtype.element_ty == tl.float32, CHUNK)
+    else:
+        between = tl.where(row <= column, 1.0, 0.0)
+    d_scores_t = (d_scores_t * between * scale).to(k_ptr.dtype.element_ty)
+    x_t = tl.where(row < column, x_t * between, 0.0)
+    y = -(x * beta[:, None] + x_t * beta[None, :]).to(k_ptr.dtype.element_ty)
+
+    # What takes the states.
+    from_keys = tl.zeros([CHUNK], dtype=tl.float32)
+    through = 0.0  # <S, dS>
+    for key_start in range(0, BLOCK_K, STEP_K):
+        key = key_start + tl.arange(0, STEP_K)
+        if ALL:
+            state, d_state = load_states(states_ptr, d_states_ptr, 0, key, STEP_V, BLOCK_K)
+        dk = tl.zeros([CHUNK, STEP_K], dtype=tl.float32)
+        dkw = tl.zeros([CHUNK, STEP_K], dtype=tl.float32)
+        for start in range(0, BLOCK_V, STEP_V):
+            if not ALL:
+                state, d_state = load_states(states_ptr, d_states_ptr, start, key, STEP_V, BLOCK_K)
+                d_out, values_t, errors = load_values(
+                    d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, start, STEP_V, CHUNK, V, BLOCK_V
+                )
+            dk = tl.dot(tl.trans(values_t), d_state, dk, input_precision=PRECISION)
+            dkw = tl.dot(errors, state, dkw, input_precision=PRECISION)
+            if D_GATE:
+                through += tl.sum(state.to(tl.float32) * d_state.to(tl.float32))
+        k = load_tokens(k_ptr, k_stride_t, length, key, CHUNK, K, K == BLOCK_K)
+        q = load_tokens(q_ptr, q_stride_t, length, key, CHUNK, K, K == BLOCK_K)
+        if GATE:
+            dk *= load_row(rows_ptr, tile, 4, CHUNK)[:, None]
+            dkw *= load_row(rows_ptr, tile, 1, CHUNK)[:, None]
+        k_dkw = tl.sum(k.to(tl.float32) * dkw, 1)
+        d_beta -= k_dkw
+        if D_GATE:
+            from_queries -= beta * k_dkw
+            from_keys += tl.sum(k.to(tl.float32) * dk, 1)
+        dk -= beta[:, None] * dkw
+        dk = tl.dot(d_scores_t, q, dk, input_precision=PRECISION)
+        dk = tl.dot(y, k, dk, input_precision=PRECISION)
+        store_tokens(dk_ptr, H * K, length, key, dk, CHUNK, K)
+
+        dq = tl.zeros([CHUNK, STEP_K], dtype=tl.float32)
+        for start in range(0, BLOCK_V, STEP_V):
+            if not ALL:
+                state, d_state = load_states(states_ptr, d_states_ptr, start, key, STEP_V, BLOCK_K)
+                d_out, values_t, errors = load_values(
+                    d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, start, STEP_V, CHUNK, V, BLOCK_V
+                )
+            dq = tl.dot(d_out, state, dq, input_precision=PRECISION)
+        dq *= scale
+        if GATE:
+            dq *= load_row(rows_ptr, tile, 1, CHUNK)[:, None]
+        if D_GATE:
+            from_queries += tl.sum(q.to(tl.float32) * dq, 1)
+        dq = tl.dot(d_scores, k, dq, input_precision=PRECISION)
+        store_tokens(dq_ptr, H * K, length, key, dq, CHUNK, K)
+
+    sums_at, inside = (first + token) * H + head, token < length
+    tl.store(d_beta_ptr + sums_at, d_beta, mask=inside)
+    if D_GATE:
+        if GATE:
+            through *= load_total_decay(rows_ptr, tile, CHUNK)
+        from_queries += tl.where(token == CHUNK - 1, through, 0.0)
+        d_decay = tl.cumsum(from_queries, 0, reverse=True) + (tl.cumsum(from_keys, 0) - from_keys)
+        tl.store(d_decay_ptr + sums_at, d_decay, mask=inside)
 
 
 @triton.jit
-def sums_kernel(
-    sums_ptr, d_beta_ptr, d_decay_ptr, chunk_first_ptr, chunk_length_ptr, sums_stride_block, H,
-    BLOCKS: tl.constexpr, CHUNK: tl.constexpr, D_GATE: tl.constexpr,
+def load_values(
+    d_out_ptr, values_ptr, errors_ptr, stride, length, start,
+    STEP_V: tl.constexpr, CHUNK: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head: d_beta and d_log_decay [T, H] from the sums that the other kernels left."""
-    tile = tl.program_id(0).to(tl.int64)
-    chunk, head = tile // H, tile % H
-    first, length = tl.load(chunk_first_ptr + chunk).to(tl.int64), tl.load(chunk_length_ptr + chunk)
-    token = tl.arange(0, CHUNK)
-    out_at, inside = (first + token) * H + head, token < length
-    sums_at = sums_ptr + tile * 3 * CHUNK + token
-    d_beta = tl.zeros([CHUNK], dtype=tl.float32)
-    from_queries = tl.zeros([CHUNK], dtype=tl.float32)
-    from_keys = tl.zeros([CHUNK], dtype=tl.float32)
-    for block in tl.static_range(BLOCKS + 1):
-        d_beta += tl.load(sums_at)
-        if D_GATE:
-            from_queries += tl.load(sums_at + CHUNK)
-            if block < BLOCKS:
-                from_keys += tl.load(sums_at + 2 * CHUNK, mask=token > 0, other=0.0)
-        sums_at += sums_stride_block
-    tl.store(d_beta_ptr + out_at, d_beta, mask=inside)
-    if D_GATE:
-        d_decay = tl.cumsum(from_queries, 0, reverse=True) + tl.cumsum(from_keys, 0)
-        tl.store(d_decay_ptr + out_at, d_decay, mask=inside)
+    """dO [CHUNK, STEP_V], V'^T [STEP_V, CHUNK] and E [CHUNK, STEP_V] of the columns of V from `start` on."""
+    value, token = start + tl.arange(0, STEP_V), tl.arange(0, CHUNK)
+    d_out = load_tokens(d_out_ptr, stride, length, value, CHUNK, V, V == BLOCK_V)
+    values_t = tl.load(values_ptr + (value[:, None] * CHUNK + token[None, :]))
+    return d_out, values_t, tl.load(errors_ptr + (token[:, None] * BLOCK_V + value[None, :]))
 
 
-def input_gradients(call, wy, d_out, values, d_values, states, d_states, gate: bool):
-    """dq, dk, dv in the dtype of the inputs; d_beta and, if `gate`, d_log_decay (else None), fp32 [T, H]."""
-    q, k, v, beta = call.q, call.k, call.v, call.beta
+@triton.jit
+def load_states(states_ptr, d_states_ptr, start, key, STEP_V: tl.constexpr, BLOCK_K: tl.constexpr):
+    """S^T and dS^T [STEP_V, keys] of the columns of V from `start` on."""
+    at = (start + tl.arange(0, STEP_V))[:, None] * BLOCK_K + key[None, :]
+    return tl.load(states_ptr + at), tl.load(d_states_ptr + at)
+
+
+def input_gradients(call, prepared, d_out, entering, leaving, gate: bool):
+    """dq, dk, dv in the dtype of the inputs; d_beta and, if `gate`, d_log_decay (else None), fp32 [T, H]. entering: S^T
+    and V'^T of every chunk; leaving: dS^T and E."""
+    q, k, v = call.q, call.k, call.v
     block_k, block_v = call.widths
-    pair_k, pair_v, *pair_options = PAIRS[q.element_size()]
     step_k, step_v, *options = INPUTS[q.element_size()]
-    step_k, step_v = min(step_k, block_k), min(step_v, block_v)
-    blocks = block_k // step_k
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     d_beta = q.new_empty(q.shape[:2], dtype=torch.float32)
     d_decay = torch.empty_like(d_beta) if gate else None
-    d_scores, y = call.scratch(CHUNK, CHUNK), call.scratch(CHUNK, CHUNK)
-    sums = q.new_empty(blocks + 1, call.splits.num_chunks, call.heads, 3, CHUNK, dtype=torch.float32)
     if call.num_tiles:
-        _, _, inverse, decay = wy
-        pairs_kernel[(call.num_tiles,)](
-            q, k, v, d_out, beta, decay, inverse, values, d_values, dv, d_scores, y, sums[blocks], *call.chunks,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2], *beta.stride(),
-            call.scale, call.heads, **call.constants, STEP_K=min(pair_k, block_k), STEP_V=min(pair_v, block_v),
-            D_GATE=gate, **launch_options(*pair_options),
-        )  # fmt: skip
-        inputs_kernel[(call.num_tiles * blocks,)](
-            q, k, d_out, beta, decay, inverse, values, d_values, d_scores, y, states, d_states, dq, dk, sums,
+        inputs_kernel[(call.num_tiles,)](
+            q, k, v, d_out, prepared.scores, prepared.rows, *entering, *leaving, dq, dk, dv, d_beta, d_decay,
             *call.chunks,
-            *q.stride()[:2], *k.stride()[:2], *d_out.stride()[:2], *beta.stride(), sums.stride(0),
-            call.scale, call.heads, **call.constants, STEP_K=step_k, STEP_V=step_v,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2], call.scale, call.heads,
+            **call.constants, STEP_K=min(step_k, block_k), STEP_V=min(step_v, block_v),
             D_GATE=gate, **launch_options(*options),
-        )  # fmt: skip
-        sums_kernel[(call.num_tiles,)](
-            sums, d_beta, d_decay, *call.chunks, sums.stride(0), call.heads,
-            BLOCKS=blocks, CHUNK=CHUNK, D_GATE=gate, num_warps=2,
         )  # fmt: skip
     return dq, dk, dv, d_beta, d_decay

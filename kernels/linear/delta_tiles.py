@@ -6,6 +6,7 @@ to whole chunks, so that they are read without masks. Token tensors are [T, H, D
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,14 @@ from longspan.kernels.linear.splits import LEFT_OUT_LOG2, Splits, padded
 CHUNK = 64
 LEFT_OUT = tl.constexpr(LEFT_OUT_LOG2 * math.log(2))
 SEARCHED = tl.constexpr(32)  # chunks whose decays are read at once
+
+
+class Prepared(NamedTuple):
+    """What `delta_prepare` makes: T and P, both [tiles, C, C]; rows [tiles, 2, C, 4], fp32 (`load_row`)."""
+
+    inverse: torch.Tensor
+    scores: torch.Tensor
+    rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,6 @@ class Call:
             GATE=self.log_decay is not None, PRECISION=precision,
         )  # fmt: skip
 
-    def warps(self, table) -> int:
-        """From {element size: {padded max(K, V): warps}}."""
-        return table[self.q.element_size()][max(self.widths)]
-
     def columns(self, table, limit):
         """Columns per program and launch options from {element size: {padded K: (columns, warps, stages, registers)}},
         where registers may be left to the compiler; not more columns than `limit`."""
@@ -111,26 +116,39 @@ def store_tokens(ptr, stride, length, column, value, CHUNK: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def load_decay(decay_ptr, tile, ROW: tl.constexpr, CHUNK: tl.constexpr):
-    """One row of a chunk's decays: 0: G rounded to fp32, 1: what the rounding left, 2: exp(G), 3: exp(G_C - G)."""
-    return tl.load(decay_ptr + (tile * 4 + ROW) * CHUNK + tl.arange(0, CHUNK))
+def load_row(rows_ptr, tile, ROW: tl.constexpr, CHUNK: tl.constexpr):
+    """One number per token of a chunk. 0: beta, 1: exp(G), 2: beta exp(G), 4: exp(G_C - G), 5: G rounded to fp32, 6:
+    what the rounding left. Without a gate only beta is there. Rows 0 to 3 of a token lie side by side, and 4 to 7."""
+    return tl.load(rows_ptr + (tile * 2 + ROW // 4) * (4 * CHUNK) + tl.arange(0, CHUNK) * 4 + ROW % 4)
 
 
 @triton.jit
-def load_total_decay(decay_ptr, tile, CHUNK: tl.constexpr):
+def load_rows(rows_ptr, tile, FIRST: tl.constexpr, CHUNK: tl.constexpr):
+    """Three rows from FIRST, 0 or 4, on. In one load: smaller ones would be repeated for every layout in which they are
+    used, and all of these copied ahead, with an address each in registers."""
+    at = tl.arange(0, CHUNK)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    rows = tl.load(rows_ptr + (tile * 2 + FIRST // 4) * (4 * CHUNK) + at)
+    even, odd = tl.split(tl.reshape(rows, [CHUNK, 2, 2]))
+    first, third = tl.split(even)
+    second, _ = tl.split(odd)
+    return first, second, third
+
+
+@triton.jit
+def load_total_decay(rows_ptr, tile, CHUNK: tl.constexpr):
     """exp(G_C)."""
-    return tl.load(decay_ptr + (tile * 4 + 3) * CHUNK - 1)
+    return tl.load(rows_ptr + tile * (8 * CHUNK) + (4 * CHUNK - 3))
 
 
 @triton.jit
-def load_decay_between(decay_ptr, tile, TRANSPOSED: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr):
+def load_decay_between(rows_ptr, tile, TRANSPOSED: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr):
     """Lambda: exp(G_i - G_j) for i >= j, else 0; i counts rows, columns if TRANSPOSED. EXACT: where a G of thousands,
     whose rounding error is 1e-4, would be felt."""
     token = tl.arange(0, CHUNK)
-    g = load_decay(decay_ptr, tile, 0, CHUNK)
+    g = load_row(rows_ptr, tile, 5, CHUNK)
     log = g[:, None] - g[None, :]
     if EXACT:
-        rest = load_decay(decay_ptr, tile, 1, CHUNK)
+        rest = load_row(rows_ptr, tile, 6, CHUNK)
         log += rest[:, None] - rest[None, :]
     if TRANSPOSED:
         log = tl.where(token[:, None] <= token[None, :], -log, float("-inf"))
@@ -140,7 +158,7 @@ def load_decay_between(decay_ptr, tile, TRANSPOSED: tl.constexpr, EXACT: tl.cons
 
 
 @triton.jit
-def count_remembered(decay_ptr, tile, step, chunks, CHUNK: tl.constexpr):
+def count_remembered(rows_ptr, tile, step, chunks, CHUNK: tl.constexpr):
     """Of `chunks` chunks, that of `tile` and others `step` tiles apart each: how many can be passed, in this order,
     before the decay through all that were passed is below LEFT_OUT. As |I - beta k k^T| <= 1, nothing that is beyond
     the next one can be felt before the first. NaN is not forgotten."""
@@ -148,7 +166,7 @@ def count_remembered(decay_ptr, tile, step, chunks, CHUNK: tl.constexpr):
     passed, remembered, log_decay = 0, 0, 0.0
     while (passed < chunks) & (passed == remembered):
         left = chunks - passed
-        at = decay_ptr + (tile + (passed + number) * step) * (4 * CHUNK) + CHUNK - 1
+        at = rows_ptr + (tile + (passed + number) * step) * (8 * CHUNK) + 8 * CHUNK - 3
         through = log_decay + tl.cumsum(tl.load(at, mask=number < left, other=0.0), 0)
         remembered += tl.sum(((number < left) & ~(through < LEFT_OUT)).to(tl.int32), 0)
         log_decay = tl.min(through, 0)

@@ -182,7 +182,8 @@ def test_what_is_forgotten_is_not_read(delta):
             state, transition = work.summary()
             assert torch.equal(transition[0].flatten(1).any(1), torch.tensor([False] * 3 + [True, False, False, True]))
         else:
-            work.start_backward((None, torch.zeros(1, 7, 16, 16)), torn["v"], True)
+            work.ahead()
+            work.start_backward((None, torch.zeros(1, 7, 16, 16), *work.prepared), torn["v"], True)
             state = work.gradient_summary()
         assert torch.equal(state[0].flatten(1).isfinite().all(1), finite)
 
