@@ -16,7 +16,8 @@ from longspan.parallel.layout import Layout
 class RouteTable:
     """One rank's part of a route. Rows are sent in `send_rows` order, send_counts[r] of them to rank r; output row p is
     received row `source[p]`. copies: the same as (output rows, received rows) in turns that name no received row twice,
-    so that sums over copies have one order."""
+    so that sums over copies have one order. inverse: where every row held is sent once and every row received wanted
+    once, the output row of every received row, and the place among those sent of every row held; else None."""
 
     num_rows: int  # rows this rank holds
     send_rows: torch.Tensor  # int64
@@ -24,11 +25,22 @@ class RouteTable:
     receive_counts: tuple[int, ...]
     source: torch.Tensor  # int64 [rows wanted]
     copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # int64
+    inverse: tuple[torch.Tensor, torch.Tensor] | None  # int64
+
+    @classmethod
+    def of(cls, num_rows: int, send_rows, send_counts, receive_counts, source) -> "RouteTable":
+        """send_rows, source: int64 arrays."""
+        inverses = _inverse(source, sum(receive_counts)), _inverse(send_rows, num_rows)
+        inverse = None if any(x is None for x in inverses) else tuple(map(torch.from_numpy, inverses))
+        rows = torch.from_numpy(send_rows), send_counts, receive_counts, torch.from_numpy(source)
+        return cls(num_rows, *rows, _turns(source), inverse)
 
     def map(self, move) -> "RouteTable":
         """The same table with every tensor passed through `move`."""
         copies = tuple(tuple(map(move, turn)) for turn in self.copies)
-        return replace(self, send_rows=move(self.send_rows), source=move(self.source), copies=copies)
+        inverse = self.inverse and tuple(map(move, self.inverse))
+        rows = {"send_rows": move(self.send_rows), "source": move(self.source)}
+        return replace(self, **rows, copies=copies, inverse=inverse)
 
 
 def route_table(layout: Layout, rank: int, wanted) -> RouteTable:
@@ -57,14 +69,8 @@ def route_table(layout: Layout, rank: int, wanted) -> RouteTable:
     slot = np.full(layout.num_tokens, -1, np.int64)
     slot[mine] = np.arange(len(mine))
     source = slot[wanted[rank]]
-    return RouteTable(
-        layout.tokens_per_rank[rank],
-        torch.from_numpy(row[np.concatenate(sent)]),
-        tuple(map(len, sent)),
-        counts(mine),
-        torch.from_numpy(source),
-        _turns(source),
-    )
+    sent_counts = tuple(map(len, sent))
+    return RouteTable.of(layout.tokens_per_rank[rank], row[np.concatenate(sent)], sent_counts, counts(mine), source)
 
 
 def head_routes(layout: Layout, rank: int, groups: int) -> tuple[RouteTable, RouteTable]:
@@ -76,13 +82,16 @@ def head_routes(layout: Layout, rank: int, groups: int) -> tuple[RouteTable, Rou
     alike = tuple(mine if peer in ranks else 0 for peer in range(layout.world_size))
     theirs = tuple(tokens[peer] if peer in ranks else 0 for peer in range(layout.world_size))
     ordered = np.argsort(np.concatenate([layout.global_indices(peer) for peer in ranks]))
-    there = RouteTable(len(here), torch.from_numpy(here.copy()), alike, theirs, *_arriving(ordered))
-    back = RouteTable(len(ordered), torch.from_numpy(np.argsort(ordered)), theirs, alike, *_arriving(np.argsort(here)))
+    there = RouteTable.of(len(here), here.copy(), alike, theirs, ordered)
+    back = RouteTable.of(len(ordered), np.argsort(ordered), theirs, alike, np.argsort(here))
     return there, back
 
 
-def _arriving(source):
-    return torch.from_numpy(source), _turns(source)
+def _inverse(places, count: int):
+    """The inverse of `places` as a permutation of range(count), None if it is none."""
+    inverse = np.full(count, -1, np.int64)
+    inverse[places] = np.arange(len(places))
+    return inverse if len(places) == count and (inverse >= 0).all() else None
 
 
 def _turns(source) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
@@ -120,6 +129,11 @@ class Route:
     def transpose(self, grad: torch.Tensor) -> torch.Tensor:
         """grad: [rows wanted, ...] -> [rows held, ...]; sums over copies in at least fp32, in rank order."""
         table = self._table_on(grad.device)
+        if table.inverse is not None:
+            wanted_at, sent_at = table.inverse
+            back = grad.index_select(0, wanted_at)
+            back = all_to_all_rows(back, table.receive_counts, table.send_counts, self.group)
+            return back.index_select(0, sent_at)
         dtype = torch.promote_types(grad.dtype, torch.float32)
         back = grad.new_zeros(sum(table.receive_counts), *grad.shape[1:], dtype=dtype)
         for places, rows in table.copies:

@@ -27,7 +27,7 @@ from longspan.kernels.linear.delta_tiles import (
 )
 
 # Element size: (columns of K at a time, of V at a time, warps, stages, registers or left to the compiler).
-INPUTS = {2: (32, 128, 4, 1), 4: (32, 32, 4, 1)}
+INPUTS = {2: (64, 128, 4, 1), 4: (32, 32, 4, 1)}
 
 
 @triton.jit
