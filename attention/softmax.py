@@ -24,7 +24,8 @@ from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.attention.schedules import softmax_schedule
 from longspan.kernels.merge import merge
 from longspan.kernels.softmax import choose
-from longspan.parallel.exchange import start_exchange
+from longspan.parallel.context import MEMO
+from longspan.parallel.exchange import start_exchange, to_device
 from longspan.parallel.geometry import Mask
 from longspan.parallel.planner import STRATEGIES as PLANNERS
 from longspan.parallel.planner import AttentionPlan
@@ -76,7 +77,7 @@ def _moved(seq, plan, mask, heads) -> Moved:
     topology, default = parallel.topology, "ring" if parallel.topology.nodes == 1 else "double_ring"
     strategy = pick(STRATEGIES, parallel.softmax, default, "softmax strategy")
     if plan is not None:
-        return seq.derive(schedule_of, plan, mask)
+        return _of_plan(seq.layout, seq.rank, plan, mask, parallel.device)
     if strategy in PLANNERS:
         return seq.derive(planned_schedule, mask, strategy, topology, parallel.costs, parallel.token_cap)
     if strategy in HEAD_PARALLEL:
@@ -84,6 +85,12 @@ def _moved(seq, plan, mask, heads) -> Moved:
     if strategy == "double_ring":
         return Moved(seq.derive(double_ring_schedule, mask, topology, parallel.costs))
     return Moved(seq.derive(softmax_schedule, strategy, mask))
+
+
+@lru_cache(MEMO)
+def _of_plan(layout, rank, plan, mask, device) -> Moved:
+    """The schedule of a plan that was given, kept as a context keeps what it derived: every layer gives it again."""
+    return schedule_of(layout, rank, plan, mask).map(lambda x: to_device(x, device))
 
 
 class _Attention(torch.autograd.Function):

@@ -216,6 +216,13 @@ class Config:
         sp = self.parallel.sp or world_size
         allowed = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
         _require(world_size % sp == 0, f"parallel.sp={sp} does not divide the {world_size} ranks: use one of {allowed}")
+        heads = self.model.num_heads
+        allowed = " or ".join(str(size) for size in range(1, world_size + 1) if world_size % size == heads % size == 0)
+        _require(
+            self.parallel.softmax != "ulysses" or heads % sp == 0,
+            f"parallel.softmax=ulysses cannot share model.num_heads={heads} among parallel.sp={sp} ranks: use usp or "
+            f"ring, or parallel.sp={allowed}",
+        )
         dp = world_size // sp
         _require(
             self.train.global_batch % dp == 0,
