@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil, inf
 
+import numpy as np
+
 from longspan.parallel.costs import Costs, Predicted, predict
 from longspan.parallel.geometry import Mask
 from longspan.parallel.hybrid import power_of_two_groups
@@ -22,8 +24,10 @@ ZONES = ("inter", "intra", "local")
 MEMO = 8  # latest plans
 CAPS = (0.5, 0.25, 0.0)  # caps to try besides `token_cap` (1): shares of the way there from the mean (0)
 NODE_ROOM = 1.03  # tokens of a node, in units of the mean: what is more must cross to other nodes and back
-SLOW_LINKS = 1.5  # a plan's time over its slowest rank's attention from which on others are tried on many ranks, too
+UNBALANCED = 1.12  # from here on it is tried again, closer, and with more room
+TRIES = ((NODE_ROOM, 0.02), (1.15, 0.005), (NODE_ROOM, 0.005))  # rooms of a node, precision
 FEW_RANKS = 16
+SLOW_LINKS = 1.5  # a plan's time over its slowest rank's attention from which on another is tried on many ranks, too
 BALANCE = 1.5  # what is x out of balance must take 1.5 x less: transfers are the less certain part of a prediction
 EVEN_ROOM = 1.03  # tokens per rank of the others, in units of the mean: the published scheme has batches 97 % full
 
@@ -103,23 +107,38 @@ class _Batch:
 
 
 def _zeppelin(batch):
-    """Filled up to the cap. Where links are slow, or few ranks are planned for, also with lower caps and by the other
-    strategies: those move fewer tokens, at the price of balance."""
+    """Filled up to the cap. On few ranks also with lower caps and by the other strategies, which move fewer tokens, at
+    the price of balance; on many, where that takes long, by even rings if links are slow and they may win."""
     few = batch.topology.world_size <= FEW_RANKS
-    fill = _Fill(batch)
-    found = batch.plan(fill(1.0))
+    fill, found = _Fill(batch), None
+    for attempt in TRIES:
+        plan = batch.plan(fill(1.0, *attempt))
+        found = min(found, plan, key=score) if found else plan
+        if found.predicted.imbalance < UNBALANCED:
+            break
     slow = found.predicted.slowest_s > SLOW_LINKS * max(found.predicted.attention_s)
     if not batch.costs.token_s or not (slow or few):
         return found
-    for share in CAPS if slow else CAPS[:-1]:
-        shares = fill(share, limit=found.predicted.slowest_s)
-        if shares is not None:
-            found = min(found, batch.plan(shares), key=score)
-    for other in (_even_rings, _hybrid) if few else (_even_rings,):  # groups take long to plan on many ranks
+    if few:
+        for share in CAPS if slow else CAPS[:-1]:
+            shares = fill(share, limit=found.predicted.slowest_s)
+            if shares is not None:
+                found = min(found, batch.plan(shares), key=score)
+    elif _even_rings_take(batch) > found.predicted.slowest_s:
+        return found
+    for other in (_even_rings, _hybrid) if few else (_even_rings,):
         rival = other(batch)
         if max(rival.layout.tokens_per_rank) <= max(batch.most, max(found.layout.tokens_per_rank)):
             found = min(found, rival, key=score)
     return found
+
+
+def _even_rings_take(batch) -> float:
+    """Seconds of one rank, about: what fits on a node is seldom cut over several."""
+    size, ranks = batch.topology.ranks_per_node, batch.topology.world_size
+    lengths = np.array(batch.lengths)
+    parts = np.where(lengths <= EVEN_ROOM * batch.mean * size, size, ranks)
+    return (batch.costs.weights(batch.mask, lengths) * (lengths / parts + batch.costs.start_tokens)).max()
 
 
 def score(plan: AttentionPlan) -> float:
@@ -134,13 +153,13 @@ class _Fill:
         self.batch, self.weights = batch, batch.costs.weights(batch.mask, batch.lengths).tolist()
         self.keys = batch.costs.keys(batch.mask, batch.topology)
 
-    def __call__(self, share, limit=None):
+    def __call__(self, share, node_room=NODE_ROOM, precision=0.02, limit=None):
         """With a cap so far from the mean (0) to the most that is allowed (1); None above `limit` seconds."""
         batch, costs, topology = self.batch, self.batch.costs, self.batch.topology
         cap = min(sum(batch.lengths), max(ceil(batch.mean), int(batch.mean + share * (batch.most - batch.mean))))
-        node_cap = NODE_ROOM * batch.mean * topology.ranks_per_node if costs.remote_token_s else inf
+        node_cap = node_room * batch.mean * topology.ranks_per_node if costs.remote_token_s else inf
         return water_fill(
-            batch.lengths, self.weights, costs.start_tokens, self.keys, topology, cap, node_cap, costs.min_shard, limit
+            batch.lengths, self.weights, costs.start_tokens, self.keys, topology, cap, node_cap, costs.min_shard, precision, limit
         )
 
 

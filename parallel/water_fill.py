@@ -18,19 +18,19 @@ from longspan.parallel.costs import Keys
 from longspan.parallel.shares import Share
 from longspan.parallel.topology import Topology
 
-FIRST_LEVELS = (1.0, 1.12, 1.25, 1.5)  # over the least one: first tries, then twice the last
-PRECISION = 0.02  # of the level, to which it is searched
+FIRST_LEVELS = (1.0, 1.16, 1.24, 1.36)  # over the least one: first tries, then a tenth more each time, then more
+LEAST_PRECISION = 0.005  # of the least level
 EASES = (0.25, 0.5)  # parts of what is saved for heavier documents that are given up where a document does not fit
 
 
 def water_fill(
     lengths, weights, start: float, keys: Keys, topology: Topology, cap: int, node_cap: float, min_shard: int,
-    limit: float | None = None,
+    precision: float = 0.02, limit: float | None = None,
 ) -> list[Share] | None:  # fmt: skip
     """Shares of every document; None where the level is above `limit` seconds.
 
     x tokens of document d are weights[d] * (x + start) seconds of work. cap * ranks must hold all tokens; node_cap is
-    exceeded where they do not fit otherwise.
+    exceeded where they do not fit otherwise. precision: to which the level is searched, as a part of it.
     """
     ranks, num_tokens = topology.world_size, sum(lengths)
     assert cap * ranks >= num_tokens, (cap, ranks, num_tokens)
@@ -46,7 +46,7 @@ def water_fill(
         failed = level
     else:
         return None
-    while level - failed > PRECISION * level:
+    while level - failed > precision * level:
         middle = (failed + level) / 2
         better = pour(middle)
         if better is None:
@@ -68,7 +68,7 @@ def least_level(lengths, weights, start: float, ranks: int, cap: float) -> float
     low = high = fsum(weights * (lengths + start)) / ranks
     while not fits(high):
         low, high = high, 1.25 * high
-    while high - low > PRECISION / 4 * high:
+    while high - low > LEAST_PRECISION * high:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return low
@@ -77,8 +77,9 @@ def least_level(lengths, weights, start: float, ranks: int, cap: float) -> float
 def _tries(least, start):
     for factor in FIRST_LEVELS[bool(start) :]:  # with starts the least level is out of reach
         yield factor * least
+    growth = 1.1
     while True:
-        factor *= 2
+        factor, growth = factor * growth, growth * 1.1
         yield factor * least
 
 
@@ -119,26 +120,25 @@ class _Pour:
 
     def __call__(self, top: float) -> list[tuple] | None:
         """(document, ranks, tokens on each) of all; arrays are [nodes, ranks of a node]."""
-        tokens, work, poured = self.tokens.copy(), self.work.copy(), []
-        spare = np.full(self.shape, top)  # seconds for more keys that arrive
-        least_spare = top
+        missing, free, spare = top - self.work, self.cap - self.tokens, np.full(self.shape, top)  # spare: for keys
+        flat_missing, flat_free, flat_spare = missing.ravel(), free.ravel(), spare.ravel()  # views
+        poured, least_spare = [], top
         for document, length, weight, heavier, waits in self.long:
             usable = [None] if max(waits) <= least_spare else [seconds <= spare for seconds in waits]
-            for room, on_node in self._rooms(weight, heavier, top - work, self.cap - tokens):
+            for room, on_node in self._rooms(weight, heavier, missing, free):
                 taken = self._take(length, room, on_node, usable, last=not heavier)
                 if taken is not None:
                     break
             else:
                 return None
-            ranks, parts = taken
-            poured.append((document, ranks, parts))
-            parts = np.array(parts)
-            tokens.flat[ranks] += parts
-            work.flat[ranks] += weight * (parts + self.start)
+            poured.append((document, *taken))
+            ranks, parts = map(np.array, taken)
+            flat_free[ranks] -= parts
+            flat_missing[ranks] -= weight * (parts + self.start)
             if len(ranks) > 1:
-                nodes = np.array(ranks) // self.shape[1]
+                nodes = ranks // self.shape[1]
                 near = np.bincount(nodes, parts, self.shape[0])[nodes]
-                spare.flat[ranks] -= self.keys.near_s(near - parts) + self.keys.far_s(length - near)
+                flat_spare[ranks] -= self.keys.near_s(near - parts) + self.keys.far_s(length - near)
                 least_spare = spare.min()
         return poured
 
