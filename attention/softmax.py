@@ -5,7 +5,10 @@ pass the keys travel again, and each owner gets the gradients of its keys back a
 """
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -67,7 +70,7 @@ def softmax_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     moved = _moved(seq, plan, Mask(causal, window), q.shape[1])
     q, k, v = moved.move(q, k, v, parallel.group)
-    out = _Attention.apply(q, k, v, moved.schedule, backend, scale, parallel.group)
+    out = _Attention.apply(q, k, v, moved.schedule, _Marked.of(backend, parallel.mark), scale, parallel.group)
     return moved.move_back(out, parallel.group)
 
 
@@ -206,6 +209,30 @@ def _add_returned(pending, targets):
     for totals, rows, parts in targets:
         for total, part in zip(totals, parts, strict=True):
             total[rows] += part
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A back end whose every call is between two marks."""
+
+    backend: Any
+    mark: Callable[[], None]
+
+    @classmethod
+    def of(cls, backend, mark):
+        return backend if mark is None else cls(backend, mark)
+
+    def forward(self, *args):
+        return self._between(self.backend.forward, args)
+
+    def backward(self, *args):
+        return self._between(self.backend.backward, args)
+
+    def _between(self, call, args):
+        self.mark()
+        result = call(*args)
+        self.mark()
+        return result
 
 
 def _wide(x):

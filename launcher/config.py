@@ -129,6 +129,7 @@ class LogConfig:
 
     interval: int = setting(10, "steps between progress lines (metrics.jsonl has every step)")
     tensorboard: bool = setting(True, "write TensorBoard files to the run directory")
+    attention_time: bool = setting(False, "time softmax kernels on every rank, for attention_s and attention_imbalance")
     validation_interval: int = setting(0, "steps between validation losses; 0: never")
     validation_samples: int = setting(8, "samples per validation loss")
 

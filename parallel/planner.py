@@ -158,9 +158,10 @@ class _Fill:
         batch, costs, topology = self.batch, self.batch.costs, self.batch.topology
         cap = min(sum(batch.lengths), max(ceil(batch.mean), int(batch.mean + share * (batch.most - batch.mean))))
         node_cap = node_room * batch.mean * topology.ranks_per_node if costs.remote_token_s else inf
+        machine = costs.start_tokens, self.keys, topology
         return water_fill(
-            batch.lengths, self.weights, costs.start_tokens, self.keys, topology, cap, node_cap, costs.min_shard, precision, limit
-        )
+            batch.lengths, self.weights, *machine, cap, node_cap, costs.min_shard, precision, limit
+        )  # fmt: skip
 
 
 def _even_rings(batch):
