@@ -9,6 +9,7 @@ from math import gcd
 import torch
 
 from longspan.attention.double_ring import double_ring_schedule
+from longspan.attention.recompute import keep, keeping, recall
 from longspan.attention.schedules import Schedule, softmax_schedule
 from longspan.parallel.costs import Costs
 from longspan.parallel.geometry import Mask, attention_pairs
@@ -44,12 +45,35 @@ class Moved:
             k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
         rows = [x.unflatten(1, (self.groups, -1)).flatten(0, 1) for x in (q, k, v)]
         heads = [x.shape[1] for x in rows]
-        return Route(self.there, group)(torch.cat(rows, 1)).split(heads, 1)
+        return self._along(self.there, torch.cat(rows, 1), group).split(heads, 1)
 
     def move_back(self, out, group):
         if self.back is None:
             return out
-        return Route(self.back, group)(out).unflatten(0, (-1, self.groups)).flatten(1, 2)
+        return self._along(self.back, out, group).unflatten(0, (-1, self.groups)).flatten(1, 2)
+
+    def _along(self, table, x, group):
+        route = Route(table, group)
+        return _MoveOnce.apply(x, route) if self.groups == 1 else route(x)
+
+
+class _MoveOnce(torch.autograd.Function):
+    """A route whose recomputation takes the rows of other ranks from the forward pass. Plans leave most where it is."""
+
+    @staticmethod
+    def forward(ctx, x, route):
+        ctx.route = route
+        foreign = recall()
+        if foreign is not None:
+            return route.place(route.with_own(x, foreign))
+        received = route.receive(x)
+        if keeping():
+            keep(route.foreign(received))
+        return route.place(received)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.route.transpose(grad), None
 
 
 def planned_schedule(layout: Layout, rank: int, mask: Mask, strategy, topology, costs, token_cap) -> Moved:

@@ -1,9 +1,9 @@
 """Activation checkpointing without repeating communication.
 
 Pass `checkpoint_contexts` as `context_fn` to `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`. What a
-layer got from other ranks (entry states of linear attention, output and log-sum-exp of softmax attention) is kept from
-the forward pass and handed back when the layer is recomputed. Strategies that move q, k and v to other ranks do that
-again.
+layer got from other ranks (entry states of linear attention, output and log-sum-exp of softmax attention, the rows that
+a plan moved here) is kept from the forward pass and handed back when the layer is recomputed. Only strategies that give
+every rank some heads of other ranks' tokens exchange those again: to keep them is to keep nearly all of q, k and v.
 """
 
 import threading
@@ -21,6 +21,11 @@ def recomputing() -> bool:
     """Whether this thread is recomputing a checkpointed layer."""
     session = getattr(_current, "session", None)
     return session is not None and session[1] is not None
+
+
+def keeping() -> bool:
+    """Whether what `keep` gets is kept: inside a checkpoint, in its forward pass."""
+    return getattr(_current, "session", None) is not None and not recomputing()
 
 
 def recall():

@@ -5,7 +5,10 @@ pass the keys travel again, and each owner gets the gradients of its keys back a
 """
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -25,7 +28,8 @@ from longspan.attention.schedules import softmax_schedule
 from longspan.kernels.merge import merge
 from longspan.kernels.scatter import scatter_rows
 from longspan.kernels.softmax import choose
-from longspan.parallel.exchange import start_exchange
+from longspan.parallel.context import MEMO
+from longspan.parallel.exchange import start_exchange, to_device
 from longspan.parallel.geometry import Mask
 from longspan.parallel.planner import STRATEGIES as PLANNERS
 from longspan.parallel.planner import AttentionPlan
@@ -67,7 +71,7 @@ def softmax_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     moved = _moved(seq, plan, Mask(causal, window), q.shape[1])
     q, k, v = moved.move(q, k, v, parallel.group)
-    out = _Attention.apply(q, k, v, moved.schedule, backend, scale, parallel.group)
+    out = _Attention.apply(q, k, v, moved.schedule, _Marked.of(backend, parallel.mark), scale, parallel.group)
     return moved.move_back(out, parallel.group)
 
 
@@ -77,7 +81,7 @@ def _moved(seq, plan, mask, heads) -> Moved:
     topology, default = parallel.topology, "ring" if parallel.topology.nodes == 1 else "double_ring"
     strategy = pick(STRATEGIES, parallel.softmax, default, "softmax strategy")
     if plan is not None:
-        return seq.derive(schedule_of, plan, mask)
+        return _of_plan(seq.layout, seq.rank, plan, mask, parallel.device)
     if strategy in PLANNERS:
         return seq.derive(planned_schedule, mask, strategy, topology, parallel.costs, parallel.token_cap)
     if strategy in HEAD_PARALLEL:
@@ -85,6 +89,12 @@ def _moved(seq, plan, mask, heads) -> Moved:
     if strategy == "double_ring":
         return Moved(seq.derive(double_ring_schedule, mask, topology, parallel.costs))
     return Moved(seq.derive(softmax_schedule, strategy, mask))
+
+
+@lru_cache(MEMO)
+def _of_plan(layout, rank, plan, mask, device) -> Moved:
+    """The schedule of a plan that was given, kept as a context keeps what it derived: every layer gives it again."""
+    return schedule_of(layout, rank, plan, mask).map(lambda x: to_device(x, device))
 
 
 class _Attention(torch.autograd.Function):
@@ -223,6 +233,30 @@ def _add_returned(pending, targets):
     for totals, rows, parts in targets:
         for total, part in zip(totals, parts, strict=True):
             scatter_rows(total, rows, part)
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A back end whose every call is between two marks."""
+
+    backend: Any
+    mark: Callable[[], None]
+
+    @classmethod
+    def of(cls, backend, mark):
+        return backend if mark is None else cls(backend, mark)
+
+    def forward(self, *args):
+        return self._between(self.backend.forward, args)
+
+    def backward(self, *args):
+        return self._between(self.backend.backward, args)
+
+    def _between(self, call, args):
+        self.mark()
+        result = call(*args)
+        self.mark()
+        return result
 
 
 def _wide(x):

@@ -129,6 +129,7 @@ class LogConfig:
 
     interval: int = setting(10, "steps between progress lines (metrics.jsonl has every step)")
     tensorboard: bool = setting(True, "write TensorBoard files to the run directory")
+    attention_time: bool = setting(False, "time softmax kernels on every rank, for attention_s and attention_imbalance")
     validation_interval: int = setting(0, "steps between validation losses; 0: never")
     validation_samples: int = setting(8, "samples per validation loss")
 
@@ -216,6 +217,13 @@ class Config:
         sp = self.parallel.sp or world_size
         allowed = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
         _require(world_size % sp == 0, f"parallel.sp={sp} does not divide the {world_size} ranks: use one of {allowed}")
+        heads = self.model.num_heads
+        allowed = " or ".join(str(size) for size in range(1, world_size + 1) if world_size % size == heads % size == 0)
+        _require(
+            self.parallel.softmax != "ulysses" or heads % sp == 0,
+            f"parallel.softmax=ulysses cannot share model.num_heads={heads} among parallel.sp={sp} ranks: use usp or "
+            f"ring, or parallel.sp={allowed}",
+        )
         dp = world_size // sp
         _require(
             self.train.global_batch % dp == 0,

@@ -8,7 +8,7 @@ import json
 import math
 import resource
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +61,25 @@ class Clock:
 class StepMeter:
     """Collects the numbers of a step over all ranks."""
 
-    COLUMNS = ("loss_sum", "tokens", "flops", "pairs", "peak_memory")
+    COLUMNS = ("loss_sum", "tokens", "flops", "pairs", "peak_memory", "attention_s")
 
     def __init__(self, model: ModelConfig, mesh: Mesh):
         self._model, self._mesh = model, mesh
         self._masks = Counter(softmax_masks(model) or [Mask()])  # without softmax layers: how causal ones would fare
         self._peak_tflops = peak_tflops(mesh.device)
         self._clock = Clock(mesh.device)
+        self._attention, self._timed = [], deque()  # marks around kernels: of this step, and of steps not read yet
+        # On a GPU, steps that it may still be at when a step is gathered: reading their marks would wait for it.
+        self._steps_behind = 2 if mesh.device.type == "cuda" else 0
+
+    def begin(self) -> Any:
+        """The mark at which a step begins."""
+        self._attention.clear()  # what was evaluated since the last step does not count
+        return self.mark()
+
+    def mark_attention(self) -> None:
+        """To be called before and after every softmax kernel."""
+        self._attention.append(self.mark())
 
     def mark(self) -> Any:
         """A point in the device's time, for the `begin` and `end` of a step."""
@@ -82,7 +94,7 @@ class StepMeter:
             # Each rank reports its share, so the sum over ranks counts every SP group's work once.
             row[2] += model_flops(self._model, layout.lengths) / self._mesh.sp
             row[3] += self.pairs(batch.seq)
-        row[4] = _peak_memory(self._mesh.device)
+        row[4], row[5] = _peak_memory(self._mesh.device), self._attention_seconds()
         mine = torch.tensor(row, dtype=torch.float64).to(self._mesh.device, non_blocking=True)
         mine[0] = loss_sum
         rows = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
@@ -93,6 +105,15 @@ class StepMeter:
         """Query-key pairs of this rank in all softmax layers, times its share of their heads."""
         rank, heads = self._mesh.sp_rank, self._model.num_heads
         return sum(layers * pairs_per_rank(seq, heads, mask)[rank] for mask, layers in self._masks.items())
+
+    def _attention_seconds(self) -> float:
+        """Of this rank's softmax kernels in the last step that is known to be done; nan before there is one."""
+        self._timed.append(self._attention)
+        self._attention = []
+        if len(self._timed) <= self._steps_behind:
+            return math.nan
+        marks = self._timed.popleft()
+        return sum(map(self._clock.seconds, marks[::2], marks[1::2]))
 
     def pending(self, step: int, lr: float, table, loss, grad_norm, begin, end) -> "PendingStep":
         """The step's numbers on their way to the host."""
@@ -125,6 +146,10 @@ class StepMeter:
             "peak_mem_gb": max(columns["peak_memory"]) / GB,
             "imbalance": max(columns["pairs"]) * world_size / sum(columns["pairs"]),
         }
+        attention = columns["attention_s"]
+        if sum(attention) > 0:  # not nan
+            row["attention_s"] = max(attention)
+            row["attention_imbalance"] = max(attention) * world_size / sum(attention)
         if pending.val_loss is not None:
             row["val_loss"] = pending.val_loss.item()
         return row

@@ -91,6 +91,8 @@ class Trainer:
             self.loader.load_state_dict(start.data)
             self.step = start.step
         self.meter = StepMeter(config.model, mesh)
+        if config.log.attention_time:
+            self.sequence_parallel.mark = self.meter.mark_attention
         self._pending: deque[PendingStep] = deque()
         # On a GPU the host prepares the next step while this one runs and reads its numbers one step late.
         self._steps_in_flight = 1 if mesh.device.type == "cuda" else 0
@@ -202,7 +204,7 @@ class Trainer:
 
     def _train_step(self) -> PendingStep:
         """One optimizer step. The update is left out on the device when the loss or the gradient norm is not finite."""
-        begin = self.meter.mark()
+        begin = self.meter.begin()
         batches = self.loader.next_step()
         self.step += 1
         num_labels = batches[0].num_labels_global

@@ -24,7 +24,8 @@ class SequenceParallel:
     for linear-attention states, so that they never queue behind other traffic (default: group). None is one rank.
     topology: which of the ranks share a machine (default: all). layout: "auto", "contiguous" or "zigzag". linear,
     softmax, sparse, backend: names that the attention layers resolve. costs, token_cap: what plans for softmax
-    attention go by, where `softmax` is one of parallel.planner.STRATEGIES.
+    attention go by, where `softmax` is one of parallel.planner.STRATEGIES. mark: what is called before and after every
+    call of a softmax kernel, to time them; None unless it is set.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class SequenceParallel:
             raise ValueError(f"topology={self.topology} has {found} ranks but the group has {self.world_size}")
         self.layout, self.linear, self.softmax, self.sparse, self.backend = layout, linear, softmax, sparse, backend
         self.costs, self.token_cap = Costs() if costs is None else costs, token_cap
-        self.device = torch.device(device)
+        self.device, self.mark = torch.device(device), None
         self._contexts, self._derivations, self._lock = OrderedDict(), {}, Lock()
         self.masks = {Mask()}  # that layouts of softmax attention were asked for
 

@@ -56,6 +56,11 @@ class Costs:
         most = 2 * (mask.window - 1)
         return replace(keys, most_near=most * self.key_s, most_cross=most * self.remote_key_s)
 
+    def weights(self, mask: Mask, lengths) -> np.ndarray:
+        """fp64, of every document: x of its tokens are weight * (x + start_tokens) seconds of work, on average."""
+        lengths = np.array(lengths)
+        return self.pair_s * mask.pairs_between(0, lengths, lengths) / lengths
+
     @classmethod
     def pairs_only(cls) -> "Costs":
         return cls(1.0, 0, 0.0, 0.0, 0.0, 0.0, 1)
@@ -139,15 +144,13 @@ def predict(layout: Layout, topology: Topology, costs: Costs, mask: Mask = Mask(
     """What a layout costs."""
     if topology.world_size != layout.world_size:
         raise ValueError(f"the layout has {layout.world_size} ranks but {topology} has {topology.world_size}")
-    held, pairs = {}, {}
-    for rank, spans in enumerate(layout.spans):
-        for span in spans:
-            key = span.document, rank
-            held[key] = held.get(key, 0) + len(span)
-            pairs[key] = pairs.get(key, 0) + mask.pairs(span, layout.lengths[span.document])
-    documents, ranks = (np.array(column, np.int64) for column in zip(*held))
-    tokens = np.array(list(held.values()), np.float64)
-    work = np.array(list(pairs.values()), np.float64)
+    lengths = np.array(layout.lengths)
+    columns = [(s.document, rank, s.start, s.stop) for rank, spans in enumerate(layout.spans) for s in spans]
+    documents, ranks, start, stop = np.array(columns).T
+    shards, shard = np.unique(documents * layout.world_size + ranks, return_inverse=True)
+    tokens = np.bincount(shard, stop - start)
+    work = np.bincount(shard, mask.pairs_between(start, stop, lengths[documents]))
+    documents, ranks = np.divmod(shards, layout.world_size)
     attention = np.zeros(layout.world_size)
     np.add.at(attention, ranks, costs.pair_s * work * (1 + costs.start_tokens / tokens))
 
@@ -155,7 +158,7 @@ def predict(layout: Layout, topology: Topology, costs: Costs, mask: Mask = Mask(
     on_node = np.zeros((len(layout.lengths), topology.nodes))
     np.add.at(on_node, (documents, nodes), tokens)
     near = on_node[documents, nodes] - tokens
-    elsewhere = np.where(on_node > 0, np.array(layout.lengths, np.float64)[:, None] - on_node, 0.0)
+    elsewhere = np.where(on_node > 0, lengths[:, None] - on_node, 0.0)
     far = elsewhere[documents, nodes]
     seconds = costs.keys(mask, topology)
     # All ranks of a node carry, and wait for, what crosses to it, whichever of them sees it.

@@ -91,14 +91,21 @@ class Mask:
 
     def pairs(self, query: Span, length: int) -> int:
         """Query-key pairs of `query` against its whole document of `length` tokens."""
+        return self.pairs_between(query.start, query.stop, length)
+
+    def pairs_between(self, start, stop, length):
+        """The same of queries [start, stop), whole numbers or arrays of them."""
         if not self.causal:
-            return len(query) * length
+            return (stop - start) * length
 
         def keys_before(position):  # sum over queries 0..position-1 of the keys each sees
-            full = position if self.window is None else min(position, self.window)
-            return full * (full + 1) // 2 + (position - full) * (self.window or 0)
+            if self.window is None:
+                return position * (position + 1) // 2
+            beyond = (position - self.window) * (position > self.window)
+            full = position - beyond
+            return full * (full + 1) // 2 + beyond * self.window
 
-        return keys_before(query.stop) - keys_before(query.start)
+        return keys_before(stop) - keys_before(start)
 
 
 def attention_pairs(layout: Layout, mask: Mask = Mask()) -> tuple[int, ...]:

@@ -8,11 +8,11 @@ Every rank computes the same plan by itself; `digest` tells whether it did.
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import ceil
+from math import ceil, inf
 
 import numpy as np
 
-from longspan.parallel.costs import Costs, Predicted, predict, remap_seconds
+from longspan.parallel.costs import Costs, Predicted, predict
 from longspan.parallel.geometry import Mask
 from longspan.parallel.hybrid import power_of_two_groups
 from longspan.parallel.layout import Layout, Span, check_lengths, head_tail
@@ -22,9 +22,13 @@ from longspan.parallel.zeppelin_even import even_rings
 
 ZONES = ("inter", "intra", "local")
 MEMO = 8  # latest plans
-CAPS = (1.0, 0.0)  # caps to try between the mean (0) and `token_cap` (1); with the first most work is balanced
-SLOW_LINKS = 1.25  # a plan's time over its slowest rank's attention from which on other schemes are tried
+CAPS = (0.5, 0.25, 0.0)  # caps to try besides `token_cap` (1): shares of the way there from the mean (0)
+NODE_ROOM = 1.03  # tokens of a node, in units of the mean: what is more must cross to other nodes and back
+UNBALANCED = 1.12  # from here on it is tried again, closer, and with more room
+TRIES = ((NODE_ROOM, 0.02), (1.15, 0.005), (NODE_ROOM, 0.005))  # rooms of a node, precision
 FEW_RANKS = 16
+SLOW_LINKS = 1.5  # a plan's time over its slowest rank's attention from which on another is tried on many ranks, too
+BALANCE = 1.5  # what is x out of balance must take 1.5 x less: transfers are the less certain part of a prediction
 EVEN_ROOM = 1.03  # tokens per rank of the others, in units of the mean: the published scheme has batches 97 % full
 
 
@@ -67,10 +71,10 @@ def plan_attention(
     """The placement of a batch for softmax attention.
 
     costs: None for `Costs()`, an H200. token_cap: tokens on a rank at most, in units of the mean (more where that is
-    less than one whole token). strategy: `zeppelin`, uneven shards for equal time, or over slow links one of the other
-    two where less time is predicted for it; `zeppelin_even`, the published scheme of even shards; `hybrid`, groups of
-    powers of two. Raises ValueError for lengths below 1, a cap below 1 and unknown strategies. The latest plans are
-    kept.
+    less than one whole token). strategy: `zeppelin`, uneven shards for equal time, or on few ranks and over slow links
+    one of the other two where less time is predicted for it; `zeppelin_even`, the published scheme of even shards;
+    `hybrid`, groups of powers of two. Raises ValueError for lengths below 1, a cap below 1 and unknown strategies. The
+    latest plans are kept.
     """
     lengths, costs = check_lengths(lengths), Costs() if costs is None else costs
     if not 1 <= token_cap < float("inf"):
@@ -82,65 +86,102 @@ def plan_attention(
 
 @lru_cache(MEMO)
 def _plan(lengths, topology, costs, token_cap, strategy, mask):
-    most = token_cap * sum(lengths) / topology.world_size
+    mean = sum(lengths) / topology.world_size
+    return STRATEGIES[strategy](_Batch(lengths, topology, costs, mask, mean, token_cap * mean))
 
-    def plan(shares):
-        layout = _layout(lengths, topology, shares)
-        return AttentionPlan(layout, topology, costs, predict(layout, topology, costs, mask))
 
-    found = plan(STRATEGIES[strategy](lengths, topology, most, costs, mask))
-    if strategy != "zeppelin" or not costs.token_s:
+@dataclass(frozen=True)
+class _Batch:
+    """mean, most: tokens of a rank."""
+
+    lengths: tuple[int, ...]
+    topology: Topology
+    costs: Costs
+    mask: Mask
+    mean: float
+    most: float
+
+    def plan(self, shares) -> AttentionPlan:
+        layout = _layout(self.lengths, self.topology, shares)
+        return AttentionPlan(layout, self.topology, self.costs, predict(layout, self.topology, self.costs, self.mask))
+
+
+def _zeppelin(batch):
+    """Filled up to the cap. On few ranks also with lower caps and by the other strategies, which move fewer tokens, at
+    the price of balance; on many, where that takes long, by even rings if links are slow and they may win."""
+    few = batch.topology.world_size <= FEW_RANKS
+    fill, found = _Fill(batch), None
+    for attempt in TRIES:
+        plan = batch.plan(fill(1.0, *attempt))
+        found = min(found, plan, key=score) if found else plan
+        if found.predicted.imbalance < UNBALANCED:
+            break
+    slow = found.predicted.slowest_s > SLOW_LINKS * max(found.predicted.attention_s)
+    if not batch.costs.token_s or not (slow or few):
         return found
-    if found.predicted.slowest_s > SLOW_LINKS * max(found.predicted.attention_s):
-        # They cut fewer documents, at the price of balance. Groups of powers of two take long to plan on many ranks.
-        for other in ("zeppelin_even", "hybrid") if topology.world_size <= FEW_RANKS else ("zeppelin_even",):
-            rival = plan(STRATEGIES[other](lengths, topology, most, costs, mask))
-            if max(rival.layout.tokens_per_rank) <= max(most, max(found.layout.tokens_per_rank)):
-                found = min(found, rival, key=lambda plan: plan.predicted.slowest_s)
+    if few:
+        for share in CAPS if slow else CAPS[:-1]:
+            shares = fill(share, limit=found.predicted.slowest_s)
+            if shares is not None:
+                found = min(found, batch.plan(shares), key=score)
+    elif _even_rings_take(batch) > found.predicted.slowest_s:
+        return found
+    for other in (_even_rings, _hybrid) if few else (_even_rings,):
+        rival = other(batch)
+        if max(rival.layout.tokens_per_rank) <= max(batch.most, max(found.layout.tokens_per_rank)):
+            found = min(found, rival, key=score)
     return found
 
 
-def _water_fill(lengths, topology, most, costs, mask):
-    """With more tokens on a rank attention is balanced better, with fewer less is remapped: the faster of some caps."""
-    weights = [costs.pair_s * mask.pairs(Span(0, 0, length), length) / length for length in lengths]
-    keys = costs.keys(mask, topology)
-    mean, best, seconds = sum(lengths) / topology.world_size, None, None
-    for share in CAPS if costs.token_s else CAPS[:1]:
-        cap = min(sum(lengths), max(ceil(mean), int(mean + share * (most - mean))))
-        found = water_fill(lengths, weights, costs.start_tokens, keys, topology, cap, costs.min_shard, seconds)
-        if found is None:
-            continue
-        level, shares = found
-        total = level
-        if costs.token_s:
-            total += remap_seconds(_tokens(shares, topology), topology, costs).max()
-        if seconds is None or total < seconds:
-            best, seconds = shares, total
-    return best
+def _even_rings_take(batch) -> float:
+    """Seconds of one rank, about: what fits on a node is seldom cut over several."""
+    size, ranks = batch.topology.ranks_per_node, batch.topology.world_size
+    lengths = np.array(batch.lengths)
+    parts = np.where(lengths <= EVEN_ROOM * batch.mean * size, size, ranks)
+    return (batch.costs.weights(batch.mask, lengths) * (lengths / parts + batch.costs.start_tokens)).max()
 
 
-def _even_rings(lengths, topology, most, costs, mask):
-    return even_rings(lengths, topology, ceil(EVEN_ROOM * sum(lengths) / topology.world_size))
+def score(plan: AttentionPlan) -> float:
+    """Of two plans the one with less is chosen."""
+    return plan.predicted.slowest_s * plan.predicted.imbalance**BALANCE
 
 
-def _hybrid(lengths, topology, most, costs, mask):
-    return power_of_two_groups(lengths, topology, ceil(EVEN_ROOM * sum(lengths) / topology.world_size))
+class _Fill:
+    """Shares for a cap."""
+
+    def __init__(self, batch):
+        self.batch, self.weights = batch, batch.costs.weights(batch.mask, batch.lengths).tolist()
+        self.keys = batch.costs.keys(batch.mask, batch.topology)
+
+    def __call__(self, share, node_room=NODE_ROOM, precision=0.02, limit=None):
+        """With a cap so far from the mean (0) to the most that is allowed (1); None above `limit` seconds."""
+        batch, costs, topology = self.batch, self.batch.costs, self.batch.topology
+        cap = min(sum(batch.lengths), max(ceil(batch.mean), int(batch.mean + share * (batch.most - batch.mean))))
+        node_cap = node_room * batch.mean * topology.ranks_per_node if costs.remote_token_s else inf
+        machine = costs.start_tokens, self.keys, topology
+        return water_fill(
+            batch.lengths, self.weights, *machine, cap, node_cap, costs.min_shard, precision, limit
+        )  # fmt: skip
 
 
-STRATEGIES = {"zeppelin": _water_fill, "zeppelin_even": _even_rings, "hybrid": _hybrid}
+def _even_rings(batch):
+    return batch.plan(even_rings(batch.lengths, batch.topology, ceil(EVEN_ROOM * batch.mean)))
 
 
-def _tokens(shares, topology):
-    tokens = np.zeros(topology.world_size, np.int64)
-    for share in shares:
-        tokens[list(share.ranks)] += share.tokens
-    return tokens
+def _hybrid(batch):
+    return batch.plan(power_of_two_groups(batch.lengths, batch.topology, ceil(EVEN_ROOM * batch.mean)))
+
+
+STRATEGIES = {"zeppelin": _zeppelin, "zeppelin_even": _even_rings, "hybrid": _hybrid}
 
 
 def _layout(lengths, topology, shares) -> Layout:
     """Every rank's spans, longest documents first: what `rebalance` moves away is taken from the end."""
     spans = [[] for _ in range(topology.world_size)]
     for share in sorted(shares, key=lambda share: (-lengths[share.document], share.document)):
+        if len(share.ranks) == 1:
+            spans[share.ranks[0]].append(Span(share.document, 0, lengths[share.document]))
+            continue
         for rank, pair in zip(share.ranks, head_tail(share.document, share.tokens)):
             spans[rank] += pair
     return Layout(lengths, tuple(map(tuple, spans)))

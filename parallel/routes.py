@@ -120,11 +120,32 @@ class Route:
 
     def move(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows held, ...] -> [rows wanted, ...]."""
+        return self.place(self.receive(x))
+
+    def receive(self, x: torch.Tensor) -> torch.Tensor:
+        """What every rank, this one included, sends here of x [rows held, ...], in the order of ranks."""
         table = self._table_on(x.device)
-        received = all_to_all_rows(
-            x.index_select(0, table.send_rows), table.send_counts, table.receive_counts, self.group
-        )
-        return received.index_select(0, table.source)
+        return all_to_all_rows(x.index_select(0, table.send_rows), table.send_counts, table.receive_counts, self.group)
+
+    def place(self, received: torch.Tensor) -> torch.Tensor:
+        """Received rows -> [rows wanted, ...]."""
+        return received.index_select(0, self._table_on(received.device).source)
+
+    def foreign(self, received: torch.Tensor) -> torch.Tensor:
+        """A copy of the received rows without those that were here before."""
+        before, _, after = received.split(self._around_own())
+        return torch.cat((before, after))
+
+    def with_own(self, x: torch.Tensor, foreign: torch.Tensor) -> torch.Tensor:
+        """The received rows again, from x and `foreign` of them, without communication."""
+        before, own, _ = self._around_own()
+        start = sum(self.table.send_counts[: group_rank(self.group)])
+        rows = self._table_on(x.device).send_rows[start : start + own]
+        return torch.cat((foreign[:before], x.index_select(0, rows), foreign[before:]))
+
+    def _around_own(self):
+        counts, rank = self.table.receive_counts, group_rank(self.group)
+        return [sum(counts[:rank]), counts[rank], sum(counts[rank + 1 :])]
 
     def transpose(self, grad: torch.Tensor) -> torch.Tensor:
         """grad: [rows wanted, ...] -> [rows held, ...]; sums over copies in at least fp32, in rank order."""

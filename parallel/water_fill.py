@@ -1,15 +1,16 @@
 """Shares of documents for ranks with equal work: short documents whole, long ones poured into what is left.
 
-Every rank may take on `level` times the mean work, as much time for keys that arrive, which hides behind work, and
-`cap` tokens. Long documents are poured shortest first, as the longest fit anywhere: into the node with most room where
-one has enough, else over several. A rank that fills up with light tokens can no longer reach its work: so of each
-document a rank takes only as much as leaves the tokens that heavier documents, at their average weight, need to bring
-it to the level. The level is the lowest at which all fits.
+Every rank may take on work up to a level, as much time for keys that arrive, which hides behind work, and `cap` tokens,
+every node `node_cap` tokens. Long documents are poured shortest first, as the longest fit anywhere: into the node with
+most room where one has enough, else over several. A rank that fills up with light tokens can no longer reach its work:
+so of each document a rank takes only as much as leaves the tokens that heavier documents, at their average weight, need
+to bring it to the level; so does a node. The level is the lowest at which all fits.
 
-Only sums of integers depend on the order of summation, so that every machine gets the same shares.
+Sums of fractions are exact or in sequence, so that every machine gets the same shares.
 """
 
 import heapq
+from math import fsum
 
 import numpy as np
 
@@ -17,47 +18,69 @@ from longspan.parallel.costs import Keys
 from longspan.parallel.shares import Share
 from longspan.parallel.topology import Topology
 
-LEVELS = (1.0, 1.08, 1.3)  # first tries, then twice the last
-PRECISION = 0.01  # of the level, to which it is searched
+FIRST_LEVELS = (1.0, 1.16, 1.24, 1.36)  # over the least one: first tries, then a tenth more each time, then more
+LEAST_PRECISION = 0.005  # of the least level
+EASES = (0.25, 0.5)  # parts of what is saved for heavier documents that are given up where a document does not fit
 
 
 def water_fill(
-    lengths, weights, start: float, keys: Keys, topology: Topology, cap: int, min_shard: int, limit: float | None = None
-) -> tuple[float, list[Share]] | None:  # fmt: skip
-    """(seconds of the level, shares), or None where the level is above `limit`.
+    lengths, weights, start: float, keys: Keys, topology: Topology, cap: int, node_cap: float, min_shard: int,
+    precision: float = 0.02, limit: float | None = None,
+) -> list[Share] | None:  # fmt: skip
+    """Shares of every document; None where the level is above `limit` seconds.
 
-    x tokens of document d are weights[d] * (x + start) seconds of work. cap * ranks must hold all tokens.
+    x tokens of document d are weights[d] * (x + start) seconds of work. cap * ranks must hold all tokens; node_cap is
+    exceeded where they do not fit otherwise. precision: to which the level is searched, as a part of it.
     """
     ranks, num_tokens = topology.world_size, sum(lengths)
     assert cap * ranks >= num_tokens, (cap, ranks, num_tokens)
     quota = sum(weight * (length + start) for weight, length in zip(weights, lengths)) / ranks
     shares, long, tokens, work = _place_short(lengths, weights, start, ranks, cap, quota)
-    pour = _Pour(lengths, weights, start, keys, topology, cap, min_shard, long, tokens, work)
+    pour = _Pour(lengths, weights, start, keys, topology, cap, node_cap, min_shard, long, tokens, work)
 
-    failed = None if limit is None else quota  # all of them just at the mean: not worth a try
-    for level in _tries(quota) if limit is None else (limit,):
+    failed = least_level(lengths, weights, start, ranks, cap)  # at it everything has to fall into place
+    for level in _tries(failed, start) if limit is None else (limit,):
         poured = pour(level)
         if poured is not None:
             break
         failed = level
     else:
         return None
-    while failed is not None and level - failed > PRECISION * level:
+    while level - failed > precision * level:
         middle = (failed + level) / 2
         better = pour(middle)
         if better is None:
             failed = middle
         else:
             poured, level = better, middle
-    return level, shares + poured
+    return shares + [_share(*taken) for taken in poured]
 
 
-def _tries(quota):
-    for level in LEVELS:
-        yield level * quota
+def least_level(lengths, weights, start: float, ranks: int, cap: float) -> float:
+    """Seconds of work below which no plan brings the fullest rank: a rank that works for less takes only so many tokens
+    of a document, which is then in so many pieces, each with its start, and all ranks together must have that time."""
+    lengths, weights = np.array(lengths, np.float64), np.array(weights)
+
+    def fits(level):
+        most = np.minimum(level / weights - start, cap)  # tokens of one piece
+        return most.min() >= 1 and fsum(weights * (lengths + np.ceil(lengths / most) * start)) <= level * ranks
+
+    low = high = fsum(weights * (lengths + start)) / ranks
+    while not fits(high):
+        low, high = high, 1.25 * high
+    while high - low > LEAST_PRECISION * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return low
+
+
+def _tries(least, start):
+    for factor in FIRST_LEVELS[bool(start) :]:  # with starts the least level is out of reach
+        yield factor * least
+    growth = 1.1
     while True:
-        level *= 2
-        yield level * quota
+        factor, growth = factor * growth, growth * 1.1
+        yield factor * least
 
 
 def _place_short(lengths, weights, start, ranks, cap, quota):
@@ -78,75 +101,115 @@ def _place_short(lengths, weights, start, ranks, cap, quota):
     return shares, long, tokens, work
 
 
+def _share(document, ranks, parts) -> Share:
+    return Share(document, *(tuple(column) for column in zip(*sorted(zip(ranks, parts)))))
+
+
 class _Pour:
     """Pours the long documents for a given level of work; None where they do not fit."""
 
-    def __init__(self, lengths, weights, start, keys, topology, cap, min_shard, long, tokens, work):
-        self.long = sorted(long, key=lambda d: (weights[d], lengths[d], d))
-        self.lengths, self.weights, self.start, self.topology = lengths, weights, start, topology
-        self.keys, self.cap, self.min_shard = keys, cap, min_shard
-        self.tokens, self.work = np.array(tokens, np.int64), np.array(work, np.float64)
-        self.node = np.repeat(np.arange(topology.nodes), topology.ranks_per_node)
-        heavier = np.array([[lengths[d] * weights[d], lengths[d]] for d in self.long]).reshape(-1, 2)
-        heavier = heavier[::-1].cumsum(0)[::-1]
-        self.average = heavier[:, 0] / np.maximum(heavier[:, 1], 1)  # weight of a document and those behind it
+    def __init__(self, lengths, weights, start, keys, topology, cap, node_cap, min_shard, long, tokens, work):
+        long = sorted(long, key=lambda d: (weights[d], lengths[d], d))
+        heavier = np.array([[lengths[d] * weights[d], lengths[d]] for d in long]).reshape(-1, 2)[::-1].cumsum(0)[::-1]
+        average = (heavier[:, 0] / np.maximum(heavier[:, 1], 1)).tolist()  # weight of a document and those behind it
+        waits = [(float(keys.near_s(lengths[d])), float(keys.far_s(lengths[d]))) for d in long]
+        self.long = [(d, lengths[d], weights[d], *columns) for d, *columns in zip(long, [*average[1:], 0.0], waits)]
+        self.start, self.keys, self.cap, self.node_cap, self.min_shard = start, keys, cap, node_cap, min_shard
+        self.shape = topology.nodes, topology.ranks_per_node
+        self.tokens, self.work = (np.array(x).reshape(self.shape) for x in (tokens, work))
 
-    def __call__(self, top: float) -> list[Share] | None:
-        tokens, work, shares = self.tokens.copy(), self.work.copy(), []
-        arriving = np.zeros(len(work))
-        for place, document in enumerate(self.long):
-            length, weight = self.lengths[document], self.weights[document]
-            room = np.minimum((top - work) / weight - self.start, self.cap - tokens)
-            saving = self._saving(place, weight, top - work, self.cap - tokens)
-            taken = None
-            for limit in (saving, room) if saving is not None else (room,):
-                taken = self._take(length, np.minimum(room, limit), top - arriving, place + 1 == len(self.long))
+    def __call__(self, top: float) -> list[tuple] | None:
+        """(document, ranks, tokens on each) of all; arrays are [nodes, ranks of a node]."""
+        missing, free, spare = top - self.work, self.cap - self.tokens, np.full(self.shape, top)  # spare: for keys
+        flat_missing, flat_free, flat_spare = missing.ravel(), free.ravel(), spare.ravel()  # views
+        poured, least_spare = [], top
+        for document, length, weight, heavier, waits in self.long:
+            usable = [None] if max(waits) <= least_spare else [seconds <= spare for seconds in waits]
+            for room, on_node in self._rooms(weight, heavier, missing, free):
+                taken = self._take(length, room, on_node, usable, last=not heavier)
                 if taken is not None:
                     break
             else:
                 return None
-            ranks, parts = taken
-            tokens[ranks] += parts
-            work[ranks] += weight * (parts + self.start)
-            on_node = np.bincount(self.node[ranks], parts, self.topology.nodes)[self.node[ranks]]
-            arriving[ranks] += self.keys.near_s(on_node - parts) + self.keys.far_s(length - on_node)
-            order = np.argsort(ranks)
-            shares.append(Share(document, tuple(ranks[order].tolist()), tuple(parts[order].tolist())))
-        return shares
+            poured.append((document, *taken))
+            ranks, parts = map(np.array, taken)
+            flat_free[ranks] -= parts
+            flat_missing[ranks] -= weight * (parts + self.start)
+            if len(ranks) > 1:
+                nodes = ranks // self.shape[1]
+                near = np.bincount(nodes, parts, self.shape[0])[nodes]
+                flat_spare[ranks] -= self.keys.near_s(near - parts) + self.keys.far_s(length - near)
+                least_spare = spare.min()
+        return poured
 
-    def _saving(self, place, weight, missing, free):
-        """Tokens that each rank may take so that heavier documents can still bring it to the level; None if there are
-        none heavier."""
-        if place + 1 == len(self.long):
-            return None
-        heavier = self.average[place + 1]
-        return (heavier * free - missing) / (heavier - weight) if heavier > 1.01 * weight else None
+    def _rooms(self, weight, heavier, missing, free):
+        """What every rank, and every node, may take of a document, tighter first: (tokens, tokens or None)."""
+        room = np.minimum(missing / weight - self.start, free)
+        left = None
+        if self.shape[0] > 1 and self.node_cap < self.shape[1] * self.cap:
+            left = self.node_cap - (self.shape[1] * self.cap - free.sum(1))
+        if heavier > 1.01 * weight:
 
-    def _take(self, length, room, free, last):
-        """(ranks, tokens) that hold `length` tokens in this room, most room first; None if there is too little. free:
-        seconds for more keys that ranks have; last: no document comes after this one."""
-        room = np.maximum(room, 0).astype(np.int64).reshape(self.topology.nodes, -1)
-        for seconds, several in ((self.keys.near_s(length), False), (self.keys.far_s(length), True)):
-            usable = room * (seconds <= free).reshape(room.shape)
-            by_node = usable.sum(1)
-            if several or by_node.max() >= length:
+            def saving(missing, free):  # of which heavier ones can still bring it to the level
+                return (heavier * free - missing) / (heavier - weight)
+
+            saved = np.minimum(room, saving(missing, free))
+            yield saved, None if left is None else np.minimum(left, saving(missing.cumsum(1)[:, -1], left))
+            for ease in EASES:
+                yield saved + ease * (room - saved), left
+        if left is not None:
+            yield room, left
+        yield room, None
+
+    def _take(self, length, room, on_node, usable, last):
+        """(ranks, tokens) that hold `length` tokens in this room, most room first; None if there is too little. usable:
+        ranks with time for its keys, on one node and then on several, or None where all have. last: no document comes
+        after this one."""
+        room = np.maximum(room, 0).astype(np.int64)
+        for has_time in usable:
+            rooms = room if has_time is None else room * has_time
+            by_node = rooms.sum(1)
+            if on_node is not None:
+                by_node = np.minimum(by_node, np.maximum(on_node, 0)).astype(np.int64)
+            nodes = [int(by_node.argmax())]
+            if by_node[nodes[0]] >= length:
                 break
-        within, nodes = np.argsort(-usable, axis=1, kind="stable"), np.argsort(-by_node, kind="stable")
-        order, room = (within[nodes] + nodes[:, None] * room.shape[1]).ravel(), usable.ravel()
-        for smallest in (self.min_shard, 1):
-            ranks = order[room[order] >= min(smallest, length)]
-            reached = room[ranks].cumsum()
-            needed = int(np.searchsorted(reached, length)) + 1
-            if needed <= len(ranks):
-                parts = room[ranks[:needed]]
-                unused = int(reached[needed - 1]) - length
-                less, rest = divmod(unused, needed)
-                if last and parts.min() - less > smallest:  # all stay as far below the level
-                    parts -= less + (np.arange(needed) < rest)
-                    return ranks[:needed], parts
-                parts[-1] -= unused
-                lacking = min(self.min_shard, room[ranks[needed - 1]]) - parts[-1]
-                if needed > 1 and 0 < lacking <= parts[-2] - self.min_shard:  # a remainder is not left a crumb
-                    parts[-2:] += -lacking, lacking
-                return ranks[:needed], parts
+        else:
+            if by_node.sum() < length:
+                return None
+            nodes = np.argsort(-by_node, kind="stable").tolist()
+        for smallest in (min(self.min_shard, length), 1):
+            ranks, offered = self._offers(length, rooms, by_node, nodes, smallest)
+            unused = sum(offered) - length
+            if unused >= 0:
+                return ranks, self._cut(offered, unused, smallest, last)
         return None
+
+    def _offers(self, length, rooms, by_node, nodes, smallest):
+        """Ranks and what each may take, until it is enough."""
+        ranks, offered, missing = [], [], length
+        for node in nodes:
+            of_rank, left = rooms[node].tolist(), int(by_node[node])
+            for rank in sorted(range(len(of_rank)), key=of_rank.__getitem__, reverse=True):
+                offer = min(of_rank[rank], left)
+                if offer < smallest:
+                    break
+                ranks.append(node * len(of_rank) + rank)
+                offered.append(offer)
+                left -= offer
+                missing -= offer
+                if missing <= 0:
+                    return ranks, offered
+        return ranks, offered
+
+    def _cut(self, parts, unused, smallest, last):
+        less, rest = divmod(unused, len(parts))
+        if last and min(parts) - less > smallest:  # all stay as far below the level
+            return [part - less - (place < rest) for place, part in enumerate(parts)]
+        lacking = min(self.min_shard, parts[-1])
+        parts[-1] -= unused
+        lacking -= parts[-1]
+        if len(parts) > 1 and 0 < lacking <= parts[-2] - self.min_shard:  # a remainder is not left a crumb
+            parts[-2] -= lacking
+            parts[-1] += lacking
+        return parts

@@ -58,6 +58,7 @@ LAYERS = [
     (linear_layer, "lasp"),
     (softmax_layer, "ring"),
     (softmax_layer, "all_gather"),
+    (softmax_layer, "zeppelin"),
     (hybrid_layer, "auto"),
     (sparse_layer, "fetch"),
     (sparse_layer, "ring"),

@@ -8,8 +8,9 @@ from cases import layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longspan.attention import softmax
 from longspan.attention.double_ring import double_ring_schedule
-from longspan.attention.moved import head_parallel_schedule, pairs_per_rank, planned_schedule
+from longspan.attention.moved import head_parallel_schedule, pairs_per_rank, planned_schedule, schedule_of
 from longspan.attention.schedules import softmax_schedule
 from longspan.benchmarks.length_mixes import draw
 from longspan.benchmarks.routing import lopsided, uneven
@@ -24,6 +25,7 @@ from longspan.parallel import (
     plan_attention,
     zigzag,
 )
+from longspan.parallel.costs import predict
 
 MASK = Mask()
 ROUTED = Costs(key_s=1e-3, remote_key_s=1e-2)  # every row that crosses counts
@@ -132,10 +134,11 @@ def test_what_crosses_is_what_the_planner_predicts(mix):
     costs = Costs(key_s=0.0, remote_key_s=1e-3)
     everywhere = {"predicted": [], "routed": [], "unrouted": []}
     for _ in range(4):
-        plan = plan_attention(draw(mix, generator, 16_000, 16_000), topology, costs)
-        everywhere["predicted"].append([seconds / costs.remote_key_s for seconds in plan.predicted.keys_s])
+        layout = plan_attention(draw(mix, generator, 16_000, 16_000), topology, Costs.pairs_only()).layout
+        predicted = predict(layout, topology, costs).keys_s
+        everywhere["predicted"].append([seconds / costs.remote_key_s for seconds in predicted])
         for name, by in (("routed", costs), ("unrouted", UNROUTED)):
-            everywhere[name].append(over_links(plan.layout, topology, by)[1])
+            everywhere[name].append(over_links(layout, topology, by)[1])
     total = {name: sum(map(sum, keys)) for name, keys in everywhere.items()}
     most = {name: sum(map(max, keys)) for name, keys in everywhere.items()}
     assert total["routed"] == total["unrouted"] == pytest.approx(total["predicted"], rel=0.25)
@@ -150,6 +153,27 @@ def test_ulysses_is_one_packed_call_in_any_layout(layout):
         step, *others = head_parallel_schedule(layout, rank, MASK, 4).schedule.steps
         assert not others and len(step.calls) == 1
         assert step.calls[0].pack.lengths_q == (300, 1, 17, 80, 2, 64)
+
+
+def test_tables_of_a_given_plan_are_built_once(monkeypatch):
+    """For every layer and step that gives the plan again; not for another plan, mask or layout."""
+    built = []
+    monkeypatch.setattr(softmax, "schedule_of", lambda *args: built.append(args) or schedule_of(*args))
+    lengths = (300, 20, 61)
+    x = torch.randn(sum(lengths), 2, 8, dtype=torch.float64)
+    layout, plans = contiguous(lengths, 1), [plan_attention(lengths, Topology(1, 1), costs) for costs in (None, ROUTED)]
+    turned = Layout(lengths, (layout.spans[0][::-1],))
+    calls = {"given": (plans[0], {}), "other plan": (plans[1], {}), "window": (plans[0], {"window": 30})}
+    found = {}
+    for _ in range(2):
+        for name, (plan, options) in calls.items():
+            out = softmax.softmax_attention(x, x, x, layout=layout, plan=plan, **options)
+            assert torch.equal(out, found.setdefault(name, out))
+        softmax.softmax_attention(x, x, x, layout=turned, plan=plans[0])
+    assert len(built) == len(set(built)) == 4
+    torch.testing.assert_close(found["given"], softmax.softmax_attention(x, x, x, layout=layout, strategy="ring"))
+    with pytest.raises(ValueError, match="plan is for 3 documents of 381 tokens on 1 ranks"):
+        softmax.softmax_attention(x[:9], x[:9], x[:9], layout=contiguous((9,), 1), plan=plans[0])
 
 
 def test_pairs_of_ranks_that_share_heads():

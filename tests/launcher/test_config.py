@@ -226,6 +226,19 @@ def test_ranks_must_divide_into_dp_and_sp():
     assert "parallel.sp=16" in refusal(load("parallel.sp=16").validate, 8)
 
 
+def test_ulysses_needs_query_heads_for_every_rank():
+    """Known before any rank starts; the other strategies and linear layers do not mind."""
+    six = "model.num_heads=6", "model.head_dim=32"
+    for sp in (1, 2):
+        load(*six, "parallel.softmax=ulysses", f"parallel.sp={sp}", "train.global_batch=4").validate(world_size=4)
+    load(*six, "parallel.softmax=usp").validate(world_size=4)
+    message = refusal(load(*six, "parallel.softmax=ulysses").validate, 4)
+    assert message == (
+        "parallel.softmax=ulysses cannot share model.num_heads=6 among parallel.sp=4 ranks: use usp or ring, "
+        "or parallel.sp=1 or 2"
+    )
+
+
 def test_global_batch_must_be_shared_evenly_by_the_data_parallel_groups():
     load("parallel.sp=2", "train.global_batch=4").validate(world_size=4)
     message = refusal(load("parallel.sp=2", "train.global_batch=3").validate, 4)

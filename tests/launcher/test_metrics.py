@@ -69,6 +69,25 @@ def test_imbalance_is_that_of_all_softmax_layers():
     assert found == [2 * windowed, 2 * full, full + windowed, full]
 
 
+@pytest.mark.parametrize("behind", [0, 2])
+def test_attention_time_is_that_of_steps_that_are_done(behind, monkeypatch):
+    """Marks of a step, in pairs, without what was evaluated before it; a GPU's are read two steps later."""
+    mesh = SimpleNamespace(sp=1, sp_rank=0, world_size=1, device=torch.device("cpu"))
+    meter = metrics.StepMeter(MODEL, mesh)
+    meter._steps_behind, now = behind, iter([0.0, 5.0, 9.0, 10.0, 11.0, 13.0, 20.0, 24.0, 40.0, 60.0, 61.0, 80.0])
+    monkeypatch.setattr(meter, "mark", lambda: next(now))
+    found = []
+    for evaluated, calls in ((2, 2), (0, 1), (0, 0)):
+        for _ in range(evaluated):
+            meter.mark_attention()
+        begin = meter.begin()
+        for _ in range(2 * calls):
+            meter.mark_attention()
+        found.append(meter._attention_seconds())
+    seconds = [(11.0 - 10.0) + (20.0 - 13.0), 60.0 - 40.0, 0.0]
+    assert found[behind:] == seconds[: 3 - behind] and all(map(math.isnan, found[:behind])) and begin == 61.0
+
+
 def test_every_rank_gets_the_same_numbers(gathered):
     assert all(rows == gathered[0] for rows in gathered)
 

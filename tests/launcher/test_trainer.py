@@ -50,7 +50,7 @@ def _runs_on(rank, world_size, folder, corpus):
             tiny_config(corpus, folder / "documents", "data.packing=documents", "parallel.sp=1")
         )
         for softmax in ("ring", "zeppelin"):  # every sample on both ranks
-            settings = ("data.packing=documents", f"parallel.softmax={softmax}")
+            settings = ("data.packing=documents", f"parallel.softmax={softmax}", "log.attention_time=true")
             results[f"documents, {softmax}"] = _observe(tiny_config(corpus, folder / softmax, *settings))
     if world_size == 4:
         results["2 -> 4"] = _resume(folder, corpus, "2 ranks, sp 2", "2 to 4", "parallel.sp=2")
@@ -75,15 +75,19 @@ def _resume(folder, corpus, source, name, *settings):
 
 
 def _observe(config):
-    """The rows of the run, and the samples of each step, put together again from what every rank got."""
+    """The rows of the run, the samples of each step, put together again from what every rank got, and how many keys the
+    queries see that each rank has in softmax attention."""
     trainer = start(config)
-    next_step, steps = trainer.loader.next_step, []
+    next_step, steps, seen = trainer.loader.next_step, [], []
 
     def recording():
         batches = next_step()
         mine = [(b.seq.layout.global_indices(b.seq.rank), b.tokens.numpy(), b.labels.numpy()) for b in batches]
-        everyone = [None] * dist.get_world_size()
+        everyone, keys = ([None] * dist.get_world_size() for _ in range(2))
         dist.all_gather_object(everyone, mine)
+        positions = [b.seq.attention_layout().positions(b.seq.rank) for b in batches]
+        dist.all_gather_object(keys, sum(int((x + 1).sum()) for x in positions))
+        seen.append(keys)
         sp = trainer.mesh.sp
         groups = [everyone[first : first + sp] for first in range(0, len(everyone), sp)]
         steps.append(sorted(_joined(parts) for group in groups for parts in zip(*group)))
@@ -93,7 +97,7 @@ def _observe(config):
     trainer.train()
     trainer.close()
     dist.barrier()
-    return {"rows": rows(Path(config.run.dir)), "samples": steps}
+    return {"rows": rows(Path(config.run.dir)), "samples": steps, "keys": seen}
 
 
 def _joined(parts):
@@ -103,6 +107,10 @@ def _joined(parts):
 
 def _losses(run):
     return [row["loss"] for row in run["rows"]]
+
+
+def _imbalance(run):
+    return [max(keys) * len(keys) / sum(keys) for keys in run["keys"]]
 
 
 SPLITS = [f"{n} ranks, sp {sp}" for n in (1, 2, 4) for sp in (1, 2, 4) if n % sp == 0]
@@ -137,7 +145,8 @@ def test_documents_of_mixed_lengths(runs):
     run = runs["documents"]
     assert all(0 < row["tokens"] <= 4 * 96 for row in run["rows"])
     assert len({row["tokens"] for row in run["rows"]}) > 1
-    assert max(row["imbalance"] for row in run["rows"]) > 1
+    imbalance = _imbalance(run)
+    assert [row["imbalance"] for row in run["rows"]] == pytest.approx(imbalance) and max(imbalance) > 1.01
 
 
 @pytest.mark.parametrize("softmax", ["ring", "zeppelin"])
@@ -145,6 +154,9 @@ def test_documents_over_two_ranks(runs, softmax):
     one, two = runs["documents"], runs[f"documents, {softmax}"]
     assert two["samples"] == one["samples"]
     assert _losses(two) == pytest.approx(_losses(one), rel=TOLERANCE)
+    assert [row["imbalance"] for row in two["rows"]] == pytest.approx(_imbalance(two))
+    assert all(1 <= row["attention_imbalance"] <= 2 and row["attention_s"] > 0 for row in two["rows"])
+    assert not any("attention_s" in row for row in one["rows"])
 
 
 def test_resumed_equals_uninterrupted_bitwise(runs):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from longspan.benchmarks.length_mixes import draw
 from longspan.parallel import Costs, Layout, Mask, Span, Topology, attention_pairs, plan_attention, planner, rebalance
 from longspan.parallel.costs import predict, remap_seconds
+from longspan.parallel.water_fill import least_level
 
 COSTS = {"pairs": Costs.pairs_only(), "h200": Costs()}
 MIXES = ("prolong", "wlbllm", "wikipedia", "magi")
@@ -44,17 +45,53 @@ def test_even_shards_of_any_lengths(lengths, topology, strategy):
 
 
 @pytest.mark.parametrize("nodes", [2, 16])
-@pytest.mark.parametrize("mix", MIXES)
-def test_work_is_balanced_on_real_mixes(mix, nodes):
-    """The note's targets are 1.05 at 16 ranks and 1.10 at 128 on average; these are single batches."""
+@pytest.mark.parametrize("costs", sorted(COSTS))
+def test_work_is_balanced_on_real_mixes(costs, nodes):
+    """The targets, 1.05 at 16 ranks and 1.10 at 128 on average and 1.15 at the 95th percentile, of few batches here.
+    Query-key pairs where those cost alone, attention's time with all costs."""
     topology, generator = Topology(nodes, 8), np.random.default_rng(1)
     ratios = []
-    for _ in range(4):
+    for mix in MIXES * 4:
         tokens = int(0.97 * topology.world_size * 4096)
-        plan = plan_attention(draw(mix, generator, tokens, topology.world_size * 4096), topology, Costs.pairs_only())
-        pairs = attention_pairs(plan.layout)
-        ratios.append(max(pairs) / (sum(pairs) / len(pairs)))
-    assert sum(ratios) / len(ratios) < (1.05 if nodes == 2 else 1.10) and max(ratios) < 1.15, ratios
+        lengths = draw(mix, generator, tokens, topology.world_size * 4096)
+        plan = plan_attention(lengths, topology, COSTS[costs])
+        assert max(plan.layout.tokens_per_rank) <= 1.5 * tokens / topology.world_size
+        ratios.append(plan.predicted.imbalance)
+        if costs == "pairs":
+            pairs = attention_pairs(plan.layout)
+            assert plan.predicted.imbalance == pytest.approx(max(pairs) / (sum(pairs) / len(pairs)))
+    assert np.mean(ratios) < (1.05 if nodes == 2 else 1.10) and np.percentile(ratios, 95) < 1.15, ratios
+
+
+def test_fewer_tokens_cross_nodes_where_that_costs():
+    """Tokens that a node has too many, in units of its mean, and what all of it takes."""
+    topology, generator = Topology(8, 8), np.random.default_rng(2)
+    excess, slowest = np.zeros(2), np.zeros(2)
+    for mix in MIXES * 2:
+        lengths = draw(mix, generator, 64 * 4000, 64 * 4096)
+        for place, costs in enumerate((Costs(), replace(Costs(), remote_token_s=0.0))):
+            layout = plan_attention(lengths, topology, costs).layout
+            of_nodes = np.reshape(layout.tokens_per_rank, (8, -1)).sum(1)
+            excess[place] += of_nodes.max() / of_nodes.mean() - 1
+            slowest[place] += predict(layout, topology, Costs()).slowest_s
+    assert excess[0] < 0.95 * excess[1] and slowest[0] < 0.99 * slowest[1], (excess, slowest)
+
+
+def test_no_plan_is_faster_than_the_least_level():
+    """Of any lengths and strategy; and by hand: a document of 100 tokens on two ranks, each half with its start."""
+    generator = random.Random(1)
+    for _ in range(60):
+        topology = Topology(generator.randint(1, 2), generator.randint(1, 6))
+        lengths = [generator.choice([2, 100, 3000, 20_000]) * generator.randint(1, 4) for _ in range(12)]
+        for costs in (Costs(), Costs.pairs_only(), Costs(start_tokens=20_000)):
+            weights, ranks = costs.weights(Mask(), lengths), topology.world_size
+            least = least_level(lengths, weights, costs.start_tokens, ranks, max(lengths))
+            for strategy in planner.STRATEGIES:
+                found = max(plan_attention(lengths, topology, costs, 2.0, strategy).predicted.attention_s)
+                assert found >= least * (1 - 1e-3) >= sum(weights * lengths) / ranks * (1 - 2e-3)
+    assert least_level([100], [2.0], 30, 2, 100) == pytest.approx(2 * (50 + 30), rel=0.01)
+    assert least_level([100, 60], [2.0, 1.0], 0, 4, 100) == pytest.approx(260 / 4)
+    assert least_level([100], [2.0], 30, 4, 40) == pytest.approx(2 * (25 + 30), rel=0.01)
 
 
 def test_one_document_is_shared_out_evenly():
@@ -199,7 +236,7 @@ def test_bad_input_is_named():
 
 
 def test_over_slow_links_zeppelin_is_no_slower_than_the_others():
-    """Where links take most of the time, what is predicted to take least is taken; also under a token cap."""
+    """Where links take most of the time, what has the best score is taken; also under a token cap."""
     slow = Costs(
         pair_s=1.5e-7, start_tokens=146, key_s=1.2e-5, remote_key_s=5.7e-4, token_s=2.5e-5, remote_token_s=1.1e-3
     )
@@ -207,8 +244,9 @@ def test_over_slow_links_zeppelin_is_no_slower_than_the_others():
     for mix in MIXES:
         lengths = draw(mix, np.random.default_rng(0), 4096, 4096)
         plans = {name: plan_attention(lengths, topology, slow, 1.5, name) for name in planner.STRATEGIES}
-        others = [plan.predicted.slowest_s for name, plan in plans.items() if name != "zeppelin"]
-        assert plans["zeppelin"].predicted.slowest_s <= min(others) * planner.SLOW_LINKS
+        room = max(1.5 * 1024, max(plans["zeppelin"].layout.tokens_per_rank))
+        allowed = [plan for plan in plans.values() if max(plan.layout.tokens_per_rank) <= room]
+        assert planner.score(plans["zeppelin"]) == min(map(planner.score, allowed))
         changed += plans["zeppelin"].layout in (plans["zeppelin_even"].layout, plans["hybrid"].layout)
         assert max(plan_attention(lengths, topology, slow, 1.0).layout.tokens_per_rank) <= -(-4096 // 4)
     assert changed >= 2
