@@ -15,6 +15,7 @@ from longspan.parallel.topology import Topology
 
 KEY_PASSES = 3  # keys and values travel forward, again backward, and their gradients travel home
 REMAP_PASSES = 2  # q, k, v and o forward, their gradients backward
+COPY_RATE = 2.5e12  # bytes per second, of rows gathered on an H200
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Costs:
 
     pair_s: seconds per visible query-key pair, all heads. start_tokens: see above. key_s: per token whose keys and
     values arrive from a rank of the same node; remote_key_s: from another node, over the link of one rank. token_s,
-    remote_token_s: the same per token that is remapped for the layer and back. min_shard: a document is not cut into
+    remote_token_s: the same per token that is remapped for the layer and back. row_s: per token on a rank, whether it
+    moves or not, for copies of its rows in other orders where any are remapped. min_shard: a document is not cut into
     pieces of fewer tokens where that can be helped. Raises ValueError for numbers that are none of these.
     """
 
@@ -35,6 +37,7 @@ class Costs:
     token_s: float = 1.37e-7
     remote_token_s: float = 9.1e-7
     min_shard: int = 256
+    row_s: float = 8.5e-8
 
     def __post_init__(self):
         for field in fields(self):
@@ -63,7 +66,7 @@ class Costs:
 
     @classmethod
     def pairs_only(cls) -> "Costs":
-        return cls(1.0, 0, 0.0, 0.0, 0.0, 0.0, 1)
+        return cls(1.0, 0, 0.0, 0.0, 0.0, 0.0, 1, 0.0)
 
     @classmethod
     def h200(cls, heads: int, kv_heads: int, head_dim: int, bytes_per_number: int = 2) -> "Costs":
@@ -73,7 +76,10 @@ class Costs:
         keys = key_bytes(kv_heads, head_dim, bytes_per_number)
         tokens = token_bytes(heads, kv_heads, head_dim, bytes_per_number)
         intra, inter = 1 / 300e9, 1 / 45e9
-        return cls(pair_s, 860, keys * intra, keys * inter, tokens * intra, tokens * inter)
+        # Read and written: q, k and v side by side, as sent and as received; o as sent and as received; and backward.
+        copies = 2 * (6 * (heads + 2 * kv_heads) + 4 * heads) * head_dim * bytes_per_number
+        links = keys * intra, keys * inter, tokens * intra, tokens * inter
+        return cls(pair_s, 860, *links, row_s=copies / COPY_RATE)
 
 
 def key_bytes(kv_heads: int, head_dim: int, bytes_per_number: int) -> int:
@@ -177,4 +183,5 @@ def remap_seconds(tokens: np.ndarray, topology: Topology, costs: Costs) -> np.nd
     excess = np.abs(tokens - mean)
     excess[excess < 1] = 0  # the mean is no whole number
     crossing[crossing < 1] = 0
-    return excess * costs.token_s + np.repeat(crossing, topology.ranks_per_node) * costs.remote_token_s
+    rows = np.where(excess.any(), tokens * costs.row_s, 0.0)
+    return rows + excess * costs.token_s + np.repeat(crossing, topology.ranks_per_node) * costs.remote_token_s

@@ -12,6 +12,7 @@ from math import ceil, inf
 
 import numpy as np
 
+from longspan.parallel.balanced import balanced
 from longspan.parallel.costs import Costs, Predicted, predict
 from longspan.parallel.geometry import Mask
 from longspan.parallel.hybrid import power_of_two_groups
@@ -71,10 +72,10 @@ def plan_attention(
     """The placement of a batch for softmax attention.
 
     costs: None for `Costs()`, an H200. token_cap: tokens on a rank at most, in units of the mean (more where that is
-    less than one whole token). strategy: `zeppelin`, uneven shards for equal time, or on few ranks and over slow links
-    one of the other two where less time is predicted for it; `zeppelin_even`, the published scheme of even shards;
-    `hybrid`, groups of powers of two. Raises ValueError for lengths below 1, a cap below 1 and unknown strategies. The
-    latest plans are kept.
+    less than one whole token). strategy: `zeppelin`, uneven shards for equal time, or where less time is predicted for
+    them (on few ranks, or over slow links) one of the other two or `balanced`, which remaps nothing; `zeppelin_even`,
+    the published scheme of even shards; `hybrid`, groups of powers of two. Raises ValueError for lengths below 1, a cap
+    below 1 and unknown strategies. The latest plans are kept.
     """
     lengths, costs = check_lengths(lengths), Costs() if costs is None else costs
     if not 1 <= token_cap < float("inf"):
@@ -102,13 +103,15 @@ class _Batch:
     most: float
 
     def plan(self, shares) -> AttentionPlan:
-        layout = _layout(self.lengths, self.topology, shares)
+        return self.planned(_layout(self.lengths, self.topology, shares))
+
+    def planned(self, layout) -> AttentionPlan:
         return AttentionPlan(layout, self.topology, self.costs, predict(layout, self.topology, self.costs, self.mask))
 
 
 def _zeppelin(batch):
-    """Filled up to the cap. On few ranks also with lower caps and by the other strategies, which move fewer tokens, at
-    the price of balance; on many, where that takes long, by even rings if links are slow and they may win."""
+    """Filled up to the cap. On few ranks also with lower caps and by the other strategies, which move fewer tokens or
+    none, at the price of balance; on many, where that takes long, by even rings if links are slow and they may win."""
     few = batch.topology.world_size <= FEW_RANKS
     fill, found = _Fill(batch), None
     for attempt in TRIES:
@@ -126,7 +129,7 @@ def _zeppelin(batch):
                 found = min(found, batch.plan(shares), key=score)
     elif _even_rings_take(batch) > found.predicted.slowest_s:
         return found
-    for other in (_even_rings, _hybrid) if few else (_even_rings,):
+    for other in (_balanced, _even_rings, _hybrid) if few else (_even_rings,):
         rival = other(batch)
         if max(rival.layout.tokens_per_rank) <= max(batch.most, max(found.layout.tokens_per_rank)):
             found = min(found, rival, key=score)
@@ -162,6 +165,11 @@ class _Fill:
         return water_fill(
             batch.lengths, self.weights, *machine, cap, node_cap, costs.min_shard, precision, limit
         )  # fmt: skip
+
+
+def _balanced(batch):
+    """The default base layout, which has equal tokens on all ranks."""
+    return batch.planned(balanced(batch.lengths, batch.topology.world_size))
 
 
 def _even_rings(batch):
