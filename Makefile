@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN_DIR ?= runs/quickstart
 ARGS ?=
+JOBS ?= 2
 
 # Without an NVIDIA GPU: PyTorch's CPU build, which does not come with gigabytes of CUDA packages.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
@@ -21,20 +22,21 @@ CORPUS := data/stdlib
 
 help:
 	@echo 'make train     train configs/quickstart.yaml on 2 CPU ranks; ARGS="optim.lr=1e-3 --steps 50" changes settings'
-	@echo 'make test      run the tests'
+	@echo 'make test      run the tests, JOBS=2 files at a time'
 	@echo 'make gpu-test  run the tests that need a CUDA GPU'
 	@echo 'make lint      check the style of the code'
 	@echo 'make clean     remove the virtual environment, the quickstart corpus and caches; runs/ stays'
 	@echo
-	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) RUN_DIR=$(RUN_DIR)'
+	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) RUN_DIR=$(RUN_DIR) JOBS=$(JOBS)'
 
 train: $(INSTALLED) $(CORPUS).idx
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 launcher/train.py \
 		--config configs/quickstart.yaml --run-dir $(RUN_DIR) $(ARGS)
 	@echo 'run directory: $(RUN_DIR)   (`make train` again continues it if interrupted; RUN_DIR=runs/another starts anew)'
 
+# A file at a time per process; files in their order, in which those that take long do not come last.
 test: $(INSTALLED)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 gpu-test: $(INSTALLED)
 	$(BIN)/pytest -q -m gpu

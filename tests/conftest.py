@@ -8,6 +8,8 @@ import poison
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tensors are tiny: threads that wait for each other take longer than the work
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 if not torch.cuda.is_available():  # before any kernel is defined: Triton's interpreter runs them on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):

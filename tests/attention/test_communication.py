@@ -1,6 +1,7 @@
 """What the attention functions send: states of constant size, and only keys that some query elsewhere can see."""
 
-import pytest
+import itertools
+
 import torch
 import torch.distributed as dist
 from cases import random_layout
@@ -27,31 +28,33 @@ def forward_and_backward(attention, layout, rank, heads, **kwargs):
 # Linear attention
 
 
-def linear_traffic(rank, world_size, layout_name, strategy, decay):
-    """Calls and bytes, forward and backward, of a short and of a long document."""
+LINEAR_CASES = list(itertools.product((contiguous, zigzag), ("lasp2", "lasp"), (False, True)))
+
+
+def linear_traffic(rank, world_size):
+    """Calls and bytes, forward and backward, of a short and of a long document, for every layout, strategy and gate."""
     traffic = []
-    for length in (1024, 4096):
-        layout = {"contiguous": contiguous, "zigzag": zigzag}[layout_name]((length,), world_size)
-        log_decay = None if decay is None else -torch.rand(layout.tokens_per_rank[rank], KEY_HEADS)
-        passes = forward_and_backward(
-            linear_attention, layout, rank, (KEY_HEADS,) * 3, strategy=strategy, log_decay=log_decay
-        )
+    for make_layout, strategy, gated in LINEAR_CASES:
+        passes = []
+        for length in (1024, 4096):
+            layout = make_layout((length,), world_size)
+            log_decay = -torch.rand(layout.tokens_per_rank[rank], KEY_HEADS) if gated else None
+            passes += forward_and_backward(
+                linear_attention, layout, rank, (KEY_HEADS,) * 3, strategy=strategy, log_decay=log_decay
+            )
         traffic.append([(one.num_calls, one.num_bytes) for one in passes])
     return traffic
 
 
-@pytest.mark.parametrize("decay", [None, "scalar"])
-@pytest.mark.parametrize("strategy", ["lasp2", "lasp"])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_linear_attention_sends_the_same_at_any_length(layout, strategy, decay):
-    ranks = run_ranks(linear_traffic, WORLD_SIZE, layout, strategy, decay)
+def test_linear_attention_sends_the_same_at_any_length():
     states = 2 * KEY_HEADS * HEAD_SIZE * HEAD_SIZE * 4  # At most two spans of a rank publish one, in fp32.
-    for short, long in ranks:
-        for (calls, num_bytes), (long_calls, long_bytes) in zip(short, long):
-            assert long_calls == calls
-            assert abs(long_bytes - num_bytes) <= 64  # Shapes that ranks compare are pickled numbers.
-            assert num_bytes <= 1.1 * states + 1024
-    assert sum(forward[1] for (forward, _), _ in ranks) > WORLD_SIZE * states / 4
+    for case, *ranks in zip(LINEAR_CASES, *run_ranks(linear_traffic, WORLD_SIZE), strict=True):
+        for *short, long_forward, long_backward in ranks:
+            for (calls, num_bytes), (long_calls, long_bytes) in zip(short, (long_forward, long_backward)):
+                assert long_calls == calls, case
+                assert abs(long_bytes - num_bytes) <= 64, case  # Shapes that ranks compare are pickled numbers.
+                assert num_bytes <= 1.1 * states + 1024, case
+        assert sum(forward[1] for forward, *_ in ranks) > WORLD_SIZE * states / 4, case
 
 
 def test_lasp2_is_one_gather_each_way():
@@ -74,19 +77,19 @@ def gathers(rank, world_size):
     ]
 
 
-def cut_at_documents(rank, world_size, attention_name):
+def cut_at_documents(rank, world_size):
     """Documents that end where ranks end: nobody needs anything from another rank."""
     layout = contiguous((64,) * world_size, world_size)
-    attention = {"linear": linear_attention, "softmax": softmax_attention}[attention_name]
-    forward, backward = forward_and_backward(attention, layout, rank, (KEY_HEADS,) * 3)
-    return forward.num_bytes, backward.num_bytes
+    both = (linear_attention, softmax_attention)
+    passes = (forward_and_backward(attention, layout, rank, (KEY_HEADS,) * 3) for attention in both)
+    return [(forward.num_bytes, backward.num_bytes) for forward, backward in passes]
 
 
-@pytest.mark.parametrize("attention", ["linear", "softmax"])
-def test_documents_that_do_not_cross_ranks_send_nothing(attention):
-    for forward, backward in run_ranks(cut_at_documents, WORLD_SIZE, attention):
-        assert forward <= 512  # What ranks compare with each other, no keys and no states.
-        assert backward == 0
+def test_documents_that_do_not_cross_ranks_send_nothing():
+    for linear, softmax in run_ranks(cut_at_documents, WORLD_SIZE):
+        for forward, backward in (linear, softmax):
+            assert forward <= 512  # What ranks compare with each other, no keys and no states.
+            assert backward == 0
 
 
 # Softmax attention
@@ -115,24 +118,22 @@ LAYOUTS = {
 }
 
 
-def softmax_traffic(rank, world_size, causal, strategy):
+def softmax_traffic(rank, world_size):
+    """Bytes, forward and backward, by layout and whether it is causal; without what ranks compare."""
     results = {}
-    for name, make_layout in LAYOUTS.items():
+    for name, causal in itertools.product(LAYOUTS, (True, False)):
         passes = forward_and_backward(
-            softmax_attention, make_layout(), rank, (4, KEY_HEADS, KEY_HEADS), causal=causal, strategy=strategy
+            softmax_attention, LAYOUTS[name](), rank, (4, KEY_HEADS, KEY_HEADS), causal=causal, strategy="ring"
         )
-        results[name] = [{n: b for n, b in t.bytes.items() if "gather" not in n} for t in passes]
-        results[name] = [sum(counts.values()) for counts in results[name]]
+        results[name, causal] = [sum(b for n, b in t.bytes.items() if "gather" not in n) for t in passes]
     return results
 
 
 def test_the_ring_sends_only_keys_that_are_seen():
     token = 2 * KEY_HEADS * HEAD_SIZE * 4  # One key and one value in fp32.
-    sent = {causal: run_ranks(softmax_traffic, WORLD_SIZE, causal, "ring") for causal in (True, False)}
-    for name, make_layout in LAYOUTS.items():
-        for causal in (True, False):
-            forward = sum(rank[name][0] for rank in sent[causal])
-            backward = sum(rank[name][1] for rank in sent[causal])
-            wanted = sum(tokens_wanted(make_layout(), causal))
-            assert forward == wanted * token, f"{name}, causal={causal}"
-            assert backward <= 2 * wanted * token, f"{name}, causal={causal}"  # Keys again, and their gradients.
+    ranks = run_ranks(softmax_traffic, WORLD_SIZE)
+    for name, causal in ranks[0]:
+        forward, backward = (sum(rank[name, causal][n] for rank in ranks) for n in range(2))
+        wanted = sum(tokens_wanted(LAYOUTS[name](), causal))
+        assert forward == wanted * token, f"{name}, causal={causal}"
+        assert backward <= 2 * wanted * token, f"{name}, causal={causal}"  # Keys again, and their gradients.

@@ -22,15 +22,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small products are no work for several, which would wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def outputs_and_gradients(family, dtype):
     decay, delta = FAMILIES[family]
     generator = torch.Generator().manual_seed(0)

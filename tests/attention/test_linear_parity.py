@@ -10,14 +10,13 @@ import torch.distributed as dist
 from cases import LENGTHS, layouts
 from oracles import linear_attention as recurrence
 from oracles import with_gradients
-from parity import Case, disagreements, relative_error, run_share
+from parity import WORLD_SIZES, disagreements, relative_error, run_share, taking_turns
 from spawn import run_ranks
 
 from longspan.attention import linear_attention
 from longspan.parallel import SequenceParallel, Topology, contiguous
 from longspan.parallel.scan import TRANSPORTS
 
-WORLD_SIZES = [1, 2, 3, 4, 8]
 NUM_HEADS, KEY_SIZE, VALUE_SIZE = 2, 4, 3
 
 # name: (decay, largest beta, keyword arguments). The decays are described in make_inputs.
@@ -50,33 +49,16 @@ FAMILIES = {
     "kda_strong": ("channel_strong", 1, {}),
     "kda_spiky": ("channel_spiky", 1, {}),
 }
-# States pass as they are, by a number per head, by one per key channel, by a matrix: these meet every combination.
-TRANSITIONS = ["none", "scalar", "channel", "kda"]
-LAYOUTS = ["contiguous", "zigzag", "random", "holes"]
-SMALL = ["two", "ones", "few", "single_token"]
 
 
-def all_cases():
-    """Every kind of transition x layout x strategy, on one long document and on mixed lengths; what else there is takes
-    turns, so that every family meets every layout and every strategy, and every strategy every layout."""
-    for i, (family, (_, _, kwargs)) in enumerate(FAMILIES.items()):
+def all_cases(world_size):
+    strategies = {}
+    for family, (_, _, kwargs) in FAMILIES.items():
         # Strategies that pass states on in causal order refuse anything else.
         causal = kwargs.get("causal", True)
-        strategies = [name for name, transport in TRANSPORTS.items() if causal or not transport.causal_only]
-        strategies += ["auto"] * (family not in TRANSITIONS)
-        turn = i
-        for layout in LAYOUTS:
-            if family in TRANSITIONS:
-                for strategy in strategies:
-                    yield Case(family, "one", layout, strategy)
-                    yield Case(family, "mixed", layout, strategy)
-                lengths = [SMALL[turn % 4]]
-            else:
-                lengths = ["one", "mixed", SMALL[turn % 4]]
-            for n, name in enumerate(lengths):
-                yield Case(family, name, layout, strategies[(turn + n) % len(strategies)])
-            yield Case(family, "mixed", layout, strategies[(turn + len(lengths)) % len(strategies)], torch.float32)
-            turn += 1
+        strategies[family] = [name for name, transport in TRANSPORTS.items() if causal or not transport.causal_only]
+        strategies[family] += ["auto"] * (family in ("scalar", "none_full", "kda"))
+    return list(taking_turns(strategies, world_size))
 
 
 def make_inputs(family, lengths, dtype=torch.float64):
@@ -142,7 +124,7 @@ def expected(family, lengths, dtype):
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_equals_the_recurrence(world_size):
-    cases = list(all_cases())
+    cases = all_cases(world_size)
     ranks = run_ranks(run_cases, world_size, cases, timeout=180)
     parity.check_cases(ranks, world_size, cases, lambda case: expected(case.variant, case.lengths, case.dtype))
 

@@ -10,14 +10,13 @@ import torch.distributed as dist
 from cases import LENGTHS, layouts
 from oracles import softmax_attention as full_matrix
 from oracles import with_gradients
-from parity import Case, disagreements, relative_error, run_share
+from parity import SMALL, WORLD_SIZES, disagreements, relative_error, run_share, taking_turns
 from spawn import run_ranks
 
 from longspan.attention import softmax_attention
 from longspan.benchmarks.routing import lopsided, uneven
 from longspan.parallel import Costs, Layout, SequenceParallel, Span, Topology, contiguous, plan_attention, zigzag
 
-WORLD_SIZES = [1, 2, 3, 4, 8]
 HEAD_SIZE = 8
 
 # name: (query heads, key heads, keyword arguments)
@@ -34,37 +33,14 @@ WINDOWS = {  # of one token, short, as long as a part or a shard, longer than an
     for window, heads, kv_heads in ((1, 2, 2), (2, 4, 2), (7, 3, 1), (31, 4, 2), (64, 2, 2), (1000, 4, 2))
 }
 WIDE = {"causal_wide": (8, 2, {}), "window_wide": (8, 2, {"window": 13})}  # for strategies that share out heads
-SMALL = ["two", "ones", "few", "single_token"]
 STRATEGIES = ["ring", "all_gather", "auto"]
 MOVED = ["zeppelin", "zeppelin_even", "hybrid", "usp"]
 
 
-def all_cases():
-    """Every variant x layout x strategy on one long document and on mixed lengths; the small batches take turns."""
-    for i, variant in enumerate(VARIANTS):
-        for j, layout in enumerate(["contiguous", "zigzag", "random", "holes"]):
-            for strategy in STRATEGIES[:2]:
-                yield Case(variant, "one", layout, strategy)
-                yield Case(variant, "mixed", layout, strategy)
-            for n, strategy in enumerate(MOVED):
-                yield Case(variant, "mixed" if (i + j + n) % 2 else "one", layout, strategy)
-                yield Case(variant, SMALL[(i + j + n) % 4], layout, strategy)
-            for n in range(2):
-                yield Case(variant, SMALL[(i + j + 2 * n) % 4], layout, STRATEGIES[(i + j + n) % 3])
-            if variant != "causal_peaked":  # Its scores of around 100 lose two of fp32's digits in the exponential.
-                yield Case(variant, "mixed", layout, [*STRATEGIES, *MOVED][(i + j) % 7], torch.float32)
-
-
-def windowed_cases():
-    """Every window with every strategy, the layouts and batches taking turns."""
-    for i, variant in enumerate(WINDOWS):
-        for n, strategy in enumerate([*STRATEGIES, *MOVED]):
-            layout = ["contiguous", "zigzag", "random", "holes", "balanced"][(i + n) % 5]
-            for lengths in ("one", "mixed"):
-                yield Case(variant, lengths, layout, strategy)
-            if n % 3 == i % 3:
-                yield Case(variant, SMALL[(i + n) % 4], layout, strategy)
-                yield Case(variant, "mixed", layout, strategy, torch.float32)
+def all_cases(world_size):
+    strategies = dict.fromkeys(VARIANTS | WINDOWS, [*STRATEGIES, *MOVED])
+    # Scores of around 100 lose two of fp32's digits in the exponential.
+    return list(taking_turns(strategies, world_size, double_only=["causal_peaked"]))
 
 
 def make_inputs(variant, lengths, dtype=torch.float64):
@@ -92,7 +68,7 @@ def expected(variant, lengths, dtype):
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_equals_the_full_matrix(world_size):
-    cases = [*all_cases(), *windowed_cases()]
+    cases = all_cases(world_size)
     ranks = run_ranks(run_cases, world_size, cases, timeout=240)
     parity.check_cases(ranks, world_size, cases, lambda case: expected(case.variant, case.lengths, case.dtype))
 
@@ -171,13 +147,12 @@ def node_cases(world_size):
     nodes = [n for n in range(2, world_size + 1) if world_size % n == 0]
     for i, layout in enumerate(["contiguous", "zigzag", "random", "holes"]):
         for j, variant in enumerate(["causal_gqa", "full", "window_31"]):
-            for name in ("one", "mixed", SMALL[(i + j) % 4]):
+            for name in (["one", "mixed"][(i + j) % 2], SMALL[(i + 2 * j) % 4]):
                 yield name, layout, nodes[(i + j) % len(nodes)], variant
     for layout in ("lopsided", "uneven", "giant"):
         for n in nodes:
-            for variant in ("causal_gqa", "full"):
-                yield "mixed" if layout == "giant" else "one", layout, n, variant
-                yield "two", layout, n, variant
+            yield "mixed" if layout == "giant" else "one", layout, n, "causal_gqa"
+            yield "two", layout, n, "full"
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 6, 8])

@@ -181,7 +181,7 @@ def test_parity_and_drift_on_cpu(tmp_path):
 
 
 def run(command, output):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         [sys.executable, *command.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
     )

@@ -13,15 +13,6 @@ from longspan.benchmarks.recall_task import Run, Task, layer_pattern, train
 TASK = Task(pairs=(2, 5, 8), tokens=160, num_keys=12, num_values=9)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are tiny, and threads that wait for each other on a busy machine take longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def draw(seed=0, count=3, task=TASK):
     return task.batches(torch.Generator().manual_seed(seed), count)
 

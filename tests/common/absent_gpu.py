@@ -1,8 +1,9 @@
 """Compile kernels for a Hopper GPU that is not there: `install()`, then call forms on CPU tensors; nothing is launched.
 
-As a script it compiles what the linear forms launch and prints a line of JSON per kernel:
+As a script it compiles what the linear forms and sparse attention launch and prints a line of JSON per kernel:
 
     python tests/common/absent_gpu.py DTYPE WIDTH...          # such as bfloat16 64 128, or 16,64 for K, V
+    python tests/common/absent_gpu.py --few DTYPE WIDTH...    # not every kind of decay and size of blocks
 """
 
 import json
@@ -84,8 +85,8 @@ def undefined_registers(sass: str) -> dict[str, str]:
     return {f"UR{register}": text for register, text in read.items() if register not in written}
 
 
-def compile_forms(dtype, widths) -> list:
-    """What the fused forms launch for heads of these widths (K, V), forward and backward, with all that states do."""
+def compile_linear(dtype, sizes, few):
+    """What the fused forms launch for heads of these sizes (K, V), forward and backward, with all that states do."""
     import forms
 
     from longspan.kernels.linear.channel import Channel
@@ -93,22 +94,46 @@ def compile_forms(dtype, widths) -> list:
     from longspan.kernels.linear.form import Spans
     from longspan.kernels.linear.fused import Fused
 
-    compiled = install()
     spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
-    cases = [(Fused, decay, 0) for decay in (None, "fixed", "medium")]
-    cases += [(Delta, decay, 1) for decay in (None, "fixed", "medium")] + [(Channel, "channel_medium", 0)]
-    for sizes in widths:
-        for form, decay, beta in cases:
-            inputs, *states = forms.random_inputs(spans, 2, *sizes, decay, beta, dtype=dtype)
-            forms.run_form(form, form.tables(spans, 2, *sizes), inputs, *states, 0.3)
-    return compiled
+    cases = [(Fused, "fixed", 0), (Fused, "medium", 0), (Delta, "medium", 1), (Channel, "channel_medium", 0)]
+    cases += [] if few else [(Fused, None, 0), (Delta, None, 1), (Delta, "fixed", 1)]
+    for form, decay, beta in cases:
+        inputs, *states = forms.random_inputs(spans, 2, *sizes, decay, beta, dtype=dtype)
+        forms.run_form(form, form.tables(spans, 2, *sizes), inputs, *states, 0.3)
+
+
+def compile_sparse(dtype, head_dim, few):
+    """What attention over lists of blocks launches: with the largest blocks, and with small ones, packed heads, a mask
+    and weights."""
+    import torch
+
+    from longspan.kernels.sparse import BlockPlan, Blocks, fused
+
+    # query block, key block, query heads, key heads, list heads, causal and weighted
+    cases = [(128, 128, 2, 1, 1, False), (16, 16, 8, 2, 2, True)]
+    cases += [] if few else [(128, 64, 2, 1, 1, True), (64, 64, 2, 2, 1, False), (64, 16, 4, 2, 4, True)]
+    for query_block, key_block, heads, key_heads, lists, masked in cases:
+        queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
+        chosen = torch.zeros(lists, len(queries), 1, dtype=torch.int64)
+        weight = torch.zeros(len(keys)) if masked else None
+        plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight)
+        if fused.refusal(dtype, head_dim, plan) is None:
+            q, k, v = (torch.zeros(300, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
+            out, lse = fused.forward(q, k, v, plan, 0.3)
+            fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
 
 
 def main():
     import torch
 
-    widths = [[int(size) for size in width.split(",")] for width in sys.argv[2:]]
-    for kernel in compile_forms(getattr(torch, sys.argv[1]), [(*sizes, sizes[0])[:2] for sizes in widths]):
+    few, (dtype, *widths) = "--few" in sys.argv, (word for word in sys.argv[1:] if word != "--few")
+    dtype, compiled = getattr(torch, dtype), install()
+    for width in widths:
+        key_size, value_size = [int(size) for size in (*width.split(","), width)[:2]]
+        compile_linear(dtype, (key_size, value_size), few)
+        if key_size == value_size:
+            compile_sparse(dtype, key_size, few)
+    for kernel in compiled:
         sass = disassemble(kernel)
         record = {"name": kernel.name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
         record |= {"spills": len(re.findall(r"\bSTL\b", sass)), "undefined": undefined_registers(sass)}

@@ -12,6 +12,9 @@ from cases import LENGTHS, layouts
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 # Gradients vanish where terms of size 1 cancel (1-token documents, strong decay): errors are relative to this at least.
 FLOOR = 1e-2
+WORLD_SIZES = [1, 2, 3, 4, 8]
+LAYOUTS = ["contiguous", "zigzag", "balanced", "random", "holes"]
+SMALL = ["two", "ones", "few", "single_token"]
 
 
 def run_share(attention, inputs, grad_out, layout, rank, **kwargs):
@@ -74,6 +77,20 @@ class Case:
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.variant}-{self.lengths}-{self.layout}-{self.strategy}-{dtype}"
+
+
+def taking_turns(strategies, world_size, double_only=()):
+    """Cases of every variant with every strategy, of {variant: strategies}; everything else takes turns, over world
+    sizes too: in WORLD_SIZES together every variant and strategy meet in every layout, on one long document and on
+    mixed lengths. double_only: variants that fp32 does not hold to its limit."""
+    for i, (variant, names) in enumerate(strategies.items()):
+        for turn, strategy in enumerate(names, i + WORLD_SIZES.index(world_size)):
+            layout = LAYOUTS[turn % len(LAYOUTS)]
+            yield Case(variant, ["one", "mixed"][turn % 2], layout, strategy)
+            if turn % 3 == 0:
+                yield Case(variant, SMALL[turn % 4], layout, strategy)
+            if turn % 4 == 0 and variant not in double_only:
+                yield Case(variant, "mixed", layout, strategy, torch.float32)
 
 
 def run_cases(rank, world_size, cases, attention, make_inputs):

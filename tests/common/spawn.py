@@ -100,6 +100,9 @@ def _describe(processes, results, failures, timeout, folder):
     for rank in stuck:
         if processes[rank].is_alive():
             os.kill(processes[rank].pid, signal.SIGUSR1)  # faulthandler writes the stacks, even from inside gloo
+    files, limit = [folder / f"stacks.{rank}" for rank in stuck], time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < limit and not all(file.exists() and file.stat().st_size for file in files):
+        time.sleep(0.1)
     time.sleep(0.3 if stuck else 0)
     parts = [f"rank {rank}: {text}" for rank, text in failures.items() if text]
     reason = "stopped after another rank failed" if parts else f"still running after {timeout} s"

@@ -55,7 +55,7 @@ def _torchrun(program, *arguments, ranks):
 
 
 def _environment(**extra):
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"} | extra
+    return os.environ | {"PYTHONSAFEPATH": "1"} | extra
 
 
 def test_user_error_of_one_rank_inside_torchrun(program):
