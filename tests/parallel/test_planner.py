@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from longspan.benchmarks.length_mixes import draw
 from longspan.parallel import Costs, Layout, Mask, Span, Topology, attention_pairs, plan_attention, planner, rebalance
+from longspan.parallel.balanced import balanced
 from longspan.parallel.costs import predict, remap_seconds
 from longspan.parallel.water_fill import least_level
 
@@ -171,9 +172,24 @@ def test_a_window_takes_less_of_everything():
             assert less.slowest_s <= more.slowest_s
             assert max(less.attention_s) < max(more.attention_s) and max(less.keys_s) <= max(more.keys_s)
         assert max(same[0].keys_s) == 0 < max(same[1].keys_s) < 0.1 * max(same[-1].keys_s)
-    with_window = plan_attention(lengths, topology, mask=Mask(window=100)).layout
+    free = replace(Costs(), token_s=0.0, remote_token_s=0.0, row_s=0.0)  # to leave the default layout
+    with_window = plan_attention(lengths, topology, free, mask=Mask(window=100)).layout
     held = [sum(len(span) for span in spans if span.document == 0) for spans in with_window.spans]
-    assert max(held) < 1.2 * sum(lengths) / 8 < max(plan_attention(lengths, topology).layout.tokens_per_rank)
+    assert max(held) < 1.2 * sum(lengths) / 8 < max(plan_attention(lengths, topology, free).layout.tokens_per_rank)
+
+
+def test_the_balanced_layout_where_copies_cost_more_than_balance_brings():
+    lengths, topology = (30_000, 21_000, 9_000, *[700] * 20), Topology(1, 4)
+    moved = plan_attention(lengths, topology, replace(Costs(), token_s=1e-12, remote_token_s=1e-12, row_s=0.0))
+    assert moved.layout != balanced(lengths, 4) and moved.predicted.imbalance < 1.03
+    kept = plan_attention(lengths, topology, replace(Costs(), row_s=1e-3))
+    assert kept.layout == balanced(lengths, 4) and max(kept.predicted.remap_s) == 0
+
+
+def test_copies_are_of_all_rows_where_any_move():
+    costs = replace(Costs(), token_s=0.0, remote_token_s=0.0, row_s=2.0)
+    assert remap_seconds(np.array([7, 7, 6, 7]), Topology(1, 4), costs).tolist() == [0, 0, 0, 0]
+    assert remap_seconds(np.array([9, 7, 5, 7]), Topology(1, 4), costs).tolist() == [18, 14, 10, 14]
 
 
 def test_keys_of_a_window_by_hand():
@@ -188,7 +204,7 @@ def test_keys_of_a_window_by_hand():
 def test_predicted_costs_of_a_small_layout():
     """By hand: ranks 0 and 1 on one node, 2 on another; document 0 of 8 tokens on 0 and 2, document 1 of 3 on 1."""
     layout = Layout((8, 3), ((Span(0, 0, 4),), (Span(1, 0, 3),), (Span(0, 4, 8),), ()))
-    costs = Costs(2.0, 3, 10.0, 100.0, 1000.0, 10_000.0, 1)
+    costs = Costs(2.0, 3, 10.0, 100.0, 1000.0, 10_000.0, 1, 0.0)
     found = predict(layout, Topology(2, 2), costs)
     assert found.attention_s == pytest.approx((2 * 10 * (1 + 3 / 4), 2 * 6 * (1 + 3 / 3), 2 * 26 * (1 + 3 / 4), 0))
     crossing = 0.75 * 4 * 100 / 2  # to either node, over both its links
@@ -205,7 +221,7 @@ def test_predicted_costs_of_a_small_layout():
 
 
 def test_crossing_tokens_share_the_links_of_a_node():
-    costs = Costs(token_s=1.0, remote_token_s=100.0)
+    costs = Costs(token_s=1.0, remote_token_s=100.0, row_s=0.0)
     seconds = remap_seconds(np.array([30, 10, 0, 0]), Topology(2, 2), costs)
     assert seconds.tolist() == [20 + 1000, 0 + 1000, 10 + 1000, 10 + 1000]
 
