@@ -58,7 +58,7 @@ def find(run_dir: Path, resume: str) -> Info | None:
     own = _complete(run_dir / "checkpoints")
     if resume == "auto":
         return read_info(own[-1]) if own else None
-    start = None if resume == "none" else named(Path(resume))
+    start = None if resume == "none" else named(Path(resume), "checkpoint.resume=")
     if own and (start is None or _step_of(own[-1]) > start.step):
         raise UserError(
             f"{own[-1]} is later than the start asked for by checkpoint.resume={resume}: resume with "
@@ -67,13 +67,16 @@ def find(run_dir: Path, resume: str) -> Info | None:
     return start
 
 
-def named(path: Path) -> Info:
-    """The checkpoint `path`, or the newest one of that run directory; UserError when it is missing or damaged."""
+def named(path: Path, setting: str = "") -> Info:
+    """The checkpoint `path`, or the newest one of that run directory. UserError, which says what `setting` asked for it,
+    when it is missing or damaged."""
     if (path / MARKER).exists():
         return read_info(path)
     complete = _complete(path / "checkpoints") or _complete(path)
     if not complete:
-        raise UserError(f"{path}: no complete checkpoint there; name a folder step-*, or a run directory with one")
+        raise UserError(
+            f"{setting}{path}: no complete checkpoint there; name a folder step-*, or a run directory with one"
+        )
     return read_info(complete[-1])
 
 

@@ -216,6 +216,7 @@ class Config:
     def _validate_images(self) -> None:
         data, pixels = self.data, self.data.image_size**2
         _require(data.corpora == [], "data.corpora is for model.task=text; images are generated: leave it out")
+        _require(data.respect_documents, "data.respect_documents=false is for model.task=text: images are kept apart")
         _require(
             data.image_size >= 2 and data.image_size.bit_count() == 1,
             f"data.image_size={data.image_size}: use a power of two, so that blocks of tokens are patches",
