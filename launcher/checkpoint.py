@@ -68,8 +68,8 @@ def find(run_dir: Path, resume: str) -> Info | None:
 
 
 def named(path: Path, setting: str = "") -> Info:
-    """The checkpoint `path`, or the newest one of that run directory. UserError, which says what `setting` asked for it,
-    when it is missing or damaged."""
+    """The checkpoint `path`, or the newest one of that run directory. UserError, which repeats what `setting` asked for
+    it, when it is missing or damaged."""
     if (path / MARKER).exists():
         return read_info(path)
     complete = _complete(path / "checkpoints") or _complete(path)

@@ -1,6 +1,7 @@
 """Images drawn with the model of a checkpoint, written as a PNG file."""
 
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def sample_run(run: str, output: str, images: int, steps: int, size: int | None,
             raise UserError(f"--{name} {value}: use {'a power of two' if name == 'size' else '1 or more'}")
     device = choose_device(config.run.device)
     model = build_model(config.model)
-    dcp.load({"model": model.state_dict()}, checkpoint_id=info.path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process alone
+        dcp.load({"model": model.state_dict()}, checkpoint_id=info.path, no_dist=True)
     model = model.to(device, getattr(torch, config.train.dtype))
     spans = [(Span(0, 0, size**2), seed, SPLITS["sample"], number) for number in range(images)]
     noise = torch.from_numpy(np.concatenate([noise_of(*span) for span in spans]).astype(np.float32))

@@ -13,24 +13,22 @@ WAVES, SHAPES = 3, 8
 
 def scene(rows: np.ndarray, columns: np.ndarray, size: int, *key: int) -> np.ndarray:
     """fp32 [T, 3] in [-1, 1]: pixels at rows and columns, int [T], of the scene of `key`, `size` pixels on a side."""
-    numbers = uniform((2 + WAVES + SHAPES, 8), *key).astype(np.float32)
-    place = np.stack([rows, columns], 1).astype(np.float32)
-    place = (place + 0.5) / size - 0.5  # [T, 2], the same part of the scene in every size
-    (*dark, turn, _, _, _, _), (*bright, _, _, _, _, _) = numbers[:2]
-    along = 0.5 + place @ _direction(turn)
-    image = np.outer(1 - along, dark) + np.outer(along, bright)
+    numbers = uniform((2 + WAVES + SHAPES, 8), *key)
+    # From -0.5 to 0.5, the same part of the scene in every size; element by element, so that each pixel is by itself.
+    row, column = ((np.asarray(x, np.float64) + 0.5) / size - 0.5 for x in (rows, columns))
+
+    def along(turn):
+        return row * np.cos(2 * np.pi * turn) + column * np.sin(2 * np.pi * turn)
+
+    (*dark, turn, many, _, _, _), (*bright, _, _, _, _, _) = numbers[:2]
+    image = np.outer(0.5 - along(turn), dark) + np.outer(0.5 + along(turn), bright)
     for *colour, turn, frequency, phase, strength, _ in numbers[2 : 2 + WAVES]:
-        wave = np.sin(2 * np.pi * (place @ _direction(turn) * (1 + 15 * frequency**2) + phase))
+        wave = np.sin(2 * np.pi * (along(turn) * (1 + 15 * frequency**2) + phase))
         image += np.outer(wave, 0.2 * strength * (np.array(colour) - 0.5))
-    shapes = int(SHAPES * (0.5 + 0.5 * numbers[0, 4]))
-    for *colour, row, column, height, width, kind in numbers[2 + WAVES :][:shapes]:
-        offset = np.abs(place - (0.5 - np.array([row, column]))) / (0.05 + 0.25 * np.array([height, width]))
-        ellipse, rectangle = np.sqrt((offset**2).sum(1)), offset.max(1)
-        radius = ellipse if kind < 0.5 else rectangle
-        inside = np.clip((1 - radius) * size * (0.05 + 0.25 * min(height, width)) + 0.5, 0, 1)[:, None]  # soft: a pixel
+    for *colour, down, right, height, width, kind in numbers[2 + WAVES :][: int(SHAPES * (0.5 + 0.5 * many))]:
+        height, width = 0.05 + 0.25 * height, 0.05 + 0.25 * width
+        y, x = np.abs(row + down - 0.5) / height, np.abs(column + right - 0.5) / width
+        radius = np.sqrt(y * y + x * x) if kind < 0.5 else np.maximum(y, x)
+        inside = np.clip((1 - radius) * size * min(height, width) + 0.5, 0, 1)[:, None]  # the edge is a pixel wide
         image = (1 - inside) * image + inside * np.array(colour)
     return (2 * np.clip(image, 0, 1) - 1).astype(np.float32)
-
-
-def _direction(turn):
-    return np.array([np.cos(2 * np.pi * turn), np.sin(2 * np.pi * turn)], np.float32)
