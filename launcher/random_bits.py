@@ -7,7 +7,7 @@ import numpy as np
 
 
 def uniform(shape: tuple[int, ...], *key: int, first: int = 0) -> np.ndarray:
-    """fp64 in (0, 1), shape [..., 4 n], whose rows are numbered from `first` on if each has 4 numbers."""
+    """fp64 above 0 and up to 1, shape [..., 4 n], whose rows are numbered from `first` on if each has 4 numbers."""
     generator = np.random.Philox(np.random.SeedSequence(key))
     generator.advance(first)  # a step of the counter makes four words of 64 bits
     bits = generator.random_raw(int(np.prod(shape))) >> np.uint64(11)

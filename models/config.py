@@ -205,6 +205,7 @@ class ModelConfig:
     def _validate_direction(self) -> None:
         if self.causal:
             return
+        _require(not self.tie_embeddings, "model.tie_embeddings=true is for model.task=text: pixels have no vocabulary")
         for kind in self.layer_kinds:
             convolved = kind == "linear:none" and self.family(kind).conv_width > 0
             _require(

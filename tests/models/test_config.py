@@ -69,6 +69,10 @@ def test_pattern_repeats_and_is_cut():
             "model.head_dim=6 is no multiple of 4, but rotary embedding of images turns pairs by row and as many by"
             " column; use another model.head_dim",
         ),
+        (
+            {"task": "images", "pattern": ["llsa"], "tie_embeddings": True},
+            "model.tie_embeddings=true is for model.task=text: pixels have no vocabulary",
+        ),
         ({"task": "image"}, "model.task 'image' is unknown; did you mean 'images'? allowed: text, images"),
         ({"sla_keep": 1.5}, "model.sla_keep=1.5 must be a whole number of blocks, or a share between 0 and 1"),
         ({"sla_keep": 0.0}, "model.sla_keep=0.0 must be a whole number of blocks, or a share between 0 and 1"),
