@@ -103,15 +103,14 @@ def test_no_token_reaches_an_earlier_one(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_pairs_are_counted(variant):
-    """Without a mask for whole blocks on every level only: what is chosen of others depends on the tokens."""
-    for length in (8, 64, 576) if "full" in variant else (1, 37, 200):
-        inputs, _, kwargs = make_inputs(variant, (length,))
-        selection, causal, (q, k) = kwargs["selection"], kwargs.get("causal", True), (inputs["q"], inputs["k"])
-        if isinstance(selection, Hierarchical):
-            if not causal and length % selection.block**selection.levels:
-                length = selection.block**selection.levels * 8
-                inputs, *_ = make_inputs(variant, (length,))
-                q, k = inputs["q"], inputs["k"]
+    """Without a mask for whole blocks on every level only: how much of others is chosen depends on the tokens."""
+    selection, causal = VARIANTS[variant][2]["selection"], VARIANTS[variant][2].get("causal", True)
+    hierarchy = isinstance(selection, Hierarchical)
+    whole = selection.block**selection.levels if hierarchy else selection.key_block
+    for length in (1, 37, 200) if causal else (whole, 5 * whole, 12 * whole):
+        inputs, _, _ = make_inputs(variant, (length,))
+        q, k = inputs["q"], inputs["k"]
+        if hierarchy:
             fine, _, coarse = hierarchy_seen(q, k, causal, selection)
             pairs = fine.sum() + coarse.sum()
         else:
