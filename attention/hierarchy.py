@@ -32,8 +32,13 @@ class Hierarchical:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Hierarchical.{name}={value!r} must be a whole number of at least {least}")
 
-    def pairs(self, length: int) -> int:
-        """Pairs of queries and keys or means of one head in a document of `length` tokens under a causal mask."""
+    def pairs(self, length: int, causal: bool = True) -> int:
+        """Pairs of queries and keys or means of one head in a document of `length` tokens. Without a causal mask blocks
+        count as equally long: which rows choose a shorter last one depends on the tokens."""
+        if not causal:
+            rows = [-(-length // self.block**level) for level in range(self.levels + 1)]
+            listed = [min(self.keep, above) * of // above for of, above in zip(rows, rows[1:])]
+            return length * (sum(listed) + rows[-1])
         token = np.arange(length)
         before = [token // self.block**level for level in range(self.levels + 1)]  # rows of each level in the past
         chosen, total = np.minimum(self.keep, before[-1]), before[-1].copy()  # all rows of the last level

@@ -39,8 +39,12 @@ class TopBlocks:
         if 1 <= self.keep < self.first + self.recent:
             raise ValueError(f"TopBlocks.keep={self.keep} must be at least first + recent, {self.first + self.recent}")
 
-    def pairs(self, length: int) -> int:
-        """Query-key pairs of one head in a document of `length` tokens under a causal mask."""
+    def pairs(self, length: int, causal: bool = True) -> int:
+        """Query-key pairs of one head in a document of `length` tokens. Without a causal mask blocks count as equally
+        long: which rows choose a shorter last one depends on the tokens."""
+        if not causal:
+            blocks = -(-length // self.key_block)
+            return length * length * int(kept_of(np.array(blocks), self.keep)) // blocks
         begin = np.arange(0, length, self.query_block)
         count, past = np.minimum(self.query_block, length - begin), begin // self.key_block
         kept = kept_of(past, self.keep)

@@ -1,6 +1,6 @@
 """What a rank trains on: batches of tokens, labels and sequence context, read by the spans of this rank's layout.
 
-Training and validation batches both come from `StepBuilder`; `BatchLoader` runs one ahead of training.
+Training and validation batches both come from a `StepBuilder`; `BatchLoader` runs one ahead of training.
 """
 
 import threading
@@ -33,14 +33,47 @@ class Batch:
     num_labels_global: int
     seq: SequenceContext
 
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the model gets in front of `seq`."""
+        return self.tokens, self.labels
+
+    def map(self, move) -> "Batch":
+        """The same with every tensor passed through `move`."""
+        return replace(self, tokens=move(self.tokens), labels=move(self.labels))
+
 
 class StepBuilder:
-    """Builds the batches of one optimizer step, or of one validation pass, for one rank.
+    """What builders of any task share: `build(position)` gives this rank's samples / dp micro-batches of the step that
+    consists of the samples [position, position + samples), whatever the number of ranks.
 
-    The step at `position` is made of the samples [position, position + samples) whatever the number of ranks.
+    Raises UserError when `dp` does not divide `samples`.
+    """
+
+    def __init__(self, *, dp: int, dp_rank: int, samples: int, device: torch.device | str):
+        if samples < 1 or samples % dp:
+            raise UserError(
+                f"{samples} samples cannot be dealt evenly to {dp} data-parallel ranks; "
+                f"make train.global_batch (for validation log.validation_samples) a multiple of {dp}"
+            )
+        self.samples, self.device = samples, torch.device(device)
+        self._dp, self._dp_rank = dp, dp_rank
+
+    def pin(self, batch):
+        """The batch in pinned memory, from which copies do not wait, when the device is a GPU."""
+        return batch.map(torch.Tensor.pin_memory) if self.device.type == "cuda" else batch
+
+    def to_device(self, batches: list) -> list:
+        """The batches on the device; copies from pinned memory do not wait for the GPU."""
+        return [batch.map(lambda x: x.to(self.device, non_blocking=True)) for batch in batches]
+
+
+class TextBuilder(StepBuilder):
+    """Builds the batches of text of one optimizer step, or of one validation pass, for one rank.
+
     respect_documents: every piece of a sample is a document of its own; else a sample is one document, whose labels
     follow its tokens across pieces, the last one looking ahead in its stored document.
-    Raises UserError when `dp` does not divide `samples`, and later for token ids beyond vocab_size.
+    placement: dp, dp_rank, samples and device of StepBuilder. `build` raises UserError for token ids beyond vocab_size.
     """
 
     def __init__(
@@ -48,21 +81,13 @@ class StepBuilder:
         stream: SampleStream,
         sequence_parallel: SequenceParallel,
         *,
-        dp: int,
-        dp_rank: int,
-        samples: int,
         respect_documents: bool,
         vocab_size: int,
-        device: torch.device | str,
+        **placement,
     ):
-        if samples < 1 or samples % dp:
-            raise UserError(
-                f"{samples} samples cannot be dealt evenly to {dp} data-parallel ranks; "
-                f"make train.global_batch (for validation log.validation_samples) a multiple of {dp}"
-            )
-        self.samples, self.device = samples, torch.device(device)
+        super().__init__(**placement)
         self._stream, self._sequence_parallel, self._vocab_size = stream, sequence_parallel, vocab_size
-        self._dp, self._dp_rank, self._respect_documents = dp, dp_rank, respect_documents
+        self._respect_documents = respect_documents
 
     def build(self, position: int) -> list[Batch]:
         """The samples / dp micro-batches of this rank, in pinned CPU memory when the device is a GPU."""
@@ -93,7 +118,7 @@ class StepBuilder:
             tokens[offset : offset + length] = read[:length]
             labels[offset : offset + len(read) - 1] = read[1:]
             offset += length
-        return Batch(self._tensor(tokens), self._tensor(labels), num_labels_global, seq)
+        return self.pin(Batch(torch.from_numpy(tokens), torch.from_numpy(labels), num_labels_global, seq))
 
     def _read(self, document: "_Document", start: int, stop: int) -> np.ndarray:
         """int64: tokens [start, stop) of a document, as many as there are, checked against the vocabulary."""
@@ -117,21 +142,6 @@ class StepBuilder:
                 f"model.vocab_size={self._vocab_size}; set model.vocab_size to that of the corpus's tokenizer"
             )
         return tokens
-
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
-
-    def to_device(self, batches: list[Batch]) -> list[Batch]:
-        """The batches on the device; copies from pinned memory do not wait for the GPU."""
-        return [
-            replace(
-                batch,
-                tokens=batch.tokens.to(self.device, non_blocking=True),
-                labels=batch.labels.to(self.device, non_blocking=True),
-            )
-            for batch in batches
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,37 +178,15 @@ def deal(costs: Sequence[float], dp: int) -> list[list[int]]:
 class BatchLoader:
     """The batches of training, step by step, built ahead by one CPU thread.
 
-    global_batch: samples per optimizer step. prefetch: steps that are built ahead (at least 1). The other arguments
-    are those of StepBuilder. Reading starts with the first `next_step`.
+    prefetch: steps that are built ahead (at least 1). Reading starts with the first `next_step`.
     """
 
-    def __init__(
-        self,
-        stream: SampleStream,
-        sequence_parallel: SequenceParallel,
-        *,
-        dp: int,
-        dp_rank: int,
-        global_batch: int,
-        respect_documents: bool,
-        vocab_size: int,
-        device: torch.device | str,
-        prefetch: int,
-    ):
+    def __init__(self, builder: StepBuilder, *, prefetch: int):
         assert prefetch >= 1, prefetch
-        self._builder = StepBuilder(
-            stream,
-            sequence_parallel,
-            dp=dp,
-            dp_rank=dp_rank,
-            samples=global_batch,
-            respect_documents=respect_documents,
-            vocab_size=vocab_size,
-            device=device,
-        )
+        self._builder = builder
         self._prefetch, self._position, self._reader = prefetch, 0, None
 
-    def next_step(self) -> list[Batch]:
+    def next_step(self) -> list:
         """The micro-batches of the next optimizer step for this rank; raises what went wrong while building them."""
         if self._reader is None:
             self._reader = _ReadAhead(self._builder, self._position, self._prefetch)
@@ -228,13 +216,13 @@ class _ReadAhead:
     def __init__(self, builder: StepBuilder, position: int, prefetch: int):
         self._builder, self._position = builder, position
         self._free = threading.Semaphore(prefetch)
-        self._built: SimpleQueue[list[Batch] | Exception] = SimpleQueue()
+        self._built: SimpleQueue[list | Exception] = SimpleQueue()
         self._stopped = False
         self._cuda_device = torch.cuda.current_device() if builder.device.type == "cuda" else None
         self._thread = threading.Thread(target=self._run, name="longspan-batches", daemon=True)
         self._thread.start()
 
-    def take(self) -> list[Batch]:
+    def take(self) -> list:
         built = self._built.get()
         if isinstance(built, Exception):
             self._built.put(built)  # the thread has ended: the next call must fail as well, not wait

@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 MARKER = "complete"
 # Model settings that the stored parameters do not depend on; all others must be those of the checkpoint.
 FREE_MODEL_SETTINGS = ("embedding_std", "init_std", "loss_chunk", "rope_base", "rope_scaling", "window")
-DATA_ORDER_SETTINGS = ("data.corpora", "data.packing", "data.seq_len", "data.validation_fraction", "run.seed")
+DATA_ORDER_SETTINGS = (
+    "data.corpora", "data.packing", "data.seq_len", "data.image_size", "data.validation_fraction", "run.seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,26 @@ def find(run_dir: Path, resume: str) -> Info | None:
     own = _complete(run_dir / "checkpoints")
     if resume == "auto":
         return read_info(own[-1]) if own else None
-    start = None if resume == "none" else read_info(_named(Path(resume)))
+    start = None if resume == "none" else named(Path(resume), "checkpoint.resume=")
     if own and (start is None or _step_of(own[-1]) > start.step):
         raise UserError(
             f"{own[-1]} is later than the start asked for by checkpoint.resume={resume}: resume with "
             "checkpoint.resume=auto, or choose another run.name or run.dir"
         )
     return start
+
+
+def named(path: Path, setting: str = "") -> Info:
+    """The checkpoint `path`, or the newest one of that run directory. UserError, which repeats what `setting` asked for
+    it, when it is missing or damaged."""
+    if (path / MARKER).exists():
+        return read_info(path)
+    complete = _complete(path / "checkpoints") or _complete(path)
+    if not complete:
+        raise UserError(
+            f"{setting}{path}: no complete checkpoint there; name a folder step-*, or a run directory with one"
+        )
+    return read_info(complete[-1])
 
 
 def read_info(path: Path) -> Info:
@@ -96,9 +111,13 @@ def check_model(info: Info, model: ModelConfig) -> None:
 
 def warn_about_data(info: Info, config: Config) -> None:
     """Says which settings of the data order have changed since: the position is kept, but counts other samples."""
-    stored, wanted = info.config, asdict(config)
+    stored, wanted, default = info.config, asdict(config), asdict(Config())  # defaults: settings of later releases
     paths = [path.split(".") for path in DATA_ORDER_SETTINGS]
-    changed = [f"{section}.{name}" for section, name in paths if stored[section].get(name) != wanted[section][name]]
+    changed = [
+        f"{section}.{name}"
+        for section, name in paths
+        if stored[section].get(name, default[section][name]) != wanted[section][name]
+    ]
     if changed:
         log.warning("the data order is another one than the checkpoint's, since %s changed", ", ".join(changed))
 
@@ -201,17 +220,6 @@ def _complete(folder: Path) -> list[Path]:
         if not (path / MARKER).exists():
             log.warning("%s is not complete and is ignored", path)
     return [path for path in found if (path / MARKER).exists()]
-
-
-def _named(path: Path) -> Path:
-    if (path / MARKER).exists():
-        return path
-    complete = _complete(path / "checkpoints") or _complete(path)
-    if not complete:
-        raise UserError(
-            f"checkpoint.resume={path}: no complete checkpoint there; name a folder step-*, or a run directory with one"
-        )
-    return complete[-1]
 
 
 def _step_of(path: Path) -> int:

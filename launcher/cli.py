@@ -1,4 +1,4 @@
-"""The `longspan` command: `prepare` writes corpora, `train` is launcher/train.py, `bench` measures."""
+"""The `longspan` command: `prepare` writes corpora, `train` is launcher/train.py, `sample` draws, `bench` measures."""
 
 import argparse
 import sys
@@ -109,6 +109,25 @@ def prepare(argv: list[str]) -> None:
     )
 
 
+def sample(argv: list[str]) -> None:
+    """Draws images. Raises UserError for arguments and runs that do not fit."""
+    parser = _Parser(
+        prog="longspan sample",
+        description="Draws images with a trained diffusion transformer (model.task=images), on one rank.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("--output", required=True, metavar="FILE.png", help="all images side by side")
+    parser.add_argument("--images", type=int, default=4, metavar="N", help="how many (default 4)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps of Euler's method (default 50)")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="on a side (default: data.image_size of the run)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise (default 0)")
+    arguments = parser.parse_args(argv)
+    from longspan.launcher.sampling import sample_run  # imports torch
+
+    sample_run(**vars(arguments))
+
+
 def bench(argv: list[str]) -> None:
     """Runs a benchmark on one rank. UserError for an unknown one."""
     parser = _Parser(
@@ -130,7 +149,7 @@ BENCHMARKS = {
     "calibrate": "calibrate", "kernels": "linear_kernels", "attention": "ring_attention", "linear": "linear_ranks",
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
-COMMANDS = {"prepare": prepare, "train": train, "bench": bench}
+COMMANDS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench}
 
 
 class _Parser(argparse.ArgumentParser):

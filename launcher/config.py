@@ -58,6 +58,7 @@ class DataConfig:
     )
     seq_len: Tokens = setting(4096, "tokens per sample, over all ranks of a sequence-parallel group")
     respect_documents: bool = setting(True, "attention and state stop at document boundaries (false: with stream only)")
+    image_size: int = setting(32, "pixels on a side of generated images (model.task=images), a power of two")
     validation_fraction: float = setting(0.0, "share of the documents kept for validation")
     prefetch: int = setting(2, "optimizer steps whose batches are built ahead on a CPU thread")
 
@@ -178,7 +179,7 @@ class Config:
         except ValueError as error:
             raise UserError(str(error)) from None
         self._validate_ranges()
-        self._validate_data()
+        {"text": self._validate_text, "images": self._validate_images}[self.model.task]()
         if world_size is not None:
             self._validate_ranks(world_size)
 
@@ -196,7 +197,7 @@ class Config:
         _require(self.parallel.token_cap >= 1, f"parallel.token_cap={self.parallel.token_cap}: use 1 or more")
         _require(0 <= self.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.optim.min_lr_ratio}: use 0 to 1")
 
-    def _validate_data(self) -> None:
+    def _validate_text(self) -> None:
         data = self.data
         _require(data.corpora != [], "data.corpora is empty: name a corpus written by `longspan prepare`, "
                                      "such as data.corpora=[{path: data/x}]")  # fmt: skip
@@ -211,6 +212,20 @@ class Config:
             self.log.validation_interval == 0 or data.validation_fraction > 0,
             f"log.validation_interval={self.log.validation_interval} needs documents kept for validation: "
             "set data.validation_fraction, such as 0.01",
+        )
+
+    def _validate_images(self) -> None:
+        data, pixels = self.data, self.data.image_size**2
+        _require(data.corpora == [], "data.corpora is for model.task=text; images are generated: leave it out")
+        _require(data.respect_documents, "data.respect_documents=false is for model.task=text: images are kept apart")
+        _require(
+            data.image_size >= 2 and data.image_size.bit_count() == 1,
+            f"data.image_size={data.image_size}: use a power of two, so that blocks of tokens are patches",
+        )
+        _require(
+            data.seq_len % pixels == 0,
+            f"data.seq_len={data.seq_len} holds no whole number of images of {pixels} pixels "
+            f"(data.image_size={data.image_size}): use a multiple of {pixels}",
         )
 
     def _validate_ranks(self, world_size: int) -> None:

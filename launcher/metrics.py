@@ -65,7 +65,8 @@ class StepMeter:
 
     def __init__(self, model: ModelConfig, mesh: Mesh):
         self._model, self._mesh = model, mesh
-        self._masks = Counter(softmax_masks(model) or [Mask()])  # without softmax layers: how causal ones would fare
+        masks = softmax_masks(model) or [Mask(model.causal)]  # without softmax layers: how they would fare
+        self._masks = Counter(masks)
         self._peak_tflops = peak_tflops(mesh.device)
         self._clock = Clock(mesh.device)
         self._attention, self._timed = [], deque()  # marks around kernels: of this step, and of steps not read yet

@@ -13,17 +13,16 @@ from torch import nn
 
 from longspan.launcher import checkpoint
 from longspan.launcher.agreement import decide
-from longspan.launcher.batches import BatchLoader, StepBuilder
+from longspan.launcher.batches import BatchLoader
 from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config, OptimConfig
-from longspan.launcher.corpus import open_corpus
 from longspan.launcher.environment import choose_device, describe_environment
 from longspan.launcher.errors import UserError
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
 from longspan.launcher.progress import TrainingProgress
-from longspan.launcher.samples import SampleStream
 from longspan.launcher.schedule import learning_rate
-from longspan.models.decoder import Decoder
+from longspan.launcher.tasks import step_builder
+from longspan.models.build import build_model
 from longspan.models.parallelize import parallelize
 from longspan.parallel import SequenceParallel
 from longspan.parallel.mesh import Mesh, build_mesh
@@ -74,7 +73,7 @@ class Trainer:
         self._open_data()
         torch.manual_seed(config.run.seed)  # the same on every rank, so that all of them shard the same model
         with mesh.device:
-            model = Decoder(config.model)
+            model = build_model(config.model)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model = parallelize(
             model,
@@ -99,34 +98,13 @@ class Trainer:
         self._start, self._metrics, self._progress = start, None, None
 
     def _open_data(self) -> None:
-        config, mesh = self.config, self.mesh
-        corpora = [open_corpus(corpus.path) for corpus in config.data.corpora]
-        for corpus in corpora:
-            if corpus.vocab_size is not None and corpus.vocab_size > config.model.vocab_size:
-                raise UserError(
-                    f"model.vocab_size={config.model.vocab_size} is smaller than the {corpus.vocab_size} token ids of "
-                    f"corpus {corpus.prefix}: use model.vocab_size={corpus.vocab_size} or more"
-                )
-        shared = dict(
-            dp=mesh.dp,
-            dp_rank=mesh.dp_rank,
-            respect_documents=config.data.respect_documents,
-            vocab_size=config.model.vocab_size,
-            device=mesh.device,
-        )
-        self.loader = BatchLoader(
-            SampleStream(corpora, config.data, config.run.seed),
-            self.sequence_parallel,
-            global_batch=config.train.global_batch,
-            prefetch=config.data.prefetch,
-            **shared,
-        )
+        config = self.config
+        build = step_builder(config, self.sequence_parallel, self.mesh)
+        self.loader = BatchLoader(build("train", config.train.global_batch), prefetch=config.data.prefetch)
         self._validation_batches = []
         if config.log.validation_interval:
             # The first samples of the validation split, every time: built once and kept.
-            stream = SampleStream(corpora, config.data, config.run.seed, split="validation")
-            samples = config.log.validation_samples
-            builder = StepBuilder(stream, self.sequence_parallel, samples=samples, **shared)
+            builder = build("validation", config.log.validation_samples)
             self._validation_batches = builder.to_device(builder.build(0))
 
     def _open_outputs(self) -> None:
@@ -210,7 +188,7 @@ class Trainer:
         num_labels = batches[0].num_labels_global
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
-            batch_loss = self.model(batch.tokens, batch.labels, batch.seq)
+            batch_loss = self.model(*batch.inputs, batch.seq)
             (batch_loss / num_labels).backward()
             loss_sum += batch_loss.detach()
         table = self.meter.gather(loss_sum, batches)
@@ -237,7 +215,7 @@ class Trainer:
     def _validation_loss(self) -> torch.Tensor:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in self._validation_batches:
-            loss_sum += self.model(batch.tokens, batch.labels, batch.seq)
+            loss_sum += self.model(*batch.inputs, batch.seq)
         dist.all_reduce(loss_sum)
         return loss_sum / self._validation_batches[0].num_labels_global
 

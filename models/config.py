@@ -3,6 +3,7 @@
 Modules that import torch are imported where they are needed: `--help` shows these settings without waiting for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal, get_args, get_type_hints
@@ -15,16 +16,21 @@ SPARSE_KINDS = ("sla", "llsa")
 LINEAR_KINDS = tuple(f"linear:{family}" for family in LINEAR_FAMILIES)
 LAYER_KINDS = SOFTMAX_KINDS + SPARSE_KINDS + LINEAR_KINDS
 MAX_HEAD = 256  # widest keys and values that the kernels take
+BIDIRECTIONAL_KINDS = ("softmax", *SPARSE_KINDS, "linear:none")  # of models whose tokens have no direction
+CHANNELS = 3  # of a pixel: red, green, blue
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A pre-norm decoder whose layers mix tokens by softmax, block-sparse or linear attention, as `pattern` says.
+    """A pre-norm transformer whose layers mix tokens by softmax, block-sparse or linear attention, as `pattern` says.
 
     0 means "derived" for numbers of heads and widths; the derived values are the properties `kv_heads`, `head_size` and
-    so on. `family` resolves what is "auto". Call `validate` before use; `Decoder` does.
+    so on. `family` resolves what is "auto". Call `validate` before use; `build_model` does.
     """
 
+    task: Literal["text", "images"] = setting(
+        "text", "text: next tokens, looking back; images: pixels from noise by flow matching, looking both ways"
+    )
     vocab_size: int = setting(257, "token ids of the tokenizer; 257 for bytes and the end-of-document token")
     num_layers: int = setting(8, "decoder blocks")
     hidden_size: int = setting(512, "width of the residual stream")
@@ -88,6 +94,11 @@ class ModelConfig:
         0.0, "standard deviation of the initial embedding; 0 = 1, or init_std where it is also the output head"
     )
     loss_chunk: int = setting(4096, "tokens whose logits exist at once, each taking 8 to 12 B x vocab_size")
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees nothing of what comes after it."""
+        return self.task == "text"
 
     @property
     def kv_heads(self) -> int:
@@ -163,12 +174,13 @@ class ModelConfig:
         for name in ("norm_eps", "init_std", "rope_base"):
             _require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be greater than 0")
         hints = get_type_hints(ModelConfig)
-        for name in ("linear_family", "decay_slopes", "output_norm", "output_gate"):
+        for name in ("task", "linear_family", "decay_slopes", "output_norm", "output_gate"):
             _require_choice(f"model.{name}", getattr(self, name), get_args(hints[name]))
         _require(len(self.pattern) > 0, "model.pattern is empty; give at least one layer, such as [linear, softmax]")
         for entry in self.pattern:
             _require_choice("model.pattern entry", entry, (*SOFTMAX_KINDS, *SPARSE_KINDS, "linear", *LINEAR_KINDS))
         self._validate_window()
+        self._validate_direction()
         self._validate_sparse()
         self._validate_heads()
         self._validate_features()
@@ -189,6 +201,18 @@ class ModelConfig:
             f"model.window={self.window} is for softmax:window layers, of which model.pattern has none; use"
             " softmax:window there, or model.window=0",
         )
+
+    def _validate_direction(self) -> None:
+        if self.causal:
+            return
+        _require(not self.tie_embeddings, "model.tie_embeddings=true is for model.task=text: pixels have no vocabulary")
+        for kind in self.layer_kinds:
+            convolved = kind == "linear:none" and self.family(kind).conv_width > 0
+            _require(
+                kind in BIDIRECTIONAL_KINDS and not convolved,
+                f"model.task=images has no direction, but {kind} layers{convolved * ' with a convolution'} look back;"
+                f" use {_either(BIDIRECTIONAL_KINDS)} in model.pattern{convolved * ', and model.conv_width=0'}",
+            )
 
     def _validate_sparse(self) -> None:
         from longspan.models.feature_maps import POSITIVE_FEATURE_MAPS
@@ -218,6 +242,11 @@ class ModelConfig:
         if not set(self.layer_kinds).isdisjoint(SOFTMAX_KINDS + SPARSE_KINDS):
             source = self._source("head_dim")
             _require(
+                self.causal or self.head_size % 4 == 0,
+                f"{source} is no multiple of 4, but rotary embedding of images turns pairs by row and as many by"
+                " column; use another model.head_dim",
+            )
+            _require(
                 self.head_size % 2 == 0,
                 f"{source} is odd, but rotary embedding turns pairs of dimensions; use an even model.head_dim",
             )
@@ -227,7 +256,7 @@ class ModelConfig:
                 " model.head_dim",
             )
             _require(
-                self.rope_scaling == 1 or self.head_size > 2,
+                self.rope_scaling == 1 or self.head_size > (2 if self.causal else 4),
                 f"model.rope_scaling={self.rope_scaling} needs more than the {self.head_size} dimensions of a head",
             )
 
@@ -301,5 +330,5 @@ def _require_choice(name: str, found: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} {found!r} is unknown{hint} allowed: {', '.join(allowed)}")
 
 
-def _either(values: list[int]) -> str:
+def _either(values: Sequence) -> str:
     return " or ".join(filter(None, [", ".join(map(str, values[:-1])), str(values[-1])]))

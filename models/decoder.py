@@ -8,7 +8,7 @@ from torch import nn
 
 from longspan.kernels.loss import chunked_cross_entropy
 from longspan.models.config import ModelConfig
-from longspan.models.layers import RMSNorm, SwiGLU
+from longspan.models.layers import RMSNorm, SwiGLU, init_weights
 from longspan.models.mixers import build_mixer
 from longspan.models.rope import Rotary, rotary_angles
 
@@ -29,11 +29,13 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A pre-norm decoder as `config` describes it; ValueError if the config is not valid.
+    """A pre-norm decoder of text as `config` describes it; ValueError if the config is not valid.
 
     Parameters are fp32 and initialised from torch's default generator. Built on the meta device, they are materialised
     with `to_empty` and then `init_weights`.
     """
+
+    called_by_name = ("logits",)  # what runs the model besides `forward`
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -46,20 +48,9 @@ class Decoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal weights of init_std, ones in norms; projections into the residual stream / sqrt(2 num_layers); the
-        embedding of embedding_init_std. Modules with parameters of another nature have an `init_weights` of their own.
-        """
-        std = self.config.init_std
-        residual_std = std * (2 * self.config.num_layers) ** -0.5
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.embedding_init_std)
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=residual_std if name.endswith((".o_proj", ".down_proj")) else std)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif module is not self and hasattr(module, "init_weights"):
-                module.init_weights()
+        """The embedding normal with embedding_init_std, everything else as `layers.init_weights`."""
+        nn.init.normal_(self.embedding.weight, std=self.config.embedding_init_std)
+        init_weights(self, self.config)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor, seq) -> torch.Tensor:
         """The cross-entropy summed over the local labelled tokens: a scalar in fp32 (fp64 in fp64 models).

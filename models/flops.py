@@ -1,10 +1,10 @@
 """Model FLOPs and parameters: what MFU and the estimate count.
 
-Backward is twice the forward; recomputation, norms, rotations, gates and the optimizer are not counted. Softmax
-attention counts the query-key pairs the causal mask and a window leave, document by document; sparse attention those of
-chosen blocks and coarse keys, without choosing; linear attention its recurrence, whatever a chunked kernel computes
-instead: per token and head a write and a read of the state, 2 K V each, and with the delta rule one more read, of what
-the state holds for the key. Decay is not counted, of whatever shape.
+Backward is twice the forward; recomputation, norms, rotations, gates, what is done once per image and the optimizer
+are not counted. Softmax attention counts the query-key pairs the mask and a window leave, document by document; sparse
+attention those of chosen blocks and coarse keys, without choosing; linear attention its recurrence, whatever a chunked
+kernel computes instead: per token and head a write and a read of the state, 2 K V each, and with the delta rule one
+more read, of what the state holds for the key. Decay is not counted, of whatever shape.
 """
 
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ from functools import lru_cache
 
 import torch
 
-from longspan.models.config import LINEAR_KINDS, SOFTMAX_KINDS, SPARSE_KINDS, ModelConfig
-from longspan.models.decoder import Decoder
+from longspan.models.build import build_model
+from longspan.models.config import CHANNELS, LINEAR_KINDS, SOFTMAX_KINDS, SPARSE_KINDS, ModelConfig
 from longspan.parallel.geometry import Mask
 from longspan.parallel.layout import Span
 
@@ -26,7 +26,7 @@ def model_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
 
 def model_flops_by_kind(config: ModelConfig, lengths: Iterable[int]) -> dict[str, float]:
     """The same, split: projections, MLPs, convolutions ("matmul"), "softmax", "sparse" and "linear" attention, output
-    "head"."""
+    "head" (of images: pixels in and out)."""
     lengths = list(lengths)
     tokens = sum(lengths)
     pairs = sum(mask.pairs(Span(0, 0, length), length) for mask in softmax_masks(config) for length in lengths)
@@ -35,20 +35,20 @@ def model_flops_by_kind(config: ModelConfig, lengths: Iterable[int]) -> dict[str
         "softmax": 4.0 * pairs * config.head_size * config.num_heads,
         "sparse": sum(_sparse(config, kind, lengths) for kind in config.layer_kinds if kind in SPARSE_KINDS),
         "linear": 1.0 * tokens * sum(_recurrence(config, kind) for kind in config.layer_kinds if kind in LINEAR_KINDS),
-        "head": 2.0 * tokens * config.hidden_size * config.vocab_size,
+        "head": 2.0 * tokens * config.hidden_size * (config.vocab_size if config.task == "text" else 2 * CHANNELS),
     }
     return {kind: 3 * flops for kind, flops in forward.items()}
 
 
 def softmax_masks(config: ModelConfig) -> list[Mask]:
     """The mask of every softmax layer, in their order."""
-    return [Mask(window=config.window_of(kind)) for kind in config.layer_kinds if kind in SOFTMAX_KINDS]
+    return [Mask(config.causal, config.window_of(kind)) for kind in config.layer_kinds if kind in SOFTMAX_KINDS]
 
 
 def _sparse(config, kind, lengths):
     """Forward FLOPs of a sparse layer; of sla with its linear part, whose projection "matmul" counts for one head."""
     selection, heads, width, tokens = config.selection(kind), config.num_heads, config.head_size, sum(lengths)
-    flops = 4.0 * heads * width * sum(map(selection.pairs, lengths))
+    flops = 4.0 * heads * width * sum(selection.pairs(length, config.causal) for length in lengths)
     if kind == "sla":
         flops += tokens * (4.0 * heads * width * (width + 1) + 2.0 * (heads - 1) * width * width)
     return flops
@@ -75,7 +75,7 @@ def _sizes(config):
 def _measure(settings):
     """Counted on the module itself, built without memory, so that no second formula can disagree with it."""
     with torch.device("meta"):
-        model = Decoder(ModelConfig(**dict(settings)))
+        model = build_model(ModelConfig(**dict(settings)))
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         # Vectors scale and shift. What has more dimensions (projections, convolutions, learned feature maps) multiplies

@@ -39,3 +39,20 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+def init_weights(model: nn.Module, config) -> None:
+    """Normal weights of init_std, ones in norms, zeros in biases; projections into the residual stream are divided by
+    sqrt(2 num_layers). Modules with parameters of another nature have an `init_weights` of their own.
+    """
+    std = config.init_std
+    residual_std = std * (2 * config.num_layers) ** -0.5
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=residual_std if name.endswith((".o_proj", ".down_proj")) else std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif module is not model and hasattr(module, "init_weights"):
+            module.init_weights()

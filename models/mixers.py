@@ -17,12 +17,12 @@ from longspan.models.rope import Rotary, rotate
 
 
 class SoftmaxMixer(nn.Module):
-    """Causal softmax attention, of softmax:window over the latest `window` keys, with rotary positions, grouped key and
-    value heads, optional RMSNorm on q and k."""
+    """Softmax attention, causal where the model is, of softmax:window over the latest `window` keys, with rotary
+    positions, grouped key and value heads, optional RMSNorm on q and k."""
 
     def __init__(self, config, layer: int, kind: str):
         super().__init__()
-        hidden, self.head_size = config.hidden_size, config.head_size
+        hidden, self.head_size, self.causal = config.hidden_size, config.head_size, config.causal
         self.window = config.window_of(kind)
         self.q_proj = nn.Linear(hidden, config.num_heads * self.head_size, bias=False)
         self.k_proj = nn.Linear(hidden, config.kv_heads * self.head_size, bias=False)
@@ -39,7 +39,7 @@ class SoftmaxMixer(nn.Module):
         return self.o_proj(self.attend(q_THK, k_THK, v_THK, seq).flatten(1))
 
     def attend(self, q_THK, k_THK, v_THK, seq):
-        return softmax_attention(q_THK, k_THK, v_THK, window=self.window, seq=seq)
+        return softmax_attention(q_THK, k_THK, v_THK, causal=self.causal, window=self.window, seq=seq)
 
 
 class SparseMixer(SoftmaxMixer):
@@ -50,7 +50,7 @@ class SparseMixer(SoftmaxMixer):
         self.selection = config.selection(kind)
 
     def attend(self, q_THK, k_THK, v_THK, seq):
-        return sparse_attention(q_THK, k_THK, v_THK, selection=self.selection, seq=seq)
+        return sparse_attention(q_THK, k_THK, v_THK, selection=self.selection, causal=self.causal, seq=seq)
 
 
 class SLAMixer(SparseMixer):
@@ -72,7 +72,9 @@ class SLAMixer(SparseMixer):
         k_map_THK, v_all_THK = (
             x.repeat_interleave(q_THK.shape[1] // x.shape[1], 1) for x in (self.k_map(k_THK), v_THK)
         )
-        linear_THK = linear_attention(self.q_map(q_THK), k_map_THK, v_all_THK, normalize=True, scale=1.0, seq=seq)
+        linear_THK = linear_attention(
+            self.q_map(q_THK), k_map_THK, v_all_THK, causal=self.causal, normalize=True, scale=1.0, seq=seq
+        )
         return super().attend(q_THK, k_THK, v_THK, seq) + F.linear(linear_THK, self.linear_weight, self.linear_bias)
 
 
@@ -87,7 +89,7 @@ class LinearMixer(nn.Module):
         family, hidden, size = config.family(kind), config.hidden_size, config.projected_key_size(kind)
         self.num_heads, key_size, value_size = config.state_shape(kind)
         width = self.num_heads * value_size
-        self.normalize = config.linear_normalize
+        self.normalize, self.causal = config.linear_normalize, config.causal
         self.q_proj = nn.Linear(hidden, self.num_heads * size, bias=False)
         self.keys_from_decay = family.keys_from_decay
         self.k_proj = nn.Linear(hidden, self.num_heads * size, bias=False)
@@ -111,8 +113,9 @@ class LinearMixer(nn.Module):
         q_THK, log_decay = self.q_map(q_THK), self.decay(streams[1] if self.keys_from_decay else x_TD)
         k_THK = -torch.expm1(log_decay).to(q_THK.dtype) if self.keys_from_decay else self.k_map(k_THK)
         o_THV = linear_attention(
-            q_THK, k_THK, v_THV, log_decay=log_decay, beta=self._beta(x_TD), normalize=self.normalize, seq=seq
-        )
+            q_THK, k_THK, v_THV, log_decay=log_decay, beta=self._beta(x_TD), causal=self.causal,
+            normalize=self.normalize, seq=seq,
+        )  # fmt: skip
         o_TD = self.o_norm(o_THV).flatten(1)
         if self.g_proj is not None:
             o_TD = o_TD * F.silu(self.g_proj(x_TD))

@@ -9,26 +9,26 @@ import shutil
 from functools import partial
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from longspan.attention.recompute import checkpoint_contexts
 from longspan.models.decay import Gate
-from longspan.models.decoder import Decoder
 
 CHECKPOINTING = ("none", "full")
 
 
 def parallelize(
-    model: Decoder,
+    model: nn.Module,
     *,
     fsdp_mesh: DeviceMesh,
     checkpointing: str,
     compile: bool,
     param_dtype: torch.dtype | None,
     reduce_dtype: torch.dtype | None,
-) -> Decoder:
+) -> nn.Module:
     """Prepares `model` in place for training on `fsdp_mesh` and returns it.
 
     fsdp_mesh: one axis (parameters sharded over it) or two (copies along the first, shards along the second).
@@ -49,7 +49,7 @@ def parallelize(
     return model
 
 
-def compile_blocks(model: Decoder, device_type: str) -> None:
+def compile_blocks(model: nn.Module, device_type: str) -> None:
     """Compiles block by block, so that equal blocks share the work; attention functions stay outside the graphs."""
     if device_type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         raise ValueError("train.compile=true needs a C++ compiler on CPU; install g++ or set train.compile=false")
@@ -57,7 +57,7 @@ def compile_blocks(model: Decoder, device_type: str) -> None:
         block.forward = torch.compile(block.forward)
 
 
-def checkpoint_blocks(model: Decoder) -> None:
+def checkpoint_blocks(model: nn.Module) -> None:
     """Blocks recompute their activations in the backward, without repeating communication or softmax attention."""
     for block in model.blocks:
         # No layer draws random numbers, so there is no generator state to restore.
@@ -66,7 +66,7 @@ def checkpoint_blocks(model: Decoder) -> None:
         )
 
 
-def shard(model: Decoder, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, param_dtype, reduce_dtype) -> None:
     """FSDP2 on every block and the root, also on one rank, so that one rank runs the same code."""
     # Inputs are not cast: the rotary angles must stay in fp32, and everything else has the compute dtype already.
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
@@ -77,7 +77,8 @@ def shard(model: Decoder, mesh: DeviceMesh, param_dtype: torch.dtype | None, red
                 fully_shard(module, mesh=mesh, mp_policy=uncast, reshard_after_forward=False)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "logits")
+    for name in model.called_by_name:
+        register_fsdp_forward_method(model, name)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the global label count, so ranks' gradients add up. Plain sums are also what gloo

@@ -32,6 +32,15 @@ def rotary_angles(
     return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
+def image_angles(rows: torch.Tensor, columns: torch.Tensor, head_size: int, **options) -> Rotary:
+    """Axial angles of pixels (arXiv 2403.13298): a half of the pairs turns by row, the other by column.
+
+    rows, columns: int64 [T]; head_size: a multiple of 4; options: those of `rotary_angles`, for half a head each.
+    """
+    halves = [rotary_angles(positions, head_size // 2, **options) for positions in (rows, columns)]
+    return Rotary(*(torch.cat(parts, -1) for parts in zip(*halves)))
+
+
 def rotate(x_THK: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Turns every head of every token by its angles; dtype of x is kept, arithmetic in the dtype of the angles."""
     return _Rotate.apply(x_THK, rotary.cos, rotary.sin)

@@ -101,17 +101,21 @@ def test_no_token_reaches_an_earlier_one(variant):
             assert torch.equal(new[:, : block + 1], old[:, : block + 1])
 
 
-@pytest.mark.parametrize("length", [1, 37, 200])
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if "full" not in name])
-def test_pairs_are_counted(variant, length):
-    inputs, _, kwargs = make_inputs(variant, (length,))
-    selection, (q, k) = kwargs["selection"], (inputs["q"], inputs["k"])
-    if isinstance(selection, Hierarchical):
-        fine, _, coarse = hierarchy_seen(q, k, True, selection)
-        pairs = fine.sum() + coarse.sum()
-    else:
-        pairs = blocks_seen(q, k, True, selection).sum()
-    assert selection.pairs(length) * q.shape[1] == pairs
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pairs_are_counted(variant):
+    """Without a mask for whole blocks on every level only: how much of others is chosen depends on the tokens."""
+    selection, causal = VARIANTS[variant][2]["selection"], VARIANTS[variant][2].get("causal", True)
+    hierarchy = isinstance(selection, Hierarchical)
+    whole = selection.block**selection.levels if hierarchy else selection.key_block
+    for length in (1, 37, 200) if causal else (whole, 5 * whole, 12 * whole):
+        inputs, _, _ = make_inputs(variant, (length,))
+        q, k = inputs["q"], inputs["k"]
+        if hierarchy:
+            fine, _, coarse = hierarchy_seen(q, k, causal, selection)
+            pairs = fine.sum() + coarse.sum()
+        else:
+            pairs = blocks_seen(q, k, causal, selection).sum()
+        assert selection.pairs(length, causal) * q.shape[1] == pairs, length
 
 
 @pytest.mark.parametrize("variant", ["causal_gqa", "levels2", "levels2_full"])

@@ -1,4 +1,4 @@
-"""The decoder's forward pass written out again, from parameters and settings alone, in plain fp64 torch."""
+"""The forward pass of the models written out again, from parameters and settings alone, in plain fp64 torch."""
 
 import math
 
@@ -26,21 +26,47 @@ def reference_logits(model, tokens, lengths):
     c, p = model.config, {name: x.detach().double() for name, x in model.named_parameters()}
     x = p["embedding.weight"][tokens]
     for layer in range(c.num_layers):
-        kind = c.pattern[layer % len(c.pattern)]
-        kind = f"linear:{c.linear_family}" if kind == "linear" else kind
         own = {name.removeprefix(f"blocks.{layer}."): x for name, x in p.items() if name.startswith(f"blocks.{layer}.")}
-        mixer = {name.removeprefix("mixer."): x for name, x in own.items() if name.startswith("mixer.")}
-        y = norm(x, own["mixer_norm.weight"], c.norm_eps)
-        if not kind.startswith("linear"):
-            x = x + softmax_mixer(c, mixer, y, lengths, kind)
-        elif kind == "linear:mamba2":
-            x = x + mamba2_mixer(c, mixer, y, lengths)
-        else:
-            x = x + linear_mixer(c, mixer, y, lengths, kind.removeprefix("linear:"), layer)
-        y = norm(x, own["mlp_norm.weight"], c.norm_eps)
-        inner = silu(y @ own["mlp.gate_proj.weight"].T) * (y @ own["mlp.up_proj.weight"].T)
-        x = x + inner @ own["mlp.down_proj.weight"].T
+        x = x + mixed(c, own, norm(x, own["mixer_norm.weight"], c.norm_eps), lengths, layer)
+        x = x + mlp(own, norm(x, own["mlp_norm.weight"], c.norm_eps))
     return norm(x, p["norm.weight"], c.norm_eps) @ p["embedding.weight" if c.tie_embeddings else "head.weight"].T
+
+
+def reference_velocity(model, noisy, times, lengths):
+    """[T, 3] in fp64 of a diffusion transformer, for images of these numbers of pixels laid end to end."""
+    c, p = model.config, {name: x.detach().double() for name, x in model.named_parameters()}
+    hidden, conditions = c.hidden_size, []
+    for t in times.tolist():
+        angles = [1000 * t * 10000 ** (-i / 128) for i in range(128)]
+        features = torch.tensor([*map(math.cos, angles), *map(math.sin, angles)], dtype=torch.float64)
+        inner = silu(p["time.0.weight"] @ features + p["time.0.bias"])
+        inner = silu(p["time.2.weight"] @ inner + p["time.2.bias"])
+        conditions.append(p["modulation.weight"] @ inner + p["modulation.bias"])
+    condition = torch.stack(conditions).repeat_interleave(torch.tensor(lengths), 0)
+    x = noisy @ p["embedding.weight"].T + p["embedding.bias"]
+    for layer in range(c.num_layers):
+        own = {name.removeprefix(f"blocks.{layer}."): x for name, x in p.items() if name.startswith(f"blocks.{layer}.")}
+        a, b, gate, d, e, mlp_gate = (condition[:, : 6 * hidden] + own["modulation"]).split(hidden, -1)
+        x = x + gate * mixed(c, own, norm(x, own["mixer_norm.weight"], c.norm_eps) * (1 + b) + a, lengths, layer)
+        x = x + mlp_gate * mlp(own, norm(x, own["mlp_norm.weight"], c.norm_eps) * (1 + e) + d)
+    a, b = condition[:, 6 * hidden :].split(hidden, -1)
+    return (norm(x, p["norm.weight"], c.norm_eps) * (1 + b) + a) @ p["head.weight"].T + p["head.bias"]
+
+
+def mixed(c, p, x, lengths, layer):
+    kind = c.pattern[layer % len(c.pattern)]
+    kind = f"linear:{c.linear_family}" if kind == "linear" else kind
+    mixer = {name.removeprefix("mixer."): x for name, x in p.items() if name.startswith("mixer.")}
+    if not kind.startswith("linear"):
+        return softmax_mixer(c, mixer, x, lengths, kind)
+    if kind == "linear:mamba2":
+        return mamba2_mixer(c, mixer, x, lengths)
+    return linear_mixer(c, mixer, x, lengths, kind.removeprefix("linear:"), layer)
+
+
+def mlp(p, x):
+    inner = silu(x @ p["mlp.gate_proj.weight"].T) * (x @ p["mlp.up_proj.weight"].T)
+    return inner @ p["mlp.down_proj.weight"].T
 
 
 def norm(x, weight, eps):
@@ -74,26 +100,57 @@ def rope(x, c, lengths):
     return out
 
 
+def image_rope(x, c, lengths):
+    """The first half of the pairs turns by row, the second by column; the places are those of a quad-tree."""
+    size, out, row = x.shape[-1], x.clone(), 0
+    for length in lengths:
+        for place in range(length):
+            at = pixel(place)
+            for i in range(size // 2):
+                axis, pair = divmod(i, size // 4)
+                base = c.rope_base * c.rope_scaling ** (size / 2 / (size / 2 - 2))
+                angle = at[axis] * base ** (-2 * pair / (size // 2))
+                a, b = x[row, :, i], x[row, :, i + size // 2]
+                out[row, :, i] = a * math.cos(angle) - b * math.sin(angle)
+                out[row, :, i + size // 2] = a * math.sin(angle) + b * math.cos(angle)
+            row += 1
+    return out
+
+
+def pixel(place):
+    """(row, column) by descent: quarters of the smallest square that holds the place, top left, top right, bottom left,
+    bottom right."""
+    row = column = 0
+    side = 1
+    while side * side <= place:
+        side *= 2
+    while side > 1:
+        side //= 2
+        quarter, place = divmod(place, side * side)
+        row, column = row + side * (quarter // 2), column + side * (quarter % 2)
+    return row, column
+
+
 def softmax_mixer(c, p, x, lengths, kind):
     q, k, v = (x @ p[f"{name}_proj.weight"].T for name in "qkv")
     kv_heads = c.num_kv_heads or c.num_heads
     q, k, v = heads(q, c.num_heads), heads(k, kv_heads), heads(v, kv_heads)
     if c.qk_norm:
         q, k = norm(q, p["q_norm.weight"], c.norm_eps), norm(k, p["k_norm.weight"], c.norm_eps)
-    q, k = rope(q, c, lengths), rope(k, c, lengths)
+    causal = c.task == "text"
+    q, k = (rope(x, c, lengths) if causal else image_rope(x, c, lengths) for x in (q, k))
     if kind == "llsa":
-        out = sparse_oracle.sparse_attention(
-            q, k, v, lengths, selection=Hierarchical(c.llsa_block, c.llsa_keep, c.llsa_levels)
-        )
+        selection = Hierarchical(c.llsa_block, c.llsa_keep, c.llsa_levels)
+        out = sparse_oracle.sparse_attention(q, k, v, lengths, selection=selection, causal=causal)
     elif kind == "sla":
         selection = TopBlocks(c.sla_keep, c.sla_query_block, c.sla_key_block)
-        out = sparse_oracle.sparse_attention(q, k, v, lengths, selection=selection)
+        out = sparse_oracle.sparse_attention(q, k, v, lengths, selection=selection, causal=causal)
         q, k, v = q.softmax(-1), *(x.repeat_interleave(c.num_heads // kv_heads, 1) for x in (k.softmax(-1), v))
-        linear = oracles.linear_attention(q, k, v, lengths, normalize=True, scale=1.0)
+        linear = oracles.linear_attention(q, k, v, lengths, causal=causal, normalize=True, scale=1.0)
         out = out + linear @ p["linear_weight"].T + p["linear_bias"]
     else:
         window = c.window if kind == "softmax:window" else None
-        out = oracles.softmax_attention(q, k, v, lengths, window=window)
+        out = oracles.softmax_attention(q, k, v, lengths, causal=causal, window=window)
     return out.reshape(len(x), -1) @ p["o_proj.weight"].T
 
 
@@ -163,7 +220,8 @@ def linear_mixer(c, p, x, lengths, family, layer):
         k, decay = 1 - forget, forget.log()
     else:
         k = feature_map(name, k)
-    out = oracles.linear_attention(q, k, v, lengths, log_decay=decay, beta=beta, normalize=c.linear_normalize)
+    gates = dict(log_decay=decay, beta=beta, causal=c.task == "text")
+    out = oracles.linear_attention(q, k, v, lengths, **gates, normalize=c.linear_normalize)
     out = norm(out, p.get("o_norm.weight", 1), c.norm_eps).reshape(len(x), -1)
     if gated:
         out = out * silu(x @ p["g_proj.weight"].T)

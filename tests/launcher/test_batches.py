@@ -10,7 +10,7 @@ from corpora import MemoryCorpus, data_config, write_megatron
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.launcher.batches import NO_LABEL, BatchLoader, StepBuilder, deal
+from longspan.launcher.batches import NO_LABEL, BatchLoader, TextBuilder, deal
 from longspan.launcher.corpus import open_corpus
 from longspan.launcher.errors import UserError
 from longspan.launcher.samples import SampleStream
@@ -37,15 +37,13 @@ def make_stream(corpora=None, seq_len=20, seed=1, **config):
 
 
 def make_loader(stream, parallel=None, **changes):
-    options = dict(
-        dp=1, dp_rank=0, global_batch=4, respect_documents=True, vocab_size=10_000_000, device="cpu", prefetch=2
-    )
-    return BatchLoader(stream, parallel or rank_of(0, 1), **(options | changes))
+    prefetch = changes.pop("prefetch", 2)
+    return BatchLoader(make_builder(stream, parallel, **changes), prefetch=prefetch)
 
 
 def make_builder(stream, parallel=None, **changes):
     options = dict(dp=1, dp_rank=0, samples=4, respect_documents=True, vocab_size=10_000_000, device="cpu")
-    return StepBuilder(stream, parallel or rank_of(0, 1), **(options | changes))
+    return TextBuilder(stream, parallel or rank_of(0, 1), **(options | changes))
 
 
 def brute_force(stream, sample, respect_documents):
@@ -237,7 +235,7 @@ def test_look_ahead_token_is_checked():
 def test_errors():
     stream = make_stream()
     with pytest.raises(UserError, match="6 samples cannot be dealt evenly to 4 .*train.global_batch"):
-        make_loader(stream, dp=4, global_batch=6)
+        make_loader(stream, dp=4, samples=6)
     with pytest.raises(UserError, match="samples 0 to 3 have no labels"):
         make_builder(make_stream([MemoryCorpus([1] * 8)], seq_len=2)).build(0)
 

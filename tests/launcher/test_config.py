@@ -218,6 +218,23 @@ def test_refusals(overrides, expected):
     assert expected in refusal(load, *overrides)
 
 
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["data.corpora=[{path: x}]"], "data.corpora is for model.task=text"),
+        (["data.image_size=12"], "data.image_size=12: use a power of two"),
+        (["data.image_size=1"], "data.image_size=1: use a power of two"),
+        (["data.seq_len=1000"], "data.seq_len=1000 holds no whole number of images of 1024 pixels"),
+        (["data.respect_documents=false"], "data.respect_documents=false is for model.task=text"),
+        (["model.pattern=[linear]"], "but linear:fixed layers look back; use softmax, sla, llsa or linear:none"),
+    ],
+)
+def test_refusals_of_images(overrides, expected):
+    images = ["model.task=images", "model.pattern=[softmax]"]
+    assert Config.load(None, [*images, "log.validation_interval=1"]).data.image_size == 32
+    assert expected in refusal(Config.load, None, [*images, *overrides])
+
+
 def test_ranks_must_divide_into_dp_and_sp():
     load("parallel.sp=4").validate(world_size=4)
     load().validate(world_size=6)

@@ -67,6 +67,9 @@ def test_imbalance_is_that_of_all_softmax_layers():
         found.append(metrics.StepMeter(config, mesh).pairs(SequenceParallel().context([10, 2])))
     windowed, full = 6 + 7 * 3 + 3, 55 + 3
     assert found == [2 * windowed, 2 * full, full + windowed, full]
+    for pattern, layers in ((["softmax"], 2), (["llsa"], 1)):  # looking both ways
+        config = ModelConfig(task="images", num_layers=2, hidden_size=16, num_heads=2, pattern=pattern)
+        assert metrics.StepMeter(config, mesh).pairs(SequenceParallel().context([10, 2])) == layers * (100 + 4)
 
 
 @pytest.mark.parametrize("behind", [0, 2])

@@ -7,6 +7,7 @@ from tiny_runs import train, write_corpus
 from longspan.launcher.config import Config, shipped_configs
 from longspan.models.flops import num_parameters
 
+IMAGES = ["diffusion-tiny", "diffusion-128", "diffusion-256"]
 PRESETS = ["hybrid-0.4b", "hybrid-gdn", "hybrid-hgrn2", "hybrid-lightning", "mamba2-hybrid"]
 FAMILIES = {
     "hybrid-0.4b": "scalar", "hybrid-gdn": "gated_delta", "hybrid-hgrn2": "hgrn2", "hybrid-lightning": "fixed",
@@ -21,7 +22,7 @@ TINY = (
 
 
 def test_every_shipped_config_is_covered():
-    assert {*shipped_configs()} == {*PRESETS, "quickstart"}
+    assert {*shipped_configs()} == {*PRESETS, *IMAGES, "quickstart"}
 
 
 @pytest.mark.parametrize("name", PRESETS)

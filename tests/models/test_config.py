@@ -54,6 +54,26 @@ def test_pattern_repeats_and_is_cut():
             "hidden_size / num_heads = 5 is odd, but rotary embedding turns pairs of dimensions; use an even"
             " model.head_dim",
         ),
+        (
+            {"task": "images", "pattern": ["softmax", "linear:gla"]},
+            "model.task=images has no direction, but linear:gla layers look back; use softmax, sla, llsa or linear:none"
+            " in model.pattern",
+        ),
+        (
+            {"task": "images", "pattern": ["linear:none"], "conv_width": 4},
+            "model.task=images has no direction, but linear:none layers with a convolution look back; use softmax, sla,"
+            " llsa or linear:none in model.pattern, and model.conv_width=0",
+        ),
+        (
+            {"task": "images", "pattern": ["llsa"], "head_dim": 6},
+            "model.head_dim=6 is no multiple of 4, but rotary embedding of images turns pairs by row and as many by"
+            " column; use another model.head_dim",
+        ),
+        (
+            {"task": "images", "pattern": ["llsa"], "tie_embeddings": True},
+            "model.tie_embeddings=true is for model.task=text: pixels have no vocabulary",
+        ),
+        ({"task": "image"}, "model.task 'image' is unknown; did you mean 'images'? allowed: text, images"),
         ({"sla_keep": 1.5}, "model.sla_keep=1.5 must be a whole number of blocks, or a share between 0 and 1"),
         ({"sla_keep": 0.0}, "model.sla_keep=0.0 must be a whole number of blocks, or a share between 0 and 1"),
         ({"llsa_block": 1}, "model.llsa_block=1 must be at least 2"),

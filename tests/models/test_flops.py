@@ -104,6 +104,22 @@ def test_sparse_layers_by_hand():
     assert model_flops_by_kind(llsa, [5])["sparse"] == 3 * 4 * 4 * 4 * pairs
 
 
+def test_layers_that_look_both_ways_by_hand():
+    shape = dict(task="images", hidden_size=16, num_heads=4, mlp_size=24, num_layers=1)
+    lengths, matmul = [16, 4], 3 * 16 * 24 + 4 * 16 * 16
+    found = model_flops_by_kind(ModelConfig(**shape, pattern=["softmax"]), lengths)
+    assert found["softmax"] == 3 * 2 * 2 * (16 * 16 + 4 * 4) * 4 * 4
+    assert found["matmul"] == 6 * 20 * matmul  # nothing for the modulation, which is made once per image
+    assert found["head"] == 6 * 20 * 16 * (3 + 3)  # pixels in and out
+    sla = ModelConfig(**shape, pattern=["sla"], sla_keep=2, sla_query_block=8, sla_key_block=4)
+    linear = 2 * 2 * 4 * 5 * 4
+    sparse = 4 * 4 * 4 * (16 * 2 * 4 + 4 * 4) + 20 * (linear + 2 * 3 * 4 * 4)
+    assert model_flops_by_kind(sla, lengths)["sparse"] == 3 * sparse
+    llsa = ModelConfig(**shape, pattern=["llsa"], llsa_block=2, llsa_keep=1, llsa_levels=2)
+    # All rows of level 2, of level 1 the two under the chosen one, and one block of tokens.
+    assert model_flops_by_kind(llsa, lengths)["sparse"] == 3 * 4 * 4 * 4 * (16 * (4 + 2 + 2) + 4 * (1 + 2 + 2))
+
+
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 def test_kinds_add_up(kind):
     """Layers count on their own: two of a kind are twice one, whatever stands beside them."""

@@ -1,0 +1,51 @@
+"""Where the batches of each task come from."""
+
+from collections.abc import Callable
+from functools import partial
+
+from longspan.launcher.batches import StepBuilder, TextBuilder
+from longspan.launcher.config import Config
+from longspan.launcher.corpus import open_corpus
+from longspan.launcher.errors import UserError
+from longspan.launcher.images import ImageBuilder
+from longspan.launcher.samples import SampleStream
+from longspan.parallel import SequenceParallel
+from longspan.parallel.mesh import Mesh
+
+
+def step_builder(config: Config, parallel: SequenceParallel, mesh: Mesh) -> Callable[[str, int], StepBuilder]:
+    """What makes this rank's builder of steps of so many samples of a split, "train" or "validation"."""
+    return partial(TASKS[config.model.task](config, parallel), dp=mesh.dp, dp_rank=mesh.dp_rank, device=mesh.device)
+
+
+def _text(config: Config, parallel: SequenceParallel):
+    corpora = [open_corpus(corpus.path) for corpus in config.data.corpora]
+    for corpus in corpora:
+        if corpus.vocab_size is not None and corpus.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size={config.model.vocab_size} is smaller than the {corpus.vocab_size} token ids of "
+                f"corpus {corpus.prefix}: use model.vocab_size={corpus.vocab_size} or more"
+            )
+
+    def build(split, samples, **placement):
+        return TextBuilder(
+            SampleStream(corpora, config.data, config.run.seed, split),
+            parallel,
+            samples=samples,
+            respect_documents=config.data.respect_documents,
+            vocab_size=config.model.vocab_size,
+            **placement,
+        )
+
+    return build
+
+
+def _images(config: Config, parallel: SequenceParallel):
+    def build(split, samples, **placement):
+        data, seed = config.data, config.run.seed
+        return ImageBuilder(parallel, data.image_size, data.seq_len, seed, split, samples=samples, **placement)
+
+    return build
+
+
+TASKS = {"text": _text, "images": _images}

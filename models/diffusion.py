@@ -1,0 +1,150 @@
+"""A diffusion transformer over pixels: a pixel is a token, an image a document, whose pixels all see each other.
+
+It learns the velocity of a straight path from images to noise (rectified flow, arXiv 2209.03003): with an image x at
+time 0 and noise e at time 1, x_t = (1 - t) x + t e, and the loss is the squared error of v(x_t, t) against e - x.
+Tokens stand in Morton order, so that blocks of them are patches. Blocks are modulated by the time of their image (DiT,
+arXiv 2212.09748), through one projection for all layers and a table of each layer's own (PixArt, arXiv 2310.00426).
+
+Shape letters: T local tokens in layout order (may be 0), N images of the batch, D hidden size, C channels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from longspan.models.config import CHANNELS, ModelConfig
+from longspan.models.decoder import Block
+from longspan.models.layers import RMSNorm, init_weights
+from longspan.models.morton import coordinates
+from longspan.models.rope import Rotary, image_angles
+from longspan.parallel.layout import Layout
+
+TIME_FEATURES = 256
+SLOWEST, FASTEST = 0.1, 1000.0  # radians per unit of time; as for the 1000 steps of earlier diffusion models
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Of every local token: row and column in its image, and the number of the image. int64 [T]."""
+
+    row: torch.Tensor
+    column: torch.Tensor
+    image: torch.Tensor
+
+    def map(self, move) -> "Pixels":
+        """The same with every tensor passed through `move`."""
+        return Pixels(*map(move, (self.row, self.column, self.image)))
+
+
+def pixels(layout: Layout, rank: int) -> Pixels:
+    """The pixels that `rank` holds of images laid out in Morton order."""
+    spans = layout.spans[rank]
+    image = np.repeat(np.array([span.document for span in spans], np.int64), [len(span) for span in spans])
+    return Pixels(*map(torch.from_numpy, (*coordinates(layout.positions(rank)), image)))
+
+
+class ModulatedBlock(Block):
+    """x + gate * mixer(scaled and shifted norm(x)), then the same with the MLP: [T, D] -> [T, D]."""
+
+    def __init__(self, config: ModelConfig, layer: int, kind: str):
+        super().__init__(config, layer, kind)
+        self.modulation = nn.Parameter(torch.empty(6 * config.hidden_size))
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.modulation)
+
+    def forward(self, x_TD, modulation_ND, member_TN, rotary: Rotary, seq) -> torch.Tensor:
+        """modulation_ND: [N, 6 D], of every image; member_TN: 1 where a token belongs to an image, else 0."""
+        parts = (member_TN @ (modulation_ND + self.modulation)).chunk(6, -1)
+        shift_TD, scale_TD, gate_TD, mlp_shift_TD, mlp_scale_TD, mlp_gate_TD = parts
+        y_TD = self.mixer_norm(x_TD) * (1 + scale_TD) + shift_TD
+        x_TD = x_TD + gate_TD * self.mixer(y_TD, rotary, seq)
+        y_TD = self.mlp_norm(x_TD) * (1 + mlp_scale_TD) + mlp_shift_TD
+        return x_TD + mlp_gate_TD * self.mlp(y_TD)
+
+
+class DiffusionTransformer(nn.Module):
+    """The transformer as `config` describes it; ValueError if the config is not valid.
+
+    Parameters are fp32 and initialised from torch's default generator. At first all gates and the head are zero: every
+    block passes its input on, and the velocity is zero.
+    """
+
+    called_by_name = ("velocity",)  # what runs the model besides `forward`
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        config.validate()
+        self.config = config
+        hidden = config.hidden_size
+        # The bias keeps what norms would remove, the size of a pixel's value.
+        self.embedding = nn.Linear(CHANNELS, hidden)
+        self.time = nn.Sequential(nn.Linear(TIME_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.modulation = nn.Linear(hidden, (6 + 2) * hidden)  # of blocks, and of the last norm
+        kinds = enumerate(config.layer_kinds)
+        self.blocks = nn.ModuleList(ModulatedBlock(config, layer, kind) for layer, kind in kinds)
+        self.norm = RMSNorm(hidden, config.norm_eps)
+        self.head = nn.Linear(hidden, CHANNELS)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As `layers.init_weights`, the embedding normal with embedding_init_std, modulation and head zero."""
+        init_weights(self, self.config)
+        for parameter in self.embedding.parameters():
+            nn.init.normal_(parameter, std=self.config.embedding_init_std)
+        for module in (self.modulation, self.head):
+            nn.init.zeros_(module.weight)
+
+    def forward(self, image: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, seq) -> torch.Tensor:
+        """The squared error of the velocity, mean over channels and summed over local pixels: a scalar in fp32 (fp64).
+
+        image, noise: [T, C], the clean pixels in the order of seq.layout and what they are mixed with; times: [N], of
+        every document of the batch, from 0 (image) to 1 (noise).
+        """
+        time_T1 = times[seq.derive(pixels).image][:, None]
+        error_TC = self._velocity((1 - time_T1) * image + time_T1 * noise, times, seq).to(image.dtype) - (noise - image)
+        return error_TC.square().mean(-1).sum()
+
+    def velocity(self, noisy: torch.Tensor, times: torch.Tensor, seq) -> torch.Tensor:
+        """v(x_t, t): [T, C] in the compute dtype, of noisy pixels [T, C] at the times [N] of their images."""
+        return self._velocity(noisy, times, seq)
+
+    def _velocity(self, noisy_TC, times_N, seq):
+        assert len(noisy_TC) == seq.num_tokens_local and len(times_N) == len(seq.layout.lengths)
+        own, dtype = seq.derive(pixels), self.embedding.weight.dtype
+        # As a product, so that gradients of modulation are sums over tokens in a fixed order.
+        member_TN = (own.image[:, None] == torch.arange(len(times_N), device=own.image.device)).to(dtype)
+        x_TD = self.embedding(noisy_TC.to(dtype))
+        modulation = self.modulation(self.time(time_features(times_N).to(dtype)))
+        blocks, last = modulation.split([6 * x_TD.shape[1], 2 * x_TD.shape[1]], -1)
+        angles = image_angles(
+            own.row,
+            own.column,
+            self.config.head_size,
+            base=self.config.rope_base,
+            scaling=self.config.rope_scaling,
+            dtype=torch.promote_types(dtype, torch.float32),
+        )
+        for block in self.blocks:
+            x_TD = block(x_TD, blocks, member_TN, angles, seq)
+        shift_TD, scale_TD = (member_TN @ last).chunk(2, -1)
+        return self.head(self.norm(x_TD) * (1 + scale_TD) + shift_TD)
+
+
+def time_features(times: torch.Tensor) -> torch.Tensor:
+    """[N] -> [N, TIME_FEATURES], cosines and sines of the times at rates from FASTEST to SLOWEST; dtype of times."""
+    steps = torch.arange(TIME_FEATURES // 2, dtype=times.dtype, device=times.device) / (TIME_FEATURES // 2)
+    angles = times[:, None] * FASTEST * (SLOWEST / FASTEST) ** steps
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+@torch.no_grad()
+def sample(model: DiffusionTransformer, noise: torch.Tensor, seq, steps: int) -> torch.Tensor:
+    """Images [T, C] from noise [T, C]: `steps` equal steps of Euler's method from time 1 to 0."""
+    x_TC = noise
+    for step in range(steps, 0, -1):
+        times_N = noise.new_full((len(seq.layout.lengths),), step / steps)
+        x_TC = x_TC - model.velocity(x_TC, times_N, seq).to(noise.dtype) / steps
+    return x_TC
