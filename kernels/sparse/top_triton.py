@@ -13,7 +13,7 @@ from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile
 
-ROWS, KEYS = 64, 128  # of a tile of scores
+ROWS, KEYS = 64, 64  # of a tile of scores
 BAND = 64
 BINS = tl.constexpr(32)
 LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
@@ -21,18 +21,33 @@ LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 
 def top_triton(means, keys, router, ranges, first: int, recent: int, always) -> torch.Tensor:
     """See kernels.sparse.top.top; gives a view with a larger stride."""
-    means, keys = unit_stride(means), unit_stride(keys)
-    heads, head_dim, rows = keys.shape[1], keys.shape[2], len(ranges)
+    means, keys = unit_stride(means), split_halves(keys)
+    heads, head_dim, rows = means.shape[1], means.shape[2], len(ranges)
     more = 0 if always is None else always.shape[1]
     width, block_d = ranges.kept + max(BAND, more), padded(head_dim)
     chosen, band = router.new_empty(heads, rows, width), router.new_empty(heads, rows, BAND, 2)
     if rows:
         top_kernel[(triton.cdiv(rows, ROWS) * heads,)](
             means, keys, router, ranges.first, ranges.stop, ranges.most, router if always is None else always,
-            band, chosen, *means.stride()[:2], *keys.stride()[:2], rows, width, first, recent, more,
-            heads, head_dim, block_d, ROWS, KEYS if block_d <= 128 else KEYS // 2, BAND, num_warps=8, num_stages=2,
+            band, chosen, *means.stride()[:2], keys.shape[1], rows, width, first, recent, more,
+            heads, head_dim, block_d, ROWS, KEYS, BAND, num_warps=4, num_stages=2,
         )  # fmt: skip
     return chosen[..., : ranges.kept + more]
+
+
+def split_halves(x: torch.Tensor) -> torch.Tensor:
+    """fp32 [T, H, D] -> bf16 [2, T, H, D] whose sum it is, to 2^-17."""
+    x, out = x.contiguous(), x.new_empty(2, *x.shape, dtype=torch.bfloat16)
+    split_kernel[(triton.cdiv(x.numel(), 4096),)](x, out, x.numel(), 4096)
+    return out
+
+
+@triton.jit(do_not_specialize=["count"])
+def split_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    high, low = halves(tl.load(x_ptr + at, mask=at < count, other=0.0))
+    tl.store(out_ptr + at, high, mask=at < count)
+    tl.store(out_ptr + count + at, low, mask=at < count)
 
 
 @triton.jit
@@ -43,9 +58,8 @@ def halves(x):
 
 
 @triton.jit
-def ordered_scores(q_high, q_low, k):
-    """Products of means [rows, D], in halves, and keys [keys, D] as int32 of the same order, above LOWEST."""
-    k_high, k_low = halves(k)
+def ordered_scores(q_high, q_low, k_high, k_low):
+    """Products of means [rows, D] and keys [keys, D], both in halves, as int32 of the same order, above LOWEST."""
     scores = tl.dot(q_low, tl.trans(k_high))
     scores = tl.dot(q_high, tl.trans(k_low), scores)
     scores = tl.dot(q_high, tl.trans(k_high), scores)
@@ -65,12 +79,15 @@ def ranked(scores, rank, STEPS: tl.constexpr):
 
 @triton.jit
 def _scores_at(
-    q_high, q_low, keys_ptr, stride_t, column, end, first, stop, forced_first, forced_recent,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_high, q_low, keys_ptr, low_at, begin, offset, end, first, stop, forced_first, forced_recent,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile, HIGHEST where forced and LOWEST out of range."""
-    k = load_tile(keys_ptr, column.to(tl.int64), stride_t, 0, column < end, D, BLOCK_D).to(tl.float32)
-    scores, column = ordered_scores(q_high, q_low, k), column[None, :]
+    """Scores of keys begin + offset, HIGHEST where forced and LOWEST out of range."""
+    keys_ptr += tl.full([], begin, tl.int64) * HEADS * D
+    column = begin + offset
+    k_high = load_tile(keys_ptr, offset, HEADS * D, 0, column < end, D, BLOCK_D)
+    k_low = load_tile(keys_ptr + low_at, offset, HEADS * D, 0, column < end, D, BLOCK_D)
+    scores, column = ordered_scores(q_high, q_low, k_high, k_low), column[None, :]
     forced = (column < first[:, None] + forced_first) | (column >= stop[:, None] - forced_recent)
     there = (column >= first[:, None]) & (column < stop[:, None])
     return tl.where(there, tl.where(forced, HIGHEST, scores), LOWEST)
@@ -100,10 +117,41 @@ def _width_of_parts(low, high):
     return tl.maximum(exponent - 4, 0)
 
 
-@triton.jit(do_not_specialize=["rows", "width", "forced_first", "forced_recent", "more"])
+@triton.jit
+def _take_out(chosen_ptr, band_ptr, list_at, band_at, needed, banded, ROWS: tl.constexpr, BAND: tl.constexpr):
+    """Overwrites with -1 all of the band but the `needed` best."""
+    number = tl.arange(0, BAND)[None, :]
+    noted = number < banded[:, None]
+    scores = tl.load(band_ptr + (band_at[:, None] + number * 2), mask=noted, other=LOWEST)
+    to = tl.load(band_ptr + (band_at[:, None] + number * 2 + 1), mask=noted, other=0)
+    least = ranked(scores, needed, 32)
+    better, equal = scores > least[:, None], noted & (scores == least[:, None])
+    left = needed - tl.sum(better.to(tl.int32), 1)
+    worse = noted & (scores < least[:, None]) | (equal & (tl.cumsum(equal.to(tl.int32), 1) > left[:, None]))
+    to = tl.where(worse & (banded <= BAND)[:, None], to, -1)  # a longer band is of equal scores, and has been cut
+    tl.store(chosen_ptr + (list_at[:, None] + to), tl.full([ROWS, BAND], -1, tl.int32), mask=to >= 0)
+
+
+@triton.jit
+def _close_gaps(chosen_ptr, list_at, written, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """Moves what is not -1 of the first `written` entries of each list to its front; how many there are."""
+    kept = tl.zeros([ROWS], tl.int32)
+    for at in range(0, tl.max(written), STEP):
+        here = at + tl.arange(0, STEP)[None, :]
+        listed = tl.load(chosen_ptr + (list_at[:, None] + here), mask=here < written[:, None], other=-1)
+        stays = listed >= 0
+        to = tl.where(stays, kept[:, None] + tl.cumsum(stays.to(tl.int32), 1) - 1, -1)
+        tl.debug_barrier()
+        tl.store(chosen_ptr + (list_at[:, None] + to), listed, mask=to >= 0)
+        kept += tl.sum(stays.to(tl.int32), 1)
+        tl.debug_barrier()
+    return kept
+
+
+@triton.jit(do_not_specialize=["num_keys", "rows", "width", "forced_first", "forced_recent", "more"])
 def top_kernel(
     means_ptr, keys_ptr, router_ptr, first_ptr, stop_ptr, most_ptr, always_ptr, band_ptr, chosen_ptr,
-    means_stride_t, means_stride_h, keys_stride_t, keys_stride_h, rows, width, forced_first, forced_recent, more,
+    means_stride_t, means_stride_h, num_keys, rows, width, forced_first, forced_recent, more,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BAND: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +165,8 @@ def top_kernel(
     router = tl.load(router_ptr + row, mask=most > 0, other=0).to(tl.int64)
     q = load_tile(means_ptr + head * means_stride_h, router, means_stride_t, 0, most > 0, D, BLOCK_D).to(tl.float32)
     q_high, q_low = halves(q)
-    keys_ptr += head * keys_stride_h
+    keys_ptr += head * D
+    low_at = num_keys.to(tl.int64) * HEADS * D
     begin = tl.min(tl.where(most > 0, first, HIGHEST))
     end = tl.max(tl.where(most > 0, stop, 0))
     place = tl.arange(0, KEYS)
@@ -129,9 +178,9 @@ def top_kernel(
     if tl.max(open_rows.to(tl.int32)) > 0:
         # Where the score sought is expected: a sample's scores at three standard deviations of their rank on each side.
         step = tl.maximum((end - begin).to(tl.float32) / KEYS, 1.0)
-        column = begin + (place.to(tl.float32) * step).to(tl.int32)
         scores = _scores_at(
-            q_high, q_low, keys_ptr, keys_stride_t, column, end, first, stop, forced_first, forced_recent, D, BLOCK_D
+            q_high, q_low, keys_ptr, low_at, begin, (place.to(tl.float32) * step).to(tl.int64), end, first, stop,
+            forced_first, forced_recent, HEADS, D, BLOCK_D,
         )  # fmt: skip
         number = tl.sum((scores > LOWEST).to(tl.int32), 1).to(tl.float32)
         rank = number * most.to(tl.float32) / tl.maximum(reach, 1).to(tl.float32)
@@ -145,8 +194,8 @@ def top_kernel(
             counts, beyond = tl.zeros([ROWS, BINS], tl.int32), tl.zeros([ROWS], tl.int32)
             for at in range(begin, end, KEYS):
                 scores = _scores_at(
-                    q_high, q_low, keys_ptr, keys_stride_t, at + place, end, first, stop,
-                    forced_first, forced_recent, D, BLOCK_D,
+                    q_high, q_low, keys_ptr, low_at, at, place, end, first, stop,
+                    forced_first, forced_recent, HEADS, D, BLOCK_D,
                 )  # fmt: skip
                 some, more_beyond = _count(scores, window, shift, ROWS)
                 counts += some
@@ -175,56 +224,38 @@ def top_kernel(
 
     needed = most - above  # of the band
     limit = tl.where(reach - above > BAND, needed, BAND)  # of a band of equal scores the first are taken
-    written, banded = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
-    list_at = (head.to(tl.int64) * rows + row) * width
-    band_at = (head.to(tl.int64) * rows + row) * BAND * 2
+    inside = tl.arange(0, ROWS)
+    chosen_ptr += (head.to(tl.int64) * rows + tile * ROWS) * width
+    band_ptr += (head.to(tl.int64) * rows + tile * ROWS) * BAND * 2
+    list_at, band_at, live = inside * width, inside * BAND * 2, (most > 0)[:, None]
+    sure, banded = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
     for at in range(begin, end, KEYS):
         scores = _scores_at(
-            q_high, q_low, keys_ptr, keys_stride_t, at + place, end, first, stop, forced_first, forced_recent,
-            D, BLOCK_D,
+            q_high, q_low, keys_ptr, low_at, at, place, end, first, stop, forced_first, forced_recent,
+            HEADS, D, BLOCK_D,
         )  # fmt: skip
-        in_band = (scores >= low[:, None]) & (scores <= high[:, None]) & (most > 0)[:, None]
-        ordinal = banded[:, None] + tl.cumsum(in_band.to(tl.int32), 1) - 1
-        in_band = in_band & (ordinal < limit[:, None])
-        taken = in_band | ((scores > high[:, None]) & (most > 0)[:, None])
-        to = written[:, None] + tl.cumsum(taken.to(tl.int32), 1) - 1
-        tl.store(chosen_ptr + list_at[:, None] + to, tl.broadcast_to((at + place)[None, :], to.shape), mask=taken & (to < width))
-        noted = in_band & (ordinal < BAND)
-        tl.store(band_ptr + band_at[:, None] + ordinal * 2, scores, mask=noted)
-        tl.store(band_ptr + band_at[:, None] + ordinal * 2 + 1, to, mask=noted)
-        banded += tl.sum(in_band.to(tl.int32), 1)
-        written += tl.sum(taken.to(tl.int32), 1)
+        higher = (scores > high[:, None]).to(tl.int32)
+        in_band = (scores >= low[:, None]).to(tl.int32) - higher
+        so_far = tl.cumsum(higher + (in_band << 16), 1)  # two counts side by side
+        ordinal = banded[:, None] + (so_far >> 16)  # in the band, from 1
+        to = sure[:, None] + (so_far & 0xFFFF) + tl.minimum(ordinal, limit[:, None]) - 1
+        taken = ((higher > 0) | ((in_band > 0) & (ordinal <= limit[:, None]))) & live
+        tl.store(chosen_ptr + (list_at[:, None] + to), tl.broadcast_to((at + place)[None, :], to.shape), mask=taken)
+        noted = (in_band > 0) & (ordinal <= BAND) & live
+        band_to = band_at[:, None] + (ordinal - 1) * 2
+        tl.store(band_ptr + band_to, scores, mask=noted)
+        tl.store(band_ptr + band_to + 1, to, mask=noted)
+        sure += tl.sum(higher, 1)
+        banded += tl.sum(in_band, 1)
     tl.debug_barrier()
-
-    # The best of the band stay.
-    number = tl.arange(0, BAND)[None, :]
-    noted = number < tl.minimum(banded, BAND)[:, None]
-    scores = tl.load(band_ptr + band_at[:, None] + number * 2, mask=noted, other=LOWEST)
-    to = tl.load(band_ptr + band_at[:, None] + number * 2 + 1, mask=noted, other=0)
-    least = ranked(scores, needed, 32)[:, None]
-    better, equal = scores > least, noted & (scores == least)
-    left = needed - tl.sum(better.to(tl.int32), 1)
-    stays = better | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= left[:, None])) | (banded > BAND)[:, None]
-    tl.store(chosen_ptr + list_at[:, None] + to, tl.full([ROWS, BAND], -1, tl.int32), mask=noted & (stays == 0))
+    written = tl.where(most > 0, sure + tl.minimum(banded, limit), 0)
+    banded = tl.where(most > 0, banded, 0)
+    _take_out(chosen_ptr, band_ptr, list_at, band_at, needed, banded, ROWS, BAND)
     tl.debug_barrier()
-
-    # Close the gaps; then what is always listed, and -1.
-    kept = tl.zeros([ROWS], tl.int32)
-    for at in range(0, tl.max(written), KEYS):
-        here = at + place
-        listed = tl.load(chosen_ptr + list_at[:, None] + here[None, :], mask=here[None, :] < written[:, None], other=-1)
-        stays = listed >= 0
-        to = kept[:, None] + tl.cumsum(stays.to(tl.int32), 1) - 1
-        tl.debug_barrier()
-        tl.store(chosen_ptr + list_at[:, None] + to, listed, mask=stays)
-        kept += tl.sum(stays.to(tl.int32), 1)
-        tl.debug_barrier()
+    kept = _close_gaps(chosen_ptr, list_at, written, ROWS, 32)
     for at in range(0, width, KEYS):
         here = at + place
         ordinal = here[None, :] - kept[:, None]
-        always = tl.load(
-            always_ptr + row[:, None] * more + ordinal,
-            mask=valid[:, None] & (ordinal >= 0) & (ordinal < more), other=-1,
-        )  # fmt: skip
-        rest = valid[:, None] & (ordinal >= 0) & (here < width)[None, :]
-        tl.store(chosen_ptr + list_at[:, None] + here[None, :], always, mask=rest)
+        rest = valid[:, None] & (ordinal >= 0)
+        always = tl.load(always_ptr + row[:, None] * more + ordinal, mask=rest & (ordinal < more), other=-1)
+        tl.store(chosen_ptr + (list_at[:, None] + here[None, :]), always, mask=rest & (here < width)[None, :])
