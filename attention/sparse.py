@@ -84,11 +84,11 @@ def _choose(q, k, coarse_k, selection, tables, causal, strategy, group) -> list[
 
     with torch.no_grad():
         fine, coarse = selection.choose(q, k, coarse_k, tables, gather)
-        wanted = tables.keys.of_block[fine.clamp(min=0)].masked_fill((fine < 0)[..., None], -1).flatten(2)
-        parts = block_parts(wanted, tables, causal, strategy, group)
+        parts = block_parts(fine, tables, causal, strategy, group)
         if coarse is not None:
             blocks, weight = tables.coarse_blocks, tables.coarse_weight
-            plan = BlockPlan.of(tables.queries.local, blocks, coarse, causal=causal, log_weight=weight)
+            given = {"causal": causal, "log_weight": weight, "ascending": True}
+            plan = BlockPlan.of(tables.queries.local, blocks, coarse, **given)
             parts.insert(1, Part(plan, coarse=True))
     return parts
 
@@ -111,7 +111,7 @@ def _forward(q, local, coarse, parts, group, scale):
             if out is None:
                 out, lse = found
             else:
-                out = out.to(lse.dtype)
+                out = out.to(_sum_dtype(q, parts))
                 merge(out, lse, *found)
     if out is None:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
@@ -119,8 +119,7 @@ def _forward(q, local, coarse, parts, group, scale):
 
 
 def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
-    dq, dk, dv = (torch.zeros_like(x, dtype=_wide(q)) for x in (q, *local))
-    d_coarse, returning, arrived = (None, None), [], list(arrived)
+    dq, d_local, d_coarse, returning, arrived = None, None, (None, None), [], list(arrived)
     for number, part in enumerate(parts):
         keys, values = local if number == 0 else coarse if part.coarse else (arrived.pop(0), arrived.pop(0))
         if not q.shape[0] or not len(part.plan.keys):
@@ -128,18 +127,25 @@ def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
         else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
             found, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale)
-            dq += found
+            dq = found.to(_sum_dtype(q, parts)) if dq is None else dq.add_(found)
         if number == 0:
-            dk += gradients[0]
-            dv += gradients[1]
+            d_local = gradients
         elif part.coarse:
             d_coarse = gradients
         else:
             returning.append((part, *part.start_return(gradients, keys.dtype, group)))
+    if returning:
+        d_local = [x.to(_wide(q)) for x in d_local]
     for part, pending, returned in returning:
         pending.wait()
-        part.add_returned(returned, (dk, dv))
-    return dq.to(q.dtype), dk.to(local[0].dtype), dv.to(local[1].dtype), *d_coarse
+        part.add_returned(returned, d_local)
+    dq = torch.zeros_like(q) if dq is None else dq.to(q.dtype)
+    return dq, *(x.to(y.dtype) for x, y in zip(d_local, local)), *d_coarse
+
+
+def _sum_dtype(x, parts):
+    """What results of parts are added in: with two, their sum is rounded once in any case."""
+    return _wide(x) if len(parts) > 2 else x.dtype
 
 
 def _wide(x):
