@@ -12,13 +12,14 @@ def descend_triton(means, keys, above, families, keep: int, causal: bool) -> tor
     """See kernels.sparse.descend.descend."""
     means, keys, heads = unit_stride(means), unit_stride(keys), keys.shape[1]
     chosen = families.chooses.new_empty(heads, len(families.chooses), keep)
+    width, block_d = padded((above.shape[2] + causal) * families.block), padded(means.shape[2])
     if len(families.chooses):
         descend_kernel[(len(families.groups) * heads,)](
             means, keys, above, families.start, families.length, families.router, families.chooses, families.groups,
             families.group_parent, chosen, *means.stride()[:2], *keys.stride()[:2], *above.stride()[:2],
-            len(families.chooses), heads, means.shape[2], padded(means.shape[2]), families.block,
-            padded(families.block), above.shape[2], padded((above.shape[2] + causal) * families.block), keep,
-            triton.next_power_of_2(keep), causal, num_warps=4, num_stages=1,
+            len(families.chooses), heads, means.shape[2], block_d, families.block, padded(families.block),
+            above.shape[2], width, keep, triton.next_power_of_2(keep), causal,
+            num_warps=4 if width * block_d <= 8192 else 8, num_stages=1,
         )  # fmt: skip
     return chosen
 

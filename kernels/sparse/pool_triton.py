@@ -14,7 +14,8 @@ def pool_triton(x: torch.Tensor, blocks: Blocks, heads: int, mean: bool) -> torc
     """See kernels.sparse.pool.pool."""
     x, head_dim = unit_stride(x), x.shape[2]
     out = x.new_empty(len(blocks), heads, head_dim, dtype=torch.float32)
-    rows, block_d = min(ROWS, triton.next_power_of_2(blocks.size)), padded(head_dim)
+    block_d = padded(head_dim)
+    rows = min(ROWS, triton.next_power_of_2(blocks.size), max(1, ELEMENTS // block_d))
     together = max(1, min(ELEMENTS // (rows * block_d), triton.next_power_of_2(heads)))
     pool_kernel[(len(blocks) * triton.cdiv(heads, together),)](
         x, out, blocks.start, blocks.length, x.stride(0), x.stride(1),

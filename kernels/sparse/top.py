@@ -9,6 +9,7 @@ import torch
 from longspan.kernels.sparse import forms
 
 SCORE_ELEMENTS = 1 << 22  # scores that plain PyTorch holds at once: 16 MB
+WIDEST = 256  # heads that fit the Triton kernel
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def top(means, keys, router, ranges: Ranges, *, first: int = 0, recent: int = 0,
     always: int32 [R, m], listed after what is chosen, ascending, higher than it, -1 after the last; None for nothing.
     Triton kernels make products of two bf16 halves of each mean: to about 2^-16 of the lengths of the means.
     """
-    if forms.takes(means):
+    if forms.takes(means) and means.shape[2] <= WIDEST:
         from longspan.kernels.sparse.top_triton import top_triton
 
         return top_triton(means, keys, router, ranges, first, recent, always)
