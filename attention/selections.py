@@ -53,7 +53,7 @@ class TopBlocks:
         return None, None
 
     def choose(self, q, k, coarse_k, tables: BlockTables, gather):
-        """(int32 [Hkv, local query pieces, n]: key blocks, ascending, -1 for none, None). gather: rows of all ranks from
+        """(int32 [Hkv, local query pieces, n]: key blocks, ascending, -1 for none, None). gather: all ranks' rows from
         mine."""
         means = block_means(q, tables.queries, gather, heads=k.shape[1])
         keys = block_means(k, tables.keys, gather)

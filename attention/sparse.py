@@ -61,7 +61,7 @@ class _Attention(torch.autograd.Function):
         kept = recall()
         if kept is None:
             parts = _choose(q, k, coarse_k, selection, tables, causal, strategy, group)
-            kept = keep(_forward(q, (k, v), (coarse_k, coarse_v), parts, group, scale))
+            kept = keep(attend(q, (k, v), (coarse_k, coarse_v), parts, group, scale))
         out, lse, parts, arrived = kept
         out = out.detach()
         ctx.save_for_backward(q, k, v, coarse_k, coarse_v, out, lse, *arrived)
@@ -73,28 +73,30 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_out):
         q, k, v, coarse_k, coarse_v, out, lse, *arrived = ctx.saved_tensors
         given = d_out.contiguous(), q, (k, v), (coarse_k, coarse_v), out, lse, arrived
-        return *_backward(*given, *ctx.rest), *[None] * 6
+        return *gradients_of(*given, *ctx.rest), *[None] * 6
 
 
 def _choose(q, k, coarse_k, selection, tables, causal, strategy, group) -> list[Part]:
-    """What to attend to, the local keys first, then coarse ones, then those of other ranks."""
-
     def gather(x):
         return start_all_gather(x, group).wait().flatten(0, 1)
 
     with torch.no_grad():
-        fine, coarse = selection.choose(q, k, coarse_k, tables, gather)
-        parts = block_parts(fine, tables, causal, strategy, group)
-        if coarse is not None:
-            blocks, weight = tables.coarse_blocks, tables.coarse_weight
-            given = {"causal": causal, "log_weight": weight, "ascending": True}
-            plan = BlockPlan.of(tables.queries.local, blocks, coarse, **given)
-            parts.insert(1, Part(plan, coarse=True))
+        return parts_of(selection.choose(q, k, coarse_k, tables, gather), tables, causal, strategy, group)
+
+
+def parts_of(chosen, tables, causal, strategy, group) -> list[Part]:
+    """What to attend to, the local keys first, then coarse ones, then those of other ranks. chosen: what a selection
+    chose of blocks of keys and of blocks of coarse keys, or None."""
+    fine, coarse = chosen
+    parts = block_parts(fine, tables, causal, strategy, group)
+    if coarse is not None:
+        options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True}
+        parts.insert(1, Part(BlockPlan.of(tables.queries.local, tables.coarse_blocks, coarse, **options), coarse=True))
     return parts
 
 
-def _forward(q, local, coarse, parts, group, scale):
-    """(out, lse, parts, keys and values that arrived, part after part)."""
+def attend(q, local, coarse, parts, group, scale):
+    """(out, lse, parts, keys and values that arrived, part after part). local, coarse: keys and values."""
     out, arrived = None, []
     coming = (None, *local)
     for number, part in enumerate(parts):
@@ -118,7 +120,8 @@ def _forward(q, local, coarse, parts, group, scale):
     return out.to(q.dtype), lse, parts, arrived
 
 
-def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
+def gradients_of(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
+    """Gradients of q, local keys and values, coarse keys and values."""
     dq, d_local, d_coarse, returning, arrived = None, None, (None, None), [], list(arrived)
     for number, part in enumerate(parts):
         keys, values = local if number == 0 else coarse if part.coarse else (arrived.pop(0), arrived.pop(0))

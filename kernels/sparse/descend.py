@@ -55,7 +55,9 @@ def descend(means, keys, above, families: Families, keep: int, causal: bool) -> 
         if causal:
             candidates = candidates.masked_fill(candidates >= rows[:, None], -1)
         query = means[families.router[rows]].transpose(0, 1)
-        scores = (keys[candidates.clamp(min=0), head] @ query[..., None]).squeeze(-1).masked_fill(candidates < 0, -torch.inf)
+        scores = (
+            (keys[candidates.clamp(min=0), head] @ query[..., None]).squeeze(-1).masked_fill(candidates < 0, -torch.inf)
+        )
         order = scores.sort(stable=True, dim=-1, descending=True).indices[..., :keep]
         best = ascending(candidates.gather(2, order), keys.shape[0])
         found.append(torch.nn.functional.pad(best, (0, keep - best.shape[2]), value=-1))

@@ -49,7 +49,9 @@ def descend_kernel(
         above = tl.where(slot == ABOVE, parent, above)
     there = (above >= 0) & (child < tl.load(length_ptr + above, mask=above >= 0, other=0))
     child += tl.load(start_ptr + above, mask=there, other=0)
-    k = load_tile(keys_ptr + head * keys_stride_h, child.to(tl.int64), keys_stride_t, 0, there, D, BLOCK_D).to(tl.float32)
+    k = load_tile(keys_ptr + head * keys_stride_h, child.to(tl.int64), keys_stride_t, 0, there, D, BLOCK_D).to(
+        tl.float32
+    )
     q_high, q_low = halves(q)
     k_high, k_low = halves(k)
     candidate = there[None, :] & live[:, None]

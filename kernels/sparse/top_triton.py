@@ -69,7 +69,7 @@ def ordered_scores(q_high, q_low, k_high, k_low):
 
 @triton.jit
 def ranked(scores, rank, STEPS: tl.constexpr):
-    """The rank-th highest of int32 scores [rows, n], per row, its last 32 - STEPS bits cut; LOWEST if there are fewer."""
+    """The rank-th highest of int32 scores [rows, n], last 32 - STEPS bits cut; LOWEST if there are fewer."""
     found = tl.full([scores.shape[0]], LOWEST, tl.int32)
     for step in range(0, STEPS):
         higher = found + (tl.full([scores.shape[0]], 1, tl.int32) << (31 - step))
@@ -208,7 +208,10 @@ def top_kernel(
             higher = tl.where(enough == BINS, beyond, tl.sum(tl.where(part == enough[:, None], from_part, 0), 1))
             over, under = beyond >= most, enough == 0  # it lies beyond the window, below it, or in a part
             # A part may reach beyond `high`, above which all is counted already.
-            offset, span = ((enough << shift) - 1).to(tl.uint32, bitcast=True), (high - window).to(tl.uint32, bitcast=True)
+            offset, span = (
+                ((enough << shift) - 1).to(tl.uint32, bitcast=True),
+                (high - window).to(tl.uint32, bitcast=True),
+            )
             cut = offset > span
             new_low = tl.where(over, window + (BINS << shift), tl.where(under, low, window + ((enough - 1) << shift)))
             new_high = tl.where(over | cut, high, window + ((enough << shift) - 1))

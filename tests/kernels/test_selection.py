@@ -205,7 +205,10 @@ def check_descend(seed, documents, block, chosen, dim, keep, causal, device="cpu
             parents = [p for p in above[head, parent].tolist() if p >= 0] + [parent] * causal
             candidates = [c for p in parents for c in range(start[p], start[p] + length[p]) if not causal or c < row]
             line = scores[int(families.router[row])].tolist()
-            assert found[head][place] == sorted(sorted(candidates, key=lambda c: (-line[c], c))[:keep]), (row, candidates)
+            assert found[head][place] == sorted(sorted(candidates, key=lambda c: (-line[c], c))[:keep]), (
+                row,
+                candidates,
+            )
 
 
 @settings(max_examples=8, deadline=None)
