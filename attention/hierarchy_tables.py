@@ -28,8 +28,8 @@ class Level:
 class HierarchyTables:
     """queries, keys: the fine blocks. sizes: int32 [rows] per level, tokens. under: per level but the first, the rows
     of the level before in blocks, one for each of its rows. coarse_blocks, coarse_weight: blocks of rows of all levels
-    laid end to end. top: int32 [local pieces, n], blocks of the last level that each piece sees, ascending. diagonal: int32
-    [local pieces, 1 or 0]."""
+    laid end to end. top: int32 [local pieces, n], blocks of the last level that each piece sees, ascending.
+    diagonal: int32 [local pieces, 1 or 0]."""
 
     queries: Pieces
     keys: Pieces
