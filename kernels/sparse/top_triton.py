@@ -242,7 +242,7 @@ def top_kernel(
         so_far = tl.cumsum(higher + (in_band << 16), 1)  # two counts side by side
         ordinal = banded[:, None] + (so_far >> 16)  # in the band, from 1
         to = sure[:, None] + (so_far & 0xFFFF) + tl.minimum(ordinal, limit[:, None]) - 1
-        taken = ((higher > 0) | ((in_band > 0) & (ordinal <= limit[:, None]))) & live
+        taken = ((higher > 0) | ((in_band > 0) & (ordinal <= limit[:, None]))) & live & (to < width)
         tl.store(chosen_ptr + (list_at[:, None] + to), tl.broadcast_to((at + place)[None, :], to.shape), mask=taken)
         noted = (in_band > 0) & (ordinal <= BAND) & live
         band_to = band_at[:, None] + (ordinal - 1) * 2

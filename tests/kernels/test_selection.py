@@ -61,6 +61,7 @@ TOP = {
     "most of them": ((120,), 5, 1, 16, 0.9, False, 0, 0, 0),
     "documents": ((40, 1, 90, 3, 70), 4, 1, 20, 12, True, 1, 0, 3),
     "more forced than kept": ((100, 5), 6, 1, 16, 0.02, True, 3, 2, 0),
+    "many more forced": ((120,), 5, 1, 16, 12, False, 20, 10, 0),
     "all": ((80,), 3, 1, 16, 80, False, 0, 0, 1),
 }
 
@@ -119,6 +120,15 @@ def test_top_of_any_distribution(form, small_tiles):
     ranges = Ranges(first, stop, most, torch.stack([first, stop], 1).numpy(), 260)
     given = means, keys, torch.arange(len(most), dtype=torch.int32) % 2, ranges
     assert unpadded(top(*given)) == expected_top(*given)
+
+
+def test_top_of_forced_keys_that_no_sample_sees(form, small_tiles, monkeypatch):
+    """The search then goes on up to the highest number there is."""
+    monkeypatch.setattr(top_triton, "BAND", 2)
+    generator = torch.Generator().manual_seed(0)
+    means, keys = (torch.randn(n, 1, 16, generator=generator) for n in (4, 260))
+    ranges = make_ranges((260,), 4, 1, False)
+    assert unpadded(top(means, keys, torch.arange(4).int(), ranges, recent=3)) == [[[257]] * 4]
 
 
 def test_top_of_normal_numbers_is_right_but_for_near_ties():
