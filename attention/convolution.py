@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import resolve
+from longspan.attention.outline import Outline
 from longspan.attention.recompute import keep, recall
 from longspan.kernels.convolution import ACTIVATIONS, WIDTHS, convolve, convolve_backward
 from longspan.parallel.halo import halo_tables, start_fetch, start_return
@@ -30,6 +31,8 @@ def short_convolution(x, weight, bias=None, *, activation=None, layout=None, gro
     packed = {"x": x[:, None] if x.ndim == 2 else x}
     options = (activation, tuple(weight.shape), bias is None)
     seq = resolve(seq, layout, group, packed, check, options)
+    if isinstance(seq, Outline):
+        return seq.convolution(x, weight, bias)
     return _Convolution.apply(x, weight, bias, activation, seq)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import pick, resolve
+from longspan.attention.outline import Outline
 from longspan.attention.recompute import keep, recall
 from longspan.kernels.fold import fold_chains, step, summarize
 from longspan.kernels.linear import choose_form, chunked
@@ -55,6 +56,8 @@ def linear_attention(
 
 
 def _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, dtype):
+    if isinstance(seq, Outline):
+        return seq.linear(q, k, v, log_decay, beta, causal, dtype)
     with torch.autocast(q.device.type, enabled=False):  # it would round states and gates to bf16
         if causal:
             form = choose_form(q, v, log_decay, beta)

@@ -22,6 +22,7 @@ from longspan.attention.moved import (
     planned_schedule,
     schedule_of,
 )
+from longspan.attention.outline import Outline
 from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.attention.schedules import softmax_schedule
@@ -66,6 +67,8 @@ def softmax_attention(
 
     options = causal, window, scale, None if plan is None else getattr(plan, "digest", None)
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, softmax=strategy)
+    if isinstance(seq, Outline):
+        return seq.softmax(q, k, v, Mask(causal, window))
     parallel = seq.parallel
     backend = _backend(parallel.backend, q.device.type, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -12,6 +12,7 @@ from longspan.attention.arguments import pick, resolve
 from longspan.attention.block_parts import STRATEGIES, Part, block_parts
 from longspan.attention.gather_rows import gather_rows
 from longspan.attention.hierarchy import Hierarchical
+from longspan.attention.outline import Outline
 from longspan.attention.recompute import keep, recall
 from longspan.attention.selections import TopBlocks
 from longspan.kernels.merge import merge
@@ -46,6 +47,8 @@ def sparse_attention(
 
     options = causal, scale, selection
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, sparse=strategy)
+    if isinstance(seq, Outline):
+        return seq.sparse(q, k, v, selection, causal)
     strategy = pick(STRATEGIES, seq.parallel.sparse, "auto", "sparse strategy")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = selection.tables(seq, causal)

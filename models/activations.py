@@ -1,0 +1,254 @@
+"""Memory and work of one training step, counted on the model itself while it runs on tensors without data.
+
+The model is built, checkpointed and differentiated as in training, on torch's meta device (shapes and dtypes, no
+memory), with `longspan.attention.outline` in the place of attention's kernels. Every storage that appears is
+followed until it is freed, so what autograd keeps, and when, is not derived a second time: a change of a layer changes
+the count.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from weakref import ref
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longspan.attention.outline import Call, Outline
+from longspan.models.build import build_model
+from longspan.models.config import CHANNELS, ModelConfig
+from longspan.models.decay import Gate
+from longspan.models.diffusion import Pixels, pixels
+from longspan.models.layers import RMSNorm, SimpleRMSNorm
+from longspan.models.parallelize import checkpoint_blocks
+
+# What storages and work are booked under.
+BATCH, EMBEDDING, RESIDUAL, MLP, NORMS, LOSS = "batch", "embedding, angles", "residual stream", "MLP", "norms", "loss"
+BACKWARD, GRADIENTS = "backward scratch", "gradients"
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # matrix products: where the left operand stands
+LOOKUPS = ("embedding", "index", "gather", "index_select", "scatter_")  # read as much as they write
+SILENT = ("empty", "detach", "alias", "view", "record_stream")  # beginnings of the names of what touches no memory
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one micro-batch, forward and backward, on one rank; parameters not included.
+
+    kept: bytes by name at the end of the forward pass, all that the backward pass will need. peak: the most bytes at
+    any time, and at_peak what they were. flops: of matrix products, recomputation included, traffic: bytes read and
+    written by all other operations, both by name; attention is in `calls` instead. launches: operations.
+    """
+
+    kept: dict[str, int]
+    peak: int
+    at_peak: dict[str, int]
+    flops: dict[str, float]
+    traffic: dict[str, float]
+    launches: int
+    calls: dict[Call, int]
+    num_parameters: int
+    block_parameters: tuple[int, ...]
+
+    @property
+    def root_parameters(self) -> int:
+        """Those outside the blocks."""
+        return self.num_parameters - sum(self.block_parameters)
+
+
+def measure(
+    config: ModelConfig,
+    lengths: Iterable[int],
+    *,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: str = "none",
+    gpu: bool = True,
+    gradient_bytes: float = 0.0,
+) -> Measured:
+    """A step over documents with these lengths, of which this rank has its share of `world_size`.
+
+    dtype: of compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of
+    GPUs. gradient_bytes: what stays of the gradient of one parameter once its block is done. The model is not compiled.
+    """
+    lengths, meter = tuple(lengths), _Meter(gradient_bytes)
+    with torch.device("meta"):
+        model = build_model(config)
+    _cast(model, dtype)
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(meter.take_gradient)
+        meter.ignore(parameter)
+    book_layers(model, meter)
+    if checkpointing == "full":
+        checkpoint_blocks(model)
+    # A rank of several may hold one token more than others.
+    tokens = -(-sum(lengths) // world_size)
+    if gpu:
+        fuse_norms(model)
+    with meter:
+        with torch.device("meta"), _Kernels(gpu), meter.booked(EMBEDDING):
+            inputs, seq = _inputs(config, lengths, tokens, world_size, gpu, meter)
+            loss = model(*inputs, seq)
+        kept = {name: count for name, count in meter.live.items() if count}
+        with meter.booked(BACKWARD):
+            loss.backward()
+    return Measured(
+        kept, meter.peak, meter.at_peak, dict(meter.flops), dict(meter.traffic), meter.launches, dict(meter.calls),
+        sum(parameter.numel() for parameter in parameters),
+        tuple(sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks),
+    )  # fmt: skip
+
+
+def book_layers(model: nn.Module, meter) -> None:
+    """What a layer makes is booked under its name: mixers by kind, MLPs, norms; what stands between under the stream,
+    and what comes after the last norm under the loss."""
+
+    def book(module, name):
+        module.register_forward_pre_hook(lambda *_: meter.push(name))
+        module.register_forward_hook(lambda *_: meter.pop(), always_call=True)
+
+    for block, kind in zip(model.blocks, model.config.layer_kinds):
+        book(block, RESIDUAL)
+        book(block.mixer, kind)
+        for module in (block.mixer_norm, block.mlp_norm):
+            book(module, NORMS)
+        book(block.mlp, MLP)
+    book(model.norm, NORMS)
+    model.norm.register_forward_hook(lambda *_: meter.rename(LOSS))
+
+
+class _Meter(TorchDispatchMode):
+    """Follows storages from the operation that makes them until they are freed, and counts operations."""
+
+    def __init__(self, gradient_bytes: float = 0.0):
+        super().__init__()
+        self.live, self.flops, self.traffic, self.calls = Counter(), Counter(), Counter(), Counter()
+        self.total = self.peak = self.launches = 0
+        self.at_peak, self.gradient_bytes = {}, gradient_bytes
+        self._names, self._known = [], {}
+
+    def push(self, name: str) -> None:
+        self._names.append(name)
+
+    def pop(self) -> None:
+        self._names.pop()
+
+    def rename(self, name: str) -> None:
+        """What is not inside any layer is from now on booked under `name`."""
+        if self._names and self._names[0] == EMBEDDING:
+            self._names[0] = name
+
+    @contextmanager
+    def booked(self, name: str):
+        self.push(name)
+        yield
+        self.pop()
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Its storage is counted elsewhere; it must outlive the meter."""
+        self._known[tensor.untyped_storage()._cdata] = None
+
+    def record(self, call: Call) -> None:
+        self.calls[call] += 1
+
+    def take_gradient(self, parameter) -> None:
+        """What happens to a gradient where parameters are sharded: a part of it stays."""
+        parameter.grad = None
+        self._add(GRADIENTS, int(parameter.numel() * self.gradient_bytes))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        for x in outputs:
+            self._follow(x.untyped_storage())
+        self._count(func, args, outputs)
+        return result
+
+    def _follow(self, storage) -> None:
+        key, name, size = storage._cdata, self._names[-1], storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_):
+            del self._known[key]
+            self.live[name] -= size
+            self.total -= size
+
+        self._known[key] = ref(storage, freed)
+        self._add(name, size)
+
+    def _add(self, name, size):
+        self.live[name] += size
+        self.total += size
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, {name: count for name, count in self.live.items() if count}
+
+    def _count(self, func, args, outputs) -> None:
+        name, where = func._schema.name.removeprefix("aten::"), self._names[-1]
+        if func.is_view or name.lstrip("_").removeprefix("new_").removeprefix("unsafe_").startswith(SILENT):
+            return
+        self.launches += 1
+        if name in PRODUCTS:
+            left = args[PRODUCTS[name]]
+            self.flops[where] += 2.0 * outputs[0].numel() * left.shape[-1]
+            return
+        read = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        touched = outputs * 2 if name in LOOKUPS else read + outputs
+        self.traffic[where] += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in touched)
+
+
+class _Kernels(TorchFunctionMode):
+    """Whether a tensor is on a GPU, which the meta device does not know."""
+
+    def __init__(self, gpu: bool):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.gpu if func is torch.Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Norms as torch has them on GPUs, and nowhere else: one kernel instead of several operations."""
+    for module in model.modules():
+        if isinstance(module, (RMSNorm, SimpleRMSNorm)):
+            module.forward = partial(_FusedRMSNorm.apply, getattr(module, "weight", None))
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """One kernel in each direction (torch's on CUDA), which keeps its input and one number a row."""
+
+    @staticmethod
+    def forward(ctx, weight, x):
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32)))
+        return x.neg()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return None if weight is None else torch.empty_like(weight), grad + x
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        kept = torch.promote_types(dtype, torch.float32) if isinstance(module, Gate) else dtype
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().to(kept)))
+
+
+def _inputs(config, lengths, tokens, world_size, gpu, meter):
+    """What a model takes in training, for this rank's tokens."""
+    with meter.booked(BATCH):
+        positions = torch.empty(tokens, dtype=torch.int64)
+        derived = {}
+        if config.task == "text":
+            inputs = [torch.empty(tokens, dtype=torch.int64) for _ in range(2)]
+        else:
+            inputs = [torch.empty(tokens, CHANNELS) for _ in range(2)] + [torch.empty(len(lengths))]
+            derived[pixels] = Pixels(*(torch.empty(tokens, dtype=torch.int64) for _ in range(3)))
+    return inputs, Outline(lengths, tokens, world_size, gpu, positions, meter.record, derived)
