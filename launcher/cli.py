@@ -1,4 +1,5 @@
-"""The `longspan` command: `prepare` writes corpora, `train` is launcher/train.py, `sample` draws, `bench` measures."""
+"""The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
+`sample` draws, `bench` measures."""
 
 import argparse
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import longspan
 from longspan.launcher.config import Config, shipped_configs
 from longspan.launcher.errors import UserError, main_guard
-from longspan.launcher.parsing import describe, settings_of
+from longspan.launcher.parsing import describe, parse_tokens, settings_of
 
 # Flags that set one setting: flag -> (setting, metavar).
 FLAGS = {
@@ -55,6 +56,12 @@ def train_config(argv: list[str]) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    return _read_settings(parser, argv)[0]
+
+
+def _read_settings(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """The settings, and the parser's own options."""
+    own = [text for action in parser._actions for text in action.option_strings]
     shipped = ", ".join(shipped_configs())
     parser.add_argument("--config", metavar="FILE", help=f"YAML file of settings, or a shipped one by name: {shipped}")
     for flag, (path, metavar) in FLAGS.items():
@@ -62,12 +69,32 @@ def train_config(argv: list[str]) -> Config:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, in YAML: optim.lr=3e-4")
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
-        nearest = get_close_matches(unknown[0].partition("=")[0], ["--config", *FLAGS], n=1)
+        nearest = get_close_matches(unknown[0].partition("=")[0], ["--config", *FLAGS, *own], n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "settings are written key=value, such as optim.lr=3e-4"
         raise UserError(f"unknown option {unknown[0]}: {hint}")
     chosen = {path: getattr(arguments, path) for path, _ in FLAGS.values()}
     flags = [f"{path}={value}" for path, value in chosen.items() if value is not None]
-    return Config.load(arguments.config, arguments.settings + flags)
+    return Config.load(arguments.config, arguments.settings + flags), arguments
+
+
+def plan(argv: list[str]) -> None:
+    """Prints what a training step would hold and take. Raises UserError where it does not fit."""
+    parser = _Parser(
+        prog="longspan plan",
+        description="Estimates memory per rank and time per step of a config on given GPUs, without having them.",
+        epilog="key=value settings are those of `longspan train --help`. The method: docs/planning.md",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", default="1xH200", metavar="NxTYPE", help="such as 64xH200 (default 1xH200)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)")
+    parser.add_argument(
+        "--document", default="0", metavar="TOKENS", help="length of documents (default: a sample is one document)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    config, arguments = _read_settings(parser, argv)
+    from longspan.launcher.estimate_report import report  # imports torch
+
+    report(config, arguments.gpus, arguments.gpus_per_node, parse_tokens(arguments.document), as_json=arguments.json)
 
 
 def settings_help() -> str:
@@ -149,7 +176,7 @@ BENCHMARKS = {
     "calibrate": "calibrate", "kernels": "linear_kernels", "attention": "ring_attention", "linear": "linear_ranks",
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
-COMMANDS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench}
+COMMANDS = {"prepare": prepare, "plan": plan, "train": train, "sample": sample, "bench": bench}
 
 
 class _Parser(argparse.ArgumentParser):

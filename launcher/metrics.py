@@ -20,14 +20,13 @@ import torch.distributed as dist
 from longspan.attention.moved import pairs_per_rank
 from longspan.launcher.batches import Batch
 from longspan.launcher.errors import UserError
+from longspan.launcher.gpus import PEAK_TFLOPS
 from longspan.models.config import ModelConfig
 from longspan.models.flops import model_flops, softmax_masks
 from longspan.parallel.geometry import Mask
 from longspan.parallel.mesh import Mesh
 
 GB = 2**30
-# Dense bf16 TFLOP/s by a part of the device's name.
-PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
 
 
 def peak_tflops(device: torch.device) -> float | None:

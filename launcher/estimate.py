@@ -1,0 +1,374 @@
+"""Memory and time of a training step before any GPU is asked for: what every rank holds, what takes how long.
+
+Memory and work are counted on the model itself (models.activations); what sharding adds, and rates (launcher.gpus), are
+here. One step is the steady state: compilation, autotuning and reading data are not in it. Ranks are taken as equally
+busy, which the layouts see to for one long document.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from longspan.launcher.config import Config
+from longspan.launcher.errors import UserError
+from longspan.launcher.gpus import (
+    CONTEXT,
+    FRAGMENTS,
+    GIB,
+    LATENCY_S,
+    LAUNCH_S,
+    LINEAR_NS,
+    SPARSE_SHARE,
+    Cluster,
+)
+from longspan.models.activations import GRADIENTS, LOSS, Measured, measure
+from longspan.models.flops import model_flops
+from longspan.parallel.costs import KEY_PASSES, token_bytes, visible_share
+from longspan.parallel.geometry import Mask
+from longspan.parallel.layout import Span
+
+MASTER, MOMENTS = 4, 8  # bytes of a parameter in fp32, and of Adam's two moments
+OPTIMIZER_TRAFFIC = 40  # bytes per parameter: norm, clipping, and an update that reads four numbers and writes three
+GATHERED = 3  # blocks whose parameters are whole at once: in use, arriving, and in the buffer they arrived in
+HEAD_PARALLEL = ("ulysses", "usp", "hybrid")
+LINEAR_LAUNCHES = 8  # kernels of one call of linear attention, about
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """memory: bytes per rank at the peak, by what they are; other_peak: those of the optimizer's update, when no
+    activations exist. kept: bytes of activations at the end of the forward pass. seconds: of one step, by component;
+    they add up. limit: bytes that torch may allocate."""
+
+    memory: dict[str, float]
+    other_peak: float
+    kept: dict[str, float]
+    limit: float
+    seconds: dict[str, float]
+    tokens: int
+    gpus: int
+    mfu: float
+    num_parameters: int
+    notes: tuple[str, ...]
+
+    @property
+    def peak(self) -> float:
+        return max(sum(self.memory.values()), self.other_peak)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def binds(self) -> str:
+        """The component that takes longest."""
+        return max(self.seconds, key=self.seconds.get)
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        return self.tokens / self.step_s / self.gpus
+
+    def as_dict(self) -> dict:
+        """For JSON: bytes, seconds and what follows from them."""
+        return {
+            "parameters": self.num_parameters, "memory_bytes": self.memory, "kept_bytes": self.kept,
+            "peak_bytes": self.peak, "limit_bytes": self.limit, "fits": self.fits, "seconds": self.seconds,
+            "step_time_s": self.step_s, "binds": self.binds, "tokens": self.tokens,
+            "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu, "mfu": self.mfu, "notes": list(self.notes),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """A config on a cluster. document: tokens of every document (0: a sample is one). UserError for settings that
+    cannot go together on so many GPUs."""
+
+    config: Config
+    cluster: Cluster
+    document: int = 0
+
+    def __post_init__(self):
+        self.config.validate(world_size=self.cluster.count)
+
+    @property
+    def sp(self) -> int:
+        return self.config.parallel.sp or self.cluster.count
+
+    @property
+    def shards(self) -> int:
+        return self.cluster.per_node if self.config.parallel.sharding == "hsdp" else self.cluster.count
+
+    @property
+    def micro_batches(self) -> int:
+        return self.config.train.global_batch * self.sp // self.cluster.count
+
+    @property
+    def lengths(self) -> list[int]:
+        """Documents of one sample."""
+        data = self.config.data
+        size = self.document or data.seq_len
+        if self.config.model.task == "images":
+            size = data.image_size**2
+        return [size] * (data.seq_len // size) + [data.seq_len % size] * (data.seq_len % size > 0)
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.train.dtype)
+
+    def with_settings(self, **sections) -> "Job":
+        """Another with settings changed, as in train={"checkpointing": "full"}."""
+        changed = {name: replace(getattr(self.config, name), **values) for name, values in sections.items()}
+        return replace(self, config=replace(self.config, **changed))
+
+    def measure(self) -> Measured:
+        """One micro-batch of a rank; gradients stay, sharded, from the first."""
+        return measure(
+            self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
+            checkpointing=self.config.train.checkpointing, gradient_bytes=MASTER / self.shards,
+        )  # fmt: skip
+
+
+def estimate(job: Job) -> Estimate:
+    """What a step of the job takes and holds."""
+    measured = job.measure()
+    memory = memory_at_peak(job, measured)
+    states = (2 * MASTER + MOMENTS) * measured.num_parameters / job.shards
+    seconds = step_seconds(job, measured)
+    flops = model_flops(job.config.model, job.lengths) * job.config.train.global_batch
+    return Estimate(
+        memory, states, dict(measured.kept), usable(job.cluster), seconds,
+        job.config.data.seq_len * job.config.train.global_batch, job.cluster.count,
+        flops / sum(seconds.values()) / job.cluster.count / (job.cluster.peak_tflops * 1e12), measured.num_parameters,
+        tuple(notes(job)),
+    )  # fmt: skip
+
+
+def usable(cluster: Cluster) -> float:
+    """Bytes that torch can allocate on a GPU before it runs out."""
+    return (cluster.gpu.memory - CONTEXT) / (1 + FRAGMENTS)
+
+
+def memory_at_peak(job: Job, measured: Measured) -> dict[str, float]:
+    """Bytes of a rank by what they are, when most exist."""
+    share = measured.num_parameters / job.shards
+    at_peak = dict(measured.at_peak)
+    gradients = at_peak.pop(GRADIENTS, 0)
+    if job.micro_batches > 1:  # those of the micro-batches before
+        gradients = MASTER * share
+    return {
+        "parameters": MASTER * share,
+        "optimizer state": MOMENTS * share,
+        "gradients": gradients,
+        "gathered parameters, reduced gradients": sharding_buffers(job, measured),
+        **at_peak,
+    }
+
+
+def sharding_buffers(job: Job, measured: Measured) -> float:
+    """Bytes of FSDP2: whole parameters of the root and of some blocks, whole gradients of the root and of one block in
+    the compute dtype, and those of two blocks in fp32 on their way."""
+    block = max(measured.block_parameters)
+    whole = measured.root_parameters + GATHERED * block
+    return (whole + measured.root_parameters + block) * job.itemsize + 2 * MASTER * block
+
+
+def step_seconds(job: Job, measured: Measured) -> dict[str, float]:
+    """Seconds of a step by component. Transfers count where nothing hides them."""
+    gpu, times = job.cluster.gpu, Counter()
+    products = (gpu.products if job.dtype == torch.bfloat16 else gpu.products_fp32) * 1e12
+    traffic = gpu.memory_rate * gpu.elementwise
+    times["projections and MLP"] = sum(n for name, n in measured.flops.items() if name != LOSS) / products
+    times["norms, gates, rotations"] = sum(n for name, n in measured.traffic.items() if name != LOSS) / traffic
+    times["loss"] = measured.flops.get(LOSS, 0) / products + measured.traffic.get(LOSS, 0) / traffic
+    exposed = 0.0
+    for call, count in measured.calls.items():
+        seconds = call_seconds(job, call)
+        times[NAMES[call.kind]] += count * seconds
+        repeats = count if call.backward or call.kind == "convolution" else layers_of(measured, call)
+        exposed += repeats * TRANSFERS[call.kind](job, call, seconds)
+    host = LAUNCH_S * (measured.launches + LINEAR_LAUNCHES * sum(measured.calls.values()))
+    exposed += sharding_exposed(job, measured, sum(times.values()))
+    times["waiting for the host"] = max(0.0, host - sum(times.values()))
+    times["communication, exposed"] = exposed
+    times = Counter({name: seconds * job.micro_batches for name, seconds in times.items()})
+    times["optimizer"] = OPTIMIZER_TRAFFIC * measured.num_parameters / job.shards / traffic
+    return {name: seconds for name, seconds in times.items() if seconds > 0}
+
+
+def layers_of(measured: Measured, call) -> int:
+    """Layers that make this call: forward calls are repeated where layers are recomputed, transfers are not."""
+    return measured.calls.get(replace(call, backward=True), 0)
+
+
+def call_seconds(job: Job, call) -> float:
+    """Of one attention kernel on one rank."""
+    gpu, tokens = job.cluster.gpu, sum(job.lengths) / job.sp
+    if call.kind == "linear":
+        width = max((call.key_size + call.value_size) / 256, _padded(call.key_size) * _columns(call.value_size) / 2**14)
+        return LINEAR_NS[call.detail][call.backward] * 1e-9 * tokens * call.heads * width * gpu.linear
+    if call.kind == "convolution":
+        return (3 if call.backward else 2) * tokens * call.key_size * job.itemsize / (gpu.memory_rate * gpu.elementwise)
+    if call.kind == "softmax":
+        pairs, share = sum(call.detail.pairs(Span(0, 0, length), length) for length in job.lengths), 1.0
+    else:
+        pairs = sum(call.detail.pairs(length, job.config.model.causal) for length in job.lengths)
+        share = SPARSE_SHARE[type(call.detail).__name__][call.backward]
+    rates = gpu.attention[min(gpu.attention, key=lambda width: abs(width - call.key_size))]
+    rate = rates[call.backward] if job.dtype == torch.bfloat16 else gpu.products_fp32
+    flops = 4.0 * pairs / job.sp * call.heads * call.key_size * (2.5 if call.backward else 1)
+    return flops / (rate * share * 1e12)
+
+
+def key_transfer(job: Job, call, seconds: float) -> float:
+    """Keys and values, and backward their gradients, go round while kernels run; all-to-all of heads runs alone."""
+    if job.sp == 1:
+        return 0.0
+    tokens, near, cross = sum(job.lengths), job.cluster.gpu.intra, job.cluster.gpu.inter
+    nodes = max(1, job.sp // job.cluster.per_node)
+    if call.kind == "softmax" and job.config.parallel.softmax in HEAD_PARALLEL:
+        moved = token_bytes(call.heads, call.kv_heads, call.key_size, job.itemsize) / 2 * tokens / job.sp
+        return moved * (1 - 1 / job.sp) / (near if nodes == 1 else cross) + LATENCY_S
+    passes = KEY_PASSES - 1 if call.backward else 1
+    mask = call.detail if isinstance(call.detail, Mask) else Mask(job.config.model.causal)
+    seen = tokens * (1 - 1 / job.sp) * visible_share(mask)
+    if mask.window is not None:
+        seen = min(seen, 2 * (mask.window - 1))
+    size = passes * 2 * call.kv_heads * call.key_size * job.itemsize
+    transfer = seen * size / near
+    if nodes > 1:  # to a node once, over the links of all its ranks
+        transfer += seen * size / cross / job.cluster.per_node
+    return max(0.0, transfer - seconds) + LATENCY_S
+
+
+def state_transfer(job: Job, call, seconds: float) -> float:
+    """Summaries of two spans from every other rank. Backward they travel while dq is computed."""
+    if job.sp == 1:
+        return 0.0
+    size = call.heads * call.key_size * (call.value_size + (call.key_size if "delta" in call.detail else 0)) * 4
+    link = job.cluster.gpu.intra if job.sp <= job.cluster.per_node else job.cluster.gpu.inter
+    transfer = LATENCY_S + 2 * (job.sp - 1) * size / link
+    return max(0.0, transfer - seconds / 3) if call.backward else transfer
+
+
+def halo_transfer(job: Job, call, seconds: float) -> float:
+    """A few rows, which travel while the rest is convolved."""
+    return 0.0 if job.sp == 1 else max(0.0, LATENCY_S - seconds)
+
+
+NAMES = {
+    "softmax": "softmax attention", "linear": "linear attention", "sparse": "sparse attention",
+    "convolution": "short convolutions",
+}  # fmt: skip
+TRANSFERS = {
+    "softmax": key_transfer, "linear": state_transfer, "sparse": key_transfer, "convolution": halo_transfer,
+}  # fmt: skip
+
+
+def sharding_exposed(job: Job, measured: Measured, compute: float) -> float:
+    """Of gathering parameters twice and reducing gradients once: what comes before the first block and after the last,
+    and what is longer than the computation beside it."""
+    if job.shards == 1:
+        return 0.0
+    gpu, nodes = job.cluster.gpu, max(1, job.shards // job.cluster.per_node)
+    # Rings cross between machines once for all GPUs of one, over the links of all.
+    link = gpu.intra if nodes == 1 else min(gpu.intra, gpu.inter * job.cluster.per_node)
+    per_parameter = (2 * job.itemsize + MASTER) * (1 - 1 / job.shards) / link
+    edges = (measured.root_parameters + max(measured.block_parameters)) * per_parameter
+    return edges + max(0.0, measured.num_parameters * per_parameter - compute)
+
+
+def notes(job: Job) -> Iterator[str]:
+    """What the numbers leave out."""
+    if not job.cluster.gpu.measured:
+        yield f"rates of {job.cluster.name} are not measured by longspan"
+    if any(kind in ("sla", "llsa") for kind in job.config.model.layer_kinds):
+        yield "rates of sparse attention are expectations; it is taken as keeping all keys of other ranks"
+    if job.config.train.compile:
+        yield "train.compile fuses operations, which is not counted: memory and time are upper bounds"
+    if job.config.parallel.softmax in HEAD_PARALLEL and job.sp > 1:
+        yield f"parallel.softmax={job.config.parallel.softmax}: memory is that of a ring"
+
+
+def largest(job: Job) -> tuple[int, int]:
+    """(the largest data.seq_len that fits, to 1024 tokens or an image; the largest power of two): 0 if none does."""
+    unit = job.config.data.image_size**2 if job.config.model.task == "images" else 1024
+
+    def spare(units: int) -> float:
+        changed = job.with_settings(data={"seq_len": units * unit})
+        measured = changed.measure()
+        return usable(job.cluster) - sum(memory_at_peak(changed, measured).values())
+
+    # Memory grows nearly linearly, so the line through two points finds the end in a few steps.
+    low, high = max(1, job.config.data.seq_len // unit // 2), max(2, job.config.data.seq_len // unit)
+    known = {low: spare(low), high: spare(high)}
+    for _ in range(12):
+        (a, at_a), (b, at_b) = sorted(known.items(), key=lambda point: abs(point[1]))[:2]
+        guess = max(1, math.floor(a + at_a * (b - a) / (at_a - at_b)) if at_a != at_b else 2 * max(a, b))
+        fitting = max((units for units, left in known.items() if left >= 0), default=0)
+        failing = min((units for units, left in known.items() if left < 0), default=math.inf)
+        if failing - fitting <= max(1, fitting >> 7):
+            break
+        if not fitting < guess < failing:
+            guess = fitting + 1 if guess <= fitting else failing - 1
+        known[guess] = spare(guess)
+    best = max((units for units, left in known.items() if left >= 0), default=0) * unit
+    return best, 1 << (best.bit_length() - 1) if best else 0
+
+
+def refuse(job: Job, found: Estimate) -> None:
+    """Raises UserError for a job that does not fit, in a line that says which setting, alone, would make it fit."""
+    remedies = [text for text, changed in _alternatives(job) if estimate(changed).fits][:2]
+    tokens, _ = largest(job)
+    if tokens:
+        remedies.append(f"data.seq_len={tokens} or less")
+    remedy = ", or ".join(remedies) or "none of more checkpointing, a smaller loss_chunk, 64 times the GPUs is enough"
+    kind = job.config.train.checkpointing
+    raise UserError(
+        f"data.seq_len={job.config.data.seq_len} does not fit on {job.cluster} (train.checkpointing={kind}): a rank needs"
+        f" {found.peak / GIB:.1f} GiB, and {found.limit / GIB:.1f} of {job.cluster.gpu.memory / GIB:.1f} can be allocated;"
+        f" what does: {remedy}"
+    )
+
+
+def _alternatives(job: Job) -> Iterator[tuple[str, Job]]:
+    """Settings that take less memory, the cheapest first."""
+    config = job.config
+    if config.model.loss_chunk > 1024:
+        yield "model.loss_chunk=1024", job.with_settings(model={"loss_chunk": 1024})
+    if config.parallel.sharding == "hsdp" and job.cluster.count > job.cluster.per_node:
+        yield "parallel.sharding=fsdp", job.with_settings(parallel={"sharding": "fsdp"})
+    if config.train.checkpointing == "none":
+        yield "train.checkpointing=full", job.with_settings(train={"checkpointing": "full"})
+    if config.train.dtype == "float32":
+        yield "train.dtype=bfloat16", job.with_settings(train={"dtype": "bfloat16"})
+    count = job.cluster.count
+    for _ in range(6):
+        count *= 2
+        per_node = count if count <= 8 else max(job.cluster.per_node, 8)
+        more = replace(job.cluster, count=count, per_node=per_node)
+        try:
+            bigger = replace(job, cluster=more)
+        except UserError:
+            continue  # a batch that so many groups cannot share
+        if estimate(bigger).fits:
+            yield f"--gpus {more}", bigger
+            return
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _columns(width: int) -> int:
+    return -(-width // 64) * 64

@@ -1,0 +1,65 @@
+"""What `longspan plan` prints: the estimate as a table or as JSON, and the refusal of what cannot fit."""
+
+import json
+
+from longspan.launcher.config import Config
+from longspan.launcher.estimate import Estimate, Job, estimate, largest, refuse
+from longspan.launcher.gpus import GIB, parse_gpus
+
+STATE = ("parameters", "optimizer state", "gradients", "gathered parameters, reduced gradients")
+
+
+def report(config: Config, gpus: str, per_node: int, document: int = 0, *, as_json: bool = False) -> None:
+    """Prints the estimate of the config on these GPUs. UserError for what cannot work, or does not fit."""
+    job = Job(config, parse_gpus(gpus, per_node), document)
+    found = estimate(job)
+    tokens, power = largest(job) if found.fits else (0, 0)
+    if as_json:
+        limits = {"largest_seq_len": tokens, "largest_power_of_two": power} if found.fits else {}
+        print(json.dumps({"gpus": str(job.cluster), "rates": job.cluster.gpu.source, **found.as_dict(), **limits}))
+    else:
+        print("\n".join(lines(job, found)))
+    if not found.fits:
+        refuse(job, found)
+    if not as_json:
+        print(f"largest data.seq_len that fits: {tokens:,} ({shown(power)} as a power of two)")
+
+
+def lines(job: Job, found: Estimate) -> list[str]:
+    """The table."""
+    config, dp = job.config, job.cluster.count // job.sp
+    peak, limit = found.peak / GIB, found.limit / GIB
+    activations = {name: size for name, size in found.memory.items() if name not in STATE}
+    rows = [
+        f"{config.run.name} on {job.cluster}: {found.num_parameters:,} parameters, {found.tokens:,} tokens a step,"
+        f" {dp} data-parallel x {job.sp} sequence-parallel, {config.train.dtype}, checkpointing {config.train.checkpointing}",
+        "",
+        *_table("memory of a rank at the peak, GiB", {name: found.memory[name] / GIB for name in STATE}),
+        *_table("activations then", {name: size / GIB for name, size in activations.items()}),
+        f"  {'peak':<42}{peak:>10.2f}   {100 * peak / limit:.0f} % of {limit:.1f} that can be allocated",
+        "",
+        *_table("kept for the backward pass, GiB", {name: size / GIB for name, size in found.kept.items()}),
+        "",
+        *_table("step, seconds", found.seconds, total=found.step_s),
+        f"  {'step':<42}{found.step_s:>10.3f}   bound by {found.binds}",
+        f"  {found.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, MFU {100 * found.mfu:.1f} %",
+        "",
+        f"rates: {job.cluster.gpu.source}",
+    ]
+    return rows + [f"note: {note}" for note in found.notes]
+
+
+def shown(tokens: int) -> str:
+    """131072 as 128K."""
+    for size, unit in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
+        if tokens and tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
+
+
+def _table(title: str, values: dict[str, float], total: float = 0.0) -> list[str]:
+    """Named numbers, the largest first; those that would show as zero are left out."""
+    rows = sorted((item for item in values.items() if item[1] >= 0.0005), key=lambda item: -item[1])
+    share = (lambda value: f"   {100 * value / total:.0f} %") if total else lambda value: ""
+    digits = 3 if total else 2
+    return [title, *(f"  {name:<42}{value:>10.{digits}f}{share(value)}" for name, value in rows)]

@@ -1,0 +1,117 @@
+"""What GPUs and kernels give, as data: the rates that `longspan plan` works with, each with where it comes from.
+
+TFLOP/s and TB/s are achieved ones; causal work counts half. What was not measured by longspan says so; `longspan plan`
+repeats it in its output.
+"""
+
+import re
+from dataclasses import dataclass
+
+from longspan.launcher.errors import UserError
+
+GIB = 2**30
+PER_NODE = 8  # GPUs of a machine, unless said otherwise
+CONTEXT = 2.5 * GIB  # of a GPU, outside what torch allocates: CUDA context, NCCL, libraries
+FRAGMENTS = 0.03  # of the peak, that the allocator cannot use (expandable segments)
+# Dense bf16 TFLOP/s by a part of the device's name: what MFU counts against.
+PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
+
+
+@dataclass(frozen=True)
+class GPU:
+    """memory: bytes that a process sees. products, products_fp32: TFLOP/s of matrix products of layers. attention: width of a head -> TFLOP/s of dense softmax attention forward, and
+    backward. memory_rate: bytes per second of copies. elementwise: share of it that ordinary operations reach.
+    linear: how many times longer linear attention takes than on an H200. intra, inter: bytes per second of one GPU to
+    others of its machine, and to other machines."""
+
+    memory: float
+    products: float
+    products_fp32: float
+    attention: dict[int, tuple[float, float]]
+    memory_rate: float
+    linear: float
+    intra: float
+    inter: float
+    source: str
+    measured: bool
+    elementwise: float = 0.8
+
+
+HOPPER_ATTENTION = {64: (525, 530), 128: (600, 624)}
+GPUS = {
+    "H100": GPU(
+        memory=79.1 * GIB, products=600, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=3.03e12,
+        linear=1.17, intra=326e9, inter=45e9, measured=True,
+        source="SXM 80 GB: memory rate and linear attention measured (docs/log.md, linear_kernels_H100.json); products,"
+        " attention and links as on the H200, which has the same chip and links",
+    ),
+    "H200": GPU(
+        memory=139.8 * GIB, products=600, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=4.27e12,
+        linear=1.0, intra=326e9, inter=45e9, measured=True,
+        source="measured 2026-11-22: copies 4.27 TB/s, products of 8192 680 to 707 TFLOP/s (less in layers),"
+        " FlashAttention-4 600 to 660, NCCL all-gather over NVLink 326 GB/s; between machines 90 % of 400 Gb/s, assumed",
+    ),
+    "A100": GPU(
+        memory=79.1 * GIB, products=240, products_fp32=17, attention={64: (180, 165), 128: (200, 185)},
+        memory_rate=1.75e12, linear=2.4, intra=230e9, inter=22e9, measured=False,
+        source="SXM 80 GB, not measured: data sheet (2.04 TB/s, NVLink 600 GB/s), FlashAttention-2 as published"
+        " (arXiv 2307.08691), HDR 200 Gb/s",
+    ),
+    "B200": GPU(
+        memory=178.4 * GIB, products=1500, products_fp32=65, attention={64: (1000, 800), 128: (1400, 1100)},
+        memory_rate=7.0e12, linear=0.62, intra=650e9, inter=45e9, measured=False,
+        source="not measured: data sheet (8 TB/s, NVLink 1.8 TB/s), FlashAttention-4 as published (up to 71 % of peak"
+        " forward), 400 Gb/s",
+    ),
+}  # fmt: skip
+
+# Linear attention on an H200, K = V = 128, bf16: ns per token and head forward, and backward.
+LINEAR_NS = {
+    "none": (0.469, 1.127),  # taken as fixed
+    "fixed": (0.469, 1.127),  # 131,072 tokens, linear_kernels_H200_fixed.json
+    "scalar": (0.422, 1.544),  # the same
+    "channel": (1.072, 3.031),  # 32,768 tokens, linear_kernels_H200_peers.json
+    "gated_delta": (1.025, 3.615),  # 65,536 tokens, linear_flat_H200.json
+    "delta": (1.331, 4.215),  # 32,768 tokens, linear_kernels_H200_delta.json
+    "kda": (62.0, 922.0),  # plain PyTorch, the same
+    "whole": (4.0, 8.0),  # plain PyTorch without a causal mask, not measured
+}
+# Block-sparse attention: share of the dense rate forward, and backward. Not measured: expected of the kernels
+# (docs/sparse-attention.md); for blocks of 16 the rate of LLSA's public kernels on an H200.
+SPARSE_SHARE = {"TopBlocks": (0.7, 0.5), "Hierarchical": (0.18, 0.09)}
+LAUNCH_S = 8e-6  # for the host to launch one operation; assumed
+LATENCY_S = 5e-5  # of a small collective over NVLink: 48 us for 1 MiB on 4 H200
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`count` GPUs of one kind, `per_node` of them in a machine."""
+
+    name: str
+    count: int
+    per_node: int = PER_NODE
+
+    @property
+    def gpu(self) -> GPU:
+        return GPUS[self.name]
+
+    @property
+    def peak_tflops(self) -> float:
+        return PEAK_TFLOPS[self.name]
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.name}"
+
+
+def parse_gpus(text: str, per_node: int = PER_NODE) -> Cluster:
+    """`64xH200`, or `H200` for one. UserError for anything else."""
+    match = re.fullmatch(r"(?:(\d+)\s*[xX*])?\s*([A-Za-z]\w*)", text.strip())
+    kinds = ", ".join(GPUS)
+    if match is None or int(match[1] or 1) < 1:
+        raise UserError(f"--gpus {text}: write how many of which kind, such as 4xH200; kinds: {kinds}")
+    if match[2].upper() not in GPUS:
+        raise UserError(f"--gpus {text}: {match[2]} is not in the tables; kinds: {kinds}")
+    count = int(match[1] or 1)
+    if per_node < 1 or (count > per_node and count % per_node):
+        raise UserError(f"--gpus {text}: {count} GPUs do not fill machines of {per_node}; see --gpus-per-node")
+    return Cluster(match[2].upper(), count, min(count, per_node))
