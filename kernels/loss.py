@@ -41,7 +41,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        for start in range(0, len(hidden), chunk):
+        # Where there are shapes alone, the first chunk stands for all.
+        for start in range(0, min(len(hidden), chunk) if hidden.is_meta else len(hidden), chunk):
             rows = slice(start, start + chunk)
             ignored_C1 = (labels[rows] == IGNORED_LABEL)[:, None]
             label_C1 = labels[rows, None].masked_fill(ignored_C1, 0)

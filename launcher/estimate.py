@@ -187,7 +187,7 @@ def step_seconds(job: Job, measured: Measured) -> dict[str, float]:
     """Seconds of a step by component. Transfers count where nothing hides them."""
     gpu, times = job.cluster.gpu, Counter()
     products = (gpu.products if job.dtype == torch.bfloat16 else gpu.products_fp32) * 1e12
-    traffic = gpu.memory_rate * gpu.elementwise
+    traffic = gpu.memory_rate
     times["projections and MLP"] = sum(n for name, n in measured.flops.items() if name != LOSS) / products
     times["norms, gates, rotations"] = sum(n for name, n in measured.traffic.items() if name != LOSS) / traffic
     times["loss"] = measured.flops.get(LOSS, 0) / products + measured.traffic.get(LOSS, 0) / traffic
@@ -218,7 +218,7 @@ def call_seconds(job: Job, call) -> float:
         width = max((call.key_size + call.value_size) / 256, _padded(call.key_size) * _columns(call.value_size) / 2**14)
         return LINEAR_NS[call.detail][call.backward] * 1e-9 * tokens * call.heads * width * gpu.linear
     if call.kind == "convolution":
-        return (3 if call.backward else 2) * tokens * call.key_size * job.itemsize / (gpu.memory_rate * gpu.elementwise)
+        return (3 if call.backward else 2) * tokens * call.key_size * job.itemsize / gpu.memory_rate
     if call.kind == "softmax":
         pairs, share = sum(call.detail.pairs(Span(0, 0, length), length) for length in job.lengths), 1.0
     else:
@@ -301,7 +301,7 @@ def notes(job: Job) -> Iterator[str]:
 
 
 def largest(job: Job) -> tuple[int, int]:
-    """(the largest data.seq_len that fits, to 1024 tokens or an image; the largest power of two): 0 if none does."""
+    """(the largest data.seq_len that fits, within a hundredth; the largest power of two): 0 if none does."""
     unit = job.config.data.image_size**2 if job.config.model.task == "images" else 1024
 
     def spare(units: int) -> float:
@@ -309,21 +309,18 @@ def largest(job: Job) -> tuple[int, int]:
         measured = changed.measure()
         return usable(job.cluster) - sum(memory_at_peak(changed, measured).values())
 
-    # Memory grows nearly linearly, so the line through two points finds the end in a few steps.
-    low, high = max(1, job.config.data.seq_len // unit // 2), max(2, job.config.data.seq_len // unit)
-    known = {low: spare(low), high: spare(high)}
-    for _ in range(12):
+    # Memory grows nearly linearly: the line through the two points nearest to the limit finds it in a few steps.
+    start = max(2, job.config.data.seq_len // unit)
+    known = {units: spare(units) for units in (start // 2, start)}
+    fitting, failing = 0, math.inf
+    while failing - fitting > max(1, fitting >> 7):
         (a, at_a), (b, at_b) = sorted(known.items(), key=lambda point: abs(point[1]))[:2]
-        guess = max(1, math.floor(a + at_a * (b - a) / (at_a - at_b)) if at_a != at_b else 2 * max(a, b))
+        guess = math.floor(a + at_a * (b - a) / (at_a - at_b)) if at_a != at_b else 2 * max(a, b)
+        guess = min(max(guess, fitting + max(1, fitting >> 7)), failing - 1)
+        known[guess] = spare(guess)
         fitting = max((units for units, left in known.items() if left >= 0), default=0)
         failing = min((units for units, left in known.items() if left < 0), default=math.inf)
-        if failing - fitting <= max(1, fitting >> 7):
-            break
-        if not fitting < guess < failing:
-            guess = fitting + 1 if guess <= fitting else failing - 1
-        known[guess] = spare(guess)
-    best = max((units for units, left in known.items() if left >= 0), default=0) * unit
-    return best, 1 << (best.bit_length() - 1) if best else 0
+    return fitting * unit, 1 << ((fitting * unit).bit_length() - 1) if fitting else 0
 
 
 def refuse(job: Job, found: Estimate) -> None:

@@ -19,10 +19,10 @@ PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "A100":
 
 @dataclass(frozen=True)
 class GPU:
-    """memory: bytes that a process sees. products, products_fp32: TFLOP/s of matrix products of layers. attention: width of a head -> TFLOP/s of dense softmax attention forward, and
-    backward. memory_rate: bytes per second of copies. elementwise: share of it that ordinary operations reach.
-    linear: how many times longer linear attention takes than on an H200. intra, inter: bytes per second of one GPU to
-    others of its machine, and to other machines."""
+    """memory: bytes that a process sees. products, products_fp32: TFLOP/s of matrix products of layers. attention: width
+    of a head -> TFLOP/s of dense softmax attention forward, and backward. memory_rate: bytes per second of copies, which
+    other operations are taken to reach. linear: how many times longer linear attention takes than on an H200. intra,
+    inter: bytes per second of one GPU to others of its machine, and to other machines."""
 
     memory: float
     products: float
@@ -34,31 +34,30 @@ class GPU:
     inter: float
     source: str
     measured: bool
-    elementwise: float = 0.8
 
 
 HOPPER_ATTENTION = {64: (525, 530), 128: (600, 624)}
 GPUS = {
     "H100": GPU(
-        memory=79.1 * GIB, products=600, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=3.03e12,
+        memory=79.1 * GIB, products=680, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=3.03e12,
         linear=1.17, intra=326e9, inter=45e9, measured=True,
-        source="SXM 80 GB: memory rate and linear attention measured (docs/log.md, linear_kernels_H100.json); products,"
-        " attention and links as on the H200, which has the same chip and links",
+        source="SXM 80 GB: memory rate and linear attention measured (docs/log.md, linear_kernels_H100.json); attention"
+        " and links as on the H200, which has the same chip and links; products 680 TFLOP/s, assumed",
     ),
     "H200": GPU(
-        memory=139.8 * GIB, products=600, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=4.27e12,
+        memory=139.8 * GIB, products=700, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=4.27e12,
         linear=1.0, intra=326e9, inter=45e9, measured=True,
-        source="measured 2026-11-22: copies 4.27 TB/s, products of 8192 680 to 707 TFLOP/s (less in layers),"
+        source="measured 2026-11-22: copies 4.27 TB/s, products 700 TFLOP/s (whole layers, linear_layer_4xH200.json),"
         " FlashAttention-4 600 to 660, NCCL all-gather over NVLink 326 GB/s; between machines 90 % of 400 Gb/s, assumed",
     ),
     "A100": GPU(
-        memory=79.1 * GIB, products=240, products_fp32=17, attention={64: (180, 165), 128: (200, 185)},
+        memory=79.1 * GIB, products=250, products_fp32=17, attention={64: (180, 165), 128: (200, 185)},
         memory_rate=1.75e12, linear=2.4, intra=230e9, inter=22e9, measured=False,
         source="SXM 80 GB, not measured: data sheet (2.04 TB/s, NVLink 600 GB/s), FlashAttention-2 as published"
         " (arXiv 2307.08691), HDR 200 Gb/s",
     ),
     "B200": GPU(
-        memory=178.4 * GIB, products=1500, products_fp32=65, attention={64: (1000, 800), 128: (1400, 1100)},
+        memory=178.4 * GIB, products=1550, products_fp32=65, attention={64: (1000, 800), 128: (1400, 1100)},
         memory_rate=7.0e12, linear=0.62, intra=650e9, inter=45e9, measured=False,
         source="not measured: data sheet (8 TB/s, NVLink 1.8 TB/s), FlashAttention-4 as published (up to 71 % of peak"
         " forward), 400 Gb/s",

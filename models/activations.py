@@ -91,12 +91,15 @@ def measure(
     if gpu:
         fuse_norms(model)
     with meter:
-        with torch.device("meta"), _Kernels(gpu), meter.booked(EMBEDDING):
+        with _Kernels(gpu), meter.booked(EMBEDDING):
             inputs, seq = _inputs(config, lengths, tokens, world_size, gpu, meter)
             loss = model(*inputs, seq)
         kept = {name: count for name, count in meter.live.items() if count}
         with meter.booked(BACKWARD):
             loss.backward()
+    if config.task == "text":  # of the loss one chunk was run (kernels.loss)
+        for work in (meter.flops, meter.traffic):
+            work[LOSS] *= max(1.0, tokens / config.loss_chunk)
     return Measured(
         kept, meter.peak, meter.at_peak, dict(meter.flops), dict(meter.traffic), meter.launches, dict(meter.calls),
         sum(parameter.numel() for parameter in parameters),
@@ -225,7 +228,9 @@ class _FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, x):
-        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32)))
+        ctx.save_for_backward(
+            x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32))
+        )
         return x.neg()
 
     @staticmethod
@@ -238,17 +243,20 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         kept = torch.promote_types(dtype, torch.float32) if isinstance(module, Gate) else dtype
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(parameter.detach().to(kept)))
+            setattr(module, name, nn.Parameter(parameter.detach().to("meta", kept)))
 
 
 def _inputs(config, lengths, tokens, world_size, gpu, meter):
     """What a model takes in training, for this rank's tokens."""
+
+    def numbers(*shape, dtype=torch.int64):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
     with meter.booked(BATCH):
-        positions = torch.empty(tokens, dtype=torch.int64)
-        derived = {}
+        positions, derived = numbers(tokens), {}
         if config.task == "text":
-            inputs = [torch.empty(tokens, dtype=torch.int64) for _ in range(2)]
+            inputs = [numbers(tokens), numbers(tokens)]
         else:
-            inputs = [torch.empty(tokens, CHANNELS) for _ in range(2)] + [torch.empty(len(lengths))]
-            derived[pixels] = Pixels(*(torch.empty(tokens, dtype=torch.int64) for _ in range(3)))
+            inputs = [numbers(*shape, dtype=torch.float32) for shape in 2 * [(tokens, CHANNELS)] + [(len(lengths),)]]
+            derived[pixels] = Pixels(*(numbers(tokens) for _ in range(3)))
     return inputs, Outline(lengths, tokens, world_size, gpu, positions, meter.record, derived)

@@ -1,0 +1,141 @@
+"""`longspan plan`: against measured runs and counted parameters, and what it says about jobs that do not fit."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import longspan
+from longspan.launcher import cli
+from longspan.launcher.config import Config
+from longspan.launcher.errors import UserError
+from longspan.launcher.estimate import Job, estimate, largest, refuse
+from longspan.launcher.gpus import GIB, GPUS, Cluster, parse_gpus
+from longspan.models.flops import num_parameters
+
+RESULTS = Path(longspan.__file__).parent / "benchmarks" / "results"
+SMALL = [
+    "data.corpora=[{path: x}]", "model.num_layers=4", "model.hidden_size=256", "model.vocab_size=1000",
+    "train.dtype=bfloat16",
+]  # fmt: skip
+
+
+def job_of(*settings, gpus="2xH200", **options):
+    return Job(Config.load(None, [*SMALL, *settings]), parse_gpus(gpus), **options)
+
+
+def test_peaks_of_measured_runs_are_within_a_tenth():
+    for name, tokens in (("train_hybrid_0.4b_128k_2xH200", 2**17), ("train_hybrid_0.4b_512k_2xH200", 2**19)):
+        measured = json.loads((RESULTS / f"{name}.json").read_text())["summary"]["peak_mem_gb"]
+        found = estimate(Job(Config.load("hybrid-0.4b", [f"data.seq_len={tokens}"]), parse_gpus("2xH200")))
+        assert found.peak / GIB == pytest.approx(measured, rel=0.1)
+
+
+def test_times_of_measured_layers_are_within_a_tenth():
+    layers = {"fixed": "linear:fixed", "scalar": "linear:scalar", "gated_delta": "linear:gated_delta"}
+    rows = json.loads((RESULTS / "linear_layer_4xH200.json").read_text())["rows"]
+    alone = [row for row in rows if row["strategy"] == "alone"]
+    assert len(alone) >= 3
+    for row in alone:
+        settings = [
+            "model.num_layers=1", "model.hidden_size=2048", "model.num_heads=16", "model.vocab_size=256",
+            f"model.pattern=[{layers[row['family']]}]", f"data.seq_len={row['tokens_per_gpu']}",
+        ]  # fmt: skip
+        seconds = estimate(job_of(*settings, gpus="H200")).seconds
+        layer = sum(seconds.get(name, 0) for name in LAYER)
+        assert layer * 1000 == pytest.approx(row["ms"]["forward+backward"], rel=0.1), row["family"]
+
+
+LAYER = ("projections and MLP", "norms, gates, rotations", "linear attention", "short convolutions")
+
+
+def test_states_are_those_of_the_parameters_over_the_ranks_that_share_them():
+    config = job_of().config
+    count = num_parameters(config.model)
+    for gpus, settings, shards in (("2xH200", [], 2), ("16xH200", ["parallel.sharding=hsdp"], 8), ("H100", [], 1)):
+        found = estimate(job_of("data.seq_len=16K", *settings, gpus=gpus))
+        assert found.num_parameters == count
+        assert found.memory["parameters"] == 4 * count / shards
+        assert found.memory["optimizer state"] == 8 * count / shards
+
+
+def test_time_follows_the_work():
+    def seconds(*settings, **options):
+        return estimate(job_of("data.seq_len=256K", *settings, **options)).seconds
+
+    one, once = seconds(gpus="1xH200"), seconds()
+    assert once["softmax attention"] == pytest.approx(one["softmax attention"] / 2)
+    twice = seconds("train.global_batch=2")
+    assert twice["softmax attention"] == pytest.approx(2 * once["softmax attention"])
+    assert twice["optimizer"] == once["optimizer"]
+    # Attention is not recomputed, linear layers and products are.
+    again = seconds("train.checkpointing=full")
+    assert again["softmax attention"] == once["softmax attention"]
+    assert again["linear attention"] > 1.2 * once["linear attention"]
+    assert again["projections and MLP"] == pytest.approx(once["projections and MLP"] * 4 / 3, rel=0.1)
+    # Short documents: pairs fall, the rest stays.
+    short = seconds(document=2**12)
+    assert short["softmax attention"] == pytest.approx(once["softmax attention"] / 64, rel=0.01)
+    assert short["projections and MLP"] == once["projections and MLP"]
+    across = seconds("model.pattern=[softmax]", "data.seq_len=64K", gpus="16xH200")
+    assert across["communication, exposed"] > seconds("data.seq_len=64K", gpus="8xH200")["communication, exposed"]
+
+
+def test_every_gpu_and_kind_of_layer_has_rates():
+    kinds = "[softmax, llsa, sla, linear:none, linear:gla, linear:hgrn2, linear:mamba2, linear:gated_delta]"
+    for name in GPUS:
+        found = estimate(job_of("model.num_layers=8", f"model.pattern={kinds}", "data.seq_len=32K", gpus=f"4x{name}"))
+        assert 0 < found.mfu < 1 and sum(found.seconds.values()) == found.step_s
+        assert {"softmax attention", "sparse attention", "linear attention", "short convolutions"} <= {*found.seconds}
+
+
+def test_the_largest_sequence_fits_and_a_larger_one_does_not():
+    tokens, power = largest(job_of("train.checkpointing=full"))
+    assert power <= tokens < 2 * power
+    assert estimate(job_of("train.checkpointing=full", f"data.seq_len={tokens}")).fits
+    assert not estimate(job_of("train.checkpointing=full", f"data.seq_len={tokens + tokens // 64}")).fits
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_do():
+    job = job_of("data.seq_len=32M", "train.checkpointing=none")
+    found = estimate(job)
+    assert not found.fits
+    with pytest.raises(UserError, match="data.seq_len=33554432 does not fit on 2xH200") as caught:
+        refuse(job, found)
+    remedies = re.findall(r"(train\.\w+=\w+|--gpus \w+|data\.seq_len=\d+)", str(caught.value).split("what does:")[1])
+    assert len(remedies) >= 2
+    for remedy in remedies:
+        gpus = remedy.removeprefix("--gpus ") if remedy.startswith("--gpus") else "2xH200"
+        setting = [] if remedy.startswith("--gpus") else [remedy]
+        assert estimate(job_of("data.seq_len=32M", "train.checkpointing=none", *setting, gpus=gpus)).fits, remedy
+
+
+def test_gpus_are_read_and_mistakes_named():
+    assert parse_gpus("64xh200") == Cluster("H200", 64, 8)
+    assert parse_gpus("B200") == Cluster("B200", 1, 1)
+    for text, part in (("4xV100", "V100 is not in the tables"), ("0xH100", "such as 4xH200"), ("12xH100", "fill")):
+        with pytest.raises(UserError, match=part):
+            parse_gpus(text)
+
+
+def printed(capsys, *argv):
+    code = 0
+    try:
+        cli.main(["plan", *argv, *SMALL])
+    except SystemExit as end:
+        code = end.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_prints_a_table_json_or_one_line_of_refusal(capsys):
+    code, out, _ = printed(capsys, "--gpus", "2xH200", "--seq-len", "64K")
+    assert code == 0 and "tokens/s/GPU" in out and "bound by" in out and "largest data.seq_len that fits" in out
+    code, out, _ = printed(capsys, "--gpus", "2xH200", "--seq-len", "64K", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["fits"] and found["peak_bytes"] == sum(found["memory_bytes"].values())
+    code, out, err = printed(capsys, "--gpus", "1xH100", "--seq-len", "64M")
+    assert code == 1 and "peak" in out and len(err.strip().splitlines()) == 1 and "does not fit on 1xH100" in err
+    code, _, err = printed(capsys, "--gpu", "4xH200")
+    assert code == 1 and "did you mean --gpus?" in err
