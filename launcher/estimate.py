@@ -324,18 +324,20 @@ def largest(job: Job) -> tuple[int, int]:
 
 
 def refuse(job: Job, found: Estimate) -> None:
-    """Raises UserError for a job that does not fit, in a line that says which setting, alone, would make it fit."""
+    """Raises UserError for a job that does not fit, in a line that says which settings, each alone, would make it fit."""
     remedies = [text for text, changed in _alternatives(job) if estimate(changed).fits][:2]
     tokens, _ = largest(job)
     if tokens:
         remedies.append(f"data.seq_len={tokens} or less")
-    remedy = ", or ".join(remedies) or "none of more checkpointing, a smaller loss_chunk, 64 times the GPUs is enough"
-    kind = job.config.train.checkpointing
+    memory, config = job.cluster.gpu.memory / GIB, job.config
     raise UserError(
-        f"data.seq_len={job.config.data.seq_len} does not fit on {job.cluster} (train.checkpointing={kind}): a rank needs"
-        f" {found.peak / GIB:.1f} GiB, and {found.limit / GIB:.1f} of {job.cluster.gpu.memory / GIB:.1f} can be allocated;"
-        f" what does: {remedy}"
+        f"data.seq_len={config.data.seq_len} does not fit on {job.cluster} with train.checkpointing="
+        f"{config.train.checkpointing}: a rank needs {found.peak / GIB:.1f} GiB, and of {memory:.1f} GiB"
+        f" {found.limit / GIB:.1f} can be allocated; what does: {', or '.join(remedies) or NOTHING_FITS}"
     )
+
+
+NOTHING_FITS = "a smaller model, or more GPUs by more than 64 times"
 
 
 def _alternatives(job: Job) -> Iterator[tuple[str, Job]]:

@@ -31,8 +31,9 @@ def lines(job: Job, found: Estimate) -> list[str]:
     peak, limit = found.peak / GIB, found.limit / GIB
     activations = {name: size for name, size in found.memory.items() if name not in STATE}
     rows = [
-        f"{config.run.name} on {job.cluster}: {found.num_parameters:,} parameters, {found.tokens:,} tokens a step,"
-        f" {dp} data-parallel x {job.sp} sequence-parallel, {config.train.dtype}, checkpointing {config.train.checkpointing}",
+        f"{config.run.name} on {job.cluster}: {found.num_parameters:,} parameters, {found.tokens:,} tokens a step",
+        f"{dp} data-parallel x {job.sp} sequence-parallel, {config.train.dtype}, checkpointing"
+        f" {config.train.checkpointing}",
         "",
         *_table("memory of a rank at the peak, GiB", {name: found.memory[name] / GIB for name in STATE}),
         *_table("activations then", {name: size / GIB for name, size in activations.items()}),

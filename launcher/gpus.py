@@ -19,10 +19,10 @@ PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "A100":
 
 @dataclass(frozen=True)
 class GPU:
-    """memory: bytes that a process sees. products, products_fp32: TFLOP/s of matrix products of layers. attention: width
-    of a head -> TFLOP/s of dense softmax attention forward, and backward. memory_rate: bytes per second of copies, which
-    other operations are taken to reach. linear: how many times longer linear attention takes than on an H200. intra,
-    inter: bytes per second of one GPU to others of its machine, and to other machines."""
+    """memory: bytes that a process sees. products, products_fp32: TFLOP/s of matrix products of layers. attention:
+    width of a head -> TFLOP/s of dense softmax attention forward, and backward. memory_rate: bytes per second of
+    copies, which other operations are taken to reach. linear: how many times longer linear attention takes than on an
+    H200. intra, inter: bytes per second of one GPU to others of its machine, and to other machines."""
 
     memory: float
     products: float
@@ -48,7 +48,7 @@ GPUS = {
         memory=139.8 * GIB, products=700, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=4.27e12,
         linear=1.0, intra=326e9, inter=45e9, measured=True,
         source="measured 2026-11-22: copies 4.27 TB/s, products 700 TFLOP/s (whole layers, linear_layer_4xH200.json),"
-        " FlashAttention-4 600 to 660, NCCL all-gather over NVLink 326 GB/s; between machines 90 % of 400 Gb/s, assumed",
+        " FlashAttention-4 600 to 660, NCCL over NVLink 326 GB/s; between machines 90 % of 400 Gb/s, assumed",
     ),
     "A100": GPU(
         memory=79.1 * GIB, products=250, products_fp32=17, attention={64: (180, 165), 128: (200, 185)},
