@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
@@ -26,6 +27,7 @@ from longspan.launcher.gpus import (
 )
 from longspan.models.activations import GRADIENTS, LOSS, Measured, measure
 from longspan.models.flops import model_flops
+from longspan.models.parallelize import checkpoint_blocks
 from longspan.parallel.costs import KEY_PASSES, token_bytes, visible_share
 from longspan.parallel.geometry import Mask
 from longspan.parallel.layout import Span
@@ -131,11 +133,16 @@ class Job:
         changed = {name: replace(getattr(self.config, name), **values) for name, values in sections.items()}
         return replace(self, config=replace(self.config, **changed))
 
+    def prepare(self, model: nn.Module) -> None:
+        """What `parallelize` does that changes what layers keep."""
+        if self.config.train.checkpointing == "full":
+            checkpoint_blocks(model)
+
     def measure(self) -> Measured:
         """One micro-batch of a rank; gradients stay, sharded, from the first."""
         return measure(
             self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
-            checkpointing=self.config.train.checkpointing, gradient_bytes=MASTER / self.shards,
+            prepare=self.prepare, gradient_bytes=MASTER / self.shards,
         )  # fmt: skip
 
 
@@ -324,7 +331,7 @@ def largest(job: Job) -> tuple[int, int]:
 
 
 def refuse(job: Job, found: Estimate) -> None:
-    """Raises UserError for a job that does not fit, in a line that says which settings, each alone, would make it fit."""
+    """Raises UserError for a job that does not fit, in a line that names settings that, each alone, make it fit."""
     remedies = [text for text, changed in _alternatives(job) if estimate(changed).fits][:2]
     tokens, _ = largest(job)
     if tokens:

@@ -7,7 +7,7 @@ the count.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,6 @@ from longspan.models.config import CHANNELS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.diffusion import Pixels, pixels
 from longspan.models.layers import RMSNorm, SimpleRMSNorm
-from longspan.models.parallelize import checkpoint_blocks
 
 # What storages and work are booked under.
 BATCH, EMBEDDING, RESIDUAL, MLP, NORMS, LOSS = "batch", "embedding, angles", "residual stream", "MLP", "norms", "loss"
@@ -66,14 +65,15 @@ def measure(
     *,
     world_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
-    checkpointing: str = "none",
+    prepare: Callable[[nn.Module], object] = lambda model: None,
     gpu: bool = True,
     gradient_bytes: float = 0.0,
 ) -> Measured:
     """A step over documents with these lengths, of which this rank has its share of `world_size`.
 
     dtype: of compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of
-    GPUs. gradient_bytes: what stays of the gradient of one parameter once its block is done. The model is not compiled.
+    GPUs. prepare: does to the model what training does to it before it is sharded, such as checkpointing; it is not
+    compiled. gradient_bytes: what stays of the gradient of one parameter once its block is done.
     """
     lengths, meter = tuple(lengths), _Meter(gradient_bytes)
     with torch.device("meta"):
@@ -84,8 +84,7 @@ def measure(
         parameter.register_post_accumulate_grad_hook(meter.take_gradient)
         meter.ignore(parameter)
     book_layers(model, meter)
-    if checkpointing == "full":
-        checkpoint_blocks(model)
+    prepare(model)
     # A rank of several may hold one token more than others.
     tokens = -(-sum(lengths) // world_size)
     if gpu:

@@ -119,7 +119,7 @@ def test_saved_bytes_are_those_of_saved_tensors_hooks(kind):
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 def test_with_checkpointing_what_lives_is_counted(kind):
     config, lengths, dtype = config_of(kind), [211, 90], torch.bfloat16
-    found = kept(config, lengths, dtype=dtype, checkpointing="full")
+    found = kept(config, lengths, dtype=dtype, prepare=checkpoint_blocks)
     wanted = alive_bytes(step_of(config, lengths, dtype, "full"))
     # Lists of chosen blocks depend on the tokens, and have tables beside them.
     assert found == (pytest.approx(wanted, rel=2e-3) if kind in SPARSE_KINDS else wanted)
@@ -180,7 +180,7 @@ def test_products_are_the_model_flops_and_recomputation_adds_a_forward():
     wanted = model_flops_by_kind(config, [128])
     flops = measure(config, [128]).flops
     assert sum(flops.values()) == wanted["matmul"] + wanted["head"]
-    again = measure(config, [128], checkpointing="full").flops
+    again = measure(config, [128], prepare=checkpoint_blocks).flops
     # The last product of a block is not needed to recompute what it saves.
     last = 2 * 128 * 2 * config.mlp_width * config.hidden_size
     assert sum(again.values()) == wanted["matmul"] * 4 / 3 + wanted["head"] - last
@@ -188,7 +188,9 @@ def test_products_are_the_model_flops_and_recomputation_adds_a_forward():
 
 def test_peak_holds_the_logits_of_one_chunk_and_gradients_stay_by_share():
     def peak(chunk):
-        return measure(config_of("softmax", vocab_size=5000, loss_chunk=chunk), [512], checkpointing="full").at_peak
+        return measure(
+            config_of("softmax", vocab_size=5000, loss_chunk=chunk), [512], prepare=checkpoint_blocks
+        ).at_peak
 
     small, large = peak(128), peak(256)
     # fp32 logits and their gradient in bf16, while both exist.
