@@ -60,6 +60,12 @@ def test_states_are_those_of_the_parameters_over_the_ranks_that_share_them():
         assert found.memory["optimizer state"] == 8 * count / shards
 
 
+def test_a_gpu_keeps_some_memory_for_itself():
+    for gpus, memory in (("H100", 79.1), ("H200", 139.8)):
+        limit = estimate(job_of("data.seq_len=16K", gpus=gpus)).limit / GIB
+        assert 0.92 * memory < limit < memory - 2.5
+
+
 def test_time_follows_the_work():
     def seconds(*settings, **options):
         return estimate(job_of("data.seq_len=256K", *settings, **options)).seconds
