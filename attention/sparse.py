@@ -12,6 +12,7 @@ from longspan.attention.arguments import pick, resolve
 from longspan.attention.block_parts import STRATEGIES, Part, block_parts
 from longspan.attention.gather_rows import gather_rows
 from longspan.attention.hierarchy import Hierarchical
+from longspan.attention.linear_branch import Branch, LinearBranch
 from longspan.attention.recompute import keep, recall
 from longspan.attention.selections import TopBlocks
 from longspan.kernels.merge import merge
@@ -21,17 +22,17 @@ from longspan.parallel.exchange import start_all_gather
 
 @torch.compiler.disable
 def sparse_attention(
-    q, k, v, *, selection, causal=True, scale=None, layout=None, group=None, strategy="auto", seq=None
+    q, k, v, *, selection, linear=None, causal=True, scale=None, layout=None, group=None, strategy="auto", seq=None
 ):
     """softmax(scale * q k^T) v over the key blocks that `selection` chooses for every block of queries.
 
     q: [T, Hq, D]; k, v: [T, Hkv, D] with Hq a multiple of Hkv: this rank's tokens in the order of `layout`, one
     floating dtype; returns [T, Hq, D] in it; a query that sees nothing gets 0. fp64 is computed and sent in fp64, all
     else in fp32 where sums are made. scale defaults to D**-0.5. selection: TopBlocks or Hierarchical; it gets no
-    gradient. The result does not depend on the layout: blocks are those of documents. layout, group: a Layout and its
-    process group (None: one rank, by default one document). strategy: "fetch", blocks by request; "ring", all keys of
-    one rank after the other; "auto", by what is chosen. seq: a SequenceContext instead of those three. Raises
-    ValueError, on all ranks, for what does not fit.
+    gradient. linear: a LinearBranch to add, with TopBlocks. The result does not depend on the layout: blocks are those
+    of documents. layout, group: a Layout and its process group (None: one rank, by default one document). strategy:
+    "fetch", blocks by request; "ring", all keys of one rank after the other; "auto", by what is chosen. seq: a
+    SequenceContext instead of those three. Raises ValueError, on all ranks, for what does not fit.
     """
 
     def check():
@@ -43,37 +44,86 @@ def sparse_attention(
             raise ValueError(f"k has shape {tuple(k.shape)}; its head_dim must be that of q, {tuple(q.shape)}")
         if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
             raise ValueError(f"k has {k.shape[1]} heads, which does not divide the {q.shape[1]} heads of q")
+        if linear is not None:
+            if not isinstance(linear, LinearBranch) or not isinstance(selection, TopBlocks):
+                raise ValueError("linear is a LinearBranch beside TopBlocks, or None")
+            linear.check(q, k, selection, causal)
 
-    options = causal, scale, selection
-    seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, sparse=strategy)
+    options = causal, scale, selection, getattr(linear, "options", None)
+    tensors = {"q": q, "k": k, "v": v}
+    if isinstance(linear, LinearBranch):
+        tensors |= {"linear.q": linear.q, "linear.k": linear.k}
+    seq = resolve(seq, layout, group, tensors, check, options, sparse=strategy)
     strategy = pick(STRATEGIES, seq.parallel.sparse, "auto", "sparse strategy")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = selection.tables(seq, causal)
     coarse = selection.coarse(k, v, tables, lambda x: gather_rows(x, seq.parallel.group))
-    return _Attention.apply(q, k, v, *coarse, selection, tables, causal, seq.parallel.group, strategy, scale)
+    branch, own = None, (None,) * 4
+    if linear is not None:
+        branch = Branch(linear, selection, causal, seq)
+        own = linear.weight, linear.bias, linear.q, linear.k
+    group = seq.parallel.group
+    with torch.autocast(q.device.type, enabled=False):  # it would round sums of the branch
+        return _Attention.apply(q, k, v, *coarse, *own, branch, selection, tables, causal, group, strategy, scale)
 
 
 class _Attention(torch.autograd.Function):
-    """coarse_k, coarse_v: [rows, Hkv, D], keys and values that stand for many and are on every rank, or None."""
+    """coarse_k, coarse_v: [rows, Hkv, D], keys and values that stand for many and are on every rank, or None. weight,
+    bias, own_q, own_k: those of the linear branch; without own_q and own_k it takes q and k."""
 
     @staticmethod
-    def forward(ctx, q, k, v, coarse_k, coarse_v, selection, tables, causal, group, strategy, scale):
+    def forward(
+        ctx, q, k, v, coarse_k, coarse_v, weight, bias, own_q, own_k, branch, selection, tables, causal, group,
+        strategy, scale,
+    ):  # fmt: skip
         kept = recall()
+        own = (q if own_q is None else own_q, k if own_k is None else own_k)
+        if branch is not None:
+            sums, pending = branch.start(own[1], v, travels=kept is None)
         if kept is None:
             parts = _choose(q, k, coarse_k, selection, tables, causal, strategy, group)
-            kept = keep(_forward(q, (k, v), (coarse_k, coarse_v), parts, group, scale))
-        out, lse, parts, arrived = kept
-        out = out.detach()
-        ctx.save_for_backward(q, k, v, coarse_k, coarse_v, out, lse, *arrived)
-        ctx.rest = parts, group, scale
-        return out
+            found = _forward(q, (k, v), (coarse_k, coarse_v), parts, group, scale)
+            kept = keep((*found, None if branch is None else branch.finish(pending, sums)))
+        out, lse, parts, arrived, entry = kept
+        result, states = out.detach(), (None, None)
+        if branch is not None:
+            states = branch.states(*own, v, sums, entry, _with_keys(parts, (own[1], v), arrived))
+            result = branch.output(out, *own, v, *states, weight, bias)
+        saved = coarse_k, coarse_v, weight, bias, own_q, own_k, *states
+        ctx.save_for_backward(q, k, v, out.detach(), lse, *saved, *arrived)
+        ctx.rest = parts, group, scale, branch
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        q, k, v, coarse_k, coarse_v, out, lse, *arrived = ctx.saved_tensors
-        given = d_out.contiguous(), q, (k, v), (coarse_k, coarse_v), out, lse, arrived
-        return *_backward(*given, *ctx.rest), *[None] * 6
+        q, k, v, out, lse, coarse_k, coarse_v, *own, states, totals = ctx.saved_tensors[:13]
+        arrived, (parts, group, scale, branch) = ctx.saved_tensors[13:], ctx.rest
+        d_out, d_branch, work = d_out.contiguous(), [None] * 4, None
+        if branch is not None:
+            weight, bias, own_q, own_k = own
+            mine = q if own_q is None else own_q, k if own_k is None else own_k, v
+            first, work = branch.start_backward(d_out, *mine, states, totals, weight)
+        given = q, (k, v), (coarse_k, coarse_v), out, lse, arrived, parts, group, scale
+        gradients = _backward(d_out, *given, branch, work)
+        if branch is not None:
+            second = branch.gradients(parts[0], *mine[1:], work)
+            gradients[2] += second[1]
+            if own_q is None:
+                gradients[0] += first[0]
+                gradients[1] += second[0]
+            else:
+                d_branch[2:] = first[0].to(own_q.dtype), second[0].to(own_k.dtype)
+            d_branch[:2] = first[1].to(weight.dtype), first[2].to(bias.dtype)
+        inputs = q, k, v, coarse_k, coarse_v
+        gradients = [x if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)]
+        return *gradients, *d_branch, *[None] * 7
+
+
+def _with_keys(parts, local, arrived):
+    """(part, keys, values) of the parts that are no coarse keys."""
+    tensors = [local, *zip(arrived[::2], arrived[1::2])]
+    return [(part, *pair) for part, pair in zip([part for part in parts if not part.coarse], tensors, strict=True)]
 
 
 def _choose(q, k, coarse_k, selection, tables, causal, strategy, group) -> list[Part]:
@@ -118,7 +168,9 @@ def _forward(q, local, coarse, parts, group, scale):
     return out.to(q.dtype), lse, parts, arrived
 
 
-def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
+def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale, branch, work):
+    """Gradients of q, k and v in at least fp32 and of coarse keys and values. work: of the branch, or None; its
+    gradients of what arrived go back with the others, those of local tensors are left out."""
     dq, dk, dv = (torch.zeros_like(x, dtype=_wide(q)) for x in (q, *local))
     d_coarse, returning, arrived = (None, None), [], list(arrived)
     for number, part in enumerate(parts):
@@ -129,6 +181,8 @@ def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
             found, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale)
             dq += found
+        if work is not None and branch.rest and number > 0 and keys.shape[0]:
+            gradients = [x + y for x, y in zip(gradients, branch.part_gradients(part, keys, values, work))]
         if number == 0:
             dk += gradients[0]
             dv += gradients[1]
@@ -139,7 +193,7 @@ def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
     for part, pending, returned in returning:
         pending.wait()
         part.add_returned(returned, (dk, dv))
-    return dq.to(q.dtype), dk.to(local[0].dtype), dv.to(local[1].dtype), *d_coarse
+    return [dq, dk, dv, *d_coarse]
 
 
 def _wide(x):
