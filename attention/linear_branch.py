@@ -63,9 +63,7 @@ class LinearBranch:
         if given != (self.feature_map == "identity") or given != (self.q is not None or self.k is not None):
             raise ValueError("LinearBranch takes q and k with feature_map='identity', and only then")
         if given and self.over == "rest":
-            raise ValueError(
-                "LinearBranch over='rest' maps the keys that arrive itself; it takes no q and k of its own"
-            )
+            raise ValueError("LinearBranch over='rest' maps keys that arrive itself; it takes no q and k of its own")
         if given and (self.q.shape[:2] != q.shape[:2] or self.k.shape != (*k.shape[:2], self.q.shape[2])):
             raise ValueError(
                 f"LinearBranch has q {tuple(self.q.shape)} and k {tuple(self.k.shape)}; their tokens and heads must be"
@@ -119,7 +117,9 @@ def branch_tables(layout: Layout, rank, query_block, key_block, keep, causal: bo
     elif not causal:
         sums = (Blocks.of(offsets, WHOLE_BLOCK),) * 2
     if causal:
-        owner = np.searchsorted(queries.start, keys.start, side="right") - 1  # the query block around a key block
+        owner = (
+            np.searchsorted(queries.start.numpy(), keys.start.numpy(), side="right") - 1
+        )  # the query block around a key block
         forward = _passing(sums[0], queries, offsets, plan.linked, plan.forward.which, 1)
         backward = _passing(sums[1], queries, offsets, plan.linked, plan.backward.which, -1)
         backward = replace(backward, rows=backward.rows[owner])
@@ -129,7 +129,7 @@ def branch_tables(layout: Layout, rank, query_block, key_block, keep, causal: bo
     reads = forward.rows
     if over == "rest":
         length = np.array(layout.lengths)[queries.document.numpy()]
-        start = queries.position.numpy() // query_block * query_block
+        start = queries.position.numpy().astype(np.int64) // query_block * query_block
         candidates = start // key_block if causal else -(-length // key_block)
         some = torch.from_numpy(candidates > kept_of(candidates, keep))
         reads = torch.where(some, torch.arange(len(queries), dtype=torch.int32), -1)
@@ -143,7 +143,7 @@ def _summary(members, linked):
 
 def _members(blocks, offsets):
     """The blocks of every span."""
-    return [range(*ends) for ends in pairwise(np.searchsorted(blocks.start, offsets).tolist())]
+    return [range(*ends) for ends in pairwise(np.searchsorted(blocks.start.numpy(), offsets).tolist())]
 
 
 def _passing(sums, readers, offsets, linked, entered, direction) -> Way:

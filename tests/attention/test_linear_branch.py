@@ -1,6 +1,7 @@
 """sparse_attention with a linear branch on 1 to 8 ranks against its definition, token by token in fp64."""
 
 import zlib
+from dataclasses import replace
 from functools import cache
 
 import parity
@@ -13,7 +14,9 @@ from sparse_oracle import linear_branch
 from sparse_oracle import sparse_attention as definition
 from spawn import run_ranks
 
-from longspan.attention import LinearBranch, TopBlocks, sparse_attention
+from longspan.attention import Hierarchical, LinearBranch, TopBlocks, sparse_attention
+from longspan.attention import linear_branch as linear_branch_module
+from longspan.parallel import SequenceParallel, contiguous
 
 HEAD_SIZE = 6
 SMALL = {"query_block": 16, "key_block": 8}
@@ -117,3 +120,123 @@ def test_equals_the_definition(world_size):
             if not (error := parity.relative_error(x, wanted[name])) <= parity.TOLERANCE[case.dtype]:
                 problems.append(f"{case}: {name} is off by {error:.1e}")
     assert not problems, f"{len(problems)} problems\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize("variant", ["all", "all_full", "rest", "rest_full"])
+def test_triton_kernels_in_its_place(variant, monkeypatch):
+    fused = pytest.importorskip("longspan.kernels.block_states.fused", reason="Triton is not installed")
+    monkeypatch.setattr(linear_branch_module, "choose", lambda *arguments: (fused, None))
+    inputs, grad_out, kwargs = make_inputs(variant, (100,), torch.float32)
+    kwargs |= {"selection": replace(kwargs["selection"], query_block=32, key_block=16)}
+    wanted = with_gradients(
+        reference, {name: x.double() for name, x in inputs.items()}, grad_out, lengths=(100,), **kwargs
+    )
+    found = with_gradients(layer, inputs, grad_out, layout=contiguous((100,), 1), **kwargs)
+    assert all(parity.relative_error(found[name], x) < 1e-5 for name, x in wanted.items())
+
+
+@pytest.mark.parametrize("over", ["all", "rest"])
+def test_a_projection_of_zero_leaves_the_sparse_part(over):
+    inputs, grad_out, kwargs = make_inputs("rest", (200,))
+    inputs |= {name: torch.zeros_like(inputs[name]) for name in ("weight", "bias")}
+    found = with_gradients(layer, inputs, grad_out, **kwargs | {"over": over})
+    tensors = {name: inputs[name] for name in "qkv"}
+    plain = with_gradients(sparse_attention, tensors, grad_out, selection=kwargs["selection"])
+    for name, wanted in plain.items():
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-13)
+    assert found["dweight"].abs().min() > 0 and torch.allclose(found["dbias"], grad_out.sum((0, 1)))
+
+
+@pytest.mark.parametrize("variant", ["all", "rest", "rest_gqa", "rest_forced"])
+def test_no_token_reaches_an_earlier_one(variant):
+    inputs, _, kwargs = make_inputs(variant, (200,))
+    out = layer(**inputs, **kwargs)
+    for token in (0, 15, 16, 50, 111, 199):
+        changed = {name: x.clone() for name, x in inputs.items()}
+        for name in "qkv":
+            changed[name][token] += 3.0
+        new = layer(**changed, **kwargs)
+        assert torch.equal(new[:token], out[:token]) and not torch.equal(new[token:], out[token:])
+
+
+def test_nothing_left_reads_nothing():
+    """Where all blocks are chosen, or their weight is lost in what was taken out, only the bias is added."""
+    inputs, grad_out, kwargs = make_inputs("rest_full", (64,), torch.float32)
+    sparse = {"selection": TopBlocks(8, **SMALL), "causal": False}
+    plain = sparse_attention(inputs["q"], inputs["k"], inputs["v"], **sparse) + inputs["bias"]
+    found = with_gradients(layer, inputs, grad_out, **kwargs | sparse)
+    assert torch.equal(found["out"], plain) and not found["dweight"].any()
+    # One block is left, and no query's features agree with its keys: a weight of e^-40 beside those of the others.
+    inputs["q"] = 40 * torch.nn.functional.one_hot(torch.zeros(64, 2, dtype=torch.int64), HEAD_SIZE).float()
+    inputs["k"] = inputs["q"].clone()
+    inputs["k"][8:16] = inputs["k"][8:16].roll(1, -1)
+    sparse["selection"] = TopBlocks(7, **SMALL)
+    found = with_gradients(layer, inputs, grad_out, **kwargs | sparse)
+    plain = sparse_attention(inputs["q"], inputs["k"], inputs["v"], **sparse) + inputs["bias"]
+    assert torch.equal(found["out"], plain) and all(x.isfinite().all() for x in found.values())
+
+
+def test_a_block_that_is_taken_out_leaves_nothing_behind():
+    """In bf16, with most of the weight on chosen blocks: as exact as bf16 is about what is left."""
+    inputs, grad_out, kwargs = make_inputs("rest_full", (600,), torch.bfloat16)
+    kwargs |= {"selection": TopBlocks(0.9, **SMALL), "feature_map": "softmax"}
+    inputs["bias"] = torch.zeros_like(inputs["bias"])
+    wide = {name: x.double() for name, x in inputs.items()}
+    sparse = {"selection": kwargs["selection"], "causal": False}
+    chosen = sparse_attention(*(wide[name] for name in "qkv"), **sparse)
+    wanted = layer(**wide, **kwargs) - chosen
+    found = layer(**inputs, **kwargs).double() - sparse_attention(*(inputs[name] for name in "qkv"), **sparse).double()
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+GOOD = {"weight": torch.zeros(4, 4), "bias": torch.zeros(4)}
+
+
+@pytest.mark.parametrize(
+    "branch, change, message",
+    [
+        ({"over": "some"}, {}, "LinearBranch.over='some' is unknown; use all or rest"),
+        ({"feature_map": "relu"}, {}, "LinearBranch.feature_map='relu' is unknown; use softmax, elu1, identity"),
+        (
+            {"weight": torch.zeros(4, 3)}, {},
+            "LinearBranch has a weight (4, 3) and a bias (4,); heads of 4 need (4, 4) and (4,)",
+        ),
+        (
+            {"feature_map": "identity"}, {},
+            "LinearBranch takes q and k with feature_map='identity', and only then",
+        ),
+        (
+            {"q": torch.zeros(8, 4, 4)}, {},
+            "LinearBranch takes q and k with feature_map='identity', and only then",
+        ),
+        (
+            {"feature_map": "identity", "over": "rest", "q": torch.zeros(8, 4, 4), "k": torch.zeros(8, 2, 4)}, {},
+            "LinearBranch over='rest' maps keys that arrive itself; it takes no q and k of its own",
+        ),
+        (
+            {"feature_map": "identity", "q": torch.zeros(8, 4, 6), "k": torch.zeros(8, 2, 4)}, {},
+            "LinearBranch has q (8, 4, 6) and k (8, 2, 4); their tokens and heads must be those of (8, 4, 4) and"
+            " (8, 2, 4), and their widths equal",
+        ),
+        (
+            {"over": "rest"}, {"selection": TopBlocks(2, 12, 8)},
+            "LinearBranch over='rest' under a causal mask needs whole key blocks in a query block, not key_block=8 in"
+            " query_block=12",
+        ),
+        ({}, {"selection": Hierarchical()}, "linear is a LinearBranch beside TopBlocks, or None"),
+    ],
+)  # fmt: skip
+def test_refusals(branch, change, message):
+    given = {"q": torch.zeros(8, 4, 4), "k": torch.zeros(8, 2, 4), "v": torch.zeros(8, 2, 4), "selection": TopBlocks()}
+    with pytest.raises(ValueError) as error:
+        sparse_attention(**given | change, linear=LinearBranch(**GOOD | branch))
+    assert str(error.value) == message
+
+
+def test_passing_states_from_rank_to_rank_needs_a_direction():
+    seq = SequenceParallel(linear="lasp").context(contiguous((8,), 1))
+    x = torch.zeros(8, 1, 4)
+    with pytest.raises(
+        ValueError, match="strategy 'lasp' passes states in causal order; with causal=False use 'lasp2'"
+    ):
+        sparse_attention(x, x, x, selection=TopBlocks(), linear=LinearBranch(**GOOD), causal=False, seq=seq)

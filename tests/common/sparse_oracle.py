@@ -148,3 +148,16 @@ def feature(x, name):
     if name == "softmax":
         return x.softmax(-1)
     return torch.nn.functional.elu(x) + 1 if name == "elu1" else x
+
+
+def random_lists(queries, keys, heads, most, causal, generator):
+    """[heads, M, most]: 0 to `most` key blocks of the same document, under `causal` none of the future."""
+    chosen = torch.full((heads, len(queries), most), -1)
+    for head in range(heads):
+        for i in range(len(queries)):
+            last = queries.position[i] + queries.length[i] - 1
+            allowed = (keys.document == queries.document[i]) & ((keys.position <= last) if causal else True)
+            allowed = allowed.nonzero().flatten()
+            count = int(torch.randint(0, min(most, len(allowed)) + 1, (), generator=generator))
+            chosen[head, i, :count] = allowed[torch.randperm(len(allowed), generator=generator)[:count]]
+    return chosen
