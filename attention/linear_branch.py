@@ -117,12 +117,10 @@ def branch_tables(layout: Layout, rank, query_block, key_block, keep, causal: bo
     elif not causal:
         sums = (Blocks.of(offsets, WHOLE_BLOCK),) * 2
     if causal:
-        owner = (
-            np.searchsorted(queries.start.numpy(), keys.start.numpy(), side="right") - 1
-        )  # the query block around a key block
+        around = np.searchsorted(queries.start.numpy(), keys.start.numpy(), side="right") - 1  # the query blocks
         forward = _passing(sums[0], queries, offsets, plan.linked, plan.forward.which, 1)
         backward = _passing(sums[1], queries, offsets, plan.linked, plan.backward.which, -1)
-        backward = replace(backward, rows=backward.rows[owner])
+        backward = replace(backward, rows=backward.rows[around])
     else:
         readers = queries, keys
         forward, backward = (_whole(*x, offsets, plan.linked, plan.whole.which) for x in zip(sums, readers))
@@ -150,12 +148,12 @@ def _passing(sums, readers, offsets, linked, entered, direction) -> Way:
     """Every reader gets what comes before it, or after: sums are cut where readers are."""
     members = [blocks[::direction] for blocks in _members(sums, offsets)]
     entry = {span: n for n, span in enumerate(entered)}
-    rows, chains = np.full(len(readers), -1, np.int32), []
+    rows, chains, starts = np.full(len(readers), -1, np.int32), [], sums.start.tolist()
     reader_at = {start: n for n, start in enumerate(readers.start.tolist())}
     for span, blocks in enumerate(members):
         chain = []
         for place, block in enumerate(blocks):
-            reader = reader_at.get(int(sums.start[block]), -1)
+            reader = reader_at.get(starts[block], -1)
             if reader >= 0 and (place or span in entry):
                 rows[reader] = reader
             chain.append((block if place < len(blocks) - 1 else -1, rows[reader] if reader >= 0 else -1))

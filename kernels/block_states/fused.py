@@ -6,7 +6,7 @@ from longspan.kernels.block_states.keys import key_gradients_kernel, listed_kern
 from longspan.kernels.block_states.queries import output_kernel, query_gradients_kernel
 from longspan.kernels.linear.splits import padded, unit_stride
 
-STEP = 64  # rows that a sum takes at once
+STEP = 64  # rows that sums and gradients of keys take at once: with more, registers spill
 TILE, TAKE = 1024, 8  # numbers of a state, and states of a list, that are added at once
 
 
@@ -79,11 +79,13 @@ def key_gradients(k, v, states, rows, blocks, feature_map, inside=None):
     k, v = unit_stride(k), unit_stride(v)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     q, d_num, d_den = (k, v, k) if inside is None else (unit_stride(inside[0]), *inside[1:])
+    at_once = min(STEP, blocks.size)
+    parts = blocks.size // at_once
     if len(blocks):
-        key_gradients_kernel[(len(blocks) * k.shape[1],)](
+        key_gradients_kernel[(len(blocks) * parts * k.shape[1],)](
             k, v, states, rows, q, d_num, d_den, dk, dv, blocks.start, blocks.length, *_strides(k, v, q), k.shape[1],
-            q.shape[1] // k.shape[1], *_sizes(k, v), blocks.size, feature_map, inside is not None,
-            **_options(k, blocks.size),
+            q.shape[1] // k.shape[1], *_sizes(k, v), at_once, parts, feature_map, inside is not None,
+            **_options(k, at_once) | {"num_stages": 1},  # the loop is short
         )  # fmt: skip
     return dk, dv
 

@@ -80,35 +80,41 @@ def key_gradients_kernel(
     k_ptr, v_ptr, states_ptr, rows_ptr, q_ptr, d_num_ptr, d_den_ptr, dk_ptr, dv_ptr, start_ptr, length_ptr,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, q_stride_t, q_stride_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, MAP: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, INSIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk [T, HEADS, K] and dv [T, HEADS, V] of one block and head, from the gradient of the state that it is in and,
-    INSIDE, from queries of the same block."""
-    block, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    """dk [T, HEADS, K] and dv [T, HEADS, V] of one of PARTS of a block, ROWS rows, and one head: from the gradient of
+    the state that they are in and, INSIDE, from queries of the same block."""
+    block, head = tl.program_id(0) // (HEADS * PARTS), tl.program_id(0) % HEADS
+    part = tl.program_id(0) // HEADS % PARTS
     first, count = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
-    row = tl.arange(0, ROWS)
+    row = part * ROWS + tl.arange(0, ROWS)
     valid = row < count
-    k = load_tile(k_ptr + first * k_stride_t + head * k_stride_h, row, k_stride_t, 0, valid, K, BLOCK_K)
+    k_ptr += first * k_stride_t + head * k_stride_h
+    k = load_tile(k_ptr, row, k_stride_t, 0, valid, K, BLOCK_K)
     v = load_tile(v_ptr + first * v_stride_t + head * v_stride_h, row, v_stride_t, 0, valid, V, BLOCK_V)
-    phi = mapped(k, valid, MAP, K, BLOCK_K)
-    rounded = phi.to(k.dtype)
+    rounded = mapped(k, valid, MAP, K, BLOCK_K).to(k.dtype)
     state, normalizer = load_state(states_ptr, tl.load(rows_ptr + block), head, k.dtype, HEADS, K, V, BLOCK_K, BLOCK_V)
     dv = tl.dot(rounded, state, input_precision=PRECISION)
     d_phi = tl.zeros([ROWS, BLOCK_K], tl.float32) + normalizer[None, :]
     d_phi = tl.dot(v, tl.trans(state), d_phi, input_precision=PRECISION)
     if INSIDE:
-        for member in range(head * GROUP, (head + 1) * GROUP):
-            q = load_tile(q_ptr + first * q_stride_t + member * q_stride_h, row, q_stride_t, 0, valid, K, BLOCK_K)
+        for turn in range(part * GROUP, PARTS * GROUP):
+            query, member = turn // GROUP * ROWS + tl.arange(0, ROWS), head * GROUP + turn % GROUP
+            asks = query < count
+            q = load_tile(q_ptr + first * q_stride_t + member * q_stride_h, query, q_stride_t, 0, asks, K, BLOCK_K)
             at = first * HEADS * GROUP + member
-            d_num = load_tile(d_num_ptr + at * V, row, HEADS * GROUP * V, 0, valid, V, BLOCK_V)
-            d_den = tl.load(d_den_ptr + at + row * HEADS * GROUP, mask=valid, other=0.0)
-            phi_q = mapped(q, valid, MAP, K, BLOCK_K).to(k.dtype)
-            seen = row[:, None] <= row[None, :]
+            d_num = load_tile(d_num_ptr + at * V, query, HEADS * GROUP * V, 0, asks, V, BLOCK_V)
+            d_den = tl.load(d_den_ptr + at + query * HEADS * GROUP, mask=asks, other=0.0)
+            phi_q = mapped(q, asks, MAP, K, BLOCK_K).to(k.dtype)
+            seen = row[:, None] <= query[None, :]
             scores = tl.where(seen, tl.dot(rounded, tl.trans(phi_q), input_precision=PRECISION), 0.0)
             dv = tl.dot(scores.to(k.dtype), d_num, dv, input_precision=PRECISION)
             d_scores = tl.dot(v, tl.trans(d_num), input_precision=PRECISION) + d_den[None, :]
             d_scores = tl.where(seen, d_scores, 0.0)
             d_phi = tl.dot(d_scores.to(k.dtype), phi_q, d_phi, input_precision=PRECISION)
     at = first * HEADS + head
-    store_tile(dk_ptr + at * K, row, HEADS * K, 0, valid, map_gradient(k, phi, d_phi, MAP), K, BLOCK_K)
     store_tile(dv_ptr + at * V, row, HEADS * V, 0, valid, dv, V, BLOCK_V)
+    k = load_tile(k_ptr, row, k_stride_t, 0, valid, K, BLOCK_K)  # phi(k) did not stay in registers
+    dk = map_gradient(k, mapped(k, valid, MAP, K, BLOCK_K), d_phi, MAP)
+    store_tile(dk_ptr + at * K, row, HEADS * K, 0, valid, dk, K, BLOCK_K)

@@ -51,26 +51,25 @@ def read(
     KEY_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, MAP: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the queries of a block read: (q, phi(q) in fp32, S, z, o, inverse of the denominator, first row, rows)."""
+    """What the queries of a block read: (S, z, o in fp32, inverse of the denominator, first row, rows, valid)."""
     first, count = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
     row = tl.arange(0, ROWS)
     valid = row < count
     q = load_tile(q_ptr + first * q_stride_t + head * q_stride_h, row, q_stride_t, 0, valid, K, BLOCK_K)
-    phi = mapped(q, valid, MAP, K, BLOCK_K)
-    rounded = phi.to(q.dtype)
+    phi = mapped(q, valid, MAP, K, BLOCK_K).to(q.dtype)
     state_row = tl.load(rows_ptr + block)
     state, normalizer = load_state(states_ptr, state_row, key_head, q.dtype, KEY_HEADS, K, V, BLOCK_K, BLOCK_V)
     key = tl.arange(0, BLOCK_K)
     totals_ptr += (state_row.to(tl.int64) * KEY_HEADS + key_head) * K
     totals = tl.load(totals_ptr + key, mask=(key < K) & (state_row >= 0), other=0.0)
-    value = tl.dot(rounded, state, input_precision=PRECISION)
-    denominator = tl.sum(rounded.to(tl.float32) * normalizer[None, :], 1)
-    total = tl.sum(rounded.to(tl.float32) * totals[None, :], 1)
+    value = tl.dot(phi, state, input_precision=PRECISION)
+    denominator = tl.sum(phi.to(tl.float32) * normalizer[None, :], 1)
+    total = tl.sum(phi.to(tl.float32) * totals[None, :], 1)
     if INSIDE:
         k = load_tile(k_ptr + first * k_stride_t + key_head * k_stride_h, row, k_stride_t, 0, valid, K, BLOCK_K)
         v = load_tile(v_ptr + first * v_stride_t + key_head * v_stride_h, row, v_stride_t, 0, valid, V, BLOCK_V)
         phi_k = mapped(k, valid, MAP, K, BLOCK_K).to(q.dtype)
-        scores = tl.dot(rounded, tl.trans(phi_k), input_precision=PRECISION)
+        scores = tl.dot(phi, tl.trans(phi_k), input_precision=PRECISION)
         scores = tl.where(row[:, None] >= row[None, :], scores, 0.0)
         value = tl.dot(scores.to(v.dtype), v, value, input_precision=PRECISION)
         within = tl.sum(scores, 1)
@@ -78,4 +77,4 @@ def read(
         total += within
     there = denominator > lost * total
     inverse = tl.where(there, 1.0 / tl.where(there, denominator, 1.0), 0.0)
-    return q, phi, state, normalizer, value * inverse[:, None], inverse, first, row, valid
+    return state, normalizer, value * inverse[:, None], inverse, first, row, valid
