@@ -87,7 +87,8 @@ class _Attention(torch.autograd.Function):
         out, lse, parts, arrived, entry = kept
         result, states = out.detach(), (None, None)
         if branch is not None:
-            states = branch.states(*own, v, sums, entry, _with_keys(parts, (own[1], v), arrived))
+            tensors = [(own[1], v), *zip(arrived[::2], arrived[1::2])]
+            states = branch.states(*own, v, sums, entry, [(part, *x) for part, x in zip(parts, tensors, strict=True)])
             result = branch.output(out, *own, v, *states, weight, bias)
         saved = coarse_k, coarse_v, weight, bias, own_q, own_k, *states
         ctx.save_for_backward(q, k, v, out.detach(), lse, *saved, *arrived)
@@ -97,11 +98,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        q, k, v, out, lse, coarse_k, coarse_v, *own, states, totals = ctx.saved_tensors[:13]
-        arrived, (parts, group, scale, branch) = ctx.saved_tensors[13:], ctx.rest
+        q, k, v, out, lse, coarse_k, coarse_v, weight, bias, own_q, own_k, states, totals, *arrived = ctx.saved_tensors
+        parts, group, scale, branch = ctx.rest
         d_out, d_branch, work = d_out.contiguous(), [None] * 4, None
         if branch is not None:
-            weight, bias, own_q, own_k = own
             mine = q if own_q is None else own_q, k if own_k is None else own_k, v
             first, work = branch.start_backward(d_out, *mine, states, totals, weight)
         given = q, (k, v), (coarse_k, coarse_v), out, lse, arrived, parts, group, scale
@@ -118,12 +118,6 @@ class _Attention(torch.autograd.Function):
         inputs = q, k, v, coarse_k, coarse_v
         gradients = [x if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)]
         return *gradients, *d_branch, *[None] * 7
-
-
-def _with_keys(parts, local, arrived):
-    """(part, keys, values) of the parts that are no coarse keys."""
-    tensors = [local, *zip(arrived[::2], arrived[1::2])]
-    return [(part, *pair) for part, pair in zip([part for part in parts if not part.coarse], tensors, strict=True)]
 
 
 def _choose(q, k, coarse_k, selection, tables, causal, strategy, group) -> list[Part]:
