@@ -216,7 +216,7 @@ class Branch:
         )  # fmt: skip
 
     def start_backward(self, d_out, q, k, v, states, totals, weight):
-        """Gradients of (q, weight, bias), and what `gradients` takes; starts passing gradients of states."""
+        """Gradients of q, weight and bias, and what `gradients` takes; starts passing gradients of states."""
         form, backward = self._form(k, v), self.tables.backward
         dq, d_num, d_den, value = form.query_gradients(
             d_out, q, k, v, states, totals, self.tables.reads, self.tables.queries, weight, self.feature_map,
@@ -225,18 +225,18 @@ class Branch:
         sums = form.sums(q, d_num, d_den, backward.sums, self.feature_map, k.shape[1], state_dtype(k.dtype))
         d_weight = d_out.flatten(0, 1).to(value.dtype).T @ value.flatten(0, 1)
         d_bias = d_out.sum((0, 1), dtype=totals.dtype)
-        return (dq, d_weight, d_bias), (q, d_num, d_den, sums, self._scan("backward", backward, sums))
+        return dq, d_weight, d_bias, (q, d_num, d_den, sums, self._scan("backward", backward, sums))
 
-    def part_gradients(self, part, keys, values, going):
-        """(dk, dv) of keys that arrived."""
+    def part_gradients(self, part, keys, values, going, onto):
+        """(dk, dv) of keys that arrived, added to those in `onto`."""
         form, sums = self._form(keys, values), going[3]
         options = {"transposed": True, "heads": keys.shape[1], "dtype": state_dtype(keys.dtype)}
         states = form.listed(None, None, sums, part.plan, **options)
         rows = torch.arange(len(part.plan.keys), dtype=torch.int32, device=keys.device)
-        return form.key_gradients(keys, values, states, rows, part.plan.keys, self.feature_map)
+        return form.key_gradients(keys, values, states, rows, part.plan.keys, self.feature_map, onto=onto)
 
-    def gradients(self, part, k, v, going):
-        """(dk, dv) of the local keys. part: what is attended to among them."""
+    def gradients(self, part, k, v, going, onto):
+        """(dk, dv) of the local keys, added to those in `onto` that are not None. part: what is attended to of them."""
         q, d_num, d_den, sums, pending = going
         form, backward = self._form(k, v), self.tables.backward
         states = fold_chains(sums, None, backward.inner, self.finish(pending, sums))
@@ -246,7 +246,7 @@ class Branch:
             states = form.listed(states, rows, sums, part.plan, **options)
             rows = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
         inside = (q, d_num, d_den) if self.inside else None
-        return form.key_gradients(k, v, states, rows, self.tables.keys, self.feature_map, inside)
+        return form.key_gradients(k, v, states, rows, self.tables.keys, self.feature_map, inside, onto)
 
     def finish(self, pending, sums):
         """What enters spans, [n, Hkv, 1, K * V + K] in at least fp32."""

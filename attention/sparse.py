@@ -103,18 +103,17 @@ class _Attention(torch.autograd.Function):
         d_out, d_branch, work = d_out.contiguous(), [None] * 4, None
         if branch is not None:
             mine = q if own_q is None else own_q, k if own_k is None else own_k, v
-            first, work = branch.start_backward(d_out, *mine, states, totals, weight)
+            d_own_q, d_weight, d_bias, work = branch.start_backward(d_out, *mine, states, totals, weight)
+            d_branch[:2] = d_weight.to(weight.dtype), d_bias.to(bias.dtype)
         given = q, (k, v), (coarse_k, coarse_v), out, lse, arrived, parts, group, scale
         gradients = _backward(d_out, *given, branch, work)
         if branch is not None:
-            second = branch.gradients(parts[0], *mine[1:], work)
-            gradients[2] += second[1]
+            onto = (gradients[1] if own_k is None else None), gradients[2]
+            d_own_k, gradients[2] = branch.gradients(parts[0], *mine[1:], work, onto)
             if own_q is None:
-                gradients[0] += first[0]
-                gradients[1] += second[0]
+                gradients[:2] = gradients[0].add_(d_own_q), d_own_k
             else:
-                d_branch[2:] = first[0].to(own_q.dtype), second[0].to(own_k.dtype)
-            d_branch[:2] = first[1].to(weight.dtype), first[2].to(bias.dtype)
+                d_branch[2:] = d_own_q.to(own_q.dtype), d_own_k.to(own_k.dtype)
         inputs = q, k, v, coarse_k, coarse_v
         gradients = [x if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)]
         return *gradients, *d_branch, *[None] * 7
@@ -163,10 +162,10 @@ def _forward(q, local, coarse, parts, group, scale):
 
 
 def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale, branch, work):
-    """Gradients of q, k and v in at least fp32 and of coarse keys and values. work: of the branch, or None; its
-    gradients of what arrived go back with the others, those of local tensors are left out."""
-    dq, dk, dv = (torch.zeros_like(x, dtype=_wide(q)) for x in (q, *local))
-    d_coarse, returning, arrived = (None, None), [], list(arrived)
+    """Gradients of q, k and v, in at least fp32 where several are added, and of coarse keys and values. work: of the
+    branch, or None; its gradients of what arrived go back with the others, those of local tensors are left out."""
+    dtype = _wide(q) if len(parts) > 1 else q.dtype
+    dq, d_coarse, returning, arrived = None, (None, None), [], list(arrived)
     for number, part in enumerate(parts):
         keys, values = local if number == 0 else coarse if part.coarse else (arrived.pop(0), arrived.pop(0))
         if not q.shape[0] or not len(part.plan.keys):
@@ -174,12 +173,11 @@ def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale, b
         else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
             found, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale)
-            dq += found
+            dq = found.to(dtype) if dq is None else dq.add_(found)
         if work is not None and branch.rest and number > 0 and keys.shape[0]:
-            gradients = [x + y for x, y in zip(gradients, branch.part_gradients(part, keys, values, work))]
+            gradients = branch.part_gradients(part, keys, values, work, gradients)
         if number == 0:
-            dk += gradients[0]
-            dv += gradients[1]
+            dk, dv = (x.to(dtype) for x in gradients)
         elif part.coarse:
             d_coarse = gradients
         else:
@@ -187,7 +185,7 @@ def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale, b
     for part, pending, returned in returning:
         pending.wait()
         part.add_returned(returned, (dk, dv))
-    return [dq, dk, dv, *d_coarse]
+    return [torch.zeros_like(q) if dq is None else dq, dk, dv, *d_coarse]
 
 
 def _wide(x):

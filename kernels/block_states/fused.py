@@ -75,9 +75,9 @@ def query_gradients(d_out, q, k, v, states, totals, rows, queries, weight, featu
     return dq, d_num, d_den, value
 
 
-def key_gradients(k, v, states, rows, blocks, feature_map, inside=None):
+def key_gradients(k, v, states, rows, blocks, feature_map, inside=None, onto=(None, None)):
     k, v = unit_stride(k), unit_stride(v)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    dk, dv = (x.new_empty(x.shape) if total is None else total.contiguous() for x, total in zip((k, v), onto))
     q, d_num, d_den = (k, v, k) if inside is None else (unit_stride(inside[0]), *inside[1:])
     at_once = min(STEP, blocks.size)
     parts = blocks.size // at_once
@@ -85,6 +85,7 @@ def key_gradients(k, v, states, rows, blocks, feature_map, inside=None):
         key_gradients_kernel[(len(blocks) * parts * k.shape[1],)](
             k, v, states, rows, q, d_num, d_den, dk, dv, blocks.start, blocks.length, *_strides(k, v, q), k.shape[1],
             q.shape[1] // k.shape[1], *_sizes(k, v), at_once, parts, feature_map, inside is not None,
+            *(x is not None for x in onto),
             **_options(k, at_once) | {"num_stages": 1},  # the loop is short
         )  # fmt: skip
     return dk, dv

@@ -81,10 +81,10 @@ def key_gradients_kernel(
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, q_stride_t, q_stride_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, INSIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ADD_K: tl.constexpr, ADD_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk [T, HEADS, K] and dv [T, HEADS, V] of one of PARTS of a block, ROWS rows, and one head: from the gradient of
-    the state that they are in and, INSIDE, from queries of the same block."""
+    the state that they are in and, INSIDE, from queries of the same block. ADD_K, ADD_V: added to what is there."""
     block, head = tl.program_id(0) // (HEADS * PARTS), tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
     first, count = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
@@ -114,7 +114,11 @@ def key_gradients_kernel(
             d_scores = tl.where(seen, d_scores, 0.0)
             d_phi = tl.dot(d_scores.to(k.dtype), phi_q, d_phi, input_precision=PRECISION)
     at = first * HEADS + head
+    if ADD_V:
+        dv += load_tile(dv_ptr + at * V, row, HEADS * V, 0, valid, V, BLOCK_V).to(tl.float32)
     store_tile(dv_ptr + at * V, row, HEADS * V, 0, valid, dv, V, BLOCK_V)
     k = load_tile(k_ptr, row, k_stride_t, 0, valid, K, BLOCK_K)  # phi(k) did not stay in registers
     dk = map_gradient(k, mapped(k, valid, MAP, K, BLOCK_K), d_phi, MAP)
+    if ADD_K:
+        dk += load_tile(dk_ptr + at * K, row, HEADS * K, 0, valid, K, BLOCK_K).to(tl.float32)
     store_tile(dk_ptr + at * K, row, HEADS * K, 0, valid, dk, K, BLOCK_K)

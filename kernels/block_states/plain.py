@@ -67,9 +67,10 @@ def query_gradients(d_out, q, k, v, states, totals, rows, queries, weight, featu
     return put(dq, q), put(d_num, wide, v.shape[2]), put(d_den[..., None], wide, 1)[..., 0], put(read.value, v)
 
 
-def key_gradients(k, v, states, rows, blocks, feature_map: str, inside=None):
-    """(dk, dv) in at least fp32, from the gradients of the states that the keys are in; rows: int32 [blocks], -1 for
-    zero. inside: (q, d_num, d_den), where queries also see the keys of their own block."""
+def key_gradients(k, v, states, rows, blocks, feature_map: str, inside=None, onto=(None, None)):
+    """(dk, dv) from the gradients of the states that the keys are in; rows: int32 [blocks], -1 for zero. inside: (q,
+    d_num, d_den), where queries also see the keys of their own block. onto: contiguous dk and dv that these are added
+    to, overwritten and returned, or None for new ones."""
     tiles = _Tiles(blocks, k.shape[1])
     k_tile, v_tile = tiles.of(k)[:, :, :, 0], tiles.of(v)[:, :, :, 0]
     phi = mapped(k_tile, feature_map)
@@ -87,7 +88,8 @@ def key_gradients(k, v, states, rows, blocks, feature_map: str, inside=None):
         d_phi += torch.einsum("nhgrs,nrhgk->nshk", d_scores, phi_q)
     dk = map_gradient(k_tile, phi, d_phi, feature_map)
     wide = k.new_empty(0, dtype=_wide(k))
-    return tuple(tiles.rows(x[:, :, :, None], wide, x.shape[-1], len(k)) for x in (dk, dv))
+    found = (tiles.rows(x[:, :, :, None], wide, x.shape[-1], len(k)) for x in (dk, dv))
+    return tuple(x if total is None else total.add_(x) for x, total in zip(found, onto))
 
 
 class _Tiles:

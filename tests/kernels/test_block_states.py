@@ -82,8 +82,13 @@ def check_all(name, dtype, inside, **where):
         given = both("key_gradients", k, v, states, rows, plan.queries, feature_map, (q, d_num, d_den))
     else:
         rows = torch.arange(len(plan.keys), device=q.device).int() % 4 - 1
-        given = both("key_gradients", k, v, states, rows, plan.keys, feature_map)
+        given = both("key_gradients", k, v, states, rows, plan.keys, feature_map, None)
     check(*given, dtype, ["dk", "dv"])
+    last = (None, plan.keys) if not inside else ((q, d_num, d_den), plan.queries)
+    for count in (1, 2):  # added to dk, to dv
+        onto = [None if n < count - 1 else normal(*x.shape) for n, x in enumerate((k, v))]
+        wanted = [y if x is None else x.double() + y for x, y in zip(onto, given[1])]
+        check(fused.key_gradients(k, v, states, rows, last[1], feature_map, last[0], onto), wanted, dtype, ["dk", "dv"])
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
