@@ -180,16 +180,16 @@ def test_nothing_left_reads_nothing(monkeypatch):
 
 
 def test_a_block_that_is_taken_out_leaves_nothing_behind():
-    """In bf16, with most of the weight on chosen blocks: as exact as bf16 is about what is left."""
-    inputs, grad_out, kwargs = make_inputs("rest_full", (600,), torch.bfloat16)
-    kwargs |= {"selection": TopBlocks(0.9, **SMALL), "feature_map": "softmax"}
+    """In bf16, where 4 % of the weight is left: as exact as bf16 is, where a difference of outputs is off by 9 %."""
+    inputs, _, kwargs = make_inputs("rest_full", (600,), torch.bfloat16)
+    topic = torch.nn.functional.one_hot(torch.arange(600) // 8 % HEAD_SIZE, HEAD_SIZE)[:, None]
+    inputs |= {name: (5 * topic + 0.5 * inputs[name]).bfloat16() for name in "qk"}
     inputs["bias"] = torch.zeros_like(inputs["bias"])
-    wide = {name: x.double() for name, x in inputs.items()}
-    sparse = {"selection": kwargs["selection"], "causal": False}
-    chosen = sparse_attention(*(wide[name] for name in "qkv"), **sparse)
-    wanted = layer(**wide, **kwargs) - chosen
+    sparse = {"selection": TopBlocks(0.5, 8, 8), "causal": False}
+    wide, kwargs = {name: x.double() for name, x in inputs.items()}, kwargs | sparse
+    wanted = linear_branch(**wide, lengths=(600,), **kwargs)
     found = layer(**inputs, **kwargs).double() - sparse_attention(*(inputs[name] for name in "qkv"), **sparse).double()
-    assert (found - wanted).norm() < 0.02 * wanted.norm()
+    assert (found - wanted).norm() < 6e-3 * wanted.norm()
 
 
 GOOD = {"weight": torch.zeros(4, 4), "bias": torch.zeros(4)}
