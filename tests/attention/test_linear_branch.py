@@ -243,3 +243,29 @@ def test_passing_states_from_rank_to_rank_needs_a_direction():
         ValueError, match="strategy 'lasp' passes states in causal order; with causal=False use 'lasp2'"
     ):
         sparse_attention(x, x, x, selection=TopBlocks(), linear=LinearBranch(**GOOD), causal=False, seq=seq)
+
+
+class TestOnGpu:
+    pytestmark = pytest.mark.gpu
+
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize("over", ["all", "rest"])
+    def test_in_bfloat16(self, over, causal):
+        lengths, generator = (1, 900, 1500), torch.Generator().manual_seed(0)
+        shapes = {"q": (4, 64), "k": (2, 64), "v": (2, 64), "weight": (64,), "bias": ()}
+        inputs = {
+            name: torch.randn(*((sum(lengths),) if len(shape) == 2 else ()), *shape, *((64,) if len(shape) < 2 else ()),
+                              generator=generator).bfloat16()
+            for name, shape in shapes.items()
+        }  # fmt: skip
+        grad_out = torch.randn(sum(lengths), 4, 64, generator=generator).bfloat16()
+        kwargs = {"over": over, "feature_map": "softmax", "selection": TopBlocks(3, 128, 64), "causal": causal}
+        wide = {name: x.double() for name, x in inputs.items()}
+        wanted = with_gradients(reference, wide, grad_out, lengths=lengths, **kwargs)
+        inputs = {name: x.cuda() for name, x in inputs.items()}
+        seq = SequenceParallel(device="cuda").context(lengths)
+        found = with_gradients(layer, inputs, grad_out.cuda(), seq=seq, **kwargs)
+        again = with_gradients(layer, inputs, grad_out.cuda(), seq=seq, **kwargs)
+        for name, x in wanted.items():
+            assert parity.relative_error(found[name].cpu(), x) < 2e-2, name
+            assert torch.equal(found[name], again[name]), f"{name} differs from run to run"

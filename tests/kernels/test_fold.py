@@ -128,6 +128,15 @@ def check_twins(fold_fused, kind, device, shapes):
         moved = SimpleNamespace(**{name: x.to(device) if torch.is_tensor(x) else x for name, x in vars(chains).items()})
         actual = fold_fused(single[0], single[1], moved, single[2]).cpu().double()
         assert error(named(chains, actual), named(chains, expected)) < 5e-6, (num_chains, length, keys, values)
+        if kind == "none":  # what is rounded is added up in fp32
+            rounded = states.bfloat16()
+            expected = fold_chains_naive(rounded.double(), None, chains, initial)
+            for fold, where in ((fold_fused, device), (fold_chains_naive, "cpu")):
+                actual = fold(
+                    rounded.to(where), None, moved if fold is fold_fused else chains, initial.float().to(where)
+                )
+                assert actual.dtype == torch.float32
+                assert error(named(chains, actual.cpu().double()), named(chains, expected)) < 5e-6
         if kind.endswith("matrix"):
             start = initial[:, :, :, :keys] if values >= keys else initial[..., :1].expand(-1, -1, -1, keys)
             start = start.contiguous()
