@@ -55,6 +55,11 @@ class ModelConfig:
     sla_feature_map: str = setting(
         "softmax", "applied to queries and keys of the linear part of sla layers; a positive one, see feature_map"
     )
+    sla_linear: Literal["all", "rest"] = setting(
+        "all",
+        "what the linear part of sla layers covers: all tokens seen, as SLA's public code, or as its paper the rest,"
+        " blocks that are not chosen",
+    )
     llsa_block: int = setting(16, "tokens of a block in llsa layers, and rows of a level that make one of the next")
     llsa_keep: int = setting(8, "blocks chosen on every level in llsa layers")
     llsa_levels: int = setting(2, "levels of means in llsa layers; cost grows like tokens / llsa_block ^ llsa_levels")
@@ -174,7 +179,7 @@ class ModelConfig:
         for name in ("norm_eps", "init_std", "rope_base"):
             _require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be greater than 0")
         hints = get_type_hints(ModelConfig)
-        for name in ("task", "linear_family", "decay_slopes", "output_norm", "output_gate"):
+        for name in ("task", "linear_family", "decay_slopes", "output_norm", "output_gate", "sla_linear"):
             _require_choice(f"model.{name}", getattr(self, name), get_args(hints[name]))
         _require(len(self.pattern) > 0, "model.pattern is empty; give at least one layer, such as [linear, softmax]")
         for entry in self.pattern:
@@ -215,6 +220,7 @@ class ModelConfig:
             )
 
     def _validate_sparse(self) -> None:
+        from longspan.kernels.block_states.maps import MAPS
         from longspan.models.feature_maps import POSITIVE_FEATURE_MAPS
 
         for name, least in (("sla_query_block", 1), ("sla_key_block", 1), ("llsa_block", 2), ("llsa_keep", 1)):
@@ -226,6 +232,17 @@ class ModelConfig:
             f"model.sla_keep={self.sla_keep} must be a whole number of blocks, or a share between 0 and 1",
         )
         _require_choice("model.sla_feature_map", self.sla_feature_map, POSITIVE_FEATURE_MAPS)
+        if self.sla_linear == "rest":
+            _require(
+                self.sla_query_block % self.sla_key_block == 0,
+                f"model.sla_linear=rest needs whole blocks of keys in a block of queries, but model.sla_key_block="
+                f"{self.sla_key_block} does not divide model.sla_query_block={self.sla_query_block}",
+            )
+            _require(
+                self.sla_feature_map in MAPS,
+                f"model.sla_linear=rest maps keys of other ranks where they arrive, which"
+                f" model.sla_feature_map={self.sla_feature_map} with its weights per head cannot; use softmax or elu1",
+            )
 
     def _validate_heads(self) -> None:
         divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]

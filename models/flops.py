@@ -50,7 +50,8 @@ def _sparse(config, kind, lengths):
     selection, heads, width, tokens = config.selection(kind), config.num_heads, config.head_size, sum(lengths)
     flops = 4.0 * heads * width * sum(selection.pairs(length, config.causal) for length in lengths)
     if kind == "sla":
-        flops += tokens * (4.0 * heads * width * (width + 1) + 2.0 * (heads - 1) * width * width)
+        states = heads + config.kv_heads  # reads and writes
+        flops += tokens * (2.0 * states * width * (width + 1) + 2.0 * (heads - 1) * width * width)
     return flops
 
 

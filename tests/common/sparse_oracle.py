@@ -118,3 +118,46 @@ def hierarchy_matrix(q, k, v, lengths, *, selection, causal=True):
         out.append(torch.einsum("hts,shd->thd", weights, v_rows))
         start += length
     return torch.cat(out)
+
+
+def linear_branch(q, k, v, weight, bias, lengths, *, over, feature_map, selection, causal=True):
+    """SLA's linear branch by its full matrix, projected: over all that the mask lets a query see, or over the blocks
+    that could have been chosen and were not. Added to sparse_attention it gives the layer."""
+    out, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        if over == "all":
+            counted = torch.ones(length, length, dtype=torch.bool)
+            counted = counted.tril() if causal else counted
+        else:
+            counted = ~blocks_seen(q[rows].detach(), k[rows].detach(), causal, selection)
+            for t in range(length if causal else 0):
+                first = t // selection.query_block * selection.query_block
+                counted[:, t, first // selection.key_block * selection.key_block :] = False
+        heads = q.shape[1] // k.shape[1]
+        phi_k, v_rows = (x.repeat_interleave(heads, 1) for x in (feature(k[rows], feature_map), v[rows]))
+        weights = torch.einsum("thk,shk->hts", feature(q[rows], feature_map), phi_k) * counted
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / torch.where(total > 0, total, 1)
+        out.append(torch.einsum("hts,shd->thd", weights, v_rows) @ weight.T + bias)
+        start += length
+    return torch.cat(out)
+
+
+def feature(x, name):
+    if name == "softmax":
+        return x.softmax(-1)
+    return torch.nn.functional.elu(x) + 1 if name == "elu1" else x
+
+
+def random_lists(queries, keys, heads, most, causal, generator):
+    """[heads, M, most]: 0 to `most` key blocks of the same document, under `causal` none of the future."""
+    chosen = torch.full((heads, len(queries), most), -1)
+    for head in range(heads):
+        for i in range(len(queries)):
+            last = queries.position[i] + queries.length[i] - 1
+            allowed = (keys.document == queries.document[i]) & ((keys.position <= last) if causal else True)
+            allowed = allowed.nonzero().flatten()
+            count = int(torch.randint(0, min(most, len(allowed)) + 1, (), generator=generator))
+            chosen[head, i, :count] = allowed[torch.randperm(len(allowed), generator=generator)[:count]]
+    return chosen

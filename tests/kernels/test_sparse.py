@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_oracle import random_lists
 
 from longspan.kernels.sparse import BlockPlan, Blocks, choose, forms, gathered, naive
 from longspan.kernels.sparse import plan as plan_module
@@ -23,19 +24,6 @@ CASES = {
     "one list": ((0, 150), 64, 64, 1, 4, 4, 16, False, False, 3),
     "small keys": ((0, 33, 170), 64, 16, 1, 1, 1, 16, True, True, 7),
 }
-
-
-def random_lists(queries, keys, heads, most, causal, generator):
-    """[heads, M, most]: 0 to `most` key blocks of the same document, under `causal` none of the future."""
-    chosen = torch.full((heads, len(queries), most), -1)
-    for head in range(heads):
-        for i in range(len(queries)):
-            last = queries.position[i] + queries.length[i] - 1
-            allowed = (keys.document == queries.document[i]) & ((keys.position <= last) if causal else True)
-            allowed = allowed.nonzero().flatten()
-            count = int(torch.randint(0, min(most, len(allowed)) + 1, (), generator=generator))
-            chosen[head, i, :count] = allowed[torch.randperm(len(allowed), generator=generator)[:count]]
-    return chosen
 
 
 def make(name, chosen=None, device="cpu", dtype=torch.float32, case=None):

@@ -82,6 +82,17 @@ def test_pattern_repeats_and_is_cut():
             {"sla_feature_map": "gelu"},
             "model.sla_feature_map 'gelu' is unknown; did you mean 'elu1'? allowed: elu1, softmax, hedgehog",
         ),
+        ({"sla_linear": "both"}, "model.sla_linear 'both' is unknown; allowed: all, rest"),
+        (
+            {"sla_linear": "rest", "sla_key_block": 48},
+            "model.sla_linear=rest needs whole blocks of keys in a block of queries, but model.sla_key_block=48 does"
+            " not divide model.sla_query_block=128",
+        ),
+        (
+            {"sla_linear": "rest", "sla_feature_map": "hedgehog"},
+            "model.sla_linear=rest maps keys of other ranks where they arrive, which model.sla_feature_map=hedgehog"
+            " with its weights per head cannot; use softmax or elu1",
+        ),
         ({"head_dim": -1}, "model.head_dim=-1 is negative; use 0 to derive it"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0 must be greater than 0"),
         (

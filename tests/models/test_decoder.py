@@ -21,6 +21,7 @@ CONFIGS = {
     ),
     "softmax_window": dict(pattern=["softmax:window", "softmax"], num_layers=2, num_kv_heads=1, window=4),
     "sla": dict(pattern=["sla"], num_layers=2, num_kv_heads=1, **BLOCKS),
+    "sla_rest": dict(pattern=["sla"], num_layers=2, num_kv_heads=1, sla_linear="rest", **BLOCKS),
     "llsa": dict(pattern=["llsa"], num_layers=2, num_kv_heads=1, **BLOCKS),
     "none": dict(pattern=["linear:none"], num_layers=2, feature_map="identity"),
     "fixed": dict(

@@ -37,7 +37,11 @@ MODELS = {
     ),
     "sparse": dict(
         pattern=["sla", "linear:scalar", "llsa"], num_layers=3, num_kv_heads=1, sla_keep=2, sla_query_block=8,
-        sla_key_block=4, llsa_block=4, llsa_keep=2,
+        sla_key_block=4, llsa_block=4, llsa_keep=2, sla_feature_map="hedgehog",
+    ),
+    "rest": dict(
+        pattern=["sla", "softmax"], num_layers=2, num_kv_heads=1, sla_keep=2, sla_query_block=8, sla_key_block=4,
+        sla_linear="rest",
     ),
     "windows": dict(pattern=["linear:fixed", "softmax:window", "softmax"], num_layers=3, window=11, num_kv_heads=1),
 }  # fmt: skip
@@ -75,6 +79,7 @@ def all_cases():
         for layout, softmax in zip(LAYOUTS, ("zeppelin", "ring", "usp", "all_gather")):
             yield Case("windows", lengths, layout, "lasp2", softmax, torch.float64)
             yield Case("sparse", lengths, layout, "lasp2", softmax, torch.float64)
+            yield Case("rest", lengths, layout, "lasp", softmax, torch.float64)
         yield Case("windows", lengths, "balanced", "lasp2", "ring", torch.float32)
 
 
