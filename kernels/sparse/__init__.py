@@ -4,8 +4,9 @@ import torch
 
 from longspan.kernels.sparse import gathered
 from longspan.kernels.sparse.plan import BlockPlan, Blocks
+from longspan.kernels.sparse.rules import Boxes, Picks
 
-__all__ = ["BlockPlan", "Blocks", "choose"]
+__all__ = ["BlockPlan", "Blocks", "Boxes", "Picks", "choose"]
 
 
 def choose(device_type: str, dtype: torch.dtype, head_dim: int, plan: BlockPlan):

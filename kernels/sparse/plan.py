@@ -9,6 +9,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from longspan.kernels.sparse.rules import Boxes, Picks
+
 CHUNK = 64  # query blocks of a key block's list that one program takes; columns that all rows choose are split
 
 
@@ -57,7 +59,8 @@ class BlockPlan:
     lies past the last list is undefined. item_ptr [Hs, T+1], item_col [Hs, I]: programs of the gradients of keys, one
     for every CHUNK query blocks of a list; the column of each, T past the last.
     log_weight: floats [T], added to the scaled scores of a key block's rows, or None. causal: keys at later positions
-    of their document than the query are not seen; a coarse key has the position from which on it is seen.
+    of their document than the query are not seen; a coarse key has the position from which on it is seen. rule: what
+    single queries see of listed blocks, or None for all; keys have step 1 then.
     """
 
     queries: Blocks
@@ -70,6 +73,7 @@ class BlockPlan:
     item_col: torch.Tensor
     causal: bool
     log_weight: torch.Tensor | None = None
+    rule: Picks | Boxes | None = None
 
     @property
     def heads(self) -> int:
