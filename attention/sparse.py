@@ -5,18 +5,18 @@ does not hold; while they are under way it attends to those that it holds. Gradi
 in rank order. Where ranks want most of what others hold, keys go round in a ring instead, without asking.
 """
 
+from dataclasses import replace
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import pick, resolve
 from longspan.attention.block_parts import STRATEGIES, Part, block_parts
-from longspan.attention.gather_rows import gather_rows
-from longspan.attention.hierarchy import Hierarchical
+from longspan.attention.gather_rows import Ranks, gather_rows
 from longspan.attention.recompute import keep, recall
-from longspan.attention.selections import TopBlocks
+from longspan.attention.selection import Selection
 from longspan.kernels.merge import merge
 from longspan.kernels.sparse import BlockPlan, choose
-from longspan.parallel.exchange import start_all_gather
 
 
 @torch.compiler.disable
@@ -27,16 +27,16 @@ def sparse_attention(
 
     q: [T, Hq, D]; k, v: [T, Hkv, D] with Hq a multiple of Hkv: this rank's tokens in the order of `layout`, one
     floating dtype; returns [T, Hq, D] in it; a query that sees nothing gets 0. fp64 is computed and sent in fp64, all
-    else in fp32 where sums are made. scale defaults to D**-0.5. selection: TopBlocks or Hierarchical; it gets no
-    gradient. The result does not depend on the layout: blocks are those of documents. layout, group: a Layout and its
+    else in fp32 where sums are made. scale defaults to D**-0.5. selection: TopBlocks, Hierarchical, Window, Radial,
+    Antidiagonal, TokenTop, CompressedTop, BlockLists or a Selection of one's own; it gets no gradient. The result does not depend on the layout: blocks are those of documents. layout, group: a Layout and its
     process group (None: one rank, by default one document). strategy: "fetch", blocks by request; "ring", all keys of
     one rank after the other; "auto", by what is chosen. seq: a SequenceContext instead of those three. Raises
     ValueError, on all ranks, for what does not fit.
     """
 
     def check():
-        if not isinstance(selection, (TopBlocks, Hierarchical)):
-            raise ValueError(f"selection is a {type(selection).__name__}; give TopBlocks(...) or Hierarchical(...)")
+        if not isinstance(selection, Selection) or isinstance(selection, type):
+            raise ValueError(f"selection is a {type(selection).__name__}; give one such as TopBlocks(...) or Window(...)")
         if k.shape != v.shape:
             raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be equal")
         if k.shape[2] != q.shape[2]:
@@ -44,7 +44,7 @@ def sparse_attention(
         if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
             raise ValueError(f"k has {k.shape[1]} heads, which does not divide the {q.shape[1]} heads of q")
 
-    options = causal, scale, selection
+    options = causal, scale, getattr(selection, "signature", selection)
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, sparse=strategy)
     strategy = pick(STRATEGIES, seq.parallel.sparse, "auto", "sparse strategy")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -78,19 +78,15 @@ class _Attention(torch.autograd.Function):
 
 def _choose(q, k, coarse_k, selection, tables, causal, strategy, group) -> list[Part]:
     """What to attend to, the local keys first, then coarse ones, then those of other ranks."""
-
-    def gather(x):
-        return start_all_gather(x, group).wait().flatten(0, 1)
-
     with torch.no_grad():
-        fine, coarse = selection.choose(q, k, coarse_k, tables, gather)
+        fine, coarse, *rule = selection.choose(q, k, coarse_k, tables, Ranks(group))
         wanted = tables.keys.of_block[fine.clamp(min=0)].masked_fill((fine < 0)[..., None], -1).flatten(2)
         parts = block_parts(wanted, tables, causal, strategy, group)
         if coarse is not None:
             blocks, weight = tables.coarse_blocks, tables.coarse_weight
             plan = BlockPlan.of(tables.queries.local, blocks, coarse, causal=causal, log_weight=weight)
             parts.insert(1, Part(plan, coarse=True))
-    return parts
+    return [replace(part, plan=replace(part.plan, rule=rule[0])) for part in parts] if rule else parts
 
 
 def _forward(q, local, coarse, parts, group, scale):

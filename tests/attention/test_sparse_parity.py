@@ -16,7 +16,18 @@ from sparse_oracle import sparse_attention as definition
 from spawn import run_ranks
 from traffic import Traffic
 
-from longspan.attention import Hierarchical, TopBlocks, sparse, sparse_attention
+from longspan.attention import (
+    Antidiagonal,
+    BlockLists,
+    CompressedTop,
+    Hierarchical,
+    Radial,
+    TokenTop,
+    TopBlocks,
+    Window,
+    sparse,
+    sparse_attention,
+)
 from longspan.parallel import SequenceParallel, contiguous
 
 HEAD_SIZE = 8
@@ -38,6 +49,51 @@ VARIANTS = {
 }
 
 
+def every_second(length):
+    """Key blocks 0, 2, 4, ... of the first half of those there are, for every block of queries."""
+    blocks = torch.arange(0, -(-length // 8) // 2 + 1, 2)
+    return blocks.expand(-(-length // 16), -1)
+
+
+def random_lists(lengths, heads=2):
+    """Up to three key blocks a list, later ones and none among them."""
+    generator, lists = torch.Generator().manual_seed(0), []
+    for length in lengths:
+        columns, rows = -(-length // 8), -(-length // 16)
+        chosen = torch.rand(heads, rows, columns, generator=generator).argsort(-1)[..., :3]
+        lists.append(chosen.masked_fill(torch.rand(chosen.shape, generator=generator) < 0.3, -1))
+    return BlockLists(tuple(lists), **SMALL)
+
+
+# The same for selections with lists from lengths, of different lengths, and token by token. A selection that is a
+# function is one of lengths.
+MORE_VARIANTS = {
+    "window": (4, 2, {"selection": Window(37, **SMALL)}),
+    "window2": (2, 1, {"selection": Window((3, 5), (0, 7), query_block=12, key_block=7)}),
+    "window3": (2, 2, {"selection": Window((2, 3, 3), (0, 3, 5), causal_axes=(True, False, True), **SMALL)}),
+    "window_morton": (2, 2, {"selection": Window((4, 7), (19, 16), "morton", **SMALL)}),
+    "window_full": (2, 2, {"selection": Window(8, **SMALL), "causal": False}),
+    "window2_full": (4, 2, {"selection": Window((4, 3), (20, 15), **SMALL), "causal": False}),
+    "window3_morton_full": (2, 1, {"selection": Window((3, 3, 2), (0, 4, 6), "morton", **SMALL), "causal": False}),
+    "radial": (2, 2, {"selection": Radial(21, query_block=8, key_block=4)}),
+    "radial_full": (4, 2, {"selection": Radial(20, query_block=8, key_block=4), "causal": False}),
+    "radial_far_full": (2, 2, {"selection": Radial(3, query_block=2, key_block=3), "causal": False}),
+    "antidiagonal": (4, 2, {"selection": Antidiagonal(0.4, 4, **SMALL)}),
+    "antidiagonal_full": (2, 2, {"selection": Antidiagonal(0.3, 8, **SMALL, first=0), "causal": False}),
+    "tokens": (4, 2, {"selection": TokenTop(3, **SMALL)}),
+    "tokens_own": (2, 2, {"selection": TokenTop(1, query_block=12, key_block=7)}),
+    "tokens_full": (2, 1, {"selection": TokenTop(2, **SMALL), "causal": False}),
+    "compressed": (4, 2, {"selection": CompressedTop(4, 8, 8, 4, 2)}),
+    "compressed_odd": (4, 1, {"selection": CompressedTop(3, 4, 6, 6, 3, first=0, recent=1)}),
+    "compressed_full": (2, 2, {"selection": CompressedTop(3, 4, 8, 4, 2, recent=1), "causal": False}),
+    "lists": (4, 2, {"selection": BlockLists(every_second, **SMALL)}),
+    "lists_of_heads": (4, 2, {"selection": random_lists}),
+    "lists_full": (2, 2, {"selection": random_lists, "causal": False}),
+}
+VARIANTS |= MORE_VARIANTS
+CAUSAL = [name for name in VARIANTS if "full" not in name]
+
+
 def all_cases(world_size):
     """Every variant on one long document and on mixed lengths; layouts, strategies and small batches take turns."""
     turn = world_size
@@ -57,6 +113,8 @@ def make_inputs(variant, lengths, dtype=torch.float64):
     def normal(heads):
         return torch.randn(sum(lengths), heads, HEAD_SIZE, generator=generator, dtype=torch.float64).to(dtype)
 
+    if callable(kwargs["selection"]):
+        kwargs = kwargs | {"selection": kwargs["selection"](lengths)}
     return {"q": normal(heads), "k": normal(key_heads), "v": normal(key_heads)}, normal(heads), kwargs
 
 
@@ -150,7 +208,7 @@ def test_only_blocks_that_are_chosen_travel():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"selection": 5}, "selection is a int; give TopBlocks(...) or Hierarchical(...)"),
+        ({"selection": 5}, "selection is a int; give one such as TopBlocks(...) or Window(...)"),
         ({"v": torch.zeros(8, 2, 3)}, "k has shape (8, 2, 4) but v has (8, 2, 3); they must be equal"),
         ({"q": torch.zeros(8, 4, 5)}, "k has shape (8, 2, 4); its head_dim must be that of q, (8, 4, 5)"),
         ({"q": torch.zeros(8, 3, 4)}, "k has 2 heads, which does not divide the 3 heads of q"),
