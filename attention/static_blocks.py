@@ -59,9 +59,10 @@ class Static:
     def choose(self, q, k, coarse_k, tables: ListTables, ranks):
         return tables.lists, None, tables.rule
 
-    def pairs(self, length: int) -> int:
-        """Query-key pairs of one head in a document of `length` tokens under a causal mask."""
-        return block_pairs(self, length, *_whole(self, length))
+    def pairs(self, length: int) -> float:
+        """Query-key pairs of one head in a document of `length` tokens under a causal mask, the mean of heads."""
+        heads, row, column = _whole(self, length)
+        return block_pairs(self, length, row, column) / heads
 
 
 def list_tables(layout, rank: int, selection, causal: bool) -> ListTables:
@@ -99,15 +100,15 @@ def _listed(selection, document, length, blocks, causal):
 
 
 def _whole(selection, length):
-    """Of a document: (query block, key block) of every entry of the first head's lists under a causal mask."""
+    """Of a document: (heads, query block, key block of every entry of their lists) under a causal mask."""
     blocks = np.arange(-(-length // selection.query_block))
     batch, rows, columns = max(1, MARKS // -(-length // selection.key_block)), [], []
     for at in range(0, len(blocks), batch):
-        listed = _listed(selection, 0, length, blocks[at : at + batch], True)[0]
-        row, place = np.nonzero(listed >= 0)
+        listed = _listed(selection, 0, length, blocks[at : at + batch], True)
+        head, row, place = np.nonzero(listed >= 0)
         rows.append(row + at)
-        columns.append(listed[row, place])
-    return np.concatenate(rows), np.concatenate(columns)
+        columns.append(listed[head, row, place])
+    return len(listed), np.concatenate(rows), np.concatenate(columns)
 
 
 def block_pairs(selection, length, row, column) -> int:
@@ -191,7 +192,7 @@ class BlockLists(Static):
         require_whole(self, query_block=1, key_block=1)
         name = f"{getattr(self.lists, '__module__', '')}.{getattr(self.lists, '__qualname__', repr(self.lists))}"
         if not callable(self.lists):
-            lists = tuple(np.array(torch.as_tensor(x).cpu(), np.int64) for x in self.lists)
+            lists = tuple(torch.as_tensor(x).cpu().numpy().copy() for x in self.lists)
             object.__setattr__(self, "lists", lists)
             name = hashlib.sha256(b"".join(repr(x.shape).encode() + x.tobytes() for x in lists)).hexdigest()
         object.__setattr__(self, "name", name)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from cases import LENGTHS
 from oracles import with_gradients
 from parity import Case
-from sparse_oracle import blocks_seen, hierarchy_seen
+from sparse_oracle import blocks_seen, hierarchy_seen, seen_by
 from sparse_oracle import sparse_attention as definition
 from spawn import run_ranks
 from traffic import Traffic
@@ -28,6 +28,8 @@ from longspan.attention import (
     sparse,
     sparse_attention,
 )
+from longspan.attention.gather_rows import Ranks
+from longspan.kernels.sparse import Picks
 from longspan.parallel import SequenceParallel, contiguous
 
 HEAD_SIZE = 8
@@ -95,10 +97,14 @@ CAUSAL = [name for name in VARIANTS if "full" not in name]
 
 
 def all_cases(world_size):
-    """Every variant on one long document and on mixed lengths; layouts, strategies and small batches take turns."""
+    """Every variant on one long document and on mixed lengths, those of MORE_VARIANTS on up to 4 ranks and on one of
+    them; layouts, strategies and small batches take turns."""
     turn = world_size
-    for variant in VARIANTS:
-        for lengths in ("one", "mixed", ["two", "ones", "few", "single_token"][turn % 4]):
+    for number, variant in enumerate(VARIANTS):
+        batches = ["one", "mixed", ["two", "ones", "few", "single_token"][turn % 4]]
+        if variant in MORE_VARIANTS:
+            batches = batches[(number + world_size) % 2 :: 2] if world_size <= 4 else []
+        for lengths in batches:
             layout = ["contiguous", "zigzag", "random", "holes", "balanced"][turn % 5]
             yield Case(variant, lengths, layout, ["fetch", "ring", "auto"][turn % 3])
             turn += 1
@@ -135,7 +141,14 @@ def test_equals_the_full_matrix(world_size):
     parity.check_cases(ranks, world_size, cases, lambda case: expected(case.variant, case.lengths, case.dtype))
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if "full" not in name])
+def lists_of(chosen):
+    """What is listed for every query block, as sets, and what single queries picked, if they did."""
+    fine, coarse, *rule = chosen
+    lists = [[[{*row} - {-1} for row in head] for head in x.tolist()] for x in (fine, coarse) if x is not None]
+    return lists, rule[0].blocks.sort(-1).values if rule and isinstance(rule[0], Picks) else None
+
+
+@pytest.mark.parametrize("variant", CAUSAL)
 def test_no_token_reaches_an_earlier_one(variant):
     """Changing a token changes no earlier output, nor any block chosen for one."""
     inputs, _, kwargs = make_inputs(variant, (200,))
@@ -144,35 +157,46 @@ def test_no_token_reaches_an_earlier_one(variant):
 
     def run(inputs):
         coarse, _ = selection.coarse(inputs["k"], inputs["v"], tables, lambda x: x)
-        chosen = selection.choose(inputs["q"], inputs["k"], coarse, tables, lambda x: x)
-        return sparse_attention(**inputs, layout=layout, **kwargs), [x.sort(-1).values for x in chosen if x is not None]
+        chosen = selection.choose(inputs["q"], inputs["k"], coarse, tables, Ranks())
+        return sparse_attention(**inputs, layout=layout, **kwargs), *lists_of(chosen)
 
-    out, chosen = run(inputs)
+    out, lists, picks = run(inputs)
     for token in (0, 15, 16, 50, 111, 199):
         changed = {name: x.clone() for name, x in inputs.items()}
         for x in changed.values():
             x[token] += 3.0
-        new_out, new_chosen = run(changed)
-        assert torch.equal(new_out[:token], out[:token]) and not torch.equal(new_out[token:], out[token:])
+        new_out, new_lists, new_picks = run(changed)
+        assert not torch.equal(new_out[token:], out[token:])
         block = token // tables.queries.size
-        for new, old in zip(new_chosen, chosen, strict=True):
-            assert torch.equal(new[:, : block + 1], old[:, : block + 1])
+        if picks is None:  # the whole block has one list
+            assert torch.equal(new_out[:token], out[:token])
+            block += 1
+        else:  # a longer list of the token's own block adds zeros
+            assert torch.equal(new_picks[:token], picks[:token])
+            torch.testing.assert_close(new_out[:token], out[:token], rtol=1e-13, atol=1e-13)
+        for new, old in zip(new_lists, lists, strict=True):
+            assert [head[:block] for head in new] == [head[:block] for head in old]
 
 
-@pytest.mark.parametrize("length", [1, 37, 200])
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if "full" not in name])
-def test_pairs_are_counted(variant, length):
-    inputs, _, kwargs = make_inputs(variant, (length,))
-    selection, (q, k) = kwargs["selection"], (inputs["q"], inputs["k"])
-    if isinstance(selection, Hierarchical):
-        fine, _, coarse = hierarchy_seen(q, k, True, selection)
-        pairs = fine.sum() + coarse.sum()
-    else:
-        pairs = blocks_seen(q, k, True, selection).sum()
-    assert selection.pairs(length) * q.shape[1] == pairs
+@pytest.mark.parametrize("variant", CAUSAL)
+def test_pairs_are_counted(variant):
+    for length in (1, 37, 200):
+        inputs, _, kwargs = make_inputs(variant, (length,))
+        selection, (q, k) = kwargs["selection"], (inputs["q"], inputs["k"])
+        if isinstance(selection, Hierarchical):
+            fine, _, coarse = hierarchy_seen(q, k, True, selection)
+            pairs = fine.sum() + coarse.sum()
+        elif isinstance(selection, Antidiagonal):  # what is always kept
+            always = TopBlocks(selection.first, selection.query_block, selection.key_block, selection.first)
+            pairs = seen_by(q, k, True, always).sum()
+        else:
+            pairs = seen_by(q, k, True, selection).sum()
+        assert selection.pairs(length) * q.shape[1] == pairs
 
 
-@pytest.mark.parametrize("variant", ["causal_gqa", "levels2", "levels2_full"])
+@pytest.mark.parametrize(
+    "variant", ["causal_gqa", "levels2", "levels2_full", "window2_full", "tokens", "compressed", "antidiagonal"]
+)
 def test_triton_kernels_in_its_place(variant, monkeypatch):
     fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
     monkeypatch.setattr(sparse, "choose", lambda *arguments: (fused, None))
