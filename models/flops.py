@@ -7,6 +7,7 @@ instead: per token and head a write and a read of the state, 2 K V each, and wit
 the state holds for the key. Decay is not counted, of whatever shape.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import lru_cache
@@ -68,14 +69,14 @@ def num_parameters(config: ModelConfig) -> int:
 
 def _sizes(config):
     # Dataclasses that may change are not hashable; this runs once per step.
-    return _measure(tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in asdict(config).items()))
+    return _measure(json.dumps(asdict(config)))
 
 
 @lru_cache
 def _measure(settings):
     """Counted on the module itself, built without memory, so that no second formula can disagree with it."""
     with torch.device("meta"):
-        model = Decoder(ModelConfig(**dict(settings)))
+        model = Decoder(ModelConfig(**json.loads(settings)))
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         # Vectors scale and shift. What has more dimensions (projections, convolutions, learned feature maps) multiplies

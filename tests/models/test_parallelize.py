@@ -18,6 +18,7 @@ from longspan.parallel import Layout, SequenceParallel, Span
 CONFIG = dict(
     vocab_size=29, num_layers=len(LAYER_KINDS), hidden_size=8, num_heads=2, mlp_size=12, state_size=5, gate_rank=3,
     init_std=0.3, loss_chunk=7, feature_map="elu1", norm_eps=1e-3, pattern=list(LAYER_KINDS), window=3,
+    sparse_selection={"name": "window", "window": 3},
 )  # fmt: skip
 # name: (mesh axes, dtype of parameters, keyword arguments)
 COMBINATIONS = {
