@@ -40,7 +40,9 @@ class Antidiagonal:
             raise ValueError(f"Antidiagonal.threshold={self.threshold!r} must be a share above 0, at most 1")
         for name in ("query_block", "key_block"):
             if getattr(self, name) % self.stride:
-                raise ValueError(f"Antidiagonal.{name}={getattr(self, name)} must be a multiple of stride={self.stride}")
+                raise ValueError(
+                    f"Antidiagonal.{name}={getattr(self, name)} must be a multiple of stride={self.stride}"
+                )
 
     def pairs(self, length: int) -> int:
         """Query-key pairs of one head in a document of `length` tokens under a causal mask, of the blocks that are

@@ -78,8 +78,8 @@ def block_parts(wanted, tables, causal, strategy, group) -> list[Part]:
 
 
 def _fetch(wanted, asked, tables, causal, counts, rank, group) -> Part:
-    """The blocks that are asked for. With a list for all heads they come whole, else one row of the buffer per token and
-    head: a block goes to whom its head's queries chose it for."""
+    """The blocks that are asked for. With one list for all heads they come whole, else a row of the buffer is one of a
+    token and head: a block goes to whom its head's queries chose it for."""
     keys, (heads, world_size, width) = tables.keys, asked.shape
     ids = asked.transpose(0, 1).flatten().nonzero().flatten()  # by owner, then head, then piece
     mine, theirs = counts[rank], [row[rank] for row in counts]

@@ -28,15 +28,18 @@ def sparse_attention(
     q: [T, Hq, D]; k, v: [T, Hkv, D] with Hq a multiple of Hkv: this rank's tokens in the order of `layout`, one
     floating dtype; returns [T, Hq, D] in it; a query that sees nothing gets 0. fp64 is computed and sent in fp64, all
     else in fp32 where sums are made. scale defaults to D**-0.5. selection: TopBlocks, Hierarchical, Window, Radial,
-    Antidiagonal, TokenTop, CompressedTop, BlockLists or a Selection of one's own; it gets no gradient. The result does not depend on the layout: blocks are those of documents. layout, group: a Layout and its
-    process group (None: one rank, by default one document). strategy: "fetch", blocks by request; "ring", all keys of
-    one rank after the other; "auto", by what is chosen. seq: a SequenceContext instead of those three. Raises
-    ValueError, on all ranks, for what does not fit.
+    Antidiagonal, TokenTop, CompressedTop, BlockLists or a Selection of one's own; it gets no gradient. The result does
+    not depend on the layout: blocks are those of documents. layout, group: a Layout and its process group (None: one
+    rank, by default one document). strategy: "fetch", blocks by request; "ring", all keys of one rank after the other;
+    "auto", by what is chosen. seq: a SequenceContext instead of those three. Raises ValueError, on all ranks, for what
+    does not fit.
     """
 
     def check():
         if not isinstance(selection, Selection) or isinstance(selection, type):
-            raise ValueError(f"selection is a {type(selection).__name__}; give one such as TopBlocks(...) or Window(...)")
+            raise ValueError(
+                f"selection is a {type(selection).__name__}; give one such as TopBlocks(...) or Window(...)"
+            )
         if k.shape != v.shape:
             raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be equal")
         if k.shape[2] != q.shape[2]:

@@ -57,12 +57,12 @@ class TokenTop:
 class CompressedTop:
     """The selected branch of NSA (arXiv 2502.11089): compressed keys tell every token which blocks to attend to.
 
-    A compressed key is the mean of `window` keys, one every `stride` tokens. A token's attention to those that end at or
-    before it (without a mask: to all of its document) is softmax(q . key / sqrt(D)); a block gets, for every stretch of
-    `stride` tokens of it, the attention to all compressed keys over that stretch, summed over the query heads that
+    A compressed key is the mean of `window` keys, one every `stride` tokens. A token's attention to those that end at
+    or before it (without a mask: to all of its document) is softmax(q . key / sqrt(D)); a block gets, for every stretch
+    of `stride` tokens of it, the attention to all compressed keys over that stretch, summed over the query heads that
     share a key head. The `keep` best of the blocks up to the token's own are taken, among them always the `first` of
-    the document and the `recent` up to its own. Blocks: tokens; stride divides window, window divides or equals
-    key_block.
+    the document and the `recent` up to its own. Blocks: tokens; stride divides window and key_block,
+    window is at most key_block.
 
     Not here: NSA's learned compression in place of the mean, its branch of attention to compressed keys, its window
     branch (softmax_attention, or Window) and the gates that add the three.
@@ -213,9 +213,7 @@ def token_tables(layout, rank: int, query_block: int, key_block: int, stride: in
     own = base[document] + position // key_block
     first, last = base[document], base[document + 1] - 1
     inside = np.arange(query_block)
-    rows = np.where(
-        inside < queries.local.length.numpy()[:, None], queries.local.start.numpy()[:, None] + inside, -1
-    )
+    rows = np.where(inside < queries.local.length.numpy()[:, None], queries.local.start.numpy()[:, None] + inside, -1)
     bounds = np.stack([first, own if causal else last + 1], 1)
     tensors = map(_int64, (document, position, own, first, last, rows))
     tables = TokenTables(queries, keys, *tensors, bounds, causal)

@@ -54,8 +54,8 @@ class ModelConfig:
     llsa_levels: int = setting(2, "levels of means in llsa layers; cost grows like tokens / llsa_block ^ llsa_levels")
     sparse_selection: dict = setting(
         {},
-        "what sparse layers attend to: name (top, hierarchical, window, radial, antidiagonal, tokens, compressed, lists) "
-        "and settings of docs/sparse-attention.md, such as {name: window, window: 4096}",
+        "what sparse layers attend to: a name (top, hierarchical, window, radial, antidiagonal, tokens, compressed or"
+        " lists) and its settings, see docs/sparse-attention.md, such as {name: window, window: 4096}",
     )
     linear_family: Literal[tuple(LINEAR_FAMILIES)] = setting("fixed", "the family that `linear` in the pattern means")
     decay_slopes: Literal["lightning", "retention"] = setting(

@@ -19,8 +19,8 @@ SELECTIONS = {
 
 
 def build_selection(settings):
-    """The selection that a mapping such as {name: window, window: 4096} means: `name` is one of SELECTIONS, the rest are
-    its arguments; `lists` is written module:function. Raises ValueError for what does not fit."""
+    """The selection that a mapping such as {name: window, window: 4096} means: `name` is one of SELECTIONS, the rest
+    are its arguments; `lists` is written module:function. Raises ValueError for what does not fit."""
     arguments = dict(settings)
     name = arguments.pop("name", None)
     if name not in SELECTIONS:

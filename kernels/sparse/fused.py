@@ -76,8 +76,8 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float):
 
 
 def _tile(q, k, plan):
-    """Shapes of the kernels' tiles, and the plan's rule. PACK: query heads that share a list and keys, side by side in a
-    tile."""
+    """Shapes of the kernels' tiles, and the plan's rule. PACK: query heads that share a list and keys, side by side in
+    a tile."""
     heads, key_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     shared, pack = heads // max(key_heads, plan.heads), 1
     while shared % (2 * pack) == 0 and 2 * pack * plan.queries.size <= ROWS:

@@ -42,7 +42,7 @@ def window_seen(q, k, causal, selection, document):
         for i, n, width, one_way in zip(cell, grid, selection.window, flags):
             if one_way:
                 ranges.append(range(i - width + 1, i + 1))
-            else:  # of all windows of min(width, n) places inside the axis, the one that starts nearest to i - width // 2
+            else:  # of the windows of min(width, n) places inside the axis, that which starts nearest to i - width // 2
                 starts = range(max(n - width, 0) + 1)
                 start = min(starts, key=lambda s: abs(s - (i - width // 2)))
                 ranges.append(range(start, start + min(width, n)))
@@ -100,7 +100,9 @@ def antidiagonal_seen(q, k, causal, selection, document):
         for r in range(chooses // S, ceil(min(chooses + selection.query_block, length) / S) if past else 0):
             for head in range(group.start, group.stop):
                 columns = [
-                    (n, c) for n in past for c in range(starts[n] // S, ceil(min(starts[n] + selection.key_block, length) / S))
+                    (n, c)
+                    for n in past
+                    for c in range(starts[n] // S, ceil(min(starts[n] + selection.key_block, length) / S))
                 ]
                 weights = torch.tensor([logit(head, r, c) for _, c in columns], dtype=torch.float64).softmax(0)
                 for (n, _), weight in zip(columns, weights.tolist()):
@@ -133,20 +135,20 @@ def token_seen(q, k, causal, selection, document):
 
 
 def compressed_seen(q, k, causal, selection, document):
-    B, l, d = selection.key_block, selection.window, selection.stride
+    B, width, d = selection.key_block, selection.window, selection.stride
     length, per_key = len(q), q.shape[1] // k.shape[1]
-    windows = range(0, length - l + 1, d)
-    keys = [k[start : start + l].mean(0) for start in windows]
+    windows = range(0, length - width + 1, d)
+    keys = [k[start : start + width].mean(0) for start in windows]
     seen = torch.zeros(q.shape[1], length, length, dtype=torch.bool)
     for key_head, t in product(range(k.shape[1]), range(length)):
         group = range(key_head * per_key, (key_head + 1) * per_key)
-        visible = [n for n, start in enumerate(windows) if not causal or start + l <= t + 1]
+        visible = [n for n, start in enumerate(windows) if not causal or start + width <= t + 1]
         blocks = range((t if causal else length - 1) // B + 1)
         scores = dict.fromkeys(blocks, 0.0)
         for head in group:
             logits = [(q[t, head] @ keys[n][key_head]).item() * q.shape[-1] ** -0.5 for n in visible]
             for n, weight in zip(visible, torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()):
-                for stretch in range(windows[n], windows[n] + l, d):
+                for stretch in range(windows[n], windows[n] + width, d):
                     if stretch // B in scores:
                         scores[stretch // B] += weight
         for n in blocks:

@@ -4,7 +4,6 @@ Plain differentiable torch on whole tensors, documents laid end to end; called w
 """
 
 import torch
-
 from selection_oracle import SEEN
 
 from longspan.attention import Hierarchical
