@@ -190,8 +190,9 @@ class BlockLists(Static):
 
     def __post_init__(self):
         require_whole(self, query_block=1, key_block=1)
-        name = f"{getattr(self.lists, '__module__', '')}.{getattr(self.lists, '__qualname__', repr(self.lists))}"
-        if not callable(self.lists):
+        if callable(self.lists):
+            name = getattr(self.lists, "__qualname__", type(self.lists).__qualname__)
+        else:
             lists = tuple(torch.as_tensor(x).cpu().numpy().copy() for x in self.lists)
             object.__setattr__(self, "lists", lists)
             name = hashlib.sha256(b"".join(repr(x.shape).encode() + x.tobytes() for x in lists)).hexdigest()
@@ -245,10 +246,14 @@ class BlockLists(Static):
         return ordered
 
     def __eq__(self, other):
-        return isinstance(other, BlockLists) and self.signature == other.signature
+        return isinstance(other, BlockLists) and self._key == other._key
 
     def __hash__(self):
-        return hash(self.signature)
+        return hash(self._key)
+
+    @property
+    def _key(self):
+        return (self.lists if callable(self.lists) else None), self.signature
 
     @property
     def signature(self):

@@ -236,6 +236,30 @@ def test_only_blocks_that_are_chosen_travel():
         ({"v": torch.zeros(8, 2, 3)}, "k has shape (8, 2, 4) but v has (8, 2, 3); they must be equal"),
         ({"q": torch.zeros(8, 4, 5)}, "k has shape (8, 2, 4); its head_dim must be that of q, (8, 4, 5)"),
         ({"q": torch.zeros(8, 3, 4)}, "k has 2 heads, which does not divide the 3 heads of q"),
+        (
+            {"selection": Window((3, 3), (2, 3))},
+            "a document of 8 tokens does not fit Window.shape=(2, 3), which has 6 places; use 0 for the first axis",
+        ),
+        (
+            {"selection": BlockLists([[[0]]] * 2, 8, 4)},
+            "BlockLists.lists has 2 documents, the batch has 1",
+        ),
+        (
+            {"selection": BlockLists([[[0]]], 4, 4)},
+            "BlockLists.lists gives int64 [1, 1] for document 0 of 8 tokens; give integers [2, n] or [key heads, 2, n]",
+        ),
+        (
+            {"selection": BlockLists([[[2, 1]]], 8, 4)},
+            "BlockLists.lists names block 2 in document 0 of 8 tokens; it has 2 blocks of 4",
+        ),
+        (
+            {"selection": BlockLists([[[1, 0, 1]]], 8, 4)},
+            "BlockLists.lists names block 1 twice in a list of document 0",
+        ),
+        (
+            {"selection": BlockLists([[[[1]]] * 3], 8, 4)},
+            "BlockLists.lists has lists of 3 heads for 2 key heads",
+        ),
         ({"strategy": "rign"}, "sparse strategy 'rign' is unknown; use auto, fetch, ring; did you mean 'ring'?"),
     ],
 )
@@ -253,6 +277,29 @@ def test_refusals(change, message):
         (lambda: TopBlocks(2.5), "TopBlocks.keep=2.5 must be a whole number of blocks or a share between 0 and 1"),
         (lambda: TopBlocks(query_block=0), "TopBlocks.query_block=0 must be a whole number of at least 1"),
         (lambda: TopBlocks(2, first=2, recent=1), "TopBlocks.keep=2 must be at least first + recent, 3"),
+        (
+            lambda: Window((3, 3)),
+            "Window.window=(3, 3) and Window.shape=(0,) must have the same 1 to 3 axes",
+        ),
+        (
+            lambda: Window((3, 0), (0, 4)),
+            "Window.window=(3, 0) and Window.shape=(0, 4) must be at least 1 on every axis; only the first of shape may"
+            " be 0, as long as a document needs",
+        ),
+        (lambda: Window(3, order="z"), "Window.order='z' is unknown; use row_major or morton"),
+        (lambda: Window(3, causal_axes=(1, 0)), "Window.causal_axes=(1, 0) must have a flag for each axis of (3,)"),
+        (lambda: Radial(0), "Radial.frame=0 must be a whole number of at least 1"),
+        (lambda: Antidiagonal(0.0), "Antidiagonal.threshold=0.0 must be a share above 0, at most 1"),
+        (
+            lambda: Antidiagonal(stride=16, key_block=72),
+            "Antidiagonal.key_block=72 must be a multiple of stride=16",
+        ),
+        (lambda: TokenTop(True), "TokenTop.keep=True must be a whole number of at least 1"),
+        (
+            lambda: CompressedTop(window=24),
+            "CompressedTop.window=24 must be a multiple of stride=16 and at most key_block=64, another multiple",
+        ),
+        (lambda: CompressedTop(2), "CompressedTop.keep=2 must be at least first + recent, 3"),
         (lambda: Hierarchical(1), "Hierarchical.block=1 must be a whole number of at least 2"),
         (lambda: Hierarchical(levels=0), "Hierarchical.levels=0 must be a whole number of at least 1"),
     ],
@@ -261,3 +308,34 @@ def test_selections_refuse(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert str(error.value) == message
+
+
+def test_lists_are_told_apart():
+    """What follows from a layout is kept by selection: other lists are another selection."""
+    first, same, other = (BlockLists([[[n]]], 8, 4) for n in (0, 0, 1))
+    assert first == same and hash(first) == hash(same) and first != other
+    functions = [lambda length, n=n: [[n]] for n in (0, 1)]
+    seq = SequenceParallel().context(contiguous((8,), 1))
+    q, k, v = make_inputs("full", (8,))[0].values()
+    outs = [sparse_attention(q, k, v, selection=BlockLists(f, 8, 4), causal=False, seq=seq) for f in functions]
+    assert not torch.equal(*outs)
+
+
+def test_a_selection_of_ones_own():
+    """Whatever has the methods of a Selection chooses."""
+
+    class Latest:
+        def tables(self, seq, causal):
+            return TopBlocks(1, **SMALL).tables(seq, causal)
+
+        def coarse(self, k, v, tables, gather):
+            return None, None
+
+        def choose(self, q, k, coarse_k, tables, ranks):
+            return tables.diagonal[None], None
+
+    inputs, _, _ = make_inputs("causal", (50,))
+    out = sparse_attention(**inputs, selection=Latest())
+    lists = [[[0, 1], [2, 3], [4, 5], [6, -1]]]
+    wanted = definition(**inputs, lengths=(50,), selection=BlockLists(lists, **SMALL))
+    torch.testing.assert_close(out, wanted)
