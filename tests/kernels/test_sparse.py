@@ -77,7 +77,7 @@ def check(form, plan, q, k, v, d_out, d_lse):
         name: ((x.double() - y).norm() / y.norm().clamp(min=1e-3 * y.numel() ** 0.5)).item()
         for name, (x, y) in pairs.items()
     }
-    assert max(errors.values()) <= LIMITS[q.dtype], errors
+    assert all(error <= LIMITS[q.dtype] for error in errors.values()), errors  # NaN is no error below a limit
     return out, lse, *actual
 
 
