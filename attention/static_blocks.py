@@ -6,6 +6,7 @@ Radial attention (arXiv 2506.19852) for video, and lists of the user's own.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -61,8 +62,7 @@ class Static:
 
     def pairs(self, length: int) -> float:
         """Query-key pairs of one head in a document of `length` tokens under a causal mask, the mean of heads."""
-        heads, row, column = _whole(self, length)
-        return block_pairs(self, length, row, column) / heads
+        return _pairs(self, length)
 
 
 def list_tables(layout, rank: int, selection, causal: bool) -> ListTables:
@@ -99,29 +99,21 @@ def _listed(selection, document, length, blocks, causal):
     return listed
 
 
-def _whole(selection, length):
-    """Of a document: (heads, query block, key block of every entry of their lists) under a causal mask."""
+@lru_cache(64)
+def _pairs(selection, length):
     blocks = np.arange(-(-length // selection.query_block))
-    batch, rows, columns = max(1, MARKS // -(-length // selection.key_block)), [], []
+    batch, total = max(1, MARKS // -(-length // selection.key_block)), 0
     for at in range(0, len(blocks), batch):
         listed = _listed(selection, 0, length, blocks[at : at + batch], True)
-        head, row, place = np.nonzero(listed >= 0)
-        rows.append(row + at)
-        columns.append(listed[head, row, place])
-    return len(listed), np.concatenate(rows), np.concatenate(columns)
+        begin, key = blocks[at : at + batch, None] * selection.query_block, listed * selection.key_block
+        end, count = np.minimum(begin + selection.query_block, length), np.minimum(selection.key_block, length - key)
 
+        def before(query):  # pairs of all queries before this one
+            some = np.clip(query - key, 0, count)
+            return some * (some + 1) // 2 + np.maximum(query - key - count, 0) * count
 
-def block_pairs(selection, length, row, column) -> int:
-    """Pairs in some pairs of blocks of a document that a causal mask leaves."""
-    begin, key = row * selection.query_block, column * selection.key_block
-    end = np.minimum(begin + selection.query_block, length)
-    count = np.minimum(selection.key_block, length - key)
-
-    def before(query):  # pairs of all queries before this one
-        some = np.minimum(np.maximum(query - key, 0), count)
-        return some * (some + 1) // 2 + np.maximum(query - key - count, 0) * count
-
-    return int((before(end) - before(begin)).sum())
+        total += np.where(listed >= 0, before(end) - before(begin), 0).sum()
+    return float(total) / len(listed)
 
 
 def compact(marks: np.ndarray) -> np.ndarray:
