@@ -59,7 +59,7 @@ class Antidiagonal:
         return None, None
 
     def choose(self, q, k, coarse_k, tables: "AntidiagonalTables", ranks):
-        """(int64 [Hkv, local query pieces, n]: key blocks, -1 for none, None)."""
+        """(int32 [Hkv, local query pieces, n]: key blocks, ascending, -1 for none, None)."""
         everyone = ranks(torch.nn.functional.pad(k, (0, 0, 0, 0, 0, tables.width - k.shape[0])))
         keys, there = _groups(everyone, tables.keys_of, self.stride)
         queries, counted = _groups(ranks.move(tables.to_queries, q), tables.queries_of, self.stride)
@@ -77,7 +77,7 @@ class Antidiagonal:
             found.append(_most(shares, forced, self.threshold, column))
         most = max((x.shape[2] for x in found), default=0)
         found = [torch.nn.functional.pad(x, (0, most - x.shape[2]), value=-1) for x in found]
-        return torch.cat(kept + ([torch.cat(found, 1)] if found else []), 2), None
+        return torch.cat(kept + ([torch.cat(found, 1)] if found else []), 2).int().sort(-1).values, None
 
 
 def _groups(x, index, stride):

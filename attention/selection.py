@@ -21,7 +21,7 @@ class Selection(Protocol):
         the rows of all ranks."""
 
     def choose(self, q, k, coarse_k, tables, ranks) -> tuple[torch.Tensor, torch.Tensor | None, ...]:
-        """(fine, coarse) or (fine, coarse, rule), without gradients. fine: int64 [Hkv or 1, local query pieces, n], key
-        blocks by their number in the batch, none twice, -1 for nothing; coarse: the same of tables.coarse_blocks, or
-        None; rule: what single queries see of them, Picks or Boxes of kernels.sparse, or None. ranks:
-        attention.gather_rows.Ranks."""
+        """(fine, coarse) or (fine, coarse, rule), without gradients. fine: int32 [Hkv or 1, local query pieces, n], key
+        blocks by their number in the batch, ascending, none twice, -1 anywhere for nothing; coarse: the same of
+        tables.coarse_blocks, or None; rule: what single queries see of them, Picks or Boxes of kernels.sparse, or None.
+        ranks: attention.gather_rows.Ranks."""

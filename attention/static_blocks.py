@@ -20,7 +20,8 @@ MARKS = 1 << 24  # pairs of blocks that are looked at together
 
 @dataclass(frozen=True)
 class ListTables:
-    """queries, keys: the blocks. lists: int64 [1 or Hkv, local query pieces, n], key blocks, -1 for none."""
+    """queries, keys: the blocks. lists: int32 [1 or Hkv, local query pieces, n], key blocks, ascending, -1 for
+    none."""
 
     queries: Pieces
     keys: Pieces
@@ -37,8 +38,8 @@ class Static:
     """A selection that has query_block and key_block and says what they list."""
 
     def listed(self, document: int, length: int, blocks: np.ndarray, causal: bool) -> np.ndarray:
-        """int [heads, blocks, n] or [blocks, n]: key blocks of a document for some of its query blocks, -1 for none;
-        later ones may be among them under a causal mask."""
+        """int [heads, blocks, n] or [blocks, n]: key blocks of a document for some of its query blocks, ascending,
+        -1 for none; later ones may be among them under a causal mask."""
         raise NotImplementedError
 
     def check(self, lengths) -> None:
@@ -83,7 +84,7 @@ def list_tables(layout, rank: int, selection, causal: bool) -> ListTables:
             listed = _listed(selection, number, lengths[number], blocks, causal)
             found.append((rows, np.where(listed < 0, -1, listed + base)))
     width = max((listed.shape[2] for _, listed in found), default=1)
-    lists = np.full((selection.heads(layout.lengths), len(document), width), -1)
+    lists = np.full((selection.heads(layout.lengths), len(document), width), -1, np.int32)
     for rows, listed in found:
         lists[:, rows, : listed.shape[2]] = listed
     return ListTables(queries, keys, torch.from_numpy(lists), selection.rule(layout, rank, causal))

@@ -41,7 +41,7 @@ class TokenTop:
         return None, None
 
     def choose(self, q, k, coarse_k, tables: "TokenTables", ranks):
-        """(int64 [Hkv, local query pieces, n]: key blocks, -1 for none, None, Picks of every query head)."""
+        """(int32 [Hkv, local query pieces, n]: key blocks, ascending, -1 for none, None, Picks of every query head)."""
         means = block_means(k, tables.keys, ranks).transpose(0, 1)
         heads, per_key = k.shape[1], q.shape[1] // k.shape[1]
         past = tables.past(per_key, self.keep)
@@ -99,7 +99,7 @@ class CompressedTop:
         return None, None
 
     def choose(self, q, k, coarse_k, tables: "TokenTables", ranks):
-        """(int64 [Hkv, local query pieces, n]: key blocks, -1 for none, None, Picks of every key head)."""
+        """(int32 [Hkv, local query pieces, n]: key blocks, ascending, -1 for none, None, Picks of every key head)."""
         keys, whole = self._compressed(k, tables, ranks)
         heads, block = k.shape[1], torch.arange(len(tables.keys.length), device=k.device)
         q = q.to(keys.dtype).unflatten(1, (heads, -1)).transpose(0, 1)  # [Hkv, T, heads of it, D]
@@ -194,12 +194,13 @@ class TokenTables:
 
 
 def distinct(chosen: torch.Tensor) -> torch.Tensor:
-    """[H, P, m] -> [H, P, n]: every number that is not negative once, -1 for none. Waits for the device."""
+    """[H, P, m] -> int32 [H, P, n]: every number that is not negative once, ascending, -1 for none. Waits for the
+    device."""
     ordered = chosen.int().sort(-1).values
     again = torch.nn.functional.pad(ordered[..., 1:] == ordered[..., :-1], (1, 0))
-    ordered = ordered.masked_fill(again, -1).sort(-1, descending=True).values
+    ordered = ordered.masked_fill(again, -1).sort(-1).values
     most = int((ordered >= 0).sum(-1).max()) if ordered.numel() else 0
-    return ordered[..., :most].long()
+    return ordered[..., ordered.shape[-1] - most :]
 
 
 def token_tables(layout, rank: int, query_block: int, key_block: int, stride: int, causal: bool) -> TokenTables:
