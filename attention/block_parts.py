@@ -57,10 +57,13 @@ def _taken(x, rows, head):
     return x[rows].contiguous() if head is None else x[rows, head][:, None].contiguous()
 
 
-def block_parts(wanted, tables, causal, strategy, group) -> list[Part]:
-    """wanted: int64 [Hkv or 1, local query pieces, n], pieces of keys, -1 for none."""
+def block_parts(blocks, tables, causal, strategy, group) -> list[Part]:
+    """blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, ascending, -1 for none."""
     keys = tables.keys
+    if keys.whole:
+        return [Part(BlockPlan.of(tables.queries.local, keys.local, blocks, causal=causal, ascending=True))]
     rank, world_size = group_rank(group), group_size(group)
+    wanted = keys.of_block[blocks.clamp(min=0)].masked_fill((blocks < 0)[..., None], -1).flatten(2)  # pieces
     owner = torch.where(wanted < 0, -1, wanted // keys.width)
     here = torch.where(owner == rank, wanted % keys.width, -1)
     local = Part(BlockPlan.of(tables.queries.local, keys.local, here, causal=causal))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from longspan.kernels.sparse import Blocks
+from longspan.kernels.sparse import Blocks, Ranges
 from longspan.parallel.layout import Layout
 
 
@@ -18,7 +18,8 @@ class Pieces:
     """The blocks of one size. local: this rank's pieces; block: int64 [local pieces], the block that each is of.
     of_block: int64 [blocks, most], the pieces of every block in the order of tokens, -1 for none; length: int64
     [blocks], tokens. width: most pieces of a rank. lengths, positions: int64 [world_size * width], tokens of every
-    piece and where it starts in its document. count: pieces of all ranks; tokens: of every rank."""
+    piece and where it starts in its document. count: pieces of all ranks; tokens: of every rank. whole: this rank's
+    pieces are the blocks, one by one."""
 
     local: Blocks
     block: torch.Tensor
@@ -30,6 +31,7 @@ class Pieces:
     size: int
     count: int
     tokens: tuple[int, ...]
+    whole: bool
 
     def map(self, move) -> "Pieces":
         """The same with every tensor passed through `move`."""
@@ -38,38 +40,10 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """What each row may choose from and how much of it: int64 [rows] first, stop and most; bounds: (first, stop) on the
-    host; kept: the highest of `most`."""
-
-    first: torch.Tensor
-    stop: torch.Tensor
-    most: torch.Tensor
-    bounds: np.ndarray
-    kept: int
-
-    @classmethod
-    def of(cls, first: np.ndarray, stop: np.ndarray, keep: float) -> "Ranges":
-        """keep: so many, or below 1 a share of the range, at least one."""
-        most = kept_of(stop - first, keep)
-        tensors = (torch.from_numpy(x.astype(np.int64)) for x in (first, stop, most))
-        return cls(*tensors, np.stack([first, stop], 1), int(most.max(initial=0)))
-
-    def map(self, move) -> "Ranges":
-        """The same with every tensor passed through `move`."""
-        return replace(self, first=move(self.first), stop=move(self.stop), most=move(self.most))
-
-
-def kept_of(size: np.ndarray, keep: float) -> np.ndarray:
-    """How many of so many are kept: `keep`, or below 1 that share, at least one."""
-    return np.minimum(size, keep if keep >= 1 else np.maximum((keep * size).astype(np.int64), 1))
-
-
-@dataclass(frozen=True)
 class BlockTables:
     """queries, keys: the blocks of both sizes. For every local piece of queries: candidates, the key blocks that its
-    block may choose from, all of its document or, causal, those wholly before it; diagonal: int64 [pieces, n], those
-    that it always keeps, -1 for none; router: int64, the query block whose mean chooses for it, its own or, causal, the
+    block may choose from, all of its document or, causal, those wholly before it; diagonal: int32 [pieces, n], those
+    that it always keeps, -1 for none; router: int32, the query block whose mean chooses for it, its own or, causal, the
     one before (-1 for none)."""
 
     queries: Pieces
@@ -103,7 +77,7 @@ def block_tables(layout: Layout, rank: int, query_block: int, key_block: int, ke
         diagonal = np.where(diagonal < met[:, None], diagonal, -1)
     router = queries.block.numpy() - 1 if causal else queries.block.numpy()
     router = np.where((place > 0) | (not causal), router, -1)
-    tensors = (torch.from_numpy(x.astype(np.int64)) for x in (diagonal, router))
+    tensors = (torch.from_numpy(x.astype(np.int32)) for x in (diagonal, router))
     return BlockTables(queries, keys, Ranges.of(first, stop, keep), *tensors)
 
 
@@ -141,5 +115,5 @@ def pieces(layout: Layout, rank: int, size: int) -> Pieces:
     return Pieces(
         Blocks(size, *columns), torch.from_numpy(mine), torch.from_numpy(of_block), torch.from_numpy(tokens),
         torch.from_numpy(lengths), torch.from_numpy(positions), width, size,
-        len(number), layout.tokens_per_rank,
+        len(number), layout.tokens_per_rank, len(found) == 1 and np.array_equal(of_block[:, 0], np.arange(len(mine))),
     )  # fmt: skip

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from longspan.attention.hierarchy_tables import HierarchyTables, hierarchy_tables
-from longspan.attention.selections import block_sums, top_in_ranges
-
-CANDIDATE_ELEMENTS = 1 << 24  # numbers of candidate keys gathered at once
+from longspan.attention.selections import block_sums
+from longspan.kernels.sparse import descend, pool, top
 
 
 @dataclass(frozen=True)
@@ -48,52 +47,36 @@ class Hierarchical:
 
     def coarse(self, k, v, tables, gather):
         """Means of keys and values, level after level, in the dtype of k: [rows, Hkv, D] each, with gradients."""
-        levels = _levels(torch.cat([k, v], 1), tables, gather)
+        levels = _means(_levels((k, v), tables, gather), tables)
         return torch.cat(levels).to(k.dtype).split(k.shape[1], 1)
 
     def choose(self, q, k, coarse_k, tables, gather):
-        """(fine, coarse): int64 [Hkv, local pieces, n], blocks of tokens and blocks of coarse rows, -1 for none."""
-        queries = _levels(q.unflatten(1, (k.shape[1], -1)).mean(2), tables, gather)
+        """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens and blocks of coarse rows, both ascending, -1
+        for none."""
+        # Means up to the number of heads that share a key head, which changes no order.
+        queries = _means(_levels((q,), tables, gather, heads=k.shape[1]), tables)
         keys = coarse_k.to(queries[0].dtype).split([len(level) for level in queries])
-        queries, keys = ([x.transpose(0, 1) for x in levels] for levels in (queries, keys))
-        last = tables.levels[-1]
-        listed = [tables.top.expand(k.shape[1], -1, -1)]
-        found = top_in_ranges(queries[-1][:, last.router], keys[-1], last.candidates)
+        last, heads = tables.levels[-1], k.shape[1]
+        found, causal = top(queries[-1], keys[-1], last.router, last.candidates), tables.diagonal.shape[1] > 0
+        listed = [tables.top.expand(heads, -1, -1)]
         for depth in range(self.levels - 2, -1, -1):  # found: rows of the level above, for each of its rows
-            level, above = tables.levels[depth], found
-            mine = above[:, level.parent[tables.ancestors[depth]]]
-            if level.own is not None:
-                mine = torch.cat([mine, level.own.expand(mine.shape[0], -1, -1)], 2)
-            listed.append(_pick(level.blocks, mine))
-            rows = tables.keys.block if depth == 0 else torch.arange(len(level.parent), device=q.device)
-            found = self._below(queries[depth], keys[depth], above, level, rows)
-        return torch.cat([found, tables.diagonal.expand(found.shape[0], -1, -1)], 2), torch.cat(listed, 2)
-
-    def _below(self, queries, keys, above, level, rows):
-        """int64 [H, rows, n]: the best of the level's rows under what is chosen above and, causal, of those before each
-        row under its own parent."""
-        found, (heads, _, most) = [], above.shape
-        batch = max(1, CANDIDATE_ELEMENTS // (heads * (most + 1) * self.block * keys.shape[2]))
-        head = torch.arange(heads, device=keys.device)[:, None, None]
-        for part in rows.split(batch):
-            candidates = _pick(level.children, above[:, level.parent[part]])
-            if level.before is not None:
-                candidates = torch.cat([candidates, level.before[part].expand(heads, -1, -1)], 2)
-            scores = (keys[head, candidates.clamp(min=0)] @ queries[:, level.router[part], :, None]).squeeze(-1)
-            values, order = scores.masked_fill(candidates < 0, -torch.inf).topk(min(self.keep, scores.shape[2]), -1)
-            found.append(candidates.gather(2, order).masked_fill(values == -torch.inf, -1))
-        return torch.cat(found, 1)
+            level = tables.levels[depth]
+            mine = found[:, level.above]
+            if causal:  # the children of the row above which are past, as the mask says
+                mine = torch.cat([mine, level.above[:, None].expand(heads, -1, 1)], 2)
+            listed.append(level.blocks[mine.clamp(min=0)].masked_fill((mine < 0)[..., None], -1).flatten(2))
+            found = descend(queries[depth], keys[depth], found, level.families, self.keep, causal)
+        fine = torch.cat([found, tables.diagonal.expand(heads, -1, -1)], 2) if causal else found
+        return fine, torch.cat(listed[::-1], 2)
 
 
-def _levels(x, tables, gather):
-    """Means of the rows of every level: [T_local, H, D] -> [rows, H, D] each, in at least fp32."""
-    sums = [block_sums(x, tables.keys, gather)]
+def _levels(tensors, tables, gather, heads=None):
+    """Sums over the rows of every level: [T_local, H, D] each -> [rows, heads of all, D], in at least fp32."""
+    sums = [block_sums(tensors, tables.keys, gather, heads)]
     for under in tables.under:
-        padded = torch.nn.functional.pad(sums[-1], (0, 0, 0, 0, 0, 1))  # row -1 is zero
-        sums.append(padded[under].sum(1))
+        sums.append(pool(sums[-1], under))
+    return sums
+
+
+def _means(sums, tables):
     return [total / size[:, None, None] for total, size in zip(sums, tables.sizes)]
-
-
-def _pick(table, rows):
-    """table [R, n] at rows [H, T, m], -1 for none -> [H, T, m n]."""
-    return table[rows.clamp(min=0)].masked_fill((rows < 0)[..., None], -1).flatten(2)

@@ -6,41 +6,36 @@ from math import log
 import numpy as np
 import torch
 
-from longspan.attention.block_tables import Pieces, Ranges, pieces
-from longspan.kernels.sparse import Blocks
+from longspan.attention.block_tables import Pieces, pieces
+from longspan.kernels.sparse import Blocks, Families, Ranges
 from longspan.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
 class Level:
-    """Level l of all documents; all int64 on the device. router: the row whose mean query chooses for each. parent:
-    row of the level above. children: [rows above, block], its rows under each of those, -1 for none; before, causal:
-    [rows, block], those under a row's own parent that come before it. own, causal: [local pieces, 1], the row above
-    each piece, whose children are listed as well (the mask takes those that are past). blocks: [rows above, 2], blocks
-    of coarse keys under each. The last level has candidates instead of what leads down from above."""
+    """Level l of all documents; int32 on the device. The last has candidates, and router: the row whose mean query
+    chooses for each that does. The others have families, what leads down from the level above; above: [local pieces],
+    the row there that each piece is in; blocks: [rows above, 2], blocks of coarse keys under each, ascending."""
 
-    router: torch.Tensor
-    parent: torch.Tensor | None = None
-    children: torch.Tensor | None = None
-    before: torch.Tensor | None = None
-    own: torch.Tensor | None = None
-    blocks: torch.Tensor | None = None
+    router: torch.Tensor | None = None
     candidates: Ranges | None = None
+    families: Families | None = None
+    above: torch.Tensor | None = None
+    blocks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class HierarchyTables:
-    """queries, keys: the fine blocks. sizes: int64 [rows] per level, tokens. under: int64 [rows, block] per level but
-    the first, rows of the level before. ancestors: int64 [local pieces] per level. coarse_blocks, coarse_weight: blocks
-    of rows of all levels laid end to end. top: int64 [local pieces, n], blocks of the last level that each piece sees.
-    diagonal: int64 [local pieces, 1 or 0]."""
+    """queries, keys: the fine blocks. sizes: int32 [rows] per level, tokens. under: per level but the first, the rows
+    of the level before in blocks, one for each of its rows. coarse_blocks, coarse_weight: blocks of rows of all levels
+    laid end to end. top: int32 [local pieces, n], blocks of the last level that each piece sees, ascending.
+    diagonal: int32 [local pieces, 1 or 0]."""
 
     queries: Pieces
     keys: Pieces
     levels: tuple[Level, ...]
     sizes: tuple[torch.Tensor, ...]
-    under: tuple[torch.Tensor, ...]
-    ancestors: tuple[torch.Tensor, ...]
+    under: tuple[Blocks, ...]
     coarse_blocks: Blocks
     coarse_weight: torch.Tensor
     top: torch.Tensor
@@ -71,36 +66,47 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     coarse_blocks, weights, blocks_under = _coarse_blocks(rows[:-1], lengths, block)
 
     tables = []
-    for level, under, above in zip(rows, blocks_under, chain[1:levels]):
-        siblings = level.children[level.parent]
-        before = np.where(siblings < np.arange(len(siblings))[:, None], siblings, -1)
-        tables.append(
-            Level(
-                _int64(level.router(causal)),
-                parent=_int64(level.parent),
-                children=_int64(level.children),
-                before=_int64(before) if causal else None,
-                own=_int64(above[:, None]) if causal else None,
-                blocks=_int64(under),
-            )
-        )
+    for level, under, mine, above in zip(rows, blocks_under, chain, chain[1:levels]):
+        chooses = mine if not tables else np.arange(len(level.place))  # of fine blocks, those of local queries
+        families = _families(level, chooses, block, causal)
+        tables.append(Level(families=families, above=_int32(above), blocks=_int32(under)))
     last = rows[levels - 1]
     chosen_for = np.arange(len(last.place)) if levels > 1 else chain[0]  # of fine blocks, those of local queries
     first = last.base[last.document[chosen_for]]
     stop = first + last.place[chosen_for] if causal else last.base[last.document[chosen_for] + 1]
-    tables.append(Level(_int64(last.router(causal)[chosen_for]), candidates=Ranges.of(first, stop, keep)))
+    tables.append(Level(_int32(last.router(causal)[chosen_for]), Ranges.of(first, stop, keep)))
     return HierarchyTables(
         fine,
         fine,
         tuple(tables),
-        sizes=tuple(_int64(level.size) for level in rows[:-1]),
-        under=tuple(_int64(level.children) for level in rows[: levels - 1]),
-        ancestors=tuple(map(_int64, chain[:levels])),
+        sizes=tuple(_int32(level.size) for level in rows[:-1]),
+        under=tuple(_blocks_under(level, block) for level in rows[: levels - 1]),
         coarse_blocks=coarse_blocks,
         coarse_weight=torch.from_numpy(weights),
-        top=_int64(_top_blocks(chain[levels], blocks_under[-1], rows[levels], causal)),
-        diagonal=_int64(chain[0][:, None] if causal else np.zeros((len(chain[0]), 0))),
+        top=_int32(_top_blocks(chain[levels], blocks_under[-1], rows[levels], causal)),
+        diagonal=_int32(chain[0][:, None] if causal else np.zeros((len(chain[0]), 0))),
     )
+
+
+def _blocks_under(level, block):
+    """The rows of a level in blocks, one under each row above."""
+    length = (level.children >= 0).sum(1)
+    zeros = np.zeros_like(length)
+    return Blocks(block, *map(_int32, (level.children[:, 0], length, zeros, zeros, zeros)))
+
+
+def _families(level, chooses, block, causal):
+    """chooses: the rows of a level that choose."""
+    parents = level.parent[chooses]
+    order = np.argsort(parents, kind="stable")
+    turn = np.arange(len(order)) - np.searchsorted(parents[order], parents[order])  # among those of the same parent
+    group = np.cumsum(turn % block == 0) - 1
+    groups = np.full((group.max(initial=-1) + 1, block), -1)
+    groups[group, turn % block] = order
+    under = _blocks_under(level, block)
+    tables = (level.parent, level.router(causal), chooses, groups, parents[groups[:, 0]])
+    parent, *rest = map(_int32, tables)
+    return Families(parent, under.start, under.length, *rest, block)
 
 
 @dataclass(frozen=True)
@@ -182,5 +188,5 @@ def _top_blocks(groups, blocks, above, causal):
     return found.reshape(len(groups), 2 * listed.shape[1])
 
 
-def _int64(x):
-    return torch.from_numpy(np.ascontiguousarray(x).astype(np.int64))
+def _int32(x):
+    return torch.from_numpy(np.ascontiguousarray(x).astype(np.int32))

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from longspan.attention.block_tables import BlockTables, Pieces, Ranges, block_tables, kept_of
-
-SCORE_ELEMENTS = 1 << 22  # scores held at once: 16 MB
+from longspan.attention.block_tables import BlockTables, Pieces, block_tables
+from longspan.kernels.sparse import kept_of, pool, top
 
 
 @dataclass(frozen=True)
@@ -54,62 +53,34 @@ class TopBlocks:
         return None, None
 
     def choose(self, q, k, coarse_k, tables: BlockTables, gather):
-        """(int64 [Hkv, local query pieces, n]: key blocks, -1 for none, None). gather: rows of all ranks from mine."""
-        means = block_means(q.unflatten(1, (k.shape[1], -1)).mean(2), tables.queries, gather)
-        means = means[tables.router.clamp(min=0)].transpose(0, 1)
-        keys = block_means(k, tables.keys, gather).transpose(0, 1)
-        found = top_in_ranges(means, keys, tables.candidates, self.first, self.recent)
-        return torch.cat([tables.diagonal.expand(keys.shape[0], -1, -1), found], 2), None
+        """(int32 [Hkv, local query pieces, n]: key blocks, ascending, -1 for none, None). gather: all ranks' rows from
+        mine."""
+        means = block_means(q, tables.queries, gather, heads=k.shape[1])
+        keys = block_means(k, tables.keys, gather)
+        forced = {"first": self.first, "recent": self.recent, "always": tables.diagonal}
+        return top(means, keys, tables.router, tables.candidates, **forced), None
 
 
-def top_in_ranges(means, keys, ranges: Ranges, first: int = 0, recent: int = 0) -> torch.Tensor:
-    """int64 [H, R, n]: of the keys [H, T, D] from ranges.first to ranges.stop those with the highest products with a
-    row of means [H, R, D], ranges.most of them, -1 for none. first, recent: so many at either end are always taken."""
-    parts = [_top(means, keys, ranges, rows, first, recent) for rows in _batches(ranges.bounds, keys.shape[0])]
-    return torch.cat(parts, 1) if parts else torch.empty(*means.shape[:2], 0, dtype=torch.int64, device=keys.device)
+def block_means(x: torch.Tensor, pieces: Pieces, gather, heads: int | None = None) -> torch.Tensor:
+    """[T_local, H, D] -> [blocks, heads, D] of all ranks, in at least fp32: also over heads that belong together."""
+    if pieces.whole:
+        return pool(x, pieces.local, heads=heads, mean=True)
+    sums = block_sums((x,), pieces, gather, heads)
+    return sums / (pieces.length * (x.shape[1] // sums.shape[1]))[:, None, None]
 
 
-def _top(means, keys, ranges, rows, forced_first, forced_recent):
-    start, end = int(ranges.bounds[rows, 0].min()), int(ranges.bounds[rows, 1].max())
-    column = torch.arange(start, end, device=keys.device)
-    first, stop = ranges.first[rows, None], ranges.stop[rows, None]
-    scores = means[:, rows] @ keys[:, start:end].mT
-    scores = scores.masked_fill((column < first + forced_first) | (column >= stop - forced_recent), torch.inf)
-    scores = scores.masked_fill((column < first) | (column >= stop), -torch.inf)
-    values, order = scores.topk(min(ranges.kept, end - start), -1)
-    there = (values > -torch.inf) & (torch.arange(order.shape[-1], device=keys.device) < ranges.most[rows, None])
-    return torch.nn.functional.pad(torch.where(there, order + start, -1), (0, ranges.kept - order.shape[-1]), value=-1)
-
-
-def block_means(x: torch.Tensor, pieces: Pieces, gather) -> torch.Tensor:
-    """[T_local, H, D] -> [blocks, H, D] of all ranks, in at least fp32, differentiable."""
-    return block_sums(x, pieces, gather) / pieces.length[:, None, None]
-
-
-def block_sums(x: torch.Tensor, pieces: Pieces, gather) -> torch.Tensor:
-    """[T_local, H, D] -> [blocks, H, D] of all ranks, in at least fp32, differentiable."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if x.shape[0]:
-        sums = torch.segment_reduce(x, "sum", lengths=pieces.local.length.long(), axis=0)
-    else:
-        sums = x.sum(0, keepdim=True)  # a rank without tokens is part of the graph as well
+def block_sums(tensors, pieces: Pieces, gather, heads: int | None = None) -> torch.Tensor:
+    """[T_local, H, D] each -> [blocks, heads of all, D] of all ranks, in at least fp32, differentiable."""
+    if tensors[0].shape[0]:
+        sums = torch.cat([pool(x, pieces.local, heads=heads) for x in tensors], 1)
+    else:  # a rank without tokens is part of the graph as well
+        wide = torch.promote_types(tensors[0].dtype, torch.float32)
+        sums = torch.cat([x.sum(0, keepdim=True, dtype=wide)[:, : heads or x.shape[1]] for x in tensors], 1)
+    if pieces.whole:
+        return sums
     sums = gather(torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, pieces.width - sums.shape[0])))
     total = sums[pieces.of_block[:, 0]]
     for turn in range(1, pieces.of_block.shape[1]):
         piece = pieces.of_block[:, turn]
         total = total + sums[piece.clamp(min=0)].masked_fill((piece < 0)[:, None, None], 0)
     return total
-
-
-def _batches(bounds, heads):
-    """Runs of rows whose scores fit the limit, by the keys that they reach."""
-    first, count = 0, len(bounds)
-    while first < count:
-        stop, (low, high) = first, bounds[first]
-        while stop < count:
-            low, high = min(low, bounds[stop, 0]), max(high, bounds[stop, 1])
-            if stop > first and (stop + 1 - first) * (high - low) * heads > SCORE_ELEMENTS:
-                break
-            stop += 1
-        yield slice(first, stop)
-        first = stop

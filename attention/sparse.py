@@ -64,7 +64,7 @@ class _Attention(torch.autograd.Function):
         kept = recall()
         if kept is None:
             parts = _choose(q, k, coarse_k, selection, tables, causal, strategy, group)
-            kept = keep(_forward(q, (k, v), (coarse_k, coarse_v), parts, group, scale))
+            kept = keep(attend(q, (k, v), (coarse_k, coarse_v), parts, group, scale))
         out, lse, parts, arrived = kept
         out = out.detach()
         ctx.save_for_backward(q, k, v, coarse_k, coarse_v, out, lse, *arrived)
@@ -76,24 +76,28 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_out):
         q, k, v, coarse_k, coarse_v, out, lse, *arrived = ctx.saved_tensors
         given = d_out.contiguous(), q, (k, v), (coarse_k, coarse_v), out, lse, arrived
-        return *_backward(*given, *ctx.rest), *[None] * 6
+        return *gradients_of(*given, *ctx.rest), *[None] * 6
 
 
 def _choose(q, k, coarse_k, selection, tables, causal, strategy, group) -> list[Part]:
-    """What to attend to, the local keys first, then coarse ones, then those of other ranks."""
     with torch.no_grad():
-        fine, coarse, *rule = selection.choose(q, k, coarse_k, tables, Ranks(group))
-        wanted = tables.keys.of_block[fine.clamp(min=0)].masked_fill((fine < 0)[..., None], -1).flatten(2)
-        parts = block_parts(wanted, tables, causal, strategy, group)
-        if coarse is not None:
-            blocks, weight = tables.coarse_blocks, tables.coarse_weight
-            plan = BlockPlan.of(tables.queries.local, blocks, coarse, causal=causal, log_weight=weight)
-            parts.insert(1, Part(plan, coarse=True))
+        chosen = selection.choose(q, k, coarse_k, tables, Ranks(group))
+        return parts_of(chosen, tables, causal, strategy, group)
+
+
+def parts_of(chosen, tables, causal, strategy, group) -> list[Part]:
+    """What to attend to, the local keys first, then coarse ones, then those of other ranks. chosen: what a selection
+    chose of blocks of keys and of blocks of coarse keys, or None, and the rule of single queries where it has one."""
+    fine, coarse, *rule = chosen
+    parts = block_parts(fine, tables, causal, strategy, group)
+    if coarse is not None:
+        options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True}
+        parts.insert(1, Part(BlockPlan.of(tables.queries.local, tables.coarse_blocks, coarse, **options), coarse=True))
     return [replace(part, plan=replace(part.plan, rule=rule[0])) for part in parts] if rule else parts
 
 
-def _forward(q, local, coarse, parts, group, scale):
-    """(out, lse, parts, keys and values that arrived, part after part)."""
+def attend(q, local, coarse, parts, group, scale):
+    """(out, lse, parts, keys and values that arrived, part after part). local, coarse: keys and values."""
     out, arrived = None, []
     coming = (None, *local)
     for number, part in enumerate(parts):
@@ -110,16 +114,16 @@ def _forward(q, local, coarse, parts, group, scale):
             if out is None:
                 out, lse = found
             else:
-                out = out.to(lse.dtype)
+                out = out.to(_sum_dtype(q, parts))
                 merge(out, lse, *found)
     if out is None:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
     return out.to(q.dtype), lse, parts, arrived
 
 
-def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
-    dq, dk, dv = (torch.zeros_like(x, dtype=_wide(q)) for x in (q, *local))
-    d_coarse, returning, arrived = (None, None), [], list(arrived)
+def gradients_of(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
+    """Gradients of q, local keys and values, coarse keys and values."""
+    dq, d_local, d_coarse, returning, arrived = None, None, (None, None), [], list(arrived)
     for number, part in enumerate(parts):
         keys, values = local if number == 0 else coarse if part.coarse else (arrived.pop(0), arrived.pop(0))
         if not q.shape[0] or not len(part.plan.keys):
@@ -127,18 +131,25 @@ def _backward(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
         else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
             found, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale)
-            dq += found
+            dq = found.to(_sum_dtype(q, parts)) if dq is None else dq.add_(found)
         if number == 0:
-            dk += gradients[0]
-            dv += gradients[1]
+            d_local = gradients
         elif part.coarse:
             d_coarse = gradients
         else:
             returning.append((part, *part.start_return(gradients, keys.dtype, group)))
+    if returning:
+        d_local = [x.to(_wide(q)) for x in d_local]
     for part, pending, returned in returning:
         pending.wait()
-        part.add_returned(returned, (dk, dv))
-    return dq.to(q.dtype), dk.to(local[0].dtype), dv.to(local[1].dtype), *d_coarse
+        part.add_returned(returned, d_local)
+    dq = torch.zeros_like(q) if dq is None else dq.to(q.dtype)
+    return dq, *(x.to(y.dtype) for x, y in zip(d_local, local)), *d_coarse
+
+
+def _sum_dtype(x, parts):
+    """What results of parts are added in: with two, their sum is rounded once in any case."""
+    return _wide(x) if len(parts) > 2 else x.dtype
 
 
 def _wide(x):

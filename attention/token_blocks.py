@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from longspan.attention.block_tables import Pieces, Ranges, pieces
-from longspan.attention.selections import block_means, block_sums, top_in_ranges
+from longspan.attention.block_tables import Pieces, pieces
+from longspan.attention.selections import block_means, block_sums
 from longspan.attention.static_blocks import require_whole
-from longspan.kernels.sparse import Picks
+from longspan.kernels.sparse import Picks, Ranges, top
 
 SCORE_ELEMENTS = 1 << 22  # scores held at once
 
@@ -42,11 +42,11 @@ class TokenTop:
 
     def choose(self, q, k, coarse_k, tables: "TokenTables", ranks):
         """(int32 [Hkv, local query pieces, n]: key blocks, ascending, -1 for none, None, Picks of every query head)."""
-        means = block_means(k, tables.keys, ranks).transpose(0, 1)
-        heads, per_key = k.shape[1], q.shape[1] // k.shape[1]
+        means, (heads, per_key) = block_means(k, tables.keys, ranks), (k.shape[1], q.shape[1] // k.shape[1])
         past = tables.past(per_key, self.keep)
-        rows = q.to(means.dtype).unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
-        found = top_in_ranges(rows, means, past) if past.kept else rows.new_empty(*rows.shape[:2], 0).long()
+        rows = q.to(means.dtype).unflatten(1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+        mine = torch.arange(len(rows), dtype=torch.int32, device=q.device)
+        found = top(rows, means, mine, past) if past.kept else mine.new_empty(heads, len(rows), 0)
         found = found.unflatten(1, (q.shape[0], per_key)).permute(1, 0, 2, 3).flatten(1, 2)  # [T, Hq, n]
         if tables.causal:
             found = torch.cat([found, tables.own[:, None, None].expand(-1, q.shape[1], 1)], 2)
@@ -119,7 +119,7 @@ class CompressedTop:
     def _compressed(self, k, tables, ranks):
         """([Hkv, stretches, D], bool [stretches]): of every stretch the mean key of the window that starts there, and
         whether it lies in one document."""
-        sums, turns = block_sums(k, tables.stretches, ranks), self.window // self.stride
+        sums, turns = block_sums((k,), tables.stretches, ranks), self.window // self.stride
         count, whole = len(sums), tables.stretch_position + self.window <= tables.stretch_stop
         padded = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, turns - 1))
         total = sum(padded[turn : turn + count] for turn in range(turns))
@@ -179,8 +179,8 @@ class TokenTables:
 
     def past(self, repeats: int, keep: int) -> Ranges:
         """What each token chooses from, `repeats` times: under a causal mask keep - 1 blocks before its own."""
-        first = self.first.repeat_interleave(repeats)
-        stop = (self.own if self.causal else self.last + 1).repeat_interleave(repeats)
+        first = self.first.repeat_interleave(repeats).int()
+        stop = (self.own if self.causal else self.last + 1).repeat_interleave(repeats).int()
         bounds, kept = self.bounds.repeat(repeats, 0), keep - 1 if self.causal else keep
         kept = min(kept, int((bounds[:, 1] - bounds[:, 0]).max(initial=0)))
         return Ranges(first, stop, (stop - first).clamp(max=kept), bounds, kept)

@@ -12,11 +12,12 @@ def merge(
 ) -> None:
     """Merges a partial result into accumulators, in place.
 
-    out_acc [T, H, D] and lse_acc [T, H] in fp32 (fp64 for fp64 attention); out [T', H, D] in any float dtype and
-    lse [T', H]. `rows` says which T' of the T rows receive them: a slice, distinct indices (int64 [T']), or None for
-    all. A side whose lse is -inf has seen no keys: what its out holds is ignored, so that accumulators need no zeros.
+    out_acc [T, H, D] and lse_acc [T, H] in fp32 (fp64 for fp64 attention; out_acc may be narrower, and is rounded by
+    every merge); out [T', H, D] in any float dtype and lse [T', H]. `rows` says which T' of the T rows receive them: a
+    slice, distinct indices (int64 [T']), or None for all. A side whose lse is -inf has seen no keys: what its out
+    holds is ignored, so that accumulators need no zeros.
     """
-    if out_acc.is_cuda and out_acc.dtype == torch.float32:
+    if out_acc.is_cuda and lse_acc.dtype == torch.float32:
         from longspan.kernels.merge_triton import merge_triton
 
         merge_triton(out_acc, lse_acc, out, lse, rows)

@@ -12,12 +12,12 @@ def merge_triton(
     lse: torch.Tensor,
     rows: slice | torch.Tensor | None = None,
 ) -> None:
-    """See kernels.merge.merge. fp32 accumulators, unit stride in D."""
+    """See kernels.merge.merge. fp32 lse, unit stride in D."""
     indexed = isinstance(rows, torch.Tensor)
     if isinstance(rows, slice):
         out_acc, lse_acc = out_acc[rows], lse_acc[rows]
     num_rows, num_heads, head_dim = out.shape
-    assert out_acc.dtype == lse_acc.dtype == lse.dtype == torch.float32, (out_acc.dtype, lse_acc.dtype, lse.dtype)
+    assert lse_acc.dtype == lse.dtype == torch.float32, (lse_acc.dtype, lse.dtype)
     assert out_acc.stride(-1) == out.stride(-1) == 1 and lse.shape == (num_rows, num_heads)
     assert num_rows == (rows if indexed else out_acc).shape[0] and out_acc.shape[1:] == out.shape[1:]
     if num_rows == 0:
@@ -91,7 +91,7 @@ def merge_kernel(
     mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
     out_acc_at = out_acc_ptr + (row_acc * out_acc_stride_row + head * out_acc_stride_head)[:, None] + dim[None, :]
     out_at = out_ptr + (row * out_stride_row + head * out_stride_head)[:, None] + dim[None, :]
-    old_out = tl.load(out_acc_at, mask=mask & (old_weight > 0.0), other=0.0)
+    old_out = tl.load(out_acc_at, mask=mask & (old_weight > 0.0), other=0.0).to(tl.float32)
     out = tl.load(out_at, mask=mask & (weight > 0.0), other=0.0).to(tl.float32)
     tl.store(out_acc_at, old_out * old_weight + out * weight, mask=mask)
     tl.store(lse_acc_at, new_lse, mask=inside)

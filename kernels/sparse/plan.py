@@ -4,11 +4,13 @@ Everything sparse becomes such a plan: top-k of pooled scores, windows, coarse k
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+from longspan.kernels.sparse import forms
 from longspan.kernels.sparse.rules import Boxes, Picks
 
 CHUNK = 64  # query blocks of a key block's list that one program takes; columns that all rows choose are split
@@ -50,6 +52,16 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """The query blocks of each key block, and what computes gradients of keys; see BlockPlan."""
+
+    col_ptr: torch.Tensor
+    col_idx: torch.Tensor
+    item_ptr: torch.Tensor
+    item_col: torch.Tensor
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """M query blocks, T key blocks, lists for Hs heads (1, or a divisor or multiple of the key heads that divides the
     query heads); int32 tensors on the device of the attention.
@@ -57,7 +69,8 @@ class BlockPlan:
     row_ptr [Hs, M+1], row_idx [Hs, C]: the key blocks of query block i are row_idx[h, row_ptr[h, i]:row_ptr[h, i+1]],
     ascending. col_ptr [Hs, T+1], col_idx [Hs, C]: the query blocks of each key block, ascending. C is a capacity; what
     lies past the last list is undefined. item_ptr [Hs, T+1], item_col [Hs, I]: programs of the gradients of keys, one
-    for every CHUNK query blocks of a list; the column of each, T past the last.
+    for every CHUNK query blocks of a list; the column of each, T past the last; most_items: I. What goes by key blocks
+    is made when it is first asked for: a forward pass alone does without.
     log_weight: floats [T], added to the scaled scores of a key block's rows, or None. causal: keys at later positions
     of their document than the query are not seen; a coarse key has the position from which on it is seen. rule: what
     single queries see of listed blocks, or None for all; keys have step 1 then.
@@ -67,10 +80,7 @@ class BlockPlan:
     keys: Blocks
     row_ptr: torch.Tensor
     row_idx: torch.Tensor
-    col_ptr: torch.Tensor
-    col_idx: torch.Tensor
-    item_ptr: torch.Tensor
-    item_col: torch.Tensor
+    most_items: int
     causal: bool
     log_weight: torch.Tensor | None = None
     rule: Picks | Boxes | None = None
@@ -79,40 +89,72 @@ class BlockPlan:
     def heads(self) -> int:
         return self.row_ptr.shape[0]
 
+    @property
+    def col_ptr(self) -> torch.Tensor:
+        return self.columns.col_ptr
+
+    @property
+    def col_idx(self) -> torch.Tensor:
+        return self.columns.col_idx
+
+    @property
+    def item_ptr(self) -> torch.Tensor:
+        return self.columns.item_ptr
+
+    @property
+    def item_col(self) -> torch.Tensor:
+        return self.columns.item_col
+
+    @cached_property
+    def columns(self) -> Columns:
+        given = self.row_ptr, self.row_idx, len(self.keys), CHUNK, self.most_items
+        if forms.takes(self.row_idx):
+            from longspan.kernels.sparse.lists_triton import columns_triton
+
+            return Columns(*columns_triton(*given))
+        return Columns(*_columns(*given))
+
     @classmethod
-    def of(cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, listed=None) -> "BlockPlan":
-        """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing.
-        listed: most key blocks that a head's lists name, if known: memory for gradients follows it. Nothing waits for
-        the device."""
-        heads, num_rows, most = chosen.shape
-        num_cols, device = len(keys), chosen.device
-        capacity = num_rows * most
-        columns = torch.where(chosen < 0, num_cols, chosen).int().sort(-1).values
-        counts = (columns < num_cols).sum(-1)
-        row_ptr = _pointers(counts)
-        slots = row_ptr[:, :-1, None] + torch.arange(most, device=device)
-        slots = torch.where(columns < num_cols, slots, capacity).flatten(1)
-        row_idx = _scattered(columns.flatten(1), slots, num_cols, capacity)
-        rows = torch.arange(num_rows, dtype=torch.int32, device=device).repeat_interleave(most).expand(heads, -1)
-        row_of = _scattered(rows, slots, 0, capacity)
-        by_column, order = row_idx.sort(dim=-1, stable=True)  # rows ascend within a column
-        edges = torch.arange(num_cols + 1, dtype=torch.int32, device=device).expand(heads, -1).contiguous()
-        col_ptr = torch.searchsorted(by_column, edges)
-        item_ptr = _pointers((col_ptr.diff(dim=-1) + (CHUNK - 1)).div(CHUNK, rounding_mode="floor"))
-        most_items = min(num_cols if listed is None else listed, capacity) + capacity // CHUNK
-        items = torch.arange(most_items, device=device).expand(heads, -1).contiguous()
-        item_col = torch.searchsorted(item_ptr, items, right=True) - 1
-        return cls(
-            queries, keys, row_ptr.int(), row_idx, col_ptr.int(), row_of.gather(1, order), item_ptr.int(),
-            item_col.int(), causal, log_weight,
-        )  # fmt: skip
+    def of(
+        cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, listed=None, ascending=False
+    ) -> "BlockPlan":
+        """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing;
+        `ascending` says that the rest of each row is in order, which saves a sort. listed: most key blocks that a
+        head's lists name, if known: memory for gradients follows it. Nothing waits for the device."""
+        capacity = chosen.shape[1] * chosen.shape[2]
+        if not ascending:
+            chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
+        if forms.takes(chosen):
+            from longspan.kernels.sparse.lists_triton import rows_triton
+
+            rows = rows_triton(chosen, len(keys))
+        else:
+            rows = _rows(chosen, len(keys))
+        most_items = min(len(keys) if listed is None else listed, capacity) + capacity // CHUNK
+        return cls(queries, keys, *rows, most_items, causal, log_weight)
 
 
-def _pointers(counts):
-    return torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
+def _rows(chosen, num_cols):
+    """(row_ptr, row_idx)."""
+    heads, _, most = chosen.shape
+    there = (chosen >= 0) & (chosen < num_cols)
+    row_ptr = torch.nn.functional.pad(there.sum(-1).cumsum(-1), (1, 0))
+    slots = torch.where(there, row_ptr[:, :-1, None] + there.cumsum(-1) - 1, there[0].numel()).flatten(1)
+    table = torch.zeros(heads, there[0].numel() + 1, dtype=torch.int32, device=chosen.device)
+    table.scatter_(1, slots, chosen.int().flatten(1))  # the last takes what is left out
+    return row_ptr.int(), table[:, :-1].contiguous()
 
 
-def _scattered(values, slots, rest, capacity):
-    """[Hs, capacity]: values at their slots, `rest` elsewhere; slot `capacity` takes what is dropped."""
-    table = torch.full((values.shape[0], capacity + 1), rest, dtype=torch.int32, device=values.device)
-    return table.scatter_(1, slots, values)[:, :capacity].contiguous()
+def _columns(row_ptr, row_idx, num_cols, chunk, most_items):
+    """(col_ptr, col_idx, item_ptr, item_col)."""
+    heads, device = len(row_ptr), row_ptr.device
+    entry = torch.arange(row_idx.shape[1], dtype=torch.int32, device=device).expand(heads, -1).contiguous()
+    by_column, order = torch.where(entry < row_ptr[:, -1:], row_idx, num_cols).sort(stable=True, dim=-1)
+    row_of = torch.searchsorted(row_ptr, entry, right=True) - 1  # ascends within a column
+    edges = torch.arange(num_cols + 1, dtype=torch.int32, device=device).expand(heads, -1).contiguous()
+    col_ptr = torch.searchsorted(by_column, edges)
+    items = (col_ptr.diff(dim=-1) + (chunk - 1)).div(chunk, rounding_mode="floor")
+    item_ptr = torch.nn.functional.pad(items.cumsum(-1), (1, 0))
+    item = torch.arange(most_items, device=device).expand(heads, -1).contiguous()
+    item_col = torch.searchsorted(item_ptr, item, right=True) - 1
+    return tuple(x.int() for x in (col_ptr, row_of.gather(1, order), item_ptr, item_col))

@@ -14,6 +14,7 @@ from parity import Case
 from sparse_oracle import blocks_seen, hierarchy_seen, seen_by
 from sparse_oracle import sparse_attention as definition
 from spawn import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 from traffic import Traffic
 
 from longspan.attention import (
@@ -29,7 +30,7 @@ from longspan.attention import (
     sparse_attention,
 )
 from longspan.attention.gather_rows import Ranks
-from longspan.kernels.sparse import Picks
+from longspan.kernels.sparse import Picks, forms
 from longspan.parallel import SequenceParallel, contiguous
 
 HEAD_SIZE = 8
@@ -193,18 +194,69 @@ def test_pairs_are_counted(variant):
         assert selection.pairs(length) * q.shape[1] == pairs
 
 
+def small_variant(variant):
+    """Inputs of a variant in fp32 with blocks that the Triton kernels take."""
+    inputs, grad_out, kwargs = make_inputs(variant, (100,), torch.float32)
+    blocks = {"block": 16} if "levels" in variant else {"query_block": 32, "key_block": 16}
+    return inputs, grad_out, kwargs | {"selection": replace(kwargs["selection"], **blocks)}
+
+
+@pytest.fixture
+def in_triton(monkeypatch):
+    """Choosing, lists and attention by the Triton kernels, in the interpreter."""
+    fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
+    monkeypatch.setattr(sparse, "choose", lambda *arguments: (fused, None))
+    monkeypatch.setattr(forms, "takes", lambda x: True)
+
+
 @pytest.mark.parametrize(
     "variant", ["causal_gqa", "levels2", "levels2_full", "window2_full", "tokens", "compressed", "antidiagonal"]
 )
-def test_triton_kernels_in_its_place(variant, monkeypatch):
-    fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
-    monkeypatch.setattr(sparse, "choose", lambda *arguments: (fused, None))
-    inputs, grad_out, kwargs = make_inputs(variant, (100,), torch.float32)
-    blocks = {"block": 16} if "levels" in variant else {"query_block": 32, "key_block": 16}
-    kwargs = kwargs | {"selection": replace(kwargs["selection"], **blocks)}
+def test_triton_kernels_in_its_place(variant, in_triton):
+    inputs, grad_out, kwargs = small_variant(variant)
     wanted = with_gradients(definition, inputs, grad_out, (100,), **kwargs)
     share = parity.run_share(sparse_attention, inputs, grad_out, contiguous((100,), 1), 0, **kwargs)
     assert all(parity.relative_error(share[name], x) < 1e-5 for name, x in wanted.items())
+
+
+class Waits(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: values read, and results whose shape depends on values."""
+
+    names = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._opname not in self.names, f"{func} waits for the device"
+        if func._opname == "index":
+            assert all(x is None or x.dtype not in (torch.bool, torch.uint8) for x in args[1]), "mask as an index"
+        if func._opname == "repeat_interleave":
+            assert (kwargs or {}).get("output_size") is not None, "repeat_interleave without output_size"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["causal_gqa", "full", "levels2"])
+def test_one_rank_never_waits_for_the_device(variant, in_triton):
+    inputs, grad_out, kwargs = small_variant(variant)
+    seq = SequenceParallel().context(contiguous((100,), 1))
+    selection, causal = kwargs["selection"], kwargs.get("causal", True)
+    selection.tables(seq, causal)  # made with the batch
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    with Waits():
+        out = sparse_attention(*leaves, selection=selection, causal=causal, seq=seq)
+        torch.autograd.grad(out, leaves, grad_out)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_lists_ascend(variant):
+    """What plans made from them rely on."""
+    lengths = (200, 1, 45)
+    inputs, _, kwargs = make_inputs(variant, lengths)
+    selection, causal = kwargs["selection"], kwargs.get("causal", True)
+    tables = selection.tables(SequenceParallel().context(contiguous(lengths, 1)), causal)
+    coarse, _ = selection.coarse(inputs["k"], inputs["v"], tables, lambda x: x)
+    for chosen in selection.choose(inputs["q"], inputs["k"], coarse, tables, Ranks())[:2]:
+        for row in [] if chosen is None else chosen.flatten(0, 1).tolist():
+            listed = [n for n in row if n >= 0]
+            assert listed == sorted(set(listed))
 
 
 def run_traffic(rank, world_size, strategy):
@@ -338,3 +390,46 @@ def test_a_selection_of_ones_own():
     lists = [[[0, 1], [2, 3], [4, 5], [6, -1]]]
     wanted = definition(**inputs, lengths=(50,), selection=BlockLists(lists, **SMALL))
     torch.testing.assert_close(out, wanted)
+
+
+class TestOnGpu:
+    pytestmark = pytest.mark.gpu
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("selection", [TopBlocks(0.1), Hierarchical(16, 8, 2), Hierarchical(16, 4, 3)], ids=str)
+    def test_one_rank_never_waits_and_repeats_bit_for_bit(self, selection, causal):
+        lengths = (5000, 100, 1, 3000)
+        seq = SequenceParallel(device="cuda").context(contiguous(lengths, 1))
+        generator = torch.Generator("cuda").manual_seed(0)
+        q, k, v, d_out = (
+            torch.randn(sum(lengths), heads, 64, device="cuda", dtype=torch.bfloat16, generator=generator)
+            for heads in (4, 2, 2, 4)
+        )
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+
+        def run():
+            out = sparse_attention(*leaves, selection=selection, causal=causal, seq=seq)
+            return out, *torch.autograd.grad(out, leaves, d_out)
+
+        first = run()  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+    @pytest.mark.parametrize("variant", ["causal_gqa", "causal_forced", "full", "levels2", "levels3_full"])
+    def test_equals_the_definition(self, variant):
+        heads, key_heads, kwargs = VARIANTS[variant]
+        blocks = {"block": 16} if "levels" in variant else {"query_block": 32, "key_block": 16}
+        kwargs = kwargs | {"selection": replace(kwargs["selection"], **blocks)}
+        inputs, grad_out, _ = make_inputs(variant, (300, 77), torch.float32)
+        wanted = with_gradients(definition, inputs, grad_out, (300, 77), **kwargs)
+        seq = SequenceParallel(device="cuda").context(contiguous((300, 77), 1))
+        leaves = [x.cuda().requires_grad_() for x in inputs.values()]
+        out = sparse_attention(*leaves, seq=seq, **kwargs)
+        found = dict(zip(("out", "q", "k", "v"), (out, *torch.autograd.grad(out, leaves, grad_out.cuda()))))
+        for (name, x), y in zip(found.items(), wanted.values(), strict=True):
+            assert parity.relative_error(x.detach().cpu(), y) < 1e-4, name

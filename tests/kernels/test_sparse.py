@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, choose, gathered, naive
+from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, choose, forms, gathered, naive
 from longspan.kernels.sparse import plan as plan_module
 
 fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
@@ -219,14 +219,24 @@ def test_parts_of_a_plan_merge():
     torch.testing.assert_close(tuple(sums), gathered.backward(*given, plan, SCALE))
 
 
-@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3))
-def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads):
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3),
+    st.sampled_from(["sorted", "triton", "plain"]),
+)  # fmt: skip
+def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form):
     generator = torch.Generator().manual_seed(seed)
     most = min(most, columns)
     chosen = torch.rand(heads, rows, columns, generator=generator).argsort(-1)[..., :most]
     chosen = torch.where(torch.rand(chosen.shape, generator=generator) < 0.3, -1, chosen)
     queries, keys = Blocks.of((0, rows * 4), 4), Blocks.of((0, columns * 4), 4)
-    plan = BlockPlan.of(queries, keys, chosen, causal=False)
+    if form == "sorted":
+        chosen = chosen.sort(-1).values.int()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "takes", lambda x: form != "plain")
+        patch.setattr(plan_module, "CHUNK", 4)
+        plan = BlockPlan.of(queries, keys, chosen, causal=False, ascending=form == "sorted")
+        assert plan.columns is plan.columns  # made once
     assert plan.col_idx.dtype == plan.row_idx.dtype == plan.item_col.dtype == torch.int32
     for head in range(heads):
         wanted = {(i, j) for i in range(rows) for j in chosen[head, i].tolist() if j >= 0}
@@ -235,7 +245,7 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads):
         assert all(x == sorted(x) for x in by_row + by_column)
         assert {(i, j) for i, row in enumerate(by_row) for j in row} == wanted
         assert {(i, j) for j, column in enumerate(by_column) for i in column} == wanted
-        items = [j for j, column in enumerate(by_column) for _ in range(-(-len(column) // plan_module.CHUNK))]
+        items = [j for j, column in enumerate(by_column) for _ in range(-(-len(column) // 4))]
         rest = plan.item_col[head].tolist()
         assert rest[: len(items)] == items and set(rest[len(items) :]) <= {columns}
 
@@ -278,12 +288,27 @@ class TestOnGpu:
         case = ((0, 12000), 16, 64, 1, 2, 1, 64, False, False, 0)
         check(fused, *make("gpu", chosen, device="cuda", dtype=torch.bfloat16, case=case))
 
+    @pytest.mark.parametrize("rows, columns, most", [(3000, 20, 7), (500, 4000, 300), (70, 70, 70)])
+    def test_lists_are_those_of_plain_pytorch(self, rows, columns, most):
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.rand(2, rows, columns, generator=generator).argsort(-1)[..., :most]
+        chosen = torch.where(torch.rand(chosen.shape, generator=generator) < 0.3, -1, chosen)
+        queries, keys = Blocks.of((0, rows * 16), 16), Blocks.of((0, columns * 16), 16)
+        plain = BlockPlan.of(queries, keys, chosen, causal=False)
+        queries, keys = (x.map(lambda x: x.cuda()) for x in (queries, keys))
+        plan = BlockPlan.of(queries, keys, chosen.cuda(), causal=False)
+        for name in ("row_ptr", "col_ptr", "item_ptr", "item_col"):
+            assert torch.equal(getattr(plan, name).cpu(), getattr(plain, name)), name
+        for head, count in enumerate(plain.row_ptr[:, -1].tolist()):
+            for name in ("row_idx", "col_idx"):
+                assert torch.equal(getattr(plan, name)[head, :count].cpu(), getattr(plain, name)[head, :count]), name
+
     def test_building_a_plan_does_not_wait(self):
         queries, keys = (Blocks.of((0, 5000), size).map(lambda x: x.cuda()) for size in (128, 64))
         chosen = torch.zeros(2, len(queries), 3, dtype=torch.int64, device="cuda")
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            BlockPlan.of(queries, keys, chosen, causal=False)
+            BlockPlan.of(queries, keys, chosen, causal=False).columns
         finally:
             torch.cuda.set_sync_debug_mode("default")

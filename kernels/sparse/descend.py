@@ -1,0 +1,64 @@
+"""The rows with the highest scores for each row of a level, among the children of rows chosen one level up."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from longspan.kernels.linear.splits import padded
+from longspan.kernels.sparse import forms
+from longspan.kernels.sparse.top import ascending
+
+CANDIDATE_ELEMENTS = 1 << 24  # numbers of candidate keys that plain PyTorch gathers at once
+TILE_ELEMENTS = 1 << 15  # numbers of candidate keys that a Triton program holds
+
+
+@dataclass(frozen=True)
+class Families:
+    """Rows of a level and those above them; int32. parent: [rows], the row above each; start, length: [rows above], its
+    children, start to start + length, at most `block`. router: [rows], the row whose mean chooses for each. chooses:
+    [R], the rows that choose; groups: [G, block], places in `chooses` of rows under one parent, -1 for none, all R of
+    them; group_parent: [G], that parent."""
+
+    parent: torch.Tensor
+    start: torch.Tensor
+    length: torch.Tensor
+    router: torch.Tensor
+    chooses: torch.Tensor
+    groups: torch.Tensor
+    group_parent: torch.Tensor
+    block: int
+
+    def map(self, move) -> "Families":
+        """The same with every tensor passed through `move`."""
+        return replace(self, **{name: move(x) for name, x in vars(self).items() if isinstance(x, torch.Tensor)})
+
+
+def descend(means, keys, above, families: Families, keep: int, causal: bool) -> torch.Tensor:
+    """int32 [H, R, keep]: of the children of above [H, rows above, m] (-1 for none) at a row's parent, those with the
+    highest products with the row's mean, ascending, -1 after the last. causal: the row's siblings before it are
+    candidates as well. means, keys: [rows, H, D] in at least fp32; products are as in `top`."""
+    width = (above.shape[2] + causal) * families.block
+    if forms.takes(means) and padded(width) * padded(means.shape[2]) <= TILE_ELEMENTS:
+        from longspan.kernels.sparse.descend_triton import descend_triton
+
+        return descend_triton(means, keys, above, families, keep, causal)
+    (_, heads, dim), found = keys.shape, []
+    head = torch.arange(heads, device=keys.device)[:, None, None]
+    place = torch.arange(families.block, dtype=torch.int32, device=keys.device)
+    for rows in families.chooses.split(max(1, CANDIDATE_ELEMENTS // (heads * width * dim))):
+        parents = families.parent[rows]
+        chosen = above[:, parents]
+        if causal:
+            chosen = torch.cat([chosen, parents[:, None].expand(heads, -1, 1)], 2)
+        inside = (chosen >= 0)[..., None] & (place < families.length[chosen.clamp(min=0)][..., None])
+        candidates = torch.where(inside, families.start[chosen.clamp(min=0)][..., None] + place, -1).flatten(2)
+        if causal:
+            candidates = candidates.masked_fill(candidates >= rows[:, None], -1)
+        query = means[families.router[rows]].transpose(0, 1)
+        scores = (
+            (keys[candidates.clamp(min=0), head] @ query[..., None]).squeeze(-1).masked_fill(candidates < 0, -torch.inf)
+        )
+        order = scores.sort(stable=True, dim=-1, descending=True).indices[..., :keep]
+        best = ascending(candidates.gather(2, order), keys.shape[0])
+        found.append(torch.nn.functional.pad(best, (0, keep - best.shape[2]), value=-1))
+    return torch.cat(found, 1)

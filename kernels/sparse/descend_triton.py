@@ -1,0 +1,73 @@
+"""descend as one Triton kernel: rows under one parent have the same candidates but for their siblings."""
+
+import torch
+
+from longspan.kernels.compiler import tl, triton
+from longspan.kernels.linear.splits import padded, unit_stride
+from longspan.kernels.sparse.tiles import load_tile
+from longspan.kernels.sparse.top_triton import LOWEST, halves, ordered_scores, ranked
+
+
+def descend_triton(means, keys, above, families, keep: int, causal: bool) -> torch.Tensor:
+    """See kernels.sparse.descend.descend."""
+    means, keys, heads = unit_stride(means), unit_stride(keys), keys.shape[1]
+    chosen = families.chooses.new_empty(heads, len(families.chooses), keep)
+    width, block_d = padded((above.shape[2] + causal) * families.block), padded(means.shape[2])
+    if len(families.chooses):
+        descend_kernel[(len(families.groups) * heads,)](
+            means, keys, above, families.start, families.length, families.router, families.chooses, families.groups,
+            families.group_parent, chosen, *means.stride()[:2], *keys.stride()[:2], *above.stride()[:2],
+            len(families.chooses), heads, means.shape[2], block_d, families.block, padded(families.block),
+            above.shape[2], width, keep, triton.next_power_of_2(keep), causal,
+            num_warps=4 if width * block_d <= 8192 else 8, num_stages=1,
+        )  # fmt: skip
+    return chosen
+
+
+@triton.jit(do_not_specialize=["above_stride_h", "above_stride_r", "num_rows"])
+def descend_kernel(
+    means_ptr, keys_ptr, above_ptr, start_ptr, length_ptr, router_ptr, chooses_ptr, groups_ptr, parent_ptr, chosen_ptr,
+    means_stride_t, means_stride_h, keys_stride_t, keys_stride_h, above_stride_h, above_stride_r, num_rows,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ABOVE: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr, KEEP_WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Lists of the rows of one group and head."""
+    group, head = tl.program_id(0) // HEADS, (tl.program_id(0) % HEADS).to(tl.int64)
+    parent = tl.load(parent_ptr + group)
+    inside = tl.arange(0, ROWS)
+    place = tl.load(groups_ptr + group * BLOCK + inside, mask=inside < BLOCK, other=-1)
+    live = place >= 0
+    row = tl.load(chooses_ptr + place, mask=live, other=0)
+    router = tl.load(router_ptr + row, mask=live, other=0).to(tl.int64)
+    q = load_tile(means_ptr + head * means_stride_h, router, means_stride_t, 0, live, D, BLOCK_D).to(tl.float32)
+
+    index = tl.arange(0, WIDTH)
+    slot, child = index // BLOCK, index % BLOCK
+    above_ptr += head * above_stride_h + parent.to(tl.int64) * above_stride_r
+    above = tl.load(above_ptr + slot, mask=slot < ABOVE, other=-1)
+    if CAUSAL:
+        above = tl.where(slot == ABOVE, parent, above)
+    there = (above >= 0) & (child < tl.load(length_ptr + above, mask=above >= 0, other=0))
+    child += tl.load(start_ptr + above, mask=there, other=0)
+    k = load_tile(keys_ptr + head * keys_stride_h, child.to(tl.int64), keys_stride_t, 0, there, D, BLOCK_D).to(
+        tl.float32
+    )
+    q_high, q_low = halves(q)
+    k_high, k_low = halves(k)
+    candidate = there[None, :] & live[:, None]
+    if CAUSAL:
+        candidate = candidate & (child[None, :] < row[:, None])
+    scores = tl.where(candidate, ordered_scores(q_high, q_low, k_high, k_low), LOWEST)
+
+    needed = tl.minimum(tl.sum(candidate.to(tl.int32), 1), KEEP)
+    least = ranked(scores, needed, 32)[:, None]
+    better, equal = candidate & (scores > least), candidate & (scores == least)
+    left = needed - tl.sum(better.to(tl.int32), 1)
+    taken = better | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= left[:, None]))
+    chosen_ptr += head * num_rows * KEEP
+    at = (place * KEEP)[:, None]
+    to = tl.cumsum(taken.to(tl.int32), 1) - 1
+    tl.store(chosen_ptr + (at + to), tl.broadcast_to(child[None, :], to.shape), mask=taken)
+    rest = tl.arange(0, KEEP_WIDTH)[None, :]
+    empty = tl.full([ROWS, KEEP_WIDTH], -1, tl.int32)
+    tl.store(chosen_ptr + (at + rest), empty, mask=live[:, None] & (rest >= needed[:, None]) & (rest < KEEP))

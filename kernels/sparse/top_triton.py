@@ -1,0 +1,264 @@
+"""top as one Triton kernel: scores are made again in every pass over the keys, and never stored.
+
+Scores are compared as integers of the same order. For every row the kernel knows that the score sought, the most-th
+highest, lies in [low, high], and how many lie above `high`. A sample of the keys gives a narrower window to look in; a
+pass over all keys counts the scores in each of BINS parts of the window, and one of the parts (or what is below or
+above) becomes the new [low, high]. Once that holds no more than BAND scores, or a single value, the last pass writes
+the numbers of all scores above `low` in order; those in the band are kept, and what is too many of them is taken out.
+"""
+
+import torch
+
+from longspan.kernels.compiler import tl, triton
+from longspan.kernels.linear.splits import padded, unit_stride
+from longspan.kernels.sparse.tiles import load_tile
+
+ROWS, KEYS = 64, 64  # of a tile of scores
+BAND = 64
+BINS = tl.constexpr(32)
+LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
+
+
+def top_triton(means, keys, router, ranges, first: int, recent: int, always) -> torch.Tensor:
+    """See kernels.sparse.top.top; gives a view with a larger stride."""
+    means, keys = unit_stride(means), split_halves(keys)
+    heads, head_dim, rows = means.shape[1], means.shape[2], len(ranges)
+    more = 0 if always is None else always.shape[1]
+    width, block_d = ranges.kept + max(BAND, more), padded(head_dim)
+    chosen, band = router.new_empty(heads, rows, width), router.new_empty(heads, rows, BAND, 2)
+    if rows:
+        top_kernel[(triton.cdiv(rows, ROWS) * heads,)](
+            means, keys, router, ranges.first, ranges.stop, ranges.most, router if always is None else always,
+            band, chosen, *means.stride()[:2], keys.shape[1], rows, width, first, recent, more,
+            heads, head_dim, block_d, ROWS, KEYS, BAND, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return chosen[..., : ranges.kept + more]
+
+
+def split_halves(x: torch.Tensor) -> torch.Tensor:
+    """fp32 [T, H, D] -> bf16 [2, T, H, D] whose sum it is, to 2^-17."""
+    x, out = x.contiguous(), x.new_empty(2, *x.shape, dtype=torch.bfloat16)
+    split_kernel[(triton.cdiv(x.numel(), 4096),)](x, out, x.numel(), 4096)
+    return out
+
+
+@triton.jit(do_not_specialize=["count"])
+def split_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    high, low = halves(tl.load(x_ptr + at, mask=at < count, other=0.0))
+    tl.store(out_ptr + at, high, mask=at < count)
+    tl.store(out_ptr + count + at, low, mask=at < count)
+
+
+@triton.jit
+def halves(x):
+    """fp32 as the sum of two bf16."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def ordered_scores(q_high, q_low, k_high, k_low):
+    """Products of means [rows, D] and keys [keys, D], both in halves, as int32 of the same order, above LOWEST."""
+    scores = tl.dot(q_low, tl.trans(k_high))
+    scores = tl.dot(q_high, tl.trans(k_low), scores)
+    scores = tl.dot(q_high, tl.trans(k_high), scores)
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # no negative zero
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST + 1)
+
+
+@triton.jit
+def ranked(scores, rank, STEPS: tl.constexpr):
+    """The rank-th highest of int32 scores [rows, n], last 32 - STEPS bits cut; LOWEST if there are fewer."""
+    found = tl.full([scores.shape[0]], LOWEST, tl.int32)
+    for step in range(0, STEPS):
+        higher = found + (tl.full([scores.shape[0]], 1, tl.int32) << (31 - step))
+        found = tl.where(tl.sum((scores >= higher[:, None]).to(tl.int32), 1) >= rank, higher, found)
+    return found
+
+
+@triton.jit
+def _scores_at(
+    q_high, q_low, keys_ptr, low_at, begin, offset, end, first, stop, forced_first, forced_recent,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scores of keys begin + offset, HIGHEST where forced and LOWEST out of range."""
+    keys_ptr += tl.full([], begin, tl.int64) * HEADS * D
+    column = begin + offset
+    k_high = load_tile(keys_ptr, offset, HEADS * D, 0, column < end, D, BLOCK_D)
+    k_low = load_tile(keys_ptr + low_at, offset, HEADS * D, 0, column < end, D, BLOCK_D)
+    scores, column = ordered_scores(q_high, q_low, k_high, k_low), column[None, :]
+    forced = (column < first[:, None] + forced_first) | (column >= stop[:, None] - forced_recent)
+    there = (column >= first[:, None]) & (column < stop[:, None])
+    return tl.where(there, tl.where(forced, HIGHEST, scores), LOWEST)
+
+
+@triton.jit
+def _count(scores, window, shift, ROWS: tl.constexpr):
+    """(int32 [rows, BINS], [rows]): scores in each of the 2^shift wide parts from `window` on, and beyond them."""
+    part = (scores - window[:, None]).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32, bitcast=True)[:, None]
+    reached = scores >= window[:, None]
+    part = tl.where(reached, tl.minimum(part, BINS).to(tl.int32), BINS + 4)
+    beyond = tl.sum((part == BINS).to(tl.int32), 1)
+    one = tl.full([1, 1], 1, tl.int32) << ((part & 3) * 8)  # four counters of 8 bits side by side
+    index = tl.arange(0, BINS)[None, :]
+    counts = tl.zeros([ROWS, BINS], tl.int32)
+    for group in tl.static_range(BINS // 4):
+        packed = tl.sum(tl.where(part >> 2 == group, one, 0), 1)
+        counts += tl.where(index >> 2 == group, (packed[:, None] >> ((index & 3) * 8)) & 255, 0)
+    return counts, beyond
+
+
+@triton.jit
+def _width_of_parts(low, high):
+    """shift with (high - low) >> shift < BINS, as unsigned."""
+    width = (high - low).to(tl.uint32, bitcast=True)
+    exponent = (width.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # may be one too high, never too low
+    return tl.maximum(exponent - 4, 0)
+
+
+@triton.jit
+def _take_out(chosen_ptr, band_ptr, list_at, band_at, needed, banded, ROWS: tl.constexpr, BAND: tl.constexpr):
+    """Overwrites with -1 all of the band but the `needed` best."""
+    number = tl.arange(0, BAND)[None, :]
+    noted = number < banded[:, None]
+    scores = tl.load(band_ptr + (band_at[:, None] + number * 2), mask=noted, other=LOWEST)
+    to = tl.load(band_ptr + (band_at[:, None] + number * 2 + 1), mask=noted, other=0)
+    least = ranked(scores, needed, 32)
+    better, equal = scores > least[:, None], noted & (scores == least[:, None])
+    left = needed - tl.sum(better.to(tl.int32), 1)
+    worse = noted & (scores < least[:, None]) | (equal & (tl.cumsum(equal.to(tl.int32), 1) > left[:, None]))
+    to = tl.where(worse & (banded <= BAND)[:, None], to, -1)  # a longer band is of equal scores, and has been cut
+    tl.store(chosen_ptr + (list_at[:, None] + to), tl.full([ROWS, BAND], -1, tl.int32), mask=to >= 0)
+
+
+@triton.jit
+def _close_gaps(chosen_ptr, list_at, written, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """Moves what is not -1 of the first `written` entries of each list to its front; how many there are."""
+    kept = tl.zeros([ROWS], tl.int32)
+    for at in range(0, tl.max(written), STEP):
+        here = at + tl.arange(0, STEP)[None, :]
+        listed = tl.load(chosen_ptr + (list_at[:, None] + here), mask=here < written[:, None], other=-1)
+        stays = listed >= 0
+        to = tl.where(stays, kept[:, None] + tl.cumsum(stays.to(tl.int32), 1) - 1, -1)
+        tl.debug_barrier()
+        tl.store(chosen_ptr + (list_at[:, None] + to), listed, mask=to >= 0)
+        kept += tl.sum(stays.to(tl.int32), 1)
+        tl.debug_barrier()
+    return kept
+
+
+@triton.jit(do_not_specialize=["num_keys", "rows", "width", "forced_first", "forced_recent", "more"])
+def top_kernel(
+    means_ptr, keys_ptr, router_ptr, first_ptr, stop_ptr, most_ptr, always_ptr, band_ptr, chosen_ptr,
+    means_stride_t, means_stride_h, num_keys, rows, width, forced_first, forced_recent, more,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BAND: tl.constexpr,
+):  # fmt: skip
+    """Lists of ROWS rows of one head."""
+    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    row = tile * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    first = tl.load(first_ptr + row, mask=valid, other=0)
+    stop = tl.load(stop_ptr + row, mask=valid, other=0)
+    most = tl.load(most_ptr + row, mask=valid, other=0)
+    router = tl.load(router_ptr + row, mask=most > 0, other=0).to(tl.int64)
+    q = load_tile(means_ptr + head * means_stride_h, router, means_stride_t, 0, most > 0, D, BLOCK_D).to(tl.float32)
+    q_high, q_low = halves(q)
+    keys_ptr += head * D
+    low_at = num_keys.to(tl.int64) * HEADS * D
+    begin = tl.min(tl.where(most > 0, first, HIGHEST))
+    end = tl.max(tl.where(most > 0, stop, 0))
+    place = tl.arange(0, KEYS)
+
+    reach = stop - first  # scores from `low` on
+    low, high = tl.full([ROWS], LOWEST + 1, tl.int32), tl.full([ROWS], HIGHEST, tl.int32)
+    above = tl.zeros([ROWS], tl.int32)
+    open_rows = (most > 0) & (reach > BAND)
+    if tl.max(open_rows.to(tl.int32)) > 0:
+        # Where the score sought is expected: a sample's scores at three standard deviations of their rank on each side.
+        step = tl.maximum((end - begin).to(tl.float32) / KEYS, 1.0)
+        scores = _scores_at(
+            q_high, q_low, keys_ptr, low_at, begin, (place.to(tl.float32) * step).to(tl.int64), end, first, stop,
+            forced_first, forced_recent, HEADS, D, BLOCK_D,
+        )  # fmt: skip
+        number = tl.sum((scores > LOWEST).to(tl.int32), 1).to(tl.float32)
+        rank = number * most.to(tl.float32) / tl.maximum(reach, 1).to(tl.float32)
+        slack = 3.0 * tl.sqrt(rank) + 1.0
+        window = ranked(scores, tl.maximum(tl.minimum(rank + slack, number), 1.0).to(tl.int32), 16)
+        window = tl.maximum(window, LOWEST + 1)
+        until = ranked(scores, tl.maximum(rank - slack, 1.0).to(tl.int32), 16)
+        until = tl.where((until > HIGHEST - (1 << 21)) | (number < 1.0), HIGHEST, until + (1 << 20))
+        while tl.max(open_rows.to(tl.int32)) > 0:
+            shift = _width_of_parts(window, until)
+            counts, beyond = tl.zeros([ROWS, BINS], tl.int32), tl.zeros([ROWS], tl.int32)
+            for at in range(begin, end, KEYS):
+                scores = _scores_at(
+                    q_high, q_low, keys_ptr, low_at, at, place, end, first, stop,
+                    forced_first, forced_recent, HEADS, D, BLOCK_D,
+                )  # fmt: skip
+                some, more_beyond = _count(scores, window, shift, ROWS)
+                counts += some
+                beyond += more_beyond
+            # Scores in or above each part: the highest part with enough of them holds the one sought.
+            from_part = beyond[:, None] + tl.sum(counts, 1)[:, None] - (tl.cumsum(counts, 1) - counts)
+            enough = tl.sum((from_part >= most[:, None]).to(tl.int32), 1)
+            part = tl.arange(0, BINS)[None, :]
+            inside = tl.sum(tl.where(part == enough[:, None] - 1, from_part, 0), 1)
+            higher = tl.where(enough == BINS, beyond, tl.sum(tl.where(part == enough[:, None], from_part, 0), 1))
+            over, under = beyond >= most, enough == 0  # it lies beyond the window, below it, or in a part
+            # A part may reach beyond `high`, above which all is counted already.
+            offset, span = (
+                ((enough << shift) - 1).to(tl.uint32, bitcast=True),
+                (high - window).to(tl.uint32, bitcast=True),
+            )
+            cut = offset > span
+            new_low = tl.where(over, window + (BINS << shift), tl.where(under, low, window + ((enough - 1) << shift)))
+            new_high = tl.where(over | cut, high, window + ((enough << shift) - 1))
+            new_high = tl.where(over == under, new_high, tl.where(under, window - 1, high))
+            lowest_part = tl.sum(tl.where(part == 0, from_part, 0), 1)
+            new_above = tl.where(over | cut, above, higher)
+            new_above = tl.where(under & (over == 0), lowest_part, new_above)
+            new_reach = tl.where(over, beyond, tl.where(under, reach, inside))
+            low, high = tl.where(open_rows, new_low, low), tl.where(open_rows, new_high, high)
+            above, reach = tl.where(open_rows, new_above, above), tl.where(open_rows, new_reach, reach)
+            open_rows = open_rows & (reach - above > BAND) & (low < high)
+            window, until = low, high
+
+    needed = most - above  # of the band
+    limit = tl.where(reach - above > BAND, needed, BAND)  # of a band of equal scores the first are taken
+    inside = tl.arange(0, ROWS)
+    chosen_ptr += (head.to(tl.int64) * rows + tile * ROWS) * width
+    band_ptr += (head.to(tl.int64) * rows + tile * ROWS) * BAND * 2
+    list_at, band_at, live = inside * width, inside * BAND * 2, (most > 0)[:, None]
+    sure, banded = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
+    for at in range(begin, end, KEYS):
+        scores = _scores_at(
+            q_high, q_low, keys_ptr, low_at, at, place, end, first, stop, forced_first, forced_recent,
+            HEADS, D, BLOCK_D,
+        )  # fmt: skip
+        higher = (scores > high[:, None]).to(tl.int32)
+        in_band = (scores >= low[:, None]).to(tl.int32) - higher
+        so_far = tl.cumsum(higher + (in_band << 16), 1)  # two counts side by side
+        ordinal = banded[:, None] + (so_far >> 16)  # in the band, from 1
+        to = sure[:, None] + (so_far & 0xFFFF) + tl.minimum(ordinal, limit[:, None]) - 1
+        taken = ((higher > 0) | ((in_band > 0) & (ordinal <= limit[:, None]))) & live
+        tl.store(chosen_ptr + (list_at[:, None] + to), tl.broadcast_to((at + place)[None, :], to.shape), mask=taken)
+        noted = (in_band > 0) & (ordinal <= BAND) & live
+        band_to = band_at[:, None] + (ordinal - 1) * 2
+        tl.store(band_ptr + band_to, scores, mask=noted)
+        tl.store(band_ptr + band_to + 1, to, mask=noted)
+        sure += tl.sum(higher, 1)
+        banded += tl.sum(in_band, 1)
+    tl.debug_barrier()
+    written = tl.where(most > 0, sure + tl.minimum(banded, limit), 0)
+    banded = tl.where(most > 0, banded, 0)
+    _take_out(chosen_ptr, band_ptr, list_at, band_at, needed, banded, ROWS, BAND)
+    tl.debug_barrier()
+    kept = _close_gaps(chosen_ptr, list_at, written, ROWS, 32)
+    for at in range(0, width, KEYS):
+        here = at + place
+        ordinal = here[None, :] - kept[:, None]
+        rest = valid[:, None] & (ordinal >= 0)
+        always = tl.load(always_ptr + row[:, None] * more + ordinal, mask=rest & (ordinal < more), other=-1)
+        tl.store(chosen_ptr + (list_at[:, None] + here[None, :]), always, mask=rest & (here < width)[None, :])
