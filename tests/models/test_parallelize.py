@@ -150,7 +150,12 @@ def test_gates_stay_exact_in_bf16():
 
 def run_compiled(rank, world_size):
     """Blocks are really compiled, inside checkpoints too, and layers of one kind share their graphs."""
-    layers = {"num_layers": 6, "window": 0, "sparse_selection": {}, "pattern": ["linear:fixed", "linear:fixed", "softmax"]}
+    layers = {
+        "num_layers": 6,
+        "window": 0,
+        "sparse_selection": {},
+        "pattern": ["linear:fixed", "linear:fixed", "softmax"],
+    }
     plain = make_model(**layers)
     plain(*make_batch(0)).backward()
     model = apply(make_model(**layers), make_mesh("shard", world_size), checkpointing="full", compile=True)
