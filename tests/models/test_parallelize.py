@@ -150,7 +150,12 @@ def test_gates_stay_exact_in_bf16():
 
 def run_compiled(rank, world_size):
     """Blocks are really compiled, inside checkpoints too, and layers of one kind share their graphs."""
-    layers = {"num_layers": 6, "window": 0, "pattern": ["linear:fixed", "linear:fixed", "softmax"]}
+    layers = {
+        "num_layers": 6,
+        "window": 0,
+        "sparse_selection": {},
+        "pattern": ["linear:fixed", "linear:fixed", "softmax"],
+    }
     plain = make_model(**layers)
     plain(*make_batch(0)).backward()
     model = apply(make_model(**layers), make_mesh("shard", world_size), checkpointing="full", compile=True)
@@ -170,7 +175,7 @@ def test_linear_layers_compile(kind):
     """Traced by the compiler (without its slow code generation): equal results, and layers share their graphs."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
-    model = make_model(pattern=[kind], num_layers=10, window=0)
+    model = make_model(pattern=[kind], num_layers=10, window=0, sparse_selection={})
     tokens, labels, seq = make_batch(1)
     wanted = model(tokens, labels, seq)
     before = counters["unique_graphs"]
