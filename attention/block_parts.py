@@ -58,7 +58,7 @@ def _taken(x, rows, head):
 
 
 def block_parts(blocks, tables, causal, strategy, group) -> list[Part]:
-    """blocks: int32 [Hkv, local query pieces, n], blocks of keys, ascending, -1 for none."""
+    """blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, ascending, -1 for none."""
     keys = tables.keys
     if keys.whole:
         return [Part(BlockPlan.of(tables.queries.local, keys.local, blocks, causal=causal, ascending=True))]
@@ -81,8 +81,8 @@ def block_parts(blocks, tables, causal, strategy, group) -> list[Part]:
 
 
 def _fetch(wanted, asked, tables, causal, counts, rank, group) -> Part:
-    """The blocks that are asked for, one row of the buffer per token and head: a block goes to whom its head's queries
-    chose it for."""
+    """The blocks that are asked for. With one list for all heads they come whole, else a row of the buffer is one of a
+    token and head: a block goes to whom its head's queries chose it for."""
     keys, (heads, world_size, width) = tables.keys, asked.shape
     ids = asked.transpose(0, 1).flatten().nonzero().flatten()  # by owner, then head, then piece
     mine, theirs = counts[rank], [row[rank] for row in counts]
@@ -98,7 +98,8 @@ def _fetch(wanted, asked, tables, causal, counts, rank, group) -> Part:
     for peer in range(world_size):
         if theirs[peer]:
             part = slice(at, at + theirs[peer])
-            sends.append((peer, *_rows_of(start[part], length[part], sent_head[part])))
+            rows, head = _rows_of(start[part], length[part], sent_head[part])
+            sends.append((peer, rows, head if heads > 1 else None))
         at += theirs[peer]
         if mine[peer]:
             receives.append((peer, slice(bounds[row], bounds[row + mine[peer]])))
@@ -109,7 +110,7 @@ def _fetch(wanted, asked, tables, causal, counts, rank, group) -> Part:
     blocks = _arrived(keys, unit_owner * width + unit_piece, first[:-1], lengths)
     listed = max(unit_head.bincount(minlength=heads).tolist())
     plan = BlockPlan.of(tables.queries.local, blocks, columns, causal=causal, listed=listed)
-    return Part(plan, tuple(sends), tuple(receives), bounds[-1], one_head=True)
+    return Part(plan, tuple(sends), tuple(receives), bounds[-1], one_head=heads > 1)
 
 
 def _ring(wanted, owner, tables, causal, counts, rank, world_size) -> list[Part]:

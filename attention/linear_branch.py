@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from longspan.attention.arguments import pick_transport
-from longspan.attention.block_tables import kept_of, pieces
+from longspan.attention.block_tables import pieces
 from longspan.kernels.block_states import LOST, MAPS, choose, state_dtype
-from longspan.kernels.fold import compose, fold_chains, step
+from longspan.kernels.fold import fold_chains, step, summarize
 from longspan.kernels.linear.splits import Chains
-from longspan.kernels.sparse import Blocks
+from longspan.kernels.sparse import Blocks, kept_of
 from longspan.parallel.layout import Layout
 from longspan.parallel.scan import scan_plan, start_scan
 
@@ -263,7 +263,15 @@ class Branch:
             return None
         direction, state = direction if self.causal else "whole", fold_chains(sums, None, way.summary)
         return start_scan(
-            self.transport, self.plan, direction, state, None, self.group, fold=fold_chains, step=step, compose=compose
+            self.transport,
+            self.plan,
+            direction,
+            state,
+            None,
+            self.group,
+            fold=fold_chains,
+            summarize=summarize,
+            step=step,
         )
 
     def _form(self, k, v):

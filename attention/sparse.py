@@ -5,19 +5,20 @@ does not hold; while they are under way it attends to those that it holds. Gradi
 in rank order. Where ranks want most of what others hold, keys go round in a ring instead, without asking.
 """
 
+from dataclasses import replace
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import pick, resolve
 from longspan.attention.block_parts import STRATEGIES, Part, block_parts
-from longspan.attention.gather_rows import gather_rows
-from longspan.attention.hierarchy import Hierarchical
+from longspan.attention.gather_rows import Ranks, gather_rows
 from longspan.attention.linear_branch import Branch, LinearBranch
 from longspan.attention.recompute import keep, recall
+from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
 from longspan.kernels.merge import merge
 from longspan.kernels.sparse import BlockPlan, choose
-from longspan.parallel.exchange import start_all_gather
 
 
 @torch.compiler.disable
@@ -28,16 +29,19 @@ def sparse_attention(
 
     q: [T, Hq, D]; k, v: [T, Hkv, D] with Hq a multiple of Hkv: this rank's tokens in the order of `layout`, one
     floating dtype; returns [T, Hq, D] in it; a query that sees nothing gets 0. fp64 is computed and sent in fp64, all
-    else in fp32 where sums are made. scale defaults to D**-0.5. selection: TopBlocks or Hierarchical; it gets no
-    gradient. linear: a LinearBranch to add, with TopBlocks. The result does not depend on the layout: blocks are those
-    of documents. layout, group: a Layout and its process group (None: one rank, by default one document). strategy:
-    "fetch", blocks by request; "ring", all keys of one rank after the other; "auto", by what is chosen. seq: a
-    SequenceContext instead of those three. Raises ValueError, on all ranks, for what does not fit.
+    else in fp32 where sums are made. scale defaults to D**-0.5. selection: TopBlocks, Hierarchical, Window, Radial,
+    Antidiagonal, TokenTop, CompressedTop, BlockLists or a Selection of one's own; it gets no gradient. linear: a
+    LinearBranch to add, with TopBlocks. The result does not depend on the layout: blocks are those of documents.
+    layout, group: a Layout and its process group (None: one rank, by default one document). strategy: "fetch", blocks
+    by request; "ring", all keys of one rank after the other; "auto", by what is chosen. seq: a SequenceContext instead
+    of those three. Raises ValueError, on all ranks, for what does not fit.
     """
 
     def check():
-        if not isinstance(selection, (TopBlocks, Hierarchical)):
-            raise ValueError(f"selection is a {type(selection).__name__}; give TopBlocks(...) or Hierarchical(...)")
+        if not isinstance(selection, Selection) or isinstance(selection, type):
+            raise ValueError(
+                f"selection is a {type(selection).__name__}; give one such as TopBlocks(...) or Window(...)"
+            )
         if k.shape != v.shape:
             raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be equal")
         if k.shape[2] != q.shape[2]:
@@ -49,7 +53,7 @@ def sparse_attention(
                 raise ValueError("linear is a LinearBranch beside TopBlocks, or None")
             linear.check(q, k, selection, causal)
 
-    options = causal, scale, selection, getattr(linear, "options", None)
+    options = causal, scale, getattr(selection, "signature", selection), getattr(linear, "options", None)
     tensors = {"q": q, "k": k, "v": v}
     if isinstance(linear, LinearBranch):
         tensors |= {"linear.q": linear.q, "linear.k": linear.k}
@@ -120,22 +124,20 @@ class _Attention(torch.autograd.Function):
 
 
 def _choose(q, k, coarse_k, selection, tables, causal, strategy, group) -> list[Part]:
-    def gather(x):
-        return start_all_gather(x, group).wait().flatten(0, 1)
-
     with torch.no_grad():
-        return parts_of(selection.choose(q, k, coarse_k, tables, gather), tables, causal, strategy, group)
+        chosen = selection.choose(q, k, coarse_k, tables, Ranks(group))
+        return parts_of(chosen, tables, causal, strategy, group)
 
 
 def parts_of(chosen, tables, causal, strategy, group) -> list[Part]:
     """What to attend to, the local keys first, then coarse ones, then those of other ranks. chosen: what a selection
-    chose of blocks of keys and of blocks of coarse keys, or None."""
-    fine, coarse = chosen
+    chose of blocks of keys and of blocks of coarse keys, or None, and the rule of single queries where it has one."""
+    fine, coarse, *rule = chosen
     parts = block_parts(fine, tables, causal, strategy, group)
     if coarse is not None:
         options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True}
         parts.insert(1, Part(BlockPlan.of(tables.queries.local, tables.coarse_blocks, coarse, **options), coarse=True))
-    return parts
+    return [replace(part, plan=replace(part.plan, rule=rule[0])) for part in parts] if rule else parts
 
 
 def attend(q, local, coarse, parts, group, scale):

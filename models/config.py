@@ -12,7 +12,7 @@ from longspan.models.families import LINEAR_FAMILIES, LinearFamily
 from longspan.models.settings import Tokens, setting
 
 SOFTMAX_KINDS = ("softmax", "softmax:window")
-SPARSE_KINDS = ("sla", "llsa")
+SPARSE_KINDS = ("sla", "llsa", "sparse")
 LINEAR_KINDS = tuple(f"linear:{family}" for family in LINEAR_FAMILIES)
 LAYER_KINDS = SOFTMAX_KINDS + SPARSE_KINDS + LINEAR_KINDS
 MAX_HEAD = 256  # widest keys and values that the kernels take
@@ -63,6 +63,11 @@ class ModelConfig:
     llsa_block: int = setting(16, "tokens of a block in llsa layers, and rows of a level that make one of the next")
     llsa_keep: int = setting(8, "blocks chosen on every level in llsa layers")
     llsa_levels: int = setting(2, "levels of means in llsa layers; cost grows like tokens / llsa_block ^ llsa_levels")
+    sparse_selection: dict = setting(
+        {},
+        "what sparse layers attend to: a name (top, hierarchical, window, radial, antidiagonal, tokens, compressed or"
+        " lists) and its settings, see docs/sparse-attention.md, such as {name: window, window: 4096}",
+    )
     linear_family: Literal[tuple(LINEAR_FAMILIES)] = setting("fixed", "the family that `linear` in the pattern means")
     decay_slopes: Literal["lightning", "retention"] = setting(
         "lightning", "decay rates of linear:fixed: lightning (slower in later layers) or retention (longer memory)"
@@ -143,9 +148,12 @@ class ModelConfig:
     def selection(self, kind: str):
         """What a layer of a sparse kind attends to, a selection of longspan.attention."""
         from longspan.attention import Hierarchical, TopBlocks
+        from longspan.models.selections import build_selection
 
         if kind == "sla":
             return TopBlocks(self.sla_keep, self.sla_query_block, self.sla_key_block)
+        if kind == "sparse":
+            return build_selection(self.sparse_selection)
         return Hierarchical(self.llsa_block, self.llsa_keep, self.llsa_levels)
 
     def family(self, kind: str) -> LinearFamily:
@@ -243,6 +251,17 @@ class ModelConfig:
                 f"model.sla_linear=rest maps keys of other ranks where they arrive, which"
                 f" model.sla_feature_map={self.sla_feature_map} with its weights per head cannot; use softmax or elu1",
             )
+        if "sparse" not in self.pattern:
+            _require(
+                not self.sparse_selection,
+                f"model.sparse_selection={self.sparse_selection} is for sparse layers, of which model.pattern has none;"
+                " use sparse there, or model.sparse_selection={}",
+            )
+            return
+        try:
+            self.selection("sparse")
+        except ValueError as error:
+            raise ValueError(f"model.sparse_selection: {error}") from None
 
     def _validate_heads(self) -> None:
         divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]

@@ -44,7 +44,7 @@ class SoftmaxMixer(nn.Module):
 
 
 class SparseMixer(SoftmaxMixer):
-    """The same over blocks of keys that are chosen block by block, with coarse keys for the rest (LLSA)."""
+    """The same over blocks of keys that a selection chooses, of llsa with coarse keys for the rest."""
 
     def __init__(self, config, layer: int, kind: str):
         super().__init__(config, layer, kind)
@@ -185,6 +185,7 @@ MIXERS = {
     **dict.fromkeys(SOFTMAX_KINDS, SoftmaxMixer),
     "sla": SLAMixer,
     "llsa": SparseMixer,
+    "sparse": SparseMixer,
     "linear:mamba2": Mamba2Mixer,
 }
 

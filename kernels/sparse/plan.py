@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from longspan.kernels.sparse import forms
+from longspan.kernels.sparse.rules import Boxes, Picks
 
 CHUNK = 64  # query blocks of a key block's list that one program takes; columns that all rows choose are split
 
@@ -71,7 +72,8 @@ class BlockPlan:
     for every CHUNK query blocks of a list; the column of each, T past the last; most_items: I. What goes by key blocks
     is made when it is first asked for: a forward pass alone does without.
     log_weight: floats [T], added to the scaled scores of a key block's rows, or None. causal: keys at later positions
-    of their document than the query are not seen; a coarse key has the position from which on it is seen.
+    of their document than the query are not seen; a coarse key has the position from which on it is seen. rule: what
+    single queries see of listed blocks, or None for all; keys have step 1 then.
     """
 
     queries: Blocks
@@ -81,6 +83,7 @@ class BlockPlan:
     most_items: int
     causal: bool
     log_weight: torch.Tensor | None = None
+    rule: Picks | Boxes | None = None
 
     @property
     def heads(self) -> int:

@@ -7,6 +7,7 @@ import sparse_oracle
 import torch
 
 from longspan.attention import Hierarchical, TopBlocks
+from longspan.models.selections import build_selection
 
 # What `auto` and -1 mean: feature map, convolution width, output gate.
 FAMILIES = {
@@ -142,6 +143,8 @@ def softmax_mixer(c, p, x, lengths, kind):
     if kind == "llsa":
         selection = Hierarchical(c.llsa_block, c.llsa_keep, c.llsa_levels)
         out = sparse_oracle.sparse_attention(q, k, v, lengths, selection=selection, causal=causal)
+    elif kind == "sparse":
+        out = sparse_oracle.sparse_attention(q, k, v, lengths, selection=build_selection(c.sparse_selection))
     elif kind == "sla":
         selection = TopBlocks(c.sla_keep, c.sla_query_block, c.sla_key_block)
         out = sparse_oracle.sparse_attention(q, k, v, lengths, selection=selection, causal=causal)

@@ -4,6 +4,7 @@ Plain differentiable torch on whole tensors, documents laid end to end; called w
 """
 
 import torch
+from selection_oracle import SEEN
 
 from longspan.attention import Hierarchical
 
@@ -12,6 +13,13 @@ def sparse_attention(q, k, v, lengths, *, selection, causal=True):
     """q: [T, H, D]; k, v: [T, G, D]. Blocks are chosen from detached tensors."""
     matrix = hierarchy_matrix if isinstance(selection, Hierarchical) else full_matrix
     return matrix(q, k, v, lengths, selection=selection, causal=causal)
+
+
+def seen_by(q, k, causal, selection, document=0):
+    """bool [query heads, T, T]: what queries of one document see of its keys."""
+    if type(selection) in SEEN:
+        return SEEN[type(selection)](q, k, causal, selection, document)
+    return blocks_seen(q, k, causal, selection)
 
 
 def blocks_seen(q, k, causal, selection):
@@ -43,12 +51,13 @@ def blocks_seen(q, k, causal, selection):
 
 def full_matrix(q, k, v, lengths, *, selection, causal=True):
     out, start = [], 0
-    for length in lengths:
+    for document, length in enumerate(lengths):
         rows = slice(start, start + length)
-        seen = blocks_seen(q[rows].detach(), k[rows].detach(), causal, selection)
+        seen = seen_by(q[rows].detach(), k[rows].detach(), causal, selection, document)
         k_rows, v_rows = (x[rows].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("thd,shd->hts", q[rows], k_rows) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        blind = ~seen.any(-1, keepdim=True)  # sees nothing, gets 0
+        weights = scores.masked_fill(~seen & ~blind, -torch.inf).softmax(-1).masked_fill(blind, 0)
         out.append(torch.einsum("hts,shd->thd", weights, v_rows))
         start += length
     return torch.cat(out)

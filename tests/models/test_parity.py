@@ -36,8 +36,9 @@ MODELS = {
         pattern=["linear:scalar", "softmax"], num_layers=2, linear_normalize=True, tie_embeddings=True,
     ),
     "sparse": dict(
-        pattern=["sla", "linear:scalar", "llsa"], num_layers=3, num_kv_heads=1, sla_keep=2, sla_query_block=8,
-        sla_key_block=4, llsa_block=4, llsa_keep=2, sla_feature_map="hedgehog",
+        pattern=["sla", "linear:scalar", "llsa", "sparse"], num_layers=4, num_kv_heads=1, sla_keep=2,
+        sla_query_block=8, sla_key_block=4, llsa_block=4, llsa_keep=2,
+        sparse_selection={"name": "tokens", "keep": 2, "query_block": 8, "key_block": 4}, sla_feature_map="hedgehog",
     ),
     "rest": dict(
         pattern=["sla", "softmax"], num_layers=2, num_kv_heads=1, sla_keep=2, sla_query_block=8, sla_key_block=4,
