@@ -3,6 +3,7 @@
 As a script it compiles what the linear forms launch and prints a line of JSON per kernel:
 
     python tests/common/absent_gpu.py DTYPE WIDTH...          # such as bfloat16 64 128, or 16,64 for K, V
+    python tests/common/absent_gpu.py choosing WIDTH...       # what chooses blocks, and makes lists of them
 """
 
 import json
@@ -104,11 +105,42 @@ def compile_forms(dtype, widths) -> list:
     return compiled
 
 
+def compile_choosing(widths) -> list:
+    """What chooses blocks for heads of these widths, and the lists of plans."""
+    import numpy as np
+    import torch
+
+    from longspan.kernels.sparse import Blocks, Families, Ranges
+    from longspan.kernels.sparse.descend_triton import descend_triton
+    from longspan.kernels.sparse.lists_triton import columns_triton, rows_triton
+    from longspan.kernels.sparse.pool_triton import pool_triton
+    from longspan.kernels.sparse.top_triton import top_triton
+
+    def zeros(*shape):
+        return torch.zeros(shape, dtype=torch.int32)
+
+    compiled = install()
+    ranges = Ranges.of(np.zeros(128, int), np.full(128, 128), 0.1)
+    families = Families(*(zeros(*n) for n in ((128,), (8,), (8,), (128,), (128,), (8, 16), (8,))), 16)
+    for width in widths:
+        means = torch.zeros(128, 2, width)
+        top_triton(means, means, zeros(128), ranges, 0, 0, None)
+        pool_triton(means.bfloat16(), Blocks.of((0, 128), 16), 2, False)
+        descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
+    row_ptr, row_idx = rows_triton(zeros(1, 8, 4), 8)
+    columns_triton(row_ptr, row_idx, 8, 64, 9)
+    return compiled
+
+
 def main():
     import torch
 
     widths = [[int(size) for size in width.split(",")] for width in sys.argv[2:]]
-    for kernel in compile_forms(getattr(torch, sys.argv[1]), [(*sizes, sizes[0])[:2] for sizes in widths]):
+    if sys.argv[1] == "choosing":
+        kernels = compile_choosing([width for (width,) in widths])
+    else:
+        kernels = compile_forms(getattr(torch, sys.argv[1]), [(*sizes, sizes[0])[:2] for sizes in widths])
+    for kernel in kernels:
         sass = disassemble(kernel)
         record = {"name": kernel.name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
         record |= {"spills": len(re.findall(r"\bSTL\b", sass)), "undefined": undefined_registers(sass)}
