@@ -16,7 +16,7 @@ SPARSE_KINDS = ("sla", "llsa", "sparse")
 LINEAR_KINDS = tuple(f"linear:{family}" for family in LINEAR_FAMILIES)
 LAYER_KINDS = SOFTMAX_KINDS + SPARSE_KINDS + LINEAR_KINDS
 MAX_HEAD = 256  # widest keys and values that the kernels take
-BIDIRECTIONAL_KINDS = ("softmax", *SPARSE_KINDS, "linear:none")  # of models whose tokens have no direction
+BIDIRECTIONAL_KINDS = ("softmax", "sla", "llsa", "linear:none")  # of models whose tokens have no direction
 CHANNELS = 3  # of a pixel: red, green, blue
 
 
