@@ -18,7 +18,7 @@ def run_benchmark(rank, world_size, path):
 
 
 def run_parity(rank, world_size, path):
-    sys.argv = ["scheme_parity", "--output", str(path), "--device", "cpu", "--tokens", "256"]
+    sys.argv = ["scheme_parity", "--output", str(path), "--device", "cpu", "--tokens", "512"]
     sys.argv += ["--heads", "3", "--kv-heads", "1", "--head-dim", "8", "--schemes", "ulysses", "zeppelin"]
     return scheme_parity.main()
 
@@ -41,7 +41,7 @@ def test_errors_over_ranks_are_recorded(tmp_path):
     path = tmp_path / "parity.json"
     assert run_ranks(run_parity, 2, path) == [1, 1]
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == 8 and all(sum(row["lengths"]) == 256 for row in rows)
+    assert len(rows) == 8 and all(sum(row["lengths"]) == 512 for row in rows)
     for row in rows:
         assert row["broken"] == (row["scheme"] == "ulysses")
         assert row["broken"] or (row["repeats"] and 0 < max(row["many"]) < 1e-5), row
