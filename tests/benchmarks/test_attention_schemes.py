@@ -13,7 +13,7 @@ from longspan.parallel import Costs
 def run_benchmark(rank, world_size, path):
     sys.argv = ["attention_schemes", "--output", str(path), "--device", "cpu", "--mixes", "magi", "one"]
     sys.argv += ["--tokens", "96", "--heads", "3", "--kv-heads", "1", "--head-dim", "8", "--short", "16"]
-    sys.argv += ["--long", "64", "--seconds", "0.01", "--repetitions", "2"]
+    sys.argv += ["--long", "64", "--seconds", "0.01", "--repetitions", "2", "--exposed"]
     return attention_schemes.main()
 
 
@@ -34,6 +34,7 @@ def test_every_scheme_is_recorded(tmp_path):
             continue
         assert row["ms"]["forward+backward"] > row["ms"]["forward"] > 0 and row["received_mib"] >= 0
         assert row["pairs"] >= 1 and row["of_ideal"] > 0
+        assert row["layer_ms"]["forward"] > 0 and abs(row["exposed_of_layer"]) < 10
     assert {row["documents"] for row in rows if row["mix"] == "one"} == {1}
 
 
