@@ -50,7 +50,7 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-        "packages": {name: _version(name) for name in ("numpy", "triton", "megatron-core", "flash-attn-4")},
+        "packages": {name: _version(name) for name in ("numpy", "triton", "megatron-core", "flash-attn-4", "deepspeed")},
         "platform": platform.platform(),
         "world_size": mesh.world_size,
         "dp": mesh.dp,
