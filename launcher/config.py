@@ -70,9 +70,9 @@ class ParallelConfig:
     sp: int = setting(0, "ranks that share one sequence; 0: all ranks")
     sharding: Literal["fsdp", "hsdp"] = setting("fsdp", "parameters sharded over all ranks, or inside nodes (hsdp)")
     engine: Literal["fsdp2", "ddp", "deepspeed"] = setting(
-        "fsdp2", "what stores and trains the model: fsdp2 shards it, ddp keeps it whole on every rank, deepspeed is ZeRO"
+        "fsdp2", "what stores and trains the model: fsdp2 shards it, ddp keeps whole copies, deepspeed is ZeRO"
     )
-    zero_stage: int = setting(3, "with deepspeed, sharded over ranks: 1 optimizer state, 2 and gradients, 3 and weights")
+    zero_stage: int = setting(3, "with deepspeed, what is sharded: 1 optimizer state, 2 gradients too, 3 weights too")
     zero_offload_optimizer: bool = setting(False, "with deepspeed: optimizer state and update on the host's CPU")
     zero_offload_parameters: bool = setting(False, "with deepspeed and zero_stage=3: weights in host memory")
     layout: Literal["auto", "contiguous", "zigzag"] = setting("auto", "which rank holds which tokens")
@@ -226,6 +226,10 @@ class Config:
         _require(
             stage == 3 or not parallel.zero_offload_parameters,
             f"parallel.zero_offload_parameters=true needs parallel.zero_stage=3, not {stage}: below, weights are whole",
+        )
+        _require(
+            engine != "deepspeed" or stage < 3 or not self.train.compile,
+            "train.compile=true cannot trace the hooks of parallel.zero_stage=3: use 1 or 2, or parallel.engine=fsdp2",
         )
 
     def _validate_text(self) -> None:

@@ -1,7 +1,7 @@
 """Everything that is done to a model from outside before it trains, in one fixed order.
 
 Compilation -> activation checkpointing -> sharding, from the inside out: a compiled block is what gets recomputed, and
-a recomputed block is what an engine shards. Compilation comes first because torch's checkpoint is closed to the compiler: a
+a recomputed block is what gets sharded. Compilation comes first because torch's checkpoint is closed to the compiler: a
 block compiled around it would silently run uncompiled. No step changes a parameter's name.
 """
 

@@ -40,7 +40,9 @@ class Mesh:
         return self.dp_rank == 0 and self.sp_rank == 0
 
 
-def build_mesh(*, sp: int, sharding: Literal["fsdp", "hsdp", "none"], device: torch.device, timeout_s: float = 600.0) -> Mesh:
+def build_mesh(
+    *, sp: int, sharding: Literal["fsdp", "hsdp", "none"], device: torch.device, timeout_s: float = 600.0
+) -> Mesh:
     """Joins the run (torchrun's environment; without it this process is the only rank) and forms its groups.
 
     sp: ranks that share one sequence, 0 for all. sharding: parameters sharded over all ranks (fsdp), inside machines

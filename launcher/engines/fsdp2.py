@@ -52,9 +52,7 @@ class Fsdp2Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         groups = self.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
 

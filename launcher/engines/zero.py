@@ -28,6 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def import_deepspeed(device: torch.device) -> ModuleType:
     """The package, set up for `device` without compiling anything. UserError when it is missing or another version."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would ask the machine, whatever run.device says
+    os.environ.setdefault("LOCAL_RANK", "0")  # of one rank without torchrun
     remedy = "pip install 'longspan[deepspeed]', or use parallel.engine=fsdp2"
     try:
         import deepspeed
@@ -114,12 +115,12 @@ class ZeroEngine:
 
     def _create_moments(self) -> None:
         """As AdamW does in its first step, so that a checkpoint has something to load into before it."""
-        flats = self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
-        for flat in flats:
+        zero = self._zero
+        for flat in zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups:
             zeros = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
             self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
         if self._stage < 3:
-            self._zero._lazy_init_hp_params_optimizer_state()
+            zero._lazy_init_hp_params_optimizer_state()
 
     def _publish_weights(self) -> None:
         """From ZeRO's partitions of fp32 weights to those that the model computes with, as at the end of a step."""
@@ -135,7 +136,7 @@ class ZeroEngine:
 
 
 def settings(parallel: ParallelConfig, optim: OptimConfig, mesh: Mesh) -> dict[str, Any]:
-    """DeepSpeed's configuration. Batches are ours to count: it sees micro-batches of 1 and is told which is the last."""
+    """DeepSpeed's configuration. It does not count micro-batches: `backward` is told which is the last of a step."""
     zero = {"stage": parallel.zero_stage}
     host = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}
     if parallel.zero_offload_optimizer:

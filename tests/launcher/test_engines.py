@@ -174,41 +174,52 @@ def test_what_a_rank_stores(runs, name, moments, weights):
     assert runs[name]["stored"] == pytest.approx((moments, weights), abs=0.02)
 
 
+POISONS = {
+    "the loss is nan (from rank 1)": lambda loss: loss + math.nan,  # whose gradients are finite
+    "the gradient norm is": lambda loss: loss + (loss * 0).sqrt(),  # equal, but for a derivative 0 * inf
+}
+
+
 def test_nan_on_one_rank_leaves_the_update_out(tmp_path):
     corpus = write_corpus(tmp_path)
     engines = {"ddp": DDP} | ({"zero 1": ZERO[1], "zero 3": ZERO[3]} if INSTALLED else {})
     for found in run_ranks(_nan_on_rank_one, 2, tmp_path, corpus, engines):
-        for name, (message, updates) in found.items():
-            assert "the loss is nan (from rank 1) at step 2, whose update was left out" in message, name
-            assert updates == [True, False], name
+        for (name, problem), (message, updates) in found.items():
+            assert message.startswith(problem) and "at step 2, whose update was left out" in message, name
+            assert updates == [True, False], (name, problem)
 
 
 def _nan_on_rank_one(rank, world_size, folder, corpus, engines):
-    found = {}
-    for name, settings in engines.items():
-        trainer = start(tiny_config(corpus, folder / name, *settings))
-        next_step, weights = trainer.loader.next_step, []
+    return {
+        (name, problem): _poisoned(tiny_config(corpus, folder / f"{name} {number}", *settings), problem, rank)
+        for name, settings in engines.items()
+        for number, problem in enumerate(POISONS)
+    }
 
-        def look(trainer=trainer, weights=weights):
-            shards = trainer.engine.state_dict()["model"].values()
-            weights.append(torch.cat([shard.full_tensor().flatten().cpu() for shard in shards]))
 
-        def observed(look=look, next_step=next_step):
-            look()
-            return next_step()
+def _poisoned(config, problem, rank):
+    """How a run ends whose second step is poisoned on rank 1, and which of its steps changed the weights."""
+    trainer, weights = start(config), []
+    next_step = trainer.loader.next_step
 
-        def poison(module, inputs, output, trainer=trainer):
-            return output * math.nan if rank == 1 and trainer.step == 2 else output
+    def look():
+        shards = trainer.engine.state_dict()["model"].values()
+        weights.append(torch.cat([shard.full_tensor().flatten() for shard in shards]))
 
-        trainer.loader.next_step = observed
-        trainer.model.register_forward_hook(poison)
-        with pytest.raises(UserError) as error:
-            trainer.train()
+    def observed():
         look()
-        trainer.close()
-        updates = [not torch.equal(before, after) for before, after in zip(weights, weights[1:])]
-        found[name] = str(error.value), updates
-    return found
+        return next_step()
+
+    def poison(module, inputs, output):
+        return POISONS[problem](output) if rank == 1 and trainer.step == 2 else output
+
+    trainer.loader.next_step = observed
+    trainer.model.register_forward_hook(poison)
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    look()
+    trainer.close()
+    return str(error.value), [not torch.equal(before, after) for before, after in zip(weights, weights[1:])]
 
 
 def test_parameters_cast_where_they_are_read():
@@ -243,6 +254,7 @@ def test_parameters_cast_where_they_are_read():
         ([*DDP, *OFFLOAD], "parallel.zero_offload_optimizer is for parallel.engine=deepspeed, not ddp"),
         (["parallel.engine=deepspeed", "parallel.zero_stage=0"], "parallel.zero_stage=0: use 1, 2 or 3"),
         ([*ZERO[2], "parallel.zero_offload_parameters=true"], "needs parallel.zero_stage=3, not 2"),
+        ([*ZERO[3], "train.compile=true"], "train.compile=true cannot trace the hooks of parallel.zero_stage=3: use 1"),
     ],
 )
 def test_refusals(settings, message):
