@@ -73,7 +73,7 @@ class ZeroEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # ZeRO itself leaves out an update whose norm is not finite.
-        self.optimizer.found_inf = 1.0 - loss.isfinite().float()
+        self.optimizer.found_inf = (1.0 - loss.isfinite().float()).to(self._update_device)
         self.model.step()
         return torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self._mesh.device)
 
@@ -119,6 +119,7 @@ class ZeroEngine:
         for flat in zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups:
             zeros = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
             self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
+        self._update_device = flat.device
         if self._stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 

@@ -98,7 +98,8 @@ def _run(corpus, run_dir, settings, source=None):
         shutil.copytree(source, run_dir)
         shutil.rmtree(run_dir / "checkpoints" / "step-00000006")
     dist.barrier()
-    trainer = start(tiny_config(corpus, run_dir, "optim.clip_grad_norm=0.5", *settings))
+    common = ("optim.clip_grad_norm=0.5", "log.validation_interval=6", "log.validation_samples=2")
+    trainer = start(tiny_config(corpus, run_dir, *common, *settings))
     first = trainer.step
     trainer.train()
     trainer.close()
@@ -121,6 +122,7 @@ def _agree(found, wanted, tolerance=TOLERANCE):
     assert [row["step"] for row in found["rows"]] == [1, 2, 3, 4, 5, 6]
     for key in ("loss", "grad_norm", "lr"):
         assert [row[key] for row in found["rows"]] == pytest.approx([row[key] for row in wanted["rows"]], rel=tolerance)
+    assert found["rows"][-1]["val_loss"] == pytest.approx(wanted["rows"][-1]["val_loss"], rel=tolerance)
     found, wanted = _saved(found["dir"]), _saved(wanted["dir"])
     assert found.keys() == wanted.keys()
     for part in ("model", "exp_avg", "exp_avg_sq", "step"):
