@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -93,13 +95,11 @@ class ZeroEngine:
         return {"model": model, "optimizer": {"state": state, "param_groups": groups}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         moments = state["optimizer"]["state"]
         for name, parameter in self._parameters.items():
-            safe_set_full_fp32_param(parameter, self._whole(state["model"][name]))
+            self._write(parameter, state["model"][name])
             for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, self._whole(moments[name][key]), key)
+                self._write(parameter, moments[name][key], key)
         steps = moments[next(iter(moments))]["step"]
         for flat in self.optimizer.state.values():
             flat["step"].copy_(steps)
@@ -110,8 +110,23 @@ class ZeroEngine:
         whole = whole.view(getattr(parameter, "ds_shape", parameter.shape))
         return distribute_tensor(whole, self._mesh.fsdp_mesh, [Shard(0)], src_data_rank=None).cpu()
 
-    def _whole(self, shard: DTensor) -> torch.Tensor:
-        return shard.to(self._mesh.device).full_tensor()
+    def _write(self, parameter: nn.Parameter, shard: DTensor, moment: str | None = None) -> None:
+        """Puts the rows of all ranks into ZeRO's partition of a parameter's fp32 weights, or of a moment."""
+        from deepspeed import utils
+
+        whole = shard.to(self._mesh.device).full_tensor().flatten()
+        if self._stage == 3:  # equal parts of each parameter, the last padded, which the full setters forget
+            size = parameter.ds_tensor.numel()
+            whole = F.pad(whole, (0, size * self._mesh.world_size - len(whole)))
+            part = whole.narrow(0, size * dist.get_rank(), size)
+            if moment is None:
+                utils.safe_set_local_fp32_param(parameter, part)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, part, moment)
+        elif moment is None:
+            utils.safe_set_full_fp32_param(parameter, whole)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, whole, moment)
 
     def _create_moments(self) -> None:
         """As AdamW does in its first step, so that a checkpoint has something to load into before it."""
