@@ -81,7 +81,11 @@ class Trainer:
             checkpointing=config.train.checkpointing,
             compile=config.train.compile,
             param_dtype=None if config.train.dtype == "float32" else getattr(torch, config.train.dtype),
-            reduce_dtype=torch.float32,
+            reduce_dtype=getattr(torch, config.train.reduce_dtype),
+            checkpoint_layers=config.train.checkpoint_layers,
+            offload_activations=config.train.offload_activations,
+            mlp_tile=config.train.mlp_tile,
+            offload_optimizer=config.optim.offload == "cpu",
         )
         self.optimizer = build_optimizer(self.model, config.optim)
         self.step = 0
@@ -198,7 +202,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # What a gradient scaler uses: the fused kernel changes nothing when this is 1, without the host knowing.
-        self.optimizer.found_inf = 1.0 - (loss.isfinite() & grad_norm.isfinite()).float()
+        finite = (loss.isfinite() & grad_norm.isfinite()).float()
+        self.optimizer.found_inf = 1.0 - (finite if self.config.optim.offload == "none" else finite.cpu())
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.meter.pending(self.step, lr, table, loss, grad_norm, begin, self.meter.mark())
