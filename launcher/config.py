@@ -12,7 +12,7 @@ import yaml
 
 from longspan.launcher.errors import UserError
 from longspan.launcher.parsing import parse_override, parse_tokens, read_yaml, update
-from longspan.models.config import ModelConfig
+from longspan.models.config import ModelConfig, is_of_kind
 from longspan.models.settings import Tokens, setting
 
 __all__ = [
@@ -202,8 +202,8 @@ class Config:
         for path in ("train.steps", "train.global_batch", "train.timeout_s", "data.seq_len", "data.prefetch",
                      "checkpoint.keep_last", "log.interval", "log.validation_samples"):  # fmt: skip
             _require(self._get(path) >= 1, f"{path}={self._get(path)}: use 1 or more")
-        for path in ("parallel.sp", "train.mlp_tile", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad_norm", "run.seed",
-                     "checkpoint.interval", "log.validation_interval"):  # fmt: skip
+        for path in ("parallel.sp", "train.mlp_tile", "optim.warmup_steps", "optim.weight_decay", "run.seed",
+                     "optim.clip_grad_norm", "checkpoint.interval", "log.validation_interval"):  # fmt: skip
             _require(self._get(path) >= 0, f"{path}={self._get(path)}: use 0 or more")
         for path in ("optim.lr", "optim.eps"):
             _require(self._get(path) > 0, f"{path}={self._get(path)}: use a number above 0")
@@ -220,15 +220,14 @@ class Config:
             f"train.reduce_dtype={train.reduce_dtype} would round the gradients of train.dtype={train.dtype}: use "
             "train.reduce_dtype=float32, or train.dtype=bfloat16",
         )
-        for name, given in (("checkpoint_layers", train.checkpoint_layers != []), ("offload_activations",
-                            train.offload_activations)):  # fmt: skip
+        for name in ("checkpoint_layers", "offload_activations"):
             _require(
-                train.checkpointing != "none" or not given,
+                train.checkpointing != "none" or not getattr(train, name),
                 f"train.{name} is for checkpointed layers, but train.checkpointing=none: use full or selective",
             )
         for entry in train.checkpoint_layers:
             _require(
-                any(kind == entry or kind.startswith(f"{entry}:") for kind in kinds),
+                any(is_of_kind(kind, entry) for kind in kinds),
                 f"train.checkpoint_layers has {entry}, but no layer is of that kind: use some of {', '.join(kinds)}",
             )
 

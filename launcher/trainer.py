@@ -203,7 +203,7 @@ class Trainer:
             group["lr"] = lr
         # What a gradient scaler uses: the fused kernel changes nothing when this is 1, without the host knowing.
         finite = (loss.isfinite() & grad_norm.isfinite()).float()
-        self.optimizer.found_inf = 1.0 - (finite if self.config.optim.offload == "none" else finite.cpu())
+        self.optimizer.found_inf = 1.0 - (finite.cpu() if self.config.optim.offload == "cpu" else finite)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.meter.pending(self.step, lr, table, loss, grad_norm, begin, self.meter.mark())
@@ -214,7 +214,7 @@ class Trainer:
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters]).full_tensor()
         if self.config.optim.clip_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_grad_norm, norm)
-        return norm
+        return norm.to(self.mesh.device)
 
     @torch.no_grad()
     def _validation_loss(self) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan.attention.offload import Offload, fetch
 from longspan.attention.recompute import checkpoint_contexts, keep, recall
+from longspan.models.config import is_of_kind
 
 CHECKPOINTING = ("none", "full", "selective")
 
@@ -20,13 +21,13 @@ CHECKPOINTING = ("none", "full", "selective")
 def checkpoint_blocks(model: nn.Module, mode: str, layers: Sequence[str], offload: bool) -> None:
     """Makes the blocks of `model` compute their activations again in the backward.
 
-    mode: "full" keeps a block's input; "selective" also keeps the results of its projections, so that no matrix product
-    is repeated but those of linear attention, and what lies between them is. layers: kinds of layers that this
-    is done to ("linear" means every linear:*), none for all. offload: what is kept waits in host memory.
+    mode: "full" keeps a block's input; "selective" also keeps the results of its projections, and computes again only
+    what lies between them and linear attention inside a rank. layers: the kinds that this is done to, none for all, see
+    `config.is_of_kind`. offload: what is kept waits in host memory.
     """
     traffic = Offload() if offload else None
     for block, kind in zip(model.blocks, model.config.layer_kinds, strict=True):
-        if layers and not any(kind == entry or kind.startswith(f"{entry}:") for entry in layers):
+        if layers and not any(is_of_kind(kind, entry) for entry in layers):
             continue
         if mode == "selective":
             keep_products(block)

@@ -44,8 +44,8 @@ def parallelize(
     checkpointing, checkpoint_layers, offload_activations: see `checkpointing.checkpoint_blocks`; "none" leaves it out.
     param_dtype, reduce_dtype: of the forward and backward, and of the gradient reduction; None keeps the parameters'
     own. Parameters and gradients are stored in the parameters' own dtype. Gradients are summed over ranks.
-    mlp_tile: tokens for which a block's MLP is computed at once, 0 for all. offload_optimizer: parameters, gradients and
-    so the optimizer that is made for them stay in host memory (pinned on a GPU); blocks get copies as they need them.
+    mlp_tile: tokens for which a block's MLP is computed at once, 0 for all. offload_optimizer: parameters, gradients
+    and so the optimizer that is made for them stay in host memory (pinned on a GPU); blocks get copies in time.
     ValueError for a setting that cannot be honoured.
     """
     if checkpointing not in CHECKPOINTING:
