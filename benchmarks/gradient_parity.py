@@ -20,8 +20,9 @@ from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.ranks import join
 from longspan.launcher.config import Config
 from longspan.launcher.parsing import parse_tokens
+from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.decoder import Decoder
-from longspan.models.parallelize import checkpoint_blocks, parallelize
+from longspan.models.parallelize import parallelize
 from longspan.parallel import SequenceParallel
 
 LIMIT = 1.5
@@ -84,7 +85,7 @@ def _batch(config, num_tokens, device):
 
 
 def _exact(model):
-    checkpoint_blocks(model)
+    checkpoint_blocks(model, "full")
     return model.double()
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from longspan.launcher import checkpoint
 from longspan.launcher.agreement import decide
+from longspan.launcher.allocator import allocator_setting
 from longspan.launcher.batches import BatchLoader
 from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config, OptimConfig
@@ -131,6 +132,8 @@ class Trainer:
             "up to " if config.data.packing == "documents" else "",
             f"{config.data.seq_len:,}",
         )
+        if mesh.device.type == "cuda":
+            log.info("GPU memory allocator: %s", allocator_setting())
         if self._start is not None:
             log.info("resumed from %s", self._start.path)
             checkpoint.warn_about_data(self._start, config)

@@ -18,7 +18,7 @@ from longspan.models.config import is_of_kind
 CHECKPOINTING = ("none", "full", "selective")
 
 
-def checkpoint_blocks(model: nn.Module, mode: str, layers: Sequence[str], offload: bool) -> None:
+def checkpoint_blocks(model: nn.Module, mode: str, layers: Sequence[str] = (), offload: bool = False) -> None:
     """Makes the blocks of `model` compute their activations again in the backward.
 
     mode: "full" keeps a block's input; "selective" also keeps the results of its projections, and computes again only

@@ -64,7 +64,8 @@ def make_model(config, dtype, mesh=None, *, checkpointing="none", compile=False,
     for block in model.blocks:
         block.mlp_tile = options.get("mlp_tile", 0)
     if checkpointing != "none":
-        checkpoint_blocks(model, checkpointing, (), options.get("offload_activations", False))
+        layers, offloaded = options.get("checkpoint_layers", ()), options.get("offload_activations", False)
+        checkpoint_blocks(model, checkpointing, layers, offloaded)
     return model
 
 
@@ -134,17 +135,32 @@ class Calls(TorchDispatchMode):
         return out
 
 
-def calls_of(**options):
+def calls_of(pattern=("softmax",), **options):
+    config = replace(SOFTMAX, pattern=list(pattern))
     seq = SequenceParallel().context(LENGTHS)
     with Calls() as calls:
-        inputs = make_inputs(SOFTMAX, torch.float64, seq.layout, 0)
-        make_model(SOFTMAX, torch.float64, **options)(*inputs, seq).backward()
+        inputs = make_inputs(config, torch.float64, seq.layout, 0)
+        make_model(config, torch.float64, **options)(*inputs, seq).backward()
     return calls
 
 
 def test_selective_repeats_no_product():
     products = {mode: calls_of(checkpointing=mode).products for mode in CHECKPOINTING}
     assert products["none"] == products["selective"] < products["full"]
+
+
+def test_checkpointing_of_some_kinds_leaves_the_others():
+    """Recomputation is counted in products."""
+    none, full, linear, softmax = (
+        calls_of(pattern=["softmax", "linear:scalar", "linear:fixed"], **options).products
+        for options in (
+            {},
+            {"checkpointing": "full"},
+            {"checkpointing": "full", "checkpoint_layers": ["linear"]},
+            {"checkpointing": "full", "checkpoint_layers": ["softmax", "linear:fixed"]},
+        )
+    )
+    assert none < softmax < full and none < linear < full
 
 
 @pytest.mark.parametrize("mode", CHECKPOINTING)
