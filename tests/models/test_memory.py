@@ -113,7 +113,7 @@ def compare_options(rank, world_size, dtype):
 
 @pytest.mark.parametrize("world_size, dtype", [(1, torch.float32), (2, torch.float64)], ids=["fp32", "fp64, 2 ranks"])
 def test_options_change_nothing(world_size, dtype):
-    for problems in run_ranks(compare_options, world_size, dtype):
+    for problems in run_ranks(compare_options, world_size, dtype, timeout=300):
         assert not problems, "\n".join(problems)
 
 
@@ -223,26 +223,25 @@ def test_evaluation_offloads_nothing(monkeypatch):
 
 def run_compiled(rank, world_size):
     """With tiles and kept products, layers of one kind still share their graphs (without the slow code generation)."""
-    torch.compile = partial(torch.compile, backend="aot_eager")
+    torch.compile = partial(torch.compile, backend="eager")
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
-    config = replace(TEXT, num_layers=9, window=0, pattern=["linear:fixed", "linear:fixed", "softmax"])
     seq = SequenceParallel().context(LENGTHS)
-    inputs = make_inputs(config, torch.float64, seq.layout, 0)
-    wanted = results(make_model(config, torch.float64, mesh), inputs, seq)
-    for options in ({"checkpointing": "full"}, {"checkpointing": "selective"}):
+    inputs, graphs = make_inputs(TEXT, torch.float64, seq.layout, 0), []
+    for num_layers in (3, 6):
+        config = replace(TEXT, num_layers=num_layers, window=0, pattern=["linear:fixed", "linear:fixed", "softmax"])
+        wanted = results(make_model(config, torch.float64, mesh), inputs, seq)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        model = make_model(config, torch.float64, mesh, compile=True, mlp_tile=50, **options)
+        model = make_model(config, torch.float64, mesh, compile=True, mlp_tile=50, checkpointing="selective")
         found = results(model, inputs, seq)
         for key in wanted:
             torch.testing.assert_close(found[key], wanted[key], rtol=1e-10, atol=1e-10)
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        print(options, graphs)
-        assert 0 < graphs <= 30, graphs
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0, graphs
 
 
 def test_compiled():
-    run_ranks(run_compiled, 1)
+    run_ranks(run_compiled, 1, timeout=300)
 
 
 @pytest.mark.gpu
