@@ -53,12 +53,12 @@ def main():
     arguments = parser.parse_args()
     mesh = join(arguments.device, timeout_s=600.0)
     config = Config.load(arguments.config, arguments.settings).model
-    rows = []
+    record, rows = new_record("memory_options", vars(arguments)), []
     for name, options in OPTIONS.items():
         if mesh.device.type == "cpu" and "offload_optimizer" in options:
             continue  # device and host are one memory
         rows.append({"option": name, **_measure(config, mesh.fsdp_mesh, arguments, options)})
-    save(new_record("memory_options", vars(arguments)) | {"rows": rows}, arguments.output)
+        save(record | {"rows": rows}, arguments.output)
     print(format_table([{k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows],
                        list(rows[0])))  # fmt: skip
     dist.destroy_process_group()
