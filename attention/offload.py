@@ -55,6 +55,9 @@ class Parcel:
             torch.get_device_module(tensor.device).current_stream().wait_event(self._event)
         self._here = {}
 
+    def __del__(self):
+        self.depart()  # a graph may be dropped while copies are under way, and its memory given to others
+
     def request(self, device: torch.device) -> None:
         """Starts to bring all tensors back that are not on the device."""
         missing = [index for index in range(len(self._host)) if index not in self._here]
