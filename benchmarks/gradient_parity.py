@@ -22,8 +22,9 @@ from longspan.benchmarks.ranks import join
 from longspan.launcher.config import Config
 from longspan.launcher.engines.fsdp2 import shard
 from longspan.launcher.parsing import parse_tokens
+from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.decoder import Decoder
-from longspan.models.parallelize import checkpoint_blocks, parallelize
+from longspan.models.parallelize import parallelize
 from longspan.parallel import SequenceParallel
 
 LIMIT = 1.5
@@ -86,7 +87,7 @@ def _batch(config, num_tokens, device):
 
 
 def _exact(model):
-    checkpoint_blocks(model)
+    checkpoint_blocks(model, "full")
     return model.double()
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from longspan.launcher import checkpoint
 from longspan.launcher.agreement import decide
+from longspan.launcher.allocator import allocator_setting
 from longspan.launcher.batches import BatchLoader
 from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config
@@ -77,7 +78,13 @@ class Trainer:
             model = build_model(config.model)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = parallelize(
-            model, shard=shard, checkpointing=config.train.checkpointing, compile=config.train.compile
+            model,
+            shard=shard,
+            checkpointing=config.train.checkpointing,
+            compile=config.train.compile,
+            checkpoint_layers=config.train.checkpoint_layers,
+            offload_activations=config.train.offload_activations,
+            mlp_tile=config.train.mlp_tile,
         )
         self.model = self.engine.model
         self.step = 0
@@ -123,6 +130,8 @@ class Trainer:
             "up to " if config.data.packing == "documents" else "",
             f"{config.data.seq_len:,}",
         )
+        if mesh.device.type == "cuda":
+            log.info("GPU memory allocator: %s", allocator_setting())
         if self._start is not None:
             log.info("resumed from %s", self._start.path)
             checkpoint.warn_about_data(self._start, config)

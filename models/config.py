@@ -20,6 +20,11 @@ BIDIRECTIONAL_KINDS = ("softmax", "sla", "llsa", "linear:none")  # of models who
 CHANNELS = 3  # of a pixel: red, green, blue
 
 
+def is_of_kind(kind: str, entry: str) -> bool:
+    """Whether `kind`, one of LAYER_KINDS, is `entry` or a variety of it, as linear:gla is of linear."""
+    return kind == entry or kind.startswith(f"{entry}:")
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """A pre-norm transformer whose layers mix tokens by softmax, block-sparse or linear attention, as `pattern` says.

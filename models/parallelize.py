@@ -6,32 +6,43 @@ block compiled around it would silently run uncompiled. No step changes a parame
 """
 
 import shutil
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from longspan.attention.recompute import checkpoint_contexts
+from longspan.models.checkpointing import CHECKPOINTING, checkpoint_blocks
 
 T = TypeVar("T")
-CHECKPOINTING = ("none", "full")
 
 
-def parallelize(model: nn.Module, *, shard: Callable[[nn.Module], T], checkpointing: str, compile: bool) -> T:
+def parallelize(
+    model: nn.Module,
+    *,
+    shard: Callable[[nn.Module], T],
+    checkpointing: str,
+    compile: bool,
+    checkpoint_layers: Sequence[str] = (),
+    offload_activations: bool = False,
+    mlp_tile: int = 0,
+) -> T:
     """Prepares `model` in place for training and returns what `shard` makes of it.
 
-    checkpointing: "none", or "full" to keep only each block's input and what attention would have to communicate for.
+    checkpointing, checkpoint_layers, offload_activations: see `checkpointing.checkpoint_blocks`; "none" leaves it out.
+    mlp_tile: tokens for which a block's MLP is computed at once, 0 for all.
     ValueError for a setting that cannot be honoured.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"train.checkpointing={checkpointing!r} is unknown; allowed: {', '.join(CHECKPOINTING)}")
+    if offload_activations and checkpointing == "none":
+        raise ValueError("train.offload_activations=true is for what train.checkpointing keeps; set it to full")
+    for block in model.blocks:
+        block.mlp_tile = mlp_tile
     if compile:
         compile_blocks(model, next(model.parameters()).device.type)
-    if checkpointing == "full":
-        checkpoint_blocks(model)
+    if checkpointing != "none":
+        checkpoint_blocks(model, checkpointing, checkpoint_layers, offload_activations)
     return shard(model)
 
 
@@ -41,12 +52,5 @@ def compile_blocks(model: nn.Module, device_type: str) -> None:
         raise ValueError("train.compile=true needs a C++ compiler on CPU; install g++ or set train.compile=false")
     for block in model.blocks:
         block.forward = torch.compile(block.forward)
-
-
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Blocks recompute their activations in the backward, without repeating communication or softmax attention."""
-    for block in model.blocks:
-        # No layer draws random numbers, so there is no generator state to restore.
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=checkpoint_contexts
-        )
+        if block.mlp_tile:  # called tile by tile, outside the graphs of `forward`
+            block.feed = torch.compile(block.feed)

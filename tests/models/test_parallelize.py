@@ -200,7 +200,7 @@ def run_one_rank(rank, world_size, refusal):
     "refusal, message",
     [
         ("mesh", "fsdp_mesh has 3 axes ('a', 'b', 'c'); use 1 (FSDP) or 2 (HSDP)"),
-        ("checkpointing", "train.checkpointing='some' is unknown; allowed: none, full"),
+        ("checkpointing", "train.checkpointing='some' is unknown; allowed: none, full, selective"),
     ],
 )
 def test_refusals(refusal, message):
