@@ -17,21 +17,30 @@ from longspan.parallel.layout import Layout
 class Pieces:
     """The blocks of one size. local: this rank's pieces; block: int64 [local pieces], the block that each is of.
     of_block: int64 [blocks, most], the pieces of every block in the order of tokens, -1 for none; length: int64
-    [blocks], tokens. width: most pieces of a rank. lengths, positions: int64 [world_size * width], tokens of every
-    piece and where it starts in its document. count: pieces of all ranks; tokens: of every rank. whole: this rank's
-    pieces are the blocks, one by one."""
+    [blocks], tokens. width: most pieces of a rank. starts, lengths, positions, steps: int32 [world_size * width], of
+    every piece its first row on its owner, rows, position in its document, and positions from row to row. tokens: of
+    every rank. reach: bool [2, world_size, world_size], whether a rank shares a document with another, and whether its
+    queries see some of the other's keys under a causal mask. whole: this rank's pieces are the blocks, one by one."""
 
     local: Blocks
     block: torch.Tensor
     of_block: torch.Tensor
     length: torch.Tensor
+    starts: torch.Tensor
     lengths: torch.Tensor
     positions: torch.Tensor
+    steps: torch.Tensor
     width: int
     size: int
-    count: int
     tokens: tuple[int, ...]
+    reach: np.ndarray
     whole: bool
+
+    def of_rank(self, rank: int) -> Blocks:
+        """The pieces of a rank where they lie in all of its rows; at the end pieces without rows."""
+        mine = slice(rank * self.width, (rank + 1) * self.width)
+        columns = self.starts, self.lengths, self.positions, self.steps, self.steps
+        return Blocks(self.size, *(x[mine] for x in columns))
 
     def map(self, move) -> "Pieces":
         """The same with every tensor passed through `move`."""
@@ -104,9 +113,9 @@ def pieces(layout: Layout, rank: int, size: int) -> Pieces:
     turn = np.arange(len(block)) - np.searchsorted(block, block)
     of_block = np.full((base[-1], turn.max(initial=0) + 1), -1)
     of_block[block, turn] = number
-    lengths, positions = np.zeros((2, len(found) * width), np.int64)
-    lengths[number] = np.concatenate([x[1] for x in found])[order]
-    positions[number] = np.concatenate([x[2] for x in found])[order]
+    everywhere = np.zeros((4, len(found) * width), np.int32)  # starts, lengths, positions, steps
+    for r, rows in enumerate(found):
+        everywhere[:, r * width : r * width + rows.shape[1]] = *rows[:3], np.ones(rows.shape[1])
     start, length, position, document, mine = found[rank]
     columns = (torch.from_numpy(x.astype(np.int32)) for x in (start, length, position, np.ones_like(start), document))
     tokens = np.minimum(
@@ -114,6 +123,18 @@ def pieces(layout: Layout, rank: int, size: int) -> Pieces:
     )
     return Pieces(
         Blocks(size, *columns), torch.from_numpy(mine), torch.from_numpy(of_block), torch.from_numpy(tokens),
-        torch.from_numpy(lengths), torch.from_numpy(positions), width, size,
-        len(number), layout.tokens_per_rank, len(found) == 1 and np.array_equal(of_block[:, 0], np.arange(len(mine))),
+        *torch.from_numpy(everywhere), width, size, layout.tokens_per_rank, _reach(layout),
+        len(found) == 1 and np.array_equal(of_block[:, 0], np.arange(len(mine))),
     )  # fmt: skip
+
+
+def _reach(layout):
+    """[2, who, whom]: a document in common, and there a token at or before one's last."""
+    first = np.full((layout.world_size, len(layout.lengths)), max(layout.lengths))
+    stop = np.zeros_like(first)
+    for rank, spans in enumerate(layout.spans):
+        for span in spans:
+            first[rank, span.document] = min(first[rank, span.document], span.start)
+            stop[rank, span.document] = max(stop[rank, span.document], span.stop)
+    seen = (first[None] < stop[:, None]).any(2)
+    return np.stack([((stop[None] > 0) & (stop[:, None] > 0)).any(2), seen])

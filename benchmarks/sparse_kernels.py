@@ -149,17 +149,17 @@ class Bench:
             return coarse, self.selection.choose(q, k, coarse[0], tables, lambda x: x)
 
         def plan(chosen):
-            return sparse.parts_of(chosen, tables, False, "auto", None)
+            return sparse.parts_of(chosen, tables, False, "auto", None)[0]
 
         with torch.no_grad():
             coarse, chosen = choose()
             parts = plan(chosen)
-            out, lse, *_ = sparse.attend(q, (k, v), coarse, parts, None, self.scale)
+            out, lse, *_ = sparse.attend(q, (k, v), coarse, parts, [], None, self.scale)
             calls = {
                 "select": choose,
                 "rows": lambda: plan(chosen),
                 "columns": lambda: [BlockPlan.columns.func(part.plan) for part in parts],
-                "kernels_forward": lambda: sparse.attend(q, (k, v), coarse, parts, None, self.scale),
+                "kernels_forward": lambda: sparse.attend(q, (k, v), coarse, parts, [], None, self.scale),
                 "kernels_backward": lambda: sparse.gradients_of(
                     d_out, q, (k, v), coarse, out, lse, (), parts, None, self.scale
                 ),

@@ -138,7 +138,7 @@ def run_cases(rank, world_size, cases):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 def test_equals_the_full_matrix(world_size):
     cases = list(all_cases(world_size))
-    ranks = run_ranks(run_cases, world_size, cases, timeout=180)
+    ranks = run_ranks(run_cases, world_size, cases, timeout=40)
     parity.check_cases(ranks, world_size, cases, lambda case: expected(case.variant, case.lengths, case.dtype))
 
 
