@@ -49,23 +49,57 @@ class Pieces:
 
 
 @dataclass(frozen=True)
+class Totals:
+    """Sums of some blocks, from those of pieces: a rank gets few of other ranks. pieces: int64 [rows, turns], of every
+    row its pieces in the order of tokens, by their place among this rank's and, behind these, among those that ranks
+    show; -1 for none. size: int32 [rows], tokens. shown: int64, this rank's pieces that go to all, as many on each."""
+
+    pieces: torch.Tensor
+    size: torch.Tensor
+    shown: torch.Tensor
+
+    @classmethod
+    def of(cls, held: Pieces, rank: int, who: np.ndarray, blocks: np.ndarray) -> "Totals":
+        """The totals of rank `rank` where rank who[i] needs blocks[i], one row for each, in their order."""
+        parts = held.of_block.numpy()[blocks]
+        shown = np.unique(parts[(parts >= 0) & (parts // held.width != who[:, None])])
+        turn = np.arange(len(shown)) - np.searchsorted(shown // held.width, shown // held.width)
+        most, mine = turn.max(initial=-1) + 1, parts[who == rank]
+        at = np.searchsorted(shown, mine).clip(max=max(0, len(shown) - 1))
+        if most:
+            behind = max(1, len(held.local)) + shown[at] // held.width * most + turn[at]
+            mine = np.where((mine < 0) | (mine // held.width == rank), np.where(mine < 0, -1, mine % held.width), behind)
+        else:
+            mine = np.where(mine < 0, -1, mine % held.width)
+        given = np.zeros(most, np.int64)
+        own = shown // held.width == rank
+        given[turn[own]] = shown[own] % held.width
+        return cls(torch.from_numpy(mine), held.length[blocks[who == rank]].int(), torch.from_numpy(given))
+
+    def map(self, move) -> "Totals":
+        """The same with every tensor passed through `move`."""
+        return Totals(*(move(x) for x in vars(self).values()))
+
+
+@dataclass(frozen=True)
 class BlockTables:
-    """queries, keys: the blocks of both sizes. For every local piece of queries: candidates, the key blocks that its
+    """queries, keys: the blocks of both sizes. routers: sums of the query blocks that choose for local pieces, one row
+    for each. For every local piece of queries: candidates, the key blocks that its
     block may choose from, all of its document or, causal, those wholly before it; diagonal: int32 [pieces, n], those
     that it always keeps, -1 for none; router: int32, the query block whose mean chooses for it, its own or, causal, the
     one before (-1 for none)."""
 
     queries: Pieces
     keys: Pieces
+    routers: Totals
     candidates: Ranges
     diagonal: torch.Tensor
     router: torch.Tensor
 
     def map(self, move) -> "BlockTables":
         """The same with every tensor passed through `move`."""
-        return BlockTables(
-            *(x.map(move) for x in (self.queries, self.keys, self.candidates)), move(self.diagonal), move(self.router)
-        )
+        parts = self.queries, self.keys, self.routers, self.candidates
+        return BlockTables(*(x.map(move) for x in parts), move(self.diagonal), move(self.router))
 
 
 def block_tables(layout: Layout, rank: int, query_block: int, key_block: int, keep: float, causal: bool) -> BlockTables:
@@ -87,7 +121,19 @@ def block_tables(layout: Layout, rank: int, query_block: int, key_block: int, ke
     router = queries.block.numpy() - 1 if causal else queries.block.numpy()
     router = np.where((place > 0) | (not causal), router, -1)
     tensors = (torch.from_numpy(x.astype(np.int32)) for x in (diagonal, router))
-    return BlockTables(queries, keys, Ranges.of(first, stop, keep), *tensors)
+    routers = router_totals(queries, rank, layout.lengths, causal)
+    return BlockTables(queries, keys, routers, Ranges.of(first, stop, keep), *tensors)
+
+
+def router_totals(queries: Pieces, rank: int, lengths, causal: bool) -> Totals:
+    """Sums of the blocks that choose for the pieces of `rank`: their own or, causal, the one before, where there is
+    one."""
+    parts = queries.of_block.numpy()
+    blocks = np.nonzero(parts >= 0)[0]
+    order = np.argsort(parts[parts >= 0])
+    first = np.cumsum(-(-np.array(lengths) // queries.size)) - -(-np.array(lengths) // queries.size)
+    router = np.where(np.isin(blocks, first), blocks, blocks - 1) if causal else blocks
+    return Totals.of(queries, rank, parts[parts >= 0][order] // queries.width, router[order])
 
 
 def pieces(layout: Layout, rank: int, size: int) -> Pieces:
