@@ -115,7 +115,8 @@ class Request:
     on its way to the host, which has to know the sizes of what is sent.
 
     wanted: int32 [heads, local query pieces, n] pieces, -1 for none. plans: those of a ring, which is taken where ranks
-    want most of what it would bring; None for no ring. weights: floats, log weights of all pieces, or None. rule: of the plan.
+    want most of what it would bring; None for no ring. weights: floats, log weights of all pieces, or None.
+    rule: of the plan. brought: the piece and head of every block of keys that arrived.
     """
 
     def __init__(self, wanted, keys: Pieces, queries, causal, group, plans=None, weights=None, rule=None):
@@ -148,7 +149,7 @@ class Request:
     def _fetch(self, counts, k, v):
         """The pieces that are asked for. With one list for all heads they come whole, else a row of the buffer is one
         of a token and head: a piece goes to whom its head's queries chose it for."""
-        rank, (world_size, heads, width) = group_rank(self.group), self.asked.shape
+        rank, (_, heads, width) = group_rank(self.group), self.asked.shape
         mine, theirs = counts[rank], [row[rank] for row in counts]
         sends, receives = (_in_order([row[-1] for row in side]) for side in (theirs, mine))
         num_rows = sum(row[-1] for row in mine)
@@ -156,13 +157,14 @@ class Request:
             _, sent_head, sent_piece = _flagged(self.incoming, sum(sum(row[:-1]) for row in theirs))
             local = self.keys.of_rank(rank)
             start, length = local.start[sent_piece], local.length[sent_piece]
-            picked = _rows_of(start, length, sent_head, sum(row[-1] for row in theirs))
+            picked = rows_of(start, length, sent_head, sum(row[-1] for row in theirs))
             part = Part(None, sends, receives, picked, num_rows, one_head=heads > 1, remote=True)
             first = part.start(k, v, self.group)
             hand_over(*picked, *first[1:])
         flags = self.asked.flatten()
         owner, head, piece = _flagged(self.asked, sum(sum(row[:-1]) for row in mine))
         number = owner * width + piece
+        self.brought = number, head
         length = self.keys.lengths[number]
         start = (length.cumsum(0) - length).int()
         blocks = Blocks(self.keys.size, start, length, self.keys.positions[number], self.keys.steps[number], length)
@@ -190,7 +192,7 @@ def _in_order(counts):
     return tuple((peer, slice(stop - n, stop)) for peer, (n, stop) in enumerate(zip(counts, stops)) if n)
 
 
-def _rows_of(start, length, head, count):
+def rows_of(start, length, head, count):
     """(rows, heads) of some runs of rows, one after another, `count` in all."""
     at = torch.arange(len(start), device=start.device)
     index = torch.repeat_interleave(at, length.long(), output_size=count)

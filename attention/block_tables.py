@@ -66,15 +66,14 @@ class Totals:
         turn = np.arange(len(shown)) - np.searchsorted(shown // held.width, shown // held.width)
         most, mine = turn.max(initial=-1) + 1, parts[who == rank]
         at = np.searchsorted(shown, mine).clip(max=max(0, len(shown) - 1))
+        here = np.where(mine < 0, -1, mine % held.width)
         if most:
             behind = max(1, len(held.local)) + shown[at] // held.width * most + turn[at]
-            mine = np.where((mine < 0) | (mine // held.width == rank), np.where(mine < 0, -1, mine % held.width), behind)
-        else:
-            mine = np.where(mine < 0, -1, mine % held.width)
+            here = np.where((mine < 0) | (mine // held.width == rank), here, behind)
         given = np.zeros(most, np.int64)
         own = shown // held.width == rank
         given[turn[own]] = shown[own] % held.width
-        return cls(torch.from_numpy(mine), held.length[blocks[who == rank]].int(), torch.from_numpy(given))
+        return cls(torch.from_numpy(here), held.length[blocks[who == rank]].int(), torch.from_numpy(given))
 
     def map(self, move) -> "Totals":
         """The same with every tensor passed through `move`."""

@@ -90,8 +90,8 @@ def block_sums(tensors, pieces: Pieces, gather, heads: int | None = None) -> tor
 
 
 def piece_sums(tensors, pieces: Pieces, heads: int | None = None) -> torch.Tensor:
-    """[T_local, H, D] each -> [local pieces, heads of all, D]; of a rank without tokens one row of zeros, which makes it
-    part of the graph."""
+    """[T_local, H, D] each -> [local pieces, heads of all, D]; of a rank without tokens one row of zeros, which makes
+    it part of the graph."""
     if tensors[0].shape[0]:
         return torch.cat([pool(x, pieces.local, heads=heads) for x in tensors], 1)
     wide = torch.promote_types(tensors[0].dtype, torch.float32)

@@ -83,8 +83,9 @@ class _Attention(torch.autograd.Function):
         if branch is not None:
             sums, pending = branch.start(own[1], v, travels=kept is None)
         if kept is None:
-            parts = _choose(q, k, coarse_k, selection, tables, causal, strategy, group)
-            found = attend(q, (k, v), (coarse_k, coarse_v), *parts, group, scale)
+            coarse = coarse_k, coarse_v
+            given = _choose(q, k, coarse, selection, tables, causal, strategy, group)
+            found = attend(q, (k, v), coarse, *given, group, scale)
             kept = keep((*found, None if branch is None else branch.finish(pending, sums)))
         out, lse, parts, arrived, entry = kept
         result, states = out.detach(), (None, None)
@@ -121,10 +122,13 @@ class _Attention(torch.autograd.Function):
         return *gradients, *d_branch, *[None] * 7
 
 
-def _choose(q, k, coarse_k, selection, tables, causal, strategy, group):
+def _choose(q, k, coarse, selection, tables, causal, strategy, group):
+    """What `attend` takes: parts that are here, those that have arrived, and what follows."""
     with torch.no_grad():
-        chosen = selection.choose(q, k, coarse_k, tables, Ranks(group))
-        return parts_of(chosen, tables, causal, strategy, group)
+        ranks = Ranks(group, coarse)
+        chosen = selection.choose(q, k, coarse[0], tables, ranks)
+        here, remote = parts_of(chosen, tables, causal, strategy, group)
+        return here, ranks.arrived, remote
 
 
 def parts_of(chosen, tables, causal, strategy, group):
@@ -135,12 +139,14 @@ def parts_of(chosen, tables, causal, strategy, group):
     if coarse is None:
         return [local], remote
     options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True}
-    return [local, Part(BlockPlan.of(tables.queries.local, tables.coarse_blocks, coarse, **options), coarse=True)], remote
+    plan = BlockPlan.of(tables.queries.local, tables.coarse_blocks, coarse, **options)
+    return [local, Part(plan, coarse=True)], remote
 
 
-def attend(q, local, coarse, here, remote, group, scale):
+def attend(q, local, coarse, here, fetched, remote, group, scale):
     """(out, lse, parts, keys and values that arrived, part after part). local, coarse: keys and values; here, remote:
-    what parts_of gives. What is here is queued before the host waits for anything."""
+    what parts_of gives; fetched: (part, keys, values) that have arrived. What is here is queued before the host waits
+    for anything."""
     out, lse, arrived, parts = None, None, [], []
 
     def add(part, keys, values):
@@ -153,12 +159,16 @@ def attend(q, local, coarse, here, remote, group, scale):
         if out is None:
             out, lse = found
         else:
-            out = out.to(_sum_dtype(q, len(here) + (len(remote) if isinstance(remote, list) else 1)))
+            count = len(here) + len(fetched) + (len(remote) if isinstance(remote, list) else 1)
+            out = out.to(_sum_dtype(q, count))
             merge(out, lse, *found)
 
     coming = remote[0].start(*local, group) if isinstance(remote, list) and remote else None
     for part in here:
         add(part, *(coarse if part.coarse else local))
+    for part, *tensors in fetched:
+        arrived += tensors
+        add(part, *tensors)
     if isinstance(remote, Request):
         remote, *coming = remote.parts(*local)
     for number, part in enumerate(remote):
