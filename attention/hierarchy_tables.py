@@ -45,8 +45,8 @@ class HierarchyTables:
     where it is the last. everywhere: blocks of tokens whose sums are gathered, level 2, or 1 where it is the last;
     runs: local pieces of keys in each local piece of those. sizes: int32 [rows] per level, tokens; of level 1 those of
     this rank's rows where there are means. under: per level from 3 on, the rows of the level before in blocks, one for
-    each of its rows. coarse_blocks, coarse_weight: blocks of the rows that are here, local means and then the levels that are
-    everywhere, laid end to end. top: int32 [local pieces, n], blocks of the last level that each piece sees, ascending.
+    each of its rows. coarse_blocks, coarse_weight: blocks of the rows that are here, local means and then the levels
+    that are everywhere, laid end to end. top: int32 [local pieces, n], blocks of the last level that each piece sees.
     diagonal: int32 [local pieces, 1 or 0]."""
 
     queries: Pieces

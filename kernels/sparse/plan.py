@@ -67,10 +67,10 @@ class BlockPlan:
     query heads); int32 tensors on the device of the attention.
 
     row_ptr [Hs, M+1], row_idx [Hs, C]: the key blocks of query block i are row_idx[h, row_ptr[h, i]:row_ptr[h, i+1]],
-    in the order they were given in. col_ptr [Hs, T+1], col_idx [Hs, C]: the query blocks of each key block, ascending. C is a capacity;
-    what lies outside of the lists is undefined. item_ptr [Hs, T+1], item_col [Hs, I]: programs of the gradients of keys, one
-    for every CHUNK query blocks of a list; the column of each, T past the last; most_items: I. What goes by key blocks
-    is made when it is first asked for: a forward pass alone does without.
+    in the order they were given in. col_ptr [Hs, T+1], col_idx [Hs, C]: the query blocks of each key block, ascending.
+    C is a capacity; what lies outside of the lists is undefined. item_ptr [Hs, T+1], item_col [Hs, I]: programs of the
+    gradients of keys, one for every CHUNK query blocks of a list; the column of each, T past the last; most_items: I.
+    What goes by key blocks is made when it is first asked for: a forward pass alone does without.
     log_weight: floats [T], added to the scaled scores of a key block's rows, or None. causal: keys at later positions
     of their document than the query are not seen; a coarse key has the position from which on it is seen. rule: what
     single queries see of listed blocks, or None for all; keys have step 1 then.
