@@ -267,19 +267,14 @@ def test_lists_ascend(variant):
             assert listed == sorted(set(listed))
 
 
-def share_of(rank, world_size, variant, lengths=(100,)):
-    """A rank's q, k, v and gradient of the output, and what sparse_attention takes, with Triton's block sizes."""
-    inputs, grad_out, kwargs = small_variant(variant)
-    layout = contiguous(lengths, world_size)
-    rows = torch.from_numpy(layout.global_indices(rank))
-    return [inputs[name][rows].requires_grad_() for name in "qkv"], grad_out[rows], kwargs | {"layout": layout}
-
-
 def run_waiting(rank, world_size, cases):
     """Of every case what was done in its forward pass, in order: kernels, and waits of the host; backward waits for
-    nothing."""
+    nothing. Results are those of the definition."""
+    import interpreter_bf16
+
     from longspan.kernels.sparse import fused
 
+    interpreter_bf16.install()
     done = []
     wait, forward = ToHost.wait, fused.forward
     with pytest.MonkeyPatch.context() as patch:
@@ -287,22 +282,28 @@ def run_waiting(rank, world_size, cases):
         patch.setattr(forms, "takes", lambda x: True)
         patch.setattr(fused, "forward", lambda *x: done.append("kernel") or forward(*x))
         patch.setattr(ToHost, "wait", lambda self: done.append("wait") or wait(self))
-        for name in ("tolist", "item"):
-            patch.setattr(torch.Tensor, name, lambda x: pytest.fail("values are read without ToHost"))
         found = []
         for variant, strategy in cases:
-            leaves, grad_out, kwargs = share_of(rank, world_size, variant)
-            seq = SequenceParallel(dist.group.WORLD, sparse=strategy).context(kwargs.pop("layout"))
+            inputs, grad_out, kwargs = small_variant(variant)
+            wanted = with_gradients(definition, inputs, grad_out, (100,), **kwargs)
+            layout = contiguous((100,), world_size)
+            rows = torch.from_numpy(layout.global_indices(rank))
+            leaves = [inputs[name][rows].requires_grad_() for name in "qkv"]
+            seq = SequenceParallel(dist.group.WORLD, sparse=strategy).context(layout)
             kwargs["selection"].tables(seq, kwargs.get("causal", True))  # made with the batch
-            with Waits():
+            with Waits(), pytest.MonkeyPatch.context() as strict:
+                for name in ("tolist", "item"):
+                    strict.setattr(torch.Tensor, name, lambda x: pytest.fail("values are read without ToHost"))
                 out = sparse_attention(*leaves, seq=seq, **kwargs)
                 found.append(done[:])
-                torch.autograd.grad(out, leaves, grad_out)
+                results = out, *torch.autograd.grad(out, leaves, grad_out[rows])
                 assert done == found[-1]
+            assert all(parity.relative_error(x, y[rows]) < 1e-5 for x, y in zip(results, wanted.values(), strict=True))
             done.clear()
         return found
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs kernels in the interpreter")
 def test_ranks_wait_once_after_local_work():
     """A ring waits for nothing; by request the host waits once, with local work queued, and once more for the means of
     level 1, which have to be there before blocks are chosen."""
