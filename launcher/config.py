@@ -69,6 +69,12 @@ class ParallelConfig:
 
     sp: int = setting(0, "ranks that share one sequence; 0: all ranks")
     sharding: Literal["fsdp", "hsdp"] = setting("fsdp", "parameters sharded over all ranks, or inside nodes (hsdp)")
+    engine: Literal["fsdp2", "ddp", "deepspeed"] = setting(
+        "fsdp2", "what stores and trains the model: fsdp2 shards it, ddp keeps whole copies, deepspeed is ZeRO"
+    )
+    zero_stage: int = setting(3, "with deepspeed, what is sharded: 1 optimizer state, 2 gradients too, 3 weights too")
+    zero_offload_optimizer: bool = setting(False, "with deepspeed: optimizer state and update on the host's CPU")
+    zero_offload_parameters: bool = setting(False, "with deepspeed and zero_stage=3: weights in host memory")
     layout: Literal["auto", "contiguous", "zigzag"] = setting("auto", "which rank holds which tokens")
     linear: Literal["auto", "lasp2", "lasp", "all_scan", "hierarchical"] = setting(
         "auto", "how states of linear attention travel between ranks"
@@ -86,6 +92,11 @@ class ParallelConfig:
     backend: Literal["auto", "fa4", "cudnn", "flash", "cpu", "math"] = setting(
         "auto", "kernel of softmax attention; auto: the fastest that is installed and fits"
     )
+
+    @property
+    def mesh_sharding(self) -> str:
+        """`sharding`, or "none" with the engine that keeps all parameters on every rank."""
+        return "none" if self.engine == "ddp" else self.sharding
 
 
 @dataclass(kw_only=True, slots=True)
@@ -179,6 +190,7 @@ class Config:
         except ValueError as error:
             raise UserError(str(error)) from None
         self._validate_ranges()
+        self._validate_engine()
         {"text": self._validate_text, "images": self._validate_images}[self.model.task]()
         if world_size is not None:
             self._validate_ranks(world_size)
@@ -196,6 +208,29 @@ class Config:
             _require(0 <= self._get(path) < 1, f"{path}={self._get(path)}: use a number from 0 to below 1")
         _require(self.parallel.token_cap >= 1, f"parallel.token_cap={self.parallel.token_cap}: use 1 or more")
         _require(0 <= self.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.optim.min_lr_ratio}: use 0 to 1")
+
+    def _validate_engine(self) -> None:
+        parallel = self.parallel
+        engine, stage = parallel.engine, parallel.zero_stage
+        _require(
+            engine == "fsdp2" or parallel.sharding == "fsdp",
+            f"parallel.sharding={parallel.sharding} is for parallel.engine=fsdp2, not {engine}: leave it out",
+        )
+        _require(stage in (1, 2, 3), f"parallel.zero_stage={stage}: use 1, 2 or 3")
+        default = ParallelConfig()
+        for name in ("zero_stage", "zero_offload_optimizer", "zero_offload_parameters"):
+            _require(
+                engine == "deepspeed" or getattr(parallel, name) == getattr(default, name),
+                f"parallel.{name} is for parallel.engine=deepspeed, not {engine}: leave it out",
+            )
+        _require(
+            stage == 3 or not parallel.zero_offload_parameters,
+            f"parallel.zero_offload_parameters=true needs parallel.zero_stage=3, not {stage}: below, weights are whole",
+        )
+        _require(
+            engine != "deepspeed" or stage < 3 or not self.train.compile,
+            "train.compile=true cannot trace the hooks of parallel.zero_stage=3: use 1 or 2, or parallel.engine=fsdp2",
+        )
 
     def _validate_text(self) -> None:
         data = self.data

@@ -188,8 +188,8 @@ def test_pairs_are_counted(variant):
     hierarchy = isinstance(selection, Hierarchical)
     whole = 1 if causal else selection.block**selection.levels if hierarchy else selection.key_block
     for length in (1, 37, 200) if causal else (whole, 5 * whole, 12 * whole):
-        inputs, _, _ = make_inputs(variant, (length,))
-        q, k = inputs["q"], inputs["k"]
+        inputs, _, kwargs = make_inputs(variant, (length,))
+        selection, q, k = kwargs["selection"], inputs["q"], inputs["k"]
         if hierarchy:
             fine, _, coarse = hierarchy_seen(q, k, causal, selection)
             pairs = fine.sum() + coarse.sum()

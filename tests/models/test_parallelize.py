@@ -1,6 +1,7 @@
 """parallelize: gradients are sums over ranks, whatever combination of checkpointing, compilation and sharding."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from spawn import run_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from longspan.launcher.engines.fsdp2 import shard
 from longspan.models.config import LAYER_KINDS, LINEAR_KINDS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.decoder import Decoder
@@ -41,10 +43,8 @@ def make_mesh(axes, world_size):
 
 
 def apply(model, mesh, *, checkpointing="none", compile=False, param_dtype=None, reduce_dtype=None):
-    return parallelize(
-        model, fsdp_mesh=mesh, checkpointing=checkpointing, compile=compile, param_dtype=param_dtype,
-        reduce_dtype=reduce_dtype,
-    )  # fmt: skip
+    over_ranks = partial(shard, mesh=mesh, param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    return parallelize(model, shard=over_ranks, checkpointing=checkpointing, compile=compile)
 
 
 def make_batch(data_rank):
