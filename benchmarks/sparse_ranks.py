@@ -21,11 +21,8 @@ from longspan.attention.block_parts import STRATEGIES, pieces_of
 from longspan.attention.gather_rows import Ranks as Others
 from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.linear_ranks import with_efficiency
-from longspan.benchmarks.ranks import DIRECTIONS, Ranks, join
+from longspan.benchmarks.ranks import DIRECTIONS, Ranks, join, layer_step
 from longspan.launcher.parsing import parse_tokens
-from longspan.models.config import ModelConfig
-from longspan.models.decoder import Decoder
-from longspan.models.rope import rotary_angles
 from longspan.parallel import SequenceParallel
 
 SELECTIONS = {
@@ -69,32 +66,15 @@ def operator_step(selection, seq, arguments, dtype, device):
     return step
 
 
-def layer_step(selection, seq, arguments, dtype, device):
-    """A step that runs a whole causal decoder layer, its gradients included, without their reduction over ranks."""
-    torch.manual_seed(0)
+def decoder_layer(selection, seq, arguments, dtype, device):
+    """A step that runs a whole causal decoder layer."""
     if isinstance(selection, TopBlocks):
-        options = {"pattern": ["sla"], "sla_keep": selection.keep}
+        kind, settings = "sla", {"sla_keep": selection.keep}
     else:
-        options = {"pattern": ["llsa"], "llsa_block": selection.block, "llsa_keep": selection.keep}
-        options["llsa_levels"] = selection.levels
-    config = ModelConfig(
-        vocab_size=256, num_layers=1, hidden_size=arguments.heads * arguments.head_dim, num_heads=arguments.heads,
-        num_kv_heads=arguments.kv_heads, **options,
-    )  # fmt: skip
-    block = Decoder(config).blocks[0].to(device, dtype)
-    options = {"base": config.rope_base, "scaling": config.rope_scaling, "dtype": torch.float32}
-    rotary = rotary_angles(seq.positions, config.head_size, **options)
-    x = torch.randn(seq.num_tokens_local, config.hidden_size, dtype=dtype, device=device, requires_grad=True)
-    d_out, leaves = torch.randn_like(x), [x, *block.parameters()]
-
-    def step(mark):
-        mark()
-        out = block(x, rotary, seq)
-        mark()
-        torch.autograd.grad(out, leaves, d_out)
-        mark()
-
-    return step
+        kind, settings = "llsa", {"llsa_block": selection.block, "llsa_keep": selection.keep}
+        settings["llsa_levels"] = selection.levels
+    sizes = arguments.heads, arguments.kv_heads, arguments.head_dim
+    return layer_step(kind, *sizes, seq, dtype, device, **settings)
 
 
 @contextmanager
@@ -152,7 +132,7 @@ def time_case(ranks: Ranks, name: str, tokens: int, strategy: str | None, argume
         seq = parallel.context((tokens,))
     causal = arguments.layer or arguments.causal
     pairs = selection.pairs(seq.num_tokens) if causal else selection.pairs(seq.num_tokens, causal=False)
-    step = (layer_step if arguments.layer else operator_step)(selection, seq, arguments, dtype, ranks.device)
+    step = (decoder_layer if arguments.layer else operator_step)(selection, seq, arguments, dtype, ranks.device)
     found = {"ms": ranks.measure(step), "pairs_per_rank": pairs / seq.world_size}
     if strategy is None:
         return found
