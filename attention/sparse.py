@@ -5,13 +5,11 @@ does not hold; while they are under way it attends to those that it holds. Gradi
 in rank order. Where ranks want most of what others hold, keys go round in a ring instead, without asking.
 """
 
-from dataclasses import replace
-
 import torch
 from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import pick, resolve
-from longspan.attention.block_parts import STRATEGIES, Part, block_parts
+from longspan.attention.block_parts import STRATEGIES, Part, Request, block_parts
 from longspan.attention.gather_rows import Ranks, gather_rows
 from longspan.attention.linear_branch import Branch, LinearBranch
 from longspan.attention.recompute import keep, recall
@@ -85,8 +83,9 @@ class _Attention(torch.autograd.Function):
         if branch is not None:
             sums, pending = branch.start(own[1], v, travels=kept is None)
         if kept is None:
-            parts = _choose(q, k, coarse_k, selection, tables, causal, strategy, group)
-            found = attend(q, (k, v), (coarse_k, coarse_v), parts, group, scale)
+            coarse = coarse_k, coarse_v
+            given = _choose(q, k, coarse, selection, tables, causal, strategy, group)
+            found = attend(q, (k, v), coarse, *given, group, scale)
             kept = keep((*found, None if branch is None else branch.finish(pending, sums)))
         out, lse, parts, arrived, entry = kept
         result, states = out.detach(), (None, None)
@@ -123,43 +122,62 @@ class _Attention(torch.autograd.Function):
         return *gradients, *d_branch, *[None] * 7
 
 
-def _choose(q, k, coarse_k, selection, tables, causal, strategy, group) -> list[Part]:
+def _choose(q, k, coarse, selection, tables, causal, strategy, group):
+    """What `attend` takes: parts that are here, those that have arrived, and what follows."""
     with torch.no_grad():
-        chosen = selection.choose(q, k, coarse_k, tables, Ranks(group))
-        return parts_of(chosen, tables, causal, strategy, group)
+        ranks = Ranks(group, coarse)
+        chosen = selection.choose(q, k, coarse[0], tables, ranks)
+        here, remote = parts_of(chosen, tables, causal, strategy, group)
+        return here, ranks.arrived, remote
 
 
-def parts_of(chosen, tables, causal, strategy, group) -> list[Part]:
-    """What to attend to, the local keys first, then coarse ones, then those of other ranks. chosen: what a selection
+def parts_of(chosen, tables, causal, strategy, group):
+    """(parts of local and then of coarse keys, what follows of other ranks: see block_parts). chosen: what a selection
     chose of blocks of keys and of blocks of coarse keys, or None, and the rule of single queries where it has one."""
     fine, coarse, *rule = chosen
-    parts = block_parts(fine, tables, causal, strategy, group)
-    if coarse is not None:
-        options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True}
-        parts.insert(1, Part(BlockPlan.of(tables.queries.local, tables.coarse_blocks, coarse, **options), coarse=True))
-    return [replace(part, plan=replace(part.plan, rule=rule[0])) for part in parts] if rule else parts
+    local, remote = block_parts(fine, tables, causal, strategy, group, *rule)
+    if coarse is None:
+        return [local], remote
+    options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True}
+    plan = BlockPlan.of(tables.queries.local, tables.coarse_blocks, coarse, **options)
+    return [local, Part(plan, coarse=True)], remote
 
 
-def attend(q, local, coarse, parts, group, scale):
-    """(out, lse, parts, keys and values that arrived, part after part). local, coarse: keys and values."""
-    out, arrived = None, []
-    coming = (None, *local)
-    for number, part in enumerate(parts):
-        pending, keys, values = coming
-        if pending is not None:
-            pending.wait()
-            arrived += [keys, values]
-        if number + 1 < len(parts):
-            following = parts[number + 1]
-            coming = (None, *coarse) if following.coarse else following.start(*local, group)
+def attend(q, local, coarse, here, fetched, remote, group, scale):
+    """(out, lse, parts, keys and values that arrived, part after part). local, coarse: keys and values; here, remote:
+    what parts_of gives; fetched: (part, keys, values) that have arrived. What is here is queued before the host waits
+    for anything."""
+    out, lse, arrived, parts = None, None, [], []
+
+    def add(part, keys, values):
+        nonlocal out, lse
+        parts.append(part)
         form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
-        if q.shape[0] and len(part.plan.keys):
-            found = form.forward(q, keys, values, part.plan, scale)
-            if out is None:
-                out, lse = found
-            else:
-                out = out.to(_sum_dtype(q, parts))
-                merge(out, lse, *found)
+        if not q.shape[0] or not len(part.plan.keys):
+            return
+        found = form.forward(q, keys, values, part.plan, scale)
+        if out is None:
+            out, lse = found
+        else:
+            count = len(here) + len(fetched) + (len(remote) if isinstance(remote, list) else 1)
+            out = out.to(_sum_dtype(q, count))
+            merge(out, lse, *found)
+
+    coming = remote[0].start(*local, group) if isinstance(remote, list) and remote else None
+    for part in here:
+        add(part, *(coarse if part.coarse else local))
+    for part, *tensors in fetched:
+        arrived += tensors
+        add(part, *tensors)
+    if isinstance(remote, Request):
+        remote, *coming = remote.parts(*local)
+    for number, part in enumerate(remote):
+        pending, *tensors = coming
+        pending.wait()
+        if number + 1 < len(remote):
+            coming = remote[number + 1].start(*local, group)
+        arrived += tensors
+        add(part, *tensors)
     if out is None:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
     return out.to(q.dtype), lse, parts, arrived
@@ -167,36 +185,33 @@ def attend(q, local, coarse, parts, group, scale):
 
 def gradients_of(d_out, q, local, coarse, out, lse, arrived, parts, group, scale, branch=None, work=None):
     """Gradients of q, local keys and values, in at least fp32 where several are added, and of coarse keys and values.
-    work: of the branch, or None; its gradients of what arrived go back with the others, those of local tensors are left
-    out."""
-    dq, d_local, d_coarse, returning, arrived = None, None, (None, None), [], list(arrived)
-    for number, part in enumerate(parts):
-        keys, values = local if number == 0 else coarse if part.coarse else (arrived.pop(0), arrived.pop(0))
+    What arrived comes first: its gradients are on their way back while those of what is here are made. work: of the
+    branch, or None; its gradients of what arrived go back with the others, those of local tensors are left out."""
+    dq, own, returning, arrived = None, {False: local, True: (None, None)}, [], list(arrived)
+    for part in reversed(parts):
+        values, keys = (arrived.pop(), arrived.pop()) if part.remote else (coarse if part.coarse else local)[::-1]
         if not q.shape[0] or not len(part.plan.keys):
             gradients = torch.zeros_like(keys), torch.zeros_like(values)
         else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
             found, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale)
-            dq = found.to(_sum_dtype(q, parts)) if dq is None else dq.add_(found)
-        if work is not None and branch.rest and number > 0 and keys.shape[0]:
+            dq = found.to(_sum_dtype(q, len(parts))) if dq is None else dq.add_(found)
+        if not part.remote:
+            own[part.coarse] = gradients
+            continue
+        if work is not None and branch.rest and keys.shape[0]:
             gradients = branch.part_gradients(part, keys, values, work, gradients)
-        if number == 0:
-            d_local = gradients
-        elif part.coarse:
-            d_coarse = gradients
-        else:
-            returning.append((part, *part.start_return(gradients, keys.dtype, group)))
-    if returning:
-        d_local = [x.to(_wide(q)) for x in d_local]
+        returning.insert(0, (part, *part.start_return(gradients, keys.dtype, group)))
     for part, pending, returned in returning:
         pending.wait()
-        part.add_returned(returned, d_local)
-    return [torch.zeros_like(q) if dq is None else dq, *d_local, *d_coarse]
+        own[part.coarse] = [x.to(_wide(q)) for x in own[part.coarse]]
+        part.add_returned(returned, own[part.coarse])
+    return [torch.zeros_like(q) if dq is None else dq, *own[False], *own[True]]
 
 
-def _sum_dtype(x, parts):
+def _sum_dtype(x, num_parts):
     """What results of parts are added in: with two, their sum is rounded once in any case."""
-    return _wide(x) if len(parts) > 2 else x.dtype
+    return _wide(x) if num_parts > 2 else x.dtype
 
 
 def _wide(x):

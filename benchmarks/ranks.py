@@ -29,13 +29,13 @@ def join(device: str, timeout_s: float = 120.0) -> Mesh:
     return build_mesh(sp=0, sharding="fsdp", device=found, timeout_s=timeout_s)
 
 
-def layer_step(kind: str, heads: int, kv_heads: int, head_dim: int, seq, dtype, device):
+def layer_step(kind: str, heads: int, kv_heads: int, head_dim: int, seq, dtype, device, **settings):
     """A step, as `Ranks.measure` takes it, of a whole decoder layer on this rank's tokens of `seq`, its gradients
-    included; without gradient reduction over ranks."""
+    included; without gradient reduction over ranks. settings: others of the model."""
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=256, num_layers=1, hidden_size=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads,
-        pattern=[kind],
+        pattern=[kind], **settings,
     )  # fmt: skip
     block = Decoder(config).blocks[0].to(device, dtype)
     for module in block.modules():

@@ -27,7 +27,7 @@ def listed(total, total_row, states, plan, *, transposed: bool, heads: int, dtyp
         out += total[total_row.clamp(min=0)].masked_fill((total_row < 0)[:, None, None, None], 0)
     for head in range(plan.heads):
         row = torch.repeat_interleave(torch.arange(len(plan.queries), device=out.device), plan.row_ptr[head].diff())
-        column = plan.row_idx[head, : len(row)].long()
+        column = plan.row_idx[head, plan.row_ptr[head, 0] :][: len(row)].long()
         if plan.causal:
             before = plan.keys.position[column] < plan.queries.position[row]
             row, column = row[before], column[before]

@@ -26,12 +26,15 @@ from longspan.attention import (
     TokenTop,
     TopBlocks,
     Window,
+    block_parts,
     sparse,
     sparse_attention,
 )
+from longspan.attention.block_parts import RING_SHARE
 from longspan.attention.gather_rows import Ranks
 from longspan.kernels.sparse import Picks, forms
 from longspan.parallel import SequenceParallel, contiguous
+from longspan.parallel.exchange import ToHost
 
 HEAD_SIZE = 8
 SMALL = {"query_block": 16, "key_block": 8}
@@ -264,25 +267,142 @@ def test_lists_ascend(variant):
             assert listed == sorted(set(listed))
 
 
-def run_traffic(rank, world_size, strategy):
-    """Bytes of keys and values sent, and what the blocks of others that this rank's queries chose weigh."""
-    inputs, grad_out, _ = make_inputs("causal_gqa", (1024,), torch.float32)
-    layout = contiguous((1024,), world_size)
-    selection = TopBlocks(2, query_block=64, key_block=16)
-    rows = torch.from_numpy(layout.global_indices(rank))
-    q, k, v = (inputs[name][rows] for name in "qkv")
-    with Traffic() as traffic:
-        sparse_attention(q, k, v, selection=selection, layout=layout, group=dist.group.WORLD, strategy=strategy)
-    seen = blocks_seen(inputs["q"], inputs["k"], True, selection)[:, rows]  # [query heads, rows, T]
-    wanted = sum(seen[2 * head].any(0).sum() - seen[2 * head][:, rows].any(0).sum() for head in range(2)).item()
-    return traffic.bytes["isend"], wanted * 2 * HEAD_SIZE * 4
+def run_waiting(rank, world_size, cases):
+    """Of every case what was done in its forward pass, in order: kernels, and waits of the host; backward waits for
+    nothing. Results are those of the definition."""
+    import interpreter_bf16
+
+    from longspan.kernels.sparse import fused
+
+    interpreter_bf16.install()
+    done = []
+    wait, forward = ToHost.wait, fused.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "choose", lambda *arguments: (fused, None))
+        patch.setattr(forms, "takes", lambda x: True)
+        patch.setattr(fused, "forward", lambda *x: done.append("kernel") or forward(*x))
+        patch.setattr(ToHost, "wait", lambda self: done.append("wait") or wait(self))
+        found = []
+        for variant, strategy in cases:
+            inputs, grad_out, kwargs = small_variant(variant)
+            wanted = with_gradients(definition, inputs, grad_out, (100,), **kwargs)
+            layout = contiguous((100,), world_size)
+            rows = torch.from_numpy(layout.global_indices(rank))
+            leaves = [inputs[name][rows].requires_grad_() for name in "qkv"]
+            seq = SequenceParallel(dist.group.WORLD, sparse=strategy).context(layout)
+            kwargs["selection"].tables(seq, kwargs.get("causal", True))  # made with the batch
+            with Waits(), pytest.MonkeyPatch.context() as strict:
+                for name in ("tolist", "item"):
+                    strict.setattr(torch.Tensor, name, lambda x: pytest.fail("values are read without ToHost"))
+                out = sparse_attention(*leaves, seq=seq, **kwargs)
+                found.append(done[:])
+                results = out, *torch.autograd.grad(out, leaves, grad_out[rows])
+                assert done == found[-1]
+            assert all(parity.relative_error(x, y[rows]) < 1e-5 for x, y in zip(results, wanted.values(), strict=True))
+            done.clear()
+        return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs kernels in the interpreter")
+def test_ranks_wait_once_after_local_work():
+    """A ring waits for nothing; by request the host waits once, with local work queued, and once more for the means of
+    level 1, which have to be there before blocks are chosen."""
+    pytest.importorskip("triton")
+    cases = [("full", "ring"), ("full", "fetch"), ("full", "auto"), ("levels2_full", "fetch"), ("levels2_full", "ring")]
+    for found in run_ranks(run_waiting, 2, cases):
+        ring, fetch, auto, levels_fetch, levels_ring = (" ".join(x) for x in found)
+        assert ring == "kernel kernel"
+        assert fetch == auto == "kernel wait kernel"
+        assert levels_fetch == "wait kernel kernel kernel wait kernel"
+        assert levels_ring == "wait kernel kernel kernel kernel"
+
+
+def rows_wanted(seen, rows):
+    """Rows of others that any of the queries `rows` sees, summed over lists: seen [lists, T, rows of keys]."""
+    return sum((head[rows].any(0)).sum() for head in seen).item()
+
+
+def run_traffic(rank, world_size, cases):
+    """For every (selection, strategy): bytes of keys and values sent, forward and backward, and what the rows of others
+    weigh that this rank's queries chose."""
+    found = []
+    for selection, strategy, causal in cases:
+        inputs, grad_out, _ = make_inputs("causal_gqa", (1024,), torch.float32)
+        layout = contiguous((1024,), world_size)
+        rows = torch.from_numpy(layout.global_indices(rank))
+        leaves = [inputs[name][rows].requires_grad_() for name in "qkv"]
+        given = {"selection": selection, "causal": causal, "layout": layout, "group": dist.group.WORLD}
+        with Traffic() as forward:
+            out = sparse_attention(*leaves, **given, strategy=strategy)
+        with Traffic() as backward:
+            torch.autograd.grad(out, leaves, grad_out[rows])
+        if isinstance(selection, Hierarchical):
+            fine, spans, coarse = hierarchy_seen(inputs["q"], inputs["k"], causal, selection)
+            level1 = [n for n, (level, _) in enumerate(spans) if level == 1]
+            owned = torch.tensor([[start in rows for start, _ in spans.values()]])[:, level1]
+            coarse = coarse[::2, :, level1]
+            wanted = rows_wanted(coarse & ~owned, rows)
+        else:
+            fine, wanted = blocks_seen(inputs["q"], inputs["k"], causal, selection), 0
+        fine = fine[::2].clone()  # [key heads, T, T]
+        fine[:, :, rows] = False
+        wanted += rows_wanted(fine, rows)
+        found.append((forward.bytes["isend"], backward.bytes["isend"], wanted * 2 * HEAD_SIZE * 4))
+    return found
 
 
 def test_only_blocks_that_are_chosen_travel():
-    fetched, ring = (run_ranks(run_traffic, 4, strategy) for strategy in ("fetch", "ring"))
-    sent, wanted = map(sum, zip(*fetched))
-    assert sent == wanted > 0
-    assert sum(sent for sent, _ in ring) > 2 * wanted
+    """Gradients as well, and in LLSA means of level 1."""
+    top = TopBlocks(2, query_block=64, key_block=16)
+    cases = [(top, "fetch", True), (top, "ring", True), (Hierarchical(8, 2, 2), "fetch", False)]
+    for number, ((forward, backward, wanted), (_, strategy, _)) in enumerate(
+        zip((map(sum, zip(*ranks)) for ranks in zip(*run_ranks(run_traffic, 4, cases))), cases, strict=True)
+    ):
+        if strategy == "fetch":
+            assert forward == backward == wanted > 0, number
+        else:  # a causal mask hides half of what others hold
+            assert forward == backward == 6 * 256 * 2 * 2 * HEAD_SIZE * 4 > 2 * wanted
+
+
+def run_choices(rank, world_size, cases):
+    """For every (selection, strategy, RING_SHARE or None) the number of parts whose keys come from other ranks."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        attend = sparse.attend
+
+        def counted(*given):
+            result = attend(*given)
+            found.append(sum(part.remote for part in result[2]))
+            return result
+
+        patch.setattr(sparse, "attend", counted)
+        for selection, strategy, share in cases:
+            patch.setattr(block_parts, "RING_SHARE", share or RING_SHARE)
+            inputs, _, _ = make_inputs("causal_gqa", (1024,), torch.float32)
+            layout = contiguous((1024,), world_size)
+            rows = torch.from_numpy(layout.global_indices(rank))
+            given = {"selection": selection, "causal": False, "layout": layout, "group": dist.group.WORLD}
+            sparse_attention(*(inputs[name][rows] for name in "qkv"), **given, strategy=strategy)
+    return found
+
+
+def share_of_a_ring(selection):
+    """What ranks ask for over what a ring brings, from the definition."""
+    inputs, _, _ = make_inputs("causal_gqa", (1024,), torch.float32)
+    seen = (
+        blocks_seen(inputs["q"], inputs["k"], False, selection)[::2].unflatten(1, (4, 256)).any(2)
+    )  # [heads, rank, T]
+    theirs = seen.unflatten(2, (4, 256)) & ~torch.eye(4, dtype=torch.bool)[None, :, :, None]
+    return theirs.sum().item() / (2 * 12 * 256)
+
+
+def test_auto_goes_by_what_is_asked_for():
+    few, many = (TopBlocks(keep, query_block=64, key_block=16) for keep in (2, 0.3))
+    share = share_of_a_ring(few)
+    assert share < RING_SHARE < share_of_a_ring(many)
+    cases = [(few, "auto", None), (many, "auto", None), (few, "auto", share - 1e-9), (few, "auto", share + 1e-9)]
+    for found in run_ranks(run_choices, 4, cases):
+        assert found == [1, 3, 3, 1]
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,27 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
         assert rest[: len(items)] == items and set(rest[len(items) :]) <= {columns}
 
 
+@pytest.mark.parametrize("form", ["triton", "plain"])
+def test_lists_are_split_by_buffer(form, monkeypatch):
+    """Plans over several buffers, made at once, list in both orders what each would list alone; one buffer is empty."""
+    monkeypatch.setattr(forms, "takes", lambda x: form == "triton")
+    generator, width, counts = torch.Generator().manual_seed(0), 7, (7, 4, 0, 6)
+    queries, keys = Blocks.of((0, 40), 4), [Blocks.of((0, 4 * n), 4) for n in counts]
+    numbers = torch.cat([torch.arange(n) + part * width for part, n in enumerate(counts)])
+    chosen = numbers[torch.rand(2, 10, len(numbers), generator=generator).argsort(-1)[..., :9]]
+    chosen = torch.where(torch.rand(chosen.shape, generator=generator) < 0.3, -1, chosen).int()
+    for part, plan in enumerate(BlockPlan.split(queries, keys, chosen, width, causal=True)):
+        inside = chosen // width == part
+        alone = BlockPlan.of(queries, keys[part], torch.where(inside, chosen % width, -1), causal=True, ascending=True)
+        for head in range(2):
+            lists = [
+                [idx[head, a:b].tolist() for a, b in zip(ptr[head], ptr[head, 1:])]
+                for x in (plan, alone)
+                for ptr, idx in ((x.row_ptr, x.row_idx), (x.col_ptr, x.col_idx))
+            ]
+            assert lists[:2] == lists[2:] and (part == 2 or any(lists[0]))
+
+
 def test_what_the_kernels_refuse():
     plan = make("one list")[0]
     assert choose("cpu", torch.float32, 64, plan)[0] is gathered
