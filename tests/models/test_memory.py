@@ -235,7 +235,13 @@ def run_compiled(rank, world_size):
     seq = SequenceParallel().context(LENGTHS)
     inputs, graphs = make_inputs(TEXT, torch.float64, seq.layout, 0), []
     for num_layers in (3, 6):
-        config = replace(TEXT, num_layers=num_layers, window=0, pattern=["linear:fixed", "linear:fixed", "softmax"])
+        config = replace(
+            TEXT,
+            num_layers=num_layers,
+            window=0,
+            sparse_selection={},
+            pattern=["linear:fixed", "linear:fixed", "softmax"],
+        )
         wanted = results(make_model(config, torch.float64, mesh), inputs, seq)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
