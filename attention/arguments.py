@@ -6,6 +6,7 @@ from longspan.attention.recompute import recomputing
 from longspan.parallel.context import SequenceContext, SequenceParallel
 from longspan.parallel.exchange import agree, group_rank, group_size
 from longspan.parallel.layout import Layout, contiguous
+from longspan.parallel.scan import TRANSPORTS
 
 
 def resolve(seq, layout, group, tensors, check, options, **strategies) -> SequenceContext:
@@ -51,6 +52,14 @@ def pick(table, name: str, default: str, what: str) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{what} {name!r} is unknown; use auto, {', '.join(table)}{hint}")
     return name
+
+
+def pick_transport(seq, causal: bool) -> str:
+    """How states travel, a name in TRANSPORTS or "auto"."""
+    transport = pick(TRANSPORTS, seq.parallel.linear, "auto", "linear strategy")
+    if transport != "auto" and TRANSPORTS[transport].causal_only and not causal:
+        raise ValueError(f"strategy {transport!r} passes states in causal order; with causal=False use 'lasp2'")
+    return transport
 
 
 def _one_document(tensors) -> Layout:

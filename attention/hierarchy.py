@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from longspan.attention.hierarchy_tables import HierarchyTables, hierarchy_tables
-from longspan.attention.selections import block_sums
+from longspan.attention.selections import gathered_sums, piece_sums, total_sums
 from longspan.kernels.sparse import descend, pool, top
 
 
@@ -51,37 +51,50 @@ class Hierarchical:
         return seq.derive(hierarchy_tables, self.block, self.keep, self.levels, causal)
 
     def coarse(self, k, v, tables, gather):
-        """Means of keys and values, level after level, in the dtype of k: [rows, Hkv, D] each, with gradients."""
-        levels = _means(_levels((k, v), tables, gather), tables)
-        return torch.cat(levels).to(k.dtype).split(k.shape[1], 1)
+        """Means of keys and values, level after level, in the dtype of k: [rows, Hkv, D] each, with gradients. Of level
+        1, where there is another, those of this rank's rows."""
+        here, levels = _sums((k, v), tables, gather)
+        if tables.means is not None:
+            levels.insert(0, here if tables.keys.whole else total_sums(here, tables.means.totals, gather))
+        return torch.cat(_means(levels, tables.sizes)).to(k.dtype).split(k.shape[1], 1)
 
-    def choose(self, q, k, coarse_k, tables, gather):
-        """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens and blocks of coarse rows, both ascending, -1
-        for none."""
+    def choose(self, q, k, coarse_k, tables, ranks):
+        """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens and blocks of coarse rows that are here, -1
+        for none; those that are not here are fetched by `ranks`."""
         # Means up to the number of heads that share a key head, which changes no order.
-        queries = _means(_levels((q,), tables, gather, heads=k.shape[1]), tables)
-        keys = coarse_k.to(queries[0].dtype).split([len(level) for level in queries])
+        here, sums = _sums((q,), tables, ranks, heads=k.shape[1])
+        mine = total_sums(here, tables.routers, ranks) / tables.routers.size[:, None, None]
+        queries = [mine] if self.levels == 1 else [mine, *_means(sums, tables.sizes[1:])]
+        keys = coarse_k.split([len(size) for size in tables.sizes])
         last, heads = tables.levels[-1], k.shape[1]
-        found, causal = top(queries[-1], keys[-1], last.router, last.candidates), tables.diagonal.shape[1] > 0
+        found = top(queries[-1], keys[-1].to(mine.dtype), last.router, last.candidates)
+        causal = tables.diagonal.shape[1] > 0
         listed = [tables.top.expand(heads, -1, -1)]
         for depth in range(self.levels - 2, -1, -1):  # found: rows of the level above, for each of its rows
             level = tables.levels[depth]
-            mine = found[:, level.above]
+            above = found[:, level.above]
             if causal:  # the children of the row above which are past, as the mask says
-                mine = torch.cat([mine, level.above[:, None].expand(heads, -1, 1)], 2)
-            listed.append(level.blocks[mine.clamp(min=0)].masked_fill((mine < 0)[..., None], -1).flatten(2))
-            found = descend(queries[depth], keys[depth], found, level.families, self.keep, causal)
+                above = torch.cat([above, level.above[:, None].expand(heads, -1, 1)], 2)
+            blocks = level.blocks[above.clamp(min=0)].masked_fill((above < 0)[..., None], -1).flatten(2)
+            means = keys[depth]
+            if depth == 0 and not tables.keys.whole:
+                blocks, means = ranks.rows(blocks, means, tables)
+            listed.append(blocks)
+            found = descend(queries[depth], means.to(mine.dtype), found, level.families, self.keep, causal)
         fine = torch.cat([found, tables.diagonal.expand(heads, -1, -1)], 2) if causal else found
         return fine, torch.cat(listed[::-1], 2)
 
 
-def _levels(tensors, tables, gather, heads=None):
-    """Sums over the rows of every level: [T_local, H, D] each -> [rows, heads of all, D], in at least fp32."""
-    sums = [block_sums(tensors, tables.keys, gather, heads)]
+def _sums(tensors, tables, gather, heads=None):
+    """Sums over local pieces, and over the rows of every level that is everywhere: [T_local, H, D] each -> [rows, heads
+    of all, D], in at least fp32."""
+    here = piece_sums(tensors, tables.keys, heads)
+    runs = here if tables.means is None or not len(tables.runs) else pool(here, tables.runs)
+    levels = [gathered_sums(runs, tables.everywhere, gather)]
     for under in tables.under:
-        sums.append(pool(sums[-1], under))
-    return sums
+        levels.append(pool(levels[-1], under))
+    return here, levels
 
 
-def _means(sums, tables):
-    return [total / size[:, None, None] for total, size in zip(sums, tables.sizes)]
+def _means(sums, sizes):
+    return [total / size[:, None, None] for total, size in zip(sums, sizes, strict=True)]

@@ -1,21 +1,22 @@
 """Where rows of means are in LLSA (attention.hierarchy): a pure function of the layout, made once per batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 import numpy as np
 import torch
 
-from longspan.attention.block_tables import Pieces, pieces
+from longspan.attention.block_tables import Pieces, Totals, pieces, router_totals
 from longspan.kernels.sparse import Blocks, Families, Ranges
-from longspan.parallel.layout import Layout
+from longspan.parallel.layout import Layout, Span
 
 
 @dataclass(frozen=True)
 class Level:
     """Level l of all documents; int32 on the device. The last has candidates, and router: the row whose mean query
     chooses for each that does. The others have families, what leads down from the level above; above: [local pieces],
-    the row there that each piece is in; blocks: [rows above, 2], blocks of coarse keys under each, ascending."""
+    the row there that each piece is in; blocks: [rows above, 2], blocks of coarse keys under each, ascending. On level
+    1 routers are local pieces, whose mean query is that of the row that chooses for them."""
 
     router: torch.Tensor | None = None
     candidates: Ranges | None = None
@@ -25,14 +26,35 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Means:
+    """Rows of level 1 where there is a level above: each is on one rank, and goes to others on request. totals: their
+    sums, of this rank's rows; rows: int64, their numbers. keys: the rows in blocks, where they are, seen from the
+    token after the last that they stand for; first: int64, of every piece the number of its first row; weight: floats,
+    the log weight of every piece."""
+
+    totals: Totals
+    rows: torch.Tensor
+    keys: Pieces
+    first: torch.Tensor
+    weight: torch.Tensor
+
+
+@dataclass(frozen=True)
 class HierarchyTables:
-    """queries, keys: the fine blocks. sizes: int32 [rows] per level, tokens. under: per level but the first, the rows
-    of the level before in blocks, one for each of its rows. coarse_blocks, coarse_weight: blocks of rows of all levels
-    laid end to end. top: int32 [local pieces, n], blocks of the last level that each piece sees, ascending.
+    """queries, keys: the fine blocks; routers: sums of those that choose for local pieces. means: level 1, or None
+    where it is the last. everywhere: blocks of tokens whose sums are gathered, level 2, or 1 where it is the last;
+    runs: local pieces of keys in each local piece of those. sizes: int32 [rows] per level, tokens; of level 1 those of
+    this rank's rows where there are means. under: per level from 3 on, the rows of the level before in blocks, one for
+    each of its rows. coarse_blocks, coarse_weight: blocks of the rows that are here, local means and then the levels
+    that are everywhere, laid end to end. top: int32 [local pieces, n], blocks of the last level that each piece sees.
     diagonal: int32 [local pieces, 1 or 0]."""
 
     queries: Pieces
     keys: Pieces
+    routers: Totals
+    means: Means | None
+    everywhere: Pieces
+    runs: Blocks
     levels: tuple[Level, ...]
     sizes: tuple[torch.Tensor, ...]
     under: tuple[Blocks, ...]
@@ -51,7 +73,7 @@ def _map(value, move):
         return move(value)
     if isinstance(value, tuple):
         return tuple(_map(x, move) for x in value)
-    if isinstance(value, (Level, HierarchyTables)):
+    if isinstance(value, (Level, Means, HierarchyTables)):
         return type(value)(**{name: _map(x, move) for name, x in vars(value).items()})
     return value.map(move) if hasattr(value, "map") else value
 
@@ -63,29 +85,94 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     chain = [fine.block.numpy()]  # the row of every level above each local piece
     for level in rows[:-1]:
         chain.append(level.parent[chain[-1]])
-    coarse_blocks, weights, blocks_under = _coarse_blocks(rows[:-1], lengths, block)
+    means, blocks, weights, blocks_under, here = None, [], [], [], 0
+    if levels > 1:
+        means, under = _means(fine, rank, layout.world_size, rows[0], lengths, block)
+        blocks, here = [_local_blocks(means.keys, rank)], len(means.rows)
+        weights, blocks_under = [means.weight[rank * means.keys.width :][: len(means.keys.local)]], [under]
+    gathered = rows[int(levels > 1) : levels]
+    more, weight, under = _coarse_blocks(gathered, lengths, block, here, blocks[0].shape[1] if blocks else 0)
+    blocks_under += under
 
     tables = []
     for level, under, mine, above in zip(rows, blocks_under, chain, chain[1:levels]):
         chooses = mine if not tables else np.arange(len(level.place))  # of fine blocks, those of local queries
         families = _families(level, chooses, block, causal)
+        if not tables:
+            router = np.zeros(len(level.place))
+            router[mine] = np.arange(len(mine))
+            families = replace(families, router=_int32(router))
         tables.append(Level(families=families, above=_int32(above), blocks=_int32(under)))
     last = rows[levels - 1]
     chosen_for = np.arange(len(last.place)) if levels > 1 else chain[0]  # of fine blocks, those of local queries
     first = last.base[last.document[chosen_for]]
     stop = first + last.place[chosen_for] if causal else last.base[last.document[chosen_for] + 1]
-    tables.append(Level(_int32(last.router(causal)[chosen_for]), Ranges.of(first, stop, keep)))
+    router = last.router(causal) if levels > 1 else np.arange(len(chosen_for))
+    tables.append(Level(_int32(router), Ranges.of(first, stop, keep)))
+    everywhere = pieces(layout, rank, block ** min(levels, 2))
     return HierarchyTables(
         fine,
         fine,
+        router_totals(fine, rank, lengths, causal),
+        means,
+        everywhere,
+        _runs(fine.local, everywhere.local),
         tuple(tables),
-        sizes=tuple(_int32(level.size) for level in rows[:-1]),
-        under=tuple(_blocks_under(level, block) for level in rows[: levels - 1]),
-        coarse_blocks=coarse_blocks,
-        coarse_weight=torch.from_numpy(weights),
+        sizes=(*([] if means is None else [means.totals.size]), *(_int32(level.size) for level in gathered)),
+        under=tuple(_blocks_under(level, block) for level in gathered[:-1]),
+        coarse_blocks=Blocks(block, *map(_int32, np.concatenate([*blocks, more], 1))),
+        coarse_weight=torch.cat([*weights, torch.from_numpy(weight)]),
         top=_int32(_top_blocks(chain[levels], blocks_under[-1], rows[levels], causal)),
         diagonal=_int32(chain[0][:, None] if causal else np.zeros((len(chain[0]), 0))),
     )
+
+
+def _means(fine, rank, world_size, level, lengths, block):
+    """(Means, [rows above, 2] the blocks under a row). A row is where its first piece is. The last row of a document
+    may have fewer tokens, and is a block of its own then, like a document of one row."""
+    owner, row = fine.of_block[:, 0].numpy() // fine.width, np.arange(len(level.place))
+    short = level.size < level.span
+    first = np.flatnonzero((level.place == 0) | short)  # of what is cut into blocks by itself
+    document = np.searchsorted(first, row, side="right") - 1
+    place = row - first[document]
+    starts = np.flatnonzero((place == 0) | (np.diff(owner, prepend=-1) != 0))
+    stops, spans = np.append(starts[1:], len(row)), [[] for _ in range(world_size)]
+    for start, stop in zip(starts.tolist(), stops.tolist()):
+        at = int(first[document[start]])
+        spans[owner[start]].append(Span(int(document[start]), start - at, stop - at))
+    counts = np.bincount(document).tolist()
+    keys = pieces(Layout(tuple(counts), tuple(map(tuple, spans))), rank, block)
+    base = np.concatenate([[0], np.cumsum(-(-np.array(counts) // block))])
+    number = base[document] + place // block  # the block of each row
+    under = np.full((len(level.children), 2), -1)
+    for column, rows in enumerate((row[~short], row[short])):
+        under[level.parent[rows], column] = number[rows]
+
+    parts = keys.of_block.numpy()
+    block_of, turn = np.nonzero(parts >= 0)
+    first_row = np.zeros(world_size * keys.width, np.int64)
+    at = parts[block_of, turn]
+    first_row[at] = first[np.searchsorted(base, block_of, side="right") - 1] + keys.positions.numpy()[at]
+    seen = np.where(short[first_row], lengths[level.document[first_row]], (level.place[first_row] + 1) * level.span)
+    positions, steps = _int32(seen), _int32(np.where(short[first_row], 1, level.span))
+    keys = replace(keys, positions=positions, steps=steps)
+    mine = np.flatnonzero(owner == rank)
+    weight = np.log(level.size[first_row].astype(np.float64))
+    tensors = map(torch.from_numpy, (first_row, weight))
+    return Means(Totals.of(fine, rank, owner, row), torch.from_numpy(mine), keys, *tensors), under
+
+
+def _local_blocks(keys, rank):
+    """[5, local pieces]: columns of Blocks."""
+    mine = slice(rank * keys.width, rank * keys.width + len(keys.local))
+    return np.stack([x[mine].numpy() for x in (keys.starts, keys.lengths, keys.positions, keys.steps, keys.steps)])
+
+
+def _runs(fine, around):
+    """The pieces in each of larger pieces, both cut from the same rows."""
+    first = np.searchsorted(fine.start.numpy(), around.start.numpy())
+    columns = first, np.diff(first, append=len(fine)), *[np.zeros_like(first)] * 3
+    return Blocks(around.size // fine.size, *map(_int32, columns))
 
 
 def _blocks_under(level, block):
@@ -139,12 +226,12 @@ class _Rows:
         return np.where(self.place > 0, rows - 1, rows) if causal else rows
 
 
-def _coarse_blocks(levels, lengths, block):
-    """Blocks of the rows of all levels, laid end to end: (blocks, log weight of each, per level [rows above, 2] the
-    blocks under a row). The last row of a document may have fewer tokens, and is a block of its own then."""
+def _coarse_blocks(levels, lengths, block, offset, number):
+    """Blocks of the rows of levels, laid end to end from row `offset` and block `number` on: (columns of Blocks, log
+    weight of each, per level [rows above, 2] the blocks under a row). The last row of a document may have fewer tokens,
+    and is a block of its own then."""
     columns, weights, under = [], [], []
-    offset = number = 0
-    for depth, level in enumerate(levels, 1):
+    for level in levels:
         there = level.children >= 0
         whole = (there & (level.size[level.children.clip(0)] == level.span)).sum(1)
         full, short = np.flatnonzero(whole), np.flatnonzero(there.sum(1) > whole)
@@ -165,10 +252,9 @@ def _coarse_blocks(levels, lengths, block):
                 ]
             )
         )
-        weights += [np.full(len(full), depth * log(block)), np.log(level.size[last])]
+        weights += [np.full(len(full), log(level.span)), np.log(level.size[last])]
         offset, number = offset + len(level.place), number + len(full) + len(short)
-    columns = (torch.from_numpy(column.astype(np.int32)) for column in np.concatenate(columns, 1))
-    return Blocks(block, *columns), np.concatenate(weights), under
+    return np.concatenate(columns, 1), np.concatenate(weights), under
 
 
 def _children(parents, rows, block):

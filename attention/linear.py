@@ -9,14 +9,14 @@ gate's gradient come last. Derivation: docs/linear-attention.md.
 import torch
 from torch.autograd.function import once_differentiable
 
-from longspan.attention.arguments import pick, resolve
+from longspan.attention.arguments import pick_transport, resolve
 from longspan.attention.outline import Outline
 from longspan.attention.recompute import keep, recall
 from longspan.kernels.fold import fold_chains, step, summarize
 from longspan.kernels.linear import choose_form, chunked
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.segments import Segments
-from longspan.parallel.scan import TRANSPORTS, scan_plan, start_scan
+from longspan.parallel.scan import scan_plan, start_scan
 
 
 @torch.compiler.disable
@@ -44,9 +44,7 @@ def linear_attention(
 
     options = (causal, normalize, scale, getattr(log_decay, "ndim", None), beta is None)
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, linear=strategy)
-    transport = pick(TRANSPORTS, seq.parallel.linear, "auto", "linear strategy")
-    if transport != "auto" and TRANSPORTS[transport].causal_only and not causal:
-        raise ValueError(f"strategy {transport!r} passes states in causal order; with causal=False use 'lasp2'")
+    transport = pick_transport(seq, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not normalize:
         return _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, q.dtype)

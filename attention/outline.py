@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from longspan.attention.hierarchy import Hierarchical
+from longspan.attention.linear_branch import WHOLE_BLOCK
 from longspan.attention.recompute import keep, recall
+from longspan.kernels.block_states import state_dtype
 from longspan.kernels.linear.chunked import accumulation_dtype
 from longspan.kernels.linear.groups import CHUNK, ROWS
 from longspan.kernels.sparse import kept_of
@@ -89,8 +91,12 @@ class Outline:
     def linear(self, q, k, v, log_decay, beta, causal, dtype):
         return _StandIn.apply(_Linear(self, causal, dtype), q, k, v, log_decay, beta)
 
-    def sparse(self, q, k, v, selection, causal):
-        return _StandIn.apply(_Sparse(self, selection, causal), q, k, v)
+    def sparse(self, q, k, v, selection, linear, causal):
+        if linear is None:
+            return _StandIn.apply(_Sparse(self, selection, causal), q, k, v)
+        own = linear.weight, linear.bias, linear.q, linear.k
+        branch = _Branch(self, selection, causal, linear.over == "rest")
+        return _StandIn.apply(_Sparse(self, selection, causal, branch), q, k, v, *own)
 
     def convolution(self, x, weight, bias):
         return _StandIn.apply(_Convolution(self), x, weight, bias)
@@ -230,28 +236,31 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Sparse:
-    """Means of all blocks are on every rank, and keys of the others come once and stay for the backward pass."""
+    """Taken as if all keys and means of other ranks were asked for: they come once and stay for the backward pass."""
 
     outline: Outline
     selection: Any
     causal: bool
+    branch: "_Branch | None" = None
 
-    def travels(self, q, k, v):
+    def travels(self, q, k, v, *own):
         self._note(q, k, backward=False)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
         others = self.outline.num_tokens - self.outline.num_tokens_local
         arrived = [x.new_empty(others, *x.shape[1:]) for x in (k, v)] if others else []
         rows = self._coarse_rows()
-        if rows and others:  # sums of the smallest blocks, gathered
-            arrived.append(k.new_empty(rows[0], 2 * k.shape[1], k.shape[2], dtype=_wide(k)))
-        return out, lse, k.new_empty(k.shape[1], self._listed(), dtype=torch.int32), arrived
+        if rows and others:  # sums of the smallest blocks that are on every rank, gathered
+            arrived.append(k.new_empty(rows[min(1, len(rows) - 1)], 2 * k.shape[1], k.shape[2], dtype=_wide(k)))
+        entry = self.branch.entry(*own, k, v) if self.branch else None
+        return out, lse, k.new_empty(k.shape[1], self._listed(), dtype=torch.int32), arrived, entry
 
-    def output(self, kept, q, k, v):
-        out, lse, lists, arrived = kept
+    def output(self, kept, q, k, v, *own):
+        out, lse, lists, arrived, _ = kept
         rows = self._coarse_rows()
         coarse = [x.new_empty(sum(rows), *x.shape[1:]) for x in (k, v)] if rows else []
         sums = [] if self.outline.gpu else self._segment_sums(rows, k, v)
-        return out, (*coarse, *sums, out, lse, *arrived[:2])
+        states = self.branch.states(*own, k, v) if self.branch else ()
+        return torch.empty_like(out) if self.branch else out, (*coarse, *sums, *states, out, lse, *arrived[:2])
 
     def _segment_sums(self, rows, k, v):
         """What torch.segment_reduce keeps: its input in fp32, its result and the lengths of blocks, level by level."""
@@ -264,12 +273,12 @@ class _Sparse:
                 saved.append(k.new_empty(count, 2 * k.shape[1], k.shape[2], dtype=wide))
         return saved
 
-    def hold(self, d_out, q, k, v):
+    def hold(self, d_out, q, k, v, *own):
         self._note(q, k, backward=True)
         held = [torch.empty_like(q, dtype=_wide(q)), k.new_empty(k.shape[1], self._listed(), dtype=torch.int32)]
         if self.outline.world_size > 1:
             held += [x.new_empty(self.outline.num_tokens, *x.shape[1:], dtype=_wide(x)) for x in (k, v)]
-        return held
+        return held + (self.branch.hold(*own, q, k, v) if self.branch else [])
 
     def _note(self, q, k, backward):
         self.outline.record(Call("sparse", self.selection, backward, q.shape[1], k.shape[1], q.shape[2], k.shape[2]))
@@ -291,6 +300,62 @@ class _Sparse:
         kept = int(kept_of(np.array(blocks), selection.keep))
         seen = kept // 2 + 1 if self.causal else kept
         return -(-tokens // selection.query_block) * (seen + -(-selection.query_block // selection.key_block))
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """The linear branch beside chosen blocks (attention.linear_branch): a state for every block of queries that reads
+    one of its own, or for every span, with the normalizers of what was summed before chosen blocks were taken out."""
+
+    outline: Outline
+    selection: Any
+    causal: bool
+    rest: bool
+
+    def entry(self, weight, bias, own_q, own_k, k, v):
+        return self._states(self.outline.linked, own_k, k, v, _wide(k))
+
+    def states(self, weight, bias, own_q, own_k, k, v):
+        """(states, normalizers), saved; sums of blocks exist meanwhile."""
+        _sums = self._sums(own_k, k, v, forward=True)
+        folded = self._states(self._folded(), own_k, k, v, _wide(k))
+        states = (
+            self._states(self._blocks(self.selection.query_block), own_k, k, v, state_dtype(k.dtype))
+            if self.rest
+            else folded
+        )
+        size = (k if own_k is None else own_k).shape[2]
+        return states, k.new_empty(len(states), k.shape[1], size, dtype=_wide(k))
+
+    def hold(self, weight, bias, own_q, own_k, q, k, v):
+        """Gradients of numerators and denominators, what was read, and states of gradients."""
+        sums, size = self._sums(own_k, k, v, forward=False), (q if own_q is None else own_q).shape[2]
+        rows = self._blocks(self.selection.key_block) if self.rest else self._folded()
+        numbers = [q.new_empty(*q.shape[:2], width) for width in (size, v.shape[2], v.shape[2])]
+        dtype = state_dtype(k.dtype) if self.rest else _wide(k)
+        return [sums, self._states(rows, own_k, k, v, dtype), *numbers, q.new_empty(q.shape[:2], dtype=_wide(q))]
+
+    def _sums(self, own_k, k, v, forward):
+        if self.rest:
+            rows = self._blocks(self.selection.key_block if forward else self.selection.query_block)
+        else:
+            rows = self._blocks(self.selection.query_block if self.causal else WHOLE_BLOCK)
+        return self._states(rows, own_k, k, v, state_dtype(k.dtype))
+
+    def _folded(self):
+        return self._blocks(self.selection.query_block) if self.causal else self.outline.spans
+
+    def _blocks(self, size):
+        """Blocks of so many tokens that this rank's spans are cut into."""
+        outline = self.outline
+        if outline.world_size == 1:
+            return sum(-(-length // size) for length in outline.lengths)
+        return outline.spans * -(-outline.num_tokens_local // (outline.spans * size))
+
+    def _states(self, rows, own_k, k, v, dtype):
+        """[rows, Hkv, 1, K V + K]: state_dtype for sums and what chosen blocks are taken out of, else at least fp32."""
+        size = (k if own_k is None else own_k).shape[2]
+        return k.new_empty(rows, k.shape[1], 1, size * (v.shape[2] + 1), dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,17 @@ every rank some heads of other ranks' tokens exchange those again: to keep them 
 
 import threading
 
+from torch.utils._pytree import tree_map
+
+from longspan.attention.offload import fetch
+
 _current = threading.local()  # backward recomputes on autograd's own threads
 
 
-def checkpoint_contexts():
-    """The (forward, recompute) context managers of one checkpointed call."""
+def checkpoint_contexts(parcel=None):
+    """The (forward, recompute) context managers of one checkpointed call. parcel: of Offload, for what is kept."""
     kept = []
-    return _Session(kept, replay=False), _Session(kept, replay=True)
+    return _Session(kept, parcel, replay=False), _Session(kept, parcel, replay=True)
 
 
 def recomputing() -> bool:
@@ -30,26 +34,27 @@ def keeping() -> bool:
 
 def recall():
     """While recomputing: what the next layer kept. Otherwise None."""
-    return next(_current.session[1]) if recomputing() else None
+    return tree_map(fetch, next(_current.session[1])) if recomputing() else None
 
 
 def keep(value):
     """Keeps a layer's value for its recomputation, if the layer runs inside a checkpoint; returns the value."""
     session = getattr(_current, "session", None)
     if session:
-        session[0].append(value)
+        kept, _, parcel = session
+        kept.append(value if parcel is None else tree_map(parcel.store, value))
     return value
 
 
 class _Session:
     """Makes `kept` current while entered; a replay starts over every time, as a second backward does."""
 
-    def __init__(self, kept, *, replay):
-        self.kept, self.replay, self.outer = kept, replay, []
+    def __init__(self, kept, parcel, *, replay):
+        self.kept, self.parcel, self.replay, self.outer = kept, parcel, replay, []
 
     def __enter__(self):
         self.outer.append(getattr(_current, "session", None))
-        _current.session = (self.kept, iter(self.kept) if self.replay else None)
+        _current.session = (self.kept, iter(self.kept) if self.replay else None, self.parcel)
 
     def __exit__(self, *_):
         _current.session = self.outer.pop()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from longspan.attention.block_tables import BlockTables, Pieces, block_tables
+from longspan.attention.block_tables import BlockTables, Pieces, Totals, block_tables
 from longspan.kernels.sparse import kept_of, pool, top
 
 
@@ -59,10 +59,21 @@ class TopBlocks:
     def choose(self, q, k, coarse_k, tables: BlockTables, gather):
         """(int32 [Hkv, local query pieces, n]: key blocks, ascending, -1 for none, None). gather: all ranks' rows from
         mine."""
-        means = block_means(q, tables.queries, gather, heads=k.shape[1])
+        means, router = router_means(q, tables, gather, k.shape[1]), tables.router
+        if not tables.queries.whole:
+            router = torch.arange(len(router), dtype=router.dtype, device=router.device)
         keys = block_means(k, tables.keys, gather)
         forced = {"first": self.first, "recent": self.recent, "always": tables.diagonal}
-        return top(means, keys, tables.router, tables.candidates, **forced), None
+        return top(means, keys, router, tables.candidates, **forced), None
+
+
+def router_means(q, tables: BlockTables, gather, heads):
+    """Mean queries, [.., heads, D] in at least fp32: of the blocks where this rank's pieces are the blocks, else of
+    those that choose for each piece."""
+    if tables.queries.whole:
+        return pool(q, tables.queries.local, heads=heads, mean=True)
+    sums = total_sums(piece_sums((q,), tables.queries, heads), tables.routers, gather)
+    return sums / (tables.routers.size * (q.shape[1] // heads))[:, None, None]
 
 
 def block_means(x: torch.Tensor, pieces: Pieces, gather, heads: int | None = None) -> torch.Tensor:
@@ -75,16 +86,34 @@ def block_means(x: torch.Tensor, pieces: Pieces, gather, heads: int | None = Non
 
 def block_sums(tensors, pieces: Pieces, gather, heads: int | None = None) -> torch.Tensor:
     """[T_local, H, D] each -> [blocks, heads of all, D] of all ranks, in at least fp32, differentiable."""
+    return gathered_sums(piece_sums(tensors, pieces, heads), pieces, gather)
+
+
+def piece_sums(tensors, pieces: Pieces, heads: int | None = None) -> torch.Tensor:
+    """[T_local, H, D] each -> [local pieces, heads of all, D]; of a rank without tokens one row of zeros, which makes
+    it part of the graph."""
     if tensors[0].shape[0]:
-        sums = torch.cat([pool(x, pieces.local, heads=heads) for x in tensors], 1)
-    else:  # a rank without tokens is part of the graph as well
-        wide = torch.promote_types(tensors[0].dtype, torch.float32)
-        sums = torch.cat([x.sum(0, keepdim=True, dtype=wide)[:, : heads or x.shape[1]] for x in tensors], 1)
+        return torch.cat([pool(x, pieces.local, heads=heads) for x in tensors], 1)
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.cat([x.sum(0, keepdim=True, dtype=wide)[:, : heads or x.shape[1]] for x in tensors], 1)
+
+
+def gathered_sums(sums, pieces: Pieces, gather) -> torch.Tensor:
+    """Sums of the local pieces -> those of the blocks of all ranks."""
     if pieces.whole:
         return sums
-    sums = gather(torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, pieces.width - sums.shape[0])))
-    total = sums[pieces.of_block[:, 0]]
-    for turn in range(1, pieces.of_block.shape[1]):
-        piece = pieces.of_block[:, turn]
+    return _added(gather(torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, pieces.width - sums.shape[0]))), pieces.of_block)
+
+
+def total_sums(sums, totals: Totals, gather) -> torch.Tensor:
+    """Sums of the local pieces -> those of some blocks, for which ranks show one another few pieces."""
+    if len(totals.shown):
+        sums = torch.cat([sums, gather(sums[totals.shown])])
+    return _added(sums, totals.pieces)
+
+
+def _added(sums, pieces):
+    total = sums[pieces[:, 0].clamp(min=0)]
+    for piece in pieces.T[1:]:
         total = total + sums[piece.clamp(min=0)].masked_fill((piece < 0)[:, None, None], 0)
     return total

@@ -9,149 +9,212 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import pick, resolve
-from longspan.attention.block_parts import STRATEGIES, Part, block_parts
-from longspan.attention.gather_rows import gather_rows
-from longspan.attention.hierarchy import Hierarchical
+from longspan.attention.block_parts import STRATEGIES, Part, Request, block_parts
+from longspan.attention.gather_rows import Ranks, gather_rows
+from longspan.attention.linear_branch import Branch, LinearBranch
 from longspan.attention.outline import Outline
 from longspan.attention.recompute import keep, recall
+from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
 from longspan.kernels.merge import merge
 from longspan.kernels.sparse import BlockPlan, choose
-from longspan.parallel.exchange import start_all_gather
 
 
 @torch.compiler.disable
 def sparse_attention(
-    q, k, v, *, selection, causal=True, scale=None, layout=None, group=None, strategy="auto", seq=None
+    q, k, v, *, selection, linear=None, causal=True, scale=None, layout=None, group=None, strategy="auto", seq=None
 ):
     """softmax(scale * q k^T) v over the key blocks that `selection` chooses for every block of queries.
 
     q: [T, Hq, D]; k, v: [T, Hkv, D] with Hq a multiple of Hkv: this rank's tokens in the order of `layout`, one
     floating dtype; returns [T, Hq, D] in it; a query that sees nothing gets 0. fp64 is computed and sent in fp64, all
-    else in fp32 where sums are made. scale defaults to D**-0.5. selection: TopBlocks or Hierarchical; it gets no
-    gradient. The result does not depend on the layout: blocks are those of documents. layout, group: a Layout and its
-    process group (None: one rank, by default one document). strategy: "fetch", blocks by request; "ring", all keys of
-    one rank after the other; "auto", by what is chosen. seq: a SequenceContext instead of those three. Raises
-    ValueError, on all ranks, for what does not fit.
+    else in fp32 where sums are made. scale defaults to D**-0.5. selection: TopBlocks, Hierarchical, Window, Radial,
+    Antidiagonal, TokenTop, CompressedTop, BlockLists or a Selection of one's own; it gets no gradient. linear: a
+    LinearBranch to add, with TopBlocks. The result does not depend on the layout: blocks are those of documents.
+    layout, group: a Layout and its process group (None: one rank, by default one document). strategy: "fetch", blocks
+    by request; "ring", all keys of one rank after the other; "auto", by what is chosen. seq: a SequenceContext instead
+    of those three. Raises ValueError, on all ranks, for what does not fit.
     """
 
     def check():
-        if not isinstance(selection, (TopBlocks, Hierarchical)):
-            raise ValueError(f"selection is a {type(selection).__name__}; give TopBlocks(...) or Hierarchical(...)")
+        if not isinstance(selection, Selection) or isinstance(selection, type):
+            raise ValueError(
+                f"selection is a {type(selection).__name__}; give one such as TopBlocks(...) or Window(...)"
+            )
         if k.shape != v.shape:
             raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be equal")
         if k.shape[2] != q.shape[2]:
             raise ValueError(f"k has shape {tuple(k.shape)}; its head_dim must be that of q, {tuple(q.shape)}")
         if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
             raise ValueError(f"k has {k.shape[1]} heads, which does not divide the {q.shape[1]} heads of q")
+        if linear is not None:
+            if not isinstance(linear, LinearBranch) or not isinstance(selection, TopBlocks):
+                raise ValueError("linear is a LinearBranch beside TopBlocks, or None")
+            linear.check(q, k, selection, causal)
 
-    options = causal, scale, selection
-    seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, sparse=strategy)
+    options = causal, scale, getattr(selection, "signature", selection), getattr(linear, "options", None)
+    tensors = {"q": q, "k": k, "v": v}
+    if isinstance(linear, LinearBranch):
+        tensors |= {"linear.q": linear.q, "linear.k": linear.k}
+    seq = resolve(seq, layout, group, tensors, check, options, sparse=strategy)
     if isinstance(seq, Outline):
-        return seq.sparse(q, k, v, selection, causal)
+        return seq.sparse(q, k, v, selection, linear, causal)
     strategy = pick(STRATEGIES, seq.parallel.sparse, "auto", "sparse strategy")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = selection.tables(seq, causal)
     coarse = selection.coarse(k, v, tables, lambda x: gather_rows(x, seq.parallel.group))
-    return _Attention.apply(q, k, v, *coarse, selection, tables, causal, seq.parallel.group, strategy, scale)
+    branch, own = None, (None,) * 4
+    if linear is not None:
+        branch = Branch(linear, selection, causal, seq)
+        own = linear.weight, linear.bias, linear.q, linear.k
+    group = seq.parallel.group
+    with torch.autocast(q.device.type, enabled=False):  # it would round sums of the branch
+        return _Attention.apply(q, k, v, *coarse, *own, branch, selection, tables, causal, group, strategy, scale)
 
 
 class _Attention(torch.autograd.Function):
-    """coarse_k, coarse_v: [rows, Hkv, D], keys and values that stand for many and are on every rank, or None."""
+    """coarse_k, coarse_v: [rows, Hkv, D], keys and values that stand for many and are on every rank, or None. weight,
+    bias, own_q, own_k: those of the linear branch; without own_q and own_k it takes q and k."""
 
     @staticmethod
-    def forward(ctx, q, k, v, coarse_k, coarse_v, selection, tables, causal, group, strategy, scale):
+    def forward(
+        ctx, q, k, v, coarse_k, coarse_v, weight, bias, own_q, own_k, branch, selection, tables, causal, group,
+        strategy, scale,
+    ):  # fmt: skip
         kept = recall()
+        own = (q if own_q is None else own_q, k if own_k is None else own_k)
+        if branch is not None:
+            sums, pending = branch.start(own[1], v, travels=kept is None)
         if kept is None:
-            parts = _choose(q, k, coarse_k, selection, tables, causal, strategy, group)
-            kept = keep(attend(q, (k, v), (coarse_k, coarse_v), parts, group, scale))
-        out, lse, parts, arrived = kept
-        out = out.detach()
-        ctx.save_for_backward(q, k, v, coarse_k, coarse_v, out, lse, *arrived)
-        ctx.rest = parts, group, scale
-        return out
+            coarse = coarse_k, coarse_v
+            given = _choose(q, k, coarse, selection, tables, causal, strategy, group)
+            found = attend(q, (k, v), coarse, *given, group, scale)
+            kept = keep((*found, None if branch is None else branch.finish(pending, sums)))
+        out, lse, parts, arrived, entry = kept
+        result, states = out.detach(), (None, None)
+        if branch is not None:
+            tensors = [(own[1], v), *zip(arrived[::2], arrived[1::2])]
+            states = branch.states(*own, v, sums, entry, [(part, *x) for part, x in zip(parts, tensors, strict=True)])
+            result = branch.output(out, *own, v, *states, weight, bias)
+        saved = coarse_k, coarse_v, weight, bias, own_q, own_k, *states
+        ctx.save_for_backward(q, k, v, out.detach(), lse, *saved, *arrived)
+        ctx.rest = parts, group, scale, branch
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        q, k, v, coarse_k, coarse_v, out, lse, *arrived = ctx.saved_tensors
-        given = d_out.contiguous(), q, (k, v), (coarse_k, coarse_v), out, lse, arrived
-        return *gradients_of(*given, *ctx.rest), *[None] * 6
-
-
-def _choose(q, k, coarse_k, selection, tables, causal, strategy, group) -> list[Part]:
-    def gather(x):
-        return start_all_gather(x, group).wait().flatten(0, 1)
-
-    with torch.no_grad():
-        return parts_of(selection.choose(q, k, coarse_k, tables, gather), tables, causal, strategy, group)
-
-
-def parts_of(chosen, tables, causal, strategy, group) -> list[Part]:
-    """What to attend to, the local keys first, then coarse ones, then those of other ranks. chosen: what a selection
-    chose of blocks of keys and of blocks of coarse keys, or None."""
-    fine, coarse = chosen
-    parts = block_parts(fine, tables, causal, strategy, group)
-    if coarse is not None:
-        options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True}
-        parts.insert(1, Part(BlockPlan.of(tables.queries.local, tables.coarse_blocks, coarse, **options), coarse=True))
-    return parts
-
-
-def attend(q, local, coarse, parts, group, scale):
-    """(out, lse, parts, keys and values that arrived, part after part). local, coarse: keys and values."""
-    out, arrived = None, []
-    coming = (None, *local)
-    for number, part in enumerate(parts):
-        pending, keys, values = coming
-        if pending is not None:
-            pending.wait()
-            arrived += [keys, values]
-        if number + 1 < len(parts):
-            following = parts[number + 1]
-            coming = (None, *coarse) if following.coarse else following.start(*local, group)
-        form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
-        if q.shape[0] and len(part.plan.keys):
-            found = form.forward(q, keys, values, part.plan, scale)
-            if out is None:
-                out, lse = found
+        q, k, v, out, lse, coarse_k, coarse_v, weight, bias, own_q, own_k, states, totals, *arrived = ctx.saved_tensors
+        parts, group, scale, branch = ctx.rest
+        d_out, d_branch, work = d_out.contiguous(), [None] * 4, None
+        if branch is not None:
+            mine = q if own_q is None else own_q, k if own_k is None else own_k, v
+            d_own_q, d_weight, d_bias, work = branch.start_backward(d_out, *mine, states, totals, weight)
+            d_branch[:2] = d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+        given = q, (k, v), (coarse_k, coarse_v), out, lse, arrived, parts, group, scale
+        gradients = gradients_of(d_out, *given, branch, work)
+        if branch is not None:
+            onto = (gradients[1] if own_k is None else None), gradients[2]
+            d_own_k, gradients[2] = branch.gradients(parts[0], *mine[1:], work, onto)
+            if own_q is None:
+                gradients[:2] = gradients[0].add_(d_own_q), d_own_k
             else:
-                out = out.to(_sum_dtype(q, parts))
-                merge(out, lse, *found)
+                d_branch[2:] = d_own_q.to(own_q.dtype), d_own_k.to(own_k.dtype)
+        inputs = q, k, v, coarse_k, coarse_v
+        gradients = [x if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)]
+        return *gradients, *d_branch, *[None] * 7
+
+
+def _choose(q, k, coarse, selection, tables, causal, strategy, group):
+    """What `attend` takes: parts that are here, those that have arrived, and what follows."""
+    with torch.no_grad():
+        ranks = Ranks(group, coarse)
+        chosen = selection.choose(q, k, coarse[0], tables, ranks)
+        here, remote = parts_of(chosen, tables, causal, strategy, group)
+        return here, ranks.arrived, remote
+
+
+def parts_of(chosen, tables, causal, strategy, group):
+    """(parts of local and then of coarse keys, what follows of other ranks: see block_parts). chosen: what a selection
+    chose of blocks of keys and of blocks of coarse keys, or None, and the rule of single queries where it has one."""
+    fine, coarse, *rule = chosen
+    local, remote = block_parts(fine, tables, causal, strategy, group, *rule)
+    if coarse is None:
+        return [local], remote
+    options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True}
+    plan = BlockPlan.of(tables.queries.local, tables.coarse_blocks, coarse, **options)
+    return [local, Part(plan, coarse=True)], remote
+
+
+def attend(q, local, coarse, here, fetched, remote, group, scale):
+    """(out, lse, parts, keys and values that arrived, part after part). local, coarse: keys and values; here, remote:
+    what parts_of gives; fetched: (part, keys, values) that have arrived. What is here is queued before the host waits
+    for anything."""
+    out, lse, arrived, parts = None, None, [], []
+
+    def add(part, keys, values):
+        nonlocal out, lse
+        parts.append(part)
+        form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
+        if not q.shape[0] or not len(part.plan.keys):
+            return
+        found = form.forward(q, keys, values, part.plan, scale)
+        if out is None:
+            out, lse = found
+        else:
+            count = len(here) + len(fetched) + (len(remote) if isinstance(remote, list) else 1)
+            out = out.to(_sum_dtype(q, count))
+            merge(out, lse, *found)
+
+    coming = remote[0].start(*local, group) if isinstance(remote, list) and remote else None
+    for part in here:
+        add(part, *(coarse if part.coarse else local))
+    for part, *tensors in fetched:
+        arrived += tensors
+        add(part, *tensors)
+    if isinstance(remote, Request):
+        remote, *coming = remote.parts(*local)
+    for number, part in enumerate(remote):
+        pending, *tensors = coming
+        pending.wait()
+        if number + 1 < len(remote):
+            coming = remote[number + 1].start(*local, group)
+        arrived += tensors
+        add(part, *tensors)
     if out is None:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
     return out.to(q.dtype), lse, parts, arrived
 
 
-def gradients_of(d_out, q, local, coarse, out, lse, arrived, parts, group, scale):
-    """Gradients of q, local keys and values, coarse keys and values."""
-    dq, d_local, d_coarse, returning, arrived = None, None, (None, None), [], list(arrived)
-    for number, part in enumerate(parts):
-        keys, values = local if number == 0 else coarse if part.coarse else (arrived.pop(0), arrived.pop(0))
+def gradients_of(d_out, q, local, coarse, out, lse, arrived, parts, group, scale, branch=None, work=None):
+    """Gradients of q, local keys and values, in at least fp32 where several are added, and of coarse keys and values.
+    What arrived comes first: its gradients are on their way back while those of what is here are made. work: of the
+    branch, or None; its gradients of what arrived go back with the others, those of local tensors are left out."""
+    dq, own, returning, arrived = None, {False: local, True: (None, None)}, [], list(arrived)
+    for part in reversed(parts):
+        values, keys = (arrived.pop(), arrived.pop()) if part.remote else (coarse if part.coarse else local)[::-1]
         if not q.shape[0] or not len(part.plan.keys):
             gradients = torch.zeros_like(keys), torch.zeros_like(values)
         else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
             found, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale)
-            dq = found.to(_sum_dtype(q, parts)) if dq is None else dq.add_(found)
-        if number == 0:
-            d_local = gradients
-        elif part.coarse:
-            d_coarse = gradients
-        else:
-            returning.append((part, *part.start_return(gradients, keys.dtype, group)))
-    if returning:
-        d_local = [x.to(_wide(q)) for x in d_local]
+            dq = found.to(_sum_dtype(q, len(parts))) if dq is None else dq.add_(found)
+        if not part.remote:
+            own[part.coarse] = gradients
+            continue
+        if work is not None and branch.rest and keys.shape[0]:
+            gradients = branch.part_gradients(part, keys, values, work, gradients)
+        returning.insert(0, (part, *part.start_return(gradients, keys.dtype, group)))
     for part, pending, returned in returning:
         pending.wait()
-        part.add_returned(returned, d_local)
-    dq = torch.zeros_like(q) if dq is None else dq.to(q.dtype)
-    return dq, *(x.to(y.dtype) for x, y in zip(d_local, local)), *d_coarse
+        own[part.coarse] = [x.to(_wide(q)) for x in own[part.coarse]]
+        part.add_returned(returned, own[part.coarse])
+    return [torch.zeros_like(q) if dq is None else dq, *own[False], *own[True]]
 
 
-def _sum_dtype(x, parts):
+def _sum_dtype(x, num_parts):
     """What results of parts are added in: with two, their sum is rounded once in any case."""
-    return _wide(x) if len(parts) > 2 else x.dtype
+    return _wide(x) if num_parts > 2 else x.dtype
 
 
 def _wide(x):

@@ -11,13 +11,15 @@ import argparse
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from longspan.attention import softmax_attention
+from longspan.attention import softmax, softmax_attention
 from longspan.attention.moved import pairs_per_rank
 from longspan.benchmarks.calibrate import (
     add_arguments,
@@ -30,11 +32,12 @@ from longspan.benchmarks.calibrate import (
 from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.emulated_nodes import run_on_emulated_nodes
 from longspan.benchmarks.length_mixes import MIXES, draw
-from longspan.benchmarks.ranks import Ranks, join
+from longspan.benchmarks.ranks import Ranks, join, layer_step
 from longspan.launcher.calibration import read_costs
 from longspan.launcher.errors import UserError
 from longspan.launcher.parsing import parse_tokens
-from longspan.parallel import SequenceParallel, Topology
+from longspan.parallel import SequenceParallel, Topology, routes
+from longspan.parallel.exchange import Pending
 
 # name: (base layout, strategy)
 SCHEMES = {
@@ -125,7 +128,33 @@ def time_scheme(ranks: Ranks, scheme: str, lengths, arguments, costs, dtype) -> 
     received = torch.tensor(traffic.received, dtype=torch.float64, device=ranks.device)
     dist.all_reduce(received, dist.ReduceOp.MAX, mesh.sp_group)
     pairs = pairs_per_rank(seq, arguments.heads)
-    return {"ms": times, "received_mib": received.item() / 2**20, "pairs": max(pairs) * len(pairs) / sum(pairs)}
+    found = {"ms": times, "received_mib": received.item() / 2**20, "pairs": max(pairs) * len(pairs) / sum(pairs)}
+    if arguments.exposed:
+        with without_transfers():
+            alone = ranks.measure(step)
+        shape = arguments.heads, arguments.kv_heads, arguments.head_dim
+        layer = ranks.measure(layer_step("softmax", *shape, seq, dtype, ranks.device))
+        found |= {"without_transfers_ms": alone, "layer_ms": layer}
+        exposed = times["forward+backward"] - alone["forward+backward"]
+        found["exposed_of_layer"] = exposed / layer["forward+backward"]
+    return found
+
+
+@contextmanager
+def without_transfers():
+    """Every kernel runs, on what happens to be in memory, and nothing is sent: what is saved was exposed."""
+
+    def exchange(sends, receives, group):
+        return Pending((), [x for _, x in receives])
+
+    def all_to_all(x, send_counts, receive_counts, group):
+        return x.new_zeros(sum(receive_counts), *x.shape[1:])
+
+    with (
+        mock.patch.object(softmax, "start_exchange", exchange),
+        mock.patch.object(routes, "all_to_all_rows", all_to_all),
+    ):
+        yield
 
 
 def batch(mix: str, tokens: int, seed: int) -> tuple[int, ...]:
@@ -143,7 +172,10 @@ def progress(row: dict) -> str:
     if "error" in row:
         return f"{where}: {row['error']}"
     shown = f"{row['ms']['forward+backward']:.2f} ms, {row['received_mib']:.1f} MiB received"
-    return f"{where}: {shown}, pairs {row['pairs']:.2f}, {row['of_ideal']:.0%} of ideal"
+    shown += f", pairs {row['pairs']:.2f}, {row['of_ideal']:.0%} of ideal"
+    if "exposed_of_layer" in row:
+        shown += f", transfers exposed for {row['exposed_of_layer']:.1%} of a layer"
+    return f"{where}: {shown}"
 
 
 def table(rows: list[dict]) -> str:
@@ -172,6 +204,9 @@ def parse_arguments(argv=None):
     add("--nodes", type=int, default=0, help="emulate as many nodes on this machine")
     add("--ranks-per-node", type=int, default=2, help=f"of emulated nodes {default}")
     add("--megabits", type=float, default=200.0, help=f"per second, of an emulated rank's link {default}")
+    add(
+        "--exposed", action="store_true", help="time each scheme without its transfers, and within a decoder layer, too"
+    )
     add("--seed", type=int, default=0, help="of the lengths")
     add("--repetitions", type=int, default=20 if on_gpu else 5, help=default)
     add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {default}")

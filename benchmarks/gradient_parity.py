@@ -11,6 +11,7 @@ of parameters over all layers beside it: over eight numbers the ratio of two rou
 import argparse
 import re
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.ranks import join
 from longspan.launcher.config import Config
+from longspan.launcher.engines.fsdp2 import shard
 from longspan.launcher.parsing import parse_tokens
+from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.decoder import Decoder
-from longspan.models.parallelize import checkpoint_blocks, parallelize
+from longspan.models.parallelize import parallelize
 from longspan.parallel import SequenceParallel
 
 LIMIT = 1.5
@@ -84,13 +87,13 @@ def _batch(config, num_tokens, device):
 
 
 def _exact(model):
-    checkpoint_blocks(model)
+    checkpoint_blocks(model, "full")
     return model.double()
 
 
 def _sharded(model, mesh):
-    return parallelize(model, fsdp_mesh=mesh, checkpointing="full", compile=False, param_dtype=torch.bfloat16,
-                       reduce_dtype=torch.float32)  # fmt: skip
+    over_ranks = partial(shard, mesh=mesh, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return parallelize(model, shard=over_ranks, checkpointing="full", compile=False)
 
 
 def _gradients(config, batch, sequence_parallel, prepare, device):

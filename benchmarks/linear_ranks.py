@@ -21,12 +21,9 @@ from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.head_parallel import HEAD_PARALLEL, HeadParallel
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.benchmarks.linear_parity import drift, parity
-from longspan.benchmarks.ranks import DIRECTIONS, Ranks, join
+from longspan.benchmarks.ranks import DIRECTIONS, Ranks, join, layer_step
 from longspan.launcher.parsing import parse_tokens
 from longspan.models import mixers
-from longspan.models.config import ModelConfig
-from longspan.models.decay import ScalarGate
-from longspan.models.decoder import Decoder
 from longspan.parallel.scan import TRANSPORTS
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -48,31 +45,6 @@ def operator_step(problem: Problem, attend):
     return step
 
 
-def layer_step(problem: Problem, seq):
-    """A step that runs a whole decoder layer, its gradients included; without gradient reduction over ranks."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=256, num_layers=1, hidden_size=problem.heads * problem.head_dim, num_heads=problem.heads,
-        pattern=[LAYER_KINDS[problem.family]],
-    )  # fmt: skip
-    block = Decoder(config).blocks[0].to(problem.device, problem.dtype)
-    for module in block.modules():
-        if isinstance(module, ScalarGate):
-            module.float()
-    x = torch.randn(problem.tokens, config.hidden_size, dtype=problem.dtype, device=problem.device, requires_grad=True)
-    d_out = torch.randn_like(x)
-    leaves = [x, *block.parameters()]
-
-    def step(mark):
-        mark()
-        out = block(x, None, seq)
-        mark()
-        torch.autograd.grad(out, leaves, d_out)
-        mark()
-
-    return step
-
-
 def time_case(ranks: Ranks, problem: Problem, layout: str, strategy: str | None, layer: bool) -> dict:
     """Times of one strategy; without one, of the rank alone on its local tokens, all ranks at once."""
     if strategy is None:
@@ -87,7 +59,8 @@ def time_case(ranks: Ranks, problem: Problem, layout: str, strategy: str | None,
         if layer:
             if attend is not None:
                 stack.enter_context(mock.patch.object(mixers, "linear_attention", attend))
-            step = layer_step(problem, seq)
+            shape = problem.heads, problem.heads, problem.head_dim
+            step = layer_step(LAYER_KINDS[problem.family], *shape, seq, problem.dtype, problem.device)
         else:
 
             def on_spans(q, k, v, **gates):

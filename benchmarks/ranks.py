@@ -10,6 +10,10 @@ import torch
 import torch.distributed as dist
 
 from longspan.benchmarks.linear_worker import describe
+from longspan.models.config import ModelConfig
+from longspan.models.decay import ScalarGate
+from longspan.models.decoder import Decoder
+from longspan.models.rope import rotary_angles
 from longspan.parallel import SequenceParallel
 from longspan.parallel.mesh import Mesh, build_mesh
 
@@ -23,6 +27,33 @@ def join(device: str, timeout_s: float = 120.0) -> Mesh:
         found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(found)
     return build_mesh(sp=0, sharding="fsdp", device=found, timeout_s=timeout_s)
+
+
+def layer_step(kind: str, heads: int, kv_heads: int, head_dim: int, seq, dtype, device, **settings):
+    """A step, as `Ranks.measure` takes it, of a whole decoder layer on this rank's tokens of `seq`, its gradients
+    included; without gradient reduction over ranks. settings: others of the model."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=256, num_layers=1, hidden_size=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads,
+        pattern=[kind], **settings,
+    )  # fmt: skip
+    block = Decoder(config).blocks[0].to(device, dtype)
+    for module in block.modules():
+        if isinstance(module, ScalarGate):
+            module.float()
+    x = torch.randn(seq.num_tokens_local, config.hidden_size, dtype=dtype, device=device, requires_grad=True)
+    d_out, leaves = torch.randn_like(x), [x, *block.parameters()]
+    rotary = {"base": config.rope_base, "scaling": config.rope_scaling, "dtype": torch.float32}
+    angles = rotary_angles(seq.positions, config.head_size, **rotary)
+
+    def step(mark):
+        mark()
+        out = block(x, angles, seq)
+        mark()
+        torch.autograd.grad(out, leaves, d_out)
+        mark()
+
+    return step
 
 
 class Ranks:

@@ -116,7 +116,7 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0, help="of the inputs")
     add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu", help=default)
     arguments = parser.parse_args(argv)
-    for name, least in (("tokens", 256), ("heads", 1), ("kv_heads", 1), ("head_dim", 1)):
+    for name, least in (("tokens", 512), ("heads", 1), ("kv_heads", 1), ("head_dim", 1)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least {least}")
     if arguments.heads % arguments.kv_heads:

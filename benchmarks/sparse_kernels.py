@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from longspan.attention import Hierarchical, TopBlocks, sparse, sparse_attention
+from longspan.attention.gather_rows import Ranks
 from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.linear_worker import describe, launched_kernels, time_calls
 from longspan.kernels import softmax
@@ -146,20 +147,20 @@ class Bench:
 
         def choose():
             coarse = self.selection.coarse(k, v, tables, lambda x: x)
-            return coarse, self.selection.choose(q, k, coarse[0], tables, lambda x: x)
+            return coarse, self.selection.choose(q, k, coarse[0], tables, Ranks())
 
         def plan(chosen):
-            return sparse.parts_of(chosen, tables, False, "auto", None)
+            return sparse.parts_of(chosen, tables, False, "auto", None)[0]
 
         with torch.no_grad():
             coarse, chosen = choose()
             parts = plan(chosen)
-            out, lse, *_ = sparse.attend(q, (k, v), coarse, parts, None, self.scale)
+            out, lse, *_ = sparse.attend(q, (k, v), coarse, parts, [], [], None, self.scale)
             calls = {
                 "select": choose,
                 "rows": lambda: plan(chosen),
                 "columns": lambda: [BlockPlan.columns.func(part.plan) for part in parts],
-                "kernels_forward": lambda: sparse.attend(q, (k, v), coarse, parts, None, self.scale),
+                "kernels_forward": lambda: sparse.attend(q, (k, v), coarse, parts, [], [], None, self.scale),
                 "kernels_backward": lambda: sparse.gradients_of(
                     d_out, q, (k, v), coarse, out, lse, (), parts, None, self.scale
                 ),

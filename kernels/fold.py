@@ -19,9 +19,9 @@ MAX_KEYS = 128  # rows of a state whose columns stay on chip under a matrix
 def fold_chains(states, transition, chains, initial=None):
     """Runs every chain and writes what it has reached at the places it names. Returns [chains.num_out, H, K, V].
 
-    states: [R, H, K, V], or None for zeros under matrices; transition: of those R rows, see above; initial:
-    [I, H, K, V] or None. chains: sources and targets, int32 [N, L], and initial, int32 [N]; -1 is none, and a target
-    occurs once. Chain n:
+    states: [R, H, K, V], or None for zeros under matrices; without matrices also in bf16, which is added up in fp32.
+    transition: of those R rows, see above; initial: [I, H, K, V] or None. chains: sources and targets, int32 [N, L],
+    and initial, int32 [N]; -1 is none, and a target occurs once. Chain n:
 
         E = initial[chains.initial[n]], or 0
         for each column l:   out[targets[n, l]] = E, then E = A(E) + states[sources[n, l]]
@@ -47,23 +47,24 @@ def summarize(states, transition, chains):
 
 def _fits_triton(states, transition) -> bool:
     wide = transition is not None and transition.ndim == 4 and transition.shape[-1] > MAX_KEYS
-    return states.is_cuda and states.dtype == torch.float32 and not wide
+    return states.is_cuda and states.dtype in (torch.float32, torch.bfloat16) and not wide
 
 
 def fold_chains_naive(states, transition, chains, initial=None):
     """fold_chains in plain PyTorch: any device, dtype and width."""
     num_chains, length = chains.sources.shape
     example = initial if states is None else states
-    reached = example.new_zeros(num_chains, *example.shape[1:])
+    dtype = torch.promote_types(example.dtype, torch.float32)
+    reached = example.new_zeros(num_chains, *example.shape[1:], dtype=dtype)
     if initial is not None:
         started = (chains.initial >= 0).nonzero().flatten()
         reached[started] = initial[chains.initial[started]]
-    out = example.new_empty(chains.num_out, *example.shape[1:])
+    out = reached.new_empty(chains.num_out, *example.shape[1:])
     for targets, sources in zip(chains.targets.unbind(1), chains.sources.unbind(1)):
         writing, passing = (targets >= 0).nonzero().flatten(), (sources >= 0).nonzero().flatten()
         out[targets[writing]] = reached[writing]
         rows = sources[passing]
-        state = example.new_zeros(()) if states is None else states[rows]
+        state = reached.new_zeros(()) if states is None else states[rows].to(dtype)
         reached[passing] = step(state, None if transition is None else transition[rows], reached[passing])
     return out
 

@@ -10,15 +10,16 @@ BLOCK_V = 16  # columns of a state per program, where transitions are matrices
 
 
 def fold_chains_triton(states, transition, chains, initial=None, *, compose=False):
-    """See kernels.fold.fold_chains and, for the second result (None unless `compose`), kernels.fold.summarize. fp32;
-    each row of `states` and of `initial` is contiguous, rows need not be."""
+    """See kernels.fold.fold_chains and, for the second result (None unless `compose`), kernels.fold.summarize. fp32,
+    states without matrices also bf16; each row of `states` and of `initial` is contiguous, rows need not be."""
     example = initial if states is None else states
     _, heads, keys, values = example.shape
     num_chains, length = chains.sources.shape
-    assert all(x is None or x.dtype == torch.float32 for x in (states, transition, initial)), example.dtype
+    assert all(x is None or x.dtype == torch.float32 for x in (transition, initial)), example.dtype
+    assert states is None or states.dtype in (torch.float32, torch.bfloat16), states.dtype
     assert all(x is None or x[:1].is_contiguous() for x in (states, initial)), example.stride()
     assert all(x.is_contiguous() and x.dtype == torch.int32 for x in (chains.sources, chains.targets, chains.initial))
-    out, composed = example.new_empty(chains.num_out, heads, keys, values), None
+    out, composed = example.new_empty(chains.num_out, heads, keys, values, dtype=torch.float32), None
     if compose:
         composed = transition.new_empty(num_chains, *transition.shape[1:])
     if 0 in (num_chains, length, out.numel()):
@@ -86,7 +87,7 @@ def fold_kernel(
             reached *= tl.exp(decay)
             if composed_ptr is not None:
                 passed += decay
-        reached += state
+        reached += state.to(tl.float32)
         source, state = next_source, next_state
     if composed_ptr is not None:
         tl.store(composed_at, passed, mask=writes)

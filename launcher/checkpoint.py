@@ -16,12 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from longspan.launcher.agreement import decide
 from longspan.launcher.config import Config
+from longspan.launcher.engines import Engine
 from longspan.launcher.errors import UserError
 from longspan.models.config import ModelConfig
 
@@ -122,36 +121,25 @@ def warn_about_data(info: Info, config: Config) -> None:
         log.warning("the data order is another one than the checkpoint's, since %s changed", ", ".join(changed))
 
 
-def load(info: Info, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Loads parameters, optimizer state and random state into `model` and `optimizer`, sharded as they are now.
+def load(info: Info, engine: Engine) -> None:
+    """Loads parameters, optimizer state and random state into `engine`, sharded as they are now.
 
     Collective. Settings of the optimizer (rates, betas, decay) stay as they are. The random state returns on the
     same number of ranks only; on another it is drawn from the step. Raises UserError on all ranks when it fails.
     """
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = engine.state_dict()
     try:
-        dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=info.path)
+        dcp.load(state, checkpoint_id=info.path)
     except CheckpointException as error:
         raise UserError(_damaged(info.path, _first_failure(error))) from None
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    engine.load_state_dict(state)
     if info.world_size == dist.get_world_size():
         _set_random_state(torch.load(info.path / _rng_file(dist.get_rank()), weights_only=True))
     else:
         torch.manual_seed(info.config["run"]["seed"] + info.step)
 
 
-def save(
-    run_dir: Path,
-    config: Config,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    step: int,
-    data: dict[str, Any],
-) -> Path:
+def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict[str, Any]) -> Path:
     """Saves the state after `step` optimizer steps and deletes what checkpoint.keep_last no longer covers.
 
     Collective; `run_dir` is the same folder for every rank. Raises UserError on all ranks when it cannot be written.
@@ -159,9 +147,9 @@ def save(
     final = run_dir / "checkpoints" / f"step-{step:08d}"
     partial = final.with_name(f".saving-{final.name}")
     decide(lambda: _prepare(partial))
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = engine.state_dict()
     try:
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+        dcp.save(state, checkpoint_id=partial)
     except CheckpointException as error:
         failure = _first_failure(error)
         if not isinstance(failure, OSError):

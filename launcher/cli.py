@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import longspan
+from longspan.launcher.allocator import set_allocator
 from longspan.launcher.config import Config, shipped_configs
 from longspan.launcher.errors import UserError, main_guard
 from longspan.launcher.parsing import describe, parse_tokens, settings_of
@@ -41,6 +42,7 @@ def train_main(argv: list[str] | None = None) -> None:
 
 def train(argv: list[str]) -> None:
     """Trains as the arguments say. Raises UserError for arguments and settings that do not fit."""
+    set_allocator()
     config = train_config(argv)
     from longspan.launcher.trainer import run  # imports torch, which `--help` need not wait for
 

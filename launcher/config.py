@@ -12,7 +12,7 @@ import yaml
 
 from longspan.launcher.errors import UserError
 from longspan.launcher.parsing import parse_override, parse_tokens, read_yaml, update
-from longspan.models.config import ModelConfig
+from longspan.models.config import ModelConfig, is_of_kind
 from longspan.models.settings import Tokens, setting
 
 __all__ = [
@@ -69,6 +69,12 @@ class ParallelConfig:
 
     sp: int = setting(0, "ranks that share one sequence; 0: all ranks")
     sharding: Literal["fsdp", "hsdp"] = setting("fsdp", "parameters sharded over all ranks, or inside nodes (hsdp)")
+    engine: Literal["fsdp2", "ddp", "deepspeed"] = setting(
+        "fsdp2", "what stores and trains the model: fsdp2 shards it, ddp keeps whole copies, deepspeed is ZeRO"
+    )
+    zero_stage: int = setting(3, "with deepspeed, what is sharded: 1 optimizer state, 2 gradients too, 3 weights too")
+    zero_offload_optimizer: bool = setting(False, "with deepspeed: optimizer state and update on the host's CPU")
+    zero_offload_parameters: bool = setting(False, "with deepspeed and zero_stage=3: weights in host memory")
     layout: Literal["auto", "contiguous", "zigzag"] = setting("auto", "which rank holds which tokens")
     linear: Literal["auto", "lasp2", "lasp", "all_scan", "hierarchical"] = setting(
         "auto", "how states of linear attention travel between ranks"
@@ -87,6 +93,11 @@ class ParallelConfig:
         "auto", "kernel of softmax attention; auto: the fastest that is installed and fits"
     )
 
+    @property
+    def mesh_sharding(self) -> str:
+        """`sharding`, or "none" with the engine that keeps all parameters on every rank."""
+        return "none" if self.engine == "ddp" else self.sharding
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
@@ -101,6 +112,9 @@ class OptimConfig:
     beta2: float = setting(0.95, "decay of Adam's second moment")
     eps: float = setting(1e-8, "Adam's epsilon")
     clip_grad_norm: float = setting(1.0, "larger gradient norms are scaled down to this; 0: never")
+    offload: Literal["none", "cpu"] = setting(
+        "none", "cpu: fp32 parameters, gradients and optimizer state in (pinned) host memory, updated by the CPU"
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,7 +124,19 @@ class TrainConfig:
     steps: int = setting(1000, "optimizer steps of the whole run")
     global_batch: int = setting(1, "samples per optimizer step, over all ranks")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of compute; master weights are always float32")
-    checkpointing: Literal["none", "full"] = setting("none", "activation recompute: no layer, or every layer")
+    reduce_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "dtype in which gradients are summed over ranks; bfloat16 only with train.dtype=bfloat16"
+    )
+    checkpointing: Literal["none", "full", "selective"] = setting(
+        "none", "what layers compute again in the backward: none, full: all but attention, selective: no projections"
+    )
+    checkpoint_layers: list[str] = setting(
+        [], "kinds of layers that train.checkpointing is for, such as [softmax] or [linear]; empty: all layers"
+    )
+    offload_activations: bool = setting(False, "what checkpointed layers keep waits in (pinned) host memory")
+    mlp_tile: Tokens = setting(
+        0, "tokens for which an MLP is computed at once, again in the backward; smaller: less memory; 0: all tokens"
+    )
     compile: bool = setting(False, "compile each layer with torch.compile")
     timeout_s: int = setting(600, "seconds a rank waits for the others before the run is given up")
 
@@ -179,6 +205,7 @@ class Config:
         except ValueError as error:
             raise UserError(str(error)) from None
         self._validate_ranges()
+        self._validate_engine()
         {"text": self._validate_text, "images": self._validate_images}[self.model.task]()
         if world_size is not None:
             self._validate_ranks(world_size)
@@ -187,8 +214,8 @@ class Config:
         for path in ("train.steps", "train.global_batch", "train.timeout_s", "data.seq_len", "data.prefetch",
                      "checkpoint.keep_last", "log.interval", "log.validation_samples"):  # fmt: skip
             _require(self._get(path) >= 1, f"{path}={self._get(path)}: use 1 or more")
-        for path in ("parallel.sp", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad_norm", "run.seed",
-                     "checkpoint.interval", "log.validation_interval"):  # fmt: skip
+        for path in ("parallel.sp", "train.mlp_tile", "optim.warmup_steps", "optim.weight_decay", "run.seed",
+                     "optim.clip_grad_norm", "checkpoint.interval", "log.validation_interval"):  # fmt: skip
             _require(self._get(path) >= 0, f"{path}={self._get(path)}: use 0 or more")
         for path in ("optim.lr", "optim.eps"):
             _require(self._get(path) > 0, f"{path}={self._get(path)}: use a number above 0")
@@ -196,6 +223,60 @@ class Config:
             _require(0 <= self._get(path) < 1, f"{path}={self._get(path)}: use a number from 0 to below 1")
         _require(self.parallel.token_cap >= 1, f"parallel.token_cap={self.parallel.token_cap}: use 1 or more")
         _require(0 <= self.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.optim.min_lr_ratio}: use 0 to 1")
+        self._validate_memory()
+
+    def _validate_memory(self) -> None:
+        train, kinds = self.train, dict.fromkeys(self.model.layer_kinds)
+        _require(
+            train.reduce_dtype == "float32" or train.dtype == "bfloat16",
+            f"train.reduce_dtype={train.reduce_dtype} would round the gradients of train.dtype={train.dtype}: use "
+            "train.reduce_dtype=float32, or train.dtype=bfloat16",
+        )
+        for name in ("checkpoint_layers", "offload_activations"):
+            _require(
+                train.checkpointing != "none" or not getattr(train, name),
+                f"train.{name} is for checkpointed layers, but train.checkpointing=none: use full or selective",
+            )
+        for entry in train.checkpoint_layers:
+            _require(
+                any(is_of_kind(kind, entry) for kind in kinds),
+                f"train.checkpoint_layers has {entry}, but no layer is of that kind: use some of {', '.join(kinds)}",
+            )
+
+    def _validate_engine(self) -> None:
+        parallel = self.parallel
+        engine, stage = parallel.engine, parallel.zero_stage
+        _require(
+            engine == "fsdp2" or parallel.sharding == "fsdp",
+            f"parallel.sharding={parallel.sharding} is for parallel.engine=fsdp2, not {engine}: leave it out",
+        )
+        _require(stage in (1, 2, 3), f"parallel.zero_stage={stage}: use 1, 2 or 3")
+        default = ParallelConfig()
+        for name in ("zero_stage", "zero_offload_optimizer", "zero_offload_parameters"):
+            _require(
+                engine == "deepspeed" or getattr(parallel, name) == getattr(default, name),
+                f"parallel.{name} is for parallel.engine=deepspeed, not {engine}: leave it out",
+            )
+        _require(
+            stage == 3 or not parallel.zero_offload_parameters,
+            f"parallel.zero_offload_parameters=true needs parallel.zero_stage=3, not {stage}: below, weights are whole",
+        )
+        _require(
+            engine != "deepspeed" or stage < 3 or not self.train.compile,
+            "train.compile=true cannot trace the hooks of parallel.zero_stage=3: use 1 or 2, or parallel.engine=fsdp2",
+        )
+        for name, given in (
+            ("optim.offload=cpu", self.optim.offload == "cpu"),
+            ("train.reduce_dtype=bfloat16", self.train.reduce_dtype != "float32"),
+            ("train.mlp_tile", self.train.mlp_tile > 0),
+            ("train.offload_activations=true", self.train.offload_activations),
+            ("train.checkpointing=selective", self.train.checkpointing == "selective"),
+        ):
+            _require(
+                engine != "deepspeed" or not given,
+                f"{name} is for parallel.engine=fsdp2 and ddp; leave it out with deepspeed, which has"
+                " parallel.zero_offload_optimizer and zero_offload_parameters",
+            )
 
     def _validate_text(self) -> None:
         data = self.data

@@ -17,6 +17,8 @@ import longspan
 from longspan.launcher.errors import UserError
 from longspan.parallel.mesh import Mesh
 
+PACKAGES = ("numpy", "triton", "megatron-core", "flash-attn-4", "deepspeed")
+
 
 def choose_device(setting: str) -> torch.device:
     """The device of this process for run.device; torchrun's LOCAL_RANK picks the GPU. Raises UserError."""
@@ -50,7 +52,7 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-        "packages": {name: _version(name) for name in ("numpy", "triton", "megatron-core", "flash-attn-4")},
+        "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "world_size": mesh.world_size,
         "dp": mesh.dp,

@@ -26,8 +26,8 @@ from longspan.launcher.gpus import (
     Cluster,
 )
 from longspan.models.activations import GRADIENTS, LOSS, Measured, measure
+from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.flops import model_flops
-from longspan.models.parallelize import checkpoint_blocks
 from longspan.parallel.costs import KEY_PASSES, token_bytes, visible_share
 from longspan.parallel.geometry import Mask
 from longspan.parallel.layout import Span
@@ -135,8 +135,11 @@ class Job:
 
     def prepare(self, model: nn.Module) -> None:
         """What `parallelize` does that changes what layers keep."""
-        if self.config.train.checkpointing == "full":
-            checkpoint_blocks(model)
+        train = self.config.train
+        for block in model.blocks:
+            block.mlp_tile = train.mlp_tile
+        if train.checkpointing != "none":
+            checkpoint_blocks(model, train.checkpointing, train.checkpoint_layers)
 
     def measure(self) -> Measured:
         """One micro-batch of a rank; gradients stay, sharded, from the first."""
@@ -229,7 +232,8 @@ def call_seconds(job: Job, call) -> float:
     if call.kind == "softmax":
         pairs, share = sum(call.detail.pairs(Span(0, 0, length), length) for length in job.lengths), 1.0
     else:
-        pairs = sum(call.detail.pairs(length, job.config.model.causal) for length in job.lengths)
+        direction = {} if job.config.model.causal else {"causal": False}
+        pairs = sum(call.detail.pairs(length, **direction) for length in job.lengths)
         share = SPARSE_SHARE[type(call.detail).__name__][call.backward]
     rates = gpu.attention[min(gpu.attention, key=lambda width: abs(width - call.key_size))]
     rate = rates[call.backward] if job.dtype == torch.bfloat16 else gpu.products_fp32

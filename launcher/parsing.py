@@ -151,6 +151,7 @@ _KINDS = {
     float: (_number, "a number"),
     bool: (_exactly(bool), "true or false"),
     str: (_exactly(str), "text"),
+    dict: (_exactly(dict), "a mapping such as {name: window, window: 4096}"),
     Tokens: (parse_tokens, "a number of tokens such as 131072, 128K or 2M"),
 }
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from longspan.launcher import checkpoint
 from longspan.launcher.agreement import decide
+from longspan.launcher.allocator import allocator_setting
 from longspan.launcher.batches import BatchLoader
 from longspan.launcher.calibration import load_costs
-from longspan.launcher.config import Config, OptimConfig
+from longspan.launcher.config import Config
+from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment
 from longspan.launcher.errors import UserError
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
@@ -40,7 +41,7 @@ def run(config: Config) -> None:
     device = choose_device(config.run.device)
     _set_up_log()
     mesh = build_mesh(
-        sp=config.parallel.sp, sharding=config.parallel.sharding, device=device, timeout_s=config.train.timeout_s
+        sp=config.parallel.sp, sharding=config.parallel.mesh_sharding, device=device, timeout_s=config.train.timeout_s
     )
     trainer = Trainer(config, mesh)
     trainer.train()
@@ -57,6 +58,7 @@ class Trainer:
         start = decide(lambda: checkpoint.find(self.run_dir, config.checkpoint.resume))
         if start is not None:
             checkpoint.check_model(start, config.model)
+        shard = find_engine(config, mesh)
         self.sequence_parallel = SequenceParallel(
             mesh.sp_group,
             mesh.sp_state_group,
@@ -75,18 +77,19 @@ class Trainer:
         with mesh.device:
             model = build_model(config.model)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.model = parallelize(
+        self.engine = parallelize(
             model,
-            fsdp_mesh=mesh.fsdp_mesh,
+            shard=shard,
             checkpointing=config.train.checkpointing,
             compile=config.train.compile,
-            param_dtype=None if config.train.dtype == "float32" else getattr(torch, config.train.dtype),
-            reduce_dtype=torch.float32,
+            checkpoint_layers=config.train.checkpoint_layers,
+            offload_activations=config.train.offload_activations,
+            mlp_tile=config.train.mlp_tile,
         )
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.model = self.engine.model
         self.step = 0
         if start is not None:
-            checkpoint.load(start, self.model, self.optimizer)
+            checkpoint.load(start, self.engine)
             self.loader.load_state_dict(start.data)
             self.step = start.step
         self.meter = StepMeter(config.model, mesh)
@@ -127,6 +130,8 @@ class Trainer:
             "up to " if config.data.packing == "documents" else "",
             f"{config.data.seq_len:,}",
         )
+        if mesh.device.type == "cuda":
+            log.info("GPU memory allocator: %s", allocator_setting())
         if self._start is not None:
             log.info("resumed from %s", self._start.path)
             checkpoint.warn_about_data(self._start, config)
@@ -159,14 +164,8 @@ class Trainer:
             self._report(keep=self._steps_in_flight)
             if self._due(self.config.checkpoint.interval) or self.step == steps:
                 self._report(keep=0)
-                path = checkpoint.save(
-                    self.run_dir,
-                    self.config,
-                    self.model,
-                    self.optimizer,
-                    step=self.step,
-                    data=self.loader.state_dict(),
-                )
+                data = self.loader.state_dict()
+                path = checkpoint.save(self.run_dir, self.config, self.engine, step=self.step, data=data)
                 log.info("saved %s", path)
         log.info("finished %d steps: %s", self.step, self.run_dir)
 
@@ -189,27 +188,13 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             batch_loss = self.model(*batch.inputs, batch.seq)
-            (batch_loss / num_labels).backward()
+            self.engine.backward(batch_loss / num_labels, last=batch is batches[-1])
             loss_sum += batch_loss.detach()
         table = self.meter.gather(loss_sum, batches)
         loss = table[:, 0].sum() / num_labels
-        grad_norm = self._clip_gradients()
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # What a gradient scaler uses: the fused kernel changes nothing when this is 1, without the host knowing.
-        self.optimizer.found_inf = 1.0 - (loss.isfinite() & grad_norm.isfinite()).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        grad_norm = self.engine.step(lr, loss)
         return self.meter.pending(self.step, lr, table, loss, grad_norm, begin, self.meter.mark())
-
-    def _clip_gradients(self) -> torch.Tensor:
-        """The norm of all gradients before clipping, the same on all ranks."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters]).full_tensor()
-        if self.config.optim.clip_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_grad_norm, norm)
-        return norm
 
     @torch.no_grad()
     def _validation_loss(self) -> torch.Tensor:
@@ -226,16 +211,6 @@ class Trainer:
             if self.mesh.is_main:
                 self._metrics.write(row)
                 self._progress.report(row)
-
-
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weights of one dimension (norms, biases, gates) do not decay."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
 
 def _set_up_log() -> None:

@@ -12,12 +12,17 @@ from longspan.models.families import LINEAR_FAMILIES, LinearFamily
 from longspan.models.settings import Tokens, setting
 
 SOFTMAX_KINDS = ("softmax", "softmax:window")
-SPARSE_KINDS = ("sla", "llsa")
+SPARSE_KINDS = ("sla", "llsa", "sparse")
 LINEAR_KINDS = tuple(f"linear:{family}" for family in LINEAR_FAMILIES)
 LAYER_KINDS = SOFTMAX_KINDS + SPARSE_KINDS + LINEAR_KINDS
 MAX_HEAD = 256  # widest keys and values that the kernels take
-BIDIRECTIONAL_KINDS = ("softmax", *SPARSE_KINDS, "linear:none")  # of models whose tokens have no direction
+BIDIRECTIONAL_KINDS = ("softmax", "sla", "llsa", "linear:none")  # of models whose tokens have no direction
 CHANNELS = 3  # of a pixel: red, green, blue
+
+
+def is_of_kind(kind: str, entry: str) -> bool:
+    """Whether `kind`, one of LAYER_KINDS, is `entry` or a variety of it, as linear:gla is of linear."""
+    return kind == entry or kind.startswith(f"{entry}:")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,9 +60,19 @@ class ModelConfig:
     sla_feature_map: str = setting(
         "softmax", "applied to queries and keys of the linear part of sla layers; a positive one, see feature_map"
     )
+    sla_linear: Literal["all", "rest"] = setting(
+        "all",
+        "what the linear part of sla layers covers: all tokens seen, as SLA's public code, or as its paper the rest,"
+        " blocks that are not chosen",
+    )
     llsa_block: int = setting(16, "tokens of a block in llsa layers, and rows of a level that make one of the next")
     llsa_keep: int = setting(8, "blocks chosen on every level in llsa layers")
     llsa_levels: int = setting(2, "levels of means in llsa layers; cost grows like tokens / llsa_block ^ llsa_levels")
+    sparse_selection: dict = setting(
+        {},
+        "what sparse layers attend to: a name (top, hierarchical, window, radial, antidiagonal, tokens, compressed or"
+        " lists) and its settings, see docs/sparse-attention.md, such as {name: window, window: 4096}",
+    )
     linear_family: Literal[tuple(LINEAR_FAMILIES)] = setting("fixed", "the family that `linear` in the pattern means")
     decay_slopes: Literal["lightning", "retention"] = setting(
         "lightning", "decay rates of linear:fixed: lightning (slower in later layers) or retention (longer memory)"
@@ -138,9 +153,12 @@ class ModelConfig:
     def selection(self, kind: str):
         """What a layer of a sparse kind attends to, a selection of longspan.attention."""
         from longspan.attention import Hierarchical, TopBlocks
+        from longspan.models.selections import build_selection
 
         if kind == "sla":
             return TopBlocks(self.sla_keep, self.sla_query_block, self.sla_key_block)
+        if kind == "sparse":
+            return build_selection(self.sparse_selection)
         return Hierarchical(self.llsa_block, self.llsa_keep, self.llsa_levels)
 
     def family(self, kind: str) -> LinearFamily:
@@ -174,7 +192,7 @@ class ModelConfig:
         for name in ("norm_eps", "init_std", "rope_base"):
             _require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be greater than 0")
         hints = get_type_hints(ModelConfig)
-        for name in ("task", "linear_family", "decay_slopes", "output_norm", "output_gate"):
+        for name in ("task", "linear_family", "decay_slopes", "output_norm", "output_gate", "sla_linear"):
             _require_choice(f"model.{name}", getattr(self, name), get_args(hints[name]))
         _require(len(self.pattern) > 0, "model.pattern is empty; give at least one layer, such as [linear, softmax]")
         for entry in self.pattern:
@@ -215,6 +233,7 @@ class ModelConfig:
             )
 
     def _validate_sparse(self) -> None:
+        from longspan.kernels.block_states.maps import MAPS
         from longspan.models.feature_maps import POSITIVE_FEATURE_MAPS
 
         for name, least in (("sla_query_block", 1), ("sla_key_block", 1), ("llsa_block", 2), ("llsa_keep", 1)):
@@ -226,6 +245,28 @@ class ModelConfig:
             f"model.sla_keep={self.sla_keep} must be a whole number of blocks, or a share between 0 and 1",
         )
         _require_choice("model.sla_feature_map", self.sla_feature_map, POSITIVE_FEATURE_MAPS)
+        if self.sla_linear == "rest":
+            _require(
+                self.sla_query_block % self.sla_key_block == 0,
+                f"model.sla_linear=rest needs whole blocks of keys in a block of queries, but model.sla_key_block="
+                f"{self.sla_key_block} does not divide model.sla_query_block={self.sla_query_block}",
+            )
+            _require(
+                self.sla_feature_map in MAPS,
+                f"model.sla_linear=rest maps keys of other ranks where they arrive, which"
+                f" model.sla_feature_map={self.sla_feature_map} with its weights per head cannot; use softmax or elu1",
+            )
+        if "sparse" not in self.pattern:
+            _require(
+                not self.sparse_selection,
+                f"model.sparse_selection={self.sparse_selection} is for sparse layers, of which model.pattern has none;"
+                " use sparse there, or model.sparse_selection={}",
+            )
+            return
+        try:
+            self.selection("sparse")
+        except ValueError as error:
+            raise ValueError(f"model.sparse_selection: {error}") from None
 
     def _validate_heads(self) -> None:
         divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]

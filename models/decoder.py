@@ -11,10 +11,13 @@ from longspan.models.config import ModelConfig
 from longspan.models.layers import RMSNorm, SwiGLU, init_weights
 from longspan.models.mixers import build_mixer
 from longspan.models.rope import Rotary, rotary_angles
+from longspan.models.tiles import feed_in_tiles
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): [T, D] -> [T, D]."""
+
+    mlp_tile = 0  # tokens for which the MLP is computed at once, see tiles.py; 0: all
 
     def __init__(self, config: ModelConfig, layer: int, kind: str):
         super().__init__()
@@ -25,6 +28,10 @@ class Block(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, rotary: Rotary, seq) -> torch.Tensor:
         x_TD = x_TD + self.mixer(self.mixer_norm(x_TD), rotary, seq)
+        return feed_in_tiles(self, (x_TD,), ()) if self.mlp_tile else self.feed(x_TD)
+
+    def feed(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The half of the block that is local to tokens."""
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
 

@@ -19,6 +19,7 @@ from longspan.models.decoder import Block
 from longspan.models.layers import RMSNorm, init_weights
 from longspan.models.morton import coordinates
 from longspan.models.rope import Rotary, image_angles
+from longspan.models.tiles import feed_in_tiles
 from longspan.parallel.layout import Layout
 
 TIME_FEATURES = 256
@@ -57,12 +58,17 @@ class ModulatedBlock(Block):
 
     def forward(self, x_TD, modulation_ND, member_TN, rotary: Rotary, seq) -> torch.Tensor:
         """modulation_ND: [N, 6 D], of every image; member_TN: 1 where a token belongs to an image, else 0."""
-        parts = (member_TN @ (modulation_ND + self.modulation)).chunk(6, -1)
-        shift_TD, scale_TD, gate_TD, mlp_shift_TD, mlp_scale_TD, mlp_gate_TD = parts
+        mixer_N3D, mlp_N3D = (modulation_ND + self.modulation).chunk(2, -1)
+        shift_TD, scale_TD, gate_TD = (member_TN @ mixer_N3D).chunk(3, -1)
         y_TD = self.mixer_norm(x_TD) * (1 + scale_TD) + shift_TD
         x_TD = x_TD + gate_TD * self.mixer(y_TD, rotary, seq)
-        y_TD = self.mlp_norm(x_TD) * (1 + mlp_scale_TD) + mlp_shift_TD
-        return x_TD + mlp_gate_TD * self.mlp(y_TD)
+        if self.mlp_tile:
+            return feed_in_tiles(self, (x_TD, member_TN), (mlp_N3D,))
+        return self.feed(x_TD, member_TN, mlp_N3D)
+
+    def feed(self, x_TD, member_TN, modulation_N3D) -> torch.Tensor:
+        shift_TD, scale_TD, gate_TD = (member_TN @ modulation_N3D).chunk(3, -1)
+        return x_TD + gate_TD * self.mlp(self.mlp_norm(x_TD) * (1 + scale_TD) + shift_TD)
 
 
 class DiffusionTransformer(nn.Module):

@@ -7,6 +7,7 @@ kernel computes instead: per token and head a write and a read of the state, 2 K
 more read, of what the state holds for the key. Decay is not counted, of whatever shape.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import lru_cache
@@ -48,9 +49,11 @@ def softmax_masks(config: ModelConfig) -> list[Mask]:
 def _sparse(config, kind, lengths):
     """Forward FLOPs of a sparse layer; of sla with its linear part, whose projection "matmul" counts for one head."""
     selection, heads, width, tokens = config.selection(kind), config.num_heads, config.head_size, sum(lengths)
-    flops = 4.0 * heads * width * sum(selection.pairs(length, config.causal) for length in lengths)
+    direction = {} if config.causal else {"causal": False}
+    flops = 4.0 * heads * width * sum(selection.pairs(length, **direction) for length in lengths)
     if kind == "sla":
-        flops += tokens * (4.0 * heads * width * (width + 1) + 2.0 * (heads - 1) * width * width)
+        states = heads + config.kv_heads  # reads and writes
+        flops += tokens * (2.0 * states * width * (width + 1) + 2.0 * (heads - 1) * width * width)
     return flops
 
 
@@ -68,14 +71,14 @@ def num_parameters(config: ModelConfig) -> int:
 
 def _sizes(config):
     # Dataclasses that may change are not hashable; this runs once per step.
-    return _measure(tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in asdict(config).items()))
+    return _measure(json.dumps(asdict(config)))
 
 
 @lru_cache
 def _measure(settings):
     """Counted on the module itself, built without memory, so that no second formula can disagree with it."""
     with torch.device("meta"):
-        model = build_model(ModelConfig(**dict(settings)))
+        model = build_model(ModelConfig(**json.loads(settings)))
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         # Vectors scale and shift. What has more dimensions (projections, convolutions, learned feature maps) multiplies

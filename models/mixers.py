@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from longspan.attention import linear_attention, softmax_attention, sparse_attention
+from longspan.attention import LinearBranch, linear_attention, softmax_attention, sparse_attention
+from longspan.kernels.block_states import MAPS
 from longspan.models.config import SOFTMAX_KINDS
 from longspan.models.convolution import ShortConvolution
 from longspan.models.decay import DECAYS, ScalarGate, decay_dtype
@@ -43,7 +44,7 @@ class SoftmaxMixer(nn.Module):
 
 
 class SparseMixer(SoftmaxMixer):
-    """The same over blocks of keys that are chosen block by block, with coarse keys for the rest (LLSA)."""
+    """The same over blocks of keys that a selection chooses, of llsa with coarse keys for the rest."""
 
     def __init__(self, config, layer: int, kind: str):
         super().__init__(config, layer, kind)
@@ -54,13 +55,15 @@ class SparseMixer(SoftmaxMixer):
 
 
 class SLAMixer(SparseMixer):
-    """Chosen blocks, and linear attention to all tokens through a projection that starts at zero (SLA, arXiv
-    2509.24006, as its public code has it: the linear part does not leave out what was chosen)."""
+    """Chosen blocks, and linear attention through a projection that starts at zero (SLA, arXiv 2509.24006): to all
+    tokens, as its public code has it, or as in the paper to the blocks that are not chosen."""
 
     def __init__(self, config, layer: int, kind: str):
         super().__init__(config, layer, kind)
-        self.q_map = build_feature_map(config.sla_feature_map, config.num_heads, self.head_size)
-        self.k_map = build_feature_map(config.sla_feature_map, config.kv_heads, self.head_size)
+        self.over, self.feature_map = config.sla_linear, config.sla_feature_map
+        if self.feature_map not in MAPS:
+            self.q_map = build_feature_map(self.feature_map, config.num_heads, self.head_size)
+            self.k_map = build_feature_map(self.feature_map, config.kv_heads, self.head_size)
         self.linear_weight = nn.Parameter(torch.empty(self.head_size, self.head_size))  # shared by all heads
         self.linear_bias = nn.Parameter(torch.empty(self.head_size))
 
@@ -69,13 +72,14 @@ class SLAMixer(SparseMixer):
         nn.init.zeros_(self.linear_bias)
 
     def attend(self, q_THK, k_THK, v_THK, seq):
-        k_map_THK, v_all_THK = (
-            x.repeat_interleave(q_THK.shape[1] // x.shape[1], 1) for x in (self.k_map(k_THK), v_THK)
+        given = self.linear_weight, self.linear_bias, self.over
+        if self.feature_map in MAPS:  # part of the kernels
+            linear = LinearBranch(*given, self.feature_map)
+        else:
+            linear = LinearBranch(*given, "identity", self.q_map(q_THK), self.k_map(k_THK))
+        return sparse_attention(
+            q_THK, k_THK, v_THK, selection=self.selection, linear=linear, causal=self.causal, seq=seq
         )
-        linear_THK = linear_attention(
-            self.q_map(q_THK), k_map_THK, v_all_THK, causal=self.causal, normalize=True, scale=1.0, seq=seq
-        )
-        return super().attend(q_THK, k_THK, v_THK, seq) + F.linear(linear_THK, self.linear_weight, self.linear_bias)
 
 
 class LinearMixer(nn.Module):
@@ -181,6 +185,7 @@ MIXERS = {
     **dict.fromkeys(SOFTMAX_KINDS, SoftmaxMixer),
     "sla": SLAMixer,
     "llsa": SparseMixer,
+    "sparse": SparseMixer,
     "linear:mamba2": Mamba2Mixer,
 }
 

@@ -6,47 +6,44 @@ block compiled around it would silently run uncompiled. No step changes a parame
 """
 
 import shutil
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
 
-from longspan.attention.recompute import checkpoint_contexts
-from longspan.models.decay import Gate
+from longspan.models.checkpointing import CHECKPOINTING, checkpoint_blocks
 
-CHECKPOINTING = ("none", "full")
+T = TypeVar("T")
 
 
 def parallelize(
     model: nn.Module,
     *,
-    fsdp_mesh: DeviceMesh,
+    shard: Callable[[nn.Module], T],
     checkpointing: str,
     compile: bool,
-    param_dtype: torch.dtype | None,
-    reduce_dtype: torch.dtype | None,
-) -> nn.Module:
-    """Prepares `model` in place for training on `fsdp_mesh` and returns it.
+    checkpoint_layers: Sequence[str] = (),
+    offload_activations: bool = False,
+    mlp_tile: int = 0,
+) -> T:
+    """Prepares `model` in place for training and returns what `shard` makes of it.
 
-    fsdp_mesh: one axis (parameters sharded over it) or two (copies along the first, shards along the second).
-    checkpointing: "none", or "full" to keep only each block's input and what attention would have to communicate for.
-    param_dtype, reduce_dtype: of the forward and backward, and of the gradient reduction; None keeps the parameters'
-    own. Parameters and gradients are stored in the parameters' own dtype. Gradients are summed over ranks.
+    checkpointing, checkpoint_layers, offload_activations: see `checkpointing.checkpoint_blocks`; "none" leaves it out.
+    mlp_tile: tokens for which a block's MLP is computed at once, 0 for all.
     ValueError for a setting that cannot be honoured.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"train.checkpointing={checkpointing!r} is unknown; allowed: {', '.join(CHECKPOINTING)}")
-    if fsdp_mesh.ndim not in (1, 2):
-        raise ValueError(f"fsdp_mesh has {fsdp_mesh.ndim} axes {fsdp_mesh.mesh_dim_names}; use 1 (FSDP) or 2 (HSDP)")
+    if offload_activations and checkpointing == "none":
+        raise ValueError("train.offload_activations=true is for what train.checkpointing keeps; set it to full")
+    for block in model.blocks:
+        block.mlp_tile = mlp_tile
     if compile:
-        compile_blocks(model, fsdp_mesh.device_type)
-    if checkpointing == "full":
-        checkpoint_blocks(model)
-    shard(model, fsdp_mesh, param_dtype, reduce_dtype)
-    return model
+        compile_blocks(model, next(model.parameters()).device.type)
+    if checkpointing != "none":
+        checkpoint_blocks(model, checkpointing, checkpoint_layers, offload_activations)
+    return shard(model)
 
 
 def compile_blocks(model: nn.Module, device_type: str) -> None:
@@ -55,33 +52,5 @@ def compile_blocks(model: nn.Module, device_type: str) -> None:
         raise ValueError("train.compile=true needs a C++ compiler on CPU; install g++ or set train.compile=false")
     for block in model.blocks:
         block.forward = torch.compile(block.forward)
-
-
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Blocks recompute their activations in the backward, without repeating communication or softmax attention."""
-    for block in model.blocks:
-        # No layer draws random numbers, so there is no generator state to restore.
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=checkpoint_contexts
-        )
-
-
-def shard(model: nn.Module, mesh: DeviceMesh, param_dtype, reduce_dtype) -> None:
-    """FSDP2 on every block and the root, also on one rank, so that one rank runs the same code."""
-    # Inputs are not cast: the rotary angles must stay in fp32, and everything else has the compute dtype already.
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    uncast = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    for block in model.blocks:
-        for module in block.modules():
-            if isinstance(module, Gate) and param_dtype is not None:
-                fully_shard(module, mesh=mesh, mp_policy=uncast, reshard_after_forward=False)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for name in model.called_by_name:
-        register_fsdp_forward_method(model, name)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is divided by the global label count, so ranks' gradients add up. Plain sums are also what gloo
-            # can do, and what NCCL does without an extra multiplication.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        if block.mlp_tile:  # called tile by tile, outside the graphs of `forward`
+            block.feed = torch.compile(block.feed)

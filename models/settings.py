@@ -11,8 +11,8 @@ Tokens = NewType("Tokens", int)
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with `default` and a one-line `help` text, kept in `field.metadata["help"]`.
 
-    A list default is copied for every instance. Choices are declared by the field's type: `Literal["a", "b"]`.
+    A list or dict default is copied for every instance. Choices are declared by the field's type: `Literal["a", "b"]`.
     """
-    if isinstance(default, list):
+    if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})

@@ -3,6 +3,10 @@
 `group` is a process group or None, which means one rank. Peers are numbered inside the group.
 """
 
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -20,6 +24,45 @@ def to_device(x: torch.Tensor, device) -> torch.Tensor:
     if x.device.type == "cpu" and torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+class ToHost:
+    """A small tensor on its way to the host, with all work queued before it."""
+
+    def __init__(self, x: torch.Tensor):
+        self._event = None
+        if x.is_cuda:
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = x
+
+    def wait(self) -> np.ndarray:
+        """The tensor's values. The host waits for them, not for work queued after them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy()
+
+    @contextmanager
+    def beside(self, *tensors):
+        """Queues the body behind the tensor, beside what was queued after it. tensors: those that the body reads and
+        that may be freed early. Yields a function that hands tensors made in the body over to the current stream."""
+        if self._event is None:
+            yield lambda *made: None
+            return
+        current = torch.cuda.current_stream()
+        stream = _second_stream(current.device)
+        stream.wait_event(self._event)
+        for x in tensors:
+            x.record_stream(stream)
+        with torch.cuda.stream(stream):
+            yield lambda *made: [x.record_stream(current) for x in made]
+
+
+@cache
+def _second_stream(device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
 
 
 class Pending:

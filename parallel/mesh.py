@@ -28,7 +28,7 @@ class Mesh:
     sp_group: dist.ProcessGroup
     sp_state_group: dist.ProcessGroup  # same ranks, own communicator: summaries never queue behind keys and values
     sp_topology: Topology  # which ranks of an SP group share a machine
-    fsdp_mesh: DeviceMesh  # 1-D over all ranks, or 2-D: replicas over machines, shards inside one
+    fsdp_mesh: DeviceMesh  # 1-D over all ranks, or 2-D: copies, then the shards of one copy
     device: torch.device
 
     @property
@@ -40,10 +40,13 @@ class Mesh:
         return self.dp_rank == 0 and self.sp_rank == 0
 
 
-def build_mesh(*, sp: int, sharding: Literal["fsdp", "hsdp"], device: torch.device, timeout_s: float = 600.0) -> Mesh:
+def build_mesh(
+    *, sp: int, sharding: Literal["fsdp", "hsdp", "none"], device: torch.device, timeout_s: float = 600.0
+) -> Mesh:
     """Joins the run (torchrun's environment; without it this process is the only rank) and forms its groups.
 
-    sp: ranks that share one sequence, 0 for all. device: this rank's device. timeout_s: limit of one collective.
+    sp: ranks that share one sequence, 0 for all. sharding: parameters sharded over all ranks (fsdp), inside machines
+    (hsdp), or whole on every rank (none). device: this rank's device. timeout_s: limit of one collective.
     Collective: every rank calls it with the same arguments. Raises ValueError when `sp` does not divide the ranks or
     `sharding="hsdp"` meets machines with unequal numbers of ranks.
     """
@@ -64,6 +67,8 @@ def build_mesh(*, sp: int, sharding: Literal["fsdp", "hsdp"], device: torch.devi
             sp_group, sp_state_group = group, state_group
     if sharding == "hsdp":
         shape, names = (world_size // ranks_per_machine, ranks_per_machine), ("replicate", "shard")
+    elif sharding == "none":
+        shape, names = (world_size, 1), ("replicate", "shard")
     else:
         shape, names = (world_size,), ("shard",)
     fsdp_mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)

@@ -44,6 +44,18 @@ class Chains:
     initial: torch.Tensor
     num_out: int
 
+    @classmethod
+    def of(cls, chains, num_out: int) -> "Chains":
+        """chains: (initial, [(source, target), ...]) of each."""
+        table = np.full((2, len(chains), max((len(chain) for _, chain in chains), default=0)), -1, np.int32)
+        for n, (_, chain) in enumerate(chains):
+            table[:, n, : len(chain)] = np.transpose(chain)
+        return cls(torch.from_numpy(table[0]), torch.from_numpy(table[1]), _int32([i for i, _ in chains]), num_out)
+
+    def map(self, move) -> "Chains":
+        """The same with every tensor passed through `move`."""
+        return _map(self, move)
+
 
 @dataclass(frozen=True)
 class Direction:
@@ -153,18 +165,11 @@ def _direction(members, sum_row, linked, entered, left) -> Direction:
     row[list(rows)], next_row[list(next_rows)] = list(rows.values()), list(next_rows.values())
     return Direction(
         _int32(sorted(needed)),
-        _chains(totals, len(linked)),
-        _chains(chains, num_rows),
+        Chains.of(totals, len(linked)),
+        Chains.of(chains, num_rows),
         torch.from_numpy(row),
         torch.from_numpy(next_row),
     )
-
-
-def _chains(chains, num_out) -> Chains:
-    table = np.full((2, len(chains), max((len(chain) for _, chain in chains), default=0)), -1, np.int32)
-    for n, (_, chain) in enumerate(chains):
-        table[:, n, : len(chain)] = np.transpose(chain)
-    return Chains(torch.from_numpy(table[0]), torch.from_numpy(table[1]), _int32([i for i, _ in chains]), num_out)
 
 
 def _int32(values) -> torch.Tensor:

@@ -6,9 +6,22 @@ from longspan.kernels.sparse import gathered
 from longspan.kernels.sparse.descend import Families, descend
 from longspan.kernels.sparse.plan import BlockPlan, Blocks
 from longspan.kernels.sparse.pool import pool
+from longspan.kernels.sparse.rules import Boxes, Picks
 from longspan.kernels.sparse.top import Ranges, kept_of, top
 
-__all__ = ["BlockPlan", "Blocks", "Families", "Ranges", "choose", "descend", "kept_of", "pool", "top"]
+__all__ = [
+    "BlockPlan",
+    "Blocks",
+    "Boxes",
+    "Families",
+    "Picks",
+    "Ranges",
+    "choose",
+    "descend",
+    "kept_of",
+    "pool",
+    "top",
+]
 
 
 def choose(device_type: str, dtype: torch.dtype, head_dim: int, plan: BlockPlan):

@@ -7,7 +7,19 @@ With P = exp(scores - lse) and delta = rowsum(d_out . out) - d_lse:
 """
 
 from longspan.kernels.compiler import tl, triton
-from longspan.kernels.sparse.tiles import LOG2E, key_rows, load_tile, program_of, query_rows, query_scores, store_tile
+from longspan.kernels.sparse.tiles import (
+    LOG2E,
+    chose,
+    in_box,
+    key_rows,
+    load_rule,
+    load_tile,
+    program_of,
+    query_rows,
+    query_scores,
+    rule_of_list,
+    store_tile,
+)
 
 
 @triton.jit
@@ -33,15 +45,16 @@ def _load_rows(rows_ptr, row, place, valid, HEADS: tl.constexpr):
     return tl.split(tl.load(rows_ptr + at, mask=valid[:, None], other=0.0))
 
 
-@triton.jit(do_not_specialize=["M", "capacity", "scale"])
+@triton.jit(do_not_specialize=["M", "capacity", "scale", "guard"])
 def queries_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, dq_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step, row_ptr, row_idx, weight_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, d_out_stride_t, d_out_stride_h,
-    scale, M, capacity,
+    scale, M, capacity, rule_rows, rule_keys, guard,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr, GATHER: tl.constexpr, CAUSAL: tl.constexpr,
-    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHTED: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [T, HEADS, D] of one query block and pack of heads."""
     block, first_head, key_head, listed = program_of(HEADS, KEY_HEADS, LISTS, PACK)
@@ -56,17 +69,24 @@ def queries_kernel(
     v_ptr += key_head * v_stride_h
     row_ptr += listed * (M + 1) + block
     row_idx += listed * capacity
+    low, high = load_rule(
+        rule_rows, first + row, first_head + place, valid, RULE, HEADS, RULE_HEADS, CHOICES, PADDED
+    )  # fmt: skip
 
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
     stop = tl.load(row_ptr + 1)
     for entry in range(tl.load(row_ptr), stop, GATHER):
         key_first, key_row, key_position, weight, there = key_rows(
-            row_idx, entry, stop, k_start, k_length, k_position, k_step, weight_ptr, KEYS, GATHER, CAUSAL, WEIGHTED
+            row_idx, entry, stop, k_start, k_length, k_position, k_step, weight_ptr, KEYS, GATHER, CAUSAL, WEIGHTED,
+            RULE,
         )  # fmt: skip
         k = load_tile(k_ptr + key_first * k_stride_t, key_row, k_stride_t, 0, there, D, BLOCK_D)
         v = load_tile(v_ptr + key_first * v_stride_t, key_row, v_stride_t, 0, there, D, BLOCK_D)
         scores, seen = query_scores(
             q, k, scale, weight, there, key_position, position, GATHER, CAUSAL, WEIGHTED, PRECISION
+        )  # fmt: skip
+        seen = rule_of_list(
+            seen, low, high, row_idx, entry, stop, k_position, key_position, there, rule_keys, guard, KEYS, GATHER, RULE
         )  # fmt: skip
         weights = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
         d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
@@ -75,15 +95,16 @@ def queries_kernel(
     store_tile(dq_ptr + rows_at * D, row, HEADS * D, place * D, valid, dq * scale, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["M", "num_columns", "items", "capacity", "scale"])
+@triton.jit(do_not_specialize=["M", "num_columns", "items", "capacity", "scale", "guard"])
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, dk_ptr, dv_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col,
     weight_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, d_out_stride_t, d_out_stride_h,
-    scale, num_columns, items, capacity,
+    scale, num_columns, items, capacity, rule_rows, rule_keys, guard,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr, CHUNK: tl.constexpr,
-    CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part of dk and dv of one key block from CHUNK query blocks of its list, all query heads that share list and keys:
     fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS)."""
@@ -105,6 +126,11 @@ def keys_kernel(
         if WEIGHTED:
             weight = tl.load(weight_ptr + column).to(tl.float32) * LOG2E
         dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
+        name, key_at = 0, inside
+        if RULE == 1:
+            name = tl.load(k_position + column) // KEYS
+        if RULE == 2:
+            key_at = tl.load(rule_keys + key_position, mask=there, other=0)
         ends = col_ptr + listed * (num_columns + 1) + column
         begin = tl.load(ends) + (item - tl.load(item_ptr + listed * (num_columns + 1) + column)) * CHUNK
         stop = tl.minimum(begin + CHUNK, tl.load(ends + 1))
@@ -121,6 +147,14 @@ def keys_kernel(
             seen = there[:, None] & valid[None, :]
             if CAUSAL:
                 seen = seen & (key_position[:, None] <= position[None, :])
+            if RULE != 0:
+                low, high = load_rule(
+                    rule_rows, first + row, head + place, valid, RULE, HEADS, RULE_HEADS, CHOICES, PADDED
+                )  # fmt: skip
+                if RULE == 1:
+                    seen = seen & chose(low, name)[None, :]
+                else:
+                    seen = seen & in_box(key_at[:, None], low[None, :], high[None, :], guard)
             weights = tl.where(seen, tl.exp2(scores - lse[None, :]), 0.0)
             dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
             d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)

@@ -1,17 +1,29 @@
 """Forward: one program per query block and pack of heads walks the block's list with an online softmax in base 2."""
 
 from longspan.kernels.compiler import tl, triton
-from longspan.kernels.sparse.tiles import LOG2E, key_rows, load_tile, program_of, query_rows, query_scores, store_tile
+from longspan.kernels.sparse.tiles import (
+    LOG2E,
+    key_rows,
+    load_rule,
+    load_tile,
+    program_of,
+    query_rows,
+    query_scores,
+    rule_of_list,
+    store_tile,
+)
 
 
-@triton.jit(do_not_specialize=["M", "capacity", "scale"])
+@triton.jit(do_not_specialize=["M", "capacity", "scale", "guard"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step, row_ptr, row_idx, weight_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, M, capacity,
+    rule_rows, rule_keys, guard,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr, GATHER: tl.constexpr, CAUSAL: tl.constexpr,
-    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHTED: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes out [T, HEADS, D] and lse [T, HEADS], natural logarithm; 0 and -inf for a query that sees nothing."""
     block, first_head, key_head, listed = program_of(HEADS, KEY_HEADS, LISTS, PACK)
@@ -22,6 +34,9 @@ def forward_kernel(
     v_ptr += key_head * v_stride_h
     row_ptr += listed * (M + 1) + block
     row_idx += listed * capacity
+    low, high = load_rule(
+        rule_rows, first + row, first_head + place, valid, RULE, HEADS, RULE_HEADS, CHOICES, PADDED
+    )  # fmt: skip
 
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -29,12 +44,16 @@ def forward_kernel(
     stop = tl.load(row_ptr + 1)
     for entry in range(tl.load(row_ptr), stop, GATHER):
         key_first, key_row, key_position, weight, there = key_rows(
-            row_idx, entry, stop, k_start, k_length, k_position, k_step, weight_ptr, KEYS, GATHER, CAUSAL, WEIGHTED
+            row_idx, entry, stop, k_start, k_length, k_position, k_step, weight_ptr, KEYS, GATHER, CAUSAL, WEIGHTED,
+            RULE,
         )  # fmt: skip
         k = load_tile(k_ptr + key_first * k_stride_t, key_row, k_stride_t, 0, there, D, BLOCK_D)
         v = load_tile(v_ptr + key_first * v_stride_t, key_row, v_stride_t, 0, there, D, BLOCK_D)
         scores, seen = query_scores(
             q, k, scale, weight, there, key_position, position, GATHER, CAUSAL, WEIGHTED, PRECISION
+        )  # fmt: skip
+        seen = rule_of_list(
+            seen, low, high, row_idx, entry, stop, k_position, key_position, there, rule_keys, guard, KEYS, GATHER, RULE
         )  # fmt: skip
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))

@@ -6,6 +6,7 @@ from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.backward import add_kernel, keys_kernel, queries_kernel, rows_kernel
 from longspan.kernels.sparse.forward import forward_kernel
 from longspan.kernels.sparse.plan import CHUNK, BlockPlan
+from longspan.kernels.sparse.rules import arguments
 
 ROWS = 128  # queries in a tile where heads that share keys and lists can fill it
 KEYS = 64  # keys in a tile where a list's blocks are smaller
@@ -75,7 +76,8 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float):
 
 
 def _tile(q, k, plan):
-    """Shapes of the kernels' tiles. PACK: query heads that share a list and keys, side by side in a tile."""
+    """Shapes of the kernels' tiles, and the plan's rule. PACK: query heads that share a list and keys, side by side in
+    a tile."""
     heads, key_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     shared, pack = heads // max(key_heads, plan.heads), 1
     while shared % (2 * pack) == 0 and 2 * pack * plan.queries.size <= ROWS:
@@ -84,6 +86,7 @@ def _tile(q, k, plan):
         "HEADS": heads, "KEY_HEADS": key_heads, "LISTS": plan.heads, "D": head_dim,
         "BLOCK_D": padded(head_dim), "ROWS": plan.queries.size * pack, "KEYS": plan.keys.size,
         "PACK": pack, "CAUSAL": plan.causal, "WEIGHTED": plan.log_weight is not None,
+        **arguments(plan),
     }  # fmt: skip
 
 

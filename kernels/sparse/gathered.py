@@ -58,19 +58,25 @@ class _Batch:
         seen = (listed[..., None] & (place < keys.length[columns, None])).flatten(1)
         self.key_rows.masked_fill_(~seen, 0)
         self.rows.masked_fill_(~self.there, 0)
-        seen = seen[:, None]
+        seen = seen[:, None, None]  # [block, head or 1, row or 1, key]
+        at = (keys.position[columns, None] + place * keys.step[columns, None]).flatten(1)
         if plan.causal:
-            at = (keys.position[columns, None] + place * keys.step[columns, None]).flatten(1)
-            seen = seen & (at[:, None] <= (queries.position[blocks, None] + inside)[..., None])
+            seen = seen & (at[:, None] <= (queries.position[blocks, None] + inside)[..., None])[:, None]
+        if plan.rule is not None:
+            allowed = plan.rule.seen(self.rows, at, keys.size)
+            if allowed.shape[1] > 1:
+                allowed = allowed.repeat_interleave(heads // allowed.shape[1], 1)[:, self.heads]
+            seen = seen & allowed
         bias = torch.zeros(seen.shape, dtype=torch.float64, device=blocks.device)
         if plan.log_weight is not None:
-            bias += plan.log_weight[columns].repeat_interleave(keys.size, 1)[:, None]
+            bias += plan.log_weight[columns].repeat_interleave(keys.size, 1)[:, None, None]
         bias.masked_fill_(~seen, -torch.inf)
-        self.bias = bias[:, None]  # [block, 1, row or 1, key]
+        # [block, key head or 1, head of it or 1, row or 1, key]
+        self.bias = bias[:, None] if seen.shape[1] == 1 else bias.unflatten(1, (self.groups, -1))
 
     def scores(self, q, k, scale):
         scores = self.queries(q) @ self.keys(k).mT * scale
-        return (scores.unflatten(2, (-1, self.rows.shape[1])) + self.bias[:, :, None].to(scores.dtype)).flatten(2, 3)
+        return (scores.unflatten(2, (-1, self.rows.shape[1])) + self.bias.to(scores.dtype)).flatten(2, 3)
 
     def queries(self, x):
         """[T, Hq, D] -> [block, key head, heads of it x row, D] in at least fp32, zero where there is no row."""

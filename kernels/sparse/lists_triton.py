@@ -12,18 +12,19 @@ TILE = 2048  # entries at once
 SCAN = 2048  # counts at once
 
 
-def rows_triton(chosen: torch.Tensor, num_cols: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 [heads, M, K], each row ascending but for entries outside of 0:num_cols, which are left out -> row_ptr,
-    row_idx."""
+def rows_triton(chosen: torch.Tensor, width: int, parts: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 [heads, M, K] -> row_ptr [heads, parts * M + 1], row_idx [heads, M * K]: for every part, one row after the
+    other, the entries in part * width + 0:width, in their order and counted from part * width."""
     heads, num_rows, most = chosen.shape
     row_idx = chosen.new_empty(heads, num_rows * most)
     if not row_idx.numel():
-        return chosen.new_zeros(heads, num_rows + 1), row_idx
-    counts, row_ptr = chosen.new_empty(heads, num_rows), chosen.new_empty(heads, num_rows + 1)
-    given = num_rows, most, num_cols, *chosen.stride()[:2]
-    grid, tile = _row_tiles(heads, num_rows, most)
+        return chosen.new_zeros(heads, parts * num_rows + 1), row_idx
+    counts, row_ptr = (chosen.new_empty(heads, parts * num_rows + more) for more in (0, 1))
+    given = num_rows, most, width, *chosen.stride()[:2], parts
+    (tiles,), tile = _row_tiles(heads, num_rows, most)
+    grid = (tiles * parts,)
     count_rows_kernel[grid](chosen, counts, *given, heads, *tile)
-    scan_kernel[(heads,)](counts, row_ptr, counts, counts, num_rows, 0, SCAN, 0)
+    scan_kernel[(heads,)](counts, row_ptr, counts, counts, parts * num_rows, 0, SCAN, 0)
     fill_rows_kernel[grid](chosen, row_ptr, row_idx, *given, heads, *tile)
     return row_ptr, row_idx
 
@@ -63,34 +64,43 @@ def _rows_of(heads, num_rows, ROWS: tl.constexpr):
     return (tl.program_id(0) % heads).to(tl.int64), row, row < num_rows
 
 
-@triton.jit(do_not_specialize=["num_rows", "most", "num_cols", "stride_h", "stride_m", "heads"])
+@triton.jit
+def _part_of(parts, heads, num_rows, ROWS: tl.constexpr):
+    """(part, head, rows of the tile, valid) of a program: parts of a tile and head are neighbours, which read the
+    same."""
+    tile = tl.program_id(0) // parts
+    row = tile // heads * ROWS + tl.arange(0, ROWS)
+    return tl.program_id(0) % parts, (tile % heads).to(tl.int64), row, row < num_rows
+
+
+@triton.jit(do_not_specialize=["num_rows", "most", "width", "stride_h", "stride_m", "parts", "heads"])
 def count_rows_kernel(
-    chosen_ptr, counts_ptr, num_rows, most, num_cols, stride_h, stride_m, heads,
+    chosen_ptr, counts_ptr, num_rows, most, width, stride_h, stride_m, parts, heads,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    head, row, valid = _rows_of(heads, num_rows, ROWS)
+    part, head, row, valid = _part_of(parts, heads, num_rows, ROWS)
     at = chosen_ptr + head * stride_h + row.to(tl.int64) * stride_m
     total = tl.zeros([ROWS], tl.int32)
     for begin in range(0, most, ENTRIES):
         entry = begin + tl.arange(0, ENTRIES)[None, :]
-        column = tl.load(at[:, None] + entry, mask=valid[:, None] & (entry < most), other=-1)
-        total += tl.sum(((column >= 0) & (column < num_cols)).to(tl.int32), 1)
-    tl.store(counts_ptr + head * num_rows + row, total, mask=valid)
+        column = tl.load(at[:, None] + entry, mask=valid[:, None] & (entry < most), other=-1) - part * width
+        total += tl.sum(((column >= 0) & (column < width)).to(tl.int32), 1)
+    tl.store(counts_ptr + (head * parts + part) * num_rows + row, total, mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_rows", "most", "num_cols", "stride_h", "stride_m", "heads"])
+@triton.jit(do_not_specialize=["num_rows", "most", "width", "stride_h", "stride_m", "parts", "heads"])
 def fill_rows_kernel(
-    chosen_ptr, row_ptr, row_idx, num_rows, most, num_cols, stride_h, stride_m, heads,
+    chosen_ptr, row_ptr, row_idx, num_rows, most, width, stride_h, stride_m, parts, heads,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    head, row, valid = _rows_of(heads, num_rows, ROWS)
+    part, head, row, valid = _part_of(parts, heads, num_rows, ROWS)
     at = chosen_ptr + head * stride_h + row.to(tl.int64) * stride_m
     row_idx += head * num_rows * most
-    next_slot = tl.load(row_ptr + head * (num_rows + 1) + row, mask=valid, other=0)
+    next_slot = tl.load(row_ptr + head * (parts * num_rows + 1) + part * num_rows + row, mask=valid, other=0)
     for begin in range(0, most, ENTRIES):
         entry = begin + tl.arange(0, ENTRIES)[None, :]
-        column = tl.load(at[:, None] + entry, mask=valid[:, None] & (entry < most), other=-1)
-        there = (column >= 0) & (column < num_cols)
+        column = tl.load(at[:, None] + entry, mask=valid[:, None] & (entry < most), other=-1) - part * width
+        there = (column >= 0) & (column < width)
         slot = next_slot[:, None] + tl.cumsum(there.to(tl.int32), 1) - 1
         tl.store(row_idx + slot, column, mask=there)
         next_slot += tl.sum(there.to(tl.int32), 1)

@@ -9,7 +9,7 @@ def attend(q, k, v, plan: BlockPlan, scale: float):
     """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D], lse [Tq, Hq]), differentiable. A query that sees nothing
     has out 0 and lse -inf."""
     heads = q.shape[1]
-    bias = log_weights(plan, q.shape[0], k.shape[0]).to(q.dtype).repeat_interleave(heads // plan.heads, 0)
+    bias = log_weights(plan, q.shape[0], k.shape[0], heads).to(q.dtype)
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale + bias
     seen = (bias > -torch.inf).any(-1)
@@ -18,18 +18,23 @@ def attend(q, k, v, plan: BlockPlan, scale: float):
     return torch.einsum("hqk,khd->qhd", weights, v), lse.masked_fill(~seen, -torch.inf).t()
 
 
-def log_weights(plan: BlockPlan, num_queries: int, num_keys: int) -> torch.Tensor:
-    """fp64 [Hs, Tq, Tk]: what is added to the scores, -inf where a query does not see a key."""
-    bias = torch.full((plan.heads, num_queries, num_keys), -torch.inf, dtype=torch.float64, device=plan.row_ptr.device)
+def log_weights(plan: BlockPlan, num_queries: int, num_keys: int, heads: int) -> torch.Tensor:
+    """fp64 [heads, Tq, Tk]: what is added to the scores of query heads, -inf where a query does not see a key."""
+    bias = torch.full((heads, num_queries, num_keys), -torch.inf, dtype=torch.float64, device=plan.row_ptr.device)
     queries, keys = ([x.tolist() for x in (b.start, b.length, b.position, b.step)] for b in (plan.queries, plan.keys))
     pointers, lists = plan.row_ptr.tolist(), plan.row_idx.tolist()
     for head in range(plan.heads):
+        group = slice(head * heads // plan.heads, (head + 1) * heads // plan.heads)
         for i, (first, count, position, _) in enumerate(zip(*queries)):
+            rows = torch.arange(first, first + count, device=bias.device)
             for j in lists[head][pointers[head][i] : pointers[head][i + 1]]:
                 key_first, key_count, key_position, step = (column[j] for column in keys)
-                part = bias[head, first : first + count, key_first : key_first + key_count]
+                at = torch.arange(key_count, device=bias.device) * step + key_position
+                part = bias[group, first : first + count, key_first : key_first + key_count]
                 part.fill_(0.0 if plan.log_weight is None else plan.log_weight[j].item())
                 if plan.causal:
-                    at = torch.arange(count)[:, None] + position
-                    part[torch.arange(key_count) * step + key_position > at] = -torch.inf
+                    part.masked_fill_(at > (rows - first + position)[:, None], -torch.inf)
+                if plan.rule is not None:
+                    seen = plan.rule.seen(rows, at, plan.keys.size)
+                    part.masked_fill_(~seen.repeat_interleave(heads // len(seen), 0)[group], -torch.inf)
     return bias

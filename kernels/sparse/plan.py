@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from longspan.kernels.sparse import forms
+from longspan.kernels.sparse.rules import Boxes, Picks
 
 CHUNK = 64  # query blocks of a key block's list that one program takes; columns that all rows choose are split
 
@@ -66,12 +67,13 @@ class BlockPlan:
     query heads); int32 tensors on the device of the attention.
 
     row_ptr [Hs, M+1], row_idx [Hs, C]: the key blocks of query block i are row_idx[h, row_ptr[h, i]:row_ptr[h, i+1]],
-    ascending. col_ptr [Hs, T+1], col_idx [Hs, C]: the query blocks of each key block, ascending. C is a capacity; what
-    lies past the last list is undefined. item_ptr [Hs, T+1], item_col [Hs, I]: programs of the gradients of keys, one
-    for every CHUNK query blocks of a list; the column of each, T past the last; most_items: I. What goes by key blocks
-    is made when it is first asked for: a forward pass alone does without.
+    in the order they were given in. col_ptr [Hs, T+1], col_idx [Hs, C]: the query blocks of each key block, ascending.
+    C is a capacity; what lies outside of the lists is undefined. item_ptr [Hs, T+1], item_col [Hs, I]: programs of the
+    gradients of keys, one for every CHUNK query blocks of a list; the column of each, T past the last; most_items: I.
+    What goes by key blocks is made when it is first asked for: a forward pass alone does without.
     log_weight: floats [T], added to the scaled scores of a key block's rows, or None. causal: keys at later positions
-    of their document than the query are not seen; a coarse key has the position from which on it is seen.
+    of their document than the query are not seen; a coarse key has the position from which on it is seen. rule: what
+    single queries see of listed blocks, or None for all; keys have step 1 then.
     """
 
     queries: Blocks
@@ -81,6 +83,7 @@ class BlockPlan:
     most_items: int
     causal: bool
     log_weight: torch.Tensor | None = None
+    rule: Picks | Boxes | None = None
 
     @property
     def heads(self) -> int:
@@ -113,32 +116,53 @@ class BlockPlan:
 
     @classmethod
     def of(
-        cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, listed=None, ascending=False
-    ) -> "BlockPlan":
+        cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, rule=None, listed=None,
+        ascending=False,
+    ) -> "BlockPlan":  # fmt: skip
         """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing;
-        `ascending` says that the rest of each row is in order, which saves a sort. listed: most key blocks that a
-        head's lists name, if known: memory for gradients follows it. Nothing waits for the device."""
-        capacity = chosen.shape[1] * chosen.shape[2]
+        `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort.
+        listed: most key blocks that a head's lists name, if known: memory for gradients follows it. Nothing waits for
+        the device."""
         if not ascending:
             chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
-        if forms.takes(chosen):
-            from longspan.kernels.sparse.lists_triton import rows_triton
+        rows, most_items = _rows_of(chosen, len(keys), 1), _most_items(keys, chosen, listed)
+        return cls(queries, keys, *rows, most_items, causal, log_weight, rule)
 
-            rows = rows_triton(chosen, len(keys))
-        else:
-            rows = _rows(chosen, len(keys))
-        most_items = min(len(keys) if listed is None else listed, capacity) + capacity // CHUNK
-        return cls(queries, keys, *rows, most_items, causal, log_weight)
+    @classmethod
+    def split(cls, queries: Blocks, keys, chosen, width: int, *, causal: bool, rule=None) -> list["BlockPlan"]:
+        """A plan for each of `keys`, Blocks of different buffers: chosen int32 [Hs, M, K] names block n of buffer b as
+        b * width + n, -1 for nothing. The lists keep its order and lie in one tensor. Nothing waits for the device."""
+        row_ptr, row_idx = _rows_of(chosen, width, len(keys))
+        rows, plans = chosen.shape[1], []
+        for number, blocks in enumerate(keys):
+            ends = row_ptr[:, number * rows : (number + 1) * rows + 1].contiguous()
+            plans.append(cls(queries, blocks, ends, row_idx, _most_items(blocks, chosen), causal, None, rule))
+        return plans
 
 
-def _rows(chosen, num_cols):
-    """(row_ptr, row_idx)."""
-    heads, _, most = chosen.shape
-    there = (chosen >= 0) & (chosen < num_cols)
+def _most_items(keys, chosen, listed=None):
+    capacity = chosen.shape[1] * chosen.shape[2]
+    return min(len(keys) if listed is None else listed, capacity) + capacity // CHUNK
+
+
+def _rows_of(chosen, width, parts):
+    """(row_ptr [Hs, parts * M + 1], row_idx [Hs, M * K]): of each part one row after the other, what is in
+    part * width + 0:width, counted from part * width."""
+    if forms.takes(chosen):
+        from longspan.kernels.sparse.lists_triton import rows_triton
+
+        return rows_triton(chosen, width, parts)
+    return _rows(chosen, width, parts)
+
+
+def _rows(chosen, width, parts):
+    heads, rows, most = chosen.shape
+    there = torch.stack([(chosen >= n * width) & (chosen < (n + 1) * width) for n in range(parts)], 1).flatten(1, 2)
     row_ptr = torch.nn.functional.pad(there.sum(-1).cumsum(-1), (1, 0))
-    slots = torch.where(there, row_ptr[:, :-1, None] + there.cumsum(-1) - 1, there[0].numel()).flatten(1)
-    table = torch.zeros(heads, there[0].numel() + 1, dtype=torch.int32, device=chosen.device)
-    table.scatter_(1, slots, chosen.int().flatten(1))  # the last takes what is left out
+    slots = torch.where(there, row_ptr[:, :-1, None] + there.cumsum(-1) - 1, rows * most)
+    table = torch.zeros(heads, rows * most + 1, dtype=torch.int32, device=chosen.device)
+    for part in slots.unflatten(1, (parts, rows)).unbind(1):
+        table.scatter_(1, part.flatten(1), (chosen % max(width, 1)).int().flatten(1))  # the last takes what is left out
     return row_ptr.int(), table[:, :-1].contiguous()
 
 
@@ -146,7 +170,8 @@ def _columns(row_ptr, row_idx, num_cols, chunk, most_items):
     """(col_ptr, col_idx, item_ptr, item_col)."""
     heads, device = len(row_ptr), row_ptr.device
     entry = torch.arange(row_idx.shape[1], dtype=torch.int32, device=device).expand(heads, -1).contiguous()
-    by_column, order = torch.where(entry < row_ptr[:, -1:], row_idx, num_cols).sort(stable=True, dim=-1)
+    listed = (entry >= row_ptr[:, :1]) & (entry < row_ptr[:, -1:])
+    by_column, order = torch.where(listed, row_idx, num_cols).sort(stable=True, dim=-1)
     row_of = torch.searchsorted(row_ptr, entry, right=True) - 1  # ascends within a column
     edges = torch.arange(num_cols + 1, dtype=torch.int32, device=device).expand(heads, -1).contiguous()
     col_ptr = torch.searchsorted(by_column, edges)

@@ -41,7 +41,7 @@ def query_rows(block, part, start_ptr, length_ptr, position_ptr, SIZE: tl.conste
 @triton.jit
 def key_rows(
     list_ptr, entry, stop, start_ptr, length_ptr, position_ptr, step_ptr, weight_ptr,
-    BLOCK: tl.constexpr, GATHER: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr, GATHER: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """Tile of the key blocks of GATHER successive entries of a list: (first row, row after it, position, log2 weight,
     valid)."""
@@ -56,7 +56,7 @@ def key_rows(
         column = tl.load(list_ptr + entry + index // BLOCK, mask=listed, other=0)
         valid = listed & (inside < tl.load(length_ptr + column))
         first, row = tl.zeros([], tl.int64), tl.load(start_ptr + column).to(tl.int64) + inside
-    if CAUSAL:
+    if CAUSAL or RULE == 2:
         position = tl.load(position_ptr + column) + inside * tl.load(step_ptr + column)
     if WEIGHTED:
         weight = tl.load(weight_ptr + column).to(tl.float32) * LOG2E
@@ -78,3 +78,54 @@ def store_tile(ptr, row, stride, head_at, valid, x, D: tl.constexpr, BLOCK_D: tl
     column = tl.arange(0, BLOCK_D)
     at = ptr + ((row * stride + head_at)[:, None] + column[None, :])
     tl.store(at, x.to(ptr.dtype.element_ty), mask=valid[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def load_rule(
+    rule_rows, row, head, valid,
+    RULE: tl.constexpr, HEADS: tl.constexpr, RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Of rows int64 [rows] and their heads: what they chose [rows, PADDED] twice, or their lowest and highest
+    coordinates [rows]."""
+    low, high = row, row
+    if RULE == 1:
+        choice = tl.arange(0, PADDED)[None, :]
+        at = ((row * RULE_HEADS + head * RULE_HEADS // HEADS) * CHOICES)[:, None] + choice
+        low = tl.load(rule_rows + at, mask=valid[:, None] & (choice < CHOICES), other=-1)
+        high = low
+    if RULE == 2:
+        low = tl.load(rule_rows + row * 2, mask=valid, other=0)
+        high = tl.load(rule_rows + row * 2 + 1, mask=valid, other=0)
+    return low, high
+
+
+@triton.jit
+def chose(choices, name):
+    """[rows]: which rows have block `name` among their choices [rows, PADDED]."""
+    return tl.max((choices == name).to(tl.int32), 1) > 0
+
+
+@triton.jit
+def in_box(at, low, high, guard):
+    """Whether no coordinate is less than the lowest or more than the highest (see rules.Boxes)."""
+    return (((at | guard) - low) & ((high | guard) - at) & guard) == guard
+
+
+@triton.jit
+def rule_of_list(
+    seen, low, high, list_ptr, entry, stop, position_ptr, key_position, there, rule_keys, guard,
+    KEYS: tl.constexpr, GATHER: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """`seen` [rows, keys of GATHER entries of a list] with the rule applied."""
+    if RULE == 1:
+        part = tl.arange(0, KEYS * GATHER) // KEYS
+        for turn in tl.static_range(GATHER):
+            column = tl.load(list_ptr + entry + turn, mask=entry + turn < stop, other=0)
+            chosen = chose(low, tl.load(position_ptr + column) // KEYS)[:, None]
+            if GATHER > 1:
+                chosen = chosen | (part != turn)[None, :]
+            seen = seen & chosen
+    if RULE == 2:
+        at = tl.load(rule_keys + key_position, mask=there, other=0)
+        seen = seen & in_box(at[None, :], low[:, None], high[:, None], guard)
+    return seen

@@ -189,6 +189,7 @@ def top_kernel(
         window = tl.maximum(window, LOWEST + 1)
         until = ranked(scores, tl.maximum(rank - slack, 1.0).to(tl.int32), 16)
         until = tl.where((until > HIGHEST - (1 << 21)) | (number < 1.0), HIGHEST, until + (1 << 20))
+        turn = 0
         while tl.max(open_rows.to(tl.int32)) > 0:
             shift = _width_of_parts(window, until)
             counts, beyond = tl.zeros([ROWS, BINS], tl.int32), tl.zeros([ROWS], tl.int32)
@@ -223,7 +224,11 @@ def top_kernel(
             low, high = tl.where(open_rows, new_low, low), tl.where(open_rows, new_high, high)
             above, reach = tl.where(open_rows, new_above, above), tl.where(open_rows, new_reach, reach)
             open_rows = open_rows & (reach - above > BAND) & (low < high)
-            window, until = low, high
+            # Where the first window missed it is most likely close by.
+            near = tl.minimum((high - low).to(tl.uint32, bitcast=True), 1 << 23).to(tl.int32)
+            window = tl.where(under & (over == 0) & (turn == 0), high - near, low)
+            until = tl.where(over & (turn == 0), low + near, high)
+            turn += 1
 
     needed = most - above  # of the band
     limit = tl.where(reach - above > BAND, needed, BAND)  # of a band of equal scores the first are taken

@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from traffic import Traffic
 
-from longspan.attention import Hierarchical, TopBlocks, linear_attention, softmax_attention, sparse_attention
+from longspan.attention import (
+    Hierarchical,
+    LinearBranch,
+    TopBlocks,
+    linear_attention,
+    softmax_attention,
+    sparse_attention,
+)
 from longspan.attention.recompute import checkpoint_contexts
 from longspan.parallel import SequenceParallel
 
@@ -53,6 +60,15 @@ def sparse_layer(x, weights, where):
     return x
 
 
+def sla_layer(x, weights, where):
+    """Chosen blocks beside linear attention to the rest, and to all."""
+    for weight, over in zip(weights, ("rest", "all")):
+        q, k, v = (part.unflatten(-1, (NUM_HEADS, -1)) for part in (x @ weight)[:, : 3 * WIDTH].split(WIDTH, -1))
+        linear = LinearBranch(weight[:6, :6], weight[0, :6], over)
+        x = x + sparse_attention(q, k, v, selection=TopBlocks(2, 16, 8), linear=linear, **where).flatten(1).tanh()
+    return x
+
+
 LAYERS = [
     (linear_layer, "lasp2"),
     (linear_layer, "lasp"),
@@ -62,12 +78,13 @@ LAYERS = [
     (hybrid_layer, "auto"),
     (sparse_layer, "fetch"),
     (sparse_layer, "ring"),
+    (sla_layer, "fetch"),
 ]
 
 
 def places(layout, layer, strategy):
     """The ways of saying where `layer` runs, by name."""
-    kinds = {linear_layer: "linear", softmax_layer: "softmax", sparse_layer: "sparse"}
+    kinds = {linear_layer: "linear", softmax_layer: "softmax", sparse_layer: "sparse", sla_layer: "sparse"}
     names = {kinds[layer]: strategy} if layer in kinds else {}
     return {
         "seq": {"seq": SequenceParallel(dist.group.WORLD, **names).context(layout)},

@@ -13,12 +13,12 @@ from longspan.parallel import Costs
 def run_benchmark(rank, world_size, path):
     sys.argv = ["attention_schemes", "--output", str(path), "--device", "cpu", "--mixes", "magi", "one"]
     sys.argv += ["--tokens", "96", "--heads", "3", "--kv-heads", "1", "--head-dim", "8", "--short", "16"]
-    sys.argv += ["--long", "64", "--seconds", "0.01", "--repetitions", "2"]
+    sys.argv += ["--long", "64", "--seconds", "0.01", "--repetitions", "2", "--exposed"]
     return attention_schemes.main()
 
 
 def run_parity(rank, world_size, path):
-    sys.argv = ["scheme_parity", "--output", str(path), "--device", "cpu", "--tokens", "256"]
+    sys.argv = ["scheme_parity", "--output", str(path), "--device", "cpu", "--tokens", "512"]
     sys.argv += ["--heads", "3", "--kv-heads", "1", "--head-dim", "8", "--schemes", "ulysses", "zeppelin"]
     return scheme_parity.main()
 
@@ -34,6 +34,7 @@ def test_every_scheme_is_recorded(tmp_path):
             continue
         assert row["ms"]["forward+backward"] > row["ms"]["forward"] > 0 and row["received_mib"] >= 0
         assert row["pairs"] >= 1 and row["of_ideal"] > 0
+        assert row["layer_ms"]["forward"] > 0 and abs(row["exposed_of_layer"]) < 10
     assert {row["documents"] for row in rows if row["mix"] == "one"} == {1}
 
 
@@ -41,7 +42,7 @@ def test_errors_over_ranks_are_recorded(tmp_path):
     path = tmp_path / "parity.json"
     assert run_ranks(run_parity, 2, path) == [1, 1]
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == 8 and all(sum(row["lengths"]) == 256 for row in rows)
+    assert len(rows) == 8 and all(sum(row["lengths"]) == 512 for row in rows)
     for row in rows:
         assert row["broken"] == (row["scheme"] == "ulysses")
         assert row["broken"] or (row["repeats"] and 0 < max(row["many"]) < 1e-5), row

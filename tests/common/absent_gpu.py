@@ -4,6 +4,7 @@ As a script it compiles what the linear forms and sparse attention launch and pr
 
     python tests/common/absent_gpu.py DTYPE WIDTH...          # such as bfloat16 64 128, or 16,64 for K, V
     python tests/common/absent_gpu.py --few DTYPE WIDTH...    # not every kind of decay and size of blocks
+    python tests/common/absent_gpu.py choosing WIDTH...       # what chooses blocks, and makes lists of them
 """
 
 import json
@@ -123,16 +124,43 @@ def compile_sparse(dtype, head_dim, few):
             fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
 
 
+def compile_choosing(width):
+    """What chooses blocks for heads of this width, and the lists of plans."""
+    import numpy as np
+    import torch
+
+    from longspan.kernels.sparse import Blocks, Families, Ranges
+    from longspan.kernels.sparse.descend_triton import descend_triton
+    from longspan.kernels.sparse.lists_triton import columns_triton, rows_triton
+    from longspan.kernels.sparse.pool_triton import pool_triton
+    from longspan.kernels.sparse.top_triton import top_triton
+
+    def zeros(*shape):
+        return torch.zeros(shape, dtype=torch.int32)
+
+    ranges = Ranges.of(np.zeros(128, int), np.full(128, 128), 0.1)
+    families = Families(*(zeros(*n) for n in ((128,), (8,), (8,), (128,), (128,), (8, 16), (8,))), 16)
+    means = torch.zeros(128, 2, width)
+    top_triton(means, means, zeros(128), ranges, 0, 0, None)
+    pool_triton(means.bfloat16(), Blocks.of((0, 128), 16), 2, False)
+    descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
+    row_ptr, row_idx = rows_triton(zeros(1, 8, 4), 8)
+    columns_triton(row_ptr, row_idx, 8, 64, 9)
+
+
 def main():
     import torch
 
     few, (dtype, *widths) = "--few" in sys.argv, (word for word in sys.argv[1:] if word != "--few")
-    dtype, compiled = getattr(torch, dtype), install()
+    compiled = install()
     for width in widths:
         key_size, value_size = [int(size) for size in (*width.split(","), width)[:2]]
-        compile_linear(dtype, (key_size, value_size), few)
+        if dtype == "choosing":
+            compile_choosing(key_size)
+            continue
+        compile_linear(getattr(torch, dtype), (key_size, value_size), few)
         if key_size == value_size:
-            compile_sparse(dtype, key_size, few)
+            compile_sparse(getattr(torch, dtype), key_size, few)
     for kernel in compiled:
         sass = disassemble(kernel)
         record = {"name": kernel.name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}

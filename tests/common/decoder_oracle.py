@@ -7,6 +7,7 @@ import sparse_oracle
 import torch
 
 from longspan.attention import Hierarchical, TopBlocks
+from longspan.models.selections import build_selection
 
 # What `auto` and -1 mean: feature map, convolution width, output gate.
 FAMILIES = {
@@ -142,12 +143,15 @@ def softmax_mixer(c, p, x, lengths, kind):
     if kind == "llsa":
         selection = Hierarchical(c.llsa_block, c.llsa_keep, c.llsa_levels)
         out = sparse_oracle.sparse_attention(q, k, v, lengths, selection=selection, causal=causal)
+    elif kind == "sparse":
+        out = sparse_oracle.sparse_attention(q, k, v, lengths, selection=build_selection(c.sparse_selection))
     elif kind == "sla":
         selection = TopBlocks(c.sla_keep, c.sla_query_block, c.sla_key_block)
         out = sparse_oracle.sparse_attention(q, k, v, lengths, selection=selection, causal=causal)
-        q, k, v = q.softmax(-1), *(x.repeat_interleave(c.num_heads // kv_heads, 1) for x in (k.softmax(-1), v))
-        linear = oracles.linear_attention(q, k, v, lengths, causal=causal, normalize=True, scale=1.0)
-        out = out + linear @ p["linear_weight"].T + p["linear_bias"]
+        out = out + sparse_oracle.linear_branch(
+            q, k, v, p["linear_weight"], p["linear_bias"], lengths, over=c.sla_linear, feature_map="softmax",
+            selection=selection, causal=causal,
+        )  # fmt: skip
     else:
         window = c.window if kind == "softmax:window" else None
         out = oracles.softmax_attention(q, k, v, lengths, causal=causal, window=window)

@@ -4,6 +4,7 @@ Plain differentiable torch on whole tensors, documents laid end to end; called w
 """
 
 import torch
+from selection_oracle import SEEN
 
 from longspan.attention import Hierarchical
 
@@ -12,6 +13,13 @@ def sparse_attention(q, k, v, lengths, *, selection, causal=True):
     """q: [T, H, D]; k, v: [T, G, D]. Blocks are chosen from detached tensors."""
     matrix = hierarchy_matrix if isinstance(selection, Hierarchical) else full_matrix
     return matrix(q, k, v, lengths, selection=selection, causal=causal)
+
+
+def seen_by(q, k, causal, selection, document=0):
+    """bool [query heads, T, T]: what queries of one document see of its keys."""
+    if type(selection) in SEEN:
+        return SEEN[type(selection)](q, k, causal, selection, document)
+    return blocks_seen(q, k, causal, selection)
 
 
 def blocks_seen(q, k, causal, selection):
@@ -43,12 +51,13 @@ def blocks_seen(q, k, causal, selection):
 
 def full_matrix(q, k, v, lengths, *, selection, causal=True):
     out, start = [], 0
-    for length in lengths:
+    for document, length in enumerate(lengths):
         rows = slice(start, start + length)
-        seen = blocks_seen(q[rows].detach(), k[rows].detach(), causal, selection)
+        seen = seen_by(q[rows].detach(), k[rows].detach(), causal, selection, document)
         k_rows, v_rows = (x[rows].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("thd,shd->hts", q[rows], k_rows) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        blind = ~seen.any(-1, keepdim=True)  # sees nothing, gets 0
+        weights = scores.masked_fill(~seen & ~blind, -torch.inf).softmax(-1).masked_fill(blind, 0)
         out.append(torch.einsum("hts,shd->thd", weights, v_rows))
         start += length
     return torch.cat(out)
@@ -118,3 +127,46 @@ def hierarchy_matrix(q, k, v, lengths, *, selection, causal=True):
         out.append(torch.einsum("hts,shd->thd", weights, v_rows))
         start += length
     return torch.cat(out)
+
+
+def linear_branch(q, k, v, weight, bias, lengths, *, over, feature_map, selection, causal=True):
+    """SLA's linear branch by its full matrix, projected: over all that the mask lets a query see, or over the blocks
+    that could have been chosen and were not. Added to sparse_attention it gives the layer."""
+    out, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        if over == "all":
+            counted = torch.ones(length, length, dtype=torch.bool)
+            counted = counted.tril() if causal else counted
+        else:
+            counted = ~blocks_seen(q[rows].detach(), k[rows].detach(), causal, selection)
+            for t in range(length if causal else 0):
+                first = t // selection.query_block * selection.query_block
+                counted[:, t, first // selection.key_block * selection.key_block :] = False
+        heads = q.shape[1] // k.shape[1]
+        phi_k, v_rows = (x.repeat_interleave(heads, 1) for x in (feature(k[rows], feature_map), v[rows]))
+        weights = torch.einsum("thk,shk->hts", feature(q[rows], feature_map), phi_k) * counted
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / torch.where(total > 0, total, 1)
+        out.append(torch.einsum("hts,shd->thd", weights, v_rows) @ weight.T + bias)
+        start += length
+    return torch.cat(out)
+
+
+def feature(x, name):
+    if name == "softmax":
+        return x.softmax(-1)
+    return torch.nn.functional.elu(x) + 1 if name == "elu1" else x
+
+
+def random_lists(queries, keys, heads, most, causal, generator):
+    """[heads, M, most]: 0 to `most` key blocks of the same document, under `causal` none of the future."""
+    chosen = torch.full((heads, len(queries), most), -1)
+    for head in range(heads):
+        for i in range(len(queries)):
+            last = queries.position[i] + queries.length[i] - 1
+            allowed = (keys.document == queries.document[i]) & ((keys.position <= last) if causal else True)
+            allowed = allowed.nonzero().flatten()
+            count = int(torch.randint(0, min(most, len(allowed)) + 1, (), generator=generator))
+            chosen[head, i, :count] = allowed[torch.randperm(len(allowed), generator=generator)[:count]]
+    return chosen

@@ -47,7 +47,7 @@ def train(config: Config) -> list[dict]:
 
 def start(config: Config) -> Trainer:
     mesh = build_mesh(
-        sp=config.parallel.sp, sharding=config.parallel.sharding, device=torch.device("cpu"), timeout_s=60
+        sp=config.parallel.sp, sharding=config.parallel.mesh_sharding, device=torch.device("cpu"), timeout_s=60
     )
     return Trainer(config, mesh)
 

@@ -39,6 +39,15 @@ def test_kernels_compile(tmp_path):
     assert {"forward_kernel", "queries_kernel", "keys_kernel", "add_kernel"} <= {kernel["name"] for kernel in kernels}
 
 
+def test_kernels_that_choose_blocks_compile(tmp_path):
+    kernels = compiled(tmp_path, "choosing", "64")
+    assert {"top_kernel", "pool_kernel", "descend_kernel", "scan_kernel", "order_kernel"} <= {
+        k["name"] for k in kernels
+    }
+    for kernel in kernels:
+        assert kernel["shared"] <= absent_gpu.SHARED_LIMIT and not kernel["undefined"], kernel
+
+
 @pytest.mark.gpu  # minutes, and what matters is the assembler that comes with the GPU machine's Triton
 @pytest.mark.parametrize(("dtype", "width"), REST)
 def test_all_widths_compile(dtype, width, tmp_path):

@@ -134,6 +134,15 @@ def check_twins(fold_fused, summarize_fused, kind, device, shapes):
             expected = fold_chains_naive(states, transition, chains)
             assert error(named(chains, actual), named(chains, expected)) < 5e-6, (num_chains, length, keys, values)
             assert error(composed, compose(transition, chains.sources)) < 5e-6, (num_chains, length, keys, values)
+        if kind == "none":  # what is rounded is added up in fp32
+            rounded = states.bfloat16()
+            expected = fold_chains_naive(rounded.double(), None, chains, initial)
+            for fold, where in ((fold_fused, device), (fold_chains_naive, "cpu")):
+                actual = fold(
+                    rounded.to(where), None, moved if fold is fold_fused else chains, initial.float().to(where)
+                )
+                assert actual.dtype == torch.float32
+                assert error(named(chains, actual.cpu().double()), named(chains, expected)) < 5e-6
         if kind.endswith("matrix"):
             start = initial[:, :, :, :keys] if values >= keys else initial[..., :1].expand(-1, -1, -1, keys)
             start = start.contiguous()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import longspan.kernels.loss as loss_module
 from longspan.kernels.loss import chunked_cross_entropy
@@ -72,6 +73,26 @@ def test_weight_gradient_accumulates_in_fp32():
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     chunked_cross_entropy(hidden, weight, torch.zeros(num_tokens, dtype=torch.int64), 1).backward()
     torch.testing.assert_close(weight.grad.float(), torch.tensor([[-1000.0], [1000.0]]), rtol=2**-8, atol=0)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_logits_are_never_whole():
+    """Neither in the forward nor in the backward, nor anything else larger than inputs and one chunk's logits."""
+    with Largest() as largest:
+        hidden, weight, labels = (x.detach().requires_grad_(x.is_floating_point()) for x in make_inputs(100))
+        chunked_cross_entropy(hidden, weight, labels, 7).backward()
+    assert largest.elements == max(hidden.numel(), weight.numel(), 7 * VOCABULARY) < len(hidden) * VOCABULARY
 
 
 def test_no_tokens():

@@ -142,19 +142,19 @@ def _save_and_damage(rank, world_size, folder, corpus):
     trainer = start(config)
     publish, checkpoint._publish = checkpoint._publish, _interrupted
     with pytest.raises(RuntimeError, match="interrupted"):
-        checkpoint.save(run, config, trainer.model, trainer.optimizer, step=5, data={})
+        checkpoint.save(run, config, trainer.engine, step=5, data={})
     checkpoint._publish = publish
     interrupted = _names(run), decide(lambda: checkpoint.find(run, "auto").step)
 
     # A disk that only one rank cannot write to stops all of them.
     save, torch.save = torch.save, _full_disk if rank == 1 else torch.save
-    unwritable = _refusal(lambda: checkpoint.save(run, config, trainer.model, trainer.optimizer, step=5, data={}))
+    unwritable = _refusal(lambda: checkpoint.save(run, config, trainer.engine, step=5, data={}))
     torch.save = save
 
     torch.manual_seed(rank)
-    path = checkpoint.save(folder / "other", config, trainer.model, trainer.optimizer, step=1, data={})
+    path = checkpoint.save(folder / "other", config, trainer.engine, step=1, data={})
     expected = torch.rand(3)
-    checkpoint.load(checkpoint.read_info(path), trainer.model, trainer.optimizer)
+    checkpoint.load(checkpoint.read_info(path), trainer.engine)
     random = torch.equal(torch.rand(3), expected)
 
     if rank == 0:  # same size, other bytes: only loading finds out

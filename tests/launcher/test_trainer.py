@@ -14,9 +14,9 @@ from spawn import run_ranks
 from tiny_runs import rows, start, tiny_config, train, write_corpus
 
 from longspan.launcher.config import Config
+from longspan.launcher.engines.optimizer import build_optimizer
 from longspan.launcher.errors import UserError
 from longspan.launcher.schedule import learning_rate
-from longspan.launcher.trainer import build_optimizer
 
 TOLERANCE = 1e-5
 

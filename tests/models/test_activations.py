@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from longspan.models.activations import GRADIENTS, LOSS, measure
 from longspan.models.build import build_model
+from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import LAYER_KINDS, SPARSE_KINDS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.flops import model_flops_by_kind
-from longspan.models.parallelize import checkpoint_blocks
 from longspan.parallel import SequenceParallel
 
 SIZES = dict(
@@ -24,18 +24,27 @@ BATCH_NAME = "batch"
 
 
 def config_of(kind, **change):
-    return ModelConfig(**SIZES | dict(pattern=[kind], window=7 if kind == "softmax:window" else 0) | change)
+    extra = {"window": 7} if kind == "softmax:window" else {}
+    if kind == "sparse":
+        extra = {"sparse_selection": {"name": "top", "query_block": 32, "key_block": 16}}
+    return ModelConfig(**SIZES | dict(pattern=[kind]) | extra | change)
 
 
-def real_model(config, dtype, checkpointing="none"):
+def fully(model):
+    checkpoint_blocks(model, "full")
+
+
+def real_model(config, dtype, checkpointing="none", mlp_tile=0):
     torch.manual_seed(0)
     model = build_model(config)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             wanted = torch.float32 if isinstance(module, Gate) else dtype
             setattr(module, name, torch.nn.Parameter(parameter.detach().to(wanted)))
-    if checkpointing == "full":
-        checkpoint_blocks(model)
+    for block in model.blocks:
+        block.mlp_tile = mlp_tile
+    if checkpointing != "none":
+        checkpoint_blocks(model, checkpointing)
     return model
 
 
@@ -102,8 +111,8 @@ def kept(config, lengths, **options):
     return sum(size for name, size in found.items() if name != BATCH_NAME)
 
 
-def step_of(config, lengths, dtype, checkpointing="none"):
-    model, seq = real_model(config, dtype, checkpointing), SequenceParallel().context(lengths)
+def step_of(config, lengths, dtype, checkpointing="none", mlp_tile=0):
+    model, seq = real_model(config, dtype, checkpointing, mlp_tile), SequenceParallel().context(lengths)
     inputs = text_inputs(config, sum(lengths))
     model(*inputs, seq)  # derives tables, which are no activations
     return lambda: model(*inputs, seq)
@@ -119,11 +128,29 @@ def test_saved_bytes_are_those_of_saved_tensors_hooks(kind):
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 def test_with_checkpointing_what_lives_is_counted(kind):
     config, lengths, dtype = config_of(kind), [211, 90], torch.bfloat16
-    found = kept(config, lengths, dtype=dtype, prepare=checkpoint_blocks)
+    found = kept(config, lengths, dtype=dtype, prepare=fully)
     wanted = alive_bytes(step_of(config, lengths, dtype, "full"))
     # Lists of chosen blocks depend on the tokens, and have tables beside them.
     assert found == (pytest.approx(wanted, rel=2e-3) if kind in SPARSE_KINDS else wanted)
     assert found < kept(config, lengths, dtype=dtype) / 3
+
+
+@pytest.mark.parametrize("kind", ["softmax", "linear:gla", "sla", "llsa"])
+@pytest.mark.parametrize("checkpointing, tile", [("selective", 0), ("none", 100), ("full", 100), ("selective", 100)])
+def test_memory_options_are_counted(kind, checkpointing, tile):
+    config, lengths, dtype = config_of(kind), [211, 90], torch.bfloat16
+
+    def prepare(model):
+        for block in model.blocks:
+            block.mlp_tile = tile
+        if checkpointing != "none":
+            checkpoint_blocks(model, checkpointing)
+
+    found = kept(config, lengths, dtype=dtype, prepare=prepare)
+    step = step_of(config, lengths, dtype, checkpointing, tile)
+    wanted = saved_bytes(step) if checkpointing == "none" else alive_bytes(step)
+    lists = checkpointing != "none" and kind in SPARSE_KINDS
+    assert found == (pytest.approx(wanted, rel=2e-3) if lists else wanted)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +168,25 @@ def test_settings_and_long_sequences_change_the_count_as_the_model(change):
     assert kept(config, lengths, dtype=torch.float32) == saved_bytes(step_of(config, lengths, torch.float32))
 
 
-def test_images_are_counted_too():
-    config = ModelConfig(**SIZES | dict(task="images", pattern=["softmax", "linear:none"], num_kv_heads=0, head_dim=8))
+SLA_CASES = [
+    dict(sla_linear="rest"),
+    dict(sla_feature_map="elu1", sla_query_block=32),
+    dict(sla_feature_map="hedgehog", num_kv_heads=4),
+]
+
+
+@pytest.mark.parametrize("change", SLA_CASES)
+def test_the_linear_branch_of_sla_is_counted(change):
+    config, lengths = config_of("sla", **dict(sla_query_block=64, sla_key_block=16) | change), [211, 90]
+    for dtype in (torch.bfloat16, torch.float32):
+        assert kept(config, lengths, dtype=dtype) == saved_bytes(step_of(config, lengths, dtype))
+
+
+@pytest.mark.parametrize("over", ["all", "rest"])
+@pytest.mark.parametrize("pattern", [["softmax", "linear:none"], ["sla", "llsa"]])
+def test_images_are_counted_too(pattern, over):
+    change = dict(task="images", pattern=pattern, num_kv_heads=0, head_dim=8, sla_linear=over)
+    config = ModelConfig(**SIZES | change)
     lengths = [64] * 3
     model, seq = real_model(config, torch.float32), SequenceParallel().context(lengths)
     inputs = torch.randn(192, 3), torch.randn(192, 3), torch.rand(3)
@@ -180,7 +224,7 @@ def test_products_are_the_model_flops_and_recomputation_adds_a_forward():
     wanted = model_flops_by_kind(config, [128])
     flops = measure(config, [128]).flops
     assert sum(flops.values()) == wanted["matmul"] + wanted["head"]
-    again = measure(config, [128], prepare=checkpoint_blocks).flops
+    again = measure(config, [128], prepare=fully).flops
     # The last product of a block is not needed to recompute what it saves.
     last = 2 * 128 * 2 * config.mlp_width * config.hidden_size
     assert sum(again.values()) == wanted["matmul"] * 4 / 3 + wanted["head"] - last
@@ -188,9 +232,7 @@ def test_products_are_the_model_flops_and_recomputation_adds_a_forward():
 
 def test_peak_holds_the_logits_of_one_chunk_and_gradients_stay_by_share():
     def peak(chunk):
-        return measure(
-            config_of("softmax", vocab_size=5000, loss_chunk=chunk), [512], prepare=checkpoint_blocks
-        ).at_peak
+        return measure(config_of("softmax", vocab_size=5000, loss_chunk=chunk), [512], prepare=fully).at_peak
 
     small, large = peak(128), peak(256)
     # fp32 logits and their gradient in bf16, while both exist.

@@ -82,6 +82,44 @@ def test_pattern_repeats_and_is_cut():
             {"sla_feature_map": "gelu"},
             "model.sla_feature_map 'gelu' is unknown; did you mean 'elu1'? allowed: elu1, softmax, hedgehog",
         ),
+        ({"sla_linear": "both"}, "model.sla_linear 'both' is unknown; allowed: all, rest"),
+        (
+            {"sla_linear": "rest", "sla_key_block": 48},
+            "model.sla_linear=rest needs whole blocks of keys in a block of queries, but model.sla_key_block=48 does"
+            " not divide model.sla_query_block=128",
+        ),
+        (
+            {"sla_linear": "rest", "sla_feature_map": "hedgehog"},
+            "model.sla_linear=rest maps keys of other ranks where they arrive, which model.sla_feature_map=hedgehog"
+            " with its weights per head cannot; use softmax or elu1",
+        ),
+        (
+            {"sparse_selection": {"name": "window", "window": 4}},
+            "model.sparse_selection={'name': 'window', 'window': 4} is for sparse layers, of which model.pattern has"
+            " none; use sparse there, or model.sparse_selection={}",
+        ),
+        (
+            {"pattern": ["sparse"]},
+            "model.sparse_selection: name=None is unknown; use top, hierarchical, window, radial, antidiagonal,"
+            " tokens, compressed, lists",
+        ),
+        (
+            {"pattern": ["sparse"], "sparse_selection": {"name": "token"}},
+            "model.sparse_selection: name='token' is unknown, did you mean 'tokens'?; use top, hierarchical, window,"
+            " radial, antidiagonal, tokens, compressed, lists",
+        ),
+        (
+            {"pattern": ["sparse"], "sparse_selection": {"name": "tokens", "kep": 2}},
+            "model.sparse_selection: tokens has no 'kep', did you mean 'keep'?; it has keep, query_block, key_block",
+        ),
+        (
+            {"pattern": ["sparse"], "sparse_selection": {"name": "tokens", "keep": 0}},
+            "model.sparse_selection: TokenTop.keep=0 must be a whole number of at least 1",
+        ),
+        (
+            {"pattern": ["sparse"], "sparse_selection": {"name": "lists", "lists": "no_module:f"}},
+            "model.sparse_selection: lists='no_module:f' is no function that can be imported; write module:function",
+        ),
         ({"head_dim": -1}, "model.head_dim=-1 is negative; use 0 to derive it"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0 must be greater than 0"),
         (
@@ -104,13 +142,13 @@ def test_pattern_repeats_and_is_cut():
         (
             {"pattern": ["linear:fixd"]},
             "model.pattern entry 'linear:fixd' is unknown; did you mean 'linear:fixed'? allowed: softmax,"
-            " softmax:window, sla, llsa, linear, linear:none, linear:fixed, linear:scalar, linear:mamba2, linear:gla,"
-            " linear:hgrn2, linear:delta, linear:gated_delta",
+            " softmax:window, sla, llsa, sparse, linear, linear:none, linear:fixed, linear:scalar, linear:mamba2,"
+            " linear:gla, linear:hgrn2, linear:delta, linear:gated_delta",
         ),
         (
             {"pattern": ["attention"]},
-            "model.pattern entry 'attention' is unknown; allowed: softmax, softmax:window, sla, llsa, linear,"
-            " linear:none, linear:fixed, linear:scalar, linear:mamba2, linear:gla, linear:hgrn2, linear:delta,"
+            "model.pattern entry 'attention' is unknown; allowed: softmax, softmax:window, sla, llsa, sparse,"
+            " linear, linear:none, linear:fixed, linear:scalar, linear:mamba2, linear:gla, linear:hgrn2, linear:delta,"
             " linear:gated_delta",
         ),
         (

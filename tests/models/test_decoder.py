@@ -21,7 +21,12 @@ CONFIGS = {
     ),
     "softmax_window": dict(pattern=["softmax:window", "softmax"], num_layers=2, num_kv_heads=1, window=4),
     "sla": dict(pattern=["sla"], num_layers=2, num_kv_heads=1, **BLOCKS),
+    "sla_rest": dict(pattern=["sla"], num_layers=2, num_kv_heads=1, sla_linear="rest", **BLOCKS),
     "llsa": dict(pattern=["llsa"], num_layers=2, num_kv_heads=1, **BLOCKS),
+    "sparse": dict(
+        pattern=["sparse"], num_layers=2, num_kv_heads=1,
+        sparse_selection={"name": "tokens", "keep": 2, "query_block": 4, "key_block": 2},
+    ),
     "none": dict(pattern=["linear:none"], num_layers=2, feature_map="identity"),
     "fixed": dict(
         pattern=["linear"], num_layers=2, output_gate="none", feature_map="relu", output_norm="simple_rmsnorm",
@@ -46,7 +51,10 @@ CONFIGS = {
         pattern=["linear:none", "linear:fixed", "linear:scalar", "linear:gla", "linear:hgrn2"], num_layers=5,
         linear_num_heads=3, linear_head_dim=5, linear_value_dim=7, conv_width=3,
     ),
-    "hybrid": dict(pattern=list(LAYER_KINDS), num_layers=len(LAYER_KINDS), window=3, **BLOCKS),
+    "hybrid": dict(
+        pattern=list(LAYER_KINDS), num_layers=len(LAYER_KINDS), window=3, **BLOCKS,
+        sparse_selection={"name": "window", "window": 3},
+    ),
 }  # fmt: skip
 LENGTHS = [6, 1, 9]
 

@@ -98,10 +98,15 @@ def test_sparse_layers_by_hand():
     pairs, tokens = 3 + (2 * 2 + 3) + 2 + 1, 5
     linear = 2 * 2 * 4 * 5 * 4  # writes and reads of a 4 x 5 state, the normaliser's column with it
     assert model_flops_by_kind(sla, [tokens])["sparse"] == 3 * (4 * 4 * 4 * pairs + tokens * (linear + 2 * 3 * 4 * 4))
+    grouped = ModelConfig(**shape, pattern=["sla"], sla_keep=1, sla_query_block=2, sla_key_block=2, num_kv_heads=2)
+    linear = (4 + 2) * 2 * 4 * 5  # heads read, key heads write
+    assert model_flops_by_kind(grouped, [tokens])["sparse"] == 3 * (64 * pairs + tokens * (linear + 2 * 3 * 4 * 4))
     # Blocks of 2, one level: all means of blocks before one's own, one block of tokens, one's own.
     llsa = ModelConfig(**shape, pattern=["llsa"], llsa_block=2, llsa_keep=1, llsa_levels=1)
     pairs = (1 + 2) + (1 + 2 + 1 + 1 + 2 + 2) + (2 + 2 + 1)
     assert model_flops_by_kind(llsa, [5])["sparse"] == 3 * 4 * 4 * 4 * pairs
+    window = ModelConfig(**shape, pattern=["sparse"], sparse_selection={"name": "window", "window": 3})
+    assert model_flops_by_kind(window, [5, 2])["sparse"] == 3 * 4 * 4 * 4 * (1 + 2 + 3 + 3 + 3 + 1 + 2)
 
 
 def test_layers_that_look_both_ways_by_hand():
@@ -126,6 +131,8 @@ def test_kinds_add_up(kind):
 
     def flops(*pattern):
         settings = LINEAR | {"num_layers": len(pattern), "window": 4 * ("softmax:window" in pattern)}
+        if "sparse" in pattern:
+            settings["sparse_selection"] = {"name": "window", "window": 3}
         return model_flops_by_kind(ModelConfig(**settings, pattern=[*pattern]), [11])
 
     for name, other in product(("matmul", "softmax", "sparse", "linear"), ("softmax", "linear:delta")):

@@ -1,6 +1,7 @@
 """parallelize: gradients are sums over ranks, whatever combination of checkpointing, compilation and sharding."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from spawn import run_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from longspan.launcher.engines.fsdp2 import shard
 from longspan.models.config import LAYER_KINDS, LINEAR_KINDS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.decoder import Decoder
@@ -18,6 +20,7 @@ from longspan.parallel import Layout, SequenceParallel, Span
 CONFIG = dict(
     vocab_size=29, num_layers=len(LAYER_KINDS), hidden_size=8, num_heads=2, mlp_size=12, state_size=5, gate_rank=3,
     init_std=0.3, loss_chunk=7, feature_map="elu1", norm_eps=1e-3, pattern=list(LAYER_KINDS), window=3,
+    sparse_selection={"name": "window", "window": 3},
 )  # fmt: skip
 # name: (mesh axes, dtype of parameters, keyword arguments)
 COMBINATIONS = {
@@ -40,10 +43,8 @@ def make_mesh(axes, world_size):
 
 
 def apply(model, mesh, *, checkpointing="none", compile=False, param_dtype=None, reduce_dtype=None):
-    return parallelize(
-        model, fsdp_mesh=mesh, checkpointing=checkpointing, compile=compile, param_dtype=param_dtype,
-        reduce_dtype=reduce_dtype,
-    )  # fmt: skip
+    over_ranks = partial(shard, mesh=mesh, param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    return parallelize(model, shard=over_ranks, checkpointing=checkpointing, compile=compile)
 
 
 def make_batch(data_rank):
@@ -149,7 +150,12 @@ def test_gates_stay_exact_in_bf16():
 
 def run_compiled(rank, world_size):
     """Blocks are really compiled, inside checkpoints too, and layers of one kind share their graphs."""
-    layers = {"num_layers": 6, "window": 0, "pattern": ["linear:fixed", "linear:fixed", "softmax"]}
+    layers = {
+        "num_layers": 6,
+        "window": 0,
+        "sparse_selection": {},
+        "pattern": ["linear:fixed", "linear:fixed", "softmax"],
+    }
     plain = make_model(**layers)
     plain(*make_batch(0)).backward()
     model = apply(make_model(**layers), make_mesh("shard", world_size), checkpointing="full", compile=True)
@@ -169,7 +175,7 @@ def test_linear_layers_compile(kind):
     """Traced by the compiler (without its slow code generation): equal results, and layers share their graphs."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
-    model = make_model(pattern=[kind], num_layers=10, window=0)
+    model = make_model(pattern=[kind], num_layers=10, window=0, sparse_selection={})
     tokens, labels, seq = make_batch(1)
     wanted = model(tokens, labels, seq)
     before = counters["unique_graphs"]
@@ -194,7 +200,7 @@ def run_one_rank(rank, world_size, refusal):
     "refusal, message",
     [
         ("mesh", "fsdp_mesh has 3 axes ('a', 'b', 'c'); use 1 (FSDP) or 2 (HSDP)"),
-        ("checkpointing", "train.checkpointing='some' is unknown; allowed: none, full"),
+        ("checkpointing", "train.checkpointing='some' is unknown; allowed: none, full, selective"),
     ],
 )
 def test_refusals(refusal, message):

@@ -36,8 +36,13 @@ MODELS = {
         pattern=["linear:scalar", "softmax"], num_layers=2, linear_normalize=True, tie_embeddings=True,
     ),
     "sparse": dict(
-        pattern=["sla", "linear:scalar", "llsa"], num_layers=3, num_kv_heads=1, sla_keep=2, sla_query_block=8,
-        sla_key_block=4, llsa_block=4, llsa_keep=2,
+        pattern=["sla", "linear:scalar", "llsa", "sparse"], num_layers=4, num_kv_heads=1, sla_keep=2,
+        sla_query_block=8, sla_key_block=4, llsa_block=4, llsa_keep=2,
+        sparse_selection={"name": "tokens", "keep": 2, "query_block": 8, "key_block": 4}, sla_feature_map="hedgehog",
+    ),
+    "rest": dict(
+        pattern=["sla", "softmax"], num_layers=2, num_kv_heads=1, sla_keep=2, sla_query_block=8, sla_key_block=4,
+        sla_linear="rest",
     ),
     "windows": dict(pattern=["linear:fixed", "softmax:window", "softmax"], num_layers=3, window=11, num_kv_heads=1),
 }  # fmt: skip
@@ -75,6 +80,7 @@ def all_cases():
         for layout, softmax in zip(LAYOUTS, ("zeppelin", "ring", "usp", "all_gather")):
             yield Case("windows", lengths, layout, "lasp2", softmax, torch.float64)
             yield Case("sparse", lengths, layout, "lasp2", softmax, torch.float64)
+            yield Case("rest", lengths, layout, "lasp", softmax, torch.float64)
         yield Case("windows", lengths, "balanced", "lasp2", "ring", torch.float32)
 
 

@@ -1,0 +1,100 @@
+"""What checkpointed blocks keep for the backward waits in host memory instead of on the device.
+
+A block's tensors leave on a stream of their own while the block and the next one run, and come back while the backward
+of the block behind it runs. On a GPU host memory is pinned, so that copies overlap with computation; on a CPU the same
+code copies at once.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+
+LEAST_BYTES = 2**20  # smaller tensors stay: a copy of them costs more than it frees
+
+
+class Offload:
+    """The traffic of one model's blocks. `parcel` is called once for each call of a block, in their order."""
+
+    def __init__(self):
+        self.stream = None
+        self._recent = []  # weak: a graph that is dropped without a backward takes its parcels with it
+
+    def parcel(self) -> "Parcel":
+        """What the block that starts now keeps. What the block before the last one kept is gone from the device."""
+        *old, last = self._recent or [lambda: None]
+        for parcel in filter(None, (reference() for reference in old)):
+            parcel.depart()
+        parcel = Parcel(self, last)
+        self._recent = [last, weakref.ref(parcel)]
+        return parcel
+
+
+class Parcel:
+    """The tensors that one call of a block keeps; `previous` is a weak reference to that of the block in front."""
+
+    def __init__(self, offload: Offload, previous):
+        self._offload, self._previous = offload, previous
+        self._host, self._here, self._event = [], {}, None
+
+    def store(self, tensor):
+        """A Slot that `fetch`es the tensor again, on any later stream; small tensors and other objects as they are."""
+        if not isinstance(tensor, torch.Tensor) or tensor.nbytes < LEAST_BYTES:
+            return tensor
+        tensor = tensor.detach()
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self._copy([(host, tensor)])
+        slot = Slot(self, len(self._host), tensor.device)
+        self._here[slot.index] = tensor  # until the copy has been made
+        self._host.append(host)
+        return slot
+
+    def depart(self) -> None:
+        """Frees the device's memory, for whatever runs on the current stream from here on."""
+        for tensor in self._here.values():
+            torch.get_device_module(tensor.device).current_stream().wait_event(self._event)
+        self._here = {}
+
+    def __del__(self):
+        self.depart()  # a graph may be dropped while copies are under way, and its memory given to others
+
+    def request(self, device: torch.device) -> None:
+        """Starts to bring all tensors back that are not on the device."""
+        missing = [index for index in range(len(self._host)) if index not in self._here]
+        self._here |= {index: torch.empty_like(self._host[index], device=device) for index in missing}
+        self._copy([(self._here[index], self._host[index]) for index in missing])
+
+    def fetch(self, index: int, device: torch.device) -> torch.Tensor:
+        if index not in self._here:
+            self.request(device)
+        torch.get_device_module(device).current_stream().wait_event(self._event)
+        if previous := self._previous():
+            previous.request(device)
+        return self._here.pop(index)
+
+    def _copy(self, pairs) -> None:
+        for target, source in pairs:
+            module = torch.get_device_module(target.device if source.device.type == "cpu" else source.device)
+            self._offload.stream = self._offload.stream or module.Stream()
+            # Behind what writes the source, and what used the target's memory before.
+            self._offload.stream.wait_stream(module.current_stream())
+            with module.stream(self._offload.stream):
+                target.copy_(source, non_blocking=True)
+            self._event = self._offload.stream.record_event()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for a tensor that was stored."""
+
+    parcel: Parcel
+    index: int
+    device: torch.device
+
+    def fetch(self) -> torch.Tensor:
+        return self.parcel.fetch(self.index, self.device)
+
+
+def fetch(value):
+    """The tensor that a Slot stands for; anything else as it is."""
+    return value.fetch() if isinstance(value, Slot) else value

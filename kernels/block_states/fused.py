@@ -1,0 +1,104 @@
+"""The Triton kernels; functions as in plain.py, where they are described."""
+
+import torch
+
+from longspan.kernels.block_states.keys import key_gradients_kernel, listed_kernel, sums_kernel
+from longspan.kernels.block_states.queries import output_kernel, query_gradients_kernel
+from longspan.kernels.linear.splits import padded, unit_stride
+
+STEP = 64  # rows that sums and gradients of keys take at once: with more, registers spill
+TILE, TAKE = 1024, 8  # numbers of a state, and states of a list, that are added at once
+
+
+def refusal(dtype: torch.dtype, key_size: int, value_size: int, sizes) -> str | None:
+    """Why these kernels do not take a case, or None."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"takes bfloat16 and float32, not {dtype}"
+    widest = 64 if dtype == torch.float32 else 128  # by the shared memory of a Hopper GPU
+    if max(key_size, value_size) > widest:
+        return f"takes {dtype} heads up to {widest} wide, not {max(key_size, value_size)}"
+    for size in sizes:
+        if size not in (16, 32, 64, 128):
+            return f"takes blocks of 16, 32, 64 or 128 rows, not {size}"
+    return None
+
+
+def sums(x, y, weight, blocks, feature_map, heads, dtype):
+    x, y = unit_stride(x), unit_stride(y)
+    key_size, value_size = x.shape[2], y.shape[2]
+    out = x.new_empty(len(blocks), heads, 1, key_size * value_size + key_size, dtype=dtype)
+    if out.numel():
+        sums_kernel[(len(blocks) * heads,)](
+            x, y, out if weight is None else weight, out, blocks.start, blocks.length, *_strides(x, y), heads,
+            x.shape[1] // heads, *_sizes(x, y), min(STEP, padded(blocks.size)), feature_map, weight is not None,
+            **_options(x, STEP),
+        )  # fmt: skip
+    return out
+
+
+def listed(total, total_row, states, plan, *, transposed, heads, dtype):
+    mine, theirs = (plan.keys, plan.queries) if transposed else (plan.queries, plan.keys)
+    ends, numbers = (plan.col_ptr, plan.col_idx) if transposed else (plan.row_ptr, plan.row_idx)
+    size = states.shape[-1]
+    out = states.new_empty(len(mine), heads, 1, size, dtype=dtype)
+    if out.numel():
+        listed_kernel[(-(-size // TILE) * len(mine) * heads,)](
+            out if total is None else total, ends if total is None else total_row, states, out, ends, numbers,
+            mine.position, theirs.position, len(mine), numbers.shape[1], size, heads, states.shape[1], plan.heads,
+            TILE, TAKE, total is not None, plan.causal, transposed, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def output(sparse, q, k, v, states, totals, rows, queries, weight, bias, feature_map, inside, lost):
+    q, k, v, sparse = (unit_stride(x) for x in (q, k, v, sparse.contiguous()))
+    out = torch.empty_like(sparse)
+    if len(queries):
+        output_kernel[(len(queries) * q.shape[1],)](
+            sparse, q, k, v, states, totals, rows, weight.to(q.dtype).contiguous(), bias.float(), out, queries.start,
+            queries.length, *_strides(q, k, v), lost, q.shape[1], k.shape[1], *_sizes(q, v), queries.size, feature_map,
+            inside, **_options(q, queries.size),
+        )  # fmt: skip
+    return out
+
+
+def query_gradients(d_out, q, k, v, states, totals, rows, queries, weight, feature_map, inside, lost):
+    d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
+    dq, d_num, value = q.new_empty(q.shape), d_out.new_empty(d_out.shape), d_out.new_empty(d_out.shape)
+    d_den = q.new_empty(q.shape[:2], dtype=torch.float32)
+    if len(queries):
+        query_gradients_kernel[(len(queries) * q.shape[1],)](
+            d_out, q, k, v, states, totals, rows, weight.to(q.dtype).contiguous(), dq, d_num, d_den, value,
+            queries.start, queries.length, *_strides(d_out, q, k, v), lost, q.shape[1], k.shape[1], *_sizes(q, v),
+            queries.size, feature_map, inside, **_options(q, queries.size),
+        )  # fmt: skip
+    return dq, d_num, d_den, value
+
+
+def key_gradients(k, v, states, rows, blocks, feature_map, inside=None, onto=(None, None)):
+    k, v = unit_stride(k), unit_stride(v)
+    dk, dv = (x.new_empty(x.shape) if total is None else total.contiguous() for x, total in zip((k, v), onto))
+    q, d_num, d_den = (k, v, k) if inside is None else (unit_stride(inside[0]), *inside[1:])
+    at_once = min(STEP, blocks.size)
+    parts = blocks.size // at_once
+    if len(blocks):
+        key_gradients_kernel[(len(blocks) * parts * k.shape[1],)](
+            k, v, states, rows, q, d_num, d_den, dk, dv, blocks.start, blocks.length, *_strides(k, v, q), k.shape[1],
+            q.shape[1] // k.shape[1], *_sizes(k, v), at_once, parts, feature_map, inside is not None,
+            *(x is not None for x in onto),
+            **_options(k, at_once) | {"num_stages": 1},  # the loop is short
+        )  # fmt: skip
+    return dk, dv
+
+
+def _sizes(x, y):
+    return x.shape[2], y.shape[2], padded(x.shape[2]), padded(y.shape[2])
+
+
+def _options(x, rows):
+    precision = "tf32x3" if x.dtype == torch.float32 else "tf32"
+    return {"PRECISION": precision, "num_warps": 8 if rows >= 128 else 4, "num_stages": 2}
+
+
+def _strides(*tensors):
+    return [stride for x in tensors for stride in x.stride()[:2]]

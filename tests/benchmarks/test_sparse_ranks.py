@@ -1,0 +1,48 @@
+"""The benchmark of sparse attention over ranks runs on CPU ranks, and what it says of bytes is right."""
+
+import json
+import sys
+
+import pytest
+from spawn import run_ranks
+
+from longspan.benchmarks import sparse_ranks
+
+
+def run_benchmark(rank, world_size, path, more):
+    sys.argv = ["sparse_ranks", "--output", str(path), "--device", "cpu", "--tokens", "2K", "--heads", "2"]
+    sys.argv += ["--kv-heads", "1", "--head-dim", "8", "--repetitions", "1", *more]
+    return sparse_ranks.main()
+
+
+def rows_of(tmp_path, more):
+    path = tmp_path / "rows.json"
+    assert run_ranks(run_benchmark, 2, path, more) == [0, 0]
+    rows = json.loads(path.read_text())["rows"]
+    for row in rows:
+        assert row["ms"]["forward+backward"] > row["ms"]["forward"] > 0
+        assert row["strategy"] == "alone" or row["efficiency"]["forward"] > 0
+    return rows
+
+
+def test_operator(tmp_path):
+    rows = rows_of(tmp_path, ["--cases", "sla_ratio", "sla_top16", "llsa2"])
+    assert [row["strategy"] for row in rows] == 3 * ["alone", *sparse_ranks.FORCED]
+    for row in rows:
+        if row["strategy"] == "alone":
+            continue
+        assert row["strategy"] in ("auto", row["took"])
+        assert row["pairs_over_alone"] == pytest.approx(1, abs=0.5 if row["case"] == "llsa2" else 0.01)
+        if row["took"] == "fetch":
+            assert 1 <= row["received_over_needed"] < 1.05, row
+
+
+def test_layer(tmp_path):
+    rows = rows_of(tmp_path, ["--cases", "sla_top16", "llsa2", "--strategies", "fetch", "--layer"])
+    assert [row["case"] for row in rows] == ["sla_top16"] * 2 + ["llsa2"] * 2
+
+
+def test_refusals(capsys):
+    with pytest.raises(SystemExit):
+        sparse_ranks.parse_arguments(["--heads", "3", "--kv-heads", "2"])
+    assert "--kv-heads 2 does not divide --heads 3" in capsys.readouterr().err
