@@ -259,7 +259,7 @@ class _Sparse:
         rows = self._coarse_rows()
         coarse = [x.new_empty(sum(rows), *x.shape[1:]) for x in (k, v)] if rows else []
         sums = [] if self.outline.gpu else self._segment_sums(rows, k, v)
-        states = self.branch.states(*own, k, v) if self.branch else ()
+        states = self.branch.states(*own, q, k, v) if self.branch else ()
         return torch.empty_like(out) if self.branch else out, (*coarse, *sums, *states, out, lse, *arrived[:2])
 
     def _segment_sums(self, rows, k, v):
@@ -315,8 +315,9 @@ class _Branch:
     def entry(self, weight, bias, own_q, own_k, k, v):
         return self._states(self.outline.linked, own_k, k, v, _wide(k))
 
-    def states(self, weight, bias, own_q, own_k, k, v):
+    def states(self, weight, bias, own_q, own_k, q, k, v):
         """(states, normalizers), saved; sums of blocks exist meanwhile."""
+        self._note(own_k, q, k, v, backward=False)
         _sums = self._sums(own_k, k, v, forward=True)
         folded = self._states(self._folded(), own_k, k, v, _wide(k))
         states = (
@@ -329,11 +330,17 @@ class _Branch:
 
     def hold(self, weight, bias, own_q, own_k, q, k, v):
         """Gradients of numerators and denominators, what was read, and states of gradients."""
+        self._note(own_k, q, k, v, backward=True)
         sums, size = self._sums(own_k, k, v, forward=False), (q if own_q is None else own_q).shape[2]
         rows = self._blocks(self.selection.key_block) if self.rest else self._folded()
         numbers = [q.new_empty(*q.shape[:2], width) for width in (size, v.shape[2], v.shape[2])]
         dtype = state_dtype(k.dtype) if self.rest else _wide(k)
         return [sums, self._states(rows, own_k, k, v, dtype), *numbers, q.new_empty(q.shape[:2], dtype=_wide(q))]
+
+    def _note(self, own_k, q, k, v, backward):
+        """Its work is taken as that of linear attention without decay."""
+        size = (k if own_k is None else own_k).shape[2]
+        self.outline.record(Call("linear", "none", backward, q.shape[1], k.shape[1], size, v.shape[2]))
 
     def _sums(self, own_k, k, v, forward):
         if self.rest:

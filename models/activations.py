@@ -85,6 +85,8 @@ def measure(
         meter.ignore(parameter)
     book_layers(model, meter)
     prepare(model)
+    for block in model.blocks:
+        block.visit_tiles = meter.first_of
     # A rank of several may hold one token more than others.
     tokens = -(-sum(lengths) // world_size)
     if gpu:
@@ -131,6 +133,7 @@ class _Meter(TorchDispatchMode):
         super().__init__()
         self.live, self.flops, self.traffic, self.calls = Counter(), Counter(), Counter(), Counter()
         self.total = self.peak = self.launches = 0
+        self._repeats = 1
         self.at_peak, self.gradient_bytes = {}, gradient_bytes
         self._names, self._known = [], {}
 
@@ -150,6 +153,13 @@ class _Meter(TorchDispatchMode):
         self.push(name)
         yield
         self.pop()
+
+    def first_of(self, tiles: list[slice]):
+        """The first tile, whose work counts for all, and which holds what any of them does."""
+        if tiles:
+            self._repeats = len(tiles)
+            yield tiles[0]
+            self._repeats = 1
 
     def ignore(self, tensor: torch.Tensor) -> None:
         """Its storage is counted elsewhere; it must outlive the meter."""
@@ -194,14 +204,15 @@ class _Meter(TorchDispatchMode):
         name, where = func._schema.name.removeprefix("aten::"), self._names[-1]
         if func.is_view or name.lstrip("_").removeprefix("new_").removeprefix("unsafe_").startswith(SILENT):
             return
-        self.launches += 1
+        self.launches += self._repeats
         if name in PRODUCTS:
             left = args[PRODUCTS[name]]
-            self.flops[where] += 2.0 * outputs[0].numel() * left.shape[-1]
+            self.flops[where] += 2.0 * self._repeats * outputs[0].numel() * left.shape[-1]
             return
         read = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
         touched = outputs * 2 if name in LOOKUPS else read + outputs
-        self.traffic[where] += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in touched)
+        size = sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in touched)
+        self.traffic[where] += self._repeats * size
 
 
 class _Kernels(TorchFunctionMode):

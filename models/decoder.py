@@ -18,6 +18,7 @@ class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): [T, D] -> [T, D]."""
 
     mlp_tile = 0  # tokens for which the MLP is computed at once, see tiles.py; 0: all
+    visit_tiles = staticmethod(iter)  # what goes through a list of tiles
 
     def __init__(self, config: ModelConfig, layer: int, kind: str):
         super().__init__()

@@ -64,7 +64,7 @@ class _Tiles(torch.autograd.Function):
 
 
 def _tiles(block, x):
-    return [slice(start, start + block.mlp_tile) for start in range(0, len(x), block.mlp_tile)]
+    return block.visit_tiles([slice(start, start + block.mlp_tile) for start in range(0, len(x), block.mlp_tile)])
 
 
 def _tile(inputs, num_per_token, rows):
