@@ -19,6 +19,8 @@ from longspan.launcher.gpus import (
     CONTEXT,
     FRAGMENTS,
     GIB,
+    HOST_LINK,
+    HOST_MEMORY,
     LATENCY_S,
     LAUNCH_S,
     LINEAR_NS,
@@ -27,6 +29,7 @@ from longspan.launcher.gpus import (
 )
 from longspan.models.activations import GRADIENTS, LOSS, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
+from longspan.models.config import SPARSE_KINDS
 from longspan.models.flops import model_flops
 from longspan.parallel.costs import KEY_PASSES, token_bytes, visible_share
 from longspan.parallel.geometry import Mask
@@ -35,6 +38,7 @@ from longspan.parallel.layout import Span
 MASTER, MOMENTS = 4, 8  # bytes of a parameter in fp32, and of Adam's two moments
 OPTIMIZER_TRAFFIC = 40  # bytes per parameter: norm, clipping, and an update that reads four numbers and writes three
 GATHERED = 3  # blocks whose parameters are whole at once: in use, arriving, and in the buffer they arrived in
+COUNTED = ("top", "hierarchical")  # of model.sparse_selection
 HEAD_PARALLEL = ("ulysses", "usp", "hybrid")
 LINEAR_LAUNCHES = 8  # kernels of one call of linear attention, about
 
@@ -98,14 +102,36 @@ class Job:
 
     def __post_init__(self):
         self.config.validate(world_size=self.cluster.count)
+        self._refuse_what_is_not_counted()
 
     @property
     def sp(self) -> int:
         return self.config.parallel.sp or self.cluster.count
 
+    def _refuse_what_is_not_counted(self) -> None:
+        config, selection = self.config, self.config.model.sparse_selection.get("name")
+        for setting, given, remedy in (
+            ("parallel.engine=deepspeed", config.parallel.engine == "deepspeed", "plan with fsdp2 or ddp"),
+            ("train.offload_activations=true", config.train.offload_activations, "plan without it, an upper bound"),
+            (f"model.sparse_selection with name={selection}", selection not in (None, *COUNTED), "plan with name=top"),
+        ):
+            if given:
+                raise UserError(f"{setting} is not counted by longspan plan: {remedy}")
+
     @property
     def shards(self) -> int:
-        return self.cluster.per_node if self.config.parallel.sharding == "hsdp" else self.cluster.count
+        """Ranks that share one copy of the parameters."""
+        return {"none": 1, "hsdp": self.cluster.per_node}.get(self.config.parallel.mesh_sharding, self.cluster.count)
+
+    @property
+    def offload(self) -> bool:
+        """Whether parameters, gradients and optimizer states are in host memory."""
+        return self.config.optim.offload == "cpu"
+
+    @property
+    def reduce_size(self) -> int:
+        """Bytes of a number of a gradient that travels."""
+        return getattr(torch, self.config.train.reduce_dtype).itemsize
 
     @property
     def micro_batches(self) -> int:
@@ -145,7 +171,8 @@ class Job:
         """One micro-batch of a rank; gradients stay, sharded, from the first."""
         return measure(
             self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
-            prepare=self.prepare, gradient_bytes=MASTER / self.shards,
+            prepare=self.prepare,
+            gradient_bytes=0 if self.offload else MASTER / self.shards,
         )  # fmt: skip
 
 
@@ -153,7 +180,7 @@ def estimate(job: Job) -> Estimate:
     """What a step of the job takes and holds."""
     measured = job.measure()
     memory = memory_at_peak(job, measured)
-    states = (2 * MASTER + MOMENTS) * measured.num_parameters / job.shards
+    states = 0 if job.offload else (2 * MASTER + MOMENTS) * measured.num_parameters / job.shards
     seconds = step_seconds(job, measured)
     flops = model_flops(job.config.model, job.lengths) * job.config.train.global_batch
     return Estimate(
@@ -171,7 +198,7 @@ def usable(cluster: Cluster) -> float:
 
 def memory_at_peak(job: Job, measured: Measured) -> dict[str, float]:
     """Bytes of a rank by what they are, when most exist."""
-    share = measured.num_parameters / job.shards
+    share = 0 if job.offload else measured.num_parameters / job.shards
     at_peak = dict(measured.at_peak)
     gradients = at_peak.pop(GRADIENTS, 0)
     if job.micro_batches > 1:  # those of the micro-batches before
@@ -187,10 +214,12 @@ def memory_at_peak(job: Job, measured: Measured) -> dict[str, float]:
 
 def sharding_buffers(job: Job, measured: Measured) -> float:
     """Bytes of FSDP2: whole parameters of the root and of some blocks, whole gradients of the root and of one block in
-    the compute dtype, and those of two blocks in fp32 on their way."""
+    the compute dtype, and those of two blocks on their way. From and to host memory parts of the root and of a block
+    travel too, in fp32."""
     block = max(measured.block_parameters)
     whole = measured.root_parameters + GATHERED * block
-    return (whole + measured.root_parameters + block) * job.itemsize + 2 * MASTER * block
+    moved = 2 * MASTER * (measured.root_parameters + block) / job.shards if job.offload else 0
+    return (whole + measured.root_parameters + block) * job.itemsize + 2 * job.reduce_size * block + moved
 
 
 def step_seconds(job: Job, measured: Measured) -> dict[str, float]:
@@ -208,11 +237,14 @@ def step_seconds(job: Job, measured: Measured) -> dict[str, float]:
         repeats = count if call.backward or call.kind == "convolution" else layers_of(measured, call)
         exposed += repeats * TRANSFERS[call.kind](job, call, seconds)
     host = LAUNCH_S * (measured.launches + LINEAR_LAUNCHES * sum(measured.calls.values()))
-    exposed += sharding_exposed(job, measured, sum(times.values()))
+    compute = sum(times.values())
+    exposed += sharding_exposed(job, measured, compute)
     times["waiting for the host"] = max(0.0, host - sum(times.values()))
     times["communication, exposed"] = exposed
     times = Counter({name: seconds * job.micro_batches for name, seconds in times.items()})
-    times["optimizer"] = OPTIMIZER_TRAFFIC * measured.num_parameters / job.shards / traffic
+    times["communication, exposed"] += copies_exposed(job, measured, compute)
+    update = HOST_MEMORY / min(job.cluster.count, job.cluster.per_node) if job.offload else traffic
+    times["optimizer"] = OPTIMIZER_TRAFFIC * measured.num_parameters / job.shards / update
     return {name: seconds for name, seconds in times.items() if seconds > 0}
 
 
@@ -287,14 +319,29 @@ TRANSFERS = {
 
 
 def sharding_exposed(job: Job, measured: Measured, compute: float) -> float:
-    """Of gathering parameters twice and reducing gradients once: what comes before the first block and after the last,
-    and what is longer than the computation beside it."""
-    if job.shards == 1:
-        return 0.0
-    gpu, nodes = job.cluster.gpu, max(1, job.shards // job.cluster.per_node)
-    # Rings cross between machines once for all GPUs of one, over the links of all.
-    link = gpu.intra if nodes == 1 else min(gpu.intra, gpu.inter * job.cluster.per_node)
-    per_parameter = (2 * job.itemsize + MASTER) * (1 - 1 / job.shards) / link
+    """Of gathering parameters twice and reducing gradients once, in host memory of moving them to the GPU and back."""
+    per_parameter = (2 * job.itemsize + job.reduce_size) * (1 - 1 / job.shards) / _link(job, job.shards)
+    if job.offload:
+        per_parameter += 3 * MASTER / job.shards / HOST_LINK
+    return _beside(compute, measured, per_parameter)
+
+
+def copies_exposed(job: Job, measured: Measured, compute: float) -> float:
+    """Of summing gradients over copies of the parameters, once a step, which is twice their size."""
+    copies = job.cluster.count // job.shards
+    link = job.cluster.gpu.inter if job.shards > 1 else _link(job, copies)
+    return _beside(compute, measured, 2 * job.reduce_size * (1 - 1 / copies) / job.shards / link)
+
+
+def _link(job: Job, ranks: int) -> float:
+    """Rings cross between machines once for all GPUs of one, over the links of all."""
+    gpu = job.cluster.gpu
+    return gpu.intra if ranks <= job.cluster.per_node else min(gpu.intra, gpu.inter * job.cluster.per_node)
+
+
+def _beside(compute: float, measured: Measured, per_parameter: float) -> float:
+    """Seconds that transfers of parameters show: what comes before the first block and after the last, and what is
+    longer than the computation beside it."""
     edges = (measured.root_parameters + max(measured.block_parameters)) * per_parameter
     return edges + max(0.0, measured.num_parameters * per_parameter - compute)
 
@@ -303,8 +350,10 @@ def notes(job: Job) -> Iterator[str]:
     """What the numbers leave out."""
     if not job.cluster.gpu.measured:
         yield f"rates of {job.cluster.name} are not measured by longspan"
-    if any(kind in ("sla", "llsa") for kind in job.config.model.layer_kinds):
+    if not set(SPARSE_KINDS).isdisjoint(job.config.model.layer_kinds):
         yield "rates of sparse attention are expectations; it is taken as keeping all keys of other ranks"
+    if job.offload:
+        yield "optim.offload=cpu: PCIe and the memory of the host are not measured, but taken from data sheets"
     if job.config.train.compile:
         yield "train.compile fuses operations, which is not counted: memory and time are upper bounds"
     if job.config.parallel.softmax in HEAD_PARALLEL and job.sp > 1:
@@ -360,8 +409,12 @@ def _alternatives(job: Job) -> Iterator[tuple[str, Job]]:
         yield "parallel.sharding=fsdp", job.with_settings(parallel={"sharding": "fsdp"})
     if config.train.checkpointing == "none":
         yield "train.checkpointing=full", job.with_settings(train={"checkpointing": "full"})
+    if not config.train.mlp_tile:
+        yield "train.mlp_tile=8192", job.with_settings(train={"mlp_tile": 8192})
     if config.train.dtype == "float32":
         yield "train.dtype=bfloat16", job.with_settings(train={"dtype": "bfloat16"})
+    if config.parallel.engine == "ddp":
+        yield "parallel.engine=fsdp2", job.with_settings(parallel={"engine": "fsdp2"})
     count = job.cluster.count
     for _ in range(6):
         count *= 2

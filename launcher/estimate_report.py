@@ -33,7 +33,7 @@ def lines(job: Job, found: Estimate) -> list[str]:
     rows = [
         f"{config.run.name} on {job.cluster}: {found.num_parameters:,} parameters, {found.tokens:,} tokens a step",
         f"{dp} data-parallel x {job.sp} sequence-parallel, {config.train.dtype}, checkpointing"
-        f" {config.train.checkpointing}",
+        f" {config.train.checkpointing}, {config.parallel.engine}",
         "",
         *_table("memory of a rank at the peak, GiB", {name: found.memory[name] / GIB for name in STATE}),
         *_table("activations then", {name: size / GIB for name, size in activations.items()}),

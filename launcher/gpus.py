@@ -78,6 +78,8 @@ LINEAR_NS = {
 # Block-sparse attention: share of the dense rate forward, and backward. Not measured: expected of the kernels
 # (docs/sparse-attention.md); for blocks of 16 the rate of LLSA's public kernels on an H200.
 SPARSE_SHARE = {"TopBlocks": (0.7, 0.5), "Hierarchical": (0.18, 0.09)}
+# Bytes per second of a GPU from and to host memory (PCIe 5, 63 by data sheet), and of a host's memory; not measured.
+HOST_LINK, HOST_MEMORY = 50e9, 400e9
 LAUNCH_S = 8e-6  # for the host to launch one operation; assumed
 LATENCY_S = 5e-5  # of a small collective over NVLink: 48 us for 1 MiB on 4 H200
 

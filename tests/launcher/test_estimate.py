@@ -53,11 +53,61 @@ LAYER = ("projections and MLP", "norms, gates, rotations", "linear attention", "
 def test_states_are_those_of_the_parameters_over_the_ranks_that_share_them():
     config = job_of().config
     count = num_parameters(config.model)
-    for gpus, settings, shards in (("2xH200", [], 2), ("16xH200", ["parallel.sharding=hsdp"], 8), ("H100", [], 1)):
+    ddp = ["parallel.engine=ddp"]
+    cases = ("2xH200", [], 2), ("16xH200", ["parallel.sharding=hsdp"], 8), ("H100", [], 1), ("2xH200", ddp, 1)
+    for gpus, settings, shards in cases:
         found = estimate(job_of("data.seq_len=16K", *settings, gpus=gpus))
         assert found.num_parameters == count
         assert found.memory["parameters"] == 4 * count / shards
         assert found.memory["optimizer state"] == 8 * count / shards
+
+
+def test_memory_options_and_engines_change_what_they_are_for():
+    def found(*settings):
+        return estimate(job_of("data.seq_len=16K", *settings))
+
+    plain, sharding = found(), "gathered parameters, reduced gradients"
+    offloaded = found("optim.offload=cpu")
+    assert [offloaded.memory[name] for name in ("parameters", "optimizer state", "gradients")] == [0, 0, 0]
+    assert offloaded.seconds["optimizer"] > 4 * plain.seconds["optimizer"]
+    assert offloaded.seconds["communication, exposed"] > plain.seconds["communication, exposed"]
+    halves = found("train.reduce_dtype=bfloat16")
+    block = max(job_of("data.seq_len=16K").measure().block_parameters)
+    assert plain.memory[sharding] - halves.memory[sharding] == 2 * block * 2
+    assert halves.seconds["communication, exposed"] < plain.seconds["communication, exposed"]
+    copies = found("parallel.engine=ddp")
+    assert copies.memory["optimizer state"] == 2 * plain.memory["optimizer state"]
+    assert copies.seconds["communication, exposed"] > 0
+    tiled, whole = (found("data.seq_len=64K", f"train.mlp_tile={tile}") for tile in (1000, 0))
+    assert tiled.peak < 0.8 * whole.peak
+    assert sum(tiled.kept.values()) < 0.8 * sum(whole.kept.values())
+    one = found("train.checkpointing=full", "train.checkpoint_layers=[softmax]")
+    both, half = found("train.checkpointing=full"), found("train.checkpointing=selective")
+    assert both.peak < one.peak < plain.peak and both.peak < half.peak < plain.peak
+
+
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        (["parallel.engine=deepspeed"], "parallel.engine=deepspeed"),
+        (["train.checkpointing=full", "train.offload_activations=true"], "train.offload_activations=true"),
+        (["model.pattern=[sparse]", "model.sparse_selection={name: window, window: 512}"], "name=window"),
+    ],
+)
+def test_what_is_not_counted_is_refused(settings, part):
+    with pytest.raises(UserError, match=f"{part} is not counted by longspan plan: plan with"):
+        job_of(*settings)
+
+
+def test_a_sparse_layer_with_top_blocks_is_sla_without_its_branch():
+    def found(*settings):
+        return estimate(job_of("data.seq_len=64K", *settings))
+
+    top = found("model.pattern=[sparse]", "model.sparse_selection={name: top, keep: 0.05}")
+    sla = found("model.pattern=[sla]", "model.sla_keep=0.05")
+    assert sla.seconds["sparse attention"] == top.seconds["sparse attention"]
+    assert "linear attention" not in top.seconds and sla.seconds["linear attention"] > 0
+    assert top.kept["sparse"] < sla.kept["sla"]
 
 
 def test_a_gpu_keeps_some_memory_for_itself():

@@ -230,6 +230,22 @@ def test_products_are_the_model_flops_and_recomputation_adds_a_forward():
     assert sum(again.values()) == wanted["matmul"] * 4 / 3 + wanted["head"] - last
 
 
+def test_a_tile_counts_for_all():
+    config = config_of("softmax")
+
+    def tiled(tile):
+        def prepare(model):
+            for block in model.blocks:
+                block.mlp_tile = tile
+
+        return measure(config, [512], prepare=prepare)
+
+    whole, one, four = tiled(0), tiled(512), tiled(128)
+    assert one.flops == four.flops and four.launches > one.launches > whole.launches
+    forward = 2 * 512 * config.num_layers * 3 * config.mlp_width * config.hidden_size
+    assert sum(four.flops.values()) == sum(whole.flops.values()) + forward
+
+
 def test_peak_holds_the_logits_of_one_chunk_and_gradients_stay_by_share():
     def peak(chunk):
         return measure(config_of("softmax", vocab_size=5000, loss_chunk=chunk), [512], prepare=fully).at_peak
