@@ -266,6 +266,8 @@ class _Sparse:
         """What torch.segment_reduce keeps: its input in fp32, its result and the lengths of blocks, level by level."""
         saved, wide = [x if x.dtype == _wide(x) else x.to(_wide(x)) for x in (k, v)] if rows else [], _wide(k)
         for level, count in enumerate(rows):
+            if level < 2:  # sums of what is here, before ranks show one another theirs
+                count = -(-count // self.outline.world_size)
             parts = 1 if level else 2  # of keys and values one after the other, then of both at once
             saved += [k.new_empty(count, 2 * k.shape[1] // parts, k.shape[2], dtype=wide) for _ in range(parts)]
             saved += [k.new_empty(count, dtype=torch.int64) for _ in range(parts)]
@@ -275,7 +277,9 @@ class _Sparse:
 
     def hold(self, d_out, q, k, v, *own):
         self._note(q, k, backward=True)
-        held = [torch.empty_like(q, dtype=_wide(q)), k.new_empty(k.shape[1], self._listed(), dtype=torch.int32)]
+        # dq is made in fp32; when it is done come the states from which the branch's dk and dv follow.
+        numbers = max(q.numel(), self.branch.late(own[3], k, v) if self.branch else 0)
+        held = [q.new_empty(numbers, dtype=_wide(q)), k.new_empty(k.shape[1], self._listed(), dtype=torch.int32)]
         if self.outline.world_size > 1:
             held += [x.new_empty(self.outline.num_tokens, *x.shape[1:], dtype=_wide(x)) for x in (k, v)]
         return held + (self.branch.hold(*own, q, k, v) if self.branch else [])
@@ -329,13 +333,16 @@ class _Branch:
         return states, k.new_empty(len(states), k.shape[1], size, dtype=_wide(k))
 
     def hold(self, weight, bias, own_q, own_k, q, k, v):
-        """Gradients of numerators and denominators, what was read, and states of gradients."""
+        """Gradients of numerators, denominators and, to be added, of queries; their sums of blocks."""
         self._note(own_k, q, k, v, backward=True)
-        sums, size = self._sums(own_k, k, v, forward=False), (q if own_q is None else own_q).shape[2]
-        rows = self._blocks(self.selection.key_block) if self.rest else self._folded()
-        numbers = [q.new_empty(*q.shape[:2], width) for width in (size, v.shape[2], v.shape[2])]
-        dtype = state_dtype(k.dtype) if self.rest else _wide(k)
-        return [sums, self._states(rows, own_k, k, v, dtype), *numbers, q.new_empty(q.shape[:2], dtype=_wide(q))]
+        d_q = [] if own_q is not None else [torch.empty_like(q)]
+        d_num, d_den = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=_wide(q))
+        return [self._sums(own_k, k, v, forward=False), d_num, d_den, *d_q]
+
+    def late(self, own_k, k, v):
+        """Numbers of states of gradients, in fp32; those that chosen blocks are taken out of are half as wide."""
+        rows = self._folded() + (self._blocks(self.selection.key_block) // 2 if self.rest else 0)
+        return rows * k.shape[1] * (k if own_k is None else own_k).shape[2] * (v.shape[2] + 1)
 
     def _note(self, own_k, q, k, v, backward):
         """Its work is taken as that of linear attention without decay."""

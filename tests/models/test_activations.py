@@ -196,12 +196,17 @@ def test_images_are_counted_too(pattern, over):
     )
 
 
+def shared_config(kind):
+    """All keys are chosen: what is counted."""
+    return config_of(kind, sla_keep=1000, sla_query_block=32, sla_key_block=16, llsa_block=4, llsa_keep=1000)
+
+
 def rank_counts(rank, world_size, kinds, length):
     import torch.distributed as dist
 
     parallel, found = SequenceParallel(dist.group.WORLD), {}
     for kind in kinds:
-        config = config_of(kind)
+        config = shared_config(kind)
         model, seq = real_model(config, torch.bfloat16), parallel.context([length])
         inputs = text_inputs(config, seq.num_tokens_local)
         model(*inputs, seq)
@@ -210,12 +215,13 @@ def rank_counts(rank, world_size, kinds, length):
 
 
 def test_ranks_of_a_group_keep_what_is_counted_for_them():
-    kinds, length = ["softmax", "linear:scalar", "linear:mamba2", "linear:gated_delta"], 512
+    kinds, length = ["softmax", "linear:scalar", "linear:mamba2", "linear:gated_delta", "sla", "llsa"], 512
     found = run_ranks(rank_counts, 2, kinds, length)
     for kind in kinds:
-        counted = kept(config_of(kind), [length], world_size=2, dtype=torch.bfloat16)
-        # Of two spans a rank has one into which nothing comes, or none: counted is a rank inside.
-        for rank in range(2):
+        counted = kept(shared_config(kind), [length], world_size=2, dtype=torch.bfloat16)
+        # Of two spans a rank has one into which nothing comes, or none: counted is a rank inside. Of sparse layers the
+        # rank that asks for all keys.
+        for rank in range(1 if kind in SPARSE_KINDS else 2):
             assert found[rank][kind] == pytest.approx(counted, rel=0.02), (kind, rank)
 
 
