@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from longspan.attention.block_tables import BlockTables, Pieces, block_tables, pieces
-from longspan.attention.static_blocks import require_whole
+from longspan.attention.selection import require_whole
 from longspan.parallel.routes import RouteTable, route_table
 
 SCORE_ELEMENTS = 1 << 22  # scores held at once

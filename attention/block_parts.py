@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 
 from longspan.attention.block_tables import Pieces
+from longspan.kernels.scatter import scatter_rows
 from longspan.kernels.sparse import BlockPlan, Blocks
 from longspan.parallel.exchange import ToHost, all_to_all_rows, group_rank, group_size, start_all_gather, start_exchange
 
@@ -57,12 +58,12 @@ class Part:
         for total, x in zip(totals, arriving):
             for _, part in self.sends:
                 if self.picked is None:
-                    total[part] += x[part]
+                    scatter_rows(total, part, x[part])
                 elif self.one_head:  # rows of a block that is asked for by several heads differ in their head
-                    at = tuple(index[part] for index in self.picked)
-                    total.index_put_(at, total[at] + x[part, 0])
+                    rows, heads = (index[part] for index in self.picked)
+                    scatter_rows(total.flatten(0, 1), rows * total.shape[1] + heads, x[part, 0])
                 else:
-                    total[self.picked[0][part]] += x[part]
+                    scatter_rows(total, self.picked[0][part], x[part])
 
     def _pick(self, x):
         if self.picked is None:

@@ -25,3 +25,11 @@ class Selection(Protocol):
         blocks by their number in the batch, ascending, none twice, -1 anywhere for nothing; coarse: the same of
         tables.coarse_blocks, or None; rule: what single queries see of them, Picks or Boxes of kernels.sparse, or None.
         ranks: attention.gather_rows.Ranks."""
+
+
+def require_whole(selection, **least) -> None:
+    """ValueError where a field is no whole number of at least so much."""
+    for name, bound in least.items():
+        value = getattr(selection, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+            raise ValueError(f"{type(selection).__name__}.{name}={value!r} must be a whole number of at least {bound}")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from longspan.attention.block_tables import BlockTables, Pieces, Totals, block_tables
+from longspan.attention.selection import require_whole
 from longspan.kernels.sparse import kept_of, pool, top
 
 
@@ -30,11 +31,7 @@ class TopBlocks:
             raise ValueError(
                 f"TopBlocks.keep={self.keep!r} must be a whole number of blocks or a share between 0 and 1"
             )
-        for name, least in (("query_block", 1), ("key_block", 1), ("first", 0), ("recent", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"TopBlocks.{name}={value!r} must be a whole number of at least {least}")
-
+        require_whole(self, query_block=1, key_block=1, first=0, recent=0)
         if 1 <= self.keep < self.first + self.recent:
             raise ValueError(f"TopBlocks.keep={self.keep} must be at least first + recent, {self.first + self.recent}")
 

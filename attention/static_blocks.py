@@ -4,6 +4,7 @@ Radial attention (arXiv 2506.19852) for video, and lists of the user's own.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from longspan.attention.block_tables import Pieces, pieces
+from longspan.attention.selection import require_whole
 from longspan.kernels.sparse import Boxes
 from longspan.parallel.exchange import to_device
 
@@ -34,13 +36,13 @@ class ListTables:
         return ListTables(self.queries.map(move), self.keys.map(move), move(self.lists), rule)
 
 
-class Static:
+class Static(ABC):
     """A selection that has query_block and key_block and says what they list."""
 
+    @abstractmethod
     def listed(self, document: int, length: int, blocks: np.ndarray, causal: bool) -> np.ndarray:
         """int [heads, blocks, n] or [blocks, n]: key blocks of a document for some of its query blocks, ascending,
         -1 for none; later ones may be among them under a causal mask."""
-        raise NotImplementedError
 
     def check(self, lengths) -> None:
         """Raises ValueError where documents do not fit."""
@@ -252,11 +254,3 @@ class BlockLists(Static):
     def signature(self):
         """What ranks compare."""
         return self.name, self.query_block, self.key_block
-
-
-def require_whole(selection, **least) -> None:
-    """ValueError where a field is no whole number of at least so much."""
-    for name, bound in least.items():
-        value = getattr(selection, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-            raise ValueError(f"{type(selection).__name__}.{name}={value!r} must be a whole number of at least {bound}")

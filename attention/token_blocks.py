@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from longspan.attention.block_tables import Pieces, pieces
+from longspan.attention.selection import require_whole
 from longspan.attention.selections import block_means, block_sums
-from longspan.attention.static_blocks import require_whole
 from longspan.kernels.sparse import Picks, Ranges, top
 
 SCORE_ELEMENTS = 1 << 22  # scores held at once

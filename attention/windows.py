@@ -8,7 +8,8 @@ from math import prod
 import numpy as np
 import torch
 
-from longspan.attention.static_blocks import Static, compact, require_whole
+from longspan.attention.selection import require_whole
+from longspan.attention.static_blocks import Static, compact
 from longspan.kernels.sparse import Boxes
 
 PART = 16  # tokens whose windows are looked at together where blocks are listed
