@@ -54,6 +54,7 @@ def _attend(
         scores = _mask(scores, 0, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS, TILE, CAUSAL, S)
         weights, rescale, highest, total = _softmax(scores, highest, total, 0, begin, stop, row_idx, weight_ptr, scale, KEYS, TILE, WEIGHTED, S)
         weights = gl.convert_layout(weights.to(k_tiles.dtype), P)
+        mbarrier.wait(v_ready.index(0), 0)
         turns = turns_of(begin, stop, KEYS, TILE)
         for turn in range(1, turns):
             stage, before = turn % STAGES, (turn - 1) % STAGES
@@ -61,18 +62,18 @@ def _attend(
             pending = warpgroup_mma(
                 q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
-            mbarrier.wait(v_ready.index(before), ((turn - 1) // STAGES) & 1)
             out_pending = warpgroup_mma(weights, v_tiles.index(before), out, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[pending])
             mbarrier.arrive(k_free.index(stage))
             scores = _mask(scores, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS, TILE, CAUSAL, S)
             new_weights, rescale, highest, total = _softmax(scores, highest, total, turn, begin, stop, row_idx, weight_ptr, scale, KEYS, TILE, WEIGHTED, S)
-            out, weights = warpgroup_mma_wait(0, deps=[out_pending, weights])
+            new_weights = gl.convert_layout(new_weights.to(k_tiles.dtype), P)
+            mbarrier.wait(v_ready.index(stage), (turn // STAGES) & 1)  # also keeps the next wait behind the softmax
+            out, weights, new_weights = warpgroup_mma_wait(0, deps=[out_pending, weights, new_weights])
             mbarrier.arrive(v_free.index(before))
             out = out * gl.convert_layout(rescale, gl.SliceLayout(1, O))[:, None]
-            weights = gl.convert_layout(new_weights.to(k_tiles.dtype), P)
+            weights = new_weights
         last = (turns - 1) % STAGES
-        mbarrier.wait(v_ready.index(last), ((turns - 1) // STAGES) & 1)
         out = warpgroup_mma(weights, v_tiles.index(last), out)
     empty = total == 0.0
     total = gl.where(empty, 1.0, total)

@@ -50,9 +50,10 @@ def _attend(
     d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_length, q_position, first,
     count, key_position, key_step, weight, k_stride_t, v_stride_t, alone, scale,
     KEY_HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr, TURNS: gl.constexpr,
-    PARTS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
+    PARTS: gl.constexpr, STAGES: gl.constexpr, SUMMED: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of the key block's rows 64 * half on; alone: the block has no other part."""
+    """dk and dv of the key block's rows 64 * half on; alone: the block has no other part; SUMMED: several heads'
+    parts make one."""
     S: gl.constexpr = product_layout(64)
     O: gl.constexpr = product_layout(D)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -98,13 +99,17 @@ def _attend(
         delta = delta_tiles.index(stage).load(gl.SliceLayout(0, S))
         d_weights = warpgroup_mma_wait(1, deps=[d_pending])
         d_scores = gl.convert_layout((weights * (d_weights - delta[None, :])).to(k_tiles.dtype), P)
-        dv, operand = warpgroup_mma_wait(0, deps=[dv_pending, operand])
+        mbarrier.wait(q_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
+        dv, operand, d_scores = warpgroup_mma_wait(0, deps=[dv_pending, operand, d_scores])
         mbarrier.arrive(d_out_free.index(stage))
         dk = warpgroup_mma(d_scores, q_tile, dk)
         mbarrier.arrive(q_free.index(stage))
         turn += 1
     dk = dk * scale
-    if alone:
+    if SUMMED:
+        store_rows(parts_dk, 0, KEYS, half, 1, 1, D, dk)
+        store_rows(parts_dv, 0, KEYS, half, 1, 1, D, dv)
+    elif alone:
         store_rows(dk_ptr, first, count, half, KEY_HEADS, 1, D, dk)
         store_rows(dv_ptr, first, count, half, KEY_HEADS, 1, D, dv)
     else:
@@ -148,7 +153,7 @@ def keys_kernel(
         number = item - gl.load(parts)
         begin = gl.load(ends) + number * CHUNK
         stop = gl.minimum(begin + CHUNK, gl.load(ends + 1))
-        alone = (gl.load(parts + 1) - gl.load(parts) == 1) & (GROUPS == KEY_HEADS)
+        alone = gl.load(parts + 1) - gl.load(parts) == 1
         col_idx += listed * capacity
         k_ptr += key_head * k_stride_h
         v_ptr += key_head * v_stride_h
@@ -161,8 +166,8 @@ def keys_kernel(
         if KEYS == 128:
             gl.warp_specialize(
                 [
-                    (_attend, (0, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_length, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, CAUSAL, WEIGHTED)),
-                    (_attend, (1, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_length, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, CAUSAL, WEIGHTED)),
+                    (_attend, (0, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_length, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
+                    (_attend, (1, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_length, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
                     (_send, (q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, tokens, TURNS, PARTS, STAGES, D)),
                 ],
                 [4, 1], [240, 24],
@@ -170,7 +175,7 @@ def keys_kernel(
         else:
             gl.warp_specialize(
                 [
-                    (_attend, (0, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_length, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, CAUSAL, WEIGHTED)),
+                    (_attend, (0, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_length, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
                     (_send, (q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, tokens, TURNS, PARTS, STAGES, D)),
                 ],
                 [1], [24],

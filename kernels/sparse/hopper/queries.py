@@ -75,12 +75,14 @@ def _attend(
             dq_pending = warpgroup_mma(d_scores, k_tiles.index(before), dq, is_async=True)
             scores = warpgroup_mma_wait(2, deps=[pending])
             weights = _weights(scores, lse, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, weight_ptr, scale, KEYS, TILE, CAUSAL, WEIGHTED, S)
-            d_weights = warpgroup_mma_wait(1, deps=[d_pending])
+            mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
+            d_weights, weights = warpgroup_mma_wait(1, deps=[d_pending, weights])
             mbarrier.arrive(v_free.index(stage))
-            new_d_scores = weights * (d_weights - delta[:, None])
-            dq, d_scores = warpgroup_mma_wait(0, deps=[dq_pending, d_scores])
+            new = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
+            mbarrier.wait(k_ready.index(stage), phase)
+            dq, d_scores, new = warpgroup_mma_wait(0, deps=[dq_pending, d_scores, new])
             mbarrier.arrive(k_free.index(before))
-            d_scores = gl.convert_layout(new_d_scores.to(k_tiles.dtype), P)
+            d_scores = new
         dq = warpgroup_mma(d_scores, k_tiles.index((turns - 1) % STAGES), dq)
     store_rows(dq_ptr, first, count, part, HEADS, PACK, D, dq * scale)
 
