@@ -57,7 +57,7 @@ def queries_kernel(
     PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [T, HEADS, D] of one query block and pack of heads."""
-    block, first_head, key_head, listed = program_of(HEADS, KEY_HEADS, LISTS, PACK)
+    block, first_head, key_head, listed = program_of(M, HEADS, KEY_HEADS, LISTS, PACK)
     first, row, place, position, valid = query_rows(block, 0, q_start, q_length, q_position, ROWS, PACK)
     q_ptr += first * q_stride_t + first_head * q_stride_h
     d_out_ptr += first * d_out_stride_t + first_head * d_out_stride_h
@@ -110,7 +110,7 @@ def keys_kernel(
     fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS)."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     TURNS: tl.constexpr = HEADS // GROUPS // PACK * PARTS
-    item, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    item, group = tl.program_id(0) % items, tl.program_id(0) // items
     key_head, listed = group // (GROUPS // KEY_HEADS), (group * LISTS // GROUPS).to(tl.int64)
     column = tl.load(item_col + listed * items + item)
     if column < num_columns:

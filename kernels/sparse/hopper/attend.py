@@ -117,7 +117,7 @@ def forward_kernel(
     PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.forward.forward_kernel, for tiles of 128 rows."""
-    block, head, key_head, listed = block_of(HEADS, KEY_HEADS, LISTS, PACK)
+    block, head, key_head, listed = block_of(M, HEADS, KEY_HEADS, LISTS, PACK)
     dtype: gl.constexpr = k_desc.dtype
     q_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], shared_layout(16))
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))

@@ -25,29 +25,29 @@ from longspan.kernels.sparse.hopper.tiles import (
 @gluon.jit
 def _send(
     q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready,
-    q_free, d_out_free, col_idx, begin, stop, q_start, head, tokens,
+    q_free, d_out_free, col_idx, begin, stop, q_start, head, M,
     TURNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     turn = 0
     for step in range(begin * TURNS, stop * TURNS):
         stage, phase = turn % STAGES, (turn // STAGES) & 1
-        first = gl.load(q_start + gl.load(col_idx + step // TURNS)) + step % PARTS * 64
-        at = head + step % TURNS // PARTS
+        block, part, at = gl.load(col_idx + step // TURNS), step % PARTS, head + step % TURNS // PARTS
+        first, row = gl.load(q_start + block) + part * 64, ((at * M + block) * PARTS + part) * 64
         mbarrier.wait(q_free.index(stage), phase ^ 1)
         mbarrier.expect(q_ready.index(stage), 64 * D * 2 + 64 * 4)
         async_load(q_desc, [first, at * D], q_ready.index(stage), q_tiles.index(stage))
-        async_load(lse_desc, [at * tokens + first], q_ready.index(stage), lse_tiles.index(stage))
+        async_load(lse_desc, [row], q_ready.index(stage), lse_tiles.index(stage))
         mbarrier.wait(d_out_free.index(stage), phase ^ 1)
         mbarrier.expect(d_out_ready.index(stage), 64 * D * 2 + 64 * 4)
         async_load(d_out_desc, [first, at * D], d_out_ready.index(stage), d_out_tiles.index(stage))
-        async_load(delta_desc, [at * tokens + first], d_out_ready.index(stage), delta_tiles.index(stage))
+        async_load(delta_desc, [row], d_out_ready.index(stage), delta_tiles.index(stage))
         turn += 1
 
 
 @gluon.jit
 def _attend(
     half: gl.constexpr, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free,
-    d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_length, q_position, first,
+    d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first,
     count, key_position, key_step, weight, k_stride_t, v_stride_t, alone, scale,
     KEY_HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr, TURNS: gl.constexpr,
     PARTS: gl.constexpr, STAGES: gl.constexpr, SUMMED: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
@@ -62,7 +62,6 @@ def _attend(
     v_tile.store(load_rows(v_ptr, first, count, half, v_stride_t, 0, 1, D))
     fence_async_shared()
     inside = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, S))
-    there = inside < count
     last = key_position + (count - 1) * key_step
     key_position += inside * key_step
     stretch = scale * LOG2E
@@ -71,8 +70,6 @@ def _attend(
     turn = 0
     for step in range(begin * TURNS, stop * TURNS):
         stage, phase = turn % STAGES, (turn // STAGES) & 1
-        block, part = gl.load(col_idx + step // TURNS), step % PARTS
-        length, position = gl.load(q_length + block), gl.load(q_position + block) + part * 64
         q_tile, d_out_tile = q_tiles.index(stage), d_out_tiles.index(stage)
         mbarrier.wait(q_ready.index(stage), phase)
         pending = warpgroup_mma(k_tile, q_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -85,15 +82,11 @@ def _attend(
         else:
             scores = gl.fma(scores, gl.full_like(scores, stretch), gl.zeros_like(scores) - lse[None, :])
         weights = gl.exp2(scores)
-        masked = (length < SIZE) | (count < KEYS)
         if CAUSAL:
-            masked = masked | (last > position)
-        if masked:
-            index = gl.arange(0, 64, gl.SliceLayout(0, S))
-            seen = there[:, None] & (part * 64 + index < length)[None, :]
-            if CAUSAL:
-                seen = seen & (key_position[:, None] <= (position + index)[None, :])
-            weights = gl.where(seen, weights, 0.0)
+            position = gl.load(q_position + gl.load(col_idx + step // TURNS)) + step % PARTS * 64
+            if last > position:
+                index = gl.arange(0, 64, gl.SliceLayout(0, S))
+                weights = gl.where(key_position[:, None] <= (position + index)[None, :], weights, 0.0)
         operand = gl.convert_layout(weights.to(k_tiles.dtype), P)
         dv_pending = warpgroup_mma(operand, d_out_tile, dv, is_async=True)
         delta = delta_tiles.index(stage).load(gl.SliceLayout(0, S))
@@ -117,11 +110,11 @@ def _attend(
         store_rows(parts_dv, 0, KEYS, half, 1, 1, D, dv)
 
 
-@gluon.jit(do_not_specialize=["num_columns", "items", "capacity", "scale", "tokens"])
+@gluon.jit(do_not_specialize=["num_columns", "items", "capacity", "scale", "M"])
 def keys_kernel(
     q_desc, d_out_desc, lse_desc, delta_desc, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv,
-    q_start, q_length, q_position, k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col,
-    weight_ptr, k_stride_t, k_stride_h, v_stride_t, v_stride_h, tokens, scale, num_columns, items, capacity,
+    q_start, q_position, k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col,
+    weight_ptr, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, M, num_columns, items, capacity,
     HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
     SIZE: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -130,7 +123,7 @@ def keys_kernel(
     GROUPS: gl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     PARTS: gl.constexpr = SIZE // 64
     TURNS: gl.constexpr = HEADS // GROUPS * PARTS
-    item, group = gl.program_id(0) // GROUPS, gl.program_id(0) % GROUPS
+    item, group = gl.program_id(0) % items, gl.program_id(0) // items
     key_head, listed = group // (GROUPS // KEY_HEADS), (group * LISTS // GROUPS).to(gl.int64)
     column = gl.load(item_col + listed * items + item)
     if column < num_columns:
@@ -166,17 +159,17 @@ def keys_kernel(
         if KEYS == 128:
             gl.warp_specialize(
                 [
-                    (_attend, (0, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_length, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
-                    (_attend, (1, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_length, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
-                    (_send, (q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, tokens, TURNS, PARTS, STAGES, D)),
+                    (_attend, (0, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
+                    (_attend, (1, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
+                    (_send, (q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M, TURNS, PARTS, STAGES, D)),
                 ],
                 [4, 1], [240, 24],
             )  # fmt: skip
         else:
             gl.warp_specialize(
                 [
-                    (_attend, (0, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_length, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
-                    (_send, (q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, tokens, TURNS, PARTS, STAGES, D)),
+                    (_attend, (0, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
+                    (_send, (q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M, TURNS, PARTS, STAGES, D)),
                 ],
                 [1], [24],
             )  # fmt: skip

@@ -30,7 +30,7 @@ from longspan.kernels.sparse.hopper.tiles import (
 def _attend(
     part: gl.constexpr, q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr,
     lse_ptr, delta_ptr, dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr,
-    q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, tokens, scale,
+    q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, row_stride, scale,
     HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
@@ -44,9 +44,8 @@ def _attend(
     fence_async_shared()
     index = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, S))
     token = index // PACK
-    at = index % PACK * tokens + first + token
-    lse = gl.load(lse_ptr + at, mask=token < count, other=0.0)
-    delta = gl.load(delta_ptr + at, mask=token < count, other=0.0)
+    lse = gl.load(lse_ptr + index % PACK * row_stride + token)
+    delta = gl.load(delta_ptr + index % PACK * row_stride + token)
     earliest = position + part * 64 // PACK
     position += token
     nothing = gl.full([64, TILE], 0.0, gl.float32, S)
@@ -101,16 +100,16 @@ def _weights(scores, lse, turn, begin, stop, row_idx, k_length, k_position, k_st
     return weights
 
 
-@gluon.jit(do_not_specialize=["M", "capacity", "scale", "tokens"])
+@gluon.jit(do_not_specialize=["M", "capacity", "scale"])
 def queries_kernel(
     q_ptr, k_desc, v_desc, d_out_ptr, lse_ptr, delta_ptr, dq_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step, row_ptr, row_idx, weight_ptr,
-    q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, tokens, scale, M, capacity,
+    q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale, M, capacity,
     HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
     PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows; lse (base 2) and delta: [HEADS, tokens]."""
-    block, head, key_head, listed = block_of(HEADS, KEY_HEADS, LISTS, PACK)
+    """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows; lse (base 2) and delta: [HEADS, M, rows of a block]."""
+    block, head, key_head, listed = block_of(M, HEADS, KEY_HEADS, LISTS, PACK)
     dtype: gl.constexpr = k_desc.dtype
     q_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], shared_layout(16))
     d_out_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], shared_layout(16))
@@ -125,12 +124,13 @@ def queries_kernel(
     q_ptr += head * q_stride_h
     d_out_ptr += head * d_out_stride_h
     dq_ptr += head * D
-    lse_ptr += gl.to_tensor(head).to(gl.int64) * tokens
-    delta_ptr += gl.to_tensor(head).to(gl.int64) * tokens
+    size = 128 // PACK
+    lse_ptr += (gl.to_tensor(head).to(gl.int64) * M + block) * size
+    delta_ptr += (gl.to_tensor(head).to(gl.int64) * M + block) * size
     gl.warp_specialize(
         [
-            (_attend, (0, q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, tokens, scale, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
-            (_attend, (1, q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, tokens, scale, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
+            (_attend, (0, q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, M * size, scale, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
+            (_attend, (1, q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, M * size, scale, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
             (send_keys, (k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, key_head * D, KEYS, TILE, STAGES)),
         ],
         [4, 1], [240, 24],

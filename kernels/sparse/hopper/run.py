@@ -31,16 +31,18 @@ def forward(q, k, v, plan, scale, pack):
 
 def backward(d_out, d_lse, q, k, v, out, lse, plan, scale, pack):
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    tokens, heads, head_dim = q.shape
+    heads, head_dim = q.shape[1:]
     size, weighted = plan.keys.size, plan.log_weight is not None
-    log, delta = (lse.new_empty(heads, tokens) for _ in range(2))
+    blocks, rows = len(plan.queries), plan.queries.size
+    log, delta = (lse.new_empty(heads, blocks, rows) for _ in range(2))
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse.float().contiguous()
-    rows_kernel[(triton.cdiv(tokens, 64) * heads,)](
-        d_out, out.contiguous(), lse.contiguous(), d_lse, log, delta, *d_out.stride()[:2], tokens, heads, head_dim, 64
-    )
-    queries_kernel[(len(plan.queries) * heads // pack,)](
+    rows_kernel[(blocks * (rows // 64) * heads,)](
+        d_out, out.contiguous(), lse.contiguous(), d_lse, log, delta, plan.queries.start, plan.queries.length,
+        *d_out.stride()[:2], blocks, heads, head_dim, rows, 64,
+    )  # fmt: skip
+    queries_kernel[(blocks * heads // pack,)](
         q, *(_rows_of(x, min(GRADIENT_TILE, size)) for x in (k, v)), d_out, log, delta, dq, *_tables(plan),
-        *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], tokens, scale, len(plan.queries), plan.row_idx.shape[1],
+        *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], scale, blocks, plan.row_idx.shape[1],
         *_heads(q, k, plan), size, pack, GRADIENT_TILE, plan.causal, weighted, GRADIENT_STAGES, num_warps=4,
     )  # fmt: skip
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
@@ -49,9 +51,9 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan, scale, pack):
     parts = [lse.new_empty(groups, items, size, head_dim) for _ in range(2)]
     keys_kernel[(items * groups,)](
         *(_rows_of(x, 64) for x in (q, d_out)), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
-        *_tables(plan), plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col, _weight(plan), *k.stride()[:2],
-        *v.stride()[:2], tokens, scale, len(plan.keys), items, plan.col_idx.shape[1], *_heads(q, k, plan), size,
-        plan.queries.size, CHUNK, plan.causal, weighted, KEY_STAGES, num_warps=4, **_two_per_processor(size),
+        plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col, _weight(plan), *k.stride()[:2],
+        *v.stride()[:2], scale, blocks, len(plan.keys), items, plan.col_idx.shape[1], *_heads(q, k, plan), size,
+        rows, CHUNK, plan.causal, weighted, KEY_STAGES, num_warps=4, **_two_per_processor(size),
     )  # fmt: skip
     add_kernel[(len(plan.keys) * k.shape[1],)](
         *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, len(plan.keys), items, k.shape[1],

@@ -34,9 +34,9 @@ def make_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def block_of(HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, PACK: gl.constexpr):
+def block_of(M, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, PACK: gl.constexpr):
     """As kernels.sparse.tiles.program_of."""
-    block, head = gl.program_id(0) // (HEADS // PACK), gl.program_id(0) % (HEADS // PACK) * PACK
+    block, head = gl.program_id(0) % M, gl.program_id(0) // M * PACK
     return block, head, head // (HEADS // KEY_HEADS), (head * LISTS // HEADS).to(gl.int64)
 
 
@@ -80,13 +80,9 @@ def place_of(turn, begin, index, KEYS: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _send(desc, tile, ready, row_idx, turn, begin, stop, k_start, at, KEYS: gl.constexpr, TILE: gl.constexpr):
-    ROWS: gl.constexpr = KEYS if KEYS < TILE else TILE
-    mbarrier.expect(ready, TILE * tile.shape[1] * 2)
-    for part in gl.static_range(TILE // ROWS):
-        entry, row = place_of(turn, begin, part * ROWS, KEYS, TILE)
-        first = gl.load(k_start + gl.load(row_idx + gl.minimum(entry, stop - 1))) + row
-        async_load(desc, [first, at], ready, tile.slice(part * ROWS, ROWS))
+def _first_row(index, turn, begin, stop, row_idx, k_start, KEYS: gl.constexpr, TILE: gl.constexpr):
+    entry, row = place_of(turn, begin, index, KEYS, TILE)
+    return gl.load(k_start + gl.load(row_idx + gl.minimum(entry, stop - 1))) + row
 
 
 @gluon.jit
@@ -94,13 +90,24 @@ def send_keys(
     k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, at,
     KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Feeds what walks a list; where entries do not fill the last tile, its last block comes again."""
+    """Feeds what walks a list, tiles of one block, a part of one or two; an odd last block comes twice."""
+    ROWS: gl.constexpr = KEYS if KEYS < TILE else TILE
+    BYTES: gl.constexpr = TILE * k_tiles.shape[2] * 2
     for turn in range(0, turns_of(begin, stop, KEYS, TILE)):
         stage, phase = turn % STAGES, (turn // STAGES) & 1
+        first = _first_row(0, turn, begin, stop, row_idx, k_start, KEYS, TILE)
+        second = _first_row(TILE - ROWS, turn, begin, stop, row_idx, k_start, KEYS, TILE)
+        k_tile, v_tile = k_tiles.index(stage), v_tiles.index(stage)
         mbarrier.wait(k_free.index(stage), phase ^ 1)
-        _send(k_desc, k_tiles.index(stage), k_ready.index(stage), row_idx, turn, begin, stop, k_start, at, KEYS, TILE)
+        mbarrier.expect(k_ready.index(stage), BYTES)
+        async_load(k_desc, [first, at], k_ready.index(stage), k_tile.slice(0, ROWS))
+        if ROWS < TILE:
+            async_load(k_desc, [second, at], k_ready.index(stage), k_tile.slice(TILE - ROWS, ROWS))
         mbarrier.wait(v_free.index(stage), phase ^ 1)
-        _send(v_desc, v_tiles.index(stage), v_ready.index(stage), row_idx, turn, begin, stop, k_start, at, KEYS, TILE)
+        mbarrier.expect(v_ready.index(stage), BYTES)
+        async_load(v_desc, [first, at], v_ready.index(stage), v_tile.slice(0, ROWS))
+        if ROWS < TILE:
+            async_load(v_desc, [second, at], v_ready.index(stage), v_tile.slice(TILE - ROWS, ROWS))
 
 
 @gluon.jit
