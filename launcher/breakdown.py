@@ -37,7 +37,7 @@ class Breakdown:
     kinds: Counter = field(default_factory=Counter)
 
     def as_dict(self, steps: int) -> dict:
-        """For JSON: seconds of one of so many steps, which last as long as their parts without what is beside training."""
+        """For JSON: seconds of one of so many steps. What is beside training (OUTSIDE) is not part of `step_s`."""
         components = {}
         for (component, phase), seconds in self.seconds.items():
             of_component = components.setdefault(component, {"total": 0.0})

@@ -13,7 +13,7 @@ ROWS = {
     SOFTMAX: [SOFTMAX], LINEAR: [LINEAR], SPARSE: [SPARSE], CONVOLUTION: [CONVOLUTION],
     LAYERS: [LAYERS, MIXER, MLP], f"  {MIXER}": [MIXER], f"  {MLP}": [MLP],
     NORMS: [NORMS], "loss": [LOSS], SHARDING: [SHARDING], OPTIMIZER: [OPTIMIZER], EXPOSED: [EXPOSED],
-    DATA: [DATA], OUTSIDE: [OUTSIDE], OTHER: [OTHER], IDLE: [IDLE],
+    DATA: [DATA], OTHER: [OTHER], IDLE: [IDLE],
 }  # fmt: skip
 PLANNED = {IDLE: "waiting for the host"}  # names of `longspan plan`, where they are others
 
@@ -45,8 +45,11 @@ def lines(record: dict) -> list[str]:
             + (_ms(plan or 0) if planned else "")
         )
     if planned:
-        rows.append(f"planned: {1000 * sum(planned.values()):,.1f} ms a step (longspan plan)")
-    return [*rows, *_communication(ranks), *([f"planned: {record['note']}"] if record["note"] else [])]
+        rows.append(f"planned (longspan plan): {1000 * sum(planned.values()):,.1f} ms a step")
+    rows += _communication(ranks)
+    if beside := _mean([_seconds(rank, [OUTSIDE], "total") for rank in ranks]):
+        rows.append(f"{OUTSIDE}, not in the step: {1000 * beside:,.1f} ms for each")
+    return rows + ([f"no plan beside it: {record['note']}"] if record["note"] else [])
 
 
 def _communication(ranks: list[dict]) -> list[str]:

@@ -125,8 +125,8 @@ class StepProfiler:
             self._profile.stop()
             try:
                 found = self._write(folder)
-            except OSError as error:  # training goes on
-                log.error("profile of rank %d: %s cannot be written (%s)", dist.get_rank(), folder, error.strerror)
+            except (OSError, ValueError) as error:  # training goes on
+                log.error("no profile of rank %d in %s: %s", dist.get_rank(), folder, error)
             self._profile = None
         everyone = [None] * self._mesh.world_size
         dist.all_gather_object(everyone, found)
@@ -160,14 +160,14 @@ class StepProfiler:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "profile.json").write_text(json.dumps(record, indent=1) + "\n")
         except OSError as error:
-            log.error("profile: %s cannot be written (%s)", folder, error.strerror)
+            log.error("no profile.json in %s: %s", folder, error)
         log.info("\n".join(lines(record)))
         log.info("profile: %s", folder)
 
     def _planned(self, document: int) -> tuple[dict[str, float] | None, str]:
         """Seconds by component as `longspan plan` has them, or why it has none."""
         if self._mesh.device.type != "cuda":
-            return None, "nothing is planned for CPUs"
+            return None, "longspan plan is for GPUs"
         device, count = torch.cuda.get_device_name(self._mesh.device), self._mesh.world_size
         name = next((name for name in GPUS if name in device), None)
         if name is None:
