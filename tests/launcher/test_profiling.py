@@ -223,8 +223,8 @@ def test_reads_traces(tmp_path):
     assert [x.correlation for x in events[-2:]] == [5, 5]
 
 
-PATTERN = "model.pattern=[linear:mamba2, softmax, sla, llsa]"
-LAYERS, STEPS = 4, 2
+PATTERN = "model.pattern=[linear:mamba2, softmax, sla]"
+LAYERS, STEPS = 3, 2
 RUNS = {  # settings of profiled runs on two ranks
     "plain": ["train.checkpointing=none"],
     "full": ["train.checkpointing=full", "profile.ranks=[]", "log.validation_interval=2"],
@@ -313,12 +313,12 @@ def test_products_are_counted_where_they_are(runs, name):
     # The recomputation ends in the last product, before it has computed anything.
     assert counts["MLP", "recomputed"] == (3 * calls if name == "full" else 0)
     # mamba2: in and out; the others q, k, v and out. The products inside of attention are attention's.
-    assert counts["projections", "forward"] == (2 + 3 * 4) * STEPS
+    assert counts["projections", "forward"] == (2 + 2 * 4) * STEPS
     assert counts["projections", "backward"] == 2 * counts["projections", "forward"]
 
 
 def test_table_beside_a_plan(runs, capsys):
-    settings = ["model.num_layers=4", "parallel.sp=2", "optim.offload=cpu", "data.seq_len=64K"]
+    settings = ["model.num_layers=3", "parallel.sp=2", "optim.offload=cpu", "data.seq_len=64K"]
     config = Config.load(None, [PATTERN, "data.corpora=[{path: x}]", *settings])
     planned = estimate(Job(config, parse_gpus("2xH200"))).seconds
     names = {PLANNED.get(name, name) for name in ROWS}
