@@ -51,22 +51,41 @@ def _attend(
         mbarrier.wait(k_ready.index(0), 0)
         scores = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False)
         mbarrier.arrive(k_free.index(0))
-        scores = _mask(scores, 0, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS, TILE, CAUSAL, S)
-        weights, rescale, highest, total = _softmax(scores, highest, total, 0, begin, stop, row_idx, weight_ptr, scale, KEYS, TILE, WEIGHTED, S)
+        scores = _mask(
+            scores, 0, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS, TILE, CAUSAL, S
+        )
+        weights, rescale, highest, total = _softmax(
+            scores, highest, total, 0, begin, stop, row_idx, weight_ptr, scale, KEYS, TILE, WEIGHTED, S
+        )
         weights = gl.convert_layout(weights.to(k_tiles.dtype), P)
         mbarrier.wait(v_ready.index(0), 0)
         turns = turns_of(begin, stop, KEYS, TILE)
         for turn in range(1, turns):
             stage, before = turn % STAGES, (turn - 1) % STAGES
             mbarrier.wait(k_ready.index(stage), (turn // STAGES) & 1)
-            pending = warpgroup_mma(
-                q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-            )
+            pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             out_pending = warpgroup_mma(weights, v_tiles.index(before), out, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[pending])
             mbarrier.arrive(k_free.index(stage))
-            scores = _mask(scores, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS, TILE, CAUSAL, S)
-            new_weights, rescale, highest, total = _softmax(scores, highest, total, turn, begin, stop, row_idx, weight_ptr, scale, KEYS, TILE, WEIGHTED, S)
+            scores = _mask(
+                scores,
+                turn,
+                begin,
+                stop,
+                row_idx,
+                k_length,
+                k_position,
+                k_step,
+                earliest,
+                position,
+                KEYS,
+                TILE,
+                CAUSAL,
+                S,
+            )
+            new_weights, rescale, highest, total = _softmax(
+                scores, highest, total, turn, begin, stop, row_idx, weight_ptr, scale, KEYS, TILE, WEIGHTED, S
+            )
             new_weights = gl.convert_layout(new_weights.to(k_tiles.dtype), P)
             mbarrier.wait(v_ready.index(stage), (turn // STAGES) & 1)  # also keeps the next wait behind the softmax
             out, weights, new_weights = warpgroup_mma_wait(0, deps=[out_pending, weights, new_weights])
@@ -77,14 +96,31 @@ def _attend(
         out = warpgroup_mma(weights, v_tiles.index(last), out)
     empty = total == 0.0
     total = gl.where(empty, 1.0, total)
-    store_rows(out_ptr, first, count, part, HEADS, PACK, D, out / gl.convert_layout(total, gl.SliceLayout(1, O))[:, None])
+    store_rows(
+        out_ptr, first, count, part, HEADS, PACK, D, out / gl.convert_layout(total, gl.SliceLayout(1, O))[:, None]
+    )
     index = part * 64 + gl.arange(0, 64, rows)
     lse = gl.where(empty, float("-inf"), (highest + gl.log2(total)) / LOG2E)
     gl.store(lse_ptr + first * HEADS + (index // PACK * HEADS + index % PACK), lse, mask=index // PACK < count)
 
 
 @gluon.jit
-def _mask(scores, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, layout: gl.constexpr):
+def _mask(
+    scores,
+    turn,
+    begin,
+    stop,
+    row_idx,
+    k_length,
+    k_position,
+    k_step,
+    earliest,
+    position,
+    KEYS: gl.constexpr,
+    TILE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    layout: gl.constexpr,
+):
     if must_mask(turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, KEYS, TILE, CAUSAL):
         seen = seen_keys(turn, begin, stop, row_idx, k_length, k_position, k_step, position, KEYS, TILE, CAUSAL, layout)
         scores = gl.where(seen, scores, float("-inf"))
@@ -92,7 +128,21 @@ def _mask(scores, turn, begin, stop, row_idx, k_length, k_position, k_step, earl
 
 
 @gluon.jit
-def _softmax(scores, highest, total, turn, begin, stop, row_idx, weight_ptr, scale, KEYS: gl.constexpr, TILE: gl.constexpr, WEIGHTED: gl.constexpr, layout: gl.constexpr):
+def _softmax(
+    scores,
+    highest,
+    total,
+    turn,
+    begin,
+    stop,
+    row_idx,
+    weight_ptr,
+    scale,
+    KEYS: gl.constexpr,
+    TILE: gl.constexpr,
+    WEIGHTED: gl.constexpr,
+    layout: gl.constexpr,
+):
     """(weights, what older ones shrink by, highest, total), in base 2."""
     stretch = scale * LOG2E
     if WEIGHTED:

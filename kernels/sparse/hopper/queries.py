@@ -56,7 +56,26 @@ def _attend(
         mbarrier.wait(v_ready.index(0), 0)
         d_pending = warpgroup_mma(d_out_tile, v_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[pending])
-        weights = _weights(scores, lse, 0, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, weight_ptr, scale, KEYS, TILE, CAUSAL, WEIGHTED, S)
+        weights = _weights(
+            scores,
+            lse,
+            0,
+            begin,
+            stop,
+            row_idx,
+            k_length,
+            k_position,
+            k_step,
+            earliest,
+            position,
+            weight_ptr,
+            scale,
+            KEYS,
+            TILE,
+            CAUSAL,
+            WEIGHTED,
+            S,
+        )
         d_weights = warpgroup_mma_wait(0, deps=[d_pending])
         mbarrier.arrive(v_free.index(0))
         d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
@@ -64,16 +83,33 @@ def _attend(
         for turn in range(1, turns):
             stage, before, phase = turn % STAGES, (turn - 1) % STAGES, (turn // STAGES) & 1
             mbarrier.wait(k_ready.index(stage), phase)
-            pending = warpgroup_mma(
-                q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-            )
+            pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             mbarrier.wait(v_ready.index(stage), phase)
             d_pending = warpgroup_mma(
                 d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
             dq_pending = warpgroup_mma(d_scores, k_tiles.index(before), dq, is_async=True)
             scores = warpgroup_mma_wait(2, deps=[pending])
-            weights = _weights(scores, lse, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, weight_ptr, scale, KEYS, TILE, CAUSAL, WEIGHTED, S)
+            weights = _weights(
+                scores,
+                lse,
+                turn,
+                begin,
+                stop,
+                row_idx,
+                k_length,
+                k_position,
+                k_step,
+                earliest,
+                position,
+                weight_ptr,
+                scale,
+                KEYS,
+                TILE,
+                CAUSAL,
+                WEIGHTED,
+                S,
+            )
             mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
             d_weights, weights = warpgroup_mma_wait(1, deps=[d_pending, weights])
             mbarrier.arrive(v_free.index(stage))
@@ -87,7 +123,26 @@ def _attend(
 
 
 @gluon.jit
-def _weights(scores, lse, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, weight_ptr, scale, KEYS: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, layout: gl.constexpr):
+def _weights(
+    scores,
+    lse,
+    turn,
+    begin,
+    stop,
+    row_idx,
+    k_length,
+    k_position,
+    k_step,
+    earliest,
+    position,
+    weight_ptr,
+    scale,
+    KEYS: gl.constexpr,
+    TILE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WEIGHTED: gl.constexpr,
+    layout: gl.constexpr,
+):
     stretch = scale * LOG2E
     if WEIGHTED:
         scores = add_weights(scores * stretch, turn, begin, stop, row_idx, weight_ptr, KEYS, TILE, layout)
