@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,12 +40,13 @@ SHARE = 1 << 20  # tokens that the steps of one length take together, about
 @dataclass(frozen=True)
 class System:
     """pattern: the layers of its model. worker: its name in training_systems.py, None: longspan itself. package: what
-    must be importable. alone: it uses one GPU."""
+    must be importable. alone: it uses one GPU. settings: others of a longspan run."""
 
     pattern: str
     worker: str | None = None
     package: str = "longspan"
     alone: bool = False
+    settings: dict = field(default_factory=dict)
 
     def missing(self) -> str | None:
         found = importlib.util.find_spec(self.package)
@@ -57,8 +58,11 @@ SYSTEMS = {
     "torch_cp": System("softmax", "torch_cp", "torch"),
     "deepspeed_ulysses": System("softmax", "deepspeed_ulysses", "deepspeed"),
     "longspan_linear": System("linear:fixed", alone=True),
+    "longspan_cudnn": System("softmax", settings={"parallel": {"backend": "cudnn"}}),
     "fla_linear": System("linear:fixed", "fla", "fla", alone=True),
 }
+
+DEFAULT = [name for name in SYSTEMS if name != "longspan_cudnn"]
 
 
 def main(argv=None) -> int:
@@ -97,7 +101,7 @@ def measure(system: System, model: dict, runs, gpus: int, arguments, deadline: f
         while left and error is None:
             together = left[:1] if system.worker is None else left
             if system.worker is None:
-                command, read = ours(model, *left[0], arguments.device, Path(folder))
+                command, read = ours(system, model, *left[0], arguments.device, Path(folder))
             else:
                 command, read = theirs(system.worker, model, left, arguments.device, Path(folder))
             limit = min(deadline - time.monotonic(), arguments.limit * len(together))
@@ -114,7 +118,7 @@ def measure(system: System, model: dict, runs, gpus: int, arguments, deadline: f
     yield from ({"tokens": tokens, "error": error} for tokens, _ in left)
 
 
-def ours(model: dict, tokens: int, steps: int, device: str, folder: Path):
+def ours(system: System, model: dict, tokens: int, steps: int, device: str, folder: Path):
     """launcher/train.py on a corpus of one document that is a step longer than what is read."""
     text, run = folder / f"text-{tokens}.txt", folder / f"run-{tokens}"
     text.write_text("".join(random.Random(0).choices("abcdefgh ", k=tokens * (steps + 1))))
@@ -130,6 +134,7 @@ def ours(model: dict, tokens: int, steps: int, device: str, folder: Path):
         },
         "checkpoint": {"resume": "none"},
         "log": {"interval": 1, "tensorboard": False},
+        **system.settings,
     }
     path = folder / f"config-{tokens}.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -142,7 +147,7 @@ def ours(model: dict, tokens: int, steps: int, device: str, folder: Path):
         found = {"tokens": tokens, "step_s": statistics.median(seconds[1:] or seconds), "steps_s": seconds}
         found |= {"loss": rows[-1]["loss"], "peak_GiB": rows[-1]["peak_mem_gb"], "mfu_reported": rows[-1]["mfu"]}
         assert rows[-1]["tokens"] == tokens, rows[-1]
-        return [found | {"settings": "launcher/train.py, defaults, train.checkpointing=full"}]
+        return [found | {"settings": f"launcher/train.py, {config['train']}, {system.settings}"}]
 
     return [sys.executable, train.__file__, "--config", str(path)], read
 
@@ -240,7 +245,7 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--output", help="JSON file, saved again after every row")
-    add("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="(default: all)")
+    add("--systems", nargs="+", choices=list(SYSTEMS), default=DEFAULT, help=default)
     add("--tokens", nargs="+", type=parse_tokens, default=[1 << 17, 1 << 18, 1 << 19], help=f"of a step {default}")
     add("--linear-tokens", nargs="+", type=parse_tokens, default=[1 << 15, 1 << 17], help=f"on one GPU {default}")
     add("--gpus", type=int, default=torch.cuda.device_count() if on_gpu else 2, help=f"or ranks {default}")
