@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-CUDA_LOST = 75  # exit code of a process that ends between two steps
+LOST = None  # instead of a result: this process can take no more steps
 REPETITION_S = 1e-3  # shorter calls are repeated within one timed repetition
 
 
@@ -41,11 +41,12 @@ def run_steps(steps: list, *, limit_s: float, deadline: float, go_on: bool = Fal
                     yield from ((step, {"error": "skipped: an earlier step ran out of time"}) for step in left)
                     return
                 result = receiver.recv()
+                if result is LOST:
+                    break
                 yield left.pop(0), result
         except EOFError:
             process.join()
-            if process.exitcode != CUDA_LOST:
-                yield left.pop(0), {"error": f"its process died with exit code {process.exitcode}"}
+            yield left.pop(0), {"error": f"its process died with exit code {process.exitcode}"}
         finally:
             process.kill()
             process.join()
@@ -85,7 +86,8 @@ def _serve(connection, steps):
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             except Exception:
-                os._exit(CUDA_LOST)  # the error outlives the step that caused it; a new process takes the rest
+                connection.send(LOST)  # the error outlives the step that caused it; a new process takes the rest
+                os._exit(1)
 
 
 def describe(error: Exception) -> str:

@@ -20,7 +20,7 @@ from longspan.parallel import SequenceParallel
 
 MODEL = {
     "vocab_size": 300, "num_layers": 2, "hidden_size": 64, "num_heads": 4, "mlp_size": 96, "loss_chunk": 24,
-    "pattern": ["softmax"],
+    "pattern": ["softmax"], "init_std": 0.3,  # attention that is far from uniform
 }  # fmt: skip
 TOKENS, STEPS = 96, 3
 
@@ -61,7 +61,7 @@ def expected():
 @pytest.mark.parametrize("name", ["torch_cp", "deepspeed_ulysses"])
 def test_systems_train_the_decoder_over_ranks(name, expected):
     for losses in run_ranks(losses_of, 2, name):
-        assert losses == pytest.approx(expected, rel=1e-6)
+        assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_steps_are_timed_and_what_fails_is_recorded(tmp_path, capsys):
@@ -74,7 +74,7 @@ def test_steps_are_timed_and_what_fails_is_recorded(tmp_path, capsys):
     for row in (ours, torch_cp):
         assert row["tokens_per_s_per_gpu"] == pytest.approx(128 / row["step_s"] / 2) and row["peak_GiB"] > 0
         assert row["tflops_per_gpu"] * 2e12 * row["step_s"] == pytest.approx(model_flops(ModelConfig(**MODEL), (128,)))
-        assert len(row["steps_s"]) == 2 and row["step_s"] == row["steps_s"][1] and 5 < row["loss"] < 7
+        assert len(row["steps_s"]) == 2 and row["step_s"] == row["steps_s"][1] and 5 < row["loss"] < 50
     assert "fla" in record["not_measured"]["fla_linear"] and "torch_cp" in capsys.readouterr().out
 
 
