@@ -88,12 +88,26 @@ class TorchContextParallel(TorchFsdp):
         return buffers
 
     def _gathered(self, q, k, v):
-        from torch.distributed.nn.functional import all_gather
-
-        k, v = (torch.cat(all_gather(x.contiguous()), 2) for x in (k, v))
+        k, v = (_Gather.apply(x.contiguous()) for x in (k, v))
         first = dist.get_rank() * q.shape[2]
         row, column = torch.arange(q.shape[2])[:, None] + first, torch.arange(k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=row >= column)
+
+
+class _Gather(torch.autograd.Function):
+    """[1, H, T, K] of every rank, one behind the other."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size(), 2)[dist.get_rank()]
 
 
 class FlaLinear(TorchFsdp):
