@@ -169,10 +169,16 @@ def keys_kernel(
 def add_kernel(
     parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, num_columns, items,
     KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+    WRITTEN: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [T, KEY_HEADS, D] of one key block and head: the parts of its lists, in order."""
+    """dk, dv [T, KEY_HEADS, D] of one key block and head: the parts of its lists, in order. WRITTEN: what has one part
+    is there already."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     column, key_head = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS
+    if WRITTEN and GROUPS == KEY_HEADS:
+        ends = item_ptr + (key_head * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
+        if tl.load(ends + 1) - tl.load(ends) == 1:
+            return
     inside = tl.arange(0, KEYS)
     there = inside < tl.load(k_length + column)
     dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
