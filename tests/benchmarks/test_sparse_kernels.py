@@ -92,10 +92,11 @@ def test_efficiency_is_speed_up_times_density_and_kernels_are_compared_with_kern
 
 
 def test_small_cases_on_cpu_without_other_libraries(tmp_path, capsys):
-    failed, record = run(tmp_path / "sparse.json", "top:2x1x256x16", "llsa2:1x1x256x16:clustered")
+    failed, record = run(tmp_path / "sparse.json", "top:2x1x256x16", "llsa2:1x1x256x16:clustered", "top128:2x1x256x16")
     assert not failed
     assert record.keys() >= {"commit", "date", "command", "versions", "machine", "arguments", "seconds"}
-    top, llsa = record["rows"]
+    top, llsa, again = record["rows"]
+    assert top["dense"] == again["dense"] != llsa["dense"] and again["sparse"]["forward"]["speedup"] > 0
     assert top["parts"]["keys_per_query"] == 64 and top["parts"]["density"] == 0.25
     # 8 fine blocks of 16, the 16 rows of level 1 (all that there are under the row of level 2), and that row
     assert llsa["parts"]["keys_per_query"] == 128 + 16 + 1
