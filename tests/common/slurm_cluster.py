@@ -52,14 +52,13 @@ class Cluster:
         self.until(lambda: len(set(self.run(*idle, check=False).split())) == self.nodes, "the nodes do not get ready")
 
     def stop(self) -> None:
-        if self._daemons:
-            self.run("scancel", "--user", _user(), check=False)
-        for daemon in reversed(self._daemons):
-            daemon.terminate()
-        for daemon in self._daemons:
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
+        """Ends jobs, then daemons: nothing of them is needed any more."""
+        try:
+            if len(self._daemons) > 1:
+                self.run("scancel", "--user", _user(), check=False)
+                self.until(lambda: not self.run("squeue", "--noheader", check=False).split(), "jobs do not end")
+        finally:
+            for daemon in self._daemons:
                 daemon.kill()
                 daemon.wait()
 

@@ -185,6 +185,30 @@ def test_nan_on_one_rank_stops_all_before_the_update(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run")] == [1]
 
 
+def test_a_rank_that_is_asked_to_stop_ends_all_after_the_same_step(tmp_path):
+    corpus = write_corpus(tmp_path)
+    for steps, resumed, straight in run_ranks(_stop_and_go_on, 2, tmp_path, corpus, timeout=120):
+        assert steps == ([1, 2, 3, 4], ["step-00000004"], False)  # asked in step 4; interval 0: saved for that alone
+        assert resumed == straight  # bitwise
+    assert (tmp_path / "marker").exists()
+
+
+def _stop_and_go_on(rank, world_size, folder, corpus):
+    os.environ["LONGSPAN_STOPPED"] = str(folder / "marker")
+    settings = ("checkpoint.interval=0", "log.validation_interval=5")
+    config = tiny_config(corpus, folder / "run", *settings)
+    trainer = start(config, stop_asked=lambda: rank == 1 and trainer.step == 4)
+    marked = (folder / "marker").exists()
+    trainer.train()
+    trainer.close()
+    dist.barrier()
+    saved = [path.name for path in (folder / "run" / "checkpoints").iterdir()]
+    stopped = [row["step"] for row in rows(folder / "run")], saved, marked
+    dist.barrier()
+    runs = [train(config), train(tiny_config(corpus, folder / "straight", *settings))]
+    return stopped, *([{key: row.get(key) for key in ("step", "loss", "val_loss")} for row in run] for run in runs)
+
+
 def _nan_on_rank_one(rank, world_size, folder, corpus):
     trainer = start(tiny_config(corpus, folder / "run"))
     next_step, snapshots = trainer.loader.next_step, []

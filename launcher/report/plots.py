@@ -1,0 +1,163 @@
+"""The plots of a report as SVG, by name; matplotlib is needed."""
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from longspan.launcher.report.document import rows_of
+from longspan.launcher.report.results import Record, is_number
+from longspan.launcher.report.series import Group, Summary, groups, profiles
+
+# Of a benchmark's columns: the first that its rows have is drawn against the first of the others.
+X_COLUMNS = ("tokens", "tokens_per_gpu", "gpus")
+Y_COLUMNS = ("tokens_per_s_per_gpu", "fwd+bwd TFLOP/s", "efficiency.forward+backward", "ms.forward+backward")
+MAX_LINES = 12
+
+
+def draw(summaries: Sequence[Summary], records: Sequence[Record]) -> dict[str, str]:
+    """Every plot for which there is something to draw."""
+    found = groups(summaries)
+    figures = {
+        "loss": _losses(summaries),
+        "length": _lengths([group for group in found if group.kind == "length"]),
+        "gpus": _gpus([group for group in found if group.kind != "length"]),
+        "breakdown": _breakdown(profiles(summaries)),
+        **{record.name: _benchmark(record) for record in records},
+    }
+    return {name: _svg(figure) for name, figure in figures.items() if figure is not None}
+
+
+def _losses(summaries: Sequence[Summary]) -> Figure | None:
+    figure, (axes,) = _panels(1)
+    for number, summary in enumerate(summaries):
+        color = f"C{number % 10}"
+        for name, style in (
+            ("loss", {"linewidth": 1}),
+            ("val_loss", {"linestyle": "", "marker": "o", "markersize": 4}),
+        ):
+            points = [(row["step"], row[name]) for row in summary.run.rows if is_number(row.get(name))]
+            if points:
+                label = summary.run.name + (", validation" if name == "val_loss" else "")
+                axes.plot(*zip(*points, strict=True), color=color, label=label, **style)
+    axes.set(xlabel="step", ylabel="loss")
+    return _finish(figure, [axes])
+
+
+def _lengths(found: list[Group]) -> Figure | None:
+    figure, panels = _panels(3)
+    for group in found:
+        for axes, get in zip(panels, (_speed, _mfu, lambda s: s.peak_mem_gb), strict=True):
+            _line(axes, [(point.x, get(point.summary)) for point in group.points], group.fixed)
+    for axes, label in zip(panels, ("tokens/s/GPU", "MFU", "peak GiB"), strict=True):
+        axes.set(xlabel="sequence, tokens", ylabel=label)
+    panels[1].yaxis.set_major_formatter(PercentFormatter(1))
+    return _finish(figure, panels, doubling=True)
+
+
+def _gpus(found: list[Group]) -> Figure | None:
+    figure, panels = _panels(3)
+    for group in found:
+        label = f"{group.kind}: {group.fixed}"
+        _line(panels[0], [(point.x, _speed(point.summary)) for point in group.points], label)
+        _line(panels[1], [(point.x, point.efficiency) for point in group.points], label)
+        _line(panels[2], [(point.x, _mfu(point.summary)) for point in group.points], label)
+    for axes, label in zip(panels, ("tokens/s/GPU", "efficiency", "MFU"), strict=True):
+        axes.set(xlabel="GPUs", ylabel=label)
+    for axes in panels[1:]:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    return _finish(figure, panels, doubling=True)
+
+
+def _breakdown(found: dict[str, dict[str, float]]) -> Figure | None:
+    figure, (axes,) = _panels(1)
+    left = [0.0] * len(found)
+    for name in dict.fromkeys(name for seconds in found.values() for name in seconds):
+        widths = [1000 * seconds.get(name, 0.0) for seconds in found.values()]
+        axes.barh(list(found), widths, left=left, label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set(xlabel="ms of a step")
+    axes.invert_yaxis()
+    return _finish(figure, [axes]) if found else None
+
+
+def _benchmark(record: Record) -> Figure | None:
+    """The first table that has columns to draw; a line for every combination of the words in its rows."""
+    for rows in rows_of(record).values():
+        x, y = _column(rows, X_COLUMNS), _column(rows, Y_COLUMNS)
+        if x is None or y is None or len({row[x] for row in rows if is_number(row.get(x))}) < 2:
+            continue
+        lines: dict[str, list[tuple[Any, Any]]] = {}
+        for row in rows:
+            label = ", ".join(value for value in row.values() if isinstance(value, str))
+            lines.setdefault(label, []).append((row.get(x), row.get(y)))
+        figure, (axes,) = _panels(1)
+        for label, points in list(lines.items())[:MAX_LINES]:
+            _line(axes, sorted(point for point in points if is_number(point[0])), label)
+        left_out = f"; the first {MAX_LINES} of {len(lines)}" if len(lines) > MAX_LINES else ""
+        axes.set(xlabel=x.replace("_", " "), ylabel=y + left_out)
+        return _finish(figure, [axes], doubling=True)
+    return None
+
+
+def _column(rows: Iterable[dict[str, Any]], names: Iterable[str]) -> str | None:
+    return next((name for name in names if any(is_number(row.get(name)) for row in rows)), None)
+
+
+def _speed(summary: Summary) -> float | None:
+    return summary.medians.get("tokens_per_s_per_gpu")
+
+
+def _mfu(summary: Summary) -> float | None:
+    return summary.medians.get("mfu")
+
+
+def _panels(count: int) -> tuple[Figure, list]:
+    figure = Figure(figsize=(4.6 * count if count > 1 else 7, 3.8), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _line(axes, points: list[tuple[float, float | None]], label: str) -> None:
+    points = [point for point in points if is_number(point[1])]
+    if points:
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+
+
+def _finish(figure: Figure, panels: list, doubling: bool = False) -> Figure | None:
+    """Axes and legend, empty panels taken away; None if all are empty. doubling: x in powers of 2."""
+    drawn = [axes for axes in panels if axes.has_data()]
+    if not drawn:
+        return None
+    for axes in panels:
+        if axes not in drawn:
+            axes.remove()
+    for axes in drawn:
+        axes.grid(alpha=0.3)
+        if doubling:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted({x for line in axes.lines for x in line.get_xdata()}))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _binary(value)))
+            axes.set_ylim(bottom=0)
+    handles, labels = drawn[0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", fontsize="small", frameon=False)
+    return figure
+
+
+def _binary(value: float) -> str:
+    """131072 as 128K, as in settings."""
+    for size, unit in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:g}"
+
+
+def _svg(figure: Figure) -> str:
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):  # text as text, the same file every time
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
