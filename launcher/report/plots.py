@@ -97,8 +97,9 @@ def _benchmark(record: Record) -> Figure | None:
         figure, (axes,) = _panels(1)
         for label, points in list(lines.items())[:MAX_LINES]:
             _line(axes, sorted(point for point in points if is_number(point[0])), label)
-        left_out = f"; the first {MAX_LINES} of {len(lines)}" if len(lines) > MAX_LINES else ""
-        axes.set(xlabel=x.replace("_", " "), ylabel=y + left_out)
+        axes.set(xlabel=x.replace("_", " "), ylabel=y)
+        if len(lines) > MAX_LINES:
+            axes.set_title(f"the first {MAX_LINES} of {len(lines)} lines", fontsize="small")
         return _finish(figure, [axes], doubling=True)
     return None
 
@@ -116,7 +117,7 @@ def _mfu(summary: Summary) -> float | None:
 
 
 def _panels(count: int) -> tuple[Figure, list]:
-    figure = Figure(figsize=(4.6 * count if count > 1 else 7, 3.8), layout="constrained")
+    figure = Figure(figsize=(4.6 * count if count > 1 else 9, 3.8), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
@@ -143,8 +144,10 @@ def _finish(figure: Figure, panels: list, doubling: bool = False) -> Figure | No
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _binary(value)))
             axes.set_ylim(bottom=0)
     handles, labels = drawn[0].get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside lower center", fontsize="small", frameon=False)
+    if labels and len(panels) > 1:
+        figure.set_figheight(3.8 + 0.2 * len(labels))
+    where = "lower center" if len(panels) > 1 else "right upper"
+    figure.legend(handles, labels, loc=f"outside {where}", fontsize="small", frameon=False)
     return figure
 
 

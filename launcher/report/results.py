@@ -150,7 +150,8 @@ def _read_run(path: Path) -> Run:
     run = Run(_name(path), path, rows, environment, flatten(settings), notes=notes)
     if not settings and (command := environment.get("command")):
         run.settings = settings_of_command(command)
-    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("profile*/*.json")):
+    others = set(folder.glob("*.json")) | set(folder.glob("profile*/*.json"))
+    for file in sorted(others - {folder / "environment.json"}):
         try:
             run.breakdowns |= breakdowns_of(json.loads(file.read_text()), str(file.relative_to(folder)))
         except (OSError, ValueError):

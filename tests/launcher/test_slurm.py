@@ -28,10 +28,10 @@ def test_two_nodes_stopped_and_requeued_equal_an_uninterrupted_run(cluster, tmp_
     run_dir = tmp_path / "run"
     job = submit(cluster, tmp_path, config, "--run-dir", run_dir)
     logs = tmp_path / f"slurm-{job}"
-    cluster.until(lambda: (run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) > 1, "no step is done", 60)
+    cluster.until(lambda: (run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) > 1, "no step is done", 240)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@300 does before the time limit
     plain = start_plainly(config, tmp_path / "plain")  # while the job waits in the queue
-    ended = cluster.wait(job, 90)
+    ended = cluster.wait(job, 240)
     said = (tmp_path / f"slurm-{job}.log").read_text() + "".join(path.read_text() for path in logs.glob("node-*.log"))
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), said
     stopped = [line for line in said.splitlines() if line.startswith("stopped by a signal after step ")]
@@ -43,7 +43,7 @@ def test_two_nodes_stopped_and_requeued_equal_an_uninterrupted_run(cluster, tmp_
     environment = json.loads((run_dir / "environment.json").read_text())
     assert (environment["world_size"], environment["sp"]) == (2, 2)
 
-    output, _ = plain.communicate(timeout=90)
+    output, _ = plain.communicate(timeout=240)
     assert plain.returncode == 0, output
     found, expected = rows(run_dir), rows(tmp_path / "plain")
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
@@ -53,7 +53,7 @@ def test_two_nodes_stopped_and_requeued_equal_an_uninterrupted_run(cluster, tmp_
 
 def test_a_run_that_fails_is_not_requeued(cluster, tmp_path):
     job = submit(cluster, tmp_path, write_config(tmp_path), "data.seq_len=nonsense")
-    ended = cluster.wait(job, 60)
+    ended = cluster.wait(job, 240)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
     said = "".join(path.read_text() for path in (tmp_path / f"slurm-{job}").glob("node-*.log"))
     assert "longspan: error: command line: data.seq_len: expected a number of tokens" in said
