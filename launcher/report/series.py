@@ -109,12 +109,12 @@ def groups(summaries: Iterable[Summary]) -> list[Group]:
     labels = _labels(usable)
     found = []
     for policy, belongs in _policies(usable):
-        for kind, key in KINDS.items():
-            sets: dict[tuple, list[Summary]] = {}
+        for kind, fixed in KINDS.items():
+            sets: dict[tuple[str, str], list[Summary]] = {}
             for summary in filter(belongs, usable):
-                sets.setdefault((labels[id(summary)], key(summary)), []).append(summary)
-            for (label, (_, fixed)), members in sets.items():
-                found.append(_group(kind, ", ".join(filter(None, (label, fixed, policy))), members))
+                sets.setdefault((labels[id(summary)], fixed(summary)), []).append(summary)
+            for shared, members in sets.items():
+                found.append(_group(kind, ", ".join(filter(None, (*shared, policy))), members))
     found = [group for group in found if len({point.x for point in group.points}) > 1]
     return [group for place, group in enumerate(found) if not _shown_by(group, found[:place], found[place + 1 :])]
 
@@ -157,27 +157,24 @@ def median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _length(summary: Summary):
-    return (summary.gpus,), f"{summary.gpus} GPUs"
+def _length(summary: Summary) -> str:
+    return f"{summary.gpus} GPUs"
 
 
-def _strong(summary: Summary):
-    samples = summary.samples or 1
-    return (summary.seq_len, samples), f"{samples} x {summary.seq_len:,} tokens a step"
+def _strong(summary: Summary) -> str:
+    return f"{summary.samples or 1} x {summary.seq_len:,} tokens a step"
 
 
-def _weak_longer(summary: Summary):
-    samples, per_gpu = summary.samples or 1, summary.seq_len // summary.gpus
-    return (samples, summary.seq_len / summary.gpus), f"{per_gpu:,} tokens of each of {samples} sequences per GPU"
+def _weak_longer(summary: Summary) -> str:
+    return f"{summary.seq_len / summary.gpus:,.10g} tokens of each of {summary.samples or 1} sequences per GPU"
 
 
-def _weak_more(summary: Summary):
-    per_gpu = (summary.samples or 1) / summary.gpus
-    return (per_gpu, summary.seq_len), f"{per_gpu:g} sequences of {summary.seq_len:,} tokens per GPU"
+def _weak_more(summary: Summary) -> str:
+    return f"{(summary.samples or 1) / summary.gpus:.10g} sequences of {summary.seq_len:,} tokens per GPU"
 
 
-# kind: what a summary must share with others to be in a group with them, and how that reads.
-KINDS: dict[str, Callable[[Summary], tuple[tuple, str]]] = {
+# kind: what runs must share to be in a group of it.
+KINDS: dict[str, Callable[[Summary], str]] = {
     "strong": _strong,
     "weak, longer sequences": _weak_longer,
     "weak, more sequences": _weak_more,
