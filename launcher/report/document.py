@@ -1,5 +1,6 @@
 """The Markdown of a report."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -73,7 +74,11 @@ def _speeds(s: Summary) -> list[Any]:
 
 
 def _notes(summaries: Sequence[Summary]) -> str:
-    lines = [f"- {s.run.name}: {'; '.join(s.run.notes)}" for s in summaries if s.run.notes]
+    runs: dict[str, list[str]] = {}
+    for s in summaries:
+        for note in s.run.notes:
+            runs.setdefault(note, []).append(s.run.name)
+    lines = [f"- {note}: {', '.join(names)}" for note, names in runs.items()]
     return "Missing or odd:\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -150,6 +155,7 @@ def _times(summaries: Sequence[Summary], images: dict[str, str]) -> list[str]:
 def _origins(runs: Sequence[Run]) -> list[str]:
     """Where the figures come from: what all runs share, what differs, commands, settings that differ."""
     facts = {name: [run.environment.get(name) for run in runs] for name in ENVIRONMENT}
+    facts["commit"] = [commit and re.sub(r"^(\w{10})\w+", r"\1", str(commit)) for commit in facts["commit"]]
     packages = {name: None for run in runs for name in run.environment.get("packages") or {}}
     facts |= {name: [(run.environment.get("packages") or {}).get(name) for run in runs] for name in packages}
     facts = {name: values for name, values in facts.items() if any(value is not None for value in values)}

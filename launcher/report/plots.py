@@ -15,16 +15,23 @@ from longspan.launcher.report.series import Group, Summary, groups, profiles
 # Of a benchmark's columns: the first that its rows have is drawn against the first of the others.
 X_COLUMNS = ("tokens", "tokens_per_gpu", "gpus")
 Y_COLUMNS = ("tokens_per_s_per_gpu", "fwd+bwd TFLOP/s", "efficiency.forward+backward", "ms.forward+backward")
-MAX_LINES = 12
+MAX_LINES = 10
+# What is drawn of a point of a group: (label, value, whether it is a share).
+SPEED = ("tokens/s/GPU", lambda point: point.summary.medians.get("tokens_per_s_per_gpu"), False)
+MFU = ("MFU", lambda point: point.summary.medians.get("mfu"), True)
+MEMORY = ("peak GiB", lambda point: point.summary.peak_mem_gb, False)
+EFFICIENCY = ("efficiency", lambda point: point.efficiency, True)
 
 
 def draw(summaries: Sequence[Summary], records: Sequence[Record]) -> dict[str, str]:
     """Every plot for which there is something to draw."""
     found = groups(summaries)
+    lengths = {group.fixed: group for group in found if group.kind == "length"}
+    gpus = {f"{group.kind}: {group.fixed}": group for group in found if group.kind != "length"}
     figures = {
         "loss": _losses(summaries),
-        "length": _lengths([group for group in found if group.kind == "length"]),
-        "gpus": _gpus([group for group in found if group.kind != "length"]),
+        "length": _curves(lengths, "sequence, tokens", (SPEED, MFU, MEMORY)),
+        "gpus": _curves(gpus, "GPUs", (SPEED, EFFICIENCY, MFU)),
         "breakdown": _breakdown(profiles(summaries)),
         **{record.name: _benchmark(record) for record in records},
     }
@@ -47,28 +54,19 @@ def _losses(summaries: Sequence[Summary]) -> Figure | None:
     return _finish(figure, [axes])
 
 
-def _lengths(found: list[Group]) -> Figure | None:
-    figure, panels = _panels(3)
-    for group in found:
-        for axes, get in zip(panels, (_speed, _mfu, lambda s: s.peak_mem_gb), strict=True):
-            _line(axes, [(point.x, get(point.summary)) for point in group.points], group.fixed)
-    for axes, label in zip(panels, ("tokens/s/GPU", "MFU", "peak GiB"), strict=True):
-        axes.set(xlabel="sequence, tokens", ylabel=label)
-    panels[1].yaxis.set_major_formatter(PercentFormatter(1))
-    return _finish(figure, panels, doubling=True)
-
-
-def _gpus(found: list[Group]) -> Figure | None:
-    figure, panels = _panels(3)
-    for group in found:
-        label = f"{group.kind}: {group.fixed}"
-        _line(panels[0], [(point.x, _speed(point.summary)) for point in group.points], label)
-        _line(panels[1], [(point.x, point.efficiency) for point in group.points], label)
-        _line(panels[2], [(point.x, _mfu(point.summary)) for point in group.points], label)
-    for axes, label in zip(panels, ("tokens/s/GPU", "efficiency", "MFU"), strict=True):
-        axes.set(xlabel="GPUs", ylabel=label)
-    for axes in panels[1:]:
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+def _curves(found: dict[str, Group], xlabel: str, measures: Sequence[tuple]) -> Figure | None:
+    """A panel for every measure of which there is a value, with a line for every group."""
+    points = [point for group in found.values() for point in group.points]
+    measures = [measure for measure in measures if any(measure[1](point) is not None for point in points)]
+    if not measures:
+        return None
+    figure, panels = _panels(len(measures))
+    for axes, (ylabel, value, share) in zip(panels, measures, strict=True):
+        for label, group in found.items():
+            _line(axes, [(point.x, value(point)) for point in group.points], label)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        if share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
     return _finish(figure, panels, doubling=True)
 
 
@@ -90,13 +88,14 @@ def _benchmark(record: Record) -> Figure | None:
         x, y = _column(rows, X_COLUMNS), _column(rows, Y_COLUMNS)
         if x is None or y is None or len({row[x] for row in rows if is_number(row.get(x))}) < 2:
             continue
-        lines: dict[str, list[tuple[Any, Any]]] = {}
+        lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             label = ", ".join(value for value in row.values() if isinstance(value, str))
-            lines.setdefault(label, []).append((row.get(x), row.get(y)))
+            if is_number(row.get(x)) and is_number(row.get(y)):
+                lines.setdefault(label, []).append((row[x], row[y]))
         figure, (axes,) = _panels(1)
         for label, points in list(lines.items())[:MAX_LINES]:
-            _line(axes, sorted(point for point in points if is_number(point[0])), label)
+            _line(axes, sorted(points), label)
         axes.set(xlabel=x.replace("_", " "), ylabel=y)
         if len(lines) > MAX_LINES:
             axes.set_title(f"the first {MAX_LINES} of {len(lines)} lines", fontsize="small")
@@ -106,14 +105,6 @@ def _benchmark(record: Record) -> Figure | None:
 
 def _column(rows: Iterable[dict[str, Any]], names: Iterable[str]) -> str | None:
     return next((name for name in names if any(is_number(row.get(name)) for row in rows)), None)
-
-
-def _speed(summary: Summary) -> float | None:
-    return summary.medians.get("tokens_per_s_per_gpu")
-
-
-def _mfu(summary: Summary) -> float | None:
-    return summary.medians.get("mfu")
 
 
 def _panels(count: int) -> tuple[Figure, list]:
@@ -128,14 +119,10 @@ def _line(axes, points: list[tuple[float, float | None]], label: str) -> None:
 
 
 def _finish(figure: Figure, panels: list, doubling: bool = False) -> Figure | None:
-    """Axes and legend, empty panels taken away; None if all are empty. doubling: x in powers of 2."""
-    drawn = [axes for axes in panels if axes.has_data()]
-    if not drawn:
+    """Axes and legend; None if nothing was drawn. doubling: x in powers of 2."""
+    if not any(axes.has_data() for axes in panels):
         return None
     for axes in panels:
-        if axes not in drawn:
-            axes.remove()
-    for axes in drawn:
         axes.grid(alpha=0.3)
         if doubling:
             axes.set_xscale("log", base=2)
@@ -143,8 +130,8 @@ def _finish(figure: Figure, panels: list, doubling: bool = False) -> Figure | No
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _binary(value)))
             axes.set_ylim(bottom=0)
-    handles, labels = drawn[0].get_legend_handles_labels()
-    if labels and len(panels) > 1:
+    handles, labels = panels[0].get_legend_handles_labels()
+    if len(panels) > 1:
         figure.set_figheight(3.8 + 0.2 * len(labels))
     where = "lower center" if len(panels) > 1 else "right upper"
     figure.legend(handles, labels, loc=f"outside {where}", fontsize="small", frameon=False)

@@ -86,12 +86,12 @@ def steps_of(lines: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
         notes.append(f"line {last} is cut off (the run was killed while writing it) and left out")
     if broken:
         numbers = ", ".join(str(number) for number, _ in broken[:5]) + (", ..." if len(broken) > 5 else "")
-        notes.append(f"{_count(len(broken), 'line')} without a step's object left out: {numbers}")
+        notes.append(f"{counted(len(broken), 'line')} without a step's object left out: {numbers}")
     if repeated:
-        notes.append(f"{_count(repeated, 'step')} written more than once: the last one counts")
+        notes.append(f"{counted(repeated, 'step')} written more than once: the last one counts")
     steps = sorted(rows)
     if steps and (absent := steps[-1] - len(steps)):
-        notes.append(f"{_count(absent, 'step')} before step {steps[-1]} missing")
+        notes.append(f"{counted(absent, 'step')} before step {steps[-1]} missing")
     return [rows[step] for step in steps], notes
 
 
@@ -268,5 +268,6 @@ def _tell_apart(items: list) -> None:
             return
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Such as `1 step` or `2 steps`."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from longspan.launcher.report.results import FIELDS, Run, is_number
+from longspan.launcher.report.results import FIELDS, Run, counted, is_number
 
 # In these the runs of a series may differ. All else makes another series: model, kernels, dtype, memory, device.
 SCALE = ("data.seq_len", "train.global_batch", "parallel.sp")
@@ -158,7 +158,7 @@ def median(values: Sequence[float]) -> float | None:
 
 
 def _length(summary: Summary) -> str:
-    return f"{summary.gpus} GPUs"
+    return counted(summary.gpus, "GPU")
 
 
 def _strong(summary: Summary) -> str:
@@ -166,11 +166,11 @@ def _strong(summary: Summary) -> str:
 
 
 def _weak_longer(summary: Summary) -> str:
-    return f"{summary.seq_len / summary.gpus:,.10g} tokens of each of {summary.samples or 1} sequences per GPU"
+    return f"{summary.samples or 1} x {summary.seq_len / summary.gpus:,.10g} tokens per GPU"
 
 
 def _weak_more(summary: Summary) -> str:
-    return f"{(summary.samples or 1) / summary.gpus:.10g} sequences of {summary.seq_len:,} tokens per GPU"
+    return f"{(summary.samples or 1) / summary.gpus:.10g} x {summary.seq_len:,} tokens per GPU"
 
 
 # kind: what runs must share to be in a group of it.
@@ -184,9 +184,9 @@ KINDS: dict[str, Callable[[Summary], str]] = {
 
 def _policies(summaries: list[Summary]):
     """Ways to choose the ranks of a sequence as GPUs grow: all of them, or so many; and the runs that fit each."""
-    yield "all GPUs share a sequence", lambda summary: summary.sp in (None, summary.gpus)
+    yield "all to a sequence", lambda summary: summary.sp in (None, summary.gpus)
     for sp in sorted({summary.sp for summary in summaries if summary.sp}):
-        yield f"{sp} GPUs share a sequence", lambda summary, sp=sp: summary.sp == sp
+        yield f"{sp} to a sequence", lambda summary, sp=sp: summary.sp == sp
 
 
 def _group(kind: str, fixed: str, members: list[Summary]) -> Group:

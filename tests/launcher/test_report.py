@@ -123,7 +123,7 @@ def test_weak_scaling_by_longer_and_by_more_sequences():
     assert group.kind == "weak, longer sequences" and [point.x for point in group.points] == [1, 2, 4]
     more = [run("1", sp=1, samples=2), run("2", gpus=2, sp=1, samples=4)]
     (group,) = groups(summarize(each, 2) for each in more)
-    assert group.kind == "weak, more sequences" and "1 GPUs share a sequence" in group.fixed
+    assert group.kind == "weak, more sequences" and "2 x 1,024 tokens per GPU, 1 to a sequence" == group.fixed
 
 
 def test_length_is_a_group_on_the_same_gpus_alone():
@@ -264,7 +264,7 @@ def test_the_whole_report(tmp_path, capsys):
     # medians over steps 3 to 5: 2.25 s
     assert "| 1-1024 | 1 | 1 x 1 | 1,024 | 1 | 3..5 (3) | 455.1 | 25.0 % | 2.25 | 1.5 | 8 | 3.653 | - |" in text
     assert "| 2-1024 | 2 | 1 x 2 | 1,024 | 1 | 50.0 % | 100.0 % | 227.6 |" in text
-    assert "- 1-1024: line 6 is cut off" in text
+    assert "left out: 1-1024\n" in text
     assert "**weak, longer sequences**" in text and "These runs differ in commit." in text
     assert "| data.seq_len | 1024 | 1024 | 2048 |" in text and "device H200" in text
     assert "- 2-2048: `train.py x`" in text
