@@ -25,14 +25,14 @@ FLAGS = {"--seq-len": "data.seq_len", "--steps": "train.steps", "--config": "--c
 @dataclass
 class Run:
     """A training run. rows: the objects of metrics.jsonl, one per step, in order. settings: by dotted path, as far as
-    they are known. breakdowns: by where it was found, an object with `components` (seconds of a step)."""
+    they are known. breakdowns: by where they were found, seconds of a step by component."""
 
     name: str
     path: Path
     rows: list[dict[str, Any]]
     environment: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    breakdowns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    breakdowns: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -106,13 +106,25 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def breakdowns_of(tree: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every object with `components` in a tree of JSON, with the names that lead to it."""
+def breakdowns_of(tree: Any, where: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """Seconds of a step by component, with the names that lead there, of every object with `components` in a tree of
+    JSON. Those that stand in a list together are of several ranks: the mean. `planned_s` beside them is one, too."""
     if isinstance(tree, dict) and isinstance(tree.get("components"), dict):
-        yield where, tree
-    elif isinstance(tree, dict | list):
-        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from breakdowns_of(value, f"{where}, {name}")
+        yield where, _totals(tree["components"])
+    elif isinstance(tree, list) and tree and all(isinstance(i, dict) and "components" in i for i in tree):
+        ranks = [_totals(item["components"]) for item in tree]
+        names = dict.fromkeys(name for totals in ranks for name in totals)
+        yield where, {name: sum(totals.get(name, 0.0) for totals in ranks) / len(ranks) for name in names}
+    elif isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from breakdowns_of(value, where)
+            if name == "planned_s" and isinstance(value, dict):
+                yield f"{where}, planned", _totals(value)
+
+
+def _totals(components: dict[str, Any]) -> dict[str, float]:
+    totals = {name: value.get("total") if isinstance(value, dict) else value for name, value in components.items()}
+    return {name: total for name, total in totals.items() if is_number(total)}
 
 
 def _files(path: Path) -> list[Path]:
@@ -150,12 +162,12 @@ def _read_run(path: Path) -> Run:
     run = Run(_name(path), path, rows, environment, flatten(settings), notes=notes)
     if not settings and (command := environment.get("command")):
         run.settings = settings_of_command(command)
-    others = set(folder.glob("*.json")) | set(folder.glob("profile*/*.json"))
-    for file in sorted(others - {folder / "environment.json"}):
+    for file in sorted(folder.glob("profile/**/profile.json")):
+        where = str(file.parent.relative_to(folder))
         try:
-            run.breakdowns |= breakdowns_of(json.loads(file.read_text()), str(file.relative_to(folder)))
+            run.breakdowns |= breakdowns_of(json.loads(file.read_text()), where)
         except (OSError, ValueError):
-            notes.append(f"{file.relative_to(folder)} cannot be read")
+            notes.append(f"{where}/profile.json cannot be read")
     for row in rows:
         run.breakdowns |= breakdowns_of(row, f"step {row['step']}")
     return run

@@ -12,8 +12,10 @@ from longspan.launcher.report.results import FIELDS, Run, counted, is_number
 
 # In these the runs of a series may differ. All else makes another series: model, kernels, dtype, memory, device.
 SCALE = ("data.seq_len", "train.global_batch", "parallel.sp")
-BESIDE = ("run.", "log.", "checkpoint.", "optim.", "train.steps", "train.timeout_s", "data.prefetch", "data.corpora",
-          "data.validation_fraction")  # fmt: skip
+BESIDE = (
+    "run.", "log.", "profile.", "checkpoint.", "optim.", "train.steps", "train.timeout_s", "data.prefetch", "data.corpora",
+    "data.validation_fraction",
+)  # fmt: skip
 COUNTS = {"optim.offload"}  # within BESIDE, but it takes time
 MEDIANS = [name for name in FIELDS if name not in ("loss", "peak_mem_gb")]
 KNOWN_SECONDS = {"step_time_s", "tokens_per_s"}
@@ -28,6 +30,7 @@ class Summary:
 
     run: Run
     gpus: int | None
+    dp: int | None
     sp: int | None
     seq_len: int | None
     samples: int | None
@@ -47,7 +50,7 @@ class Summary:
     @property
     def split(self) -> str:
         """Data-parallel x sequence-parallel ranks."""
-        return f"{self.gpus // self.sp} x {self.sp}" if self.gpus and self.sp else "-"
+        return f"{self.dp} x {self.sp}" if self.dp and self.sp else "-"
 
 
 @dataclass
@@ -85,6 +88,7 @@ def summarize(run: Run, warmup: int) -> Summary:
     return Summary(
         run=run,
         gpus=gpus,
+        dp=run.environment.get("dp") or (gpus // sp if gpus and sp else None),
         sp=sp,
         seq_len=run.settings.get("data.seq_len") or run.environment.get("sequence_tokens"),
         samples=run.settings.get("train.global_batch"),
@@ -129,16 +133,14 @@ def settings_that_differ(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def profiles(summaries: Iterable[Summary]) -> dict[str, dict[str, float]]:
-    """Seconds of a step by component, by run (and by where they were found, if a run has several profiles)."""
-    found = {}
-    for summary in summaries:
-        run = summary.run
-        for where, breakdown in run.breakdowns.items():
-            totals = {k: v.get("total") if isinstance(v, dict) else v for k, v in breakdown["components"].items()}
-            seconds = {name: total for name, total in totals.items() if is_number(total)}
-            if seconds:
-                found[run.name if len(run.breakdowns) == 1 else f"{run.name} ({where})"] = seconds
-    return found
+    """Seconds of a step by component, by run and where they were found."""
+    runs = [summary.run for summary in summaries]
+    return {
+        f"{run.name}, {where}": seconds
+        for run in runs
+        for where, seconds in run.breakdowns.items()
+        if any(seconds.values())
+    }
 
 
 def plain(value: Any) -> str | None:
@@ -184,7 +186,7 @@ KINDS: dict[str, Callable[[Summary], str]] = {
 
 def _policies(summaries: list[Summary]):
     """Ways to choose the ranks of a sequence as GPUs grow: all of them, or so many; and the runs that fit each."""
-    yield "all to a sequence", lambda summary: summary.sp in (None, summary.gpus)
+    yield "all to a sequence", lambda summary: summary.dp in (None, 1)
     for sp in sorted({summary.sp for summary in summaries if summary.sp}):
         yield f"{sp} to a sequence", lambda summary, sp=sp: summary.sp == sp
 

@@ -10,7 +10,7 @@ import yaml
 
 from longspan.launcher import cli
 from longspan.launcher.report.document import table
-from longspan.launcher.report.results import Run, breakdowns_of, read, settings_of_command, steps_of
+from longspan.launcher.report.results import Run, read, settings_of_command, steps_of
 from longspan.launcher.report.series import groups, median, profiles, settings_that_differ, summarize
 
 MODEL = {"model": {"num_layers": 4}, "optim": {"lr": 0.1}}
@@ -215,13 +215,24 @@ def test_settings_of_a_recorded_command():
     }  # fmt: skip
 
 
-def test_profiles_are_found_wherever_they_are(tmp_path):
-    profile = {"step_s": 2.0, "components": {"linear attention": {"total": 1.5, "forward": 0.5}, "idle": 0.5}}
-    folder = write_run(tmp_path / "run", [row(1), row(2)])
-    (folder / "profile.json").write_text(json.dumps({"ranks": [profile]}))
+def test_profiles_are_means_over_ranks_beside_the_plan(tmp_path):
+    ranks = [
+        {"rank": n, "components": {"loss": {"total": n + 1.0, "forward": 9}, "idle": {"total": 0.5}}} for n in (0, 1)
+    ]
+    ranks[1]["components"]["other"] = {"total": 0.25}
+    folder = write_run(tmp_path / "run", [row(1, profile={"components": {"loss": 3.0}}), row(2)])
+    (folder / "profile" / "step-1").mkdir(parents=True)
+    (folder / "profile" / "step-2").mkdir()
+    record = {"steps": [1, 1], "planned_s": {"loss": 1.25}, "note": "", "ranks": ranks}
+    (folder / "profile" / "step-1" / "profile.json").write_text(json.dumps(record))
+    (folder / "profile" / "step-2" / "profile.json").write_text("{")
     ((found,), _) = read([folder])
-    assert profiles([summarize(found, 0)]) == {"run": {"linear attention": 1.5, "idle": 0.5}}
-    assert dict(breakdowns_of({"a": [1, {"b": profile}]}, "x")) == {"x, a, 1, b": profile}
+    assert profiles([summarize(found, 0)]) == {
+        "run, profile/step-1": {"loss": 1.5, "idle": 0.5, "other": 0.125},
+        "run, profile/step-1, planned": {"loss": 1.25},
+        "run, step 1": {"loss": 3.0},
+    }
+    assert "profile/step-2/profile.json cannot be read" in found.notes
 
 
 def test_names_are_told_apart_and_runs_are_read_once(tmp_path):
@@ -247,6 +258,10 @@ def test_the_whole_report(tmp_path, capsys):
         runs.append(write_run(folder, rows, settings=settings, environment=environment))
     with open(runs[0] / "metrics.jsonl", "a") as file:
         file.write('{"step": 6')
+    (runs[1] / "profile").mkdir()
+    (runs[1] / "profile" / "profile.json").write_text(
+        '{"ranks": [{"components": {"loss": 0.5, "idle": {"total": 1.5}}}]}'
+    )
     record = {"benchmark": "speed", "commit": "abc", "date": "today", "rows": [
         {"strategy": "ring", "tokens": 1024, "ms": {"forward+backward": 2.0}},
         {"strategy": "ring", "tokens": 2048, "ms": {"forward+backward": 3.5}, "list": [1]},
@@ -257,7 +272,7 @@ def test_the_whole_report(tmp_path, capsys):
     assert code == 0
     text = output.read_text()
     written = {line.removeprefix("wrote ") for line in said.splitlines()}
-    plots = {f"all-{name}.svg" for name in ("loss", "length", "gpus", "speed")}
+    plots = {f"all-{name}.svg" for name in ("loss", "length", "gpus", "breakdown", "speed")}
     assert written == {str(output), *(str(output.parent / name) for name in plots)}
     for name in plots:
         assert f"({name})" in text and (output.parent / name).read_text().rstrip().endswith("</svg>")
@@ -265,6 +280,7 @@ def test_the_whole_report(tmp_path, capsys):
     assert "| 1-1024 | 1 | 1 x 1 | 1,024 | 1 | 3..5 (3) | 455.1 | 25.0 % | 2.25 | 1.5 | 8 | 3.653 | - |" in text
     assert "| 2-1024 | 2 | 1 x 2 | 1,024 | 1 | 50.0 % | 100.0 % | 227.6 |" in text
     assert "left out: 1-1024\n" in text
+    assert "| component | 2-1024, profile |" in text and "| loss | 500 (25.0 %) |" in text and "| sum | 2000 |" in text
     assert "**weak, longer sequences**" in text and "These runs differ in commit." in text
     assert "| data.seq_len | 1024 | 1024 | 2048 |" in text and "device H200" in text
     assert "- 2-2048: `train.py x`" in text
