@@ -13,8 +13,8 @@ from longspan.launcher.report.results import FIELDS, Run, counted, is_number
 # In these the runs of a series may differ. All else makes another series: model, kernels, dtype, memory, device.
 SCALE = ("data.seq_len", "train.global_batch", "parallel.sp")
 BESIDE = (
-    "run.", "log.", "profile.", "checkpoint.", "optim.", "train.steps", "train.timeout_s", "data.prefetch", "data.corpora",
-    "data.validation_fraction",
+    "run.", "log.", "profile.", "checkpoint.", "optim.", "train.steps", "train.timeout_s", "data.prefetch",
+    "data.corpora", "data.validation_fraction",
 )  # fmt: skip
 COUNTS = {"optim.offload"}  # within BESIDE, but it takes time
 MEDIANS = [name for name in FIELDS if name not in ("loss", "peak_mem_gb")]
