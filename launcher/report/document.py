@@ -76,7 +76,7 @@ def _speeds(s: Summary) -> list[Any]:
 def _notes(summaries: Sequence[Summary]) -> str:
     runs: dict[str, list[str]] = {}
     for s in summaries:
-        for note in s.run.notes:
+        for note in s.notes:
             runs.setdefault(note, []).append(s.run.name)
     lines = [f"- {note}: {', '.join(names)}" for note, names in runs.items()]
     return "Missing or odd:\n\n" + "\n".join(lines) if lines else ""

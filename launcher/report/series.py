@@ -26,7 +26,7 @@ LABEL_SETTINGS = 3  # series are called by the settings in which they differ, if
 @dataclass
 class Summary:
     """A run in numbers; None where they are not known. medians: by name in metrics.jsonl, over the steps `counted`.
-    seconds: medians of other times in it (such as attention_s)."""
+    seconds: medians of other times in it (such as attention_s). notes: the run's, and what this lacks."""
 
     run: Run
     gpus: int | None
@@ -41,6 +41,7 @@ class Summary:
     first_loss: float | None
     last_loss: float | None
     val_loss: float | None
+    notes: list[str]
 
     @property
     def steps(self) -> str:
@@ -81,10 +82,7 @@ def summarize(run: Run, warmup: int) -> Summary:
     gpus = run.environment.get("world_size") or _ranks(run.rows)
     sp = run.environment.get("sp") or run.settings.get("parallel.sp") or None
     names = dict.fromkeys(name for row in steady for name in row if name.endswith("_s") and name not in KNOWN_SECONDS)
-    if run.rows and not steady:
-        run.notes.append(
-            f"{len(run.rows)} steps, all of them warm-up: no speeds (--warmup {len(run.rows) - 1} at most)"
-        )
+    idle = [f"{counted(len(run.rows), 'step')}, none after the warm-up: no speeds"] if run.rows and not steady else []
     return Summary(
         run=run,
         gpus=gpus,
@@ -99,6 +97,7 @@ def summarize(run: Run, warmup: int) -> Summary:
         first_loss=losses[0] if losses else None,
         last_loss=statistics.fmean(losses[-LOSS_STEPS:]) if losses else None,
         val_loss=values[-1] if values else None,
+        notes=run.notes + idle,
     )
 
 

@@ -76,10 +76,9 @@ def test_warm_up_counts_from_the_first_step_that_is_there():
 
 
 def test_a_run_of_warm_up_alone_has_losses_and_no_speed():
-    found = Run("a", None, [row(1), row(2)])
-    summary = summarize(found, 2)
+    summary = summarize(Run("a", None, [row(1), row(2)], notes=["x"]), 2)
     assert summary.medians == {} and summary.steps == "none" and summary.first_loss == 8.0
-    assert "all of them warm-up" in found.notes[0]
+    assert summary.notes == ["x", "2 steps, none after the warm-up: no speeds"]
     assert groups([summary]) == []
 
 

@@ -13,6 +13,7 @@ from tiny_runs import SETTINGS, rows, write_corpus
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "configs" / "slurm" / "train.sbatch"
 STEPS = 40
+SURROUNDINGS = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +98,11 @@ def write_config(folder: Path) -> Path:
 def submit(cluster, folder: Path, *arguments) -> str:
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
     one_rank_a_node = ("--nodes=2", "--time=10", SCRIPT)
-    return cluster.submit(*one_rank_a_node, *arguments, cwd=folder, PATH=path, NPROC_PER_NODE="1", **surroundings())
-
-
-def surroundings() -> dict[str, str]:
-    return {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return cluster.submit(*one_rank_a_node, *arguments, cwd=folder, PATH=path, NPROC_PER_NODE="1", **SURROUNDINGS)
 
 
 def start_plainly(config: Path, run_dir: Path) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, ROOT / "launcher" / "train.py", "--config", config, "--run-dir", run_dir]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=os.environ | surroundings(), **output)
+    return subprocess.Popen(command, env=os.environ | SURROUNDINGS, **output)
