@@ -187,7 +187,7 @@ def _record(record: Record, images: dict[str, str]) -> str:
         f"Benchmark {content['benchmark']}: {', '.join(facts)}, {content.get('date')}.",
         f"`{content['command']}`" if content.get("command") else "",
         str(content.get("note") or ""),
-        _image(images, record.name, record.name),
+        _image(images, plot_of(record), record.name),
     ]
     for name, rows in rows_of(record).items():
         columns = columns_of(rows)
@@ -201,6 +201,11 @@ def _record(record: Record, images: dict[str, str]) -> str:
         if left_out:
             parts.append(f"Left out: {', '.join(left_out)}; all are in {record.path.name}.")
     return "\n\n".join(part for part in parts if part)
+
+
+def plot_of(record: Record) -> str:
+    """The name of its plot, which is part of a file name."""
+    return f"bench-{record.name.replace('/', '-')}"
 
 
 def rows_of(record: Record) -> dict[str, list[dict[str, Any]]]:

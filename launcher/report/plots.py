@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from longspan.launcher.report.document import rows_of
+from longspan.launcher.report.document import plot_of, rows_of
 from longspan.launcher.report.results import Record, is_number
 from longspan.launcher.report.series import Group, Summary, groups, profiles
 
@@ -33,7 +33,7 @@ def draw(summaries: Sequence[Summary], records: Sequence[Record]) -> dict[str, s
         "length": _curves(lengths, "sequence, tokens", (SPEED, MFU, MEMORY)),
         "gpus": _curves(gpus, "GPUs", (SPEED, EFFICIENCY, MFU)),
         "breakdown": _breakdown(profiles(summaries)),
-        **{record.name: _benchmark(record) for record in records},
+        **{plot_of(record): _benchmark(record) for record in records},
     }
     return {name: _svg(figure) for name, figure in figures.items() if figure is not None}
 

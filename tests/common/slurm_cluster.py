@@ -149,6 +149,7 @@ def _configuration(folder: Path, port: int, node_ports: list[int], cpus: int) ->
         f"NodeName=node{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1000"
         for i, port in enumerate(node_ports)
     ]
+    # Jobs of the partition `urgent` preempt those of `main`.
     lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60")
     lines.append("PartitionName=urgent Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF")
     return "\n".join(lines) + "\n"

@@ -265,13 +265,15 @@ def test_the_whole_report(tmp_path, capsys):
         {"strategy": "ring", "tokens": 1024, "ms": {"forward+backward": 2.0}},
         {"strategy": "ring", "tokens": 2048, "ms": {"forward+backward": 3.5}, "list": [1]},
     ]}  # fmt: skip
-    (tmp_path / "speed.json").write_text(json.dumps(record))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "speed.json").write_text(json.dumps(record))
     output = tmp_path / "out" / "all.md"
-    code, said = report(capsys, tmp_path / "runs", tmp_path / "speed.json", "--output", output)
+    code, said = report(capsys, tmp_path / "runs", tmp_path / "a" / "speed.json", tmp_path / "b", "--output", output)
     assert code == 0
     text = output.read_text()
     written = {line.removeprefix("wrote ") for line in said.splitlines()}
-    plots = {f"all-{name}.svg" for name in ("loss", "length", "gpus", "breakdown", "speed")}
+    plots = {f"all-{name}.svg" for name in ("loss", "length", "gpus", "breakdown", "bench-a-speed", "bench-b-speed")}
     assert written == {str(output), *(str(output.parent / name) for name in plots)}
     for name in plots:
         assert f"({name})" in text and (output.parent / name).read_text().rstrip().endswith("</svg>")
