@@ -1,4 +1,4 @@
-"""longspan's layers in Megatron's models: `block_spec` gives a GPTModel of megatron-core layers that mix tokens by them.
+"""longspan's layers in Megatron's models: `block_spec` gives a GPTModel of megatron-core layers that use them.
 
 Imported by name only, since it needs megatron-core.
 """

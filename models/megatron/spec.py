@@ -13,9 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from longspan.models.config import LINEAR_KINDS, ModelConfig
+from longspan.models.megatron.attention import CoreAttention, LinearAttention
 from longspan.models.megatron.contexts import Contexts
-from longspan.models.megatron.core import CoreAttention
-from longspan.models.megatron.linear import LinearAttention
 from longspan.models.megatron.own_heads import check_heads
 
 # Settings of ModelConfig that a TransformerConfig or a GPTModel has itself.
@@ -60,11 +59,8 @@ def block_spec(
     for number, layer in enumerate(base.layer_specs, start=offset):
         kind = model.layer_kinds[number]
         check_heads(model, kind, config.tensor_model_parallel_size)
-        params = {"kind": kind, "model": model, "contexts": contexts}
-        if kind in LINEAR_KINDS:
-            layers.append(_with_linear(layer, params))
-        else:
-            layers.append(_with_core(layer, params | {"rotary": rope == "longspan"}))
+        params = {"kind": kind, "model": model, "contexts": contexts, "rotary": rope == "longspan"}
+        layers.append((_with_linear if kind in LINEAR_KINDS else _with_core)(layer, params))
     return replace(base, layer_specs=layers)
 
 
