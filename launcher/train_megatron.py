@@ -24,8 +24,9 @@ from longspan.parallel import SequenceParallel
 VOCABULARY_MULTIPLE = 128  # embeddings are cut by vocabulary for tensor-parallel ranks
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parse(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str]) -> list[float]:
+    """Trains as the arguments say; the losses of the steps."""
+    options, losses = parse(argv), []
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -34,15 +35,17 @@ def main(argv: list[str] | None = None) -> None:
     corpus = open_corpus(options.data)
     vocabulary = -(-(corpus.vocab_size or options.vocab_size) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     loader = batches(options, corpus, vocabulary, state, device)
-    model = build(options, vocabulary).to(device, getattr(torch, options.dtype))
+    with warnings.catch_warnings():  # of optional packages that are not there
+        warnings.simplefilter("ignore")
+        model = build(options, vocabulary).to(device, getattr(torch, options.dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
     replicas = state.get_data_parallel_group(with_context_parallel=True)
     for step in range(1, options.steps + 1):
         total = torch.zeros((), device=device)
         for batch in loader.next_step():
             # [1, tokens of this rank]; positions are known to the layers, and masks are causal.
-            losses = model(batch.tokens[None], None, None, labels=batch.labels.clamp(min=0)[None])
-            loss = losses[0][batch.labels != NO_LABEL].sum() / batch.num_labels_global
+            of_tokens = model(batch.tokens[None], None, None, labels=batch.labels.clamp(min=0)[None])[0]
+            loss = of_tokens[batch.labels != NO_LABEL].sum() / batch.num_labels_global
             loss.backward()
             total += loss.detach()
         for parameter in model.parameters():
@@ -50,10 +53,11 @@ def main(argv: list[str] | None = None) -> None:
         dist.all_reduce(total, group=replicas)
         optimizer.step()
         optimizer.zero_grad()
+        losses.append(total.item())
         if dist.get_rank() == 0:
-            print(f"step {step:4d}  loss {total.item():.5f}", flush=True)
+            print(f"step {step:4d}  loss {losses[-1]:.5f}", flush=True)
     loader.close()
-    dist.destroy_process_group()
+    return losses
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -73,19 +77,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def join(options, on_gpu: bool):
     """megatron-core's parallel_state, initialised."""
-    with warnings.catch_warnings():  # of optional packages that are not there
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             from megatron.core import parallel_state
         except ImportError as error:
             raise UserError(f"train_megatron needs megatron-core ({error}); pip install megatron-core") from error
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if on_gpu else "gloo", **alone)
+    world_size = dist.get_world_size()
     if world_size % (options.tp * options.cp):
         raise UserError(f"--tp {options.tp} times --cp {options.cp} does not divide the {world_size} ranks of this run")
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-    else:
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.destroy_model_parallel()  # of an earlier call
     parallel_state.initialize_model_parallel(options.tp, context_parallel_size=options.cp)
     return parallel_state
 
@@ -110,12 +114,10 @@ def batches(options, corpus, vocabulary: int, state, device) -> BatchLoader:
 
 def build(options, vocabulary: int):
     """The model, on the CPU. Its initial weights are the same for any number of ranks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.models.gpt import GPTModel
-        from megatron.core.transformer import TransformerConfig
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
 
-        from longspan.models.megatron import block_spec
+    from longspan.models.megatron import block_spec
 
     torch.manual_seed(options.seed)
     config = TransformerConfig(
@@ -125,7 +127,8 @@ def build(options, vocabulary: int):
         tensor_model_parallel_size=options.tp,
         context_parallel_size=options.cp,
         normalization="RMSNorm",
-        activation_func=F.gelu,
+        activation_func=F.silu,
+        gated_linear_unit=True,
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -139,4 +142,5 @@ def build(options, vocabulary: int):
 
 if __name__ == "__main__":
     with main_guard():
-        main()
+        main(sys.argv[1:])
+        dist.destroy_process_group()
