@@ -35,19 +35,19 @@ def train_in_all_ways(rank, world_size, corpus):
     from longspan.launcher.train_megatron import main
 
     for tp, cp, more, message in [
-        (3, 1, [], "--tp 3 times --cp 1 does not divide the 4 ranks"),
+        (3, 1, [], "--tp 3 times --cp 1 does not divide the 2 ranks"),
         (1, 2, ["--seq-len", "62"], "--seq-len 62 must be a multiple of 2 --cp, 4"),
-        (2, 2, ["--data", "none"], "none.idx is missing"),
+        (2, 1, ["--data", "none"], "none.idx is missing"),
     ]:
         with pytest.raises(UserError, match=message):
             main(arguments(corpus, tp, cp, *more))
-    return [main(arguments(corpus, tp, cp)) for tp, cp in ((1, 1), (2, 2), (1, 4))]
+    return [main(arguments(corpus, tp, cp)) for tp, cp in ((1, 1), (2, 1), (1, 2))]
 
 
 def test_losses_do_not_depend_on_how_ranks_are_used(corpus):
-    results = run_ranks(train_in_all_ways, 4, corpus)
+    results = run_ranks(train_in_all_ways, 2, corpus)
     (alone, *others) = results[0]
-    assert results == [results[0]] * 4
+    assert results == [results[0]] * 2
     assert alone[-1] < alone[0] - 0.3
     for losses in others:
         assert losses == pytest.approx(alone, rel=1e-5)

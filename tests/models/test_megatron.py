@@ -73,7 +73,7 @@ def gradients(model, loss):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def part_of_rank(name, parameter, whole, model, rank, ranks):
+def part_of_rank(name, parameter, whole, rank, ranks):
     """A rank's part of a gradient of the whole model."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return whole
@@ -115,7 +115,7 @@ def compare_ranks(rank, world_size):
                 dist.all_reduce(found[name], group=cp_group)
                 if "_layernorm" in name and "self_attention" in name:  # as Megatron's finalize_model_grads
                     dist.all_reduce(found[name], group=state.get_tensor_model_parallel_group())
-                part = part_of_rank(name, parameter, expected_gradients[name], model, tp_rank, tp)
+                part = part_of_rank(name, parameter, expected_gradients[name], tp_rank, tp)
                 assert_same(found[name], part, (tp, cp, name))
         if tp == 2:
             check_checkpoints(model, tp_rank)
@@ -243,3 +243,48 @@ def test_what_does_not_fit_is_named(pattern, settings, config, message):
 
         with pytest.raises(ValueError, match=message):
             block_spec(transformer_config(2, **config), pattern, pp_rank=0, **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sequence_parallel_layers_on_gpus(tmp_path):
+    run_ranks(compare_sequence_parallel, 2, str(tmp_path / "store"))
+
+
+def compare_sequence_parallel(rank, world_size, store):
+    """Megatron's sequence parallelism, which it has on GPUs alone: in front of a layer and behind it activations are
+    cut among tensor-parallel ranks."""
+    warnings.simplefilter("ignore")
+    import torch.distributed as dist
+
+    torch.cuda.set_device(rank)
+    dist.destroy_process_group()  # of gloo
+    dist.init_process_group("nccl", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+    generator = torch.Generator().manual_seed(3)
+    x_SBD, weights = torch.randn(2, SEQUENCE, BATCH, 32, generator=generator, dtype=torch.double).cuda()
+    for kind in ("linear:gla", "linear:gated_delta"):
+        out, whole = run_layer(kind, 1, x_SBD, weights)
+        x, part_of_weights, part_of_out = (x.chunk(world_size)[rank] for x in (x_SBD, weights, out))
+        found, parts = run_layer(kind, world_size, x, part_of_weights)
+        assert_same(found, part_of_out, kind)
+        assert_same(parts["x"], whole["x"].chunk(world_size)[rank], kind)
+        for name in whole.keys() - {"x"}:
+            parameter = parts[name]
+            assert_same(parameter.grad, part_of_rank(name, parameter, whole[name].grad, rank, world_size), name)
+
+
+def run_layer(kind, tp, x, weights):
+    """The output, and by name the gradient of x and parameters with theirs."""
+    from megatron.core.transformer.spec_utils import build_module
+
+    from longspan.models.megatron import block_spec
+
+    initialize(tp, 1)
+    torch.manual_seed(5)
+    config = transformer_config(1, tensor_model_parallel_size=tp, sequence_parallel=tp > 1)
+    (spec,) = block_spec(config, [kind]).layer_specs
+    layer = build_module(spec.submodules.self_attention, config=config, layer_number=1).cuda().double()
+    x = x.clone().requires_grad_()
+    out, _ = layer(x)
+    (out * weights).sum().backward()
+    return out.detach(), {"x": x.grad, **dict(layer.named_parameters())}
