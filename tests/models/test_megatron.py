@@ -245,23 +245,31 @@ def test_what_does_not_fit_is_named(pattern, settings, config, message):
             block_spec(transformer_config(2, **config), pattern, pp_rank=0, **settings)
 
 
+def test_sequence_parallel_layers():
+    run_ranks(compare_sequence_parallel, 2)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_sequence_parallel_layers_on_gpus(tmp_path):
     run_ranks(compare_sequence_parallel, 2, str(tmp_path / "store"))
 
 
-def compare_sequence_parallel(rank, world_size, store):
-    """Megatron's sequence parallelism, which it has on GPUs alone: in front of a layer and behind it activations are
-    cut among tensor-parallel ranks."""
+def compare_sequence_parallel(rank, world_size, store=None):
+    """In front of a layer and behind it activations are cut among tensor-parallel ranks. store: of a run on GPUs."""
     warnings.simplefilter("ignore")
     import torch.distributed as dist
 
-    torch.cuda.set_device(rank)
-    dist.destroy_process_group()  # of gloo
-    dist.init_process_group("nccl", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+    if store is None:
+        torch.cuda.current_device = lambda: "cpu"  # where Megatron puts what it receives
+    else:
+        torch.cuda.set_device(rank)
+        dist.destroy_process_group()  # of gloo
+        dist.init_process_group("nccl", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     generator = torch.Generator().manual_seed(3)
-    x_SBD, weights = torch.randn(2, SEQUENCE, BATCH, 32, generator=generator, dtype=torch.double).cuda()
+    x_SBD, weights = torch.randn(2, SEQUENCE, BATCH, 32, generator=generator, dtype=torch.double).to(
+        "cuda" if store else "cpu"
+    )
     for kind in ("linear:gla", "linear:gated_delta"):
         out, whole = run_layer(kind, 1, x_SBD, weights)
         x, part_of_weights, part_of_out = (x.chunk(world_size)[rank] for x in (x_SBD, weights, out))
@@ -283,7 +291,8 @@ def run_layer(kind, tp, x, weights):
     torch.manual_seed(5)
     config = transformer_config(1, tensor_model_parallel_size=tp, sequence_parallel=tp > 1)
     (spec,) = block_spec(config, [kind]).layer_specs
-    layer = build_module(spec.submodules.self_attention, config=config, layer_number=1).cuda().double()
+    layer = build_module(spec.submodules.self_attention, config=config, layer_number=1)
+    layer = layer.to(x)
     x = x.clone().requires_grad_()
     out, _ = layer(x)
     (out * weights).sum().backward()
