@@ -11,15 +11,20 @@ from longspan.models.rope import Rotary, rotary_angles
 from longspan.parallel import SequenceContext, SequenceParallel, zigzag
 from longspan.parallel.exchange import agree
 
+OPTIONS = ("linear", "softmax", "sparse", "backend", "topology", "costs", "token_cap")
+
 
 class Contexts:
     """What all layers of a model share: one sequence-parallel group, and the latest batch's context and angles.
 
-    options: those of SequenceParallel that name strategies, back end, topology and costs. The group is Megatron's
-    context-parallel one, known when the first batch comes.
+    options: those of SequenceParallel that are named in OPTIONS. The group is Megatron's context-parallel one, known
+    when the first batch comes. ValueError for another option.
     """
 
     def __init__(self, options):
+        for name in options:
+            if name not in OPTIONS:
+                raise ValueError(f"parallel has {name!r}, which is none of {', '.join(OPTIONS)}; leave it out")
         self._options, self._parallel = dict(options), {}
         self._packed = self._latest = self._turned = (None, None)
 

@@ -50,6 +50,8 @@ def block_spec(
     model = _model(config, pattern, settings)
     if rope not in ("megatron", "longspan"):
         raise ValueError(f"rope={rope!r} is unknown; use 'megatron' or 'longspan'")
+    if rope == "longspan" and config.no_rope_freq:
+        raise ValueError("no_rope_freq leaves layers without rotation, which rope='megatron' knows; use that")
     if base is None:
         base = get_gpt_decoder_block_spec(
             config, False, normalization=config.normalization, vp_stage=vp_stage, pp_rank=pp_rank
@@ -73,7 +75,7 @@ def _model(config: TransformerConfig, pattern, settings) -> ModelConfig:
             raise ValueError(f"setting {name!r} is not one of longspan's layers{hint}")
     for name, only in (
         ("attention_dropout", 0), ("softmax_scale", None), ("window_size", None), ("softmax_type", "vanilla"),
-        ("multi_latent_attention", False), ("apply_query_key_layer_scaling", False),
+        ("multi_latent_attention", False), ("apply_query_key_layer_scaling", False), ("qk_clip", False),
     ):  # fmt: skip
         if getattr(config, name) != only:
             raise ValueError(f"{name}={getattr(config, name)} is not supported by longspan's layers; use {name}={only}")

@@ -68,4 +68,4 @@ def test_gpus_agree_with_one(corpus):
     ways = [(2, 1), (1, 2)] if torch.cuda.device_count() > 1 else []
     ways += [(2, 2), (1, 4)] if torch.cuda.device_count() > 3 else []
     for tp, cp in ways:
-        assert losses(tp * cp, tp, cp) == pytest.approx(alone, rel=1e-4), (tp, cp)
+        assert losses(tp * cp, tp, cp) == pytest.approx(alone, rel=5e-4), (tp, cp)

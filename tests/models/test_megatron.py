@@ -1,5 +1,7 @@
 """longspan's layers in a GPTModel: tensor- and context-parallel ranks against one rank, one rank against formulas."""
 
+import importlib
+import sys
 import warnings
 
 import pytest
@@ -195,6 +197,8 @@ def check_one_rank(rank, world_size):
         mixer.load_state_dict(attention.mixer.state_dict())
         found, bias = attention(x_SBD, None)
         assert bias is None and found.is_contiguous()
+        with pytest.raises(ValueError, match="turned twice: .* position_embedding_type='none'"):
+            attention(x_SBD, None, rotary_pos_emb=emb)
         for sequence in range(BATCH):
             alone = mixer(x_SBD[:, sequence], None, SequenceParallel().context([SEQUENCE]))
             assert_same(found[:, sequence], alone, kind)
@@ -224,6 +228,13 @@ def test_pipeline_stages_have_their_layers_of_the_pattern():
     assert found[0].submodules.core_attention.params["kind"] == "softmax"
 
 
+def test_absence_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    monkeypatch.delitem(sys.modules, "longspan.models.megatron", raising=False)
+    with pytest.raises(ImportError, match="needs megatron-core .*; pip install 'megatron-core>=0.16.1,<0.17'"):
+        importlib.import_module("longspan.models.megatron")
+
+
 @pytest.mark.parametrize(
     ("pattern", "settings", "config", "message"),
     [
@@ -231,6 +242,13 @@ def test_pipeline_stages_have_their_layers_of_the_pattern():
         (["softmax"], {"widow": 4}, {}, "setting 'widow' .*'window'"),
         (["softmax"], {"num_heads": 4}, {}, "setting 'num_heads' is not one of longspan's layers"),
         (["softmax"], {"rope": "none"}, {}, "rope='none' is unknown"),
+        (["softmax"], {"rope": "longspan"}, {"no_rope_freq": 2}, "no_rope_freq leaves layers"),
+        (
+            ["softmax"],
+            {"parallel": {"layout": "zigzag"}},
+            {},
+            "parallel has 'layout', which is none of linear, softmax",
+        ),
         (["softmax"], {}, {"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
         (["linear:mamba2"], {}, {"tensor_model_parallel_size": 2}, "linear:mamba2 .* cannot be shared by 2"),
         (["linear:gla"], {"linear_num_heads": 3}, {"tensor_model_parallel_size": 2}, "linear_num_heads=3"),
