@@ -32,6 +32,7 @@ def transformer_config(num_layers, **settings):
         "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8, "attention_dropout": 0.0,
         "hidden_dropout": 0.0, "normalization": "RMSNorm", "add_bias_linear": False, "use_cpu_initialization": True,
         "gradient_accumulation_fusion": False, "qk_layernorm": True, "bias_dropout_fusion": False,
+        "hetereogenous_dist_checkpoint": True,
     }  # fmt: skip
     return TransformerConfig(num_layers=num_layers, **(given | settings))
 
@@ -153,13 +154,12 @@ def check_checkpoints(model, tp_rank):
     shapes = {"o_proj.weight": (32, 24), "decay.gate.A_log": (4,), "q_map.weight": (4, 8, 8)}
     for name, shape in shapes.items():
         entry, dim = state[prefix + name], int(name == "o_proj.weight")
-        # Layers are a dimension of their own in front where they are alike; the last ones are those of the tensor.
-        assert entry.global_shape[-len(shape) :] == shape
-        assert entry.global_offset[-len(shape) :][dim] == tp_rank * shape[dim] // 2
+        assert entry.key == prefix + name and entry.global_shape == shape
+        assert entry.global_offset[dim] == tp_rank * shape[dim] // 2
     query, _, value = state[prefix + "conv.weight"].build()
-    assert query.key.endswith("conv.weight.query") and query.local_shape == (16, 3) and value.local_shape == (12, 3)
-    assert state[prefix + "o_norm.weight"].global_shape[-1] == 6
-    assert [fragments for fragments in state[prefix + "o_norm.weight"].axis_fragmentations][-1] == 1
+    assert query.key == f"{prefix}conv.weight.query" and query.global_shape == (32, 3)
+    assert value.global_shape == (24, 3) and value.global_offset[0] == tp_rank * 12
+    assert state[prefix + "o_norm.weight"].global_shape == state[prefix + "o_norm.weight"].local_shape == (6,)
 
 
 def check_one_rank(rank, world_size):
