@@ -53,9 +53,9 @@ class _Mixing(MegatronModule):
             tp_group=self.groups.tp,
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
-        name = f"{prefix}mixer.conv.weight"
-        if name in sharded:  # parts of the same stream belong together, not those of the same rank
-            sharded[name] = _split_tensor_factory(sharded[name], streams(self.mixer), ["query", "key", "value"], 0)
+        if channels := streams(self.mixer):  # parts of the same stream belong together, not those of the same rank
+            name = f"{prefix}mixer.conv.weight"
+            sharded[name] = _split_tensor_factory(sharded[name], channels, ["query", "key", "value"], 0)
         return sharded
 
 

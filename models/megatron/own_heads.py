@@ -12,7 +12,7 @@ from torch import nn
 
 from longspan.models.config import LINEAR_KINDS
 from longspan.models.layers import init_weights
-from longspan.models.mixers import build_mixer
+from longspan.models.mixers import Mamba2Mixer, build_mixer
 
 SHARED = ("o_norm.weight", "decay.in_proj.weight", "linear_weight", "linear_bias")  # by the heads of all ranks
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")  # of softmax and sparse mixers
@@ -71,8 +71,8 @@ def own_part(name: str, whole: torch.Tensor, rank: int, ranks: int, streams) -> 
 
 
 def streams(mixer) -> list[int]:
-    """Channels of queries, keys and values in the convolution of a linear mixer, or nothing."""
-    if getattr(mixer, "conv", None) is None:
+    """Channels of queries, keys and values in the convolution of a mixer; nothing where ranks have no parts of one."""
+    if getattr(mixer, "conv", None) is None or isinstance(mixer, Mamba2Mixer):
         return []
     return [getattr(mixer, name).out_features for name in ("q_proj", "k_proj", "v_proj")]
 

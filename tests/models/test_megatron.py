@@ -167,7 +167,8 @@ def check_one_rank(rank, world_size):
     warnings.simplefilter("ignore")
     initialize(1, 1)
     tokens, _ = tokens_and_weights()
-    model = model_of(["softmax", "linear:gated_delta", "linear:fixed"], {"rope_base": 100.0})
+    pattern = ["softmax", "linear:gated_delta", "linear:fixed", "linear:mamba2"]
+    model = model_of(pattern, {"rope_base": 100.0})
     x_SBD = torch.randn(SEQUENCE, BATCH, 32, dtype=torch.double)
 
     attention = model.decoder.layers[0].self_attention
@@ -190,8 +191,8 @@ def check_one_rank(rank, world_size):
     from longspan.models.mixers import build_mixer
     from longspan.parallel import SequenceParallel
 
-    config = ModelConfig(hidden_size=32, num_heads=4, num_layers=3, norm_eps=1e-5)
-    for layer, kind in ((1, "linear:gated_delta"), (2, "linear:fixed")):
+    config = ModelConfig(hidden_size=32, num_heads=4, num_layers=4, norm_eps=1e-5)
+    for layer, kind in enumerate(pattern[1:], start=1):
         attention = model.decoder.layers[layer].self_attention
         mixer = build_mixer(config, layer, kind).double()
         mixer.load_state_dict(attention.mixer.state_dict())
@@ -202,6 +203,8 @@ def check_one_rank(rank, world_size):
         for sequence in range(BATCH):
             alone = mixer(x_SBD[:, sequence], None, SequenceParallel().context([SEQUENCE]))
             assert_same(found[:, sequence], alone, kind)
+    conv = "decoder.layers.3.self_attention.mixer.conv.weight"
+    assert model.sharded_state_dict()[conv].global_shape == attention.mixer.conv.weight.shape
 
 
 def complex_of(x):
