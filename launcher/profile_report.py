@@ -6,7 +6,7 @@ from pathlib import Path
 from longspan.attention.ranges import CONVOLUTION, LINEAR, SOFTMAX, SPARSE
 from longspan.launcher.breakdown import DATA, EXPOSED, IDLE, OPTIMIZER, OTHER, OUTSIDE, PHASES
 from longspan.launcher.errors import UserError
-from longspan.launcher.trace import LAYERS, LOSS, MIXER, MLP, NORMS, SHARDING
+from longspan.launcher.timeline import LAYERS, LOSS, MIXER, MLP, NORMS, SHARDING
 
 # Row -> components that it is the sum of. The rows that begin with a space are parts of the one above.
 ROWS = {

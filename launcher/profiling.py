@@ -23,7 +23,7 @@ from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import Job, estimate
 from longspan.launcher.gpus import GPUS, Cluster
 from longspan.launcher.profile_report import lines
-from longspan.launcher.trace import LAYERS, LOSS, MIXER, MLP, attribute, read_trace
+from longspan.launcher.timeline import LAYERS, LOSS, MIXER, MLP, attribute, read_trace
 from longspan.parallel.mesh import Mesh
 
 log = logging.getLogger("longspan")

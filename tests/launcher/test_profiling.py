@@ -19,7 +19,7 @@ from longspan.launcher.estimate import Job, estimate
 from longspan.launcher.gpus import parse_gpus
 from longspan.launcher.profile_report import PLANNED, ROWS, lines
 from longspan.launcher.profiling import StepProfiler
-from longspan.launcher.trace import KERNEL, LAUNCH, OPERATION, RANGE, Event, attribute, read_trace
+from longspan.launcher.timeline import KERNEL, LAUNCH, OPERATION, RANGE, Event, attribute, read_trace
 
 MAIN, AUTOGRAD = 1, 2
 
