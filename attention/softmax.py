@@ -72,7 +72,8 @@ def softmax_attention(
     if isinstance(seq, Outline):
         return seq.softmax(q, k, v, Mask(causal, window))
     parallel = seq.parallel
-    backend = _backend(parallel.backend, q.device.type, q.dtype, q.shape[-1])
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    backend = _backend(parallel.backend, q.device.type, q.dtype, q.shape[-1], repeatable)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     moved = _moved(seq, plan, Mask(causal, window), q.shape[1])
     q, k, v = moved.move(q, k, v, parallel.group)
@@ -269,7 +270,8 @@ def _wide(x):
 
 
 @lru_cache
-def _backend(name, device_type, dtype, head_dim):
+def _backend(name, device_type, dtype, head_dim, repeatable):
+    """repeatable: whether torch asks for deterministic algorithms, on which the choice depends."""
     backend, refusals = choose(name, device_type, dtype, head_dim)
     log.info("softmax attention on %s in %s with head_dim %d: %s", device_type, dtype, head_dim, backend.name)
     for refusal in refusals:

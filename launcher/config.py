@@ -142,6 +142,7 @@ class TrainConfig:
         0, "tokens for which an MLP is computed at once, again in the backward; smaller: less memory; 0: all tokens"
     )
     compile: bool = setting(False, "compile each layer with torch.compile")
+    deterministic: bool = setting(False, "the same run again is the same bit for bit; slower")
     timeout_s: int = setting(600, "seconds a rank waits for the others before the run is given up")
 
 
@@ -222,6 +223,10 @@ class Config:
             raise UserError(str(error)) from None
         self._validate_ranges()
         self._validate_engine()
+        _require(
+            not (self.train.deterministic and self.parallel.backend == "cudnn"),
+            "parallel.backend=cudnn is not deterministic, as train.deterministic=true asks: use auto, fa4 or flash",
+        )
         {"text": self._validate_text, "images": self._validate_images}[self.model.task]()
         if world_size is not None:
             self._validate_ranks(world_size)

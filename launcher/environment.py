@@ -17,6 +17,7 @@ import longspan
 from longspan.launcher.errors import UserError
 from longspan.parallel.mesh import Mesh
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"  # one of the two that torch takes for deterministic
 PACKAGES = ("numpy", "triton", "megatron-core", "flash-attn-4", "deepspeed")
 
 
@@ -36,6 +37,20 @@ def choose_device(setting: str) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def make_deterministic() -> None:
+    """From here on torch computes the same bits from the same inputs, or raises. Call it before CUDA starts. Raises
+    UserError where a variable of the environment is in the way."""
+    workspace = os.environ.setdefault(*CUBLAS_WORKSPACE)
+    if workspace not in (CUBLAS_WORKSPACE[1], ":16:8"):
+        raise UserError(
+            f"{CUBLAS_WORKSPACE[0]}={workspace} lets sums differ from run to run, which train.deterministic=true rules"
+            f" out: leave it unset or set {CUBLAS_WORKSPACE[1]}"
+        )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # all that is read is written first, as tests show
+    torch.backends.cudnn.benchmark = False  # which algorithm is fastest may change from run to run
 
 
 def describe_environment(mesh: Mesh) -> dict[str, Any]:
@@ -59,6 +74,7 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
         "sp": mesh.sp,
         "machines": {host: hosts.count(host) for host in dict.fromkeys(hosts)},
         "device": torch.cuda.get_device_name(mesh.device) if on_gpu else f"{platform.machine()} CPU",
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads_per_rank": torch.get_num_threads(),
     }
 

@@ -7,6 +7,7 @@ on each rank looks for it twice a second and ends the process.
 
 import dis
 import os
+import re
 import socket
 import sys
 import threading
@@ -56,6 +57,12 @@ def _describe(error: BaseException) -> str:
     line = " ".join(str(error).split())
     if isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_by_us(error)):
         return f"longspan: error: {line}"
+    found = re.match(r"(\S+) does not have a deterministic implementation", line)
+    if found:
+        return (
+            f"longspan: error: train.deterministic=true, but torch's {found[1]}, which this model needs here, has no"
+            " deterministic form: use train.deterministic=false, or other layers"
+        )
     rank, host = os.environ.get("RANK", "0"), socket.gethostname()
     if isinstance(error, KeyboardInterrupt):
         return f"longspan: error: interrupted on rank {rank} ({host})"

@@ -20,7 +20,7 @@ from longspan.launcher.breakdown import DATA, OPTIMIZER, OUTSIDE
 from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config
 from longspan.launcher.engines import find_engine
-from longspan.launcher.environment import choose_device, describe_environment
+from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
 from longspan.launcher.errors import UserError
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
 from longspan.launcher.profiling import StepProfiler
@@ -44,6 +44,8 @@ def run(config: Config) -> None:
     """
     stop_signal = StopSignal()
     config.validate(world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if config.train.deterministic:
+        make_deterministic()
     device = choose_device(config.run.device)
     _set_up_log()
     mesh = build_mesh(

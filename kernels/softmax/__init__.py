@@ -21,7 +21,8 @@ class Backend(Protocol):
     device_types: tuple[str, ...]
 
     def refusal(self, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why this back end cannot serve such inputs here, or None."""
+        """Why this back end cannot serve such inputs here, or None. It asks torch's switch for
+        deterministic algorithms, too: one whose results differ from run to run refuses where it is on."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float

@@ -1,6 +1,9 @@
 """FlashAttention-4 (package flash-attn-4, CuTe DSL): fastest on Hopper, packed lengths and GQA included.
 
-An optional package. Its public functions take the output and LSE of the backward from their own forward; a ring needs
+An optional package. Its backward adds dq up with atomics, in whatever order; under
+`torch.use_deterministic_algorithms(True)` thread blocks wait for their turn instead, in packed calls and with GQA too.
+
+Its public functions take the output and LSE of the backward from their own forward; a ring needs
 the merged ones, so this calls the two functions below the autograd class, as they are in 4.0.0b36.
 """
 
@@ -61,7 +64,7 @@ def backward(
     pack: Pack,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    run = _load()[0][1]
+    run = functools.partial(_load()[0][1], deterministic=torch.are_deterministic_algorithms_enabled())
     lse_HT = lse.t().contiguous()
     if pack.num_sequences == 1:
         gradients = run(

@@ -24,6 +24,8 @@ def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
         return f"takes head dims up to 128 that are multiples of 8, not {head_dim}"
     if not torch.backends.cudnn.is_available():
         return "this build of PyTorch has no cuDNN"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic, which torch.use_deterministic_algorithms asks for"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"needs compute capability 8.0 or later, this GPU has {major}.{minor}"
 

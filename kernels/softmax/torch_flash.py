@@ -1,4 +1,7 @@
-"""FlashAttention-2 as compiled into PyTorch, through its packed (varlen) operators."""
+"""FlashAttention-2 as compiled into PyTorch, through its packed (varlen) operators.
+
+They look at `torch.use_deterministic_algorithms` themselves; with its warn_only they stay as they are.
+"""
 
 import torch
 

@@ -45,6 +45,7 @@ def test_errors_over_ranks_are_recorded(tmp_path):
     assert len(rows) == 8 and all(sum(row["lengths"]) == 512 for row in rows)
     for row in rows:
         assert row["broken"] == (row["scheme"] == "ulysses")
+        assert row["broken"] or ("time" in row) == (row["case"] == "one document")
         assert row["broken"] or (row["repeats"] and 0 < max(row["many"]) < 1e-5), row
 
 

@@ -7,8 +7,9 @@ import torch
 from oracles import softmax_attention as full_matrix
 from oracles import with_gradients
 
+from longspan.attention import softmax
 from longspan.kernels.merge import merge
-from longspan.kernels.softmax import BACKENDS, Pack, choose
+from longspan.kernels.softmax import BACKENDS, Pack, choose, fa4
 from longspan.kernels.softmax import math as math_backend
 from longspan.kernels.softmax.naive import softmax_attention_naive
 
@@ -190,6 +191,47 @@ def test_choice_refuses(name, message):
         choose(name, "cpu", torch.float32, 64)
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def fa4_backward_options(monkeypatch, pack):
+    """What the backward of FlashAttention-4 is called with."""
+    seen = {}
+
+    def backward(q, k, v, *rest, **options):
+        seen.update(options)
+        return q, k, v
+
+    monkeypatch.setattr(fa4, "_load", lambda: ((None, backward), None))
+    x, tokens = torch.zeros(pack.cu_q[-1], 2, 8), pack.cu_q[-1]
+    fa4.backward(x, x, x, x, x, torch.zeros(tokens, 2), pack, 1.0)
+    return seen
+
+
+@pytest.mark.parametrize("pack", [Pack((0, 5), (0, 5), True), Pack((0, 2, 5), (0, 2, 5), True)])
+def test_fa4_follows_the_switch_for_deterministic_algorithms(monkeypatch, pack, request):
+    assert fa4_backward_options(monkeypatch, pack)["deterministic"] is False
+    request.getfixturevalue("deterministic")
+    assert fa4_backward_options(monkeypatch, pack)["deterministic"] is True
+
+
+def test_cudnn_refuses_where_results_must_repeat(monkeypatch, request):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(fa4, "_load", lambda: (None, "absent"))
+    assert choose("auto", "cuda", torch.bfloat16, 128)[0].name == "cudnn"
+    assert softmax._backend("auto", "cuda", torch.bfloat16, 128, False).name == "cudnn"
+    request.getfixturevalue("deterministic")
+    assert softmax._backend("auto", "cuda", torch.bfloat16, 128, True).name == "flash"
+    with pytest.raises(ValueError, match="backend=cudnn cannot serve.*its backward is not deterministic"):
+        choose("cudnn", "cuda", torch.bfloat16, 128)
+    softmax._backend.cache_clear()
+
+
 @pytest.mark.parametrize(
     "arguments", [((0, 3), (0, 4), True), ((0, 3, 3), (0, 1, 2), False), ((1, 3), (0, 2), False), ((0,), (0,), False)]
 )
@@ -273,6 +315,13 @@ class TestOnGpu:
         backend = gpu_backend(name, torch.bfloat16, 128)
         errors = window_errors(backend, length, window, (8, 2), 128, torch.bfloat16, "cuda")
         assert all(error <= 1e-2 for error in errors), errors
+
+    @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.id)
+    @pytest.mark.parametrize("name", ("fa4", "flash"))
+    def test_repeats_bit_for_bit_where_asked(self, deterministic, name, case):
+        backend, inputs = gpu_backend(name, torch.bfloat16, case.head_dim), make_inputs(case, torch.bfloat16, "cuda")
+        found = [run(backend, case.pack, *inputs, 0.1) for _ in range(5)]
+        assert all(torch.equal(x, y) for again in found[1:] for x, y in zip(again, found[0], strict=True))
 
     def test_math_serves_double(self):
         inputs = make_inputs(GPU_CASES[3], torch.float64, "cuda")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import SETTINGS, write_corpus
 
 from longspan.launcher.corpus import open_corpus
@@ -172,6 +173,20 @@ def test_a_value_error_of_a_library_called_by_us_keeps_its_traceback(capsys, mon
     exec("def convert(): int('x')\ndef refuse(): raise ValueError('model.x=1: use 2')", module)
     assert "Traceback" in _output_of(module["convert"], capsys)
     assert _output_of(module["refuse"], capsys) == "longspan: error: model.x=1: use 2\n"
+
+
+def test_what_torch_cannot_repeat_is_one_line(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def act():
+        torch.use_deterministic_algorithms(True)
+        try:
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))  # torch has no deterministic form of it
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    line = _output_of(act, capsys)
+    assert line.startswith("longspan: error: train.deterministic=true, but torch's put_") and line.count("\n") == 1
 
 
 def test_ranks_without_a_place_to_meet(capsys, monkeypatch):
