@@ -61,7 +61,7 @@ def double_ring_schedule(layout: Layout, rank: int, mask: Mask, topology: Topolo
             if more and turn == size - 1:
                 steps.append(deal((node + hop + 1) % nodes, last_to_send=len(steps) + 2, beside=True))
             steps.append(pass_on(turn, source, passed_on))
-    return Schedule(tuple(steps))
+    return Schedule.of(steps)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Schedules of softmax attention: which keys arrive at which step, and the packed calls they allow.
 
 Queries stay where they are; keys and values travel from their owners, cut to what the mask lets the receiver see. A
-strategy only says whose keys arrive at which step (STRATEGIES); everything else follows from the layout.
+strategy only says of how many ranks keys arrive in a step (STRATEGIES); everything else follows from the layout.
 
 Kernels know full and causal calls, no windows: what a window leaves is cut into rectangles and triangles
 (`Mask.pieces`), and a triangle of keys that drop out is causal with its rows in descending order.
@@ -34,15 +34,19 @@ class Call:
 @dataclass(frozen=True)
 class Step:
     """Keys sent, keys that arrive, and the calls on them. sends: (peer, rows, source), the step whose buffer the rows
-    are of, None for the local keys; receives: (peer, rows of the step's buffer). The first step has neither: it works
-    on the local keys. last_to_send: the last step that sends of this one's buffer, None for no step. beside: while it
-    is under way the next step's transfer starts, too. The last two are the same on all ranks."""
+    are of, None for the local keys; receives: (peer, rows of the step's buffer). last_to_send: the last step that sends
+    of this one's buffer, None for no step. beside: while it is under way the next step's transfer starts, too. local:
+    it works on the local keys, as the first step does, and neither sends nor receives. These three are the same on all
+    ranks. keys_in_two: no key is in more than two calls; then gradients can be summed in the dtype in which they are
+    sent, since they are rounded once."""
 
     sends: tuple[tuple[int, Rows, int | None], ...]
     receives: tuple[tuple[int, slice], ...]
     calls: tuple[Call, ...]
     last_to_send: int | None = None
     beside: bool = False
+    local: bool = False
+    keys_in_two: bool = False
 
     @property
     def num_keys(self) -> int:
@@ -51,9 +55,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of one rank, in order; all ranks have equally many."""
+    """The steps of one rank, in order; all ranks have equally many. backward: those of the backward pass.
+    queries_in_two: of either pass, whether no query is in more than two calls; then results can be summed in their own
+    dtype, since they are rounded once."""
 
     steps: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    queries_in_two: tuple[bool, bool]
+
+    @classmethod
+    def of(cls, steps, backward=None) -> "Schedule":
+        """backward: None where it is the same."""
+        steps = tuple(steps)
+        backward = steps if backward is None else tuple(backward)
+        calls = [[call.query_rows for step in half for call in step.calls] for half in (steps, backward)]
+        return cls(steps, backward, tuple(map(_at_most_two, calls)))
 
     def map(self, move) -> "Schedule":
         """The same schedule with every tensor passed through `move`."""
@@ -61,14 +77,14 @@ class Schedule:
         def rows(x):
             return x if isinstance(x, slice) else move(x)
 
-        return Schedule(tuple(
-            replace(
+        def moved(step):
+            return replace(
                 step,
                 sends=tuple((peer, rows(sent), source) for peer, sent, source in step.sends),
                 calls=tuple(Call(c.pack.map(move), rows(c.query_rows), rows(c.key_rows)) for c in step.calls),
             )
-            for step in self.steps
-        ))  # fmt: skip
+
+        return self._each(moved)
 
     def with_peers(self, name) -> "Schedule":
         """The same among ranks of other numbers: peer r is name(r)."""
@@ -76,40 +92,73 @@ class Schedule:
         def renamed(ends):
             return tuple((name(peer), *rows) for peer, *rows in ends)
 
-        return Schedule(tuple(
-            replace(step, sends=renamed(step.sends), receives=renamed(step.receives)) for step in self.steps
-        ))  # fmt: skip
+        return self._each(lambda step: replace(step, sends=renamed(step.sends), receives=renamed(step.receives)))
+
+    def _each(self, change):
+        changed = {id(step): change(step) for step in (*self.steps, *self.backward)}  # most are in both
+        steps, backward = ([changed[id(step)] for step in steps] for steps in (self.steps, self.backward))
+        return replace(self, steps=tuple(steps), backward=tuple(backward))
 
 
-def ring(rank: int, world_size: int) -> list[list[int]]:
-    """One neighbour further away at every step: transfers are pairwise and hide behind the step before."""
-    return [[(rank - step) % world_size] for step in range(1, world_size)]
+def _at_most_two(rows: list[Rows]) -> bool:
+    """Whether no row is in more than two of these sets of rows."""
+    rows = [torch.arange(x.start, x.stop) if isinstance(x, slice) else x for x in rows]
+    return len(rows) <= 2 or int(torch.bincount(torch.cat(rows)).max()) <= 2
 
 
-def all_gather(rank: int, world_size: int) -> list[list[int]]:
-    """Everybody's keys in one step: fewest steps, and memory for all visible keys at once."""
-    return [[peer for peer in range(world_size) if peer != rank]]
+# Of how many other ranks keys arrive in a step, at most: of all ranks, and of query heads per key head.
+STRATEGIES = {
+    # One neighbour further away at every step: least memory, and transfers hide behind the step before.
+    "ring": lambda world_size, heads_per_key: 1,
+    # Fewer and larger calls, whose keys and values take at most twice the memory of q, k, v and the output.
+    "grouped_ring": lambda world_size, heads_per_key: 2 * (heads_per_key + 1),
+    # Fewest steps, and memory for all visible keys.
+    "all_gather": lambda world_size, heads_per_key: world_size,
+}
 
 
-STRATEGIES = {"ring": ring, "all_gather": all_gather}
+def ranks_at_once(strategy: str, world_size: int, heads_per_key: int) -> tuple[int, ...]:
+    """Of how many other ranks keys arrive in each step after the first, about as many in all."""
+    others = world_size - 1
+    steps = -(-others // STRATEGIES[strategy](world_size, heads_per_key))
+    return tuple(others * (n + 1) // steps - others * n // steps for n in range(steps))
 
 
-def softmax_schedule(layout: Layout, rank: int, strategy: str, mask: Mask) -> Schedule:
+def softmax_schedule(layout: Layout, rank: int, strategy: str, mask: Mask, heads_per_key: int = 1) -> Schedule:
     """The schedule of `rank`: a pure function of the layout. strategy: a key of STRATEGIES."""
-    peers = STRATEGIES[strategy]
-    holdings = [by_document(layout, r) for r in range(layout.world_size)]
-    steps = [local_step(layout, rank, mask)]
-    for number, sources in enumerate(peers(rank, layout.world_size)):
-        sent = [peer for peer in range(layout.world_size) if rank in peers(peer, layout.world_size)[number]]
+    world_size = layout.world_size
+    holdings = [by_document(layout, r) for r in range(world_size)]
+    remote, distance = [], 1
+    for count in ranks_at_once(strategy, world_size, heads_per_key):
+        away = range(distance, distance + count)
+        sent = sorted((rank + n) % world_size for n in away)  # what they return is added in this order
         sent = [(peer, needed(holdings[peer], holdings[rank], mask), None) for peer in sent]
-        arriving = [(peer, needed(holdings[rank], holdings[peer], mask)) for peer in sources]
-        steps.append(make_step(holdings[rank], sent, arriving, mask))
-    return Schedule(tuple(steps))
+        arriving = [(rank - n) % world_size for n in away]
+        arriving = [(peer, needed(holdings[rank], holdings[peer], mask)) for peer in arriving]
+        remote.append(make_step(holdings[rank], sent, arriving, mask))
+        distance += count
+    steps = local_step(layout, rank, mask), *remote
+    if strategy == "ring" or not remote:
+        return Schedule.of(steps)
+    first, last = local_halves(layout, rank, mask)
+    return Schedule.of(steps, (first, *remote, last))
 
 
 def local_step(layout: Layout, rank: int, mask: Mask) -> Step:
     """The first step: local queries, local keys."""
-    return Step((), (), _local_calls(layout, rank, mask))
+    return Step((), (), _local_calls(_runs(layout, rank, mask), mask), local=True)
+
+
+def local_halves(layout: Layout, rank: int, mask: Mask) -> tuple[Step, Step]:
+    """The same in two, for what arrives and what returns meanwhile: what either half of a run sees of itself, and what
+    it sees of the other."""
+    runs = []
+    for run in _runs(layout, rank, mask):
+        document, tokens = run[0][0].document, sum(len(span) for span, _ in run)
+        elsewhere = tokens < layout.lengths[document] and not mask.cuts(layout.lengths[document])
+        runs += _cut(run, tokens // 2) if elsewhere and tokens > 1 else [run]
+    calls = _local_calls(runs, mask)
+    return Step((), (), calls[:1], local=True), Step((), (), calls[1:], local=True)
 
 
 def make_step(queries, sent, arriving, mask: Mask, **options) -> Step:
@@ -123,7 +172,9 @@ def make_step(queries, sent, arriving, mask: Mask, **options) -> Step:
             end += len(span)
         if end > start:
             receives.append((peer, slice(start, end)))
-    return Step(tuple(sends), tuple(receives), _calls(_pieces(queries, keys, mask)), **options)
+    calls = _calls(_pieces(queries, keys, mask))
+    in_two = _at_most_two([call.key_rows for call in calls])
+    return Step(tuple(sends), tuple(receives), calls, keys_in_two=in_two, **options)
 
 
 def by_document(layout: Layout, rank: int) -> dict:
@@ -159,9 +210,8 @@ def _in_rows(pieces, query_shift, key_shift):
         yield shape, (query.start + query_shift, query.stop + query_shift, key.start + key_shift, key.stop + key_shift)
 
 
-def _local_calls(layout, rank, mask):
+def _local_calls(runs, mask):
     """Local keys: one packed call in which every query sees itself, then what else there is to see."""
-    runs = _runs(layout, rank, mask)
     if not runs:
         return ()
     own, others = [], []
@@ -196,17 +246,35 @@ def _runs(layout, rank, mask):
     return runs
 
 
+def _cut(run, count):
+    """Its first `count` tokens and the others, a run each."""
+    parts = [], []
+    for span, row in run:
+        cut = min(span.start + count, span.stop)
+        count -= cut - span.start
+        if cut > span.start:
+            parts[0].append((Span(span.document, span.start, cut), row))
+        if cut < span.stop:
+            parts[1].append((Span(span.document, cut, span.stop), row + cut - span.start))
+    return parts
+
+
 def _calls(pieces) -> tuple[Call, ...]:
-    """Packs pieces, as `_pieces` gives them, into as few calls as leave every row at most once in a call."""
+    """Packs pieces, as `_pieces` gives them, into as few calls as leave every row at most once in a call, those with
+    most keys first: the last thread blocks, which run alone, are then short."""
     found = {"full": [], "upper": []}
     for shape, rectangle in pieces:
         found[shape].append(rectangle)
     full = _join(sorted(found["full"]), same=(0, 1), run=(2, 3))
     full = _join(sorted(full, key=lambda r: (r[2:], r[:2])), same=(2, 3), run=(0, 1))
     return (
-        *(_call(pack, causal=False) for pack in _disjoint(full)),
+        *(_call(pack, causal=False) for pack in sorted(_disjoint(full), key=_num_keys, reverse=True)),
         *(_call(pack, causal=True, descending=True) for pack in _disjoint(found["upper"])),
     )
+
+
+def _num_keys(rectangles):
+    return sum(stop - start for _, _, start, stop in rectangles)
 
 
 def _call(rectangles, causal, descending=False):

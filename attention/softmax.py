@@ -54,8 +54,8 @@ def softmax_attention(
     scale defaults to D**-0.5. layout, group: a Layout and its process group (None: one rank, by default one
     document). seq: a SequenceContext instead of layout, group, strategy and plan. strategy:
 
-        ring, double_ring, all_gather      keys travel to the queries; double_ring: between nodes once. auto: ring, on
-                                           several nodes double_ring
+        ring, double_ring, grouped_ring,   keys travel to the queries; double_ring: between nodes once, grouped_ring:
+        all_gather                         from several ranks at a time. auto: ring, on several nodes double_ring
         ulysses                            every rank gets all tokens and a part of the heads
         usp                                the same among as many ranks of a node as share the heads evenly, and a ring
         zeppelin, zeppelin_even, hybrid    a ring where a plan for mixed lengths puts the tokens (parallel.planner)
@@ -75,13 +75,13 @@ def softmax_attention(
     repeatable = torch.are_deterministic_algorithms_enabled()
     backend = _backend(parallel.backend, q.device.type, q.dtype, q.shape[-1], repeatable)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    moved = _moved(seq, plan, Mask(causal, window), q.shape[1])
+    moved = _moved(seq, plan, Mask(causal, window), q.shape[1], k.shape[1])
     q, k, v = moved.move(q, k, v, parallel.group)
     out = _Attention.apply(q, k, v, moved.schedule, _Marked.of(backend, parallel.mark), scale, parallel.group)
     return moved.move_back(out, parallel.group)
 
 
-def _moved(seq, plan, mask, heads) -> Moved:
+def _moved(seq, plan, mask, heads, kv_heads) -> Moved:
     """The schedule, and where tokens go for it."""
     parallel = seq.parallel
     topology, default = parallel.topology, "ring" if parallel.topology.nodes == 1 else "double_ring"
@@ -94,7 +94,7 @@ def _moved(seq, plan, mask, heads) -> Moved:
         return seq.derive(head_parallel_schedule, mask, head_groups(strategy, topology, heads))
     if strategy == "double_ring":
         return Moved(seq.derive(double_ring_schedule, mask, topology, parallel.costs))
-    return Moved(seq.derive(softmax_schedule, strategy, mask))
+    return Moved(seq.derive(softmax_schedule, strategy, mask, heads // kv_heads))
 
 
 @lru_cache(MEMO)
@@ -121,54 +121,65 @@ class _Attention(torch.autograd.Function):
 def _forward(q, k, v, schedule, backend, scale, group):
     """(out [T, Hq, D] in q's dtype, lse [T, Hq])."""
     if q.shape[0] == 0:
-        for _ in arriving(k, v, schedule, group):  # a rank without queries still sends (nothing) and stays in step
+        for _ in arriving(
+            k, v, schedule.steps, group
+        ):  # a rank without queries still sends (nothing) and stays in step
             pass
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
     out = lse = None
-    for step, keys, values in arriving(k, v, schedule, group):
+    for step, keys, values in arriving(k, v, schedule.steps, group):
         for call in step.calls:
             rows = call.query_rows
             part = backend.forward(q[rows], keys[call.key_rows], values[call.key_rows], call.pack, scale)
             if out is None:  # the first call covers every query: each sees at least itself
                 out, lse = part
             else:
-                out = out.to(lse.dtype)
+                if not schedule.queries_in_two[0]:
+                    out = out.to(lse.dtype)
                 merge(out, lse, *part, rows)
     return out.to(q.dtype), lse
 
 
 def _backward(d_out, q, k, v, out, lse, schedule, backend, scale, group):
-    wide = _wide(q)
-    dq, kept, returning = None, {}, []
-    for number, (step, keys, values) in enumerate(arriving(k, v, schedule, group)):
-        dkeys = dvalues = None
+    """dq, dk, dv in the dtypes of q, k, v. What is rounded once at the end, or to be sent, is summed in that dtype, all
+    else in fp32 at least."""
+    steps, wide = schedule.backward, _wide(q)
+    query_sums = None if schedule.queries_in_two[1] else wide
+    dq = dk = dv = None
+    kept, returning = {}, []
+    for number, (step, keys, values) in enumerate(arriving(k, v, steps, group)):
+        dkeys, dvalues = (dk, dv) if step.local else (None, None)
+        key_sums = None if step.keys_in_two and step.last_to_send is None and not step.local else wide
         for call in step.calls:
             rows, key_rows = call.query_rows, call.key_rows
             part = backend.backward(
                 d_out[rows], q[rows], keys[key_rows], values[key_rows], out[rows], lse[rows], call.pack, scale
             )
-            dq = _added(dq, rows, part[0], q, wide)
+            dq = _added(dq, rows, part[0], q, query_sums)
             dkeys, dvalues = (
-                _added(total, key_rows, grad, keys, wide) for total, grad in zip((dkeys, dvalues), part[1:])
+                _added(total, key_rows, grad, keys, key_sums) for total, grad in zip((dkeys, dvalues), part[1:])
             )
-        if len(schedule.steps) == 1:
+        if len(steps) == 1:
             return tuple(_like(x, total) for x, total in ((q, dq), (k, dkeys), (v, dvalues)))
-        dkeys, dvalues = (torch.zeros_like(keys, dtype=wide) if x is None else x.to(wide) for x in (dkeys, dvalues))
-        if number == 0:
+        dkeys, dvalues = (
+            torch.zeros_like(keys, dtype=key_sums) if x is None else x if key_sums is None else x.to(key_sums)
+            for x in (dkeys, dvalues)
+        )
+        if step.local:
             dk, dv = kept[None] = dkeys, dvalues
         while returning:
             _add_returned(*returning.pop(0))
-        for source in _answered(kept, schedule, number):
-            returning.append(_return(schedule.steps[source], kept.pop(source), kept, k, v, group))
+        for source in _answered(kept, steps, number):
+            returning.append(_return(steps[source], kept.pop(source), kept, k, v, group))
         if step.last_to_send is not None:
             kept[number] = dkeys, dvalues
-        elif number:
+        elif not step.local:
             returning.append(_return(step, (dkeys, dvalues), kept, k, v, group))
     while returning or len(kept) > 1:
         while returning:
             _add_returned(*returning.pop(0))
-        for source in _answered(kept, schedule, len(schedule.steps)):
-            returning.append(_return(schedule.steps[source], kept.pop(source), kept, k, v, group))
+        for source in _answered(kept, steps, len(steps)):
+            returning.append(_return(steps[source], kept.pop(source), kept, k, v, group))
     return _like(q, dq), _like(k, dk), _like(v, dv)
 
 
@@ -176,31 +187,34 @@ def _like(x, total):
     return torch.zeros_like(x) if total is None else total.to(x.dtype)
 
 
-def _added(total, rows, part, like, wide):
-    """`total` with `part` added at `rows`, in `wide`. None stands for zeros; a first part of all rows stays itself."""
+def _added(total, rows, part, like, dtype):
+    """`total` with `part` added at `rows`, in `dtype`, None for the part's own. A total of None stands for zeros; a
+    first part of all rows stays itself."""
     covers = (rows.stop - rows.start if isinstance(rows, slice) else len(rows)) == len(like)
     if total is None and covers and isinstance(rows, slice):
         return part
     if total is None:
-        total = (torch.empty_like if covers else torch.zeros_like)(like, dtype=wide)
+        total = (torch.empty_like if covers else torch.zeros_like)(like, dtype=dtype or part.dtype)
         scatter_rows(total, rows, part, add=not covers)
         return total
-    total = total.to(wide)
+    total = total if dtype is None else total.to(dtype)
     scatter_rows(total, rows, part)
     return total
 
 
-def arriving(k, v, schedule, group):
+def arriving(k, v, steps, group):
     """(step, keys, values) of every step, the next step's transfer started before this one is handed out."""
-    kept, steps = {None: (k, v)}, schedule.steps
+    kept = {None: (k, v)}
 
     def start(step):
+        if step.local:
+            return None, k, v
         keys, values = (x.new_empty(step.num_keys, *x.shape[1:]) for x in (k, v))
         sends = [(peer, x[rows].contiguous()) for peer, rows, source in step.sends for x in kept[source]]
         receives = [(peer, x[rows]) for peer, rows in step.receives for x in (keys, values)]
         return start_exchange(sends, receives, group), keys, values
 
-    coming = [(None, k, v)]
+    coming = [start(steps[0])]
     for number, step in enumerate(steps):
         pending, keys, values = coming.pop(0)
         if pending is not None:
@@ -214,10 +228,10 @@ def arriving(k, v, schedule, group):
         yield step, keys, values
 
 
-def _answered(kept, schedule, number):
+def _answered(kept, steps, number):
     """The kept steps whose gradients are complete before step `number`: all they were passed on to have answered, also
     where those passed it on again."""
-    last = {n: schedule.steps[n].last_to_send for n in kept if n is not None}
+    last = {n: steps[n].last_to_send for n in kept if n is not None}
     return [n for n in last if last[n] < number and last[n] not in kept]
 
 

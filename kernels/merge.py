@@ -39,5 +39,6 @@ def merge_naive(
     finite_lse = new_lse.masked_fill(new_lse == float("-inf"), 0.0)  # keeps -inf - -inf out
     old_weight, weight = (old_lse - finite_lse).exp()[..., None], (lse - finite_lse).exp()[..., None]
     old_part = torch.where(old_weight > 0, out_acc[rows] * old_weight, 0.0)
-    out_acc[rows] = old_part + torch.where(weight > 0, out.to(out_acc.dtype) * weight, 0.0)
+    merged = old_part + torch.where(weight > 0, out.to(lse_acc.dtype) * weight, 0.0)
+    out_acc[rows] = merged.to(out_acc.dtype)
     lse_acc[rows] = new_lse

@@ -84,7 +84,16 @@ class ParallelConfig:
         "auto", "how states of linear attention travel between ranks"
     )
     softmax: Literal[
-        "auto", "ring", "double_ring", "all_gather", "ulysses", "usp", "hybrid", "zeppelin_even", "zeppelin"
+        "auto",
+        "ring",
+        "double_ring",
+        "grouped_ring",
+        "all_gather",
+        "ulysses",
+        "usp",
+        "hybrid",
+        "zeppelin_even",
+        "zeppelin",
     ] = setting(
         "auto", "how softmax attention shares keys; zeppelin: by a plan that balances documents of mixed lengths"
     )

@@ -1,6 +1,9 @@
 """Schedules: a double ring sends what is received, and keys cross between nodes once, over all links alike; Ulysses
 makes one call."""
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +14,10 @@ from hypothesis import strategies as st
 from longspan.attention import softmax
 from longspan.attention.double_ring import double_ring_schedule
 from longspan.attention.moved import head_parallel_schedule, pairs_per_rank, planned_schedule, schedule_of
-from longspan.attention.schedules import softmax_schedule
+from longspan.attention.schedules import ranks_at_once, softmax_schedule
 from longspan.benchmarks.length_mixes import draw
 from longspan.benchmarks.routing import lopsided, uneven
+from longspan.kernels.softmax import cpu
 from longspan.parallel import (
     Costs,
     Layout,
@@ -197,9 +201,10 @@ def seen(schedules, layout):
     held = [torch.from_numpy(layout.global_indices(rank)) for rank in range(world_size)]
     buffers = [{None: indices} for indices in held]  # of every rank: source -> which keys are there
     counts = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int64)
-    for number, steps in enumerate(zip(*(schedule.steps for schedule in schedules), strict=True)):
+    for number, steps in enumerate(zip(*schedules, strict=True)):
+        assert len({step.local for step in steps}) == 1 and (number or steps[0].local)
         for rank, step in enumerate(steps):
-            keys = buffers[rank][None] if number == 0 else torch.full((step.num_keys,), -1)
+            keys = buffers[rank][None] if step.local else torch.full((step.num_keys,), -1)
             sent = {
                 peer: [buffers[peer][source][rows] for to, rows, source in steps[peer].sends if to == rank]
                 for peer, _ in step.receives
@@ -237,7 +242,7 @@ def visible(lengths, mask):
     st.lists(st.integers(1, 40), min_size=1, max_size=5),
     st.integers(1, 5).flatmap(lambda nodes: st.tuples(st.just(nodes), st.sampled_from([1, 2] if nodes < 4 else [1]))),
     st.sampled_from(["contiguous", "zigzag", "balanced", "random", "holes"]),
-    st.sampled_from(["ring", "all_gather", "double_ring", "shared_heads"]),
+    st.sampled_from(["ring", "grouped_ring", "all_gather", "double_ring", "shared_heads"]),
     st.one_of(st.just(Mask()), st.just(Mask(causal=False)), st.integers(1, 45).map(lambda w: Mask(window=w))),
 )
 def test_calls_see_every_visible_pair_once(lengths, nodes, layout, strategy, mask):
@@ -254,10 +259,64 @@ def test_calls_see_every_visible_pair_once(lengths, nodes, layout, strategy, mas
     else:
         strategy = "ring" if strategy == "shared_heads" else strategy
         schedules = [softmax_schedule(layout, rank, strategy, mask) for rank in ranks]
-    assert torch.equal(seen(schedules, layout), visible(lengths, mask))
+    for number, name in enumerate(("steps", "backward")):
+        passes = [getattr(schedule, name) for schedule in schedules]
+        assert torch.equal(seen(passes, layout), visible(lengths, mask))
+        for schedule, steps in zip(schedules, passes):
+            assert schedule.queries_in_two[number] == (most(step.calls for step in steps)["query_rows"] <= 2)
+            for step in steps:
+                assert step.local or step.keys_in_two == (most([step.calls])["key_rows"] <= 2)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "all_gather", "double_ring"])
+def most(calls_of_steps):
+    """By side, the largest number of calls that one row is in."""
+    counts = {"query_rows": Counter(), "key_rows": Counter()}
+    for calls in calls_of_steps:
+        for call in calls:
+            for side, count in counts.items():
+                rows = getattr(call, side)
+                count.update(range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist())
+    return {side: max(count.values(), default=0) for side, count in counts.items()}
+
+
+def test_a_grouped_ring_makes_few_calls():
+    """On one zig-zagged document: what is here, then what arrives; backward in two halves around it."""
+    layout = zigzag((4096,), 4)
+    for rank in range(4):
+        schedule = softmax_schedule(layout, rank, "grouped_ring", MASK)
+        forward, backward = ([len(step.calls) for step in steps] for steps in (schedule.steps, schedule.backward))
+        remote = 1 if rank in (0, 3) else 2  # the head part sees less than the tail part
+        assert forward == [1, remote] and backward == [1, remote, 1]
+        assert schedule.queries_in_two[0] and schedule.steps[1].keys_in_two
+    (own, last) = (schedule.backward[0].calls[0], schedule.backward[2].calls[0])
+    assert own.pack.lengths_q == (512, 512) and own.pack.causal and last.pack.lengths_q == (512,)
+
+
+@pytest.mark.parametrize(
+    "strategy, world_size, heads_per_key, expected",
+    [
+        ("ring", 4, 1, (1, 1, 1)), ("all_gather", 4, 1, (3,)), ("grouped_ring", 8, 1, (3, 4)), ("ring", 1, 1, ()),
+        ("grouped_ring", 8, 4, (7,)), ("grouped_ring", 16, 1, (3, 4, 4, 4)), ("grouped_ring", 1, 1, ()),
+    ],
+)  # fmt: skip
+def test_ranks_at_once(strategy, world_size, heads_per_key, expected):
+    assert ranks_at_once(strategy, world_size, heads_per_key) == expected
+
+
+def test_sums_in_narrow_dtypes_are_rounded_once():
+    """Where no row gets more than two parts, the same bits as sums in fp32."""
+    schedule = softmax_schedule(contiguous((300, 20), 1), 0, "ring", Mask(window=50))
+    assert schedule.queries_in_two == (True, True)
+    q, k, v, d_out = torch.randn(4, 320, 2, 8).bfloat16()
+    found = []
+    for narrow in (True, False):
+        rounded = replace(schedule, queries_in_two=(narrow, narrow))
+        out, lse = softmax._forward(q, k, v, rounded, cpu, 0.3, None)
+        found.append((out, *softmax._backward(d_out, q, k, v, out, lse, rounded, cpu, 0.3, None)))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "grouped_ring", "all_gather", "double_ring"])
 def test_only_keys_inside_the_window_travel(strategy):
     """Of each of a rank's two parts, the window - 1 keys before it; between nodes no more than that either."""
     layout, window, topology = zigzag((8192,), 8), 100, Topology(2, 4)

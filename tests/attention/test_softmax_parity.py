@@ -33,7 +33,7 @@ WINDOWS = {  # of one token, short, as long as a part or a shard, longer than an
     for window, heads, kv_heads in ((1, 2, 2), (2, 4, 2), (7, 3, 1), (31, 4, 2), (64, 2, 2), (1000, 4, 2))
 }
 WIDE = {"causal_wide": (8, 2, {}), "window_wide": (8, 2, {"window": 13})}  # for strategies that share out heads
-STRATEGIES = ["ring", "all_gather", "auto"]
+STRATEGIES = ["ring", "grouped_ring", "all_gather", "auto"]
 MOVED = ["zeppelin", "zeppelin_even", "hybrid", "usp"]
 
 
@@ -92,7 +92,7 @@ def run_bf16(rank, world_size, strategies):
 
 def test_bf16_is_as_close_to_fp64_as_one_rank():
     world_size = 4
-    ranks = run_ranks(run_bf16, world_size, [*STRATEGIES[:2], "zeppelin", "usp"])
+    ranks = run_ranks(run_bf16, world_size, [*STRATEGIES[:3], "zeppelin", "usp"])
     exact = expected("causal_gqa", "mixed", torch.bfloat16)
     problems = []
     for layout_name, strategy in ranks[0]:
