@@ -17,6 +17,7 @@ import torch
 from longspan.attention.hierarchy import Hierarchical
 from longspan.attention.linear_branch import WHOLE_BLOCK
 from longspan.attention.recompute import keep, recall
+from longspan.attention.schedules import ranks_at_once
 from longspan.kernels.block_states import state_dtype
 from longspan.kernels.linear.chunked import accumulation_dtype
 from longspan.kernels.linear.groups import CHUNK, ROWS
@@ -49,7 +50,7 @@ class Outline:
     """In the place of a SequenceContext: this rank's share of documents with these `lengths`, over `world_size` ranks.
 
     gpu: whether kernels are those of GPUs. positions: int64 [num_tokens_local]. record: gets every Call. derived: what
-    `derive` answers, by function.
+    `derive` answers, by function. softmax_strategy: by which keys travel, one of schedules.STRATEGIES.
     """
 
     lengths: tuple[int, ...]
@@ -59,6 +60,7 @@ class Outline:
     positions: torch.Tensor
     record: Callable[[Call], None]
     derived: dict = field(default_factory=dict)
+    softmax_strategy: str = "ring"
 
     @property
     def num_tokens(self) -> int:
@@ -140,7 +142,7 @@ class _Softmax:
         self._note(q, k, backward=False)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
         if self.outline.world_size > 1:
-            _held = _arriving(k, v), torch.empty_like(q, dtype=_wide(q))
+            _held = self._arriving(q, k, v), torch.empty_like(q, dtype=_wide(q))
         return out, lse
 
     def output(self, kept, q, k, v):
@@ -150,9 +152,20 @@ class _Softmax:
         self._note(q, k, backward=True)
         held = [torch.empty_like(q, dtype=_wide(q))] if self.outline.gpu else []  # kernels add up dq in fp32
         if self.outline.world_size > 1:
-            held += [*_arriving(k, v), *(torch.empty_like(x, dtype=_wide(x)) for x in (k, v, k, v))]
-            held += [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
+            held += [*self._arriving(q, k, v), *(torch.empty_like(x, dtype=_wide(x)) for x in (k, v, k, v))]
+            held += [torch.empty_like(q), *max(self._at_once(q, k)) * [torch.empty_like(k), torch.empty_like(v)]]
         return held
+
+    def _at_once(self, q, k):
+        """Of how many ranks a step brings keys, for every step."""
+        return ranks_at_once(self.outline.softmax_strategy, self.outline.world_size, q.shape[1] // k.shape[1])
+
+    def _arriving(self, q, k, v):
+        """Keys and values of the step under way and of the next. A rank that sees all of the others gets as many from
+        each as it has."""
+        counts = self._at_once(q, k)
+        most = max(map(sum, zip(counts, (*counts[1:], 0))))
+        return [torch.empty_like(x) for x in (k, v) for _ in range(most)]
 
     def _note(self, q, k, backward):
         self.outline.record(Call("softmax", self.mask, backward, q.shape[1], k.shape[1], q.shape[2], k.shape[2]))
@@ -388,11 +401,6 @@ class _Convolution:
 
     def _note(self, x, weight, backward):
         self.outline.record(Call("convolution", weight.shape[1], backward, 1, 1, x.shape[1], x.shape[1]))
-
-
-def _arriving(k, v):
-    """Keys and values of the step under way and of the next."""
-    return [torch.empty_like(x) for x in (k, v, k, v)]
 
 
 def _wide(x):

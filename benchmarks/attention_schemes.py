@@ -42,6 +42,7 @@ from longspan.parallel.exchange import Pending
 # name: (base layout, strategy)
 SCHEMES = {
     "te_ring": ("zigzag", "ring"),
+    "grouped_ring": ("zigzag", "grouped_ring"),
     "all_gather": ("zigzag", "all_gather"),
     "ulysses": ("zigzag", "ulysses"),
     "usp": ("zigzag", "usp"),

@@ -20,13 +20,13 @@ from longspan.parallel.mesh import Mesh, build_mesh
 DIRECTIONS = ("forward", "forward+backward")
 
 
-def join(device: str, timeout_s: float = 120.0) -> Mesh:
+def join(device: str, timeout_s: float = 120.0, key_blocks: int = 0) -> Mesh:
     """The mesh of one SP group over all ranks; on "cuda" every rank takes the GPU of its local rank."""
     found = torch.device(device)
     if found.type == "cuda":
         found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(found)
-    return build_mesh(sp=0, sharding="fsdp", device=found, timeout_s=timeout_s)
+    return build_mesh(sp=0, sharding="fsdp", device=found, timeout_s=timeout_s, key_blocks=key_blocks)
 
 
 def layer_step(kind: str, heads: int, kv_heads: int, head_dim: int, seq, dtype, device, **settings):

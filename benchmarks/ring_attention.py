@@ -16,6 +16,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,7 @@ from longspan.kernels.softmax import BACKENDS, Pack
 from longspan.kernels.softmax import math as math_backend
 from longspan.parallel import zigzag
 from longspan.parallel.context import SequenceParallel
+from longspan.parallel.mesh import communicator_options
 
 COLUMNS = [
     "name",
@@ -81,15 +84,28 @@ class Case:
     longest: int | None = None  # tokens beyond which this case is not worth its time
 
 
-def longspan_case(strategy: str, backend: str) -> Case:
+def longspan_case(strategy: str, backend: str, key_blocks: int) -> Case:
     def attend(problem, stack):
         parallel = SequenceParallel(
-            dist.group.WORLD, layout="zigzag", softmax=strategy, backend=backend, device=problem.device
+            group_of(problem.device, key_blocks),
+            layout="zigzag",
+            softmax=strategy,
+            backend=backend,
+            device=problem.device,
         )
         seq = parallel.context((problem.tokens,))
         return lambda q, k, v: softmax_attention(q, k, v, seq=seq)
 
-    return Case(f"longspan {strategy} {backend}", attend, longest=1 << 18 if backend == "flash" else None)
+    name = f"longspan {strategy} {backend}" + (f" {key_blocks} blocks" if key_blocks else "")
+    return Case(name, attend, longest=1 << 18 if backend == "flash" else None)
+
+
+@cache
+def group_of(device: torch.device, key_blocks: int):
+    """All ranks, over a communicator of at most so many thread blocks, 0 for NCCL's own choice."""
+    group = dist.new_group(**communicator_options(device, key_blocks))
+    dist.all_reduce(torch.zeros(1, device=device), group=group)  # now, with all ranks
+    return group
 
 
 def longspan_alone_case(backend: str) -> Case:
@@ -257,7 +273,8 @@ def make_cases(arguments, device: torch.device, dtype: torch.dtype) -> tuple[lis
         name: BACKENDS[name].refusal(device.type, dtype, arguments.head_dim) for name in arguments.backends.split(",")
     }
     names = [name for name, reason in refusals.items() if reason is None]
-    cases = [longspan_case(strategy, name) for name in names for strategy in arguments.strategies.split(",")]
+    strategies = arguments.strategies.split(",")
+    cases = [longspan_case(*case) for case in product(strategies, names, arguments.key_blocks)]
     if dist.get_world_size() > 1 and device.type == "cuda":
         cases += [torch_case("cudnn", "allgather"), torch_case("cudnn", "alltoall"), torch_case("flash", "allgather")]
     cases += [library_alone_case(name) for name in names] + [longspan_alone_case(name) for name in names[:1]]
@@ -277,7 +294,10 @@ def parse_arguments():
     parser.add_argument(
         "--backends", default="fa4,cudnn,flash" if on_gpu else "cpu", help="those that cannot are skipped"
     )
-    parser.add_argument("--strategies", default="ring,all_gather")
+    parser.add_argument("--strategies", default="ring,grouped_ring,all_gather")
+    parser.add_argument(
+        "--key-blocks", type=int, nargs="+", default=[0], help="most thread blocks of NCCL for keys; 0: its own choice"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--check-length", type=int, default=4096, help="tokens of the gradient check")
     parser.add_argument("--case-seconds", type=float, default=6.0, help="timed repetitions of one case")

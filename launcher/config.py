@@ -102,6 +102,7 @@ class ParallelConfig:
     )
     costs: str = setting("", "file of `longspan bench calibrate` for plans of zeppelin; empty: an H200")
     token_cap: float = setting(1.5, "with zeppelin: most tokens of a rank in softmax attention, in units of the mean")
+    key_blocks: int = setting(0, "most thread blocks of NCCL for keys on their way, such as 4; 0: NCCL's own choice")
     backend: Literal["auto", "fa4", "cudnn", "flash", "cpu", "math"] = setting(
         "auto", "kernel of softmax attention; auto: the fastest that is installed and fits"
     )
@@ -244,8 +245,8 @@ class Config:
         for path in ("train.steps", "train.global_batch", "train.timeout_s", "data.seq_len", "data.prefetch",
                      "checkpoint.keep_last", "log.interval", "log.validation_samples", "profile.steps"):  # fmt: skip
             _require(self._get(path) >= 1, f"{path}={self._get(path)}: use 1 or more")
-        for path in ("parallel.sp", "train.mlp_tile", "optim.warmup_steps", "optim.weight_decay", "run.seed",
-                     "optim.clip_grad_norm", "checkpoint.interval", "log.validation_interval",
+        for path in ("parallel.sp", "parallel.key_blocks", "train.mlp_tile", "optim.warmup_steps", "optim.weight_decay",
+                     "run.seed", "optim.clip_grad_norm", "checkpoint.interval", "log.validation_interval",
                      "profile.start"):  # fmt: skip
             _require(self._get(path) >= 0, f"{path}={self._get(path)}: use 0 or more")
         for path in ("optim.lr", "optim.eps"):

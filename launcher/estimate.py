@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.gpus import (
@@ -173,6 +174,7 @@ class Job:
             self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
             prepare=self.prepare,
             gradient_bytes=0 if self.offload else MASTER / self.shards,
+            softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
         )  # fmt: skip
 
 

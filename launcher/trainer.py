@@ -49,7 +49,11 @@ def run(config: Config) -> None:
     device = choose_device(config.run.device)
     _set_up_log()
     mesh = build_mesh(
-        sp=config.parallel.sp, sharding=config.parallel.mesh_sharding, device=device, timeout_s=config.train.timeout_s
+        sp=config.parallel.sp,
+        sharding=config.parallel.mesh_sharding,
+        device=device,
+        timeout_s=config.train.timeout_s,
+        key_blocks=config.parallel.key_blocks,
     )
     trainer = Trainer(config, mesh, stop_asked=stop_signal)
     trainer.train()

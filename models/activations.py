@@ -68,12 +68,14 @@ def measure(
     prepare: Callable[[nn.Module], object] = lambda model: None,
     gpu: bool = True,
     gradient_bytes: float = 0.0,
+    softmax: str = "ring",
 ) -> Measured:
     """A step over documents with these lengths, of which this rank has its share of `world_size`.
 
     dtype: of compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of
     GPUs. prepare: does to the model what training does to it before it is sharded, such as checkpointing; it is not
-    compiled. gradient_bytes: what stays of the gradient of one parameter once its block is done.
+    compiled. gradient_bytes: what stays of the gradient of one parameter once its block is done. softmax: the strategy
+    by which keys travel, one of longspan.attention.schedules.
     """
     lengths, meter = tuple(lengths), _Meter(gradient_bytes)
     with torch.device("meta"):
@@ -93,7 +95,7 @@ def measure(
         fuse_norms(model)
     with meter:
         with _Kernels(gpu), meter.booked(EMBEDDING):
-            inputs, seq = _inputs(config, lengths, tokens, world_size, gpu, meter)
+            inputs, seq = _inputs(config, lengths, tokens, world_size, gpu, meter, softmax)
             loss = model(*inputs, seq)
         kept = {name: count for name, count in meter.live.items() if count}
         with meter.booked(BACKWARD):
@@ -256,7 +258,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, nn.Parameter(parameter.detach().to("meta", kept)))
 
 
-def _inputs(config, lengths, tokens, world_size, gpu, meter):
+def _inputs(config, lengths, tokens, world_size, gpu, meter, softmax):
     """What a model takes in training, for this rank's tokens."""
 
     def numbers(*shape, dtype=torch.int64):
@@ -269,4 +271,4 @@ def _inputs(config, lengths, tokens, world_size, gpu, meter):
         else:
             inputs = [numbers(*shape, dtype=torch.float32) for shape in 2 * [(tokens, CHANNELS)] + [(len(lengths),)]]
             derived[pixels] = Pixels(*(numbers(tokens) for _ in range(3)))
-    return inputs, Outline(lengths, tokens, world_size, gpu, positions, meter.record, derived)
+    return inputs, Outline(lengths, tokens, world_size, gpu, positions, meter.record, derived, softmax)

@@ -41,12 +41,18 @@ class Mesh:
 
 
 def build_mesh(
-    *, sp: int, sharding: Literal["fsdp", "hsdp", "none"], device: torch.device, timeout_s: float = 600.0
+    *,
+    sp: int,
+    sharding: Literal["fsdp", "hsdp", "none"],
+    device: torch.device,
+    timeout_s: float = 600.0,
+    key_blocks: int = 0,
 ) -> Mesh:
     """Joins the run (torchrun's environment; without it this process is the only rank) and forms its groups.
 
     sp: ranks that share one sequence, 0 for all. sharding: parameters sharded over all ranks (fsdp), inside machines
-    (hsdp), or whole on every rank (none). device: this rank's device. timeout_s: limit of one collective.
+    (hsdp), or whole on every rank (none). device: this rank's device. timeout_s: limit of one collective. key_blocks:
+    most thread blocks of NCCL for tokens, keys and values on their way, 0 for its own choice.
     Collective: every rank calls it with the same arguments. Raises ValueError when `sp` does not divide the ranks or
     `sharding="hsdp"` meets machines with unequal numbers of ranks.
     """
@@ -61,8 +67,8 @@ def build_mesh(
     sp_group = sp_state_group = None
     for first in range(0, world_size, sp):
         ranks = list(range(first, first + sp))
-        group = dist.new_group(ranks, timeout=timeout)
-        state_group = dist.new_group(ranks, timeout=timeout, **_urgent(device))
+        group = dist.new_group(ranks, timeout=timeout, **communicator_options(device, key_blocks))
+        state_group = dist.new_group(ranks, timeout=timeout, **communicator_options(device, STATE_BLOCKS, urgent=True))
         if rank in ranks:
             sp_group, sp_state_group = group, state_group
     if sharding == "hsdp":
@@ -125,15 +131,19 @@ def _topology(sp: int, ranks_per_machine: int) -> Topology:
     return Topology(sp // ranks_per_node, ranks_per_node)
 
 
-def _urgent(device: torch.device) -> dict:
-    """Options of the state communicator: its small messages go ahead of bulk transfers in flight, and its few thread
-    blocks run beside kernels that leave a few multiprocessors free. With more blocks, one rank's could hold what its
-    kernel wants while another rank's, for which they wait, cannot start before the kernel there ends."""
-    if device.type != "cuda":
+def communicator_options(device: torch.device, blocks: int, urgent: bool = False) -> dict:
+    """Options of a communicator of at most so many thread blocks, 0 for any number. Each holds a multiprocessor while
+    it runs or waits for the other end; kernels beside have the others.
+
+    The state communicator is urgent: its small messages go ahead of bulk transfers in flight, and its few blocks run
+    beside kernels that leave a few multiprocessors free. With more blocks, one rank's could hold what its kernel wants
+    while another rank's, for which they wait, cannot start before the kernel there ends."""
+    if device.type != "cuda" or not (blocks or urgent):
         return {}
     options = dist.ProcessGroupNCCL.Options()
-    options.is_high_priority_stream = True
-    options.config.max_ctas = STATE_BLOCKS
+    options.is_high_priority_stream = urgent
+    if blocks:
+        options.config.max_ctas = blocks
     return {"backend": "nccl", "pg_options": options}
 
 

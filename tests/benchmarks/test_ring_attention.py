@@ -22,9 +22,9 @@ def test_two_ranks_on_cpu(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     record = json.loads(output.read_text())
     assert {"commit", "date", "command", "versions", "machine", "arguments", "seconds"} <= record.keys()
-    assert [check["error"] for check in record["checks"]] == [None] * 4
-    assert [(row["tokens"], row["gpus"]) for row in record["results"]] == [(64, 2), (64, 2), (64, 1), (64, 1)] + [
-        (128, 2), (128, 2), (128, 1), (128, 1)
-    ]  # fmt: skip
+    assert [check["error"] for check in record["checks"]] == [None] * 5
+    assert [(row["tokens"], row["gpus"]) for row in record["results"]] == [
+        (tokens, gpus) for tokens in (64, 128) for gpus in (2, 2, 2, 1, 1)
+    ]
     for row in record["results"]:
         assert row["fwd+bwd ms"] > row["fwd ms"] > 0 and (row["received GiB"] > 0) == (row["gpus"] > 1)

@@ -195,3 +195,21 @@ def test_the_command_prints_a_table_json_or_one_line_of_refusal(capsys):
     assert code == 1 and "peak" in out and len(err.strip().splitlines()) == 1 and "does not fit on 1xH100" in err
     code, _, err = printed(capsys, "--gpu", "4xH200")
     assert code == 1 and "did you mean --gpus?" in err
+
+
+def test_strategies_that_bring_more_keys_at_once_take_more_memory():
+    """Of 8 ranks with a key head per query head a ring holds keys of two others, a grouped ring of 3 and 4 more."""
+    peaks = {}
+    for strategy in ("auto", "ring", "grouped_ring", "all_gather"):
+        # MLPs and the loss, which come later, would hide it.
+        settings = [
+            "model.pattern=[softmax]",
+            "model.mlp_size=256",
+            "model.loss_chunk=256",
+            "data.seq_len=64K",
+        ]
+        peaks[strategy] = job_of(f"parallel.softmax={strategy}", *settings, gpus="8xH200").measure().peak
+    keys = 2 * 8192 * 256 * 2  # keys and values of a rank in bytes
+    assert peaks["auto"] == peaks["ring"]
+    assert peaks["grouped_ring"] - peaks["ring"] == (7 - 2 + 4 - 1) * keys
+    assert peaks["all_gather"] - peaks["grouped_ring"] == (7 - 4) * keys
