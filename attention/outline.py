@@ -153,7 +153,10 @@ class _Softmax:
         held = [torch.empty_like(q, dtype=_wide(q))] if self.outline.gpu else []  # kernels add up dq in fp32
         if self.outline.world_size > 1:
             held += [*self._arriving(q, k, v), *(torch.empty_like(x, dtype=_wide(x)) for x in (k, v, k, v))]
-            held += [torch.empty_like(q), *max(self._at_once(q, k)) * [torch.empty_like(k), torch.empty_like(v)]]
+            held += [
+                torch.empty_like(q),
+                *(torch.empty_like(x) for x in (k, v) for _ in range(max(self._at_once(q, k)))),
+            ]
         return held
 
     def _at_once(self, q, k):
