@@ -47,9 +47,10 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     run = _load()[0][0]
-    if pack.num_sequences == 1:
-        out, lse, *_ = run(q[None], k[None], v[None], softmax_scale=scale, causal=pack.causal, return_lse=True)
-        return out[0], lse[0].t()
+    if pack.equal:
+        q, k, v = _batch(pack, q, k, v)
+        out, lse, *_ = run(q, k, v, softmax_scale=scale, causal=pack.causal, return_lse=True)
+        return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
     out, lse, *_ = run(q, k, v, softmax_scale=scale, causal=pack.causal, return_lse=True, **_lengths(pack, q.device))
     return out, lse.t()
 
@@ -65,13 +66,18 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     run = functools.partial(_load()[0][1], deterministic=torch.are_deterministic_algorithms_enabled())
-    lse_HT = lse.t().contiguous()
-    if pack.num_sequences == 1:
-        gradients = run(
-            q[None], k[None], v[None], out[None], dout[None], lse_HT[None], softmax_scale=scale, causal=pack.causal
-        )
-        return tuple(x[0] for x in gradients)
-    return run(q, k, v, out, dout, lse_HT, softmax_scale=scale, causal=pack.causal, **_lengths(pack, q.device))
+    if pack.equal:
+        q, k, v, out, dout, lse = _batch(pack, q, k, v, out, dout, lse)
+        lse_BHS = lse.transpose(1, 2).contiguous()
+        return tuple(x.flatten(0, 1) for x in run(q, k, v, out, dout, lse_BHS, softmax_scale=scale, causal=pack.causal))
+    return run(
+        q, k, v, out, dout, lse.t().contiguous(), softmax_scale=scale, causal=pack.causal, **_lengths(pack, q.device)
+    )
+
+
+def _batch(pack: Pack, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """[T, ...] -> [num_sequences, T / num_sequences, ...]"""
+    return [x.unflatten(0, (pack.num_sequences, -1)) for x in tensors]
 
 
 def _lengths(pack: Pack, device: torch.device) -> dict:

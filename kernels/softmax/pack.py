@@ -40,6 +40,11 @@ class Pack:
         return len(self.cu_q) - 1
 
     @property
+    def equal(self) -> bool:
+        """Whether sequences are equally long, on either side, so that they are a batch of dense calls."""
+        return len(set(self.lengths_q)) == len(set(self.lengths_k)) == 1
+
+    @property
     def max_q(self) -> int:
         return max(self.lengths_q)
 

@@ -50,6 +50,7 @@ GPU_CASES = (
     Case("full-rectangular", (384,), (1111,), False, (4, 4), 128),
     Case("full-packed-gqa", (5, 300, 1, 17), (900, 128, 33, 1), False, (8, 2), 64),
     Case("one-query-each-gqa", (1, 1, 1), (40, 1, 7), False, (8, 2), 64),
+    square("causal-batch-gqa", (384, 384, 384), (8, 2), 128),
 )
 GPU_BACKENDS = ("fa4", "cudnn", "flash", "math")
 
@@ -198,25 +199,61 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def fa4_backward_options(monkeypatch, pack):
-    """What the backward of FlashAttention-4 is called with."""
-    seen = {}
+class FakeFA4:
+    """The two functions of FlashAttention-4, on CPUs in fp64: [B, S, H, D] and LSE [B, H, S], packed [T, H, D] and
+    [H, T]."""
 
-    def backward(q, k, v, *rest, **options):
-        seen.update(options)
-        return q, k, v
+    def __init__(self):
+        self.options = []
 
-    monkeypatch.setattr(fa4, "_load", lambda: ((None, backward), None))
-    x, tokens = torch.zeros(pack.cu_q[-1], 2, 8), pack.cu_q[-1]
-    fa4.backward(x, x, x, x, x, torch.zeros(tokens, 2), pack, 1.0)
-    return seen
+    def pack(self, q, k, causal, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+        if q.ndim == 4:
+            assert cu_seqlens_q is None
+            cu_q, cu_k = (tuple(range(0, len(x) * x.shape[1] + 1, x.shape[1])) for x in (q, k))
+            return Pack(cu_q, cu_k, causal)
+        pack = Pack(tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist()), causal)
+        assert (max_seqlen_q, max_seqlen_k) == (pack.max_q, pack.max_k)
+        return pack
+
+    def forward(self, q, k, v, softmax_scale, causal, return_lse, **lengths):
+        assert return_lse
+        pack, rows = self.pack(q, k, causal, **lengths), [x.reshape(-1, *x.shape[-2:]) for x in (q, k, v)]
+        out, lse = math_backend.forward(*rows, pack, softmax_scale)
+        return out.view(q.shape), lse.t() if q.ndim == 3 else lse.unflatten(0, q.shape[:2]).transpose(1, 2), None
+
+    def backward(self, q, k, v, out, dout, lse, softmax_scale, causal, deterministic, **lengths):
+        self.options.append(deterministic)
+        assert lse.is_contiguous()
+        pack = self.pack(q, k, causal, **lengths)
+        lse = lse.t() if q.ndim == 3 else lse.transpose(1, 2).flatten(0, 1)
+        rows = [x.reshape(-1, *x.shape[-2:]) for x in (dout, q, k, v, out)]
+        gradients = math_backend.backward(*rows, lse, pack, softmax_scale)
+        return tuple(x.view(like.shape) for x, like in zip(gradients, (q, k, v)))
 
 
-@pytest.mark.parametrize("pack", [Pack((0, 5), (0, 5), True), Pack((0, 2, 5), (0, 2, 5), True)])
-def test_fa4_follows_the_switch_for_deterministic_algorithms(monkeypatch, pack, request):
-    assert fa4_backward_options(monkeypatch, pack)["deterministic"] is False
+@pytest.fixture
+def fake_fa4(monkeypatch):
+    fake = FakeFA4()
+    monkeypatch.setattr(fa4, "_load", lambda: ((fake.forward, fake.backward), None))
+    return fake
+
+
+EQUAL = (square("causal-batch-gqa", (7, 7, 7), (4, 2), 8), Case("full-batch", (5, 5), (9, 9), False, (2, 2), 8))
+
+
+@pytest.mark.parametrize("case", (*CPU_CASES, *EQUAL), ids=lambda case: case.id)
+def test_fa4_is_called_with_batches_and_packs(fake_fa4, case):
+    inputs = make_inputs(case, torch.float64)
+    errors = relative_errors(run(fa4, case.pack, *inputs, 0.3), reference(case, *inputs, 0.3))
+    assert all(error <= 1e-10 for error in errors), errors
+
+
+@pytest.mark.parametrize("case", (CPU_CASES[1], *EQUAL), ids=lambda case: case.id)
+def test_fa4_follows_the_switch_for_deterministic_algorithms(fake_fa4, case, request):
+    run(fa4, case.pack, *make_inputs(case, torch.float64), 0.3)
     request.getfixturevalue("deterministic")
-    assert fa4_backward_options(monkeypatch, pack)["deterministic"] is True
+    run(fa4, case.pack, *make_inputs(case, torch.float64), 0.3)
+    assert fake_fa4.options == [False, True]
 
 
 def test_cudnn_refuses_where_results_must_repeat(monkeypatch, request):
