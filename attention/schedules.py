@@ -38,7 +38,7 @@ class Step:
     of this one's buffer, None for no step. beside: while it is under way the next step's transfer starts, too. local:
     it works on the local keys, as the first step does, and neither sends nor receives. These three are the same on all
     ranks. keys_in_two: no key is in more than two calls; then gradients can be summed in the dtype in which they are
-    sent, since they are rounded once."""
+    sent, since they are rounded once. returns: what becomes of the gradients that come back."""
 
     sends: tuple[tuple[int, Rows, int | None], ...]
     receives: tuple[tuple[int, slice], ...]
@@ -47,10 +47,21 @@ class Step:
     beside: bool = False
     local: bool = False
     keys_in_two: bool = False
+    returns: tuple["Return", ...] = ()
 
     @property
     def num_keys(self) -> int:
         return max((rows.stop for _, rows in self.receives), default=0)
+
+
+@dataclass(frozen=True)
+class Return:
+    """Where gradients come back to: of step `source` (None: of the local keys) the `rows` that were sent. places: int32
+    [rows, n], where the gradients of each are in what comes, ordered as `sends` is; -1 for none."""
+
+    source: int | None
+    rows: Rows
+    places: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class Schedule:
                 step,
                 sends=tuple((peer, rows(sent), source) for peer, sent, source in step.sends),
                 calls=tuple(Call(c.pack.map(move), rows(c.query_rows), rows(c.key_rows)) for c in step.calls),
+                returns=tuple(Return(r.source, rows(r.rows), move(r.places)) for r in step.returns),
             )
 
         return self._each(moved)
@@ -174,7 +186,29 @@ def make_step(queries, sent, arriving, mask: Mask, **options) -> Step:
             receives.append((peer, slice(start, end)))
     calls = _calls(_pieces(queries, keys, mask))
     in_two = _at_most_two([call.key_rows for call in calls])
-    return Step(tuple(sends), tuple(receives), calls, keys_in_two=in_two, **options)
+    return Step(tuple(sends), tuple(receives), calls, keys_in_two=in_two, returns=_returns(sends), **options)
+
+
+def _returns(sends) -> tuple[Return, ...]:
+    sent, end = defaultdict(list), 0
+    for _, rows, source in sends:
+        rows = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        sent[source].append((rows, torch.arange(end, end + len(rows), dtype=torch.int32)))
+        end += len(rows)
+    return tuple(Return(source, *_places(parts)) for source, parts in sent.items())
+
+
+def _places(parts):
+    """(rows, places) from what every peer was sent: row numbers, and where they come back."""
+    counts = torch.bincount(torch.cat([rows for rows, _ in parts]))
+    places = torch.full((len(counts), int(counts.max())), -1, dtype=torch.int32)
+    filled = torch.zeros_like(counts)
+    for rows, back in parts:
+        places[rows, filled[rows]] = back
+        filled[rows] += 1
+    rows = counts.nonzero().flatten()
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows, places[rows]
 
 
 def by_document(layout: Layout, rank: int) -> dict:

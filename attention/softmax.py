@@ -27,6 +27,7 @@ from longspan.attention.ranges import SOFTMAX, of_component
 from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.attention.schedules import softmax_schedule
+from longspan.kernels.gather_add import gather_add
 from longspan.kernels.merge import merge
 from longspan.kernels.scatter import scatter_rows
 from longspan.kernels.softmax import choose
@@ -239,20 +240,18 @@ def _return(step, gradients, totals, k, v, group):
     """Starts sending the gradients of a step's keys back to where they came from, the exchange of the step transposed;
     what comes is to be added to the totals of where they came from."""
     sends = [(peer, x[rows].to(k.dtype)) for peer, rows in step.receives for x in gradients]
-    receives, targets = [], []
-    for peer, rows, source in step.sends:
-        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        parts = [x.new_empty(count, *x.shape[1:]) for x in (k, v)]
-        receives += [(peer, part) for part in parts]
-        targets.append((totals[source], rows, parts))
-    return start_exchange(sends, receives, group), targets
+    counts = [rows.stop - rows.start if isinstance(rows, slice) else len(rows) for _, rows, _ in step.sends]
+    parts = [x.new_empty(sum(counts), *x.shape[1:]) for x in (k, v)]
+    pieces = zip(*(x.split(counts) for x in parts))
+    receives = [(peer, x) for (peer, _, _), of_peer in zip(step.sends, pieces) for x in of_peer]
+    return start_exchange(sends, receives, group), [(totals[back.source], back, parts) for back in step.returns]
 
 
 def _add_returned(pending, targets):
     pending.wait()
-    for totals, rows, parts in targets:
+    for totals, back, parts in targets:
         for total, part in zip(totals, parts, strict=True):
-            scatter_rows(total, rows, part)
+            gather_add(total, back.rows, back.places, part)
 
 
 @dataclass(frozen=True)
