@@ -158,7 +158,6 @@ def everything(queries, keys, heads):
 @pytest.mark.parametrize("chosen", [nothing, the_first, everything])
 def test_extreme_lists(form, chosen, monkeypatch):
     monkeypatch.setattr(plan_module, "CHUNK", 2)  # a column that all rows choose is split
-    monkeypatch.setattr(fused, "CHUNK", 2)
     plan, *rest = make("extreme", chosen, case=((0, 150), 32, 32, 2, 4, 2, 16, False, True, 0))
     assert chosen is nothing or (plan.item_ptr.diff() > 1).any()
     check(form, plan, *rest)
