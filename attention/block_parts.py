@@ -35,7 +35,7 @@ class Part:
     num_rows: int = 0
     one_head: bool = False
     coarse: bool = False
-    rows: slice = slice(None)
+    rows: slice | None = None
     remote: bool = False
 
     def start(self, k, v, group):

@@ -59,8 +59,8 @@ class Hierarchical:
         return torch.cat(_means(levels, tables.sizes)).to(k.dtype).split(k.shape[1], 1)
 
     def choose(self, q, k, coarse_k, tables, ranks):
-        """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens and blocks of coarse rows that are here, -1
-        for none; those that are not here are fetched by `ranks`."""
+        """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens, and [Hkv, local tiles, m], blocks of coarse
+        rows that are here, -1 for none; None where there is one level. Those not here are fetched by `ranks`."""
         # Means up to the number of heads that share a key head, which changes no order.
         here, sums = _sums((q,), tables, ranks, heads=k.shape[1])
         mine = total_sums(here, tables.routers, ranks) / tables.routers.size[:, None, None]
@@ -69,7 +69,7 @@ class Hierarchical:
         last, heads = tables.levels[-1], k.shape[1]
         found = top(queries[-1], keys[-1].to(mine.dtype), last.router, last.candidates)
         causal = tables.diagonal.shape[1] > 0
-        listed = [tables.top.expand(heads, -1, -1)]
+        listed = []
         for depth in range(self.levels - 2, -1, -1):  # found: rows of the level above, for each of its rows
             level = tables.levels[depth]
             above = found[:, level.above]
@@ -82,7 +82,7 @@ class Hierarchical:
             listed.append(blocks)
             found = descend(queries[depth], means.to(mine.dtype), found, level.families, self.keep, causal)
         fine = torch.cat([found, tables.diagonal.expand(heads, -1, -1)], 2) if causal else found
-        return fine, torch.cat(listed[::-1], 2)
+        return fine, torch.cat(listed[::-1], 2) if listed else None
 
 
 def _sums(tensors, tables, gather, heads=None):

@@ -57,7 +57,7 @@ def queries_kernel(
     WEIGHTED: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr,
     PADDED: tl.constexpr, ONTO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [T, HEADS, D] of one query block and pack of heads; with ONTO it is added to onto_dq, which may be dq itself."""
+    """dq [T, HEADS, D] of one query block and pack of heads; ONTO: added to onto_dq, which may be dq itself."""
     block, first_head, key_head, listed = program_of(M, HEADS, KEY_HEADS, LISTS, PACK)
     first, row, place, position, valid = query_rows(block, 0, q_start, q_length, q_position, ROWS, PACK)
     q_ptr += first * q_stride_t + first_head * q_stride_h
@@ -107,8 +107,8 @@ def keys_kernel(
     scale, num_columns, items, capacity, rule_rows, rule_keys, guard,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, GATHER: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr,
-    CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr,
-    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr,
+    CHOICES: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part of dk and dv of one key block from CHUNK query blocks of its list, all query heads that share list and keys:
     fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS); or all of it at once, see `alone`. Query blocks

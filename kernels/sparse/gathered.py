@@ -11,18 +11,18 @@ BATCH_ELEMENTS = 1 << 24  # scores of the query blocks taken at once
 def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None):
     """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D] in `dtype` or that of q, lse [Tq, Hq] in at least fp32).
     onto: (out, lse) of other keys, to which those of the plan come; they may be overwritten."""
-    wide = _wide(q)
-    out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide)
+    dtype = dtype or q.dtype
+    out, lse = torch.zeros_like(q, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
     for batch in _batches(plan, q.shape[1], k.shape[1]):
         scores = batch.scores(q, k, scale)
         found = scores.logsumexp(-1, keepdim=True)
         weights = (scores - found.nan_to_num(neginf=0.0)).exp()
-        batch.put(out, (weights @ batch.keys(v)).to(q.dtype))
+        batch.put(out, weights @ batch.keys(v))
         batch.put(lse[..., None], found)
     if onto is not None:
         merge(*onto, out, lse)
         out, lse = onto
-    return out.to(dtype or q.dtype), lse
+    return out.to(dtype), lse
 
 
 def row_sums(d_out, d_lse, out, lse):

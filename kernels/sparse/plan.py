@@ -139,7 +139,9 @@ class BlockPlan:
         rows, plans = chosen.shape[1], []
         for number, blocks in enumerate(keys):
             ends = row_ptr[:, number * rows : (number + 1) * rows + 1].contiguous()
-            plans.append(cls(queries, blocks, ends, row_idx, _most_items(blocks, chosen, CHUNK), causal, None, rule, CHUNK))
+            plans.append(
+                cls(queries, blocks, ends, row_idx, _most_items(blocks, chosen, CHUNK), causal, None, rule, CHUNK)
+            )
         return plans
 
     def map(self, move) -> "BlockPlan":
