@@ -13,10 +13,11 @@ from longspan.parallel.layout import Layout, Span
 
 @dataclass(frozen=True)
 class Level:
-    """Level l of all documents; int32 on the device. The last has candidates, and router: the row whose mean query
-    chooses for each that does. The others have families, what leads down from the level above; above: [local pieces],
-    the row there that each piece is in; blocks: [rows above, 2], blocks of coarse keys under each, ascending. On level
-    1 routers are local pieces, whose mean query is that of the row that chooses for them."""
+    """Level l of all documents; int32 on the device, above int64. The last has candidates, and router: the row whose
+    mean query chooses for each that does. The others have families, what leads down from the level above; above:
+    [local pieces], the row there that each piece is in; blocks: [rows above + 1, 1 or 2], blocks of coarse keys under
+    each, ascending, -1 after the last and for row -1. On level 1 routers are local pieces, whose mean query is that of
+    the row that chooses for them."""
 
     router: torch.Tensor | None = None
     candidates: Ranges | None = None
@@ -43,11 +44,11 @@ class Means:
 class HierarchyTables:
     """queries, keys: the fine blocks; routers: sums of those that choose for local pieces. means: level 1, or None
     where it is the last. everywhere: blocks of tokens whose sums are gathered, level 2, or 1 where it is the last;
-    runs: local pieces of keys in each local piece of those. sizes: int32 [rows] per level, tokens; of level 1 those of
-    this rank's rows where there are means. under: per level from 3 on, the rows of the level before in blocks, one for
-    each of its rows. coarse_blocks, coarse_weight: blocks of the rows that are here, local means and then the levels
-    that are everywhere, laid end to end. top: int32 [local pieces, n], blocks of the last level that each piece sees.
-    diagonal: int32 [local pieces, 1 or 0]."""
+    runs: local pieces of keys in each local piece of those. size: int32, tokens of all rows that are here, level after
+    level, so many in each: rows; of level 1 those of this rank where there are means. under: per level from 3 on, the
+    rows of the level before in blocks, one for each of its rows. coarse_blocks, coarse_weight: blocks of the rows that
+    are here, local means and then the levels that are everywhere, laid end to end. top: int32 [local pieces, n], blocks
+    of the last level that each piece sees, -1 after the last. diagonal: int32 [local pieces, 1 or 0]."""
 
     queries: Pieces
     keys: Pieces
@@ -56,7 +57,8 @@ class HierarchyTables:
     everywhere: Pieces
     runs: Blocks
     levels: tuple[Level, ...]
-    sizes: tuple[torch.Tensor, ...]
+    size: torch.Tensor
+    rows: tuple[int, ...]
     under: tuple[Blocks, ...]
     coarse_blocks: Blocks
     coarse_weight: torch.Tensor
@@ -94,6 +96,7 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     more, weight, under = _coarse_blocks(gathered, lengths, block, here, blocks[0].shape[1] if blocks else 0)
     blocks_under += under
 
+    sizes = [*([] if means is None else [means.totals.size]), *(_int32(level.size) for level in gathered)]
     tables = []
     for level, under, mine, above in zip(rows, blocks_under, chain, chain[1:levels]):
         chooses = mine if not tables else np.arange(len(level.place))  # of fine blocks, those of local queries
@@ -102,7 +105,8 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
             router = np.zeros(len(level.place))
             router[mine] = np.arange(len(mine))
             families = replace(families, router=_int32(router))
-        tables.append(Level(families=families, above=_int32(above), blocks=_int32(under)))
+        under = np.pad(_packed(under), ((0, 1), (0, 0)), constant_values=-1)
+        tables.append(Level(families=families, above=torch.from_numpy(above.astype(np.int64)), blocks=_int32(under)))
     last = rows[levels - 1]
     chosen_for = np.arange(len(last.place)) if levels > 1 else chain[0]  # of fine blocks, those of local queries
     first = last.base[last.document[chosen_for]]
@@ -118,7 +122,8 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         everywhere,
         _runs(fine.local, everywhere.local),
         tuple(tables),
-        sizes=(*([] if means is None else [means.totals.size]), *(_int32(level.size) for level in gathered)),
+        size=torch.cat(sizes),
+        rows=tuple(map(len, sizes)),
         under=tuple(_blocks_under(level, block) for level in gathered[:-1]),
         coarse_blocks=Blocks(block, *map(_int32, np.concatenate([*blocks, more], 1))),
         coarse_weight=torch.cat([*weights, torch.from_numpy(weight)]),
@@ -267,11 +272,19 @@ def _children(parents, rows, block):
 
 def _top_blocks(groups, blocks, above, causal):
     """[local pieces, n]: the coarse blocks of the last level that a piece sees. groups: the row above each piece."""
+    groups, place = np.unique(groups, return_inverse=True)
     document = above.document[groups]
     first, stop = above.base[document], groups + 1 if causal else above.base[document + 1]
     listed = first[:, None] + np.arange(int((stop - first).max(initial=0)))
     found = np.where(listed[..., None] < stop[:, None, None], blocks[listed.clip(max=len(blocks) - 1)], -1)
-    return found.reshape(len(groups), 2 * listed.shape[1])
+    return _packed(found.reshape(len(groups), 2 * listed.shape[1]))[place]
+
+
+def _packed(lists):
+    """Lists [rows, n] without what is -1, -1 after the last, as narrow as that allows."""
+    there = lists >= 0
+    order = np.argsort(~there, axis=1, kind="stable")
+    return np.take_along_axis(lists, order, 1)[:, : there.sum(1).max(initial=0)]
 
 
 def _int32(x):

@@ -38,6 +38,12 @@ class _Pool(torch.autograd.Function):
         blocks, shape, dtype, mean = ctx.rest
         wanted = ctx.needs_input_grad[3:]
         parts = grad.chunk(len(wanted), 1)
-        return None, None, None, *(
-            spread_triton(part, blocks, shape, dtype, mean) if needed else None for part, needed in zip(parts, wanted)
+        return (
+            None,
+            None,
+            None,
+            *(
+                spread_triton(part, blocks, shape, dtype, mean) if needed else None
+                for part, needed in zip(parts, wanted)
+            ),
         )

@@ -36,16 +36,18 @@ def top_triton(means, keys, router, ranges, first: int, recent: int, always) -> 
 
 
 def split_halves(x: torch.Tensor) -> torch.Tensor:
-    """fp32 [T, H, D] -> bf16 [2, T, H, D] whose sum it is, to 2^-17."""
-    x, out = x.contiguous(), x.new_empty(2, *x.shape, dtype=torch.bfloat16)
-    split_kernel[(triton.cdiv(x.numel(), 4096),)](x, out, x.numel(), 4096)
+    """[T, H, D] -> bf16 [2, T, H, D] whose sum it is, to 2^-17."""
+    x, out = unit_stride(x), x.new_empty(2, *x.shape, dtype=torch.bfloat16)
+    split_kernel[(triton.cdiv(x.numel(), 4096),)](x, out, *x.stride()[:2], x.numel(), *x.shape[1:], 4096)
     return out
 
 
 @triton.jit(do_not_specialize=["count"])
-def split_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
+def split_kernel(x_ptr, out_ptr, stride_t, stride_h, count, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    high, low = halves(tl.load(x_ptr + at, mask=at < count, other=0.0))
+    row, head, column = at // (HEADS * D), at // D % HEADS, at % D
+    x = tl.load(x_ptr + row * stride_t + head * stride_h + column, mask=at < count, other=0.0)
+    high, low = halves(x.to(tl.float32))
     tl.store(out_ptr + at, high, mask=at < count)
     tl.store(out_ptr + count + at, low, mask=at < count)
 
