@@ -18,10 +18,11 @@ LISTED_QUERIES = 1024  # that a program for the gradients of listed rows takes
 
 @dataclass(frozen=True)
 class Level:
-    """Level l of all documents; int32 on the device. The last has candidates, and router: the row whose mean query
-    chooses for each that does. The others have families, what leads down from the level above; above: [local tiles],
-    the row there that each tile is in; blocks: [rows above, 2], blocks of coarse keys under each, ascending. On level
-    1 routers are local pieces, whose mean query is that of the row that chooses for them."""
+    """Level l of all documents; int32 on the device, above int64. The last has candidates, and router: the row whose
+    mean query chooses for each that does. The others have families, what leads down from the level above; above:
+    [local tiles], the row there that each tile is in; blocks: [rows above + 1, 1 or 2], blocks of coarse keys under
+    each, ascending, -1 after the last and for row -1. On level 1 routers are local pieces, whose mean query is that of
+    the row that chooses for them."""
 
     router: torch.Tensor | None = None
     candidates: Ranges | None = None
@@ -48,13 +49,14 @@ class Means:
 class HierarchyTables:
     """queries, keys: the fine blocks; routers: sums of those that choose for local pieces. means: level 1, or None
     where it is the last. everywhere: blocks of tokens whose sums are gathered, level 2, or 1 where it is the last;
-    runs: local pieces of keys in each local piece of those. sizes: int32 [rows] per level, tokens; of level 1 those of
-    this rank's rows where there are means. under: per level from 3 on, the rows of the level before in blocks, one for
-    each of its rows. Coarse rows are those of local means and then of the levels that are everywhere, laid end to end.
-    tiles: this rank's queries in blocks for which coarse rows are listed: all under one row of level 2 see the same, in
-    larger tiles than those of fine blocks. coarse_blocks, coarse_weight: blocks of the rows that are here but those of
-    the last level, coarse_rows; chunk: of their plans. dense: the plan over all rows of the last level, dense_rows,
-    which follows from the layout alone. diagonal: int32 [local pieces, 1 or 0]."""
+    runs: local pieces of keys in each local piece of those. size: int32, tokens of all rows that are here, level after
+    level, so many in each: rows; of level 1 those of this rank where there are means. under: per level from 3 on, the
+    rows of the level before in blocks, one for each of its rows. Coarse rows are those of local means and then of the
+    levels that are everywhere, laid end to end. tiles: this rank's queries in blocks for which coarse rows are listed:
+    all under one row of level 2 see the same, in larger tiles than those of fine blocks. coarse_blocks, coarse_weight:
+    blocks of the rows that are here but those of the last level, coarse_rows; chunk: of their plans. dense: the plan
+    over all rows of the last level, dense_rows, which follows from the layout alone. diagonal: int32 [local pieces, 1
+    or 0]."""
 
     queries: Pieces
     keys: Pieces
@@ -63,7 +65,8 @@ class HierarchyTables:
     everywhere: Pieces
     runs: Blocks
     levels: tuple[Level, ...]
-    sizes: tuple[torch.Tensor, ...]
+    size: torch.Tensor
+    rows: tuple[int, ...]
     under: tuple[Blocks, ...]
     tiles: Blocks
     coarse_blocks: Blocks
@@ -106,6 +109,7 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     blocks_under += under
     dense_from = here + sum(len(level.place) for level in gathered[:-1])
 
+    sizes = [*([] if means is None else [means.totals.size]), *(_int32(level.size) for level in gathered)]
     tables = []
     for level, above, under in zip(rows, rows[1:], blocks_under):
         chooses = mine if not tables else np.arange(len(level.place))  # of fine blocks, those of local queries
@@ -114,8 +118,9 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
             router = np.zeros(len(level.place))
             router[mine] = np.arange(len(mine))
             families = replace(families, router=_int32(router))
-        tile_above = above.base[document] + position // above.span
-        tables.append(Level(families=families, above=_int32(tile_above), blocks=_int32(under)))
+        under = np.pad(_packed(under), ((0, 1), (0, 0)), constant_values=-1)
+        tile_above = torch.from_numpy(above.base[document] + position // above.span)
+        tables.append(Level(families=families, above=tile_above, blocks=_int32(under)))
     last = rows[levels - 1]
     chosen_for = np.arange(len(last.place)) if levels > 1 else mine  # of fine blocks, those of local queries
     first = last.base[last.document[chosen_for]]
@@ -131,7 +136,8 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         everywhere,
         _runs(fine.local, everywhere.local),
         tuple(tables),
-        sizes=(*([] if means is None else [means.totals.size]), *(_int32(level.size) for level in gathered)),
+        size=torch.cat(sizes),
+        rows=tuple(map(len, sizes)),
         under=tuple(_blocks_under(level, block) for level in gathered[:-1]),
         tiles=tiles,
         coarse_blocks=Blocks(block, *map(_int32, np.concatenate([*blocks, more], 1))),
@@ -315,6 +321,13 @@ def _dense_plan(level, lengths, tiles, causal):
     plan = BlockPlan.of(tiles, keys, chosen, causal=causal, log_weight=weight, ascending=True, chunk=chunk)
     plan.columns  # noqa: B018  made here and kept: no layer needs to make them
     return plan
+
+
+def _packed(lists):
+    """Lists [rows, n] without what is -1, -1 after the last, as narrow as that allows."""
+    there = lists >= 0
+    order = np.argsort(~there, axis=1, kind="stable")
+    return np.take_along_axis(lists, order, 1)[:, : there.sum(1).max(initial=0)]
 
 
 def _int32(x):

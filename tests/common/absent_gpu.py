@@ -142,7 +142,7 @@ def compile_choosing(width):
     families = Families(*(zeros(*n) for n in ((128,), (8,), (8,), (128,), (128,), (8, 16), (8,))), 16)
     means = torch.zeros(128, 2, width)
     top_triton(means, means, zeros(128), ranges, 0, 0, None)
-    pool_triton(means.bfloat16(), Blocks.of((0, 128), 16), 2, False)
+    pool_triton((means.bfloat16(),), Blocks.of((0, 128), 16), 2, False)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
     row_ptr, row_idx = rows_triton(zeros(1, 8, 4), 8)
     columns_triton(row_ptr, row_idx, 8, 64, 9)

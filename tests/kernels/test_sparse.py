@@ -12,6 +12,7 @@ from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, choose, for
 from longspan.kernels.sparse import plan as plan_module
 
 fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
+lists_triton = pytest.importorskip("longspan.kernels.sparse.lists_triton", reason="Triton is not installed")
 LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 SCALE = 0.3
 
@@ -243,8 +244,8 @@ def test_parts_continue_one_another(form, dtype):
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3),
-    st.sampled_from(["sorted", "triton", "plain"]),
+    st.integers(0, 2**32), st.integers(1, 150), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3),
+    st.sampled_from(["sorted", "triton", "plain", "large cells"]),
 )  # fmt: skip
 def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form):
     generator = torch.Generator().manual_seed(seed)
@@ -257,6 +258,8 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forms, "takes", lambda x: form != "plain")
         patch.setattr(plan_module, "CHUNK", 4)
+        if form == "large cells":
+            patch.setattr(lists_triton, "_cell_shift", lambda *_: 6)
         plan = BlockPlan.of(queries, keys, chosen, causal=False, ascending=form == "sorted")
         assert plan.columns is plan.columns  # made once
     assert plan.col_idx.dtype == plan.row_idx.dtype == plan.item_col.dtype == torch.int32
