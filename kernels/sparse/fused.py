@@ -11,8 +11,8 @@ from longspan.kernels.sparse.rules import arguments
 ROWS = 128  # queries in a tile where heads that share keys and lists can fill it
 KEYS = 64  # keys in a tile where a list's blocks are smaller
 TURN = 64  # queries in a tile that the gradients of keys take at once: with more, registers spill
-NARROW = 32  # both, beside a tile of 16 rows
-ROWS_PER_WARP = 16  # of a tile's queries or, for gradients of keys, keys: no warp waits for what another one adds up
+NARROW = 32  # both, where one warp has the whole tile: with more, registers spill
+ONE_WARP = 16, 128  # rows, and bytes of each, of a tile that one warp has: no warp waits for what another one adds up
 STAGES = {2: (3, 2), 4: (1, 1)}  # by bytes of an element: over lists of query blocks, of key blocks
 
 
@@ -40,7 +40,7 @@ def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None):
     if len(plan.queries):
         forward_kernel[(len(plan.queries) * q.shape[1] // tile["PACK"],)](
             q, k, v, out, lse, *given, *_tables(plan), *_strides(q, k, v), scale, len(plan.queries),
-            plan.row_idx.shape[1], **tile, GATHER=_gather(plan, tile["ROWS"]), ONTO=onto is not None,
+            plan.row_idx.shape[1], **tile, GATHER=_gather(q, tile["ROWS"], plan.keys.size), ONTO=onto is not None,
             **_options(q, tile["ROWS"], 0),
         )  # fmt: skip
     return out, lse
@@ -70,14 +70,14 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, row
     if lse.numel():
         queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
             q, k, v, d_out, rows, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out), scale,
-            len(plan.queries), plan.row_idx.shape[1], **tile, GATHER=_gather(plan, tile["ROWS"]), ONTO=onto is not None,
-            **_options(q, tile["ROWS"], 0),
+            len(plan.queries), plan.row_idx.shape[1], **tile, GATHER=_gather(q, tile["ROWS"], plan.keys.size),
+            ONTO=onto is not None, **_options(q, tile["ROWS"], 0),
         )  # fmt: skip
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
         return dq, dk.zero_(), dv.zero_()
     parts = [q.new_empty(groups, items, plan.keys.size, head_dim, dtype=torch.float32) for _ in range(2)]
-    turn = NARROW if plan.keys.size == 16 else TURN
+    turn = _beside(q, plan.keys.size, TURN)
     tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], turn)
     keys_kernel[(items * groups,)](
         q, k, v, d_out, rows, *parts, dk, dv, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col,
@@ -107,13 +107,24 @@ def _tile(q, k, plan):
     }  # fmt: skip
 
 
-def _gather(plan, rows):
-    return max(1, (NARROW if rows == 16 else KEYS) // plan.keys.size)
+def _one_warp(q, rows):
+    return rows <= ONE_WARP[0] and padded(q.shape[2]) * q.itemsize <= ONE_WARP[1]
+
+
+def _gather(q, rows, size):
+    """Key blocks taken at once beside `rows` queries."""
+    return max(1, _beside(q, rows, KEYS) // size)
+
+
+def _beside(q, rows, most):
+    """Rows taken at once beside a tile of so many."""
+    return NARROW if _one_warp(q, rows) else most
 
 
 def _options(q, rows, which):
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    return {"PRECISION": precision, "num_warps": rows // ROWS_PER_WARP, "num_stages": STAGES[q.itemsize][which]}
+    warps = 1 if _one_warp(q, rows) else 8 if rows >= 128 else 4
+    return {"PRECISION": precision, "num_warps": warps, "num_stages": STAGES[q.itemsize][which]}
 
 
 def _tables(plan):
