@@ -106,13 +106,13 @@ def compile_linear(dtype, sizes, few):
 
 def compile_sparse(dtype, head_dim, few):
     """What attention over lists of blocks launches: with the largest blocks, and with small ones, packed heads, a mask
-    and weights."""
+    and weights; parts that go on from others."""
     import torch
 
     from longspan.kernels.sparse import BlockPlan, Blocks, fused
 
     # query block, key block, query heads, key heads, list heads, causal and weighted
-    cases = [(128, 128, 2, 1, 1, False), (16, 16, 8, 2, 2, True)]
+    cases = [(128, 128, 2, 1, 1, False), (16, 16, 8, 2, 2, True), (16, 16, 2, 2, 2, True), (128, 16, 2, 2, 2, True)]
     cases += [] if few else [(128, 64, 2, 1, 1, True), (64, 64, 2, 2, 1, False), (64, 16, 4, 2, 4, True)]
     for query_block, key_block, heads, key_heads, lists, masked in cases:
         queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
@@ -121,8 +121,9 @@ def compile_sparse(dtype, head_dim, few):
         plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight)
         if fused.refusal(dtype, head_dim, plan) is None:
             q, k, v = (torch.zeros(300, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
-            out, lse = fused.forward(q, k, v, plan, 0.3)
-            fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
+            onto = (q.float(), torch.zeros(300, heads)) if masked else None
+            out, lse = fused.forward(q, k, v, plan, 0.3, onto)
+            fused.backward(q, lse, q, k, v, out, lse, plan, 0.3, onto=onto and onto[0])
 
 
 def compile_hopper(head_dim):
@@ -162,7 +163,7 @@ def compile_choosing(width):
     families = Families(*(zeros(*n) for n in ((128,), (8,), (8,), (128,), (128,), (8, 16), (8,))), 16)
     means = torch.zeros(128, 2, width)
     top_triton(means, means, zeros(128), ranges, 0, 0, None)
-    pool_triton(means.bfloat16(), Blocks.of((0, 128), 16), 2, False)
+    pool_triton((means.bfloat16(),), Blocks.of((0, 128), 16), 2, False)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
     row_ptr, row_idx = rows_triton(zeros(1, 8, 4), 8)
     columns_triton(row_ptr, row_idx, 8, 64, 9)
