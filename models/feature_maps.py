@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from longspan.kernels.norm import l2_norm
+
 
 class FeatureMap(nn.Module):
     """out_size: K', what `width` makes of K."""
@@ -80,8 +82,7 @@ class L2Norm(FeatureMap):
     EPS = 1e-6  # added to the sum of squares
 
     def forward(self, x_THK: torch.Tensor) -> torch.Tensor:
-        wide_THK = x_THK.to(torch.promote_types(x_THK.dtype, torch.float32))
-        return (wide_THK * torch.rsqrt(wide_THK.square().sum(-1, keepdim=True) + self.EPS)).to(x_THK.dtype)
+        return l2_norm(x_THK, self.EPS)
 
 
 class Composed(nn.Sequential):
