@@ -8,6 +8,8 @@ Shape letters: T tokens, C tokens of a chunk, D hidden size, V vocabulary.
 import torch
 from torch.autograd.function import once_differentiable
 
+from longspan.kernels.operators import operator
+
 IGNORED_LABEL = -100
 
 
@@ -17,7 +19,8 @@ def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: to
     hidden [T, D], weight [V, D] of one dtype, labels int64 [T], chunk >= 1 tokens. T may be 0. Returns a scalar.
     Logits, softmax, loss and the weight's gradient are accumulated in fp32 (fp64 for fp64 inputs). An ignored token
     gives zero gradient even if its hidden row is not finite. The backward may run once per forward.
-    ValueError for shapes, dtypes or a chunk that do not fit; labels outside [0, V) are an indexing error.
+    ValueError for shapes, dtypes or a chunk that do not fit; labels outside [0, V) are an indexing error, on GPUs a loss
+    that is not a number.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
@@ -45,21 +48,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, min(len(hidden), chunk) if hidden.is_meta else len(hidden), chunk):
             rows = slice(start, start + chunk)
             ignored_C1 = (labels[rows] == IGNORED_LABEL)[:, None]
-            label_C1 = labels[rows, None].masked_fill(ignored_C1, 0)
             hidden_CD = hidden[rows].masked_fill(ignored_C1, 0)
 
             logits_CV = _product(hidden_CD, weight.t(), wide)
-            lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            loss += (lse_C1 - logits_CV.gather(1, label_C1)).masked_fill(ignored_C1, 0).sum()
-
             if needs_hidden or needs_weight:
-                grad_CV = logits_CV.sub_(lse_C1).exp_()
-                grad_CV.scatter_(1, label_C1, grad_CV.gather(1, label_C1) - 1)
-                grad_CV = grad_CV.masked_fill_(ignored_C1, 0).to(hidden.dtype)
+                losses_C, grad_CV = losses_and_gradient(logits_CV, labels[rows], hidden.dtype)
                 if needs_hidden:
                     torch.mm(grad_CV, weight, out=grad_hidden[rows])
                 if needs_weight:
                     grad_weight += _product(grad_CV.t(), hidden_CD, wide)
+            else:
+                losses_C = _losses(logits_CV, labels[rows])[0]
+            loss += losses_C.sum()
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
@@ -74,6 +74,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+def losses_and_gradient_naive(logits, labels, dtype):
+    """losses_and_gradient in plain PyTorch, any device and dtype."""
+    losses, lse, place, ignored = _losses(logits, labels)
+    gradient = (logits - lse).exp_()
+    gradient.scatter_(1, place, gradient.gather(1, place) - 1)
+    return losses, gradient.masked_fill_(ignored, 0).to(dtype)
+
+
+def _losses(logits, labels):
+    """(losses [C]; log-sum-exp, labels with 0 for ignored ones, which those are, all [C, 1])"""
+    ignored = (labels == IGNORED_LABEL)[:, None]
+    place = labels[:, None].masked_fill(ignored, 0)
+    lse = logits.logsumexp(-1, keepdim=True)
+    return (lse - logits.gather(1, place)).masked_fill(ignored, 0)[:, 0], lse, place, ignored
+
+
+def _triton():
+    from longspan.kernels.loss_triton import losses_and_gradient_triton
+
+    return losses_and_gradient_triton
+
+
+# logits [C, V], labels int64 [C] -> cross-entropies [C] in the dtype of logits, and their gradient [C, V] in `dtype`.
+losses_and_gradient = operator(
+    "losses_and_gradient(Tensor logits, Tensor labels, ScalarType dtype) -> (Tensor, Tensor)",
+    naive=losses_and_gradient_naive,
+    fused=_triton,
+    shapes=lambda logits, labels, dtype: (logits.new_empty(len(labels)), torch.empty_like(logits, dtype=dtype)),
+)
 
 
 def _product(a, b, dtype):

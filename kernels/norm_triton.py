@@ -9,7 +9,7 @@ import torch
 from longspan.kernels.compiler import tl, triton
 
 TILE = 2048  # elements of a tile of several rows
-PROGRAMS = 528  # of the backward with a scale: 4 for each multiprocessor of an H200
+PROGRAMS = 528  # of 4 warps, in the backward with a scale: as many as an H200 runs at once, 4 on a multiprocessor
 
 
 def norm_triton(x, branch, weight, gate, mean, eps):
@@ -31,7 +31,9 @@ def norm_backward_triton(d_out, d_stream, x, weight, gate, mean, eps):
     programs, sums = 0, None
     if x.numel():
         launch, num_tiles = _launch(x, mean)
-        programs = num_tiles if weight is None else min(PROGRAMS, triton.cdiv(num_tiles, 4))
+        programs = num_tiles
+        if weight is not None:
+            programs = min(max(1, 4 * PROGRAMS // launch["num_warps"]), triton.cdiv(num_tiles, 4))
     if weight is not None:
         sums = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
     if programs:

@@ -9,6 +9,7 @@ from longspan.kernels.compiler import tl, triton
 from longspan.kernels.norm_triton import PROGRAMS
 
 TILE = 2048  # pairs of numbers
+NORM_TILE = 1024  # of the backward with a norm, which holds the sums for its weight as well
 
 
 def rotate_triton(x, cos, sin, weight, eps):
@@ -27,7 +28,7 @@ def rotate_backward_triton(d_out, cos, sin, x, weight, eps):
         _rotate(d_out, cos, sin, None, eps, d_x, back=True)
         return [d_x]
     x = _unit_stride(x)
-    options, num_tiles = _tiles(x)
+    options, num_tiles = _tiles(x, NORM_TILE)
     programs = min(PROGRAMS, triton.cdiv(num_tiles, 4))
     sums = x.new_empty(programs, x.shape[2], dtype=torch.float32)
     if programs:
@@ -39,7 +40,7 @@ def rotate_backward_triton(d_out, cos, sin, x, weight, eps):
 
 
 def _rotate(x, cos, sin, weight, eps, out, *, back):
-    options, num_tiles = _tiles(x)
+    options, num_tiles = _tiles(x, TILE)
     if num_tiles:
         rotate_kernel[(num_tiles,)](
             x, cos.contiguous(), sin.contiguous(), weight, out, *x.stride()[:2], len(x), eps, BACK=back, **options
@@ -50,11 +51,11 @@ def _unit_stride(x):
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _tiles(x):
+def _tiles(x, size):
     num_tokens, heads, width = x.shape
     block_half = triton.next_power_of_2(width // 2)
-    block_heads = min(triton.next_power_of_2(heads), max(1, TILE // block_half))
-    block_tokens = max(1, TILE // (block_half * block_heads))
+    block_heads = min(triton.next_power_of_2(heads), max(1, size // block_half))
+    block_tokens = max(1, size // (block_half * block_heads))
     options = dict(HEADS=heads, HALF=width // 2, TOKENS=block_tokens, BLOCK_H=block_heads, BLOCK=block_half)
     return options, triton.cdiv(num_tokens, block_tokens) * triton.cdiv(heads, block_heads)
 

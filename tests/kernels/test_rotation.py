@@ -75,6 +75,7 @@ class TestTriton:
 
         self.kernels = rotation_triton
         monkeypatch.setattr(rotation_triton, "TILE", 32)
+        monkeypatch.setattr(rotation_triton, "NORM_TILE", 16)
         monkeypatch.setattr(rotation_triton, "PROGRAMS", 2)
 
     @FORMS
