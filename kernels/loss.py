@@ -19,8 +19,8 @@ def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: to
     hidden [T, D], weight [V, D] of one dtype, labels int64 [T], chunk >= 1 tokens. T may be 0. Returns a scalar.
     Logits, softmax, loss and the weight's gradient are accumulated in fp32 (fp64 for fp64 inputs). An ignored token
     gives zero gradient even if its hidden row is not finite. The backward may run once per forward.
-    ValueError for shapes, dtypes or a chunk that do not fit; labels outside [0, V) are an indexing error, on GPUs a loss
-    that is not a number.
+    ValueError for shapes, dtypes or a chunk that do not fit; labels outside [0, V) are an indexing error, on GPUs they
+    make the loss NaN.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(

@@ -1,8 +1,6 @@
 """Cross-entropies of a chunk of logits with their gradient as one Triton kernel: logits are read twice, and the second
 time they are still in the cache. PyTorch needs a dozen passes."""
 
-import torch
-
 from longspan.kernels.compiler import tl, triton
 
 BLOCK, NUM_WARPS = 4096, 8
