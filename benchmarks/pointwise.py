@@ -28,7 +28,14 @@ from longspan.parallel import SequenceParallel
 
 FORMS = ("eager", "longspan", "compiled")
 AHEAD = 4_000_000  # cycles that a GPU waits while its work is queued, so that times are not those of the host
-OWN = ("norm_kernel", "norm_backward_kernel", "rotate_", "swiglu_", "loss_kernel")  # in names of kernels
+OWN = (
+    "norm_kernel",
+    "norm_backward_kernel",
+    "rotate_",
+    "swiglu_",
+    "loss_kernel",
+    "channel_gate",
+)  # in names of kernels
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk")
 ATTENTION = ("flash", "fmha", "sdpa")
 PARTS = ("pointwise", "products", "attention", "other")

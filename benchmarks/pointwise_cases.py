@@ -8,8 +8,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from longspan.kernels import loss, norm, rotation, swiglu
-from longspan.models import feature_maps, layers, mixers, rope
+from longspan.kernels import channel_gates, loss, norm, rotation, swiglu
+from longspan.models import decay, feature_maps, layers, mixers, rope
 
 EPS = 1e-6
 LOSS_TOKENS = 4096  # of a chunk
@@ -67,6 +67,16 @@ def eager_rotate(x, cos, sin, weight=None, eps=EPS):
         x = eager_norm(x, weight, eps)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def eager_biased_gate(a, bias, factor=1 / 16):
+    return F.logsigmoid(a.to(torch.promote_types(a.dtype, torch.float32)) + bias) * factor
+
+
+def eager_bounded_gate(a, factor=0.5):
+    wide = a.to(torch.promote_types(a.dtype, torch.float32))
+    log_decay = torch.log1p(-factor * torch.sigmoid(-wide))
+    return log_decay, -torch.expm1(log_decay).to(a.dtype)
 
 
 def eager_swiglu(gate, up):
@@ -131,6 +141,15 @@ CASES = {
         eager_swiglu, swiglu.swiglu, lambda s: 2 * [(s.tokens, s.mlp)],
         lambda s: (3 * s.tokens * s.mlp, 5 * s.tokens * s.mlp),
     ),
+    # Log decay is fp32: two numbers of bf16.
+    "channel gate": Case(
+        eager_biased_gate, lambda a, bias: channel_gates.biased_gate(a, bias, 1 / 16),
+        lambda s: [(s.tokens, s.heads_width), (s.heads_width,)], head_numbers(3, 4),
+    ),
+    "bounded gate": Case(
+        eager_bounded_gate, lambda a: channel_gates.bounded_gate(a, 0.5), lambda s: [(s.tokens, s.heads_width)],
+        head_numbers(4, 5),
+    ),
     # Forward alone, with the gradient in it: reads fp32 once (2 numbers of bf16) and writes bf16.
     "loss": Case(
         lambda x, labels: loss.losses_and_gradient_naive(x, labels, torch.bfloat16),
@@ -158,6 +177,8 @@ def eager_layers():
             (layers, "residual_rms_norm", eager_residual_norm),
             (layers, "swiglu", eager_swiglu),
             (mixers, "swiglu", eager_swiglu),
+            (decay, "biased_gate", eager_biased_gate),
+            (decay, "bounded_gate", eager_bounded_gate),
             (feature_maps, "l2_norm", eager_l2_norm),
             (rope.kernel, "rotate", eager_rotate),
         ]:

@@ -114,8 +114,11 @@ class LinearMixer(nn.Module):
             sizes = [stream.shape[-1] for stream in streams]
             streams = self.conv(torch.cat(streams, -1), seq).split(sizes, -1)
         q_THK, k_THK, v_THV = (stream.unflatten(-1, (self.num_heads, -1)) for stream in streams)
-        q_THK, log_decay = self.q_map(q_THK), self.decay(streams[1] if self.keys_from_decay else x_TD)
-        k_THK = -torch.expm1(log_decay).to(q_THK.dtype) if self.keys_from_decay else self.k_map(k_THK)
+        q_THK = self.q_map(q_THK)
+        if self.keys_from_decay:
+            log_decay, k_THK = self.decay(streams[1])
+        else:
+            log_decay, k_THK = self.decay(x_TD), self.k_map(k_THK)
         o_THV = linear_attention(
             q_THK, k_THK, v_THV, log_decay=log_decay, beta=self._beta(x_TD), causal=self.causal,
             normalize=self.normalize, seq=seq,

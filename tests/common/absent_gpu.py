@@ -150,9 +150,10 @@ def compile_choosing(width):
 
 
 def compile_layer(width):
-    """Norms, rotations, SwiGLU and the loss of a model of this width, with heads of 128, in bf16."""
+    """Norms, rotations, gates, SwiGLU and the loss of a model of this width, with heads of 128, in bf16."""
     import torch
 
+    from longspan.kernels.channel_gates_triton import channel_gate_backward_triton, channel_gate_triton
     from longspan.kernels.loss_triton import losses_and_gradient_triton
     from longspan.kernels.norm_triton import norm_backward_triton, norm_triton
     from longspan.kernels.rotation_triton import rotate_backward_triton, rotate_triton
@@ -170,6 +171,9 @@ def compile_layer(width):
     for weight in (None, zeros(128)):
         rotate_triton(heads, angles, angles, weight, 1e-6)
         rotate_backward_triton(heads, angles, angles, heads, weight, 1e-6)
+    for bias in (None, zeros(width, dtype=torch.float32)):
+        channel_gate_triton(stream, bias, 0.5)
+        channel_gate_backward_triton(stream.float(), stream, stream, bias, 0.5)
     swiglu_triton(stream, stream)
     swiglu_backward_triton(stream, stream, stream)
     losses_and_gradient_triton(stream.float(), zeros(64, dtype=torch.int64), torch.bfloat16)
