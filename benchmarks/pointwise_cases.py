@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from longspan.kernels import channel_gates, loss, norm, rotation, swiglu
+from longspan.kernels import channel_gates, elu, loss, norm, rotation, swiglu
 from longspan.models import decay, feature_maps, layers, mixers, rope
 
 EPS = 1e-6
@@ -79,6 +79,10 @@ def eager_bounded_gate(a, factor=0.5):
     return log_decay, -torch.expm1(log_decay).to(a.dtype)
 
 
+def eager_elu1(x):
+    return torch.where(x < 0, x.clamp(max=0).exp(), x + 1)
+
+
 def eager_swiglu(gate, up):
     return F.silu(gate) * up
 
@@ -141,6 +145,7 @@ CASES = {
         eager_swiglu, swiglu.swiglu, lambda s: 2 * [(s.tokens, s.mlp)],
         lambda s: (3 * s.tokens * s.mlp, 5 * s.tokens * s.mlp),
     ),
+    "elu1": Case(eager_elu1, elu.elu1, lambda s: [heads(s)], head_numbers(2, 3)),
     # Log decay is fp32: two numbers of bf16.
     "channel gate": Case(
         eager_biased_gate, lambda a, bias: channel_gates.biased_gate(a, bias, 1 / 16),
@@ -179,6 +184,7 @@ def eager_layers():
             (mixers, "swiglu", eager_swiglu),
             (decay, "biased_gate", eager_biased_gate),
             (decay, "bounded_gate", eager_bounded_gate),
+            (feature_maps, "elu1", eager_elu1),
             (feature_maps, "l2_norm", eager_l2_norm),
             (rope.kernel, "rotate", eager_rotate),
         ]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from longspan.kernels.elu import elu1
 from longspan.kernels.norm import l2_norm
 
 
@@ -43,7 +44,7 @@ class Elu1(FeatureMap):
     """exp(x) below zero and 1 + x above: elu(x) + 1 without its cancellation, so strictly positive."""
 
     def forward(self, x_THK: torch.Tensor) -> torch.Tensor:
-        return torch.where(x_THK < 0, x_THK.clamp(max=0).exp(), x_THK + 1)
+        return elu1(x_THK)
 
 
 class Softmax(FeatureMap):

@@ -154,6 +154,7 @@ def compile_layer(width):
     import torch
 
     from longspan.kernels.channel_gates_triton import channel_gate_backward_triton, channel_gate_triton
+    from longspan.kernels.elu_triton import elu1_backward_triton, elu1_triton
     from longspan.kernels.loss_triton import losses_and_gradient_triton
     from longspan.kernels.norm_triton import norm_backward_triton, norm_triton
     from longspan.kernels.rotation_triton import rotate_backward_triton, rotate_triton
@@ -174,6 +175,8 @@ def compile_layer(width):
     for bias in (None, zeros(width, dtype=torch.float32)):
         channel_gate_triton(stream, bias, 0.5)
         channel_gate_backward_triton(stream.float(), stream, stream, bias, 0.5)
+    elu1_triton(heads)
+    elu1_backward_triton(heads, heads)
     swiglu_triton(stream, stream)
     swiglu_backward_triton(stream, stream, stream)
     losses_and_gradient_triton(stream.float(), zeros(64, dtype=torch.int64), torch.bfloat16)
