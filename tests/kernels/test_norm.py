@@ -126,9 +126,9 @@ class TestTriton:
 
     def test_strides(self):
         x, _, weight, gate, _, d_out = make_inputs((9, 3, 16), (False, True, True), torch.float32)
-        wide = torch.randn(9, 100)
-        wide[:, 20:68] = x.flatten(1)
-        strided, turned = wide[:, 20:68].unflatten(1, (3, 16)), gate.transpose(0, 1).contiguous().transpose(0, 1)
+        wide = torch.randn(9, 5, 24)
+        wide[:, 1:4, 3:19] = x
+        strided, turned = wide[:, 1:4, 3:19], gate.transpose(0, 1).contiguous().transpose(0, 1)
         for inputs in [(strided, weight, turned), (x.transpose(0, 2).contiguous().transpose(0, 2), weight, gate)]:
             found = self.kernels.norm_triton(inputs[0], None, *inputs[1:], True, EPS)
             assert torch.equal(found[0], self.kernels.norm_triton(x, None, weight, gate, True, EPS)[0])
