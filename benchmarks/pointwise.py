@@ -23,6 +23,7 @@ from longspan.launcher.parsing import parse_tokens
 from longspan.models.build import build_model
 from longspan.models.config import LAYER_KINDS, ModelConfig
 from longspan.models.decay import Gate
+from longspan.models.parallelize import compile_blocks
 from longspan.models.rope import rotary_angles
 from longspan.parallel import SequenceParallel
 
@@ -79,8 +80,12 @@ def main() -> int:
             for form in ("eager", "longspan"):
                 row = {"layer": kind, "form": form, "tokens": tokens}
                 note(row, layer_times, kind, form, tokens, sizes, dtype, device, arguments.seconds)
-    for name in arguments.cases if arguments.compile else ():
-        run_case(name, "compiled")
+    if arguments.compile:
+        for name in arguments.cases:
+            run_case(name, "compiled")
+        for kind in arguments.layers:
+            row = {"layer": kind, "form": "compiled", "tokens": sizes.tokens}
+            note(row, layer_times, kind, "compiled", sizes.tokens, sizes, dtype, device, arguments.seconds)
     print(summary(record["rows"]))
     return int(any("error" in row for row in record["rows"]))
 
@@ -116,6 +121,7 @@ def case_times(name, form, sizes, dtype, device, rate, seconds) -> dict:
     function = case.longspan if form == "longspan" else case.eager
     if form == "compiled":
         torch._dynamo.reset()
+        torch._functorch.config.donated_buffer = False  # else a backward cannot be timed by itself, many times
         function = torch.compile(function, dynamic=True)
     row = {"errors": errors(name, function, sizes, dtype, device)}
     floor = [count * dtype.itemsize / rate / 1e9 for count in case.moved(sizes)]
@@ -162,7 +168,11 @@ def layer_times(kind, form, tokens, sizes, dtype, device, seconds) -> dict:
     )  # fmt: skip
     torch.manual_seed(0)
     with device:
-        block = build_model(config).blocks[0]
+        model = build_model(config)
+    block = model.blocks[0]
+    if form == "compiled":  # as train.compile does: longspan's kernels, and the rest fused
+        torch._dynamo.reset()
+        compile_blocks(model, device.type)
     for module in block.modules():
         if not isinstance(module, Gate):
             for parameter in module.parameters(recurse=False):

@@ -1,6 +1,7 @@
 """The benchmark of what stands beside attention runs, and compares what it says it does."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def test_options_are_in_force_while_they_are_tried(monkeypatch, tmp_path):
     status, rows = run(monkeypatch, tmp_path, *words)
     in_use = norm_triton.PROGRAMS
     assert status == 0 and seen == [in_use, in_use, 7, 9] and rows[-1]["value"] == "9"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPU")
+def test_what_is_compiled_is_measured_too(monkeypatch, tmp_path):
+    status, rows = run(monkeypatch, tmp_path, "--cases", "swiglu", "--layers", "--compile")
+    assert status == 0 and [row["form"] for row in rows] == ["eager", "longspan", "compiled"]
+    assert max(rows[-1]["errors"]) < 1e-6 and rows[-1]["ms"]["forward+backward"] > 0
 
 
 def test_when_the_budget_is_spent_rows_say_so(monkeypatch, tmp_path):
