@@ -1,7 +1,7 @@
 """The benchmark of what stands beside attention runs, and compares what it says it does."""
 
 import json
-import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -44,8 +44,8 @@ def test_options_are_in_force_while_they_are_tried(monkeypatch, tmp_path):
     assert status == 0 and seen == [in_use, in_use, 7, 9] and rows[-1]["value"] == "9"
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPU")
 def test_what_is_compiled_is_measured_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # inductor takes its time
     status, rows = run(monkeypatch, tmp_path, "--cases", "swiglu", "--layers", "--compile")
     assert status == 0 and [row["form"] for row in rows] == ["eager", "longspan", "compiled"]
     assert max(rows[-1]["errors"]) < 1e-6 and rows[-1]["ms"]["forward+backward"] > 0
