@@ -13,6 +13,7 @@ from longspan.attention.block_parts import STRATEGIES, Part, Request, block_part
 from longspan.attention.gather_rows import Ranks, gather_rows
 from longspan.attention.linear_branch import Branch, LinearBranch
 from longspan.attention.outline import Outline
+from longspan.attention.ranges import SPARSE, of_component
 from longspan.attention.recompute import keep, recall
 from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
@@ -21,6 +22,7 @@ from longspan.kernels.sparse import BlockPlan, choose
 
 
 @torch.compiler.disable
+@of_component(SPARSE)
 def sparse_attention(
     q, k, v, *, selection, linear=None, causal=True, scale=None, layout=None, group=None, strategy="auto", seq=None
 ):

@@ -1,11 +1,12 @@
 """The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
-`sample` draws, `bench` measures."""
+`profile` shows what a step took, `sample` draws, `bench` measures."""
 
 import argparse
 import sys
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import longspan
@@ -99,6 +100,19 @@ def plan(argv: list[str]) -> None:
     report(config, arguments.gpus, arguments.gpus_per_node, parse_tokens(arguments.document), as_json=arguments.json)
 
 
+def profile(argv: list[str]) -> None:
+    """Prints the table of a run's newest profile. UserError if it has none."""
+    parser = _Parser(
+        prog="longspan profile",
+        description="Prints what steps of a run took by component, as `longspan train profile.start=N` measured it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    from longspan.launcher.profile_report import show
+
+    show(Path(parser.parse_args(argv).run))
+
+
 def settings_help() -> str:
     """Every setting with its default, its type and its line of help, by section."""
     lines = ["settings (key=value, or by section in the file); K, M, G in token counts are 2^10, 2^20, 2^30:"]
@@ -178,7 +192,9 @@ BENCHMARKS = {
     "calibrate": "calibrate", "kernels": "linear_kernels", "attention": "ring_attention", "linear": "linear_ranks",
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
-COMMANDS = {"prepare": prepare, "plan": plan, "train": train, "sample": sample, "bench": bench}
+COMMANDS = {
+    "prepare": prepare, "plan": plan, "train": train, "profile": profile, "sample": sample, "bench": bench,
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,16 +10,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from longspan.attention.ranges import component
 from longspan.launcher import checkpoint
 from longspan.launcher.agreement import decide
 from longspan.launcher.allocator import allocator_setting
 from longspan.launcher.batches import BatchLoader
+from longspan.launcher.breakdown import DATA, OPTIMIZER, OUTSIDE
 from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config
 from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment
 from longspan.launcher.errors import UserError
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
+from longspan.launcher.profiling import StepProfiler
 from longspan.launcher.progress import TrainingProgress
 from longspan.launcher.schedule import learning_rate
 from longspan.launcher.tasks import step_builder
@@ -92,6 +95,7 @@ class Trainer:
             checkpoint.load(start, self.engine)
             self.loader.load_state_dict(start.data)
             self.step = start.step
+        self.profiler = StepProfiler(config, mesh, self.model, first_step=self.step + 1)
         self.meter = StepMeter(config.model, mesh)
         if config.log.attention_time:
             self.sequence_parallel.mark = self.meter.mark_attention
@@ -157,16 +161,20 @@ class Trainer:
             return
         self._open_outputs()
         while self.step < steps:
+            self.profiler.begin(self.step + 1)
             pending = self._train_step()
             if self._due(log_config.validation_interval):
-                pending.val_loss = self._validation_loss()
+                with component(OUTSIDE):
+                    pending.val_loss = self._validation_loss()
             self._pending.append(pending)
             self._report(keep=self._steps_in_flight)
             if self._due(self.config.checkpoint.interval) or self.step == steps:
                 self._report(keep=0)
                 data = self.loader.state_dict()
-                path = checkpoint.save(self.run_dir, self.config, self.engine, step=self.step, data=data)
+                with component(OUTSIDE):
+                    path = checkpoint.save(self.run_dir, self.config, self.engine, step=self.step, data=data)
                 log.info("saved %s", path)
+            self.profiler.end(self.step)
         log.info("finished %d steps: %s", self.step, self.run_dir)
 
     def close(self) -> None:
@@ -182,7 +190,9 @@ class Trainer:
     def _train_step(self) -> PendingStep:
         """One optimizer step. The update is left out on the device when the loss or the gradient norm is not finite."""
         begin = self.meter.begin()
-        batches = self.loader.next_step()
+        with component(DATA):
+            batches = self.loader.next_step()
+        self.profiler.observe(batches)
         self.step += 1
         num_labels = batches[0].num_labels_global
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -193,7 +203,8 @@ class Trainer:
         table = self.meter.gather(loss_sum, batches)
         loss = table[:, 0].sum() / num_labels
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
-        grad_norm = self.engine.step(lr, loss)
+        with component(OPTIMIZER):
+            grad_norm = self.engine.step(lr, loss)
         return self.meter.pending(self.step, lr, table, loss, grad_norm, begin, self.meter.mark())
 
     @torch.no_grad()

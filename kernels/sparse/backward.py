@@ -57,7 +57,7 @@ def queries_kernel(
     PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [T, HEADS, D] of one query block and pack of heads."""
-    block, first_head, key_head, listed = program_of(HEADS, KEY_HEADS, LISTS, PACK)
+    block, first_head, key_head, listed = program_of(M, HEADS, KEY_HEADS, LISTS, PACK)
     first, row, place, position, valid = query_rows(block, 0, q_start, q_length, q_position, ROWS, PACK)
     q_ptr += first * q_stride_t + first_head * q_stride_h
     d_out_ptr += first * d_out_stride_t + first_head * d_out_stride_h
@@ -110,7 +110,7 @@ def keys_kernel(
     fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS)."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     TURNS: tl.constexpr = HEADS // GROUPS // PACK * PARTS
-    item, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    item, group = tl.program_id(0) % items, tl.program_id(0) // items
     key_head, listed = group // (GROUPS // KEY_HEADS), (group * LISTS // GROUPS).to(tl.int64)
     column = tl.load(item_col + listed * items + item)
     if column < num_columns:
@@ -169,10 +169,16 @@ def keys_kernel(
 def add_kernel(
     parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, num_columns, items,
     KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+    WRITTEN: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [T, KEY_HEADS, D] of one key block and head: the parts of its lists, in order."""
+    """dk, dv [T, KEY_HEADS, D] of one key block and head: the parts of its lists, in order. WRITTEN: what has one part
+    is there already."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     column, key_head = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS
+    if WRITTEN and GROUPS == KEY_HEADS:
+        ends = item_ptr + (key_head * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
+        if tl.load(ends + 1) - tl.load(ends) == 1:
+            return
     inside = tl.arange(0, KEYS)
     there = inside < tl.load(k_length + column)
     dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)

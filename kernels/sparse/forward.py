@@ -26,7 +26,7 @@ def forward_kernel(
     PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes out [T, HEADS, D] and lse [T, HEADS], natural logarithm; 0 and -inf for a query that sees nothing."""
-    block, first_head, key_head, listed = program_of(HEADS, KEY_HEADS, LISTS, PACK)
+    block, first_head, key_head, listed = program_of(M, HEADS, KEY_HEADS, LISTS, PACK)
     first, row, place, position, valid = query_rows(block, 0, q_start, q_length, q_position, ROWS, PACK)
     q_ptr += first * q_stride_t + first_head * q_stride_h
     q = load_tile(q_ptr, row, q_stride_t, place * q_stride_h, valid, D, BLOCK_D)

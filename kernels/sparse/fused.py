@@ -3,6 +3,7 @@
 import torch
 
 from longspan.kernels.linear.splits import padded, unit_stride
+from longspan.kernels.sparse import hopper
 from longspan.kernels.sparse.backward import add_kernel, keys_kernel, queries_kernel, rows_kernel
 from longspan.kernels.sparse.forward import forward_kernel
 from longspan.kernels.sparse.plan import CHUNK, BlockPlan
@@ -30,8 +31,10 @@ def refusal(dtype: torch.dtype, head_dim: int, plan: BlockPlan) -> str | None:
 def forward(q, k, v, plan: BlockPlan, scale: float):
     """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D], lse fp32 [Tq, Hq])."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     tile = _tile(q, k, plan)
+    if hopper.takes(q, plan, tile["ROWS"], scale):
+        return hopper.forward(q, k, v, plan, scale, tile["PACK"])
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     if len(plan.queries):
         forward_kernel[(len(plan.queries) * q.shape[1] // tile["PACK"],)](
             q, k, v, out, lse, *_tables(plan), *_strides(q, k, v), scale, len(plan.queries), plan.row_idx.shape[1],
@@ -44,8 +47,10 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float):
     """(dq, dk, dv) in the dtypes of q, k and v; d_lse: [Tq, Hq] or None. out and lse: of all keys that the queries see,
     also where the plan lists some of them."""
     d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
+    if hopper.takes(q, plan, tile["ROWS"], scale):
+        return hopper.backward(d_out, d_lse, q, k, v, out, lse, plan, scale, tile["PACK"])
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     rows = lse.new_empty(*lse.shape, 2)
     if lse.numel():
         d_lse = torch.zeros_like(lse) if d_lse is None else d_lse.float().contiguous()
@@ -70,7 +75,7 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float):
     )  # fmt: skip
     add_kernel[(num_columns * k.shape[1],)](
         *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, num_columns, items,
-        k.shape[1], plan.heads, head_dim, tile["BLOCK_D"], plan.keys.size, num_warps=plan.keys.size // 8,
+        k.shape[1], plan.heads, head_dim, tile["BLOCK_D"], plan.keys.size, False, num_warps=plan.keys.size // 8,
     )  # fmt: skip
     return dq, dk, dv
 

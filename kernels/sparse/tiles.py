@@ -6,9 +6,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def program_of(HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, PACK: tl.constexpr):
-    """What a program that walks the list of a query block works on: (block, first of PACK heads, key head, list)."""
-    block, head = tl.program_id(0) // (HEADS // PACK), tl.program_id(0) % (HEADS // PACK) * PACK
+def program_of(M, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, PACK: tl.constexpr):
+    """What a program that walks the list of a query block works on: (block, first of PACK heads, key head, list). One
+    head after the other, so that the keys of the programs that run together fit the L2 cache."""
+    block, head = tl.program_id(0) % M, tl.program_id(0) // M * PACK
     return block, head, head // (HEADS // KEY_HEADS), (head * LISTS // HEADS).to(tl.int64)
 
 
