@@ -34,7 +34,8 @@ OWN = (
     "norm_backward_kernel",
     "rotate_",
     "swiglu_",
-    "loss_kernel",
+    "scores_kernel",
+    "gradient_kernel",
     "channel_gate",
 )  # in names of kernels
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk")

@@ -47,19 +47,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Where there are shapes alone, the first chunk stands for all.
         for start in range(0, min(len(hidden), chunk) if hidden.is_meta else len(hidden), chunk):
             rows = slice(start, start + chunk)
-            ignored_C1 = (labels[rows] == IGNORED_LABEL)[:, None]
-            hidden_CD = hidden[rows].masked_fill(ignored_C1, 0)
-
+            ignored_C = labels[rows] == IGNORED_LABEL
+            hidden_CD = hidden[rows].masked_fill(ignored_C[:, None], 0)
             logits_CV = _product(hidden_CD, weight.t(), wide)
+            lse_C, logit_C = label_scores(logits_CV, labels[rows])
+            loss += (lse_C - logit_C).masked_fill(ignored_C, 0).sum()
             if needs_hidden or needs_weight:
-                losses_C, grad_CV = losses_and_gradient(logits_CV, labels[rows], hidden.dtype)
+                grad_CV = logits_gradient(logits_CV, lse_C, labels[rows], hidden.dtype)
                 if needs_hidden:
                     torch.mm(grad_CV, weight, out=grad_hidden[rows])
                 if needs_weight:
                     grad_weight += _product(grad_CV.t(), hidden_CD, wide)
-            else:
-                losses_C = _losses(logits_CV, labels[rows])[0]
-            loss += losses_C.sum()
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
@@ -76,34 +74,44 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def losses_and_gradient_naive(logits, labels, dtype):
-    """losses_and_gradient in plain PyTorch, any device and dtype."""
-    losses, lse, place, ignored = _losses(logits, labels)
-    gradient = (logits - lse).exp_()
-    gradient.scatter_(1, place, gradient.gather(1, place) - 1)
-    return losses, gradient.masked_fill_(ignored, 0).to(dtype)
+def label_scores_naive(logits, labels):
+    """(log-sum-exp, logit of the label), both [C], of logits [C, V]; what they are for ignored labels is undefined."""
+    place = labels.masked_fill(labels == IGNORED_LABEL, 0)[:, None]
+    return logits.logsumexp(-1), logits.gather(1, place)[:, 0]
 
 
-def _losses(logits, labels):
-    """(losses [C]; log-sum-exp, labels with 0 for ignored ones, which those are, all [C, 1])"""
+def logits_gradient_naive(logits, lse, labels, dtype):
+    """softmax(logits) - onehot(labels), zeros for ignored labels: [C, V] in `dtype`. lse: [C], of the logits."""
     ignored = (labels == IGNORED_LABEL)[:, None]
     place = labels[:, None].masked_fill(ignored, 0)
-    lse = logits.logsumexp(-1, keepdim=True)
-    return (lse - logits.gather(1, place)).masked_fill(ignored, 0)[:, 0], lse, place, ignored
+    gradient = (logits - lse[:, None]).exp_()
+    gradient.scatter_(1, place, gradient.gather(1, place) - 1)
+    return gradient.masked_fill_(ignored, 0).to(dtype)
 
 
-def _triton():
-    from longspan.kernels.loss_triton import losses_and_gradient_triton
+def _scores_triton():
+    from longspan.kernels.loss_triton import label_scores_triton
 
-    return losses_and_gradient_triton
+    return label_scores_triton
 
 
-# logits [C, V], labels int64 [C] -> cross-entropies [C] in the dtype of logits, and their gradient [C, V] in `dtype`.
-losses_and_gradient = operator(
-    "losses_and_gradient(Tensor logits, Tensor labels, ScalarType dtype) -> (Tensor, Tensor)",
-    naive=losses_and_gradient_naive,
-    fused=_triton,
-    shapes=lambda logits, labels, dtype: (logits.new_empty(len(labels)), torch.empty_like(logits, dtype=dtype)),
+def _gradient_triton():
+    from longspan.kernels.loss_triton import logits_gradient_triton
+
+    return logits_gradient_triton
+
+
+label_scores = operator(
+    "label_scores(Tensor logits, Tensor labels) -> (Tensor, Tensor)",
+    naive=label_scores_naive,
+    fused=_scores_triton,
+    shapes=lambda logits, labels: (logits.new_empty(len(labels)), logits.new_empty(len(labels))),
+)
+logits_gradient = operator(
+    "logits_gradient(Tensor logits, Tensor lse, Tensor labels, ScalarType dtype) -> Tensor",
+    naive=logits_gradient_naive,
+    fused=_gradient_triton,
+    shapes=lambda logits, lse, labels, dtype: logits.new_empty(logits.shape, dtype=dtype),
 )
 
 

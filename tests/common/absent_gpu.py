@@ -155,7 +155,7 @@ def compile_layer(width):
 
     from longspan.kernels.channel_gates_triton import channel_gate_backward_triton, channel_gate_triton
     from longspan.kernels.elu_triton import elu1_backward_triton, elu1_triton
-    from longspan.kernels.loss_triton import losses_and_gradient_triton
+    from longspan.kernels.loss_triton import label_scores_triton, logits_gradient_triton
     from longspan.kernels.norm_triton import norm_backward_triton, norm_triton
     from longspan.kernels.rotation_triton import rotate_backward_triton, rotate_triton
     from longspan.kernels.swiglu_triton import swiglu_backward_triton, swiglu_triton
@@ -179,7 +179,9 @@ def compile_layer(width):
     elu1_backward_triton(heads, heads)
     swiglu_triton(stream, stream)
     swiglu_backward_triton(stream, stream, stream)
-    losses_and_gradient_triton(stream.float(), zeros(64, dtype=torch.int64), torch.bfloat16)
+    labels = zeros(64, dtype=torch.int64)
+    lse, _ = label_scores_triton(stream.float(), labels)
+    logits_gradient_triton(stream.float(), lse, labels, torch.bfloat16)
 
 
 def main():

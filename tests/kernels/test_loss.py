@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longspan.kernels.loss as loss_module
-from longspan.kernels.loss import chunked_cross_entropy, losses_and_gradient, losses_and_gradient_naive
+from longspan.kernels.loss import (
+    chunked_cross_entropy,
+    label_scores,
+    label_scores_naive,
+    logits_gradient,
+    logits_gradient_naive,
+)
 
 VOCABULARY, HIDDEN = 11, 6
 
@@ -71,10 +77,14 @@ def test_on_the_gpu(dtype, limit):
 def test_wide_vocabularies_on_the_gpu(vocabulary):
     logits, labels = torch.randn(300, vocabulary, device="cuda") * 10, torch.randint(vocabulary, (300,), device="cuda")
     labels[7] = -100
-    found = losses_and_gradient(logits, labels, torch.bfloat16)
-    losses, gradient = losses_and_gradient_naive(logits.double(), labels, torch.float64)
-    torch.testing.assert_close(found[0].double(), losses, rtol=1e-6, atol=1e-5)
-    assert found[1].dtype == torch.bfloat16 and (found[1].double() - gradient).norm() <= 4e-3 * gradient.norm()
+    scores = label_scores(logits, labels)
+    found = logits_gradient(logits, scores[0], labels, torch.bfloat16)
+    exact = label_scores_naive(logits.double(), labels)
+    gradient = logits_gradient_naive(logits.double(), exact[0], labels, torch.float64)
+    kept = labels != -100
+    for a, b in zip(scores, exact):
+        torch.testing.assert_close(a[kept].double(), b[kept], rtol=1e-6, atol=1e-5)
+    assert found.dtype == torch.bfloat16 and (found.double() - gradient).norm() <= 4e-3 * gradient.norm()
 
 
 class TestTriton:
@@ -87,7 +97,7 @@ class TestTriton:
             pytest.skip("kernels are interpreted only where there is no GPU")
         from longspan.kernels import loss_triton
 
-        self.kernel = loss_triton.losses_and_gradient_triton
+        self.scores, self.gradient = loss_triton.label_scores_triton, loss_triton.logits_gradient_triton
         monkeypatch.setattr(loss_triton, "BLOCK", 8)
 
     @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=["fp32", "bf16"])
@@ -97,30 +107,35 @@ class TestTriton:
         labels = torch.randint(vocabulary, (9,))
         labels[[2, 5]] = -100
         logits[2] = float("nan")  # what is ignored gives nothing
-        losses, gradient = self.kernel(logits, labels, dtype)
+        lse, logit = self.scores(logits, labels)
+        gradient, kept = self.gradient(logits, lse, labels, dtype), labels != -100
         exact = logits.double().nan_to_num().requires_grad_()
         expected = F.cross_entropy(exact, labels, reduction="none")
-        torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close((lse - logit)[kept].double(), expected[kept].detach(), rtol=1e-6, atol=1e-5)
         (expected,) = torch.autograd.grad(expected.sum(), exact)
         assert gradient.dtype == dtype and gradient.isfinite().all()
         assert (gradient.double() - expected).norm() <= limit * expected.norm()
 
     def test_what_is_no_label(self):
         logits, labels = torch.zeros(3, 11), torch.tensor([11, -1, 2])
-        losses, _ = self.kernel(logits, labels, torch.float32)
-        assert losses.isnan().tolist() == [True, True, False]
+        _, logit = self.scores(logits, labels)
+        assert logit.isnan().tolist() == [True, True, False]
 
     def test_infinite_logits(self):
         """Minus infinity is a token that cannot come; a whole row of it, or plus infinity, is no distribution."""
         logits = torch.zeros(3, 11)
         logits[0, 3], logits[1], logits[2, 9] = float("-inf"), float("-inf"), float("inf")
-        losses, gradient = self.kernel(logits, torch.zeros(3, dtype=torch.int64), torch.float32)
-        torch.testing.assert_close(losses[0], torch.tensor(10.0).log())
-        assert gradient[0, 3] == 0 and not losses[1:].isfinite().any()
+        labels = torch.zeros(3, dtype=torch.int64)
+        lse, logit = self.scores(logits, labels)
+        torch.testing.assert_close(lse[0], torch.tensor(10.0).log())
+        assert not (lse - logit)[1:].isfinite().any()
+        assert self.gradient(logits, lse, labels, torch.float32)[0, 3] == 0
 
     def test_no_tokens(self):
-        losses, gradient = self.kernel(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), torch.bfloat16)
-        assert losses.shape == (0,) and gradient.shape == (0, 5)
+        logits, labels = torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)
+        lse, logit = self.scores(logits, labels)
+        assert lse.shape == logit.shape == (0,)
+        assert self.gradient(logits, lse, labels, torch.bfloat16).shape == (0, 5)
 
 
 def test_weight_gradient_accumulates_in_fp32():
