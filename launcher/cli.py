@@ -1,5 +1,5 @@
 """The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
-`profile` shows what a step took, `sample` draws, `bench` measures."""
+`profile` shows what a step took, `sample` draws, `bench` measures, `report` shows what was measured."""
 
 import argparse
 import sys
@@ -187,6 +187,31 @@ def bench(argv: list[str]) -> None:
     sys.exit(import_module(f"longspan.benchmarks.{BENCHMARKS[arguments.benchmark]}").main())
 
 
+def report(argv: list[str]) -> None:
+    """Writes a report. Raises UserError for files that do not fit."""
+    parser = _Parser(
+        prog="longspan report",
+        description="Writes tables and plots of training runs and benchmarks: speed and MFU by sequence length and by "
+        "number of GPUs, memory, times, losses, and in what the runs differ.",
+        epilog="Plots need matplotlib: pip install 'longspan[plots]'. More: docs/report.md",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "results", nargs="+", metavar="RESULTS", help="run directories, metrics.jsonl files, JSON records of benchmarks"
+    )
+    parser.add_argument(
+        "--output", default="report.md", metavar="FILE.md", help="plots go beside it (default report.md)"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=2, metavar="N", help="first steps of a run that medians leave out (default 2)"
+    )
+    arguments = parser.parse_args(argv)
+    from longspan.launcher.report import write_report
+
+    for path in write_report(**vars(arguments)):
+        print(f"wrote {path}")
+
+
 # name: module of longspan.benchmarks
 BENCHMARKS = {
     "calibrate": "calibrate", "kernels": "linear_kernels", "attention": "ring_attention", "linear": "linear_ranks",
@@ -194,6 +219,7 @@ BENCHMARKS = {
 }  # fmt: skip
 COMMANDS = {
     "prepare": prepare, "plan": plan, "train": train, "profile": profile, "sample": sample, "bench": bench,
+    "report": report,
 }  # fmt: skip
 
 

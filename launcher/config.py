@@ -61,6 +61,9 @@ class DataConfig:
     respect_documents: bool = setting(True, "attention and state stop at document boundaries (false: with stream only)")
     image_size: int = setting(32, "pixels on a side of generated images (model.task=images), a power of two")
     validation_fraction: float = setting(0.0, "share of the documents kept for validation")
+    validation_corpora: list[CorpusConfig] = setting(
+        [], "corpora of their own for validation, like data.corpora; then data.validation_fraction stays 0"
+    )
     prefetch: int = setting(2, "optimizer steps whose batches are built ahead on a CPU thread")
 
 
@@ -310,22 +313,31 @@ class Config:
         data = self.data
         _require(data.corpora != [], "data.corpora is empty: name a corpus written by `longspan prepare`, "
                                      "such as data.corpora=[{path: data/x}]")  # fmt: skip
-        for index, corpus in enumerate(data.corpora):
-            _require(corpus.path != "", f"data.corpora[{index}].path is not set: name a corpus without .bin/.idx")
-            _require(corpus.weight > 0, f"data.corpora[{index}].weight={corpus.weight}: use a number above 0")
+        for name in ("corpora", "validation_corpora"):
+            for index, corpus in enumerate(getattr(data, name)):
+                _require(corpus.path != "", f"data.{name}[{index}].path is not set: name a corpus without .bin/.idx")
+                _require(corpus.weight > 0, f"data.{name}[{index}].weight={corpus.weight}: use a number above 0")
+        _require(
+            data.validation_corpora == [] or data.validation_fraction == 0,
+            f"data.validation_fraction={data.validation_fraction} keeps documents of data.corpora for validation, but "
+            "data.validation_corpora has others: use one of them",
+        )
         _require(
             data.packing == "stream" or data.respect_documents,
             "data.respect_documents=false needs data.packing=stream: packing whole documents keeps them apart",
         )
         _require(
-            self.log.validation_interval == 0 or data.validation_fraction > 0,
+            self.log.validation_interval == 0 or data.validation_fraction > 0 or data.validation_corpora != [],
             f"log.validation_interval={self.log.validation_interval} needs documents kept for validation: "
-            "set data.validation_fraction, such as 0.01",
+            "set data.validation_fraction, such as 0.01, or data.validation_corpora",
         )
 
     def _validate_images(self) -> None:
         data, pixels = self.data, self.data.image_size**2
-        _require(data.corpora == [], "data.corpora is for model.task=text; images are generated: leave it out")
+        for name in ("corpora", "validation_corpora"):
+            _require(
+                getattr(data, name) == [], f"data.{name} is for model.task=text; images are generated: leave it out"
+            )
         _require(data.respect_documents, "data.respect_documents=false is for model.task=text: images are kept apart")
         _require(
             data.image_size >= 2 and data.image_size.bit_count() == 1,

@@ -6,6 +6,7 @@ As a script it compiles what the linear forms and sparse attention launch and pr
     python tests/common/absent_gpu.py --few DTYPE WIDTH...    # not every kind of decay and size of blocks
     python tests/common/absent_gpu.py choosing WIDTH...       # what chooses blocks, and makes lists of them
     python tests/common/absent_gpu.py layer WIDTH...          # what a layer does beside attention, and the loss
+    python tests/common/absent_gpu.py hopper WIDTH...         # sparse attention in Gluon, bfloat16
 """
 
 import json
@@ -125,6 +126,25 @@ def compile_sparse(dtype, head_dim, few):
             fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
 
 
+def compile_hopper(head_dim):
+    """What attention over whole blocks launches on Hopper."""
+    import torch
+
+    from longspan.kernels.sparse import BlockPlan, Blocks, fused, hopper
+
+    hopper.on_hopper = lambda x: True
+    # query block, key block, query heads, key heads, list heads, causal and weighted
+    cases = [(128, 64, 2, 2, 2, False), (64, 128, 4, 2, 1, True), (128, 64, 4, 1, 2, True)]
+    for query_block, key_block, heads, key_heads, lists, masked in cases:
+        queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
+        chosen = torch.zeros(lists, len(queries), 1, dtype=torch.int64)
+        weight = torch.zeros(len(keys)) if masked else None
+        plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight)
+        q, k, v = (torch.zeros(300, n, head_dim, dtype=torch.bfloat16) for n in (heads, key_heads, key_heads))
+        out, lse = fused.forward(q, k, v, plan, 0.3)
+        fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
+
+
 def compile_choosing(width):
     """What chooses blocks for heads of this width, and the lists of plans."""
     import numpy as np
@@ -191,8 +211,9 @@ def main():
     compiled = install()
     for width in widths:
         key_size, value_size = [int(size) for size in (*width.split(","), width)[:2]]
-        if dtype in ("choosing", "layer"):
-            (compile_choosing if dtype == "choosing" else compile_layer)(key_size)
+        others = {"choosing": compile_choosing, "layer": compile_layer, "hopper": compile_hopper}
+        if dtype in others:
+            others[dtype](key_size)
             continue
         compile_linear(getattr(torch, dtype), (key_size, value_size), few)
         if key_size == value_size:
@@ -201,6 +222,9 @@ def main():
         sass = disassemble(kernel)
         record = {"name": kernel.name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
         record |= {"spills": len(re.findall(r"\bSTL\b", sass)), "undefined": undefined_registers(sass)}
+        # Where the assembler cannot let products run on, it waits after every one of them.
+        waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass)), kernel.asm["ptx"].count("wgmma.wait_group")
+        record["serialized"] = waits[0] > waits[1]
         print(json.dumps(record), flush=True)
 
 

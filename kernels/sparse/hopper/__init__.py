@@ -5,30 +5,36 @@ from functools import cache
 
 import torch
 
-CHUNK_ROWS = 64  # rows of a warpgroup
+ROWS = 64  # of a warpgroup
+
+
+def takes(q, plan, rows: int, scale: float) -> bool:
+    """Whether these kernels take a case that the others take: tiles of `rows` = 128 queries, whole blocks."""
+    return (
+        on_hopper(q)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[2] in (64, 128)
+        and rows == 2 * ROWS
+        and plan.queries.size % ROWS == 0
+        and plan.keys.size % ROWS == 0
+        and plan.rule is None
+        and scale > 0
+        and 0 < len(plan.queries) * plan.queries.size * q.shape[1] < 2**31
+    )
+
+
+def on_hopper(x: torch.Tensor) -> bool:
+    return x.is_cuda and _runs(x.device.index)
 
 
 @cache
 def _runs(device_index: int) -> bool:
     if torch.cuda.get_device_capability(device_index) != (9, 0):
         return False
-    return importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
-
-
-def takes(q, plan, rows: int, scale: float) -> bool:
-    """Whether these kernels take a case that the others take: tiles of 128 queries, whole blocks, one Hopper GPU."""
-    return (
-        q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[2] in (64, 128)
-        and rows == 2 * CHUNK_ROWS
-        and plan.queries.size % CHUNK_ROWS == 0
-        and plan.keys.size % CHUNK_ROWS == 0
-        and plan.rule is None
-        and scale > 0
-        and 0 < q.shape[0] * q.shape[1] < 2**31
-        and _runs(q.device.index)
-    )
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
+    except ModuleNotFoundError:  # Triton before 3.5
+        return False
 
 
 def forward(q, k, v, plan, scale, pack):

@@ -28,15 +28,17 @@ from longspan.kernels.sparse.hopper.tiles import (
 
 @gluon.jit
 def _attend(
-    part: gl.constexpr, q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, out_ptr, lse_ptr,
-    row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h,
-    scale, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
+    part: gl.constexpr, given, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
     """out and lse of rows 64 * part on."""
+    (
+        q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, out_ptr, lse_ptr, row_idx, begin, stop,
+        first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale,
+    ) = given  # fmt: skip
     S: gl.constexpr = product_layout(TILE)
-    O: gl.constexpr = product_layout(D)
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    OUT: gl.constexpr = product_layout(D)
+    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     rows: gl.constexpr = gl.SliceLayout(1, S)
     q_tile = q_tiles.index(part)
     q_tile.store(load_rows(q_ptr, first, count, part, q_stride_t, q_stride_h, PACK, D))
@@ -45,7 +47,7 @@ def _attend(
     position += (part * 64 + gl.arange(0, 64, rows)) // PACK
     highest = gl.full([64], float("-inf"), gl.float32, rows)
     total = gl.full([64], 0.0, gl.float32, rows)
-    out = gl.full([64, D], 0.0, gl.float32, O)
+    out = gl.full([64, D], 0.0, gl.float32, OUT)
     nothing = gl.full([64, TILE], 0.0, gl.float32, S)
     if begin < stop:
         mbarrier.wait(k_ready.index(0), 0)
@@ -68,21 +70,9 @@ def _attend(
             scores = warpgroup_mma_wait(1, deps=[pending])
             mbarrier.arrive(k_free.index(stage))
             scores = _mask(
-                scores,
-                turn,
-                begin,
-                stop,
-                row_idx,
-                k_length,
-                k_position,
-                k_step,
-                earliest,
-                position,
-                KEYS,
-                TILE,
-                CAUSAL,
-                S,
-            )
+                scores, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS, TILE,
+                CAUSAL, S,
+            )  # fmt: skip
             new_weights, rescale, highest, total = _softmax(
                 scores, highest, total, turn, begin, stop, row_idx, weight_ptr, scale, KEYS, TILE, WEIGHTED, S
             )
@@ -90,14 +80,14 @@ def _attend(
             mbarrier.wait(v_ready.index(stage), (turn // STAGES) & 1)  # also keeps the next wait behind the softmax
             out, weights, new_weights = warpgroup_mma_wait(0, deps=[out_pending, weights, new_weights])
             mbarrier.arrive(v_free.index(before))
-            out = out * gl.convert_layout(rescale, gl.SliceLayout(1, O))[:, None]
+            out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
             weights = new_weights
         last = (turns - 1) % STAGES
         out = warpgroup_mma(weights, v_tiles.index(last), out)
     empty = total == 0.0
     total = gl.where(empty, 1.0, total)
     store_rows(
-        out_ptr, first, count, part, HEADS, PACK, D, out / gl.convert_layout(total, gl.SliceLayout(1, O))[:, None]
+        out_ptr, first, count, part, HEADS, PACK, D, out / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
     )
     index = part * 64 + gl.arange(0, 64, rows)
     lse = gl.where(empty, float("-inf"), (highest + gl.log2(total)) / LOG2E)
@@ -106,21 +96,9 @@ def _attend(
 
 @gluon.jit
 def _mask(
-    scores,
-    turn,
-    begin,
-    stop,
-    row_idx,
-    k_length,
-    k_position,
-    k_step,
-    earliest,
-    position,
-    KEYS: gl.constexpr,
-    TILE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    layout: gl.constexpr,
-):
+    scores, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS: gl.constexpr,
+    TILE: gl.constexpr, CAUSAL: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
     if must_mask(turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, KEYS, TILE, CAUSAL):
         seen = seen_keys(turn, begin, stop, row_idx, k_length, k_position, k_step, position, KEYS, TILE, CAUSAL, layout)
         scores = gl.where(seen, scores, float("-inf"))
@@ -129,20 +107,9 @@ def _mask(
 
 @gluon.jit
 def _softmax(
-    scores,
-    highest,
-    total,
-    turn,
-    begin,
-    stop,
-    row_idx,
-    weight_ptr,
-    scale,
-    KEYS: gl.constexpr,
-    TILE: gl.constexpr,
-    WEIGHTED: gl.constexpr,
-    layout: gl.constexpr,
-):
+    scores, highest, total, turn, begin, stop, row_idx, weight_ptr, scale, KEYS: gl.constexpr, TILE: gl.constexpr,
+    WEIGHTED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
     """(weights, what older ones shrink by, highest, total), in base 2."""
     stretch = scale * LOG2E
     if WEIGHTED:
@@ -160,11 +127,10 @@ def _softmax(
 
 @gluon.jit(do_not_specialize=["M", "capacity", "scale"])
 def forward_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr,
-    q_start, q_length, q_position, k_start, k_length, k_position, k_step, row_ptr, row_idx, weight_ptr,
-    q_stride_t, q_stride_h, scale, M, capacity,
-    HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
-    PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
+    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, q_start, q_length, q_position, k_start, k_length, k_position, k_step,
+    row_ptr, row_idx, weight_ptr, q_stride_t, q_stride_h, scale, M, capacity, HEADS: gl.constexpr,
+    KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
+    TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.forward.forward_kernel, for tiles of 128 rows."""
     block, head, key_head, listed = block_of(M, HEADS, KEY_HEADS, LISTS, PACK)
@@ -181,11 +147,18 @@ def forward_kernel(
     q_ptr += head * q_stride_h
     out_ptr += head * D
     lse_ptr += head
+    given = (
+        q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, out_ptr, lse_ptr, row_idx, begin, stop,
+        first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale,
+    )  # fmt: skip
+    feed = (
+        k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, key_head * D,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (_attend, (0, q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, out_ptr, lse_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
-            (_attend, (1, q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, out_ptr, lse_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
-            (send_keys, (k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, key_head * D, KEYS, TILE, STAGES)),
+            (_attend, (0, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
+            (_attend, (1, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
+            (send_keys, (feed, KEYS, TILE, STAGES)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

@@ -16,18 +16,17 @@ from longspan.kernels.sparse.hopper.tiles import (
     load_rows,
     make_barriers,
     product_layout,
-    row_layout,
     shared_layout,
     store_rows,
 )
 
 
 @gluon.jit
-def _send(
-    q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready,
-    q_free, d_out_free, col_idx, begin, stop, q_start, head, M,
-    TURNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
+def _send(feed, TURNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr):
+    (
+        q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready,
+        d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M,
+    ) = feed  # fmt: skip
     turn = 0
     for step in range(begin * TURNS, stop * TURNS):
         stage, phase = turn % STAGES, (turn // STAGES) & 1
@@ -46,17 +45,20 @@ def _send(
 
 @gluon.jit
 def _attend(
-    half: gl.constexpr, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free,
-    d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first,
-    count, key_position, key_step, weight, k_stride_t, v_stride_t, alone, scale,
-    KEY_HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr, TURNS: gl.constexpr,
-    PARTS: gl.constexpr, STAGES: gl.constexpr, SUMMED: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
+    half: gl.constexpr, given, KEY_HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr,
+    TURNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, SUMMED: gl.constexpr, CAUSAL: gl.constexpr,
+    WEIGHTED: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the key block's rows 64 * half on; alone: the block has no other part; SUMMED: several heads'
     parts make one."""
+    (
+        k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr,
+        v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, key_position,
+        key_step, weight, k_stride_t, v_stride_t, alone, scale,
+    ) = given  # fmt: skip
     S: gl.constexpr = product_layout(64)
-    O: gl.constexpr = product_layout(D)
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    OUT: gl.constexpr = product_layout(D)
+    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     k_tile, v_tile = k_tiles.index(half), v_tiles.index(half)
     k_tile.store(load_rows(k_ptr, first, count, half, k_stride_t, 0, 1, D))
     v_tile.store(load_rows(v_ptr, first, count, half, v_stride_t, 0, 1, D))
@@ -66,7 +68,7 @@ def _attend(
     key_position += inside * key_step
     stretch = scale * LOG2E
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
-    dk, dv = gl.full([64, D], 0.0, gl.float32, O), gl.full([64, D], 0.0, gl.float32, O)
+    dk, dv = gl.full([64, D], 0.0, gl.float32, OUT), gl.full([64, D], 0.0, gl.float32, OUT)
     turn = 0
     for step in range(begin * TURNS, stop * TURNS):
         stage, phase = turn % STAGES, (turn // STAGES) & 1
@@ -112,11 +114,11 @@ def _attend(
 
 @gluon.jit(do_not_specialize=["num_columns", "items", "capacity", "scale", "M"])
 def keys_kernel(
-    q_desc, d_out_desc, lse_desc, delta_desc, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv,
-    q_start, q_position, k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col,
-    weight_ptr, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, M, num_columns, items, capacity,
-    HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
-    SIZE: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, d_out_desc, lse_desc, delta_desc, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, q_start, q_position,
+    k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col, weight_ptr, k_stride_t, k_stride_h,
+    v_stride_t, v_stride_h, scale, M, num_columns, items, capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr,
+    LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr, CHUNK: gl.constexpr,
+    CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.backward.keys_kernel, for query blocks of SIZE rows, a multiple of 64; what has one part goes
     to dk and dv at once."""
@@ -156,20 +158,30 @@ def keys_kernel(
         parts_dk += at
         parts_dv += at
         head = group * (HEADS // GROUPS)
+        given = (
+            k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free,
+            k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count,
+            position, step, weight, k_stride_t, v_stride_t, alone, scale,
+        )  # fmt: skip
+        feed = (
+            q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready,
+            d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M,
+        )  # fmt: skip
+        SUMMED: gl.constexpr = GROUPS != KEY_HEADS
         if KEYS == 128:
             gl.warp_specialize(
                 [
-                    (_attend, (0, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
-                    (_attend, (1, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
-                    (_send, (q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M, TURNS, PARTS, STAGES, D)),
+                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, SUMMED, CAUSAL, WEIGHTED)),
+                    (_attend, (1, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, SUMMED, CAUSAL, WEIGHTED)),
+                    (_send, (feed, TURNS, PARTS, STAGES, D)),
                 ],
                 [4, 1], [240, 24],
             )  # fmt: skip
         else:
             gl.warp_specialize(
                 [
-                    (_attend, (0, k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, position, step, weight, k_stride_t, v_stride_t, alone, scale, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, GROUPS != KEY_HEADS, CAUSAL, WEIGHTED)),
-                    (_send, (q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M, TURNS, PARTS, STAGES, D)),
+                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, SUMMED, CAUSAL, WEIGHTED)),
+                    (_send, (feed, TURNS, PARTS, STAGES, D)),
                 ],
                 [1], [24],
             )  # fmt: skip

@@ -28,16 +28,18 @@ from longspan.kernels.sparse.hopper.tiles import (
 
 @gluon.jit
 def _attend(
-    part: gl.constexpr, q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr,
-    lse_ptr, delta_ptr, dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr,
-    q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, row_stride, scale,
-    HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
+    part: gl.constexpr, given, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
     """dq of rows 64 * part on."""
+    (
+        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr, delta_ptr,
+        dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t,
+        q_stride_h, d_out_stride_t, d_out_stride_h, row_stride, scale,
+    ) = given  # fmt: skip
     S: gl.constexpr = product_layout(TILE)
-    O: gl.constexpr = product_layout(D)
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    OUT: gl.constexpr = product_layout(D)
+    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     q_tile, d_out_tile = q_tiles.index(part), d_out_tiles.index(part)
     q_tile.store(load_rows(q_ptr, first, count, part, q_stride_t, q_stride_h, PACK, D))
     d_out_tile.store(load_rows(d_out_ptr, first, count, part, d_out_stride_t, d_out_stride_h, PACK, D))
@@ -49,7 +51,7 @@ def _attend(
     earliest = position + part * 64 // PACK
     position += token
     nothing = gl.full([64, TILE], 0.0, gl.float32, S)
-    dq = gl.full([64, D], 0.0, gl.float32, O)
+    dq = gl.full([64, D], 0.0, gl.float32, OUT)
     if begin < stop:
         mbarrier.wait(k_ready.index(0), 0)
         pending = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -57,25 +59,9 @@ def _attend(
         d_pending = warpgroup_mma(d_out_tile, v_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[pending])
         weights = _weights(
-            scores,
-            lse,
-            0,
-            begin,
-            stop,
-            row_idx,
-            k_length,
-            k_position,
-            k_step,
-            earliest,
-            position,
-            weight_ptr,
-            scale,
-            KEYS,
-            TILE,
-            CAUSAL,
-            WEIGHTED,
-            S,
-        )
+            scores, lse, 0, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, weight_ptr, scale,
+            KEYS, TILE, CAUSAL, WEIGHTED, S,
+        )  # fmt: skip
         d_weights = warpgroup_mma_wait(0, deps=[d_pending])
         mbarrier.arrive(v_free.index(0))
         d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
@@ -91,25 +77,9 @@ def _attend(
             dq_pending = warpgroup_mma(d_scores, k_tiles.index(before), dq, is_async=True)
             scores = warpgroup_mma_wait(2, deps=[pending])
             weights = _weights(
-                scores,
-                lse,
-                turn,
-                begin,
-                stop,
-                row_idx,
-                k_length,
-                k_position,
-                k_step,
-                earliest,
-                position,
-                weight_ptr,
-                scale,
-                KEYS,
-                TILE,
-                CAUSAL,
-                WEIGHTED,
-                S,
-            )
+                scores, lse, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, weight_ptr,
+                scale, KEYS, TILE, CAUSAL, WEIGHTED, S,
+            )  # fmt: skip
             mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
             d_weights, weights = warpgroup_mma_wait(1, deps=[d_pending, weights])
             mbarrier.arrive(v_free.index(stage))
@@ -124,25 +94,9 @@ def _attend(
 
 @gluon.jit
 def _weights(
-    scores,
-    lse,
-    turn,
-    begin,
-    stop,
-    row_idx,
-    k_length,
-    k_position,
-    k_step,
-    earliest,
-    position,
-    weight_ptr,
-    scale,
-    KEYS: gl.constexpr,
-    TILE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    WEIGHTED: gl.constexpr,
-    layout: gl.constexpr,
-):
+    scores, lse, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, weight_ptr, scale,
+    KEYS: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
     stretch = scale * LOG2E
     if WEIGHTED:
         scores = add_weights(scores * stretch, turn, begin, stop, row_idx, weight_ptr, KEYS, TILE, layout)
@@ -157,13 +111,14 @@ def _weights(
 
 @gluon.jit(do_not_specialize=["M", "capacity", "scale"])
 def queries_kernel(
-    q_ptr, k_desc, v_desc, d_out_ptr, lse_ptr, delta_ptr, dq_ptr,
-    q_start, q_length, q_position, k_start, k_length, k_position, k_step, row_ptr, row_idx, weight_ptr,
-    q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale, M, capacity,
-    HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
-    PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
+    q_ptr, k_desc, v_desc, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, q_start, q_length, q_position, k_start, k_length,
+    k_position, k_step, row_ptr, row_idx, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale,
+    M, capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
+    KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows; lse (base 2) and delta: [HEADS, M, rows of a block]."""
+    """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows; lse (base 2) and delta as rows_kernel
+    makes them."""
     block, head, key_head, listed = block_of(M, HEADS, KEY_HEADS, LISTS, PACK)
     dtype: gl.constexpr = k_desc.dtype
     q_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], shared_layout(16))
@@ -182,11 +137,19 @@ def queries_kernel(
     size = 128 // PACK
     lse_ptr += (gl.to_tensor(head).to(gl.int64) * M + block) * size
     delta_ptr += (gl.to_tensor(head).to(gl.int64) * M + block) * size
+    given = (
+        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr,
+        delta_ptr, dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr,
+        q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, M * size, scale,
+    )  # fmt: skip
+    feed = (
+        k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, key_head * D,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (_attend, (0, q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, M * size, scale, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
-            (_attend, (1, q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, M * size, scale, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
-            (send_keys, (k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, key_head * D, KEYS, TILE, STAGES)),
+            (_attend, (0, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
+            (_attend, (1, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
+            (send_keys, (feed, KEYS, TILE, STAGES)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

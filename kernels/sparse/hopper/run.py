@@ -4,7 +4,6 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from longspan.kernels.compiler import triton
 from longspan.kernels.sparse.backward import add_kernel
 from longspan.kernels.sparse.hopper.attend import forward_kernel
 from longspan.kernels.sparse.hopper.keys import keys_kernel
@@ -51,9 +50,10 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan, scale, pack):
     parts = [lse.new_empty(groups, items, size, head_dim) for _ in range(2)]
     keys_kernel[(items * groups,)](
         *(_rows_of(x, 64) for x in (q, d_out)), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
-        plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col, _weight(plan), *k.stride()[:2],
-        *v.stride()[:2], scale, blocks, len(plan.keys), items, plan.col_idx.shape[1], *_heads(q, k, plan), size,
-        rows, CHUNK, plan.causal, weighted, KEY_STAGES, num_warps=4, **_two_per_processor(size),
+        plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr,
+        plan.item_col, _weight(plan), *k.stride()[:2], *v.stride()[:2], scale, blocks, len(plan.keys), items,
+        plan.col_idx.shape[1], *_heads(q, k, plan), size, rows, CHUNK, plan.causal, weighted, KEY_STAGES, num_warps=4,
+        **_two_per_processor(size),
     )  # fmt: skip
     add_kernel[(len(plan.keys) * k.shape[1],)](
         *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, len(plan.keys), items, k.shape[1],

@@ -86,11 +86,9 @@ def _first_row(index, turn, begin, stop, row_idx, k_start, KEYS: gl.constexpr, T
 
 
 @gluon.jit
-def send_keys(
-    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, at,
-    KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def send_keys(feed, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
     """Feeds what walks a list, tiles of one block, a part of one or two; an odd last block comes twice."""
+    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, at = feed
     ROWS: gl.constexpr = KEYS if KEYS < TILE else TILE
     BYTES: gl.constexpr = TILE * k_tiles.shape[2] * 2
     for turn in range(0, turns_of(begin, stop, KEYS, TILE)):
