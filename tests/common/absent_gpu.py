@@ -5,6 +5,7 @@ As a script it compiles what the linear forms and sparse attention launch and pr
     python tests/common/absent_gpu.py DTYPE WIDTH...          # such as bfloat16 64 128, or 16,64 for K, V
     python tests/common/absent_gpu.py --few DTYPE WIDTH...    # not every kind of decay and size of blocks
     python tests/common/absent_gpu.py choosing WIDTH...       # what chooses blocks, and makes lists of them
+    python tests/common/absent_gpu.py layer WIDTH...          # what a layer does beside attention, and the loss
     python tests/common/absent_gpu.py hopper WIDTH...         # sparse attention in Gluon, bfloat16
 """
 
@@ -169,6 +170,41 @@ def compile_choosing(width):
     columns_triton(row_ptr, row_idx, 8, 64, 9)
 
 
+def compile_layer(width):
+    """Norms, rotations, gates, SwiGLU and the loss of a model of this width, with heads of 128, in bf16."""
+    import torch
+
+    from longspan.kernels.channel_gates_triton import channel_gate_backward_triton, channel_gate_triton
+    from longspan.kernels.elu_triton import elu1_backward_triton, elu1_triton
+    from longspan.kernels.loss_triton import label_scores_triton, logits_gradient_triton
+    from longspan.kernels.norm_triton import norm_backward_triton, norm_triton
+    from longspan.kernels.rotation_triton import rotate_backward_triton, rotate_triton
+    from longspan.kernels.swiglu_triton import swiglu_backward_triton, swiglu_triton
+
+    def zeros(*shape, dtype=torch.bfloat16):
+        return torch.zeros(shape, dtype=dtype)
+
+    stream, heads, angles = zeros(64, width), zeros(64, width // 128, 128), zeros(64, 1, 64, dtype=torch.float32)
+    for x, branch, weight, gate in [
+        (stream, stream, zeros(width), None), (heads, None, zeros(128), heads), (heads, None, None, None)
+    ]:  # fmt: skip
+        norm_triton(x, branch, weight, gate, weight is not None, 1e-6)
+        norm_backward_triton(x, branch, x, weight, gate, weight is not None, 1e-6)
+    for weight in (None, zeros(128)):
+        rotate_triton(heads, angles, angles, weight, 1e-6)
+        rotate_backward_triton(heads, angles, angles, heads, weight, 1e-6)
+    for bias in (None, zeros(width, dtype=torch.float32)):
+        channel_gate_triton(stream, bias, 0.5)
+        channel_gate_backward_triton(stream.float(), stream, stream, bias, 0.5)
+    elu1_triton(heads)
+    elu1_backward_triton(heads, heads)
+    swiglu_triton(stream, stream)
+    swiglu_backward_triton(stream, stream, stream)
+    labels = zeros(64, dtype=torch.int64)
+    lse, _ = label_scores_triton(stream.float(), labels)
+    logits_gradient_triton(stream.float(), lse, labels, torch.bfloat16)
+
+
 def main():
     import torch
 
@@ -176,11 +212,9 @@ def main():
     compiled = install()
     for width in widths:
         key_size, value_size = [int(size) for size in (*width.split(","), width)[:2]]
-        if dtype == "choosing":
-            compile_choosing(key_size)
-            continue
-        if dtype == "hopper":
-            compile_hopper(key_size)
+        others = {"choosing": compile_choosing, "layer": compile_layer, "hopper": compile_hopper}
+        if dtype in others:
+            others[dtype](key_size)
             continue
         compile_linear(getattr(torch, dtype), (key_size, value_size), few)
         if key_size == value_size:

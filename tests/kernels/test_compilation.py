@@ -48,6 +48,15 @@ def test_kernels_that_choose_blocks_compile(tmp_path):
         assert kernel["shared"] <= absent_gpu.SHARED_LIMIT and not kernel["undefined"], kernel
 
 
+def test_kernels_of_a_layer_compile_without_spills(tmp_path):
+    kernels = compiled(tmp_path, "layer", "8192")
+    names = ["norm_kernel", "norm_backward_kernel", "rotate_kernel", "norm_rotate_backward_kernel", "scores_kernel"]
+    names += ["channel_gate_kernel", "channel_gate_backward_kernel", "elu1_kernel", "gradient_kernel"]
+    assert {*names, "swiglu_kernel", "swiglu_backward_kernel"} <= {kernel["name"] for kernel in kernels}
+    for kernel in kernels:
+        assert not kernel["spills"] and not kernel["undefined"], kernel
+
+
 def test_kernels_for_hopper_compile(tmp_path):
     """And their products overlap with the rest: the assembler does not wait for each."""
     kernels = compiled(tmp_path, "hopper", "128")
