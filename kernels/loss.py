@@ -2,8 +2,10 @@
 
 Logits exist for `chunk` tokens at a time. While they exist in the forward, both gradients are formed from them, so the
 backward only multiplies by the incoming scalar and logits are never computed twice.
-Shape letters: T tokens, C tokens of a chunk, D hidden size, V vocabulary.
+Shape letters: T tokens, C tokens of a chunk, D hidden size, V vocabulary, P parts of it.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -11,13 +13,23 @@ from torch.autograd.function import once_differentiable
 IGNORED_LABEL = -100
 
 
-def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int) -> torch.Tensor:
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    chunk: int,
+    first: int = 0,
+    stack: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[label]; tokens with label -100 count for nothing.
 
     hidden [T, D], weight [V, D] of one dtype, labels int64 [T], chunk >= 1 tokens. T may be 0. Returns a scalar.
     Logits, softmax, loss and the weight's gradient are accumulated in fp32 (fp64 for fp64 inputs). An ignored token
     gives zero gradient even if its hidden row is not finite. The backward may run once per forward.
-    ValueError for shapes, dtypes or a chunk that do not fit; labels outside [0, V) are an indexing error.
+    stack: where `weight` is a part of the vocabulary, its rows from `first` on, what stacks a tensor with those of the
+    other parts; the loss is that of the whole vocabulary, gradients those through this part.
+    ValueError for shapes, dtypes or a chunk that do not fit; labels outside [0, V) are an indexing error, but not
+    noticed where the vocabulary is in parts.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
@@ -30,12 +42,12 @@ def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: to
         )
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 token")
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, first, stack, torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk, training):
+    def forward(ctx, hidden, weight, labels, chunk, first, stack, training):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
         loss = torch.zeros((), dtype=wide, device=hidden.device)
@@ -45,16 +57,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, min(len(hidden), chunk) if hidden.is_meta else len(hidden), chunk):
             rows = slice(start, start + chunk)
             ignored_C1 = (labels[rows] == IGNORED_LABEL)[:, None]
-            label_C1 = labels[rows, None].masked_fill(ignored_C1, 0)
+            label_C1, foreign_C1 = labels[rows, None] - first, ignored_C1
+            if stack is not None:
+                foreign_C1 = ignored_C1 | (label_C1 < 0) | (label_C1 >= len(weight))
+            label_C1 = label_C1.masked_fill(foreign_C1, 0)
             hidden_CD = hidden[rows].masked_fill(ignored_C1, 0)
 
             logits_CV = _product(hidden_CD, weight.t(), wide)
             lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            loss += (lse_C1 - logits_CV.gather(1, label_C1)).masked_fill(ignored_C1, 0).sum()
+            logit_C1 = logits_CV.gather(1, label_C1).masked_fill(foreign_C1, 0)
+            if stack is not None:
+                lse_PC1, logit_PC1 = stack(torch.cat([lse_C1, logit_C1], 1)).split(1, -1)
+                lse_C1, logit_C1 = lse_PC1.logsumexp(0), logit_PC1.sum(0)
+            loss += (lse_C1 - logit_C1).masked_fill(ignored_C1, 0).sum()
 
             if needs_hidden or needs_weight:
                 grad_CV = logits_CV.sub_(lse_C1).exp_()
-                grad_CV.scatter_(1, label_C1, grad_CV.gather(1, label_C1) - 1)
+                grad_CV.scatter_(1, label_C1, grad_CV.gather(1, label_C1) - (~foreign_C1).to(wide))
                 grad_CV = grad_CV.masked_fill_(ignored_C1, 0).to(hidden.dtype)
                 if needs_hidden:
                     torch.mm(grad_CV, weight, out=grad_hidden[rows])
@@ -73,7 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden.mul_(grad_loss)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, *[None] * 5
 
 
 def _product(a, b, dtype):
