@@ -326,7 +326,8 @@ class Config:
         tp, divisors = self.parallel.tp, [size for size in range(1, world_size + 1) if world_size % size == 0]
         allowed = ", ".join(map(str, divisors))
         _require(world_size % tp == 0, f"parallel.tp={tp} does not divide the {world_size} ranks: use one of {allowed}")
-        sp, ranks = self.parallel.sp or world_size // tp, f"{world_size} ranks" + f" / parallel.tp={tp}" * (tp > 1)
+        each = f" / parallel.tp={tp}" * (tp > 1)
+        sp, ranks = self.parallel.sp or world_size // tp, f"{world_size} ranks{each}"
         divisors = [size for size in divisors if world_size // tp % size == 0]
         allowed = ", ".join(map(str, divisors))
         _require(world_size // tp % sp == 0, f"parallel.sp={sp} does not divide the {ranks}: use one of {allowed}")
@@ -334,8 +335,8 @@ class Config:
         allowed = " or ".join(str(size) for size in divisors if heads % size == 0)
         _require(
             self.parallel.softmax != "ulysses" or heads % sp == 0,
-            f"parallel.softmax=ulysses cannot share model.num_heads={self.model.num_heads}"
-            f"{f' / parallel.tp={tp}' * (tp > 1)} among parallel.sp={sp} ranks: use usp or ring, or parallel.sp={allowed}",
+            f"parallel.softmax=ulysses cannot share model.num_heads={heads * tp}{each} among parallel.sp={sp} ranks: "
+            f"use usp or ring, or parallel.sp={allowed}",
         )
         dp = world_size // tp // sp
         _require(

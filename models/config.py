@@ -209,7 +209,7 @@ class ModelConfig:
         _require(self.rope_scaling >= 1, f"model.rope_scaling={self.rope_scaling} must be at least 1; 1 means none")
 
     def validate_split(self, ranks: int) -> None:
-        """Raises ValueError, in one line, where heads, MLPs and the vocabulary cannot be split over parallel.tp=ranks."""
+        """Raises ValueError where heads, MLPs and the vocabulary cannot be split over parallel.tp=ranks."""
         if ranks == 1:
             return
         _require(self.task == "text", f"parallel.tp={ranks} is for model.task=text, not {self.task}: use parallel.tp=1")

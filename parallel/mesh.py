@@ -89,6 +89,7 @@ def build_mesh(
     if tp > 1:
         mesh = init_device_mesh(device.type, (*shape, tp), mesh_dim_names=(*names, "tp"))
         fsdp_mesh, tp_mesh = mesh[names], mesh["tp"]
+        mesh["shard", "tp"]._flatten()  # so that DTensor sums over both axes (norms of gradients) at once
     else:
         mesh = fsdp_mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         tp_mesh = None
