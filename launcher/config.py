@@ -338,6 +338,14 @@ class Config:
             f"parallel.softmax=ulysses cannot share model.num_heads={heads * tp}{each} among parallel.sp={sp} ranks: "
             f"use usp or ring, or parallel.sp={allowed}",
         )
+        _require(
+            tp == 1
+            or self.parallel.engine != "fsdp2"
+            or self.parallel.sharding != "fsdp"
+            or self.model.hidden_size % (world_size // tp) == 0,
+            f"with parallel.tp={tp} the {world_size // tp} ranks that shard parameters must divide model.hidden_size="
+            f"{self.model.hidden_size}: use another parallel.tp, or parallel.sharding=hsdp",
+        )
         dp = world_size // tp // sp
         _require(
             self.train.global_batch % dp == 0,

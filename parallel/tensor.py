@@ -43,16 +43,19 @@ class TensorParallel:
         held = [Partial() if placement.is_replicate() else placement for placement in parameter.placements]
         return parameter.to_local(grad_placements=held)
 
+    @torch.compiler.disable
     def gather(self, x: torch.Tensor, rows: int | None = None) -> torch.Tensor:
         """The first `rows` (None: all, padding included) of all ranks' rows, on every rank."""
         rows = len(x) * self.size if rows is None else rows
         missing = -(-rows // self.size) - len(x)
         return _Gather.apply(_more_rows(x, missing), self, rows)
 
+    @torch.compiler.disable
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's share of the rows of the sum of all ranks' x, padded with zeros to equal shares."""
         return _Scatter.apply(x, self)
 
+    @torch.compiler.disable
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' x."""
         return _Sum.apply(x, self)
