@@ -116,8 +116,10 @@ def _reading(kind: type, ranks, parts: tuple) -> type:
 
 def _read(name, ranks, rows, module):
     parameter = module._parameters[name]
+    if not ranks.readable(parameter):
+        return parameter
     held = ranks.local(parameter)
-    if held is parameter or not rows:
+    if not rows:
         return held
     pieces = [held[first:last] for first, last in rows]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -6,6 +6,8 @@ everything outside of layers is computed once. Weights are torch's DTensors, whi
 layers read the local part.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,11 +37,12 @@ class TensorParallel:
         placement = Replicate() if dim is None else Shard(dim)
         return nn.Parameter(distribute_tensor(parameter.detach(), self.mesh, [placement], src_data_rank=None))
 
+    def readable(self, parameter: nn.Parameter) -> bool:
+        """Whether it is not sharded over other ranks at the moment."""
+        return parameter.device_mesh == self.mesh
+
     def local(self, parameter: nn.Parameter) -> torch.Tensor:
-        """What this rank holds of it. Gradients of what every rank holds are parts that are yet to be summed. While
-        a parameter is sharded over other ranks too, it is returned as it is."""
-        if parameter.device_mesh != self.mesh:
-            return parameter
+        """What this rank holds of it. Gradients of what every rank holds are parts that are yet to be summed."""
         held = [Partial() if placement.is_replicate() else placement for placement in parameter.placements]
         return parameter.to_local(grad_placements=held)
 
@@ -75,6 +78,40 @@ class TensorParallel:
     def all_reduce(self, x):
         x = x.clone()
         dist.all_reduce(x, group=self.group)
+        return x
+
+
+class OutlinedRanks(TensorParallel):
+    """The first of `size` ranks that are not there, for models on torch's meta device. record: gets the bytes that each
+    exchange brings to a rank."""
+
+    def __init__(self, size: int, record: Callable[[float], None]):
+        self.size, self.rank, self.record = size, 0, record
+
+    def split(self, parameter, dim):
+        shape = list(parameter.shape)
+        if dim is not None:
+            shape[dim] = -(-shape[dim] // self.size)
+        return nn.Parameter(parameter.new_empty(shape))
+
+    def readable(self, parameter):
+        return True
+
+    def local(self, parameter):
+        return parameter
+
+    def all_gather(self, x):
+        return self._received(x.new_empty(self.size * len(x), *x.shape[1:]), 1)
+
+    def reduce_scatter(self, x):
+        self._received(x, 1)
+        return x.new_empty(len(x) // self.size, *x.shape[1:])
+
+    def all_reduce(self, x):
+        return self._received(torch.empty_like(x), 2)
+
+    def _received(self, x, times):
+        self.record(times * x.numel() * x.element_size() * (1 - 1 / self.size))
         return x
 
 

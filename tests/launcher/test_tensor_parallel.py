@@ -101,7 +101,8 @@ def test_the_run_is_that_of_one_rank(runs, name):
     for key in ("step", "loss", "grad_norm", "lr", "tokens"):
         assert [row[key] for row in other["rows"]] == pytest.approx([row[key] for row in one["rows"]], rel=1e-5), key
     assert other["rows"][-1]["val_loss"] == pytest.approx(one["rows"][-1]["val_loss"], rel=1e-5)
-    assert all(row["imbalance"] == pytest.approx(1, abs=0.05) for row in other["rows"])
+    if "dp" not in name:  # whose samples have other documents
+        assert all(row["imbalance"] == pytest.approx(1, abs=0.05) for row in other["rows"])
     if "weights" in other:
         found, wanted = (torch.cat([x.flatten() for x in run["weights"].values()]) for run in (other, one))
         assert ((found - wanted).norm() / wanted.norm()).item() < 1e-4
