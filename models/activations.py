@@ -124,7 +124,7 @@ def book_layers(model: nn.Module, meter) -> None:
     and what comes after the last norm under the loss."""
 
     def book(module, name):
-        module.register_forward_pre_hook(lambda *_: meter.push(name))
+        module.register_forward_pre_hook(lambda *_: meter.push(name), prepend=True)
         module.register_forward_hook(lambda *_: meter.pop(), always_call=True)
 
     for block, kind in zip(model.blocks, model.config.layer_kinds):
