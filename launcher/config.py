@@ -253,7 +253,7 @@ class Config:
             raise UserError(str(error)) from None
         _require(
             tp == 1 or self.parallel.engine != "deepspeed",
-            f"parallel.tp={tp} is for parallel.engine=fsdp2 and ddp: DeepSpeed would shard each rank's part as a whole",
+            f"parallel.tp={tp} is for parallel.engine=fsdp2 and ddp, not deepspeed: use one of those, or parallel.tp=1",
         )
 
     def _validate_engine(self) -> None:

@@ -1,10 +1,10 @@
 """Splits a decoder over tensor-parallel ranks from outside: each gets its share of the heads of every mixer, of the
 channels of every MLP and of the vocabulary. No layer knows of it.
 
-Projections out of the residual stream are split by rows of their weights, projections into it by columns. All other
-weights are whole on every rank and read in part where they belong to heads. Around mixers and MLPs `ranks`
-(parallel.TensorParallel) gathers tokens and scatters sums, so that between them, in norms and the residual stream, a
-rank has 1 / ranks of the tokens; gradients of what it reads are its part of a sum over ranks.
+Projections out of the residual stream are split by rows of their weights, projections into it by columns (Megatron-LM,
+arXiv 1909.08053). All other weights are whole on every rank and read in part where they belong to heads. Around mixers
+and MLPs `ranks` (parallel.tensor.TensorParallel) gathers tokens and scatters sums, so that between them, in norms and
+the residual stream, a rank has 1 / ranks of the tokens; gradients of what it reads are its part of a sum over ranks.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from longspan.models.feature_maps import Hedgehog
 from longspan.models.layers import RMSNorm
 from longspan.models.mixers import LinearMixer, Mamba2Mixer
 
-BY_ROWS = ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj", "gate_proj", "up_proj")
+BY_ROWS = ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj", "gate_proj", "up_proj", "embedding", "head")
 BY_COLUMNS = ("o_proj", "down_proj")
 
 
@@ -28,19 +28,16 @@ def split_model(model: nn.Module, ranks) -> None:
     """Splits `model`, a Decoder whose parameters are whole and the same on all ranks, in place. ValueError where its
     config does not allow it."""
     model.config.validate_split(ranks.size)
+    parts = {}
     for block in model.blocks:
-        parts = _parts_of_heads(block.mixer, ranks)
-        for name, module in block.named_modules():
-            dim = 0 if name.endswith(BY_ROWS) else 1 if name.endswith(BY_COLUMNS) else None
-            _place(module, ranks, dim, parts.get(module, {}))
+        parts |= _parts_of_heads(block.mixer, ranks)
         block.mixer.register_forward_pre_hook(partial(_gather_tokens, ranks))
         block.mlp.register_forward_pre_hook(partial(_gather_all, ranks))
         for module in (block.mixer, block.mlp):
             module.register_forward_hook(partial(_scatter, ranks))
-    for module in (model.embedding, model.head):
-        if module is not None:
-            _place(module, ranks, 0, {})
-    _place(model.norm, ranks, None, {})
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        _place(module, ranks, 0 if name in BY_ROWS else 1 if name in BY_COLUMNS else None, parts.get(module, {}))
     model.embedding.forward = partial(_embed, model.embedding, ranks)
     model.cross_entropy = partial(_cross_entropy, ranks, model.config.vocab_size)
     model.logits = partial(_logits, model, ranks)
@@ -99,12 +96,11 @@ def _shares(ranks, sizes: Sequence[int]) -> list[tuple[int, int]]:
 def _place(module: nn.Module, ranks, dim: int | None, parts: dict[str, Sequence[tuple[int, int]]]) -> None:
     """Splits the module's own parameters along `dim`, or keeps them whole and lets the module read `parts` of rows."""
     own = dict(module.named_parameters(recurse=False))
-    if not own:
-        return
     for name, parameter in own.items():
         setattr(module, name, ranks.split(parameter, dim))
-    rows = tuple((name, tuple(parts.get(name, ()))) for name in own)
-    module.__class__ = _reading(type(module), ranks, rows)
+    if own:
+        rows = tuple((name, tuple(parts.get(name, ()))) for name in own)
+        module.__class__ = _reading(type(module), ranks, rows)
 
 
 @cache
