@@ -41,7 +41,7 @@ CASES = {
     "all": (ALL, "one", FP64, {}, {}),
     "all, sp 1": (ALL, "mixed", FP64, {"sp": 1}, {}),
     "tied": (TIED, "mixed", FP64, {}, {}),
-    "whole copies, tiles": (FEW, "mixed", FP64, {"sharding": "none"}, {"mlp_tile": 3}),
+    "zeppelin, whole copies, tiles": (FEW, "mixed", FP64, {"sharding": "none"}, {"mlp_tile": 3}),
     # Without norms of heads of two, whose gradient is 2e-5 off in fp32 on one rank.
     "all, fp32": (replace(ALL, qk_norm=False), "mixed", FP32, {}, {}),
     "full": (FEW, "mixed", FP64, {}, {"checkpointing": "full"}),
@@ -102,7 +102,9 @@ def split(name, tp):
 def run_one(name, tp):
     _, lengths, dtype, _, _ = CASES[name]
     mesh, model = split(name, tp)
-    seq = SequenceParallel(mesh.sp_group, mesh.sp_state_group).context(LENGTHS[lengths])
+    softmax = "zeppelin" if "zeppelin" in name else "auto"
+    parallel = SequenceParallel(mesh.sp_group, mesh.sp_state_group, topology=mesh.sp_topology, softmax=softmax)
+    seq = parallel.context(LENGTHS[lengths])
     held = torch.from_numpy(seq.layout.global_indices(mesh.sp_rank))
     tokens, labels = (x[held] for x in make_batch(LENGTHS[lengths], mesh.dp_rank))
     loss = model(tokens, labels, seq)
@@ -158,6 +160,30 @@ def run_without_tokens(rank, world_size):
 
 def test_ranks_without_tokens():
     run_ranks(run_without_tokens, 4)
+
+
+def run_compiled(rank, world_size):
+    """Blocks whose forward is traced, inside checkpoints: equal results, and layers of one kind share their graphs."""
+    config = replace(FEW, pattern=["linear:fixed", "linear:mamba2", "softmax"], num_layers=9, feature_map="auto")
+    seq, batch = SequenceParallel().context(LENGTHS["mixed"]), make_batch(LENGTHS["mixed"], 0)
+    plain = make_model(config, FP64)
+    plain(*batch, seq).backward()
+    mesh = build_mesh(sp=1, sharding="fsdp", device=torch.device("cpu"), timeout_s=60, tp=world_size)
+    compile_with = torch.compile
+    torch.compile = partial(compile_with, backend="eager")  # without its slow code generation
+    over_ranks = partial(shard, mesh=mesh.fsdp_mesh, param_dtype=None, reduce_dtype=None)
+    options = {"checkpointing": "full", "compile": True, "ranks": TensorParallel(mesh.tp_mesh)}
+    model = parallelize(make_model(config, FP64), shard=over_ranks, **options)
+    torch.compile = compile_with
+    model(*batch, seq).backward()
+    for (name, parameter), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), wanted.grad, rtol=1e-9, atol=1e-12, msg=name)
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled():
+    graphs = run_ranks(run_compiled, 2)
+    assert 0 < graphs[0] == graphs[1] <= 24, graphs
 
 
 def run_stored(rank, world_size):
