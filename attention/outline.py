@@ -324,11 +324,9 @@ class _Branch:
         self._note(own_k, q, k, v, backward=False)
         _sums = self._sums(own_k, k, v, forward=True)
         folded = self._states(self._folded(), own_k, k, v, _wide(k))
-        states = (
-            self._states(self._blocks(self.selection.query_block), own_k, k, v, state_dtype(k.dtype))
-            if self.rest
-            else folded
-        )
+        states = folded
+        if self.rest:
+            states = self._states(self._blocks(self.selection.query_block), own_k, k, v, state_dtype(k.dtype))
         size = (k if own_k is None else own_k).shape[2]
         return states, k.new_empty(len(states), k.shape[1], size, dtype=_wide(k))
 

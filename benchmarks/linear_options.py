@@ -19,7 +19,8 @@ import torch
 
 from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
-from longspan.benchmarks.linear_worker import KINDS, Step, describe
+from longspan.benchmarks.linear_worker import KINDS, Step
+from longspan.benchmarks.worker import describe
 from longspan.launcher.parsing import parse_tokens
 
 DIRECTIONS = ("forward", "forward+backward")

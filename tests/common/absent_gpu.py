@@ -5,6 +5,7 @@ As a script it compiles what the linear forms and sparse attention launch and pr
     python tests/common/absent_gpu.py DTYPE WIDTH...          # such as bfloat16 64 128, or 16,64 for K, V
     python tests/common/absent_gpu.py --few DTYPE WIDTH...    # not every kind of decay and size of blocks
     python tests/common/absent_gpu.py choosing WIDTH...       # what chooses blocks, and makes lists of them
+    python tests/common/absent_gpu.py hopper WIDTH...         # sparse attention in Gluon, bfloat16
 """
 
 import json
@@ -105,13 +106,13 @@ def compile_linear(dtype, sizes, few):
 
 def compile_sparse(dtype, head_dim, few):
     """What attention over lists of blocks launches: with the largest blocks, and with small ones, packed heads, a mask
-    and weights."""
+    and weights; parts that go on from others."""
     import torch
 
     from longspan.kernels.sparse import BlockPlan, Blocks, fused
 
     # query block, key block, query heads, key heads, list heads, causal and weighted
-    cases = [(128, 128, 2, 1, 1, False), (16, 16, 8, 2, 2, True)]
+    cases = [(128, 128, 2, 1, 1, False), (16, 16, 8, 2, 2, True), (16, 16, 2, 2, 2, True), (128, 16, 2, 2, 2, True)]
     cases += [] if few else [(128, 64, 2, 1, 1, True), (64, 64, 2, 2, 1, False), (64, 16, 4, 2, 4, True)]
     for query_block, key_block, heads, key_heads, lists, masked in cases:
         queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
@@ -120,8 +121,28 @@ def compile_sparse(dtype, head_dim, few):
         plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight)
         if fused.refusal(dtype, head_dim, plan) is None:
             q, k, v = (torch.zeros(300, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
-            out, lse = fused.forward(q, k, v, plan, 0.3)
-            fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
+            onto = (q.float(), torch.zeros(300, heads)) if masked else None
+            out, lse = fused.forward(q, k, v, plan, 0.3, onto)
+            fused.backward(q, lse, q, k, v, out, lse, plan, 0.3, onto=onto and onto[0])
+
+
+def compile_hopper(head_dim):
+    """What attention over whole blocks launches on Hopper."""
+    import torch
+
+    from longspan.kernels.sparse import BlockPlan, Blocks, fused, hopper
+
+    hopper.on_hopper = lambda x: True
+    # query block, key block, query heads, key heads, list heads, causal and weighted
+    cases = [(128, 64, 2, 2, 2, False), (64, 128, 4, 2, 1, True), (128, 64, 4, 1, 2, True)]
+    for query_block, key_block, heads, key_heads, lists, masked in cases:
+        queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
+        chosen = torch.zeros(lists, len(queries), 1, dtype=torch.int64)
+        weight = torch.zeros(len(keys)) if masked else None
+        plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight)
+        q, k, v = (torch.zeros(300, n, head_dim, dtype=torch.bfloat16) for n in (heads, key_heads, key_heads))
+        out, lse = fused.forward(q, k, v, plan, 0.3)
+        fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
 
 
 def compile_choosing(width):
@@ -142,7 +163,7 @@ def compile_choosing(width):
     families = Families(*(zeros(*n) for n in ((128,), (8,), (8,), (128,), (128,), (8, 16), (8,))), 16)
     means = torch.zeros(128, 2, width)
     top_triton(means, means, zeros(128), ranges, 0, 0, None)
-    pool_triton(means.bfloat16(), Blocks.of((0, 128), 16), 2, False)
+    pool_triton((means.bfloat16(),), Blocks.of((0, 128), 16), 2, False)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
     row_ptr, row_idx = rows_triton(zeros(1, 8, 4), 8)
     columns_triton(row_ptr, row_idx, 8, 64, 9)
@@ -158,6 +179,9 @@ def main():
         if dtype == "choosing":
             compile_choosing(key_size)
             continue
+        if dtype == "hopper":
+            compile_hopper(key_size)
+            continue
         compile_linear(getattr(torch, dtype), (key_size, value_size), few)
         if key_size == value_size:
             compile_sparse(getattr(torch, dtype), key_size, few)
@@ -165,6 +189,9 @@ def main():
         sass = disassemble(kernel)
         record = {"name": kernel.name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
         record |= {"spills": len(re.findall(r"\bSTL\b", sass)), "undefined": undefined_registers(sass)}
+        # Where the assembler cannot let products run on, it waits after every one of them.
+        waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass)), kernel.asm["ptx"].count("wgmma.wait_group")
+        record["serialized"] = waits[0] > waits[1]
         print(json.dumps(record), flush=True)
 
 

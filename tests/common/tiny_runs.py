@@ -45,12 +45,12 @@ def train(config: Config) -> list[dict]:
     return rows(Path(config.run.dir))
 
 
-def start(config: Config) -> Trainer:
+def start(config: Config, **options) -> Trainer:
     mesh = build_mesh(
         sp=config.parallel.sp, sharding=config.parallel.mesh_sharding, device=torch.device("cpu"), timeout_s=60,
         tp=config.parallel.tp,
     )  # fmt: skip
-    return Trainer(config, mesh)
+    return Trainer(config, mesh, **options)
 
 
 def rows(run_dir: Path) -> list[dict]:

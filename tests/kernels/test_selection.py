@@ -131,21 +131,29 @@ def test_top_of_forced_keys_that_no_sample_sees(form, small_tiles, monkeypatch):
     assert unpadded(top(means, keys, torch.arange(4).int(), ranges, recent=3)) == [[[257]] * 4]
 
 
-def test_top_of_normal_numbers_is_right_but_for_near_ties():
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("documents, causal", [((500,), False), ((500,), True), ((200, 90, 7, 300), True)])
+def test_top_of_normal_numbers_is_right_but_for_near_ties(documents, causal, clustered):
     generator = torch.Generator().manual_seed(0)
-    means, keys = torch.randn(40, 1, 32, generator=generator), torch.randn(500, 1, 32, generator=generator)
-    check_near(means, keys, torch.arange(40).int(), make_ranges((500,), 40, 0.1, False), top_triton.top_triton)
+    ranges = make_ranges(documents, 20, 0.1, causal)
+    means, keys = (torch.randn(n, 1, 32, generator=generator) for n in (len(ranges), sum(documents)))
+    keys = keys.cumsum(0) if clustered else keys
+    check_near(means, keys, torch.arange(len(ranges)).int(), ranges, top_triton.top_triton)
 
 
 def check_near(means, keys, router, ranges, function):
-    """As many as asked for, and none that is lower than one left out by more than products of halves may err."""
+    """As many as asked for, of those in range, and none that is lower than one of them left out by more than products
+    of halves may err."""
     chosen = function(means, keys, router, ranges, 0, 0, None)
     scores = torch.einsum("rhd,khd->hrk", means[router].double(), keys.double())
     taken = torch.zeros(scores.shape, dtype=torch.bool, device=keys.device)
     taken = torch.nn.functional.pad(taken, (0, 1)).scatter_(2, chosen.long() % (len(keys) + 1), True)[..., :-1]
     assert torch.equal(taken.sum(2), ranges.most.expand(len(scores), -1).long())
     bound = 2.0**-15 * means[router].norm(dim=2).T.double() * keys.norm(dim=2).max()
-    worst = scores.masked_fill(~taken, torch.inf).amin(2) - scores.masked_fill(taken, -torch.inf).amax(2)
+    number = torch.arange(len(keys), device=keys.device)
+    there = (number >= ranges.first[:, None]) & (number < ranges.stop[:, None])
+    assert not (taken & ~there).any()
+    worst = scores.masked_fill(~taken, torch.inf).amin(2) - scores.masked_fill(taken | ~there, -torch.inf).amax(2)
     assert (worst >= -bound).all(), worst.min()
 
 

@@ -212,6 +212,9 @@ def rank_counts(rank, world_size, kinds, length):
         inputs = text_inputs(config, seq.num_tokens_local)
         model(*inputs, seq)
         found[kind] = saved_bytes(lambda: model(*inputs, seq))
+        if kind == "sla":
+            fully(model)
+            found["checkpointed"] = alive_bytes(lambda: model(*inputs, seq))
     return found
 
 
@@ -224,6 +227,8 @@ def test_ranks_of_a_group_keep_what_is_counted_for_them():
         # rank that asks for all keys.
         for rank in range(1 if kind in SPARSE_KINDS else 2):
             assert found[rank][kind] == pytest.approx(counted, rel=0.02), (kind, rank)
+    counted = kept(shared_config("sla"), [length], world_size=2, dtype=torch.bfloat16, prepare=fully)
+    assert found[0]["checkpointed"] == pytest.approx(counted, rel=5e-3)  # with what enters spans
 
 
 def parts_counts(rank, world_size, kinds, length):
