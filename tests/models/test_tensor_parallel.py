@@ -42,8 +42,8 @@ CASES = {
     "all, sp 1": (ALL, "mixed", FP64, {"sp": 1}, {}),
     "tied": (TIED, "mixed", FP64, {}, {}),
     "zeppelin, whole copies, tiles": (FEW, "mixed", FP64, {"sharding": "none"}, {"mlp_tile": 3}),
-    # Without norms of heads of two, whose gradient is 2e-5 off in fp32 on one rank.
-    "all, fp32": (replace(ALL, qk_norm=False), "mixed", FP32, {}, {}),
+    # Without norms of heads of two, whose gradient is 2e-5 off in fp32 on one rank; with hedgehog it is 4e-6 in sla.
+    "all, fp32": (replace(ALL, qk_norm=False, sla_feature_map="softmax"), "mixed", FP32, {}, {}),
     "full": (FEW, "mixed", FP64, {}, {"checkpointing": "full"}),
     "selective": (FEW, "mixed", FP64, {}, {"checkpointing": "selective"}),
     "tiles": (FEW, "mixed", FP64, {}, {"mlp_tile": 3}),
