@@ -6,7 +6,7 @@ BLOCK, NUM_WARPS = 4096, 8  # elements of a row at a time, and warps for them
 
 
 def label_scores_triton(logits, labels):
-    """See kernels.loss.label_scores_naive. Logits in fp32. A label that is neither -100 nor a token gives NaN."""
+    """See kernels.loss.label_scores_naive. Logits in fp32. A label that is no token, -100 or -101 gives NaN."""
     num_tokens, vocabulary = logits.shape
     lse, logit = logits.new_empty(num_tokens), logits.new_empty(num_tokens)
     if num_tokens:
@@ -46,7 +46,8 @@ def scores_kernel(logits_ptr, labels_ptr, lse_ptr, logit_ptr, vocabulary, BLOCK:
     top = tl.max(highest)
     tl.store(lse_ptr + token, top + tl.log(tl.sum(total * tl.exp(highest - top))))
     known = (label >= 0) & (label < vocabulary)
-    tl.store(logit_ptr + token, tl.load(logits_ptr + label, mask=known, other=float("nan")))
+    logit = tl.load(logits_ptr + label, mask=known, other=float("nan"))
+    tl.store(logit_ptr + token, tl.where(label == -101, 0.0, logit))
 
 
 @triton.jit

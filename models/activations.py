@@ -23,6 +23,8 @@ from longspan.models.build import build_model
 from longspan.models.config import CHANNELS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.diffusion import Pixels, pixels
+from longspan.models.tensor_parallel import split_model
+from longspan.parallel.tensor import OutlinedRanks
 
 # What storages and work are booked under.
 BATCH, EMBEDDING, RESIDUAL, MLP, NORMS, LOSS = "batch", "embedding, angles", "residual stream", "MLP", "norms", "loss"
@@ -38,7 +40,8 @@ class Measured:
 
     kept: bytes by name at the end of the forward pass, all that the backward pass will need. peak: the most bytes at
     any time, and at_peak what they were. flops: of matrix products, recomputation included, traffic: bytes read and
-    written by all other operations, both by name; attention is in `calls` instead. launches: operations.
+    written by all other operations, both by name; attention is in `calls` instead. launches: operations. exchanged:
+    bytes that the rank gets from those that share its layers, in so many exchanges.
     """
 
     kept: dict[str, int]
@@ -50,6 +53,8 @@ class Measured:
     calls: dict[Call, int]
     num_parameters: int
     block_parameters: tuple[int, ...]
+    exchanged: float
+    exchanges: int
 
     @property
     def root_parameters(self) -> int:
@@ -66,17 +71,21 @@ def measure(
     prepare: Callable[[nn.Module], object] = lambda model: None,
     gpu: bool = True,
     gradient_bytes: float = 0.0,
+    tp: int = 1,
 ) -> Measured:
     """A step over documents with these lengths, of which this rank has its share of `world_size`.
 
     dtype: of compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of
     GPUs. prepare: does to the model what training does to it before it is sharded, such as checkpointing; it is not
-    compiled. gradient_bytes: what stays of the gradient of one parameter once its block is done.
+    compiled. gradient_bytes: what stays of the gradient of one parameter once its block is done. tp: ranks that share
+    layers; parameters are then those of one of them.
     """
     lengths, meter = tuple(lengths), _Meter(gradient_bytes)
     with torch.device("meta"):
         model = build_model(config)
     _cast(model, dtype)
+    if tp > 1:
+        split_model(model, OutlinedRanks(tp, meter.receive))
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(meter.take_gradient)
@@ -97,10 +106,12 @@ def measure(
     if config.task == "text":  # of the loss one chunk was run (kernels.loss)
         for work in (meter.flops, meter.traffic):
             work[LOSS] *= max(1.0, tokens / config.loss_chunk)
+        meter.exchanges += (tp > 1) * (tokens // config.loss_chunk)  # of few bytes
     return Measured(
         kept, meter.peak, meter.at_peak, dict(meter.flops), dict(meter.traffic), meter.launches, dict(meter.calls),
         sum(parameter.numel() for parameter in parameters),
         tuple(sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks),
+        meter.exchanged, meter.exchanges,
     )  # fmt: skip
 
 
@@ -109,7 +120,7 @@ def book_layers(model: nn.Module, meter) -> None:
     and what comes after the last norm under the loss."""
 
     def book(module, name):
-        module.register_forward_pre_hook(lambda *_: meter.push(name))
+        module.register_forward_pre_hook(lambda *_: meter.push(name), prepend=True)
         module.register_forward_hook(lambda *_: meter.pop(), always_call=True)
 
     for block, kind in zip(model.blocks, model.config.layer_kinds):
@@ -128,7 +139,7 @@ class _Meter(TorchDispatchMode):
     def __init__(self, gradient_bytes: float = 0.0):
         super().__init__()
         self.live, self.flops, self.traffic, self.calls = Counter(), Counter(), Counter(), Counter()
-        self.total = self.peak = self.launches = 0
+        self.total = self.peak = self.launches = self.exchanged = self.exchanges = 0
         self._repeats = 1
         self.at_peak, self.gradient_bytes = {}, gradient_bytes
         self._names, self._known = [], {}
@@ -163,6 +174,10 @@ class _Meter(TorchDispatchMode):
 
     def record(self, call: Call) -> None:
         self.calls[call] += 1
+
+    def receive(self, size: float) -> None:
+        self.exchanged += self._repeats * size
+        self.exchanges += self._repeats
 
     def take_gradient(self, parameter) -> None:
         """What happens to a gradient where parameters are sharded: a part of it stays."""

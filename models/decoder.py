@@ -48,6 +48,7 @@ class Decoder(nn.Module):
     """
 
     called_by_name = ("logits",)  # what runs the model besides `forward`
+    cross_entropy = staticmethod(chunked_cross_entropy)  # of hidden [T, D], the head's weight, labels and loss_chunk
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -69,14 +70,15 @@ class Decoder(nn.Module):
 
         tokens, labels: int64 [T], this rank's part of the batch in the order of seq.layout; label -100 means none.
         """
-        hidden_TD = self._hidden(tokens, seq)
-        return chunked_cross_entropy(hidden_TD, self._head_weight(), labels, self.config.loss_chunk)
+        hidden_TD = self.hidden(tokens, seq)
+        return self.cross_entropy(hidden_TD, self.head_weight(), labels, self.config.loss_chunk)
 
     def logits(self, tokens: torch.Tensor, seq) -> torch.Tensor:
         """[T, V] in the compute dtype; for short inputs, since training never holds logits of a whole sequence."""
-        return self._hidden(tokens, seq) @ self._head_weight().t()
+        return self.hidden(tokens, seq) @ self.head_weight().t()
 
-    def _hidden(self, tokens, seq):
+    def hidden(self, tokens: torch.Tensor, seq) -> torch.Tensor:
+        """[T, D], what the head multiplies."""
         assert tokens.shape == (seq.num_tokens_local,), (tokens.shape, seq.num_tokens_local)
         x_TD = self.embedding(tokens)
         angles = rotary_angles(
@@ -90,5 +92,6 @@ class Decoder(nn.Module):
             x_TD = block(x_TD, angles, seq)
         return self.norm(x_TD)
 
-    def _head_weight(self):
+    def head_weight(self) -> torch.Tensor:
+        """[V, D]."""
         return self.embedding.weight if self.head is None else self.head.weight

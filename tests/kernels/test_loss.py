@@ -121,6 +121,17 @@ class TestTriton:
         _, logit = self.scores(logits, labels)
         assert logit.isnan().tolist() == [True, True, False]
 
+    def test_parts_of_a_vocabulary(self):
+        """A token of another part adds nothing to the logit, and its column is not here."""
+        logits, labels = torch.randn(3, 11), torch.tensor([-101, -100, 2])
+        lse, logit = self.scores(logits, labels)
+        assert logit[0] == 0 and logit[2] == logits[2, 2]
+        exact = (logits - lse[:, None]).exp()
+        exact[1], exact[2, 2] = 0, exact[2, 2] - 1
+        for gradient in (self.gradient, logits_gradient_naive):
+            torch.testing.assert_close(gradient(logits, lse, labels, torch.float32), exact)
+        torch.testing.assert_close(label_scores_naive(logits, labels)[1][[0, 2]], logit[[0, 2]])
+
     def test_infinite_logits(self):
         """Minus infinity is a token that cannot come; a whole row of it, or plus infinity, is no distribution."""
         logits = torch.zeros(3, 11)

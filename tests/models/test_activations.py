@@ -15,6 +15,7 @@ from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import LAYER_KINDS, SPARSE_KINDS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.flops import model_flops_by_kind
+from longspan.models.tensor_parallel import split_model
 from longspan.parallel import SequenceParallel
 
 SIZES = dict(
@@ -228,6 +229,42 @@ def test_ranks_of_a_group_keep_what_is_counted_for_them():
             assert found[rank][kind] == pytest.approx(counted, rel=0.02), (kind, rank)
     counted = kept(shared_config("sla"), [length], world_size=2, dtype=torch.bfloat16, prepare=fully)
     assert found[0]["checkpointed"] == pytest.approx(counted, rel=5e-3)  # with what enters spans
+
+
+def parts_counts(rank, world_size, kinds, length):
+    """Of two ranks that share layers: what is saved, bytes that come from the other, and parameters that are held."""
+    import torch.distributed as dist
+    from traffic import Traffic
+
+    from longspan.parallel.tensor import TensorParallel
+
+    ranks, found = TensorParallel(dist.device_mesh.init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))), {}
+    for kind in kinds:
+        config = config_of(kind, hidden_size=64)
+        model, seq = real_model(config, torch.bfloat16), SequenceParallel().context([length])
+        split_model(model, ranks)
+        inputs = text_inputs(config, length)
+        model(*inputs, seq)
+        saved = saved_bytes(lambda: model(*inputs, seq))
+        with Traffic() as traffic:
+            model(*inputs, seq).backward()
+        received = sum(size / (2 if "scatter" in name else 1) for name, size in traffic.bytes.items())
+        found[kind] = saved, received, sum(parameter.to_local().numel() for parameter in model.parameters())
+    return found
+
+
+def test_ranks_that_share_layers_keep_what_is_counted_for_them():
+    kinds, length = ["softmax", "linear:scalar", "linear:mamba2", "linear:gated_delta", "linear:gla", "sla"], 211
+    found = run_ranks(parts_counts, 2, kinds, length)
+    for kind in kinds:
+        config = config_of(kind, hidden_size=64)
+        counted = measure(config, [length], gpu=False, dtype=torch.bfloat16, tp=2)
+        saved, received, parameters = found[0][kind]
+        assert kept(config, [length], dtype=torch.bfloat16, tp=2) == saved, kind
+        assert counted.num_parameters == parameters, kind
+        assert counted.exchanged == received - 2 * 4 * (length - config.loss_chunk), (
+            kind
+        )  # one chunk of the loss is run
 
 
 def test_products_are_the_model_flops_and_recomputation_adds_a_forward():
