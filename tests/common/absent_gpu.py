@@ -146,7 +146,7 @@ def compile_choosing(width):
     sums = pool_triton((means.bfloat16(),), blocks, 2, False)
     spread_triton(sums, blocks, means.shape, torch.bfloat16, False)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
-    for columns in (8, 1 << 10):  # dense and sparse lists
+    for columns in (8, 1 << 12):  # dense and sparse lists
         row_ptr, row_idx = rows_triton(zeros(1, 64, 4), columns)
         columns_triton(row_ptr, row_idx, columns, 64, 9)
 
