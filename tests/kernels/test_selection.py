@@ -136,7 +136,7 @@ def test_top_of_forced_keys_that_no_sample_sees(form, small_tiles, monkeypatch):
 @pytest.mark.parametrize("documents, causal", [((500,), False), ((500,), True), ((200, 90, 7, 300), True)])
 def test_top_of_normal_numbers_is_right_but_for_near_ties(documents, causal, clustered):
     generator = torch.Generator().manual_seed(0)
-    ranges = make_ranges(documents, 20, 0.1, causal)
+    ranges = make_ranges(documents, 128 // len(documents), 0.1, causal)
     means, keys = (torch.randn(n, 1, 32, generator=generator) for n in (len(ranges), sum(documents)))
     keys = keys.cumsum(0) if clustered else keys
     check_near(means, keys, torch.arange(len(ranges)).int(), ranges, top_triton.top_triton)
