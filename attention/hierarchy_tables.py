@@ -48,7 +48,8 @@ class HierarchyTables:
     level, so many in each: rows; of level 1 those of this rank where there are means. under: per level from 3 on, the
     rows of the level before in blocks, one for each of its rows. coarse_blocks, coarse_weight: blocks of the rows that
     are here, local means and then the levels that are everywhere, laid end to end. top: int32 [local pieces, n], blocks
-    of the last level that each piece sees, -1 after the last. diagonal: int32 [local pieces, 1 or 0]."""
+    of the last level that each piece sees, -1 after the last. diagonal: int32 [local pieces, 1 or 0]. full: no list of
+    blocks will have a -1: there is enough to choose from everywhere, and no row has two blocks under it."""
 
     queries: Pieces
     keys: Pieces
@@ -64,6 +65,7 @@ class HierarchyTables:
     coarse_weight: torch.Tensor
     top: torch.Tensor
     diagonal: torch.Tensor
+    full: bool
 
     def map(self, move) -> "HierarchyTables":
         """The same with every tensor passed through `move`."""
@@ -107,7 +109,9 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
             families = replace(families, router=_int32(router))
         under = np.pad(_packed(under), ((0, 1), (0, 0)), constant_values=-1)
         tables.append(Level(families=families, above=torch.from_numpy(above.astype(np.int64)), blocks=_int32(under)))
-    last = rows[levels - 1]
+    last, top = rows[levels - 1], _top_blocks(chain[levels], blocks_under[-1], rows[levels], causal)
+    full = fine.whole and not causal and np.diff(last.base).min() >= keep and top.size and top.min() >= 0
+    full = bool(full and all(level.blocks.shape[1] == 1 for level in tables))
     chosen_for = np.arange(len(last.place)) if levels > 1 else chain[0]  # of fine blocks, those of local queries
     first = last.base[last.document[chosen_for]]
     stop = first + last.place[chosen_for] if causal else last.base[last.document[chosen_for] + 1]
@@ -127,8 +131,9 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         under=tuple(_blocks_under(level, block) for level in gathered[:-1]),
         coarse_blocks=Blocks(block, *map(_int32, np.concatenate([*blocks, more], 1))),
         coarse_weight=torch.cat([*weights, torch.from_numpy(weight)]),
-        top=_int32(_top_blocks(chain[levels], blocks_under[-1], rows[levels], causal)),
+        top=_int32(top),
         diagonal=_int32(chain[0][:, None] if causal else np.zeros((len(chain[0]), 0))),
+        full=full,
     )
 
 

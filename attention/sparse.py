@@ -138,10 +138,11 @@ def parts_of(chosen, tables, causal, strategy, group):
     """(parts of local and then of coarse keys, what follows of other ranks: see block_parts). chosen: what a selection
     chose of blocks of keys and of blocks of coarse keys, or None, and the rule of single queries where it has one."""
     fine, coarse, *rule = chosen
-    local, remote = block_parts(fine, tables, causal, strategy, group, *rule)
+    full = getattr(tables, "full", False)
+    local, remote = block_parts(fine, tables, causal, strategy, group, *rule, full=full)
     if coarse is None:
         return [local], remote
-    options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True}
+    options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "full": full}
     plan = BlockPlan.of(tables.queries.local, tables.coarse_blocks, coarse, **options)
     return [local, Part(plan, coarse=True)], remote
 
