@@ -24,7 +24,8 @@ class Part:
 
     sends: (peer, rows of what is picked); picked: rows and heads of this rank's keys that are sent, peer after peer, or
     rows and None for all heads; None where all rows are. receives: (peer, rows of the buffer). one_head: the buffer has
-    rows of one head, each of its own block and head. coarse: of coarse keys, not of tokens. remote: they arrive.
+    rows of one head, each of its own block and head. coarse: of coarse keys, not of tokens; rows: those of them that
+    the plan is over. remote: they arrive.
     """
 
     plan: BlockPlan
@@ -34,6 +35,7 @@ class Part:
     num_rows: int = 0
     one_head: bool = False
     coarse: bool = False
+    rows: slice | None = None
     remote: bool = False
 
     def start(self, k, v, group):

@@ -9,12 +9,14 @@ from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import resolve
 from longspan.attention.outline import Outline
+from longspan.attention.ranges import CONVOLUTION, of_component
 from longspan.attention.recompute import keep, recall
 from longspan.kernels.convolution import ACTIVATIONS, WIDTHS, convolve, convolve_backward
 from longspan.parallel.halo import halo_tables, start_fetch, start_return
 
 
 @torch.compiler.disable
+@of_component(CONVOLUTION)
 def short_convolution(x, weight, bias=None, *, activation=None, layout=None, group=None, seq=None):
     """Causal depthwise convolution: y_t = activation(bias + sum_w weight[:, w] * x_{t-W+1+w}), inside each document.
 

@@ -60,8 +60,8 @@ class Hierarchical:
         return (sums / tables.size[:, None, None]).to(k.dtype).split(k.shape[1], 1)
 
     def choose(self, q, k, coarse_k, tables, ranks):
-        """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens and blocks of coarse rows that are here, -1
-        for none; those that are not here are fetched by `ranks`."""
+        """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens, and [Hkv, local tiles, m], blocks of coarse
+        rows that are here, -1 for none; None where there is one level. Those not here are fetched by `ranks`."""
         # Sums in place of means: a factor for each query changes no order.
         here, sums = _sums((q,), tables, ranks, heads=k.shape[1])
         mine = total_sums(here, tables.routers, ranks)
@@ -70,7 +70,7 @@ class Hierarchical:
         last, heads = tables.levels[-1], k.shape[1]
         found = top(queries[-1], keys[-1], last.router, last.candidates)
         causal = tables.diagonal.shape[1] > 0
-        listed = [tables.top.expand(heads, -1, -1)]
+        listed = []
         for depth in range(self.levels - 2, -1, -1):  # found: rows of the level above, for each of its rows
             level, above = tables.levels[depth], found
             if causal:  # the children of the row above which are past, as the mask says
@@ -82,7 +82,7 @@ class Hierarchical:
             listed.append(blocks)
             found = descend(queries[depth], means, found, level.families, self.keep, causal)
         fine = torch.cat([found, tables.diagonal.expand(heads, -1, -1)], 2) if causal else found
-        return fine, torch.cat(listed[::-1], 2)
+        return fine, torch.cat(listed[::-1], 2) if listed else None
 
 
 def _sums(tensors, tables, gather, heads=None):

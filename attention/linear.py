@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import pick_transport, resolve
 from longspan.attention.outline import Outline
+from longspan.attention.ranges import LINEAR, of_component
 from longspan.attention.recompute import keep, recall
 from longspan.kernels.fold import fold_chains, step, summarize
 from longspan.kernels.linear import choose_form, chunked
@@ -20,6 +21,7 @@ from longspan.parallel.scan import scan_plan, start_scan
 
 
 @torch.compiler.disable
+@of_component(LINEAR)
 def linear_attention(
     q, k, v, *, log_decay=None, beta=None, causal=True, normalize=False, scale=None, layout=None, group=None,
     strategy="auto", seq=None,

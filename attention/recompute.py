@@ -7,10 +7,12 @@ every rank some heads of other ranks' tokens exchange those again: to keep them 
 """
 
 import threading
+from contextlib import nullcontext
 
 from torch.utils._pytree import tree_map
 
 from longspan.attention.offload import fetch
+from longspan.attention.ranges import RECOMPUTED, component
 
 _current = threading.local()  # backward recomputes on autograd's own threads
 
@@ -53,8 +55,11 @@ class _Session:
         self.kept, self.parcel, self.replay, self.outer = kept, parcel, replay, []
 
     def __enter__(self):
-        self.outer.append(getattr(_current, "session", None))
+        recomputation = component(RECOMPUTED) if self.replay else nullcontext()
+        recomputation.__enter__()
+        self.outer.append((getattr(_current, "session", None), recomputation))
         _current.session = (self.kept, iter(self.kept) if self.replay else None, self.parcel)
 
     def __exit__(self, *_):
-        _current.session = self.outer.pop()
+        _current.session, recomputation = self.outer.pop()
+        recomputation.__exit__(None, None, None)

@@ -23,6 +23,7 @@ from longspan.attention.moved import (
     schedule_of,
 )
 from longspan.attention.outline import Outline
+from longspan.attention.ranges import SOFTMAX, of_component
 from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.attention.schedules import softmax_schedule
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @torch.compiler.disable
+@of_component(SOFTMAX)
 def softmax_attention(
     q, k, v, *, causal=True, window=None, scale=None, layout=None, group=None, plan=None, strategy="auto", seq=None
 ):

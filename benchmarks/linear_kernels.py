@@ -17,7 +17,8 @@ import torch
 from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.linear_cases import FAMILIES, Problem, bytes_per_token_head
 from longspan.benchmarks.linear_peers import IMPLEMENTATIONS
-from longspan.benchmarks.linear_worker import Step, prepare_all, run_steps
+from longspan.benchmarks.linear_worker import Step
+from longspan.benchmarks.worker import prepare_all, run_steps
 from longspan.launcher.parsing import parse_tokens
 
 DIRECTIONS = ("forward", "forward+backward")

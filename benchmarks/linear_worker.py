@@ -1,17 +1,7 @@
-"""Measurements of one implementation in a process of its own: what it breaks, or hangs in, is lost for nobody else.
+"""What is measured of one implementation of linear attention, as steps for a process of its own (worker.py)."""
 
-`run_steps` starts the process, hands it steps and gives back one result or error text for each.
-"""
-
-import gc
 import math
-import multiprocessing
-import os
-import statistics
-import time
 import traceback
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +10,9 @@ from longspan.benchmarks import linear_cases
 from longspan.benchmarks.linear_cases import Problem
 from longspan.benchmarks.linear_peers import IMPLEMENTATIONS
 from longspan.benchmarks.parallel_tuning import compile_in_parallel
+from longspan.benchmarks.worker import describe, launched_kernels, time_calls
 
 ROTATED_BYTES = 256 << 20  # input sets are rotated until they weigh this, several times an L2 cache
-REPETITION_S = 1e-3  # shorter calls are repeated within one timed repetition
 
 
 @dataclass(frozen=True)
@@ -36,75 +26,10 @@ class Step:
     seconds: float = 1.0  # of timed repetitions
     seed: int = 0
 
-
-def run_steps(steps: list[Step], *, limit_s: float, deadline: float) -> Iterator[tuple[Step, dict]]:
-    """Each step with its result, {"error": text} if it failed. One process after another: a step that kills its process
-    costs only itself; one that exceeds limit_s, or time.monotonic() = deadline, ends the rest."""
-    context, left = multiprocessing.get_context("spawn"), list(steps)
-    while left:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_serve, args=(sender, left), daemon=True)
-        process.start()
-        sender.close()
-        try:
-            while left:
-                seconds = min(limit_s, deadline - time.monotonic())
-                if not receiver.poll(max(0.0, seconds)):
-                    late = "the limit of one step" if seconds == limit_s else "what is left of --budget"
-                    yield left.pop(0), {"error": f"took longer than {seconds:.0f} s, {late}"}
-                    yield from ((step, {"error": "skipped: an earlier step ran out of time"}) for step in left)
-                    return
-                yield left.pop(0), receiver.recv()
-        except EOFError:
-            process.join()
-            yield left.pop(0), {"error": f"its process died with exit code {process.exitcode}"}
-        finally:
-            process.kill()
-            process.join()
-            receiver.close()
-
-
-def prepare_all(batches: list[list[Step]], *, limit_s: float) -> None:
-    """Runs batches of steps at the same time, each in its own process, and forgets the results: what is wanted is what
-    compilers leave in their caches on disk. Processes that are not done in time are ended."""
-    context, running = multiprocessing.get_context("spawn"), []
-    for steps in batches:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_serve, args=(sender, steps), daemon=True)
-        process.start()
-        sender.close()
-        running.append((process, receiver))
-    deadline = time.monotonic() + limit_s
-    for process, _ in running:
-        process.join(max(0.0, deadline - time.monotonic()))
-    for process, receiver in running:
-        process.kill()
-        process.join()
-        receiver.close()
-
-
-def _serve(connection, steps):
-    if any(step.by != "longspan" and step.problem.device.type == "cuda" for step in steps):
-        compile_in_parallel()
-    for step in steps:
-        try:
-            result = KINDS[step.kind](step)
-        except Exception as error:
-            traceback.print_exc()
-            result = {"error": describe(error)}
-        connection.send(result)
-        gc.collect()
-        if step.problem.device.type == "cuda":
-            try:
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-            except Exception:
-                os._exit(1)  # a CUDA error outlives the step that caused it; a new process takes the rest
-
-
-def describe(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {' '.join(lines)}"[:600]
+    def run(self) -> dict:
+        if self.by != "longspan" and self.problem.device.type == "cuda":
+            compile_in_parallel()
+        return KINDS[self.kind](self)
 
 
 def _prepare(step: Step) -> dict:
@@ -198,53 +123,3 @@ def _calls(step: Step, direction: str, num_sets: int):
     for inputs in sets:
         inputs.leaves()
     return [lambda inputs=inputs: function(inputs) for inputs in sets]
-
-
-def time_calls(calls, device: torch.device, seconds: float) -> dict:
-    """Milliseconds of one call: median and quartiles of 20 to 200 repetitions, `calls` taken in turn."""
-    for call in (*calls, *calls):
-        call()
-    estimate = statistics.median(_repeat(calls, device, len(calls), 3)) / len(calls)
-    inner = max(1, min(200, round(REPETITION_S / max(estimate, 1e-7))))
-    repetitions = min(200, max(20, int(seconds / max(estimate * inner, 1e-7))))
-    times = [1e3 * second / inner for second in _repeat(calls, device, inner, repetitions)]
-    quartiles = statistics.quantiles(times, n=4)
-    return {"ms": quartiles[1], "quartiles_ms": [quartiles[0], quartiles[2]], "repetitions": repetitions}
-
-
-def _repeat(calls, device, inner: int, repetitions: int) -> list[float]:
-    """Seconds of each repetition, `inner` calls long."""
-    turn, marks = 0, []
-    on_gpu = device.type == "cuda"
-
-    def mark():
-        if on_gpu:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(time.perf_counter())
-
-    for _ in range(repetitions):
-        mark()
-        for _ in range(inner):
-            calls[turn % len(calls)]()
-            turn += 1
-        mark()
-    if not on_gpu:
-        return [stop - start for start, stop in zip(marks[::2], marks[1::2], strict=True)]
-    torch.cuda.synchronize(device)
-    return [start.elapsed_time(stop) / 1e3 for start, stop in zip(marks[::2], marks[1::2], strict=True)]
-
-
-def launched_kernels(call) -> list[dict]:
-    """What one call runs on the GPU, copies and fills included: name, count and microseconds, longest first."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    count, total = Counter(), Counter()
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            count[event.name] += 1
-            total[event.name] += event.time_range.elapsed_us()
-    return [{"name": name[:100], "count": count[name], "us": round(us, 1)} for name, us in total.most_common()]

@@ -9,7 +9,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from longspan.benchmarks.linear_worker import describe
+from longspan.benchmarks.worker import describe
 from longspan.models.config import ModelConfig
 from longspan.models.decay import ScalarGate
 from longspan.models.decoder import Decoder

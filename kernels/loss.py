@@ -8,6 +8,8 @@ Shape letters: T tokens, C tokens of a chunk, D hidden size, V vocabulary.
 import torch
 from torch.autograd.function import once_differentiable
 
+from longspan.kernels.operators import operator
+
 IGNORED_LABEL = -100
 
 
@@ -17,7 +19,8 @@ def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: to
     hidden [T, D], weight [V, D] of one dtype, labels int64 [T], chunk >= 1 tokens. T may be 0. Returns a scalar.
     Logits, softmax, loss and the weight's gradient are accumulated in fp32 (fp64 for fp64 inputs). An ignored token
     gives zero gradient even if its hidden row is not finite. The backward may run once per forward.
-    ValueError for shapes, dtypes or a chunk that do not fit; labels outside [0, V) are an indexing error.
+    ValueError for shapes, dtypes or a chunk that do not fit; labels outside [0, V) are an indexing error, on GPUs they
+    make the loss NaN.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
@@ -44,18 +47,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Where there are shapes alone, the first chunk stands for all.
         for start in range(0, min(len(hidden), chunk) if hidden.is_meta else len(hidden), chunk):
             rows = slice(start, start + chunk)
-            ignored_C1 = (labels[rows] == IGNORED_LABEL)[:, None]
-            label_C1 = labels[rows, None].masked_fill(ignored_C1, 0)
-            hidden_CD = hidden[rows].masked_fill(ignored_C1, 0)
-
+            ignored_C = labels[rows] == IGNORED_LABEL
+            hidden_CD = hidden[rows].masked_fill(ignored_C[:, None], 0)
             logits_CV = _product(hidden_CD, weight.t(), wide)
-            lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            loss += (lse_C1 - logits_CV.gather(1, label_C1)).masked_fill(ignored_C1, 0).sum()
-
+            lse_C, logit_C = label_scores(logits_CV, labels[rows])
+            loss += (lse_C - logit_C).masked_fill(ignored_C, 0).sum()
             if needs_hidden or needs_weight:
-                grad_CV = logits_CV.sub_(lse_C1).exp_()
-                grad_CV.scatter_(1, label_C1, grad_CV.gather(1, label_C1) - 1)
-                grad_CV = grad_CV.masked_fill_(ignored_C1, 0).to(hidden.dtype)
+                grad_CV = logits_gradient(logits_CV, lse_C, labels[rows], hidden.dtype)
                 if needs_hidden:
                     torch.mm(grad_CV, weight, out=grad_hidden[rows])
                 if needs_weight:
@@ -74,6 +72,47 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+def label_scores_naive(logits, labels):
+    """(log-sum-exp, logit of the label), both [C], of logits [C, V]; what they are for ignored labels is undefined."""
+    place = labels.masked_fill(labels == IGNORED_LABEL, 0)[:, None]
+    return logits.logsumexp(-1), logits.gather(1, place)[:, 0]
+
+
+def logits_gradient_naive(logits, lse, labels, dtype):
+    """softmax(logits) - onehot(labels), zeros for ignored labels: [C, V] in `dtype`. lse: [C], of the logits."""
+    ignored = (labels == IGNORED_LABEL)[:, None]
+    place = labels[:, None].masked_fill(ignored, 0)
+    gradient = (logits - lse[:, None]).exp_()
+    gradient.scatter_(1, place, gradient.gather(1, place) - 1)
+    return gradient.masked_fill_(ignored, 0).to(dtype)
+
+
+def _scores_triton():
+    from longspan.kernels.loss_triton import label_scores_triton
+
+    return label_scores_triton
+
+
+def _gradient_triton():
+    from longspan.kernels.loss_triton import logits_gradient_triton
+
+    return logits_gradient_triton
+
+
+label_scores = operator(
+    "label_scores(Tensor logits, Tensor labels) -> (Tensor, Tensor)",
+    naive=label_scores_naive,
+    fused=_scores_triton,
+    shapes=lambda logits, labels: (logits.new_empty(len(labels)), logits.new_empty(len(labels))),
+)
+logits_gradient = operator(
+    "logits_gradient(Tensor logits, Tensor lse, Tensor labels, ScalarType dtype) -> Tensor",
+    naive=logits_gradient_naive,
+    fused=_gradient_triton,
+    shapes=lambda logits, lse, labels, dtype: logits.new_empty(logits.shape, dtype=dtype),
+)
 
 
 def _product(a, b, dtype):

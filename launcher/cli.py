@@ -1,11 +1,12 @@
 """The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
-`sample` draws, `bench` measures."""
+`profile` shows what a step took, `sample` draws, `bench` measures, `report` shows what was measured."""
 
 import argparse
 import sys
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import longspan
@@ -99,6 +100,19 @@ def plan(argv: list[str]) -> None:
     report(config, arguments.gpus, arguments.gpus_per_node, parse_tokens(arguments.document), as_json=arguments.json)
 
 
+def profile(argv: list[str]) -> None:
+    """Prints the table of a run's newest profile. UserError if it has none."""
+    parser = _Parser(
+        prog="longspan profile",
+        description="Prints what steps of a run took by component, as `longspan train profile.start=N` measured it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    from longspan.launcher.profile_report import show
+
+    show(Path(parser.parse_args(argv).run))
+
+
 def settings_help() -> str:
     """Every setting with its default, its type and its line of help, by section."""
     lines = ["settings (key=value, or by section in the file); K, M, G in token counts are 2^10, 2^20, 2^30:"]
@@ -173,12 +187,40 @@ def bench(argv: list[str]) -> None:
     sys.exit(import_module(f"longspan.benchmarks.{BENCHMARKS[arguments.benchmark]}").main())
 
 
+def report(argv: list[str]) -> None:
+    """Writes a report. Raises UserError for files that do not fit."""
+    parser = _Parser(
+        prog="longspan report",
+        description="Writes tables and plots of training runs and benchmarks: speed and MFU by sequence length and by "
+        "number of GPUs, memory, times, losses, and in what the runs differ.",
+        epilog="Plots need matplotlib: pip install 'longspan[plots]'. More: docs/report.md",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "results", nargs="+", metavar="RESULTS", help="run directories, metrics.jsonl files, JSON records of benchmarks"
+    )
+    parser.add_argument(
+        "--output", default="report.md", metavar="FILE.md", help="plots go beside it (default report.md)"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=2, metavar="N", help="first steps of a run that medians leave out (default 2)"
+    )
+    arguments = parser.parse_args(argv)
+    from longspan.launcher.report import write_report
+
+    for path in write_report(**vars(arguments)):
+        print(f"wrote {path}")
+
+
 # name: module of longspan.benchmarks
 BENCHMARKS = {
     "calibrate": "calibrate", "kernels": "linear_kernels", "attention": "ring_attention", "linear": "linear_ranks",
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
-COMMANDS = {"prepare": prepare, "plan": plan, "train": train, "sample": sample, "bench": bench}
+COMMANDS = {
+    "prepare": prepare, "plan": plan, "train": train, "profile": profile, "sample": sample, "bench": bench,
+    "report": report,
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):

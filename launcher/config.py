@@ -23,6 +23,7 @@ __all__ = [
     "LogConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ProfileConfig",
     "RunConfig",
     "TrainConfig",
     "parse_tokens",
@@ -60,6 +61,9 @@ class DataConfig:
     respect_documents: bool = setting(True, "attention and state stop at document boundaries (false: with stream only)")
     image_size: int = setting(32, "pixels on a side of generated images (model.task=images), a power of two")
     validation_fraction: float = setting(0.0, "share of the documents kept for validation")
+    validation_corpora: list[CorpusConfig] = setting(
+        [], "corpora of their own for validation, like data.corpora; then data.validation_fraction stays 0"
+    )
     prefetch: int = setting(2, "optimizer steps whose batches are built ahead on a CPU thread")
 
 
@@ -162,6 +166,17 @@ class LogConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ProfileConfig:
+    """Steps whose time, by component, is measured with torch's profiler (docs/profiling.md)."""
+
+    start: int = setting(0, "first profiled step, such as 10, when all is compiled and warm; 0: none")
+    steps: int = setting(2, "profiled steps")
+    ranks: list[int] = setting([0], "profiled ranks; empty: all")
+    trace: bool = setting(True, "keep the trace of every profiled rank, for chrome://tracing or ui.perfetto.dev")
+    memory: bool = setting(False, "also record allocations of the GPU, for pytorch.org/memory_viz")
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """All settings of a training run, by section."""
 
@@ -173,6 +188,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @classmethod
     def load(cls, yaml_path: str | Path | None = None, overrides: list[str] | None = None) -> "Config":
@@ -212,10 +228,11 @@ class Config:
 
     def _validate_ranges(self) -> None:
         for path in ("train.steps", "train.global_batch", "train.timeout_s", "data.seq_len", "data.prefetch",
-                     "checkpoint.keep_last", "log.interval", "log.validation_samples"):  # fmt: skip
+                     "checkpoint.keep_last", "log.interval", "log.validation_samples", "profile.steps"):  # fmt: skip
             _require(self._get(path) >= 1, f"{path}={self._get(path)}: use 1 or more")
         for path in ("parallel.sp", "train.mlp_tile", "optim.warmup_steps", "optim.weight_decay", "run.seed",
-                     "optim.clip_grad_norm", "checkpoint.interval", "log.validation_interval"):  # fmt: skip
+                     "optim.clip_grad_norm", "checkpoint.interval", "log.validation_interval",
+                     "profile.start"):  # fmt: skip
             _require(self._get(path) >= 0, f"{path}={self._get(path)}: use 0 or more")
         for path in ("optim.lr", "optim.eps"):
             _require(self._get(path) > 0, f"{path}={self._get(path)}: use a number above 0")
@@ -224,6 +241,20 @@ class Config:
         _require(self.parallel.token_cap >= 1, f"parallel.token_cap={self.parallel.token_cap}: use 1 or more")
         _require(0 <= self.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.optim.min_lr_ratio}: use 0 to 1")
         self._validate_memory()
+        self._validate_profile()
+
+    def _validate_profile(self) -> None:
+        profile = self.profile
+        last = profile.start + profile.steps - 1
+        _require(
+            profile.start == 0 or last <= self.train.steps,
+            f"profile.start={profile.start} with profile.steps={profile.steps} ends at step {last}, after the run"
+            f" (train.steps={self.train.steps}): start earlier",
+        )
+        _require(
+            profile.start > 0 or profile == ProfileConfig(),
+            "profile has settings but profile.start=0 profiles no step: set it to one, such as 10",
+        )
 
     def _validate_memory(self) -> None:
         train, kinds = self.train, dict.fromkeys(self.model.layer_kinds)
@@ -282,22 +313,31 @@ class Config:
         data = self.data
         _require(data.corpora != [], "data.corpora is empty: name a corpus written by `longspan prepare`, "
                                      "such as data.corpora=[{path: data/x}]")  # fmt: skip
-        for index, corpus in enumerate(data.corpora):
-            _require(corpus.path != "", f"data.corpora[{index}].path is not set: name a corpus without .bin/.idx")
-            _require(corpus.weight > 0, f"data.corpora[{index}].weight={corpus.weight}: use a number above 0")
+        for name in ("corpora", "validation_corpora"):
+            for index, corpus in enumerate(getattr(data, name)):
+                _require(corpus.path != "", f"data.{name}[{index}].path is not set: name a corpus without .bin/.idx")
+                _require(corpus.weight > 0, f"data.{name}[{index}].weight={corpus.weight}: use a number above 0")
+        _require(
+            data.validation_corpora == [] or data.validation_fraction == 0,
+            f"data.validation_fraction={data.validation_fraction} keeps documents of data.corpora for validation, but "
+            "data.validation_corpora has others: use one of them",
+        )
         _require(
             data.packing == "stream" or data.respect_documents,
             "data.respect_documents=false needs data.packing=stream: packing whole documents keeps them apart",
         )
         _require(
-            self.log.validation_interval == 0 or data.validation_fraction > 0,
+            self.log.validation_interval == 0 or data.validation_fraction > 0 or data.validation_corpora != [],
             f"log.validation_interval={self.log.validation_interval} needs documents kept for validation: "
-            "set data.validation_fraction, such as 0.01",
+            "set data.validation_fraction, such as 0.01, or data.validation_corpora",
         )
 
     def _validate_images(self) -> None:
         data, pixels = self.data, self.data.image_size**2
-        _require(data.corpora == [], "data.corpora is for model.task=text; images are generated: leave it out")
+        for name in ("corpora", "validation_corpora"):
+            _require(
+                getattr(data, name) == [], f"data.{name} is for model.task=text; images are generated: leave it out"
+            )
         _require(data.respect_documents, "data.respect_documents=false is for model.task=text: images are kept apart")
         _require(
             data.image_size >= 2 and data.image_size.bit_count() == 1,
@@ -310,6 +350,11 @@ class Config:
         )
 
     def _validate_ranks(self, world_size: int) -> None:
+        for rank in self.profile.ranks:
+            _require(
+                0 <= rank < world_size or not self.profile.start,
+                f"profile.ranks has {rank}, but the run has the ranks 0 to {world_size - 1}: leave it out",
+            )
         sp = self.parallel.sp or world_size
         allowed = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
         _require(world_size % sp == 0, f"parallel.sp={sp} does not divide the {world_size} ranks: use one of {allowed}")

@@ -60,7 +60,7 @@ class Clock:
 class StepMeter:
     """Collects the numbers of a step over all ranks."""
 
-    COLUMNS = ("loss_sum", "tokens", "flops", "pairs", "peak_memory", "attention_s")
+    COLUMNS = ("loss_sum", "tokens", "flops", "pairs", "peak_memory", "attention_s", "stop")
 
     def __init__(self, model: ModelConfig, mesh: Mesh):
         self._model, self._mesh = model, mesh
@@ -85,8 +85,9 @@ class StepMeter:
         """A point in the device's time, for the `begin` and `end` of a step."""
         return self._clock.mark()
 
-    def gather(self, loss_sum: torch.Tensor, batches: Sequence[Batch]) -> torch.Tensor:
-        """fp64 [world_size, columns] on the device, the same on all ranks. loss_sum: this rank's, over its tokens."""
+    def gather(self, loss_sum: torch.Tensor, batches: Sequence[Batch], stop: bool = False) -> torch.Tensor:
+        """fp64 [world_size, columns] on the device, the same on all ranks. loss_sum: this rank's, over its tokens;
+        stop: whether this rank was asked to end the run."""
         row = [0.0] * len(self.COLUMNS)
         for batch in batches:
             layout = batch.seq.layout
@@ -95,6 +96,7 @@ class StepMeter:
             row[2] += model_flops(self._model, layout.lengths) / self._mesh.sp
             row[3] += self.pairs(batch.seq)
         row[4], row[5] = _peak_memory(self._mesh.device), self._attention_seconds()
+        row[6] = float(stop)
         mine = torch.tensor(row, dtype=torch.float64).to(self._mesh.device, non_blocking=True)
         mine[0] = loss_sum
         rows = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
@@ -122,7 +124,7 @@ class StepMeter:
         return PendingStep(step=step, lr=lr, numbers=copied, arrived=self.mark(), begin=begin, end=end)
 
     def resolve(self, pending: "PendingStep") -> dict[str, Any]:
-        """The step's object in metrics.jsonl. Waits until the device has finished the step.
+        """The step's object in metrics.jsonl. Waits until the device has finished the step; sets `pending.stop`.
 
         Raises UserError, the same on all ranks, when the loss or the gradient norm is not finite.
         """
@@ -130,6 +132,7 @@ class StepMeter:
         *table, loss, grad_norm = pending.numbers.tolist()
         columns = {name: table[i :: len(self.COLUMNS)] for i, name in enumerate(self.COLUMNS)}
         _check_finite(pending, loss, grad_norm, columns["loss_sum"])
+        pending.stop = any(columns["stop"])
         seconds = self._clock.seconds(pending.begin, pending.end)
         tokens, world_size = sum(columns["tokens"]), self._mesh.world_size
         flops_per_gpu = sum(columns["flops"]) / seconds / world_size
@@ -166,6 +169,7 @@ class PendingStep:
     begin: Any
     end: Any
     val_loss: torch.Tensor | None = None
+    stop: bool = False  # whether any rank was asked to end the run, once resolved: the same on all ranks
 
 
 def _check_finite(pending: PendingStep, loss: float, grad_norm: float, loss_sums: list[float]) -> None:

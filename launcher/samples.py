@@ -42,7 +42,8 @@ class Sample:
 class SampleStream:
     """An endless sequence of samples: `sample(i)` for any i >= 0.
 
-    The documents of each corpus are split by the seed into training and validation. Each corpus repeats in epochs.
+    The documents of each corpus are split by the seed into training and validation, where data_config has a fraction
+    for that. Each corpus repeats in epochs.
     - stream: the documents are shuffled anew each epoch, laid end to end and cut to seq_len, the samples shuffled; the
       rest of an epoch that does not fill a sample is left out.
     - documents: whole documents, shuffled, are packed into samples of at most seq_len tokens, and only documents longer
@@ -106,9 +107,14 @@ def _rounded(count: int, share: Fraction) -> int:
 
 
 def _documents_of_split(index: int, corpus: Corpus, fraction: float, seed: int, split: str) -> np.ndarray:
-    """int64: the documents of `corpus` that belong to `split`, ascending; documents without tokens belong to none."""
+    """int64: the documents of `corpus` that belong to `split`, ascending; documents without tokens belong to none.
+
+    Without a fraction the corpus is not split.
+    """
     documents = np.flatnonzero(corpus.lengths)
-    num_validation = max(1, round(fraction * len(documents))) if fraction else 0
+    if not fraction:
+        return documents
+    num_validation = max(1, round(fraction * len(documents)))
     if num_validation >= len(documents):
         raise UserError(
             f"data.validation_fraction={fraction} of the {len(documents)} documents of corpus {corpus.prefix} leaves "

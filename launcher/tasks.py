@@ -1,10 +1,11 @@
 """Where the batches of each task come from."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from longspan.launcher.batches import StepBuilder, TextBuilder
-from longspan.launcher.config import Config
+from longspan.launcher.config import Config, DataConfig
 from longspan.launcher.corpus import open_corpus
 from longspan.launcher.errors import UserError
 from longspan.launcher.images import ImageBuilder
@@ -19,8 +20,11 @@ def step_builder(config: Config, parallel: SequenceParallel, mesh: Mesh) -> Call
 
 
 def _text(config: Config, parallel: SequenceParallel):
-    corpora = [open_corpus(corpus.path) for corpus in config.data.corpora]
-    for corpus in corpora:
+    data = {"train": config.data, "validation": config.data}
+    if config.data.validation_corpora:
+        data["validation"] = replace(config.data, corpora=config.data.validation_corpora)
+    opened = {path: open_corpus(path) for source in data.values() for path in _paths(source)}
+    for corpus in opened.values():
         if corpus.vocab_size is not None and corpus.vocab_size > config.model.vocab_size:
             raise UserError(
                 f"model.vocab_size={config.model.vocab_size} is smaller than the {corpus.vocab_size} token ids of "
@@ -29,7 +33,7 @@ def _text(config: Config, parallel: SequenceParallel):
 
     def build(split, samples, **placement):
         return TextBuilder(
-            SampleStream(corpora, config.data, config.run.seed, split),
+            SampleStream([opened[path] for path in _paths(data[split])], data[split], config.run.seed, split),
             parallel,
             samples=samples,
             respect_documents=config.data.respect_documents,
@@ -38,6 +42,10 @@ def _text(config: Config, parallel: SequenceParallel):
         )
 
     return build
+
+
+def _paths(data: DataConfig) -> list[str]:
+    return [corpus.path for corpus in data.corpora]
 
 
 def _images(config: Config, parallel: SequenceParallel):

@@ -5,23 +5,28 @@ import logging
 import os
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from longspan.attention.ranges import component
 from longspan.launcher import checkpoint
 from longspan.launcher.agreement import decide
 from longspan.launcher.allocator import allocator_setting
 from longspan.launcher.batches import BatchLoader
+from longspan.launcher.breakdown import DATA, OPTIMIZER, OUTSIDE
 from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config
 from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment
 from longspan.launcher.errors import UserError
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
+from longspan.launcher.profiling import StepProfiler
 from longspan.launcher.progress import TrainingProgress
 from longspan.launcher.schedule import learning_rate
+from longspan.launcher.stopping import StopSignal, mark_stopped
 from longspan.launcher.tasks import step_builder
 from longspan.models.build import build_model
 from longspan.models.parallelize import parallelize
@@ -37,23 +42,28 @@ def run(config: Config) -> None:
     Every rank calls it. Raises UserError or ValueError for what the user can put right, on all ranks or on some; the
     caller's main_guard stops the others.
     """
+    stop_signal = StopSignal()
     config.validate(world_size=int(os.environ.get("WORLD_SIZE", "1")))
     device = choose_device(config.run.device)
     _set_up_log()
     mesh = build_mesh(
         sp=config.parallel.sp, sharding=config.parallel.mesh_sharding, device=device, timeout_s=config.train.timeout_s
     )
-    trainer = Trainer(config, mesh)
+    trainer = Trainer(config, mesh, stop_asked=stop_signal)
     trainer.train()
     trainer.close()
     dist.destroy_process_group()
 
 
 class Trainer:
-    """A run on the ranks of `mesh`. Collective: every rank builds one from the same config and calls its methods."""
+    """A run on the ranks of `mesh`. Collective: every rank builds one from the same config and calls its methods.
 
-    def __init__(self, config: Config, mesh: Mesh):
+    stop_asked: whether this rank is asked to end the run early; one rank is enough to end it on all.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, stop_asked: Callable[[], bool] = lambda: False):
         self.config, self.mesh = config, mesh
+        self._stop_asked, self._stop = stop_asked, False
         self.run_dir = Path(config.run.dir)
         start = decide(lambda: checkpoint.find(self.run_dir, config.checkpoint.resume))
         if start is not None:
@@ -92,6 +102,7 @@ class Trainer:
             checkpoint.load(start, self.engine)
             self.loader.load_state_dict(start.data)
             self.step = start.step
+        self.profiler = StepProfiler(config, mesh, self.model, first_step=self.step + 1)
         self.meter = StepMeter(config.model, mesh)
         if config.log.attention_time:
             self.sequence_parallel.mark = self.meter.mark_attention
@@ -145,7 +156,8 @@ class Trainer:
             raise UserError(f"run.dir={self.run_dir}: cannot be written ({error.strerror})") from None
 
     def train(self) -> None:
-        """Runs the steps that are left, with validation and checkpoints when they are due."""
+        """Runs the steps that are left, with validation and checkpoints when they are due; asked to stop, saves and
+        returns before the last."""
         steps, log_config = self.config.train.steps, self.config.log
         if self.step >= steps:
             log.info(
@@ -156,18 +168,26 @@ class Trainer:
             )
             return
         self._open_outputs()
-        while self.step < steps:
+        while self.step < steps and not self._stop:
+            self.profiler.begin(self.step + 1)
             pending = self._train_step()
             if self._due(log_config.validation_interval):
-                pending.val_loss = self._validation_loss()
+                with component(OUTSIDE):
+                    pending.val_loss = self._validation_loss()
             self._pending.append(pending)
             self._report(keep=self._steps_in_flight)
-            if self._due(self.config.checkpoint.interval) or self.step == steps:
+            if self._due(self.config.checkpoint.interval) or self.step == steps or self._stop:
                 self._report(keep=0)
                 data = self.loader.state_dict()
-                path = checkpoint.save(self.run_dir, self.config, self.engine, step=self.step, data=data)
+                with component(OUTSIDE):
+                    path = checkpoint.save(self.run_dir, self.config, self.engine, step=self.step, data=data)
                 log.info("saved %s", path)
-        log.info("finished %d steps: %s", self.step, self.run_dir)
+            self.profiler.end(self.step)
+        if self.step < steps:
+            decide(mark_stopped)
+            log.info("stopped by a signal after step %d of %d; the same command continues the run", self.step, steps)
+        else:
+            log.info("finished %d steps: %s", self.step, self.run_dir)
 
     def close(self) -> None:
         """Ends threads and files of this rank."""
@@ -182,7 +202,9 @@ class Trainer:
     def _train_step(self) -> PendingStep:
         """One optimizer step. The update is left out on the device when the loss or the gradient norm is not finite."""
         begin = self.meter.begin()
-        batches = self.loader.next_step()
+        with component(DATA):
+            batches = self.loader.next_step()
+        self.profiler.observe(batches)
         self.step += 1
         num_labels = batches[0].num_labels_global
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -190,10 +212,11 @@ class Trainer:
             batch_loss = self.model(*batch.inputs, batch.seq)
             self.engine.backward(batch_loss / num_labels, last=batch is batches[-1])
             loss_sum += batch_loss.detach()
-        table = self.meter.gather(loss_sum, batches)
+        table = self.meter.gather(loss_sum, batches, self._stop_asked())
         loss = table[:, 0].sum() / num_labels
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
-        grad_norm = self.engine.step(lr, loss)
+        with component(OPTIMIZER):
+            grad_norm = self.engine.step(lr, loss)
         return self.meter.pending(self.step, lr, table, loss, grad_norm, begin, self.meter.mark())
 
     @torch.no_grad()
@@ -205,9 +228,12 @@ class Trainer:
         return loss_sum / self._validation_batches[0].num_labels_global
 
     def _report(self, keep: int) -> None:
-        """Checks and writes the steps that the device has finished, all but the last `keep`."""
+        """Checks and writes the steps that the device has finished, all but the last `keep`; learns from them whether
+        to stop."""
         while len(self._pending) > keep:
-            row = self.meter.resolve(self._pending.popleft())
+            pending = self._pending.popleft()
+            row = self.meter.resolve(pending)
+            self._stop |= pending.stop
             if self.mesh.is_main:
                 self._metrics.write(row)
                 self._progress.report(row)

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from weakref import ref
 
 import torch
@@ -24,7 +23,6 @@ from longspan.models.build import build_model
 from longspan.models.config import CHANNELS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.diffusion import Pixels, pixels
-from longspan.models.layers import RMSNorm, SimpleRMSNorm
 
 # What storages and work are booked under.
 BATCH, EMBEDDING, RESIDUAL, MLP, NORMS, LOSS = "batch", "embedding, angles", "residual stream", "MLP", "norms", "loss"
@@ -89,8 +87,6 @@ def measure(
         block.visit_tiles = meter.first_of
     # A rank of several may hold one token more than others.
     tokens = -(-sum(lengths) // world_size)
-    if gpu:
-        fuse_norms(model)
     with meter:
         with _Kernels(gpu), meter.booked(EMBEDDING):
             inputs, seq = _inputs(config, lengths, tokens, world_size, gpu, meter)
@@ -224,29 +220,6 @@ class _Kernels(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return self.gpu if func is torch.Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
-
-
-def fuse_norms(model: nn.Module) -> None:
-    """Norms as torch has them on GPUs, and nowhere else: one kernel instead of several operations."""
-    for module in model.modules():
-        if isinstance(module, (RMSNorm, SimpleRMSNorm)):
-            module.forward = partial(_FusedRMSNorm.apply, getattr(module, "weight", None))
-
-
-class _FusedRMSNorm(torch.autograd.Function):
-    """One kernel in each direction (torch's on CUDA), which keeps its input and one number a row."""
-
-    @staticmethod
-    def forward(ctx, weight, x):
-        ctx.save_for_backward(
-            x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32))
-        )
-        return x.neg()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        return None if weight is None else torch.empty_like(weight), grad + x
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

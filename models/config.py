@@ -108,7 +108,7 @@ class ModelConfig:
     embedding_std: float = setting(
         0.0, "standard deviation of the initial embedding; 0 = 1, or init_std where it is also the output head"
     )
-    loss_chunk: int = setting(4096, "tokens whose logits exist at once, each taking 8 to 12 B x vocab_size")
+    loss_chunk: int = setting(4096, "tokens whose logits exist at once, each taking 6 to 12 B x vocab_size")
 
     @property
     def causal(self) -> bool:

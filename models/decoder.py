@@ -8,7 +8,7 @@ from torch import nn
 
 from longspan.kernels.loss import chunked_cross_entropy
 from longspan.models.config import ModelConfig
-from longspan.models.layers import RMSNorm, SwiGLU, init_weights
+from longspan.models.layers import ResidualRMSNorm, RMSNorm, SwiGLU, init_weights
 from longspan.models.mixers import build_mixer
 from longspan.models.rope import Rotary, rotary_angles
 from longspan.models.tiles import feed_in_tiles
@@ -22,18 +22,22 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, kind: str):
         super().__init__()
-        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = build_mixer(config, layer, kind)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_width)
 
     def forward(self, x_TD: torch.Tensor, rotary: Rotary, seq) -> torch.Tensor:
-        x_TD = x_TD + self.mixer(self.mixer_norm(x_TD), rotary, seq)
-        return feed_in_tiles(self, (x_TD,), ()) if self.mlp_tile else self.feed(x_TD)
+        x_TD, y_TD = self.mixer_norm(x_TD)
+        branch_TD = self.mixer(y_TD, rotary, seq)
+        if self.mlp_tile:
+            return feed_in_tiles(self, (x_TD + branch_TD,), ())
+        return self.feed(x_TD, branch_TD)
 
-    def feed(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """The half of the block that is local to tokens."""
-        return x_TD + self.mlp(self.mlp_norm(x_TD))
+    def feed(self, x_TD: torch.Tensor, branch_TD: torch.Tensor | None = None) -> torch.Tensor:
+        """The half of the block that is local to tokens, of the stream and what is still to be added to it."""
+        x_TD, y_TD = self.mlp_norm(x_TD, branch_TD)
+        return x_TD + self.mlp(y_TD)
 
 
 class Decoder(nn.Module):

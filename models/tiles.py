@@ -8,6 +8,7 @@ tile again and takes its gradients before the next one (tiled computation as in 
 import torch
 from torch.autograd.function import once_differentiable
 
+from longspan.attention.ranges import RECOMPUTED, component
 from longspan.attention.recompute import recomputing
 
 
@@ -51,7 +52,7 @@ class _Tiles(torch.autograd.Function):
         per_token = [torch.empty_like(x) if need else None for x, need in zip(inputs, needed[:split])]
         for rows in _tiles(block, inputs[0]):
             tile = [x[rows].detach().requires_grad_(need) for x, need in zip(inputs, needed[:split])]
-            with torch.enable_grad():
+            with torch.enable_grad(), component(RECOMPUTED):
                 out = block.feed(*tile, *shared)
             wanted = [x for x, need in zip((*tile, *totals), needed) if need]
             grads = iter(torch.autograd.grad(out, wanted, d_out_TD[rows]))

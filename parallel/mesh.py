@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longspan.parallel.topology import Topology
 
 log = logging.getLogger(__name__)
-STATE_BLOCKS = 4  # of a collective over states; of 132 multiprocessors on Hopper linear attention takes about 128
+STATE_BLOCKS = 6  # of a collective over states; of 132 multiprocessors on Hopper linear attention takes about 128
 
 
 @dataclass(frozen=True)

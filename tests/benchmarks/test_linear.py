@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ import torch
 
 from longspan.benchmarks import linear_cases, linear_kernels, linear_peers, linear_ranks
 from longspan.benchmarks.linear_cases import FAMILIES, Problem, bytes_per_token_head
-from longspan.benchmarks.linear_worker import Step, run_steps
+from longspan.benchmarks.linear_worker import Step
+from longspan.benchmarks.worker import run_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -98,9 +100,11 @@ def test_a_failed_measurement_has_no_time_but_its_reason():
 
 def test_a_killed_process_costs_one_step_and_a_late_one_the_rest():
     steps = [Step("reference", kind, problem("none"), seconds=0.01) for kind in ("matmul", "copy", "unknown")]
-    results, deadline = [], time.monotonic() + 60
-    for _, result in run_steps([steps[2], *[steps[0]] * 40], limit_s=60, deadline=deadline):
+    results, taken, deadline = [], [], time.monotonic() + 60
+    given = [steps[2], *(replace(steps[0], seed=seed) for seed in range(40))]
+    for step, result in run_steps(given, limit_s=60, deadline=deadline):
         results.append(result)
+        taken.append(step)
         if len(results) == 2:
             for process in multiprocessing.active_children():
                 process.kill()
@@ -108,9 +112,12 @@ def test_a_killed_process_costs_one_step_and_a_late_one_the_rest():
             break
     assert "KeyError" in results[0]["error"] and results[1]["TFLOP/s"] > 0
     assert "died with exit code -9" in results[-2]["error"] and results[-1]["TFLOP/s"] > 0
+    assert taken == given[: len(taken)]  # none is lost with the process
 
     late = [result["error"] for _, result in run_steps(steps[:2], limit_s=0.01, deadline=deadline)]
     assert "longer than" in late[0] and "skipped" in late[1]
+    late = [result["error"] for _, result in run_steps(steps[:2], limit_s=0.01, deadline=deadline, go_on=True)]
+    assert "longer than" in late[0] and "longer than" in late[1]
     assert not multiprocessing.active_children()
 
 

@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = [
     (torch, "empty"),
@@ -16,6 +17,7 @@ _FACTORIES = [
 
 def install():
     """Patch torch's uninitialised allocations; calls from other packages are left as they are. Returns an undo."""
+    _device_constructors()  # kept by torch: `with torch.device(...)` must know the originals, not what replaces them
     originals = [(owner, name, getattr(owner, name)) for owner, name in _FACTORIES]
     for owner, name, original in originals:
         setattr(owner, name, _poisoned(original))

@@ -45,11 +45,11 @@ def train(config: Config) -> list[dict]:
     return rows(Path(config.run.dir))
 
 
-def start(config: Config) -> Trainer:
+def start(config: Config, **options) -> Trainer:
     mesh = build_mesh(
         sp=config.parallel.sp, sharding=config.parallel.mesh_sharding, device=torch.device("cpu"), timeout_s=60
     )
-    return Trainer(config, mesh)
+    return Trainer(config, mesh, **options)
 
 
 def rows(run_dir: Path) -> list[dict]:

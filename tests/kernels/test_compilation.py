@@ -47,6 +47,24 @@ def test_kernels_that_choose_blocks_compile(tmp_path):
         assert kernel["shared"] <= absent_gpu.SHARED_LIMIT and not kernel["undefined"], kernel
 
 
+def test_kernels_of_a_layer_compile_without_spills(tmp_path):
+    kernels = compiled(tmp_path, "layer", "8192")
+    names = ["norm_kernel", "norm_backward_kernel", "rotate_kernel", "norm_rotate_backward_kernel", "scores_kernel"]
+    names += ["channel_gate_kernel", "channel_gate_backward_kernel", "elu1_kernel", "gradient_kernel"]
+    assert {*names, "swiglu_kernel", "swiglu_backward_kernel"} <= {kernel["name"] for kernel in kernels}
+    for kernel in kernels:
+        assert not kernel["spills"] and not kernel["undefined"], kernel
+
+
+def test_kernels_for_hopper_compile(tmp_path):
+    """And their products overlap with the rest: the assembler does not wait for each."""
+    kernels = compiled(tmp_path, "hopper", "128")
+    assert {"forward_kernel", "queries_kernel", "keys_kernel", "rows_kernel"} <= {kernel["name"] for kernel in kernels}
+    for kernel in kernels:
+        assert kernel["shared"] <= absent_gpu.SHARED_LIMIT and not kernel["undefined"], kernel
+        assert not kernel["serialized"], kernel
+
+
 @pytest.mark.gpu  # minutes, and what matters is the assembler that comes with the GPU machine's Triton
 @pytest.mark.parametrize(("dtype", "width"), REST)
 def test_all_widths_compile(dtype, width, tmp_path):

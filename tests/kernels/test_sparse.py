@@ -159,7 +159,6 @@ def everything(queries, keys, heads):
 @pytest.mark.parametrize("chosen", [nothing, the_first, everything])
 def test_extreme_lists(form, chosen, monkeypatch):
     monkeypatch.setattr(plan_module, "CHUNK", 2)  # a column that all rows choose is split
-    monkeypatch.setattr(fused, "CHUNK", 2)
     plan, *rest = make("extreme", chosen, case=((0, 150), 32, 32, 2, 4, 2, 16, False, True, 0))
     assert chosen is nothing or (plan.item_ptr.diff() > 1).any()
     check(form, plan, *rest)
@@ -206,6 +205,41 @@ def test_parts_of_a_plan_merge():
     given = d_out, None, q, k, v, out, lse
     sums = [sum(x) for x in zip(*(gathered.backward(*given, half, SCALE) for half in halves))]
     torch.testing.assert_close(tuple(sums), gathered.backward(*given, plan, SCALE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [fused, gathered], ids=["fused", "gathered"])
+def test_parts_continue_one_another(form, dtype):
+    """Blocks of 16 queries see some keys, blocks of 32 others: the second part goes on from the results of the first.
+    Queries 16 to 31 see nothing in the first part, 64 to 79 in the second, those from 80 on in neither."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(100, n, 16, generator=generator).to(dtype) for n in (4, 2, 2, 4))
+    fine, tiles, keys = (Blocks.of((0, 100), size) for size in (16, 32, 16))
+    few = torch.tensor([[0, 3], [-1, -1], [1, -1], [0, 2], [2, 3], [-1, -1], [-1, -1]]).expand(2, -1, -1)
+    more = torch.tensor([[4], [5], [-1], [-1]]).expand(2, -1, -1)
+    plans = [
+        BlockPlan.of(fine, keys, few, causal=False, chunk=1),
+        BlockPlan.of(tiles, keys, more, causal=False, log_weight=torch.arange(7) / 7),
+    ]
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    parts = [naive.attend(*leaves, plan, SCALE) for plan in plans]
+    wanted_lse = torch.logaddexp(*(part[1] for part in parts))
+    shift = wanted_lse.detach().nan_to_num(neginf=0.0)
+    weights = [(lse - shift).exp()[..., None] for _, lse in parts]
+    wanted = sum(out * weight for (out, _), weight in zip(parts, weights)) / sum(weights).clamp(min=1e-300)
+    gradients = torch.autograd.grad((wanted * d_out.double()).sum(), leaves)
+
+    first = form.forward(q, k, v, plans[0], SCALE, dtype=torch.float32)
+    out, lse = form.forward(q, k, v, plans[1], SCALE, onto=first)
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-4, atol=1e-4)
+    given, rows = (d_out, None, q, k, v, out, lse), form.row_sums(d_out, None, out, lse)
+    dq, *d_few = form.backward(*given, plans[0], SCALE, rows, dtype=torch.float32)
+    dq, *d_more = form.backward(*given, plans[1], SCALE, rows, onto=dq)
+    assert out.dtype == dq.dtype == dtype
+    found = out, dq, *(x.double() + y for x, y in zip(d_few, d_more))
+    for name, x, y in zip(("out", "dq", "dk", "dv"), found, (wanted, *gradients)):
+        assert ((x.double() - y).norm() / y.norm()).item() <= LIMITS[dtype], name
+    assert not out[80:].any() and not dq[80:].any()
 
 
 @settings(deadline=None, max_examples=30)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.launcher.batches import NO_LABEL, BatchLoader, TextBuilder, deal
+from longspan.launcher.config import Config
 from longspan.launcher.corpus import open_corpus
 from longspan.launcher.errors import UserError
 from longspan.launcher.samples import SampleStream
+from longspan.launcher.tasks import step_builder
 from longspan.parallel import SequenceParallel
 
 LENGTHS = [7, 1, 30, 4, 12, 3, 3, 64, 2, 9, 25, 40]
@@ -151,6 +154,35 @@ def test_tokens_of_files(tmp_path):
         known = batch.labels != NO_LABEL
         assert torch.equal(batch.labels[known], batch.tokens[known] + 1)
     assert {bool(batch.tokens[0] >= 100) for batch in batches} == {True, False}
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_validation_corpora_of_their_own(tmp_path, dtype):
+    lengths = {"train": (9, 14, 5), "validation": (3, 7)}
+    for name, base in (("train", 0), ("validation", 60_000)):
+        documents = [[list(range(base, base + length))] for length in lengths[name]]
+        write_megatron(tmp_path / name, documents, dtype)
+    mesh = SimpleNamespace(dp=1, dp_rank=0, device="cpu")
+
+    def builder(*settings):
+        paths = [f"data.{key}=[{{path: {tmp_path / name}}}]" for key, name in
+                 (("corpora", "train"), ("validation_corpora", "validation"))]  # fmt: skip
+        settings = ("data.seq_len=28", "data.packing=documents", "log.validation_interval=1", *paths, *settings)
+        config = Config.load(None, settings)
+        return step_builder(config, SequenceParallel(), mesh)
+
+    build = builder("model.vocab_size=60007")
+    for split in ("train", "validation"):
+        documents = [x for batch in build(split, 1).build(0) for x in split_documents(batch)]
+        base = 60_000 * (split == "validation")
+        expected = [list(range(base, base + length)) for length in lengths[split]]
+        assert sorted(documents, key=len) == sorted(expected, key=len)
+    with pytest.raises(UserError, match="holds token id 60006, outside of model.vocab_size=60006"):
+        builder("model.vocab_size=60006")("validation", 1).build(0)
+
+
+def split_documents(batch):
+    return [part.tolist() for part in batch.tokens.split(batch.seq.layout.lengths)]
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=8), st.integers(1, 5))

@@ -190,6 +190,8 @@ def test_missing_file_names_the_shipped_configs():
         (["data.seq_len=0"], "data.seq_len=0: use 1 or more"),
         (["data.prefetch=0"], "data.prefetch=0"),
         (["data.validation_fraction=1"], "data.validation_fraction=1.0"),
+        (["data.validation_corpora=[{weight: 2}]"], "data.validation_corpora[0].path is not set"),
+        (["data.validation_corpora=[{path: x}]", "data.validation_fraction=0.1"], "has others: use one of them"),
         (["log.validation_interval=5"], "set data.validation_fraction"),
         (["log.interval=0"], "log.interval=0"),
         (["log.validation_samples=0"], "log.validation_samples=0"),

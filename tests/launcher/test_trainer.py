@@ -185,6 +185,34 @@ def test_nan_on_one_rank_stops_all_before_the_update(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run")] == [1]
 
 
+def test_a_rank_that_is_asked_to_stop_ends_all_after_the_same_step(tmp_path):
+    corpus = write_corpus(tmp_path)
+    for stopped, late, resumed, straight in run_ranks(_stop_and_go_on, 2, tmp_path, corpus, timeout=240):
+        assert stopped == ([1, 2, 3, 4], ["step-00000004"])  # asked in step 4; interval 0: saved for that alone
+        assert late == ([1, 2, 3, 4, 5], ["step-00000005"])  # a step is read when the next has been started
+        assert resumed == straight  # bitwise
+    assert sorted(path.name for path in tmp_path.glob("marker *")) == ["marker 0", "marker 1"]  # none of a finished run
+
+
+def _stop_and_go_on(rank, world_size, folder, corpus):
+    settings, results = ("checkpoint.interval=0", "log.validation_interval=5"), []
+    for in_flight in (0, 1):
+        config = tiny_config(corpus, folder / f"run {in_flight}", *settings)
+        os.environ["LONGSPAN_STOPPED"] = str(folder / f"marker {in_flight}")
+        trainer = start(config, stop_asked=lambda: rank == 1 and trainer.step == 4)
+        trainer._steps_in_flight = in_flight  # 1: as on a GPU
+        trainer.train()
+        trainer.close()
+        dist.barrier()
+        saved = [path.name for path in (folder / f"run {in_flight}" / "checkpoints").iterdir()]
+        results.append(([row["step"] for row in rows(folder / f"run {in_flight}")], saved))
+    os.environ["LONGSPAN_STOPPED"] = str(folder / "marker of finished runs")
+    for name in ("run 1", "straight"):
+        found = train(tiny_config(corpus, folder / name, *settings))
+        results.append([{key: row.get(key) for key in ("step", "loss", "val_loss")} for row in found])
+    return results
+
+
 def _nan_on_rank_one(rank, world_size, folder, corpus):
     trainer = start(tiny_config(corpus, folder / "run"))
     next_step, snapshots = trainer.loader.next_step, []

@@ -9,7 +9,7 @@ from spawn import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longspan.models.activations import GRADIENTS, LOSS, measure
+from longspan.models.activations import GRADIENTS, LOSS, NORMS, measure
 from longspan.models.build import build_model
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import LAYER_KINDS, SPARSE_KINDS, ModelConfig
@@ -131,7 +131,7 @@ def test_with_checkpointing_what_lives_is_counted(kind):
     found = kept(config, lengths, dtype=dtype, prepare=fully)
     wanted = alive_bytes(step_of(config, lengths, dtype, "full"))
     # Lists of chosen blocks depend on the tokens, and have tables beside them.
-    assert found == (pytest.approx(wanted, rel=2e-3) if kind in SPARSE_KINDS else wanted)
+    assert found == (pytest.approx(wanted, rel=3e-3) if kind in SPARSE_KINDS else wanted)
     assert found < kept(config, lengths, dtype=dtype) / 3
 
 
@@ -150,7 +150,7 @@ def test_memory_options_are_counted(kind, checkpointing, tile):
     step = step_of(config, lengths, dtype, checkpointing, tile)
     wanted = saved_bytes(step) if checkpointing == "none" else alive_bytes(step)
     lists = checkpointing != "none" and kind in SPARSE_KINDS
-    assert found == (pytest.approx(wanted, rel=2e-3) if lists else wanted)
+    assert found == (pytest.approx(wanted, rel=3e-3) if lists else wanted)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +269,11 @@ def test_peak_holds_the_logits_of_one_chunk_and_gradients_stay_by_share():
     assert 0 < measured.at_peak.get(GRADIENTS, 1) <= 0.5 * measured.num_parameters
 
 
-def test_work_of_a_gpu_is_one_kernel_per_norm():
-    config = config_of("softmax")
-    assert measure(config, [64], gpu=True).launches < measure(config, [64], gpu=False).launches
+def test_norms_are_one_operation_each():
+    def count(**change):
+        return measure(config_of("softmax", **change), [64])
+
+    plain = count()
+    # A norm reads and writes a stream, the second of a layer two; there is one more behind the last layer.
+    assert plain.traffic[NORMS] == (2 * (2 + 4) + 2) * 64 * 32 * 2 + 5 * 32 * 2
+    assert count(qk_norm=True).launches == plain.launches  # it is part of the rotation

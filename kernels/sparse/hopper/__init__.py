@@ -1,0 +1,51 @@
+"""The same kernels over a plan for Hopper GPUs, in Gluon: blocks come by TMA while two warpgroups multiply."""
+
+import importlib.util
+from functools import cache
+
+import torch
+
+ROWS = 64  # of a warpgroup
+
+
+def takes(q, plan, rows: int, scale: float) -> bool:
+    """Whether these kernels take a case that the others take: tiles of `rows` = 128 queries, whole blocks."""
+    return (
+        on_hopper(q)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[2] in (64, 128)
+        and rows == 2 * ROWS
+        and plan.queries.size % ROWS == 0
+        and plan.keys.size % ROWS == 0
+        and plan.rule is None
+        and scale > 0
+        and 0 < len(plan.queries) * plan.queries.size * q.shape[1] < 2**31
+    )
+
+
+def on_hopper(x: torch.Tensor) -> bool:
+    return x.is_cuda and _runs(x.device.index)
+
+
+@cache
+def _runs(device_index: int) -> bool:
+    if torch.cuda.get_device_capability(device_index) != (9, 0):
+        return False
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
+    except ModuleNotFoundError:  # Triton before 3.5
+        return False
+
+
+def forward(q, k, v, out, lse, plan, scale, pack, onto):
+    """Writes out and lse, see kernels.sparse.fused.forward; pack: heads side by side in a tile of queries."""
+    from longspan.kernels.sparse.hopper import run
+
+    run.forward(q, k, v, out, lse, plan, scale, pack, onto)
+
+
+def backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto):
+    """Writes dq, dk and dv, see kernels.sparse.fused.backward."""
+    from longspan.kernels.sparse.hopper import run
+
+    run.backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto)

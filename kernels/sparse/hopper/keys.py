@@ -1,0 +1,187 @@
+"""Gradients of keys and values: a warpgroup for every 64 rows of a key block walks a part of the block's list, in tiles
+of 64 queries that come by TMA."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from longspan.kernels.sparse.hopper.tiles import (
+    LOG2E,
+    async_load,
+    load_rows,
+    make_barriers,
+    product_layout,
+    shared_layout,
+    store_rows,
+)
+
+
+@gluon.jit
+def _send(feed, TURNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr):
+    (
+        q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready,
+        d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M,
+    ) = feed  # fmt: skip
+    turn = 0
+    for step in range(begin * TURNS, stop * TURNS):
+        stage, phase = turn % STAGES, (turn // STAGES) & 1
+        block, part, at = gl.load(col_idx + step // TURNS), step % PARTS, head + step % TURNS // PARTS
+        first, row = gl.load(q_start + block) + part * 64, ((at * M + block) * PARTS + part) * 64
+        mbarrier.wait(q_free.index(stage), phase ^ 1)
+        mbarrier.expect(q_ready.index(stage), 64 * D * 2 + 64 * 4)
+        async_load(q_desc, [first, at * D], q_ready.index(stage), q_tiles.index(stage))
+        async_load(lse_desc, [row], q_ready.index(stage), lse_tiles.index(stage))
+        mbarrier.wait(d_out_free.index(stage), phase ^ 1)
+        mbarrier.expect(d_out_ready.index(stage), 64 * D * 2 + 64 * 4)
+        async_load(d_out_desc, [first, at * D], d_out_ready.index(stage), d_out_tiles.index(stage))
+        async_load(delta_desc, [row], d_out_ready.index(stage), delta_tiles.index(stage))
+        turn += 1
+
+
+@gluon.jit
+def _attend(
+    half: gl.constexpr, given, KEY_HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr,
+    TURNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, SUMMED: gl.constexpr, CAUSAL: gl.constexpr,
+    WEIGHTED: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of the key block's rows 64 * half on; alone: the block has no other part; SUMMED: several heads'
+    parts make one."""
+    (
+        k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr,
+        v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, key_position,
+        key_step, weight, k_stride_t, v_stride_t, alone, scale,
+    ) = given  # fmt: skip
+    S: gl.constexpr = product_layout(64)
+    OUT: gl.constexpr = product_layout(D)
+    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    k_tile, v_tile = k_tiles.index(half), v_tiles.index(half)
+    k_tile.store(load_rows(k_ptr, first, count, half, k_stride_t, 0, 1, D))
+    v_tile.store(load_rows(v_ptr, first, count, half, v_stride_t, 0, 1, D))
+    fence_async_shared()
+    inside = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, S))
+    last = key_position + (count - 1) * key_step
+    key_position += inside * key_step
+    stretch = scale * LOG2E
+    nothing = gl.full([64, 64], 0.0, gl.float32, S)
+    dk, dv = gl.full([64, D], 0.0, gl.float32, OUT), gl.full([64, D], 0.0, gl.float32, OUT)
+    turn = 0
+    for step in range(begin * TURNS, stop * TURNS):
+        stage, phase = turn % STAGES, (turn // STAGES) & 1
+        q_tile, d_out_tile = q_tiles.index(stage), d_out_tiles.index(stage)
+        mbarrier.wait(q_ready.index(stage), phase)
+        pending = warpgroup_mma(k_tile, q_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(d_out_ready.index(stage), phase)
+        d_pending = warpgroup_mma(v_tile, d_out_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        lse = lse_tiles.index(stage).load(gl.SliceLayout(0, S))
+        scores = warpgroup_mma_wait(1, deps=[pending])
+        if WEIGHTED:
+            scores = scores * stretch + (weight - lse)[None, :]
+        else:
+            scores = gl.fma(scores, gl.full_like(scores, stretch), gl.zeros_like(scores) - lse[None, :])
+        weights = gl.exp2(scores)
+        if CAUSAL:
+            position = gl.load(q_position + gl.load(col_idx + step // TURNS)) + step % PARTS * 64
+            if last > position:
+                index = gl.arange(0, 64, gl.SliceLayout(0, S))
+                weights = gl.where(key_position[:, None] <= (position + index)[None, :], weights, 0.0)
+        operand = gl.convert_layout(weights.to(k_tiles.dtype), P)
+        dv_pending = warpgroup_mma(operand, d_out_tile, dv, is_async=True)
+        delta = delta_tiles.index(stage).load(gl.SliceLayout(0, S))
+        d_weights = warpgroup_mma_wait(1, deps=[d_pending])
+        d_scores = gl.convert_layout((weights * (d_weights - delta[None, :])).to(k_tiles.dtype), P)
+        mbarrier.wait(q_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
+        dv, operand, d_scores = warpgroup_mma_wait(0, deps=[dv_pending, operand, d_scores])
+        mbarrier.arrive(d_out_free.index(stage))
+        dk = warpgroup_mma(d_scores, q_tile, dk)
+        mbarrier.arrive(q_free.index(stage))
+        turn += 1
+    dk = dk * scale
+    if SUMMED:
+        store_rows(parts_dk, 0, KEYS, half, 1, 1, D, dk)
+        store_rows(parts_dv, 0, KEYS, half, 1, 1, D, dv)
+    elif alone:
+        store_rows(dk_ptr, first, count, half, KEY_HEADS, 1, D, dk)
+        store_rows(dv_ptr, first, count, half, KEY_HEADS, 1, D, dv)
+    else:
+        store_rows(parts_dk, 0, KEYS, half, 1, 1, D, dk)
+        store_rows(parts_dv, 0, KEYS, half, 1, 1, D, dv)
+
+
+@gluon.jit(do_not_specialize=["num_columns", "items", "capacity", "scale", "M"])
+def keys_kernel(
+    q_desc, d_out_desc, lse_desc, delta_desc, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, q_start, q_position,
+    k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col, weight_ptr, k_stride_t, k_stride_h,
+    v_stride_t, v_stride_h, scale, M, num_columns, items, capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr,
+    LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr, CHUNK: gl.constexpr,
+    CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As kernels.sparse.backward.keys_kernel, for query blocks of SIZE rows, a multiple of 64; what has one part goes
+    to dk and dv at once."""
+    GROUPS: gl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
+    PARTS: gl.constexpr = SIZE // 64
+    TURNS: gl.constexpr = HEADS // GROUPS * PARTS
+    item, group = gl.program_id(0) % items, gl.program_id(0) // items
+    key_head, listed = group // (GROUPS // KEY_HEADS), (group * LISTS // GROUPS).to(gl.int64)
+    column = gl.load(item_col + listed * items + item)
+    if column < num_columns:
+        dtype: gl.constexpr = q_desc.dtype
+        flat: gl.constexpr = lse_desc.layout
+        k_tiles = gl.allocate_shared_memory(dtype, [KEYS // 64, 64, D], shared_layout(16))
+        v_tiles = gl.allocate_shared_memory(dtype, [KEYS // 64, 64, D], shared_layout(16))
+        q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared_layout(16))
+        d_out_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared_layout(16))
+        lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 64], flat)
+        delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 64], flat)
+        q_ready, d_out_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
+        q_free, d_out_free = make_barriers(STAGES, KEYS // 64), make_barriers(STAGES, KEYS // 64)
+        first, count = gl.load(k_start + column).to(gl.int64), gl.load(k_length + column)
+        position, step = gl.load(k_position + column), gl.load(k_step + column)
+        weight = 0.0
+        if WEIGHTED:
+            weight = gl.load(weight_ptr + column).to(gl.float32) * LOG2E
+        ends, parts = col_ptr + listed * (num_columns + 1) + column, item_ptr + listed * (num_columns + 1) + column
+        number = item - gl.load(parts)
+        begin = gl.load(ends) + number * CHUNK
+        stop = gl.minimum(begin + CHUNK, gl.load(ends + 1))
+        alone = gl.load(parts + 1) - gl.load(parts) == 1
+        col_idx += listed * capacity
+        k_ptr += key_head * k_stride_h
+        v_ptr += key_head * v_stride_h
+        dk_ptr += key_head * D
+        dv_ptr += key_head * D
+        at = (group.to(gl.int64) * items + item) * KEYS * D
+        parts_dk += at
+        parts_dv += at
+        head = group * (HEADS // GROUPS)
+        given = (
+            k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free,
+            k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count,
+            position, step, weight, k_stride_t, v_stride_t, alone, scale,
+        )  # fmt: skip
+        feed = (
+            q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready,
+            d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M,
+        )  # fmt: skip
+        SUMMED: gl.constexpr = GROUPS != KEY_HEADS
+        if KEYS == 128:
+            gl.warp_specialize(
+                [
+                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, SUMMED, CAUSAL, WEIGHTED)),
+                    (_attend, (1, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, SUMMED, CAUSAL, WEIGHTED)),
+                    (_send, (feed, TURNS, PARTS, STAGES, D)),
+                ],
+                [4, 1], [240, 24],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, SUMMED, CAUSAL, WEIGHTED)),
+                    (_send, (feed, TURNS, PARTS, STAGES, D)),
+                ],
+                [1], [24],
+            )  # fmt: skip

@@ -1,0 +1,88 @@
+"""Launches of the Hopper kernels."""
+
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from longspan.kernels.sparse.backward import add_kernel
+from longspan.kernels.sparse.hopper.attend import forward_kernel
+from longspan.kernels.sparse.hopper.keys import keys_kernel
+from longspan.kernels.sparse.hopper.queries import queries_kernel
+from longspan.kernels.sparse.hopper.rows import rows_kernel
+
+TILE, STAGES = 128, 2  # keys in a tile of the forward pass, and how many tiles are under way
+GRADIENT_TILE, GRADIENT_STAGES = 64, 4
+KEY_STAGES = 2
+
+
+def forward(q, k, v, out, lse, plan, scale, pack, onto):
+    forward_kernel[(len(plan.queries) * q.shape[1] // pack,)](
+        q, *(_rows_of(x, min(TILE, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
+        *_lists(plan), *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], *_heads(q, k, plan),
+        plan.keys.size, pack, TILE, plan.causal, plan.log_weight is not None, onto is not None, STAGES, num_warps=4,
+    )  # fmt: skip
+
+
+def backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto):
+    heads, head_dim = q.shape[1:]
+    size, weighted = plan.keys.size, plan.log_weight is not None
+    blocks, length = len(plan.queries), plan.queries.size
+    log, delta = (rows.new_empty(heads, blocks, length) for _ in range(2))
+    rows_kernel[(blocks * heads,)](rows, log, delta, plan.queries.start, plan.queries.length, blocks, heads, length)
+    queries_kernel[(blocks * heads // pack,)](
+        q, *(_rows_of(x, min(GRADIENT_TILE, size)) for x in (k, v)), d_out, log, delta, dq,
+        dq if onto is None else onto,
+        *_tables(plan), *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], scale, blocks, plan.row_idx.shape[1],
+        *_heads(q, k, plan), size, pack, GRADIENT_TILE, plan.causal, weighted, onto is not None, GRADIENT_STAGES,
+        num_warps=4,
+    )  # fmt: skip
+    groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
+    if not items:
+        dk.zero_(), dv.zero_()
+        return
+    parts = [rows.new_empty(groups, items, size, head_dim) for _ in range(2)]
+    keys_kernel[(items * groups,)](
+        *(_rows_of(x, 64) for x in (q, d_out)), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
+        plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr,
+        plan.item_col, _weight(plan), *k.stride()[:2], *v.stride()[:2], scale, blocks, len(plan.keys), items,
+        plan.col_idx.shape[1], *_heads(q, k, plan), size, length, plan.chunk, plan.causal, weighted, KEY_STAGES,
+        num_warps=4, **_two_per_processor(size),
+    )  # fmt: skip
+    add_kernel[(len(plan.keys) * k.shape[1],)](
+        *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, len(plan.keys), items, k.shape[1],
+        plan.heads, head_dim, head_dim, size, num_warps=size // 8,
+    )  # fmt: skip
+
+
+def _two_per_processor(size):
+    return {"maxnreg": 128} if size == 64 else {}
+
+
+def _rows_of(x, rows):
+    """x [T, H, D] as a matrix of heads beside one another, fetched so many rows of one head at a time."""
+    if x.stride(1) != x.shape[2] or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+        x = x.contiguous()
+    tokens, heads, head_dim = x.shape
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim], layout)
+
+
+def _flat(x, count):
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(x, [x.numel()], [1], [count], layout)
+
+
+def _tables(plan):
+    queries, keys = plan.queries, plan.keys
+    return queries.start, queries.length, queries.position, keys.start, keys.length, keys.position, keys.step
+
+
+def _lists(plan):
+    return plan.row_ptr, plan.row_idx, _weight(plan)
+
+
+def _weight(plan):
+    return plan.queries.start if plan.log_weight is None else plan.log_weight
+
+
+def _heads(q, k, plan):
+    return q.shape[1], k.shape[1], plan.heads, q.shape[2]

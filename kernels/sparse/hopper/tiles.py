@@ -1,0 +1,152 @@
+"""What the Hopper kernels share: layouts, the pipeline that feeds warpgroups, rows of tiles in registers."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+LOG2E = gl.constexpr(1.4426950408889634)
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.6
+
+
+@gluon.constexpr_function
+def row_layout(D):
+    """Of [rows, D] tiles as they come from memory: 16 bytes a thread, four warps."""
+    return gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def product_layout(N):
+    """Of the [64, N] results of one warpgroup."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+
+
+@gluon.constexpr_function
+def shared_layout(bits):
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(stage), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def block_of(M, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, PACK: gl.constexpr):
+    """As kernels.sparse.tiles.program_of."""
+    block, head = gl.program_id(0) % M, gl.program_id(0) // M * PACK
+    return block, head, head // (HEADS // KEY_HEADS), (head * LISTS // HEADS).to(gl.int64)
+
+
+@gluon.jit
+def load_rows(ptr, first, count, part, stride_t, stride_h, PACK: gl.constexpr, D: gl.constexpr):
+    """Rows 64 * part to 64 * part + 63 of a tile [tokens x PACK heads, D], zero from token `count` on."""
+    layout: gl.constexpr = row_layout(D)
+    index = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    token, column = index // PACK, gl.arange(0, D, gl.SliceLayout(0, layout))
+    at = (token * stride_t + index % PACK * stride_h)[:, None] + column[None, :]
+    return gl.load(ptr + first * stride_t + at, mask=(token < count)[:, None], other=0.0)
+
+
+@gluon.jit
+def store_rows(ptr, first, count, part, HEADS: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, x):
+    """Writes [64, D] to the rows that load_rows reads, of [T, HEADS, D]."""
+    layout: gl.constexpr = row_layout(D)
+    x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
+    index = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    token, column = index // PACK, gl.arange(0, D, gl.SliceLayout(0, layout))
+    at = ((token * HEADS + index % PACK) * D)[:, None] + column[None, :]
+    gl.store(ptr + first * HEADS * D + at, x, mask=(token < count)[:, None])
+
+
+@gluon.jit
+def turns_of(begin, stop, KEYS: gl.constexpr, TILE: gl.constexpr):
+    """Tiles of TILE keys that entries begin:stop of a list take: some blocks each, or a part of one."""
+    if TILE < KEYS:
+        return (stop - begin) * (KEYS // TILE)
+    else:
+        return gl.cdiv(stop - begin, TILE // KEYS)
+
+
+@gluon.jit
+def place_of(turn, begin, index, KEYS: gl.constexpr, TILE: gl.constexpr):
+    """(entry, row in its block) of key `index` of a tile."""
+    if TILE < KEYS:
+        return begin + turn // (KEYS // TILE), turn % (KEYS // TILE) * TILE + index
+    else:
+        return begin + turn * (TILE // KEYS) + index // KEYS, index % KEYS
+
+
+@gluon.jit
+def _first_row(index, turn, begin, stop, row_idx, k_start, KEYS: gl.constexpr, TILE: gl.constexpr):
+    entry, row = place_of(turn, begin, index, KEYS, TILE)
+    return gl.load(k_start + gl.load(row_idx + gl.minimum(entry, stop - 1))) + row
+
+
+@gluon.jit
+def send_keys(feed, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
+    """Feeds what walks a list, tiles of one block, a part of one or two; an odd last block comes twice."""
+    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, at = feed
+    ROWS: gl.constexpr = KEYS if KEYS < TILE else TILE
+    BYTES: gl.constexpr = TILE * k_tiles.shape[2] * 2
+    for turn in range(0, turns_of(begin, stop, KEYS, TILE)):
+        stage, phase = turn % STAGES, (turn // STAGES) & 1
+        first = _first_row(0, turn, begin, stop, row_idx, k_start, KEYS, TILE)
+        second = _first_row(TILE - ROWS, turn, begin, stop, row_idx, k_start, KEYS, TILE)
+        k_tile, v_tile = k_tiles.index(stage), v_tiles.index(stage)
+        mbarrier.wait(k_free.index(stage), phase ^ 1)
+        mbarrier.expect(k_ready.index(stage), BYTES)
+        async_load(k_desc, [first, at], k_ready.index(stage), k_tile.slice(0, ROWS))
+        if ROWS < TILE:
+            async_load(k_desc, [second, at], k_ready.index(stage), k_tile.slice(TILE - ROWS, ROWS))
+        mbarrier.wait(v_free.index(stage), phase ^ 1)
+        mbarrier.expect(v_ready.index(stage), BYTES)
+        async_load(v_desc, [first, at], v_ready.index(stage), v_tile.slice(0, ROWS))
+        if ROWS < TILE:
+            async_load(v_desc, [second, at], v_ready.index(stage), v_tile.slice(TILE - ROWS, ROWS))
+
+
+@gluon.jit
+def must_mask(
+    turn, begin, stop, row_idx, k_length, k_position, k_step, earliest,
+    KEYS: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Whether not all queries of a tile, the first at position `earliest`, see all of its keys."""
+    ROWS: gl.constexpr = KEYS if KEYS < TILE else TILE
+    masked = False
+    for part in gl.static_range(TILE // ROWS):
+        entry, row = place_of(turn, begin, part * ROWS + ROWS - 1, KEYS, TILE)
+        column = gl.load(row_idx + gl.minimum(entry, stop - 1))
+        masked = masked | (row >= gl.load(k_length + column)) | (entry >= stop)
+        if CAUSAL:
+            masked = masked | (gl.load(k_position + column) + row * gl.load(k_step + column) > earliest)
+    return masked
+
+
+@gluon.jit
+def seen_keys(
+    turn, begin, stop, row_idx, k_length, k_position, k_step, position,
+    KEYS: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """[queries, keys of a tile]: what is seen; position: of the queries."""
+    index = gl.arange(0, TILE, gl.SliceLayout(0, layout))
+    entry, row = place_of(turn, begin, index, KEYS, TILE)
+    column = gl.load(row_idx + gl.minimum(entry, stop - 1))
+    seen = ((entry < stop) & (row < gl.load(k_length + column)))[None, :]
+    if CAUSAL:
+        key_position = gl.load(k_position + column) + row * gl.load(k_step + column)
+        seen = seen & (key_position[None, :] <= position[:, None])
+    return seen
+
+
+@gluon.jit
+def add_weights(
+    scores, turn, begin, stop, row_idx, weight_ptr, KEYS: gl.constexpr, TILE: gl.constexpr, layout: gl.constexpr
+):
+    index = gl.arange(0, TILE, gl.SliceLayout(0, layout))
+    entry, row = place_of(turn, begin, index, KEYS, TILE)
+    entry += gl.zeros_like(index)
+    weight = gl.load(weight_ptr + gl.load(row_idx + gl.minimum(entry, stop - 1))).to(gl.float32)
+    return scores + (weight * LOG2E)[None, :]
