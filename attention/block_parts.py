@@ -74,13 +74,14 @@ class Part:
         return x[rows, heads][:, None] if self.one_head else x[rows]
 
 
-def block_parts(blocks, tables, causal, strategy, group, rule=None):
+def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False):
     """(the part of local keys, what follows of other ranks: a list of parts or, where the host has to wait for what
     ranks ask of one another, a Request). blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, -1 for
-    none; rule: of plans."""
+    none; rule: of plans; full: there is no -1."""
     keys, queries = tables.keys, tables.queries.local
     if keys.whole:
-        return Part(BlockPlan.of(queries, keys.local, blocks, causal=causal, ascending=True, rule=rule)), []
+        options = {"causal": causal, "ascending": True, "rule": rule, "full": full}
+        return Part(BlockPlan.of(queries, keys.local, blocks, **options)), []
     rank, world_size = group_rank(group), group_size(group)
     wanted = pieces_of(blocks, keys)
     held = [keys.local if owner == rank else keys.of_rank(owner) for owner in range(world_size)]

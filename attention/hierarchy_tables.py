@@ -56,7 +56,8 @@ class HierarchyTables:
     all under one row of level 2 see the same, in larger tiles than those of fine blocks. coarse_blocks, coarse_weight:
     blocks of the rows that are here but those of the last level, coarse_rows; chunk: of their plans. dense: the plan
     over all rows of the last level, dense_rows, which follows from the layout alone. diagonal: int32 [local pieces, 1
-    or 0]."""
+    or 0]. full: no list of blocks will have a -1: there is enough to choose from everywhere, and no row has two blocks
+    under it."""
 
     queries: Pieces
     keys: Pieces
@@ -76,6 +77,7 @@ class HierarchyTables:
     dense: BlockPlan
     dense_rows: slice
     diagonal: torch.Tensor
+    full: bool
 
     def map(self, move) -> "HierarchyTables":
         """The same with every tensor passed through `move`."""
@@ -122,6 +124,8 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         tile_above = torch.from_numpy(above.base[document] + position // above.span)
         tables.append(Level(families=families, above=tile_above, blocks=_int32(under)))
     last = rows[levels - 1]
+    full = fine.whole and not causal and np.diff(last.base).min() >= keep
+    full = bool(full and all(level.blocks.shape[1] == 1 for level in tables))
     chosen_for = np.arange(len(last.place)) if levels > 1 else mine  # of fine blocks, those of local queries
     first = last.base[last.document[chosen_for]]
     stop = first + last.place[chosen_for] if causal else last.base[last.document[chosen_for] + 1]
@@ -147,6 +151,7 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         dense=_dense_plan(last, lengths, tiles, causal),
         dense_rows=slice(dense_from, dense_from + len(last.place)),
         diagonal=_int32(mine[:, None] if causal else np.zeros((len(mine), 0))),
+        full=full,
     )
 
 

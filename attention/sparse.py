@@ -140,13 +140,14 @@ def parts_of(chosen, tables, causal, strategy, group):
     selection chose of blocks of keys and of blocks of coarse keys, or None, and the rule of single queries where it has
     one."""
     fine, coarse, *rule = chosen
-    local, remote = block_parts(fine, tables, causal, strategy, group, *rule)
+    full = getattr(tables, "full", False)
+    local, remote = block_parts(fine, tables, causal, strategy, group, *rule, full=full)
     here, dense = [], getattr(tables, "dense", None)
     if dense is not None:
         here.append(Part(dense, coarse=True, rows=tables.dense_rows))
     if coarse is not None:
         options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "chunk": tables.chunk}
-        plan = BlockPlan.of(tables.tiles, tables.coarse_blocks, coarse, **options)
+        plan = BlockPlan.of(tables.tiles, tables.coarse_blocks, coarse, full=full, **options)
         here.append(Part(plan, coarse=True, rows=tables.coarse_rows))
     return [*here, local], remote
 

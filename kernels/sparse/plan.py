@@ -119,17 +119,17 @@ class BlockPlan:
     @classmethod
     def of(
         cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, rule=None, listed=None,
-        ascending=False, chunk=None,
+        ascending=False, chunk=None, full=False,
     ) -> "BlockPlan":  # fmt: skip
         """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing;
-        `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort.
-        listed: most key blocks that a head's lists name, if known: memory for gradients follows it. Nothing waits for
-        the device."""
-        if not ascending:
+        `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort;
+        `full` that there is no -1 either, so that int32 `chosen` are the lists. listed: most key blocks that a head's
+        lists name, if known: memory for gradients follows it. Nothing waits for the device."""
+        if not (ascending or full):
             chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
         chunk = chunk or CHUNK
-        rows, most_items = _rows_of(chosen, len(keys), 1), _most_items(keys, chosen, chunk, listed)
-        return cls(queries, keys, *rows, most_items, causal, log_weight, rule, chunk)
+        rows = _full_rows(chosen) if full else _rows_of(chosen, len(keys), 1)
+        return cls(queries, keys, *rows, _most_items(keys, chosen, chunk, listed), causal, log_weight, rule, chunk)
 
     @classmethod
     def split(cls, queries: Blocks, keys, chosen, width: int, *, causal: bool, rule=None) -> list["BlockPlan"]:
@@ -157,6 +157,12 @@ class BlockPlan:
 def _most_items(keys, chosen, chunk, listed=None):
     capacity = chosen.shape[1] * chosen.shape[2]
     return min(len(keys) if listed is None else listed, capacity) + capacity // chunk
+
+
+def _full_rows(chosen):
+    heads, rows, most = chosen.shape
+    row_ptr = torch.arange(0, rows * most + 1, most, dtype=torch.int32, device=chosen.device)
+    return row_ptr.expand(heads, -1).contiguous(), chosen.reshape(heads, rows * most)
 
 
 def _rows_of(chosen, width, parts):

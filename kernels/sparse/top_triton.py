@@ -62,10 +62,12 @@ def halves(x):
 
 
 @triton.jit
-def ordered_scores(q_high, q_low, k_high, k_low):
-    """Products of means [rows, D] and keys [keys, D], both in halves, as int32 of the same order, above LOWEST."""
+def ordered_scores(q_high, q_low, k_high, k_low, EXACT: tl.constexpr = False):
+    """Products of means [rows, D] and keys [keys, D], both in halves, as int32 of the same order, above LOWEST. EXACT:
+    k_low is zero."""
     scores = tl.dot(q_low, tl.trans(k_high))
-    scores = tl.dot(q_high, tl.trans(k_low), scores)
+    if not EXACT:
+        scores = tl.dot(q_high, tl.trans(k_low), scores)
     scores = tl.dot(q_high, tl.trans(k_high), scores)
     bits = (scores + 0.0).to(tl.int32, bitcast=True)  # no negative zero
     return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST + 1)

@@ -266,6 +266,29 @@ def test_lists_ascend(variant):
             assert listed == sorted(set(listed))
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("form", ["plain", "triton"])
+def test_lists_without_gaps_are_taken_as_they_are(levels, form, monkeypatch):
+    """Where there is enough to choose from, and documents are of whole rows."""
+    monkeypatch.setattr(forms, "takes", lambda x: form == "triton")
+    selection = Hierarchical(4, 2, levels)
+    few = 4**levels
+    cases = (256, False, True), (250, False, levels == 1), (256, True, False), (few, False, False)
+    for length, causal, full in cases:
+        lengths = length, length
+        tables = selection.tables(SequenceParallel().context(contiguous(lengths, 1)), causal)
+        assert tables.full == full
+        if full:
+            q, k = (torch.randn(sum(lengths), 2, 16) for _ in range(2))
+            coarse, _ = selection.coarse(k, k, tables, lambda x: x)
+            chosen = selection.choose(q, k, coarse, tables, Ranks())
+            assert all(x.min() >= 0 for x in chosen if x is not None)
+            made = [sparse.parts_of(chosen, x, causal, "auto", None)[0] for x in (tables, replace(tables, full=False))]
+            for part, other in zip(*made, strict=True):
+                assert torch.equal(part.plan.row_ptr, other.plan.row_ptr)
+                assert torch.equal(part.plan.row_idx, other.plan.row_idx)
+
+
 def run_waiting(rank, world_size, cases):
     """Of every case what was done in its forward pass, in order: kernels, and waits of the host; backward waits for
     nothing. Results are those of the definition."""

@@ -154,7 +154,7 @@ def compile_choosing(width):
     from longspan.kernels.sparse import Blocks, Families, Ranges
     from longspan.kernels.sparse.descend_triton import descend_triton
     from longspan.kernels.sparse.lists_triton import columns_triton, rows_triton
-    from longspan.kernels.sparse.pool_triton import pool_triton
+    from longspan.kernels.sparse.pool_triton import pool_triton, spread_triton
     from longspan.kernels.sparse.top_triton import top_triton
 
     def zeros(*shape):
@@ -164,10 +164,13 @@ def compile_choosing(width):
     families = Families(*(zeros(*n) for n in ((128,), (8,), (8,), (128,), (128,), (8, 16), (8,))), 16)
     means = torch.zeros(128, 2, width)
     top_triton(means, means, zeros(128), ranges, 0, 0, None)
-    pool_triton((means.bfloat16(),), Blocks.of((0, 128), 16), 2, False)
+    blocks = Blocks.of((0, 128), 16)
+    sums = pool_triton((means.bfloat16(),), blocks, 2, False)
+    spread_triton(sums, blocks, means.shape, torch.bfloat16, False)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
-    row_ptr, row_idx = rows_triton(zeros(1, 8, 4), 8)
-    columns_triton(row_ptr, row_idx, 8, 64, 9)
+    for columns in (8, 1 << 12):  # dense and sparse lists
+        row_ptr, row_idx = rows_triton(zeros(1, 64, 4), columns)
+        columns_triton(row_ptr, row_idx, columns, 64, 9)
 
 
 def compile_layer(width):

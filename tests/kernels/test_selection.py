@@ -80,6 +80,7 @@ def make_top(name, device="cpu"):
     ranges, num_keys = make_ranges(documents, rows, keep, causal), sum(documents)
     means = whole_numbers(len(ranges) + 2, heads, dim, generator=generator, device=device)
     keys = whole_numbers(num_keys + more, heads, dim, generator=generator, device=device)
+    keys = keys.mT.contiguous().mT.bfloat16() if causal else keys  # exact in both
     router = torch.randint(0, len(means), (len(ranges),), generator=generator).int()
     always = None
     if more:
@@ -135,7 +136,7 @@ def test_top_of_forced_keys_that_no_sample_sees(form, small_tiles, monkeypatch):
 @pytest.mark.parametrize("documents, causal", [((500,), False), ((500,), True), ((200, 90, 7, 300), True)])
 def test_top_of_normal_numbers_is_right_but_for_near_ties(documents, causal, clustered):
     generator = torch.Generator().manual_seed(0)
-    ranges = make_ranges(documents, 20, 0.1, causal)
+    ranges = make_ranges(documents, 128 // len(documents), 0.1, causal)
     means, keys = (torch.randn(n, 1, 32, generator=generator) for n in (len(ranges), sum(documents)))
     keys = keys.cumsum(0) if clustered else keys
     check_near(means, keys, torch.arange(len(ranges)).int(), ranges, top_triton.top_triton)
@@ -214,6 +215,7 @@ def check_descend(seed, documents, block, chosen, dim, keep, causal, device="cpu
     families, above = make_families(seed, documents, block, chosen, device)
     generator = torch.Generator().manual_seed(seed)
     means, keys = (whole_numbers(sum(documents), 2, dim, generator=generator, device=device) for _ in range(2))
+    keys = keys.bfloat16() if seed % 2 else keys  # exact in both
     found = unpadded(descend(means, keys, above, families, keep, causal))
     start, length = (x.tolist() for x in (families.start, families.length))
     for head in range(2):
@@ -231,6 +233,7 @@ def check_descend(seed, documents, block, chosen, dim, keep, causal, device="cpu
 
 @settings(max_examples=8, deadline=None)
 @example(0, (1,), 3, 1, 2, True)
+@example(1, (30, 8), 4, 3, 5, True)
 @given(
     st.integers(0, 2**20), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(2, 9), st.integers(1, 4),
     st.integers(1, 12), st.booleans(),
@@ -271,4 +274,4 @@ class TestOnGpu:
     @pytest.mark.parametrize("causal", [False, True])
     @pytest.mark.parametrize("dim", [64, 128])
     def test_descend_is_what_sorting_gives(self, causal, dim):
-        check_descend(1, (1000, 17, 300), 16, 8, dim, 8, causal, "cuda")
+        check_descend(dim // 64, (1000, 17, 300), 16, 8, dim, 8, causal, "cuda")

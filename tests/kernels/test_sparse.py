@@ -306,6 +306,24 @@ def test_what_the_kernels_refuse():
     assert "the query blocks have 48" in fused.refusal(torch.bfloat16, 64, odd)
 
 
+def check_long_lists(rows, columns, device):
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(columns - 1, (2, rows, 1), generator=generator)
+    chosen = torch.cat([(first + 7 * torch.arange(4)) % (columns - 1), torch.full_like(first, columns - 1)], 2)
+    queries, keys = (Blocks.of((0, n), 1).map(lambda x: x.to(device)) for n in (rows, columns))
+    plan = BlockPlan.of(queries, keys, chosen.to(device), causal=False)
+    wanted = plan_module._columns(plan.row_ptr, plan.row_idx, columns, plan_module.CHUNK, plan.most_items)
+    for columns in (plan.columns, BlockPlan.columns.func(plan)):
+        assert all(torch.equal(x, y) for x, y in zip(vars(columns).values(), wanted, strict=True))
+
+
+@pytest.mark.parametrize("rows, shift", [(2100, 5), (200, 6)])
+def test_long_lists_by_key_block(rows, shift, monkeypatch):
+    monkeypatch.setattr(forms, "takes", lambda x: True)
+    monkeypatch.setattr(lists_triton, "_cell_shift", lambda *_: shift)
+    check_long_lists(rows, 50, "cpu")
+
+
 class TestOnGpu:
     pytestmark = pytest.mark.gpu
 
@@ -348,6 +366,11 @@ class TestOnGpu:
         for head, count in enumerate(plain.row_ptr[:, -1].tolist()):
             for name in ("row_idx", "col_idx"):
                 assert torch.equal(getattr(plan, name)[head, :count].cpu(), getattr(plain, name)[head, :count]), name
+
+    @pytest.mark.parametrize("columns", [2000, 60000])
+    def test_long_lists_by_key_block(self, columns):
+        """All rows name the last column; few enough columns for bits of rows, and too many."""
+        check_long_lists(20000, columns, "cuda")
 
     def test_building_a_plan_does_not_wait(self):
         queries, keys = (Blocks.of((0, 5000), size).map(lambda x: x.cuda()) for size in (128, 64))
