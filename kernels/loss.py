@@ -94,8 +94,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def label_scores_naive(logits, labels):
-    """(log-sum-exp, logit of the label), both [C], of logits [C, V]. The logit is 0 for foreign labels and undefined for
-    ignored ones."""
+    """(log-sum-exp, logit of the label), both [C], of logits [C, V]. The logit is 0 for foreign labels and undefined
+    for ignored ones."""
     foreign = labels == FOREIGN_LABEL
     place = labels.masked_fill(foreign | (labels == IGNORED_LABEL), 0)[:, None]
     return logits.logsumexp(-1), logits.gather(1, place)[:, 0].masked_fill(foreign, 0)
