@@ -191,7 +191,7 @@ def run_stored(rank, world_size):
     mesh, model = split("tiles, full, offload", 2)
     seen = {}
     model.blocks[0].mixer.q_proj.register_forward_hook(lambda _, x, y: seen.update(q=(x[0].shape, y.shape)))
-    model.blocks[1].mlp_norm.register_forward_hook(lambda _, x, y: seen.update(norm=y.shape))
+    model.blocks[1].mlp_norm.register_forward_hook(lambda _, x, y: seen.update(norm=y[1].shape))
     seq = SequenceParallel(mesh.sp_group, mesh.sp_state_group).context((9,))
     model(torch.arange(9), torch.arange(9), seq)
     stored = {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
