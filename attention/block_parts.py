@@ -24,7 +24,8 @@ class Part:
 
     sends: (peer, rows of what is picked); picked: rows and heads of this rank's keys that are sent, peer after peer, or
     rows and None for all heads; None where all rows are. receives: (peer, rows of the buffer). one_head: the buffer has
-    rows of one head, each of its own block and head. coarse: of coarse keys, not of tokens. remote: they arrive.
+    rows of one head, each of its own block and head. coarse: of coarse keys, not of tokens; rows: those of them that
+    the plan is over. remote: they arrive.
     """
 
     plan: BlockPlan
@@ -34,6 +35,7 @@ class Part:
     num_rows: int = 0
     one_head: bool = False
     coarse: bool = False
+    rows: slice | None = None
     remote: bool = False
 
     def start(self, k, v, group):
@@ -72,13 +74,14 @@ class Part:
         return x[rows, heads][:, None] if self.one_head else x[rows]
 
 
-def block_parts(blocks, tables, causal, strategy, group, rule=None):
+def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False):
     """(the part of local keys, what follows of other ranks: a list of parts or, where the host has to wait for what
     ranks ask of one another, a Request). blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, -1 for
-    none; rule: of plans."""
+    none; rule: of plans; full: there is no -1."""
     keys, queries = tables.keys, tables.queries.local
     if keys.whole:
-        return Part(BlockPlan.of(queries, keys.local, blocks, causal=causal, ascending=True, rule=rule)), []
+        options = {"causal": causal, "ascending": True, "rule": rule, "full": full}
+        return Part(BlockPlan.of(queries, keys.local, blocks, **options)), []
     rank, world_size = group_rank(group), group_size(group)
     wanted = pieces_of(blocks, keys)
     held = [keys.local if owner == rank else keys.of_rank(owner) for owner in range(world_size)]

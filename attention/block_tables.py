@@ -52,11 +52,13 @@ class Pieces:
 class Totals:
     """Sums of some blocks, from those of pieces: a rank gets few of other ranks. pieces: int64 [rows, turns], of every
     row its pieces in the order of tokens, by their place among this rank's and, behind these, among those that ranks
-    show; -1 for none. size: int32 [rows], tokens. shown: int64, this rank's pieces that go to all, as many on each."""
+    show; -1 for none. size: int32 [rows], tokens. shown: int64, this rank's pieces that go to all, as many on each.
+    own: the rows are this rank's pieces, one by one, and nothing is shown."""
 
     pieces: torch.Tensor
     size: torch.Tensor
     shown: torch.Tensor
+    own: bool
 
     @classmethod
     def of(cls, held: Pieces, rank: int, who: np.ndarray, blocks: np.ndarray) -> "Totals":
@@ -73,11 +75,12 @@ class Totals:
         given = np.zeros(most, np.int64)
         own = shown // held.width == rank
         given[turn[own]] = shown[own] % held.width
-        return cls(torch.from_numpy(here), held.length[blocks[who == rank]].int(), torch.from_numpy(given))
+        each = not most and len(here) > 0 and np.array_equal(here, np.arange(len(held.local))[:, None])
+        return cls(torch.from_numpy(here), held.length[blocks[who == rank]].int(), torch.from_numpy(given), each)
 
     def map(self, move) -> "Totals":
         """The same with every tensor passed through `move`."""
-        return Totals(*(move(x) for x in vars(self).values()))
+        return Totals(*map(move, (self.pieces, self.size, self.shown)), self.own)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Ranks:
         return Route(table, self.group).move(x)
 
     def rows(self, blocks, own, tables) -> tuple[torch.Tensor, torch.Tensor]:
-        """blocks: int32 [Hkv, local query pieces, n], blocks of tables.means.keys (attention.hierarchy_tables), -1 for
+        """blocks: int32 [Hkv, local tiles, n], blocks of tables.means.keys (attention.hierarchy_tables), -1 for
         none; own: [this rank's rows, Hkv, D]. Gives (those that are here, by their number among this rank's pieces;
         keys [all rows, Hkv, D], set for the rows in blocks that are listed for a head)."""
         means, causal = tables.means, tables.diagonal.shape[1] > 0
@@ -40,7 +40,7 @@ class Ranks:
         keys = own.new_empty(len(tables.keys.length), *own.shape[1:])
         keys[means.rows] = own
         if group_size(self.group) > 1:
-            asked = Request(wanted, means.keys, tables.queries.local, causal, self.group, weights=means.weight)
+            asked = Request(wanted, means.keys, tables.tiles, causal, self.group, weights=means.weight)
             (part,), pending, *tensors = asked.parts(*self.coarse)
             pending.wait()
             self.arrived.append((replace(part, coarse=True), *tensors))

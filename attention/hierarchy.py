@@ -56,33 +56,33 @@ class Hierarchical:
         here, levels = _sums((k, v), tables, gather)
         if tables.means is not None:
             levels.insert(0, here if tables.keys.whole else total_sums(here, tables.means.totals, gather))
-        return torch.cat(_means(levels, tables.sizes)).to(k.dtype).split(k.shape[1], 1)
+        sums = torch.cat(levels) if len(levels) > 1 else levels[0]
+        return (sums / tables.size[:, None, None]).to(k.dtype).split(k.shape[1], 1)
 
     def choose(self, q, k, coarse_k, tables, ranks):
-        """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens and blocks of coarse rows that are here, -1
-        for none; those that are not here are fetched by `ranks`."""
-        # Means up to the number of heads that share a key head, which changes no order.
+        """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens, and [Hkv, local tiles, m], blocks of coarse
+        rows that are here, -1 for none; None where there is one level. Those not here are fetched by `ranks`."""
+        # Sums in place of means: a factor for each query changes no order.
         here, sums = _sums((q,), tables, ranks, heads=k.shape[1])
-        mine = total_sums(here, tables.routers, ranks) / tables.routers.size[:, None, None]
-        queries = [mine] if self.levels == 1 else [mine, *_means(sums, tables.sizes[1:])]
-        keys = coarse_k.split([len(size) for size in tables.sizes])
+        mine = total_sums(here, tables.routers, ranks)
+        queries = [mine] if self.levels == 1 else [mine, *sums]
+        keys = coarse_k.split(tables.rows)
         last, heads = tables.levels[-1], k.shape[1]
-        found = top(queries[-1], keys[-1].to(mine.dtype), last.router, last.candidates)
+        found = top(queries[-1], keys[-1], last.router, last.candidates)
         causal = tables.diagonal.shape[1] > 0
-        listed = [tables.top.expand(heads, -1, -1)]
+        listed = []
         for depth in range(self.levels - 2, -1, -1):  # found: rows of the level above, for each of its rows
-            level = tables.levels[depth]
-            above = found[:, level.above]
+            level, above = tables.levels[depth], found
             if causal:  # the children of the row above which are past, as the mask says
-                above = torch.cat([above, level.above[:, None].expand(heads, -1, 1)], 2)
-            blocks = level.blocks[above.clamp(min=0)].masked_fill((above < 0)[..., None], -1).flatten(2)
-            means = keys[depth]
+                own = torch.arange(found.shape[1], dtype=found.dtype, device=found.device)
+                above = torch.cat([found, own[:, None].expand(heads, -1, 1)], 2)
+            blocks, means = level.blocks[above].flatten(2)[:, level.above], keys[depth]
             if depth == 0 and not tables.keys.whole:
                 blocks, means = ranks.rows(blocks, means, tables)
             listed.append(blocks)
-            found = descend(queries[depth], means.to(mine.dtype), found, level.families, self.keep, causal)
+            found = descend(queries[depth], means, found, level.families, self.keep, causal)
         fine = torch.cat([found, tables.diagonal.expand(heads, -1, -1)], 2) if causal else found
-        return fine, torch.cat(listed[::-1], 2)
+        return fine, torch.cat(listed[::-1], 2) if listed else None
 
 
 def _sums(tensors, tables, gather, heads=None):
@@ -94,7 +94,3 @@ def _sums(tensors, tables, gather, heads=None):
     for under in tables.under:
         levels.append(pool(levels[-1], under))
     return here, levels
-
-
-def _means(sums, sizes):
-    return [total / size[:, None, None] for total, size in zip(sums, sizes, strict=True)]

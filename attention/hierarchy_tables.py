@@ -7,16 +7,22 @@ import numpy as np
 import torch
 
 from longspan.attention.block_tables import Pieces, Totals, pieces, router_totals
-from longspan.kernels.sparse import Blocks, Families, Ranges
+from longspan.kernels.sparse import BlockPlan, Blocks, Families, Ranges
 from longspan.parallel.layout import Layout, Span
+
+TILE = 128  # most queries of a tile, where a fine block has fewer
+DENSE = 64  # rows of the last level in a block
+DENSE_ITEMS, FEWEST_TILES = 32, 8  # programs for the gradients of such a block, and tiles of queries that each takes
+LISTED_QUERIES = 1024  # that a program for the gradients of listed rows takes
 
 
 @dataclass(frozen=True)
 class Level:
-    """Level l of all documents; int32 on the device. The last has candidates, and router: the row whose mean query
-    chooses for each that does. The others have families, what leads down from the level above; above: [local pieces],
-    the row there that each piece is in; blocks: [rows above, 2], blocks of coarse keys under each, ascending. On level
-    1 routers are local pieces, whose mean query is that of the row that chooses for them."""
+    """Level l of all documents; int32 on the device, above int64. The last has candidates, and router: the row whose
+    mean query chooses for each that does. The others have families, what leads down from the level above; above:
+    [local tiles], the row there that each tile is in; blocks: [rows above + 1, 1 or 2], blocks of coarse keys under
+    each, ascending, -1 after the last and for row -1. On level 1 routers are local pieces, whose mean query is that of
+    the row that chooses for them."""
 
     router: torch.Tensor | None = None
     candidates: Ranges | None = None
@@ -43,11 +49,15 @@ class Means:
 class HierarchyTables:
     """queries, keys: the fine blocks; routers: sums of those that choose for local pieces. means: level 1, or None
     where it is the last. everywhere: blocks of tokens whose sums are gathered, level 2, or 1 where it is the last;
-    runs: local pieces of keys in each local piece of those. sizes: int32 [rows] per level, tokens; of level 1 those of
-    this rank's rows where there are means. under: per level from 3 on, the rows of the level before in blocks, one for
-    each of its rows. coarse_blocks, coarse_weight: blocks of the rows that are here, local means and then the levels
-    that are everywhere, laid end to end. top: int32 [local pieces, n], blocks of the last level that each piece sees.
-    diagonal: int32 [local pieces, 1 or 0]."""
+    runs: local pieces of keys in each local piece of those. size: int32, tokens of all rows that are here, level after
+    level, so many in each: rows; of level 1 those of this rank where there are means. under: per level from 3 on, the
+    rows of the level before in blocks, one for each of its rows. Coarse rows are those of local means and then of the
+    levels that are everywhere, laid end to end. tiles: this rank's queries in blocks for which coarse rows are listed:
+    all under one row of level 2 see the same, in larger tiles than those of fine blocks. coarse_blocks, coarse_weight:
+    blocks of the rows that are here but those of the last level, coarse_rows; chunk: of their plans. dense: the plan
+    over all rows of the last level, dense_rows, which follows from the layout alone. diagonal: int32 [local pieces, 1
+    or 0]. full: no list of blocks will have a -1: there is enough to choose from everywhere, and no row has two blocks
+    under it."""
 
     queries: Pieces
     keys: Pieces
@@ -56,12 +66,18 @@ class HierarchyTables:
     everywhere: Pieces
     runs: Blocks
     levels: tuple[Level, ...]
-    sizes: tuple[torch.Tensor, ...]
+    size: torch.Tensor
+    rows: tuple[int, ...]
     under: tuple[Blocks, ...]
+    tiles: Blocks
     coarse_blocks: Blocks
     coarse_weight: torch.Tensor
-    top: torch.Tensor
+    coarse_rows: slice
+    chunk: int
+    dense: BlockPlan
+    dense_rows: slice
     diagonal: torch.Tensor
+    full: bool
 
     def map(self, move) -> "HierarchyTables":
         """The same with every tensor passed through `move`."""
@@ -81,30 +97,36 @@ def _map(value, move):
 def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: int, causal: bool) -> HierarchyTables:
     """The tables of `rank`. block: tokens of a fine block, and rows in a row of the next level."""
     fine, lengths = pieces(layout, rank, block), np.array(layout.lengths)
-    rows = [_Rows.of(lengths, block, level) for level in range(1, levels + 2)]
-    chain = [fine.block.numpy()]  # the row of every level above each local piece
-    for level in rows[:-1]:
-        chain.append(level.parent[chain[-1]])
+    rows = [_Rows.of(lengths, block, level) for level in range(1, levels + 1)]
+    mine = fine.block.numpy()
+    tiles = pieces(layout, rank, _tile_rows(block)).local
+    document, position = tiles.document.numpy(), tiles.position.numpy()
     means, blocks, weights, blocks_under, here = None, [], [], [], 0
     if levels > 1:
         means, under = _means(fine, rank, layout.world_size, rows[0], lengths, block)
         blocks, here = [_local_blocks(means.keys, rank)], len(means.rows)
         weights, blocks_under = [means.weight[rank * means.keys.width :][: len(means.keys.local)]], [under]
-    gathered = rows[int(levels > 1) : levels]
-    more, weight, under = _coarse_blocks(gathered, lengths, block, here, blocks[0].shape[1] if blocks else 0)
+    gathered = rows[int(levels > 1) :]
+    more, weight, under = _coarse_blocks(gathered[:-1], lengths, block, here, blocks[0].shape[1] if blocks else 0)
     blocks_under += under
+    dense_from = here + sum(len(level.place) for level in gathered[:-1])
 
+    sizes = [*([] if means is None else [means.totals.size]), *(_int32(level.size) for level in gathered)]
     tables = []
-    for level, under, mine, above in zip(rows, blocks_under, chain, chain[1:levels]):
+    for level, above, under in zip(rows, rows[1:], blocks_under):
         chooses = mine if not tables else np.arange(len(level.place))  # of fine blocks, those of local queries
         families = _families(level, chooses, block, causal)
         if not tables:
             router = np.zeros(len(level.place))
             router[mine] = np.arange(len(mine))
             families = replace(families, router=_int32(router))
-        tables.append(Level(families=families, above=_int32(above), blocks=_int32(under)))
+        under = np.pad(_packed(under), ((0, 1), (0, 0)), constant_values=-1)
+        tile_above = torch.from_numpy(above.base[document] + position // above.span)
+        tables.append(Level(families=families, above=tile_above, blocks=_int32(under)))
     last = rows[levels - 1]
-    chosen_for = np.arange(len(last.place)) if levels > 1 else chain[0]  # of fine blocks, those of local queries
+    full = fine.whole and not causal and np.diff(last.base).min() >= keep
+    full = bool(full and all(level.blocks.shape[1] == 1 for level in tables))
+    chosen_for = np.arange(len(last.place)) if levels > 1 else mine  # of fine blocks, those of local queries
     first = last.base[last.document[chosen_for]]
     stop = first + last.place[chosen_for] if causal else last.base[last.document[chosen_for] + 1]
     router = last.router(causal) if levels > 1 else np.arange(len(chosen_for))
@@ -118,12 +140,18 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         everywhere,
         _runs(fine.local, everywhere.local),
         tuple(tables),
-        sizes=(*([] if means is None else [means.totals.size]), *(_int32(level.size) for level in gathered)),
+        size=torch.cat(sizes),
+        rows=tuple(map(len, sizes)),
         under=tuple(_blocks_under(level, block) for level in gathered[:-1]),
+        tiles=tiles,
         coarse_blocks=Blocks(block, *map(_int32, np.concatenate([*blocks, more], 1))),
         coarse_weight=torch.cat([*weights, torch.from_numpy(weight)]),
-        top=_int32(_top_blocks(chain[levels], blocks_under[-1], rows[levels], causal)),
-        diagonal=_int32(chain[0][:, None] if causal else np.zeros((len(chain[0]), 0))),
+        coarse_rows=slice(0, dense_from),
+        chunk=max(1, LISTED_QUERIES // tiles.size),
+        dense=_dense_plan(last, lengths, tiles, causal),
+        dense_rows=slice(dense_from, dense_from + len(last.place)),
+        diagonal=_int32(mine[:, None] if causal else np.zeros((len(mine), 0))),
+        full=full,
     )
 
 
@@ -230,7 +258,7 @@ def _coarse_blocks(levels, lengths, block, offset, number):
     """Blocks of the rows of levels, laid end to end from row `offset` and block `number` on: (columns of Blocks, log
     weight of each, per level [rows above, 2] the blocks under a row). The last row of a document may have fewer tokens,
     and is a block of its own then."""
-    columns, weights, under = [], [], []
+    columns, weights, under = [np.zeros((5, 0))], [np.zeros(0)], []
     for level in levels:
         there = level.children >= 0
         whole = (there & (level.size[level.children.clip(0)] == level.span)).sum(1)
@@ -265,13 +293,46 @@ def _children(parents, rows, block):
     return np.where(found < stop[:, None], found, -1)
 
 
-def _top_blocks(groups, blocks, above, causal):
-    """[local pieces, n]: the coarse blocks of the last level that a piece sees. groups: the row above each piece."""
-    document = above.document[groups]
-    first, stop = above.base[document], groups + 1 if causal else above.base[document + 1]
-    listed = first[:, None] + np.arange(int((stop - first).max(initial=0)))
-    found = np.where(listed[..., None] < stop[:, None, None], blocks[listed.clip(max=len(blocks) - 1)], -1)
-    return found.reshape(len(groups), 2 * listed.shape[1])
+def _tile_rows(block):
+    """A multiple of a block's size that divides its square."""
+    return block * max(n for n in range(1, block + 1) if block % n == 0 and (n == 1 or n * block <= TILE))
+
+
+def _dense_plan(level, lengths, tiles, causal):
+    """All rows of a level for every tile of its document; causal, those which any of the tile's queries sees. A last
+    row with fewer tokens is a block of its own."""
+    counts = np.diff(level.base)
+    whole = counts - (lengths % level.span > 0)  # rows of each document
+    blocks = -(-whole // DENSE)
+    each = blocks + counts - whole
+    base, document = np.concatenate([[0], np.cumsum(each)]), np.repeat(np.arange(len(lengths)), each)
+    place = (np.arange(base[-1]) - base[document]) * DENSE
+    short = place >= whole[document]
+    place = np.where(short, whole[document], place)
+    size = np.where(short, 1, np.minimum(DENSE, whole[document] - place))
+    seen = np.where(short, lengths[document], (place + 1) * level.span)  # from the token after a row's last on
+    rows = level.base[document] + place
+    keys = Blocks(DENSE, *map(_int32, (rows, size, seen, np.where(short, 1, level.span), document)))
+
+    document = tiles.document.numpy()
+    stop = base[document + 1] - base[document]
+    if causal:
+        past = (tiles.position.numpy() + tiles.length.numpy() - 1) // level.span  # rows before the last query
+        stop = -(-past // DENSE)
+    listed = np.arange(int(stop.max(initial=0)))
+    chosen = _int32(np.where(listed < stop[:, None], base[document, None] + listed, -1))[None]
+    weight = torch.from_numpy(np.log(level.size[rows].astype(np.float64)))
+    chunk = max(FEWEST_TILES, len(tiles) // DENSE_ITEMS)
+    plan = BlockPlan.of(tiles, keys, chosen, causal=causal, log_weight=weight, ascending=True, chunk=chunk)
+    plan.columns  # noqa: B018  made here and kept: no layer needs to make them
+    return plan
+
+
+def _packed(lists):
+    """Lists [rows, n] without what is -1, -1 after the last, as narrow as that allows."""
+    there = lists >= 0
+    order = np.argsort(~there, axis=1, kind="stable")
+    return np.take_along_axis(lists, order, 1)[:, : there.sum(1).max(initial=0)]
 
 
 def _int32(x):

@@ -90,7 +90,7 @@ def piece_sums(tensors, pieces: Pieces, heads: int | None = None) -> torch.Tenso
     """[T_local, H, D] each -> [local pieces, heads of all, D]; of a rank without tokens one row of zeros, which makes
     it part of the graph."""
     if tensors[0].shape[0]:
-        return torch.cat([pool(x, pieces.local, heads=heads) for x in tensors], 1)
+        return pool(tensors, pieces.local, heads=heads)
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.cat([x.sum(0, keepdim=True, dtype=wide)[:, : heads or x.shape[1]] for x in tensors], 1)
 
@@ -104,6 +104,8 @@ def gathered_sums(sums, pieces: Pieces, gather) -> torch.Tensor:
 
 def total_sums(sums, totals: Totals, gather) -> torch.Tensor:
     """Sums of the local pieces -> those of some blocks, for which ranks show one another few pieces."""
+    if totals.own:
+        return sums
     if len(totals.shown):
         sums = torch.cat([sums, gather(sums[totals.shown])])
     return _added(sums, totals.pieces)

@@ -17,7 +17,6 @@ from longspan.attention.ranges import SPARSE, of_component
 from longspan.attention.recompute import keep, recall
 from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
-from longspan.kernels.merge import merge
 from longspan.kernels.sparse import BlockPlan, choose
 
 
@@ -137,40 +136,41 @@ def _choose(q, k, coarse, selection, tables, causal, strategy, group):
 
 
 def parts_of(chosen, tables, causal, strategy, group):
-    """(parts of local and then of coarse keys, what follows of other ranks: see block_parts). chosen: what a selection
-    chose of blocks of keys and of blocks of coarse keys, or None, and the rule of single queries where it has one."""
+    """(parts of coarse keys and then of local ones, what follows of other ranks: see block_parts). chosen: what a
+    selection chose of blocks of keys and of blocks of coarse keys, or None, and the rule of single queries where it has
+    one."""
     fine, coarse, *rule = chosen
-    local, remote = block_parts(fine, tables, causal, strategy, group, *rule)
-    if coarse is None:
-        return [local], remote
-    options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True}
-    plan = BlockPlan.of(tables.queries.local, tables.coarse_blocks, coarse, **options)
-    return [local, Part(plan, coarse=True)], remote
+    full = getattr(tables, "full", False)
+    local, remote = block_parts(fine, tables, causal, strategy, group, *rule, full=full)
+    here, dense = [], getattr(tables, "dense", None)
+    if dense is not None:
+        here.append(Part(dense, coarse=True, rows=tables.dense_rows))
+    if coarse is not None:
+        options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "chunk": tables.chunk}
+        plan = BlockPlan.of(tables.tiles, tables.coarse_blocks, coarse, full=full, **options)
+        here.append(Part(plan, coarse=True, rows=tables.coarse_rows))
+    return [*here, local], remote
 
 
 def attend(q, local, coarse, here, fetched, remote, group, scale):
     """(out, lse, parts, keys and values that arrived, part after part). local, coarse: keys and values; here, remote:
     what parts_of gives; fetched: (part, keys, values) that have arrived. What is here is queued before the host waits
     for anything."""
-    out, lse, arrived, parts = None, None, [], []
+    found, arrived, parts = None, [], []
 
     def add(part, keys, values):
-        nonlocal out, lse
+        nonlocal found
         parts.append(part)
         form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
         if not q.shape[0] or not len(part.plan.keys):
             return
-        found = form.forward(q, keys, values, part.plan, scale)
-        if out is None:
-            out, lse = found
-        else:
-            count = len(here) + len(fetched) + (len(remote) if isinstance(remote, list) else 1)
-            out = out.to(_sum_dtype(q, count))
-            merge(out, lse, *found)
+        count = len(here) + len(fetched) + (len(remote) if isinstance(remote, list) else 1)
+        dtype = q.dtype if len(parts) == count else _sum_dtype(q, count)
+        found = form.forward(q, keys, values, part.plan, scale, found, dtype)
 
     coming = remote[0].start(*local, group) if isinstance(remote, list) and remote else None
     for part in here:
-        add(part, *(coarse if part.coarse else local))
+        add(part, *_keys_of(part, local, coarse))
     for part, *tensors in fetched:
         arrived += tensors
         add(part, *tensors)
@@ -183,26 +183,35 @@ def attend(q, local, coarse, here, fetched, remote, group, scale):
             coming = remote[number + 1].start(*local, group)
         arrived += tensors
         add(part, *tensors)
-    if out is None:
-        out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
-    return out.to(q.dtype), lse, parts, arrived
+    if found is None:
+        found = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
+    return found[0].to(q.dtype), found[1], parts, arrived
 
 
 def gradients_of(d_out, q, local, coarse, out, lse, arrived, parts, group, scale, branch=None, work=None):
     """Gradients of q, local keys and values, in at least fp32 where several are added, and of coarse keys and values.
     What arrived comes first: its gradients are on their way back while those of what is here are made. work: of the
     branch, or None; its gradients of what arrived go back with the others, those of local tensors are left out."""
-    dq, own, returning, arrived = None, {False: local, True: (None, None)}, [], list(arrived)
-    for part in reversed(parts):
-        values, keys = (arrived.pop(), arrived.pop()) if part.remote else (coarse if part.coarse else local)[::-1]
+    here, remote = ([part for part in parts if part.remote == there] for there in (False, True))
+    own = {False: local, True: [x if x is None else torch.zeros_like(x) for x in coarse]}
+    dq, sums, returning, arrived = None, {}, [], list(zip(arrived[::2], arrived[1::2], strict=True))
+    for number, part in enumerate(remote[::-1] + here, 1):
+        keys, values = arrived.pop() if part.remote else _keys_of(part, local, coarse)
         if not q.shape[0] or not len(part.plan.keys):
             gradients = torch.zeros_like(keys), torch.zeros_like(values)
         else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
-            found, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale)
-            dq = found.to(_sum_dtype(q, len(parts))) if dq is None else dq.add_(found)
+            if form not in sums:
+                sums[form] = form.row_sums(d_out, None, out, lse)
+            more = {"rows": sums[form], "onto": dq}
+            more["dtype"] = q.dtype if number == len(parts) else _sum_dtype(q, len(parts))
+            dq, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale, **more)
         if not part.remote:
-            own[part.coarse] = gradients
+            if part.coarse:
+                for total, x in zip(own[True], gradients):
+                    total[part.rows] = x
+            else:
+                own[False] = gradients
             continue
         if work is not None and branch.rest and keys.shape[0]:
             gradients = branch.part_gradients(part, keys, values, work, gradients)
@@ -212,6 +221,11 @@ def gradients_of(d_out, q, local, coarse, out, lse, arrived, parts, group, scale
         own[part.coarse] = [x.to(_wide(q)) for x in own[part.coarse]]
         part.add_returned(returned, own[part.coarse])
     return [torch.zeros_like(q) if dq is None else dq, *own[False], *own[True]]
+
+
+def _keys_of(part, local, coarse):
+    """Keys and values of a part that is here."""
+    return [x[part.rows] for x in coarse] if part.coarse else local
 
 
 def _sum_dtype(x, num_parts):

@@ -28,20 +28,20 @@ NAME = re.compile(r"(\w+)\.(\w+)((?:\[[^\[\]]+\])*)")
 
 
 class Option:
-    """One entry of a table, or one constant, such as fused.SWEEP[2,128] or fused.LONE_STAGES. ValueError if there is
-    none of that name."""
+    """One entry of a table, or one constant, such as fused.SWEEP[2,128] or fused.LONE_STAGES, of a module of `package`.
+    ValueError if there is none of that name."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, package: str = "longspan.kernels.linear"):
         found = NAME.fullmatch(name)
         if not found:
             raise ValueError(f"{name!r} is no name like fused.SWEEP[2,128] or fused.LONE_STAGES")
         try:
-            self.holder, self.key = vars(importlib.import_module(f"longspan.kernels.linear.{found[1]}")), found[2]
+            self.holder, self.key = vars(importlib.import_module(f"{package}.{found[1]}")), found[2]
             for key in re.findall(r"\[([^\[\]]+)\]", found[3]):
                 self.holder, self.key = self.holder[self.key], ast.literal_eval(key)
             self.value = self.holder[self.key]
         except (ImportError, KeyError, TypeError, ValueError, SyntaxError) as error:
-            raise ValueError(f"longspan.kernels.linear has no {name}: {describe(error)}") from None
+            raise ValueError(f"{package} has no {name}: {describe(error)}") from None
         self.name = name
 
     @contextlib.contextmanager
@@ -129,13 +129,13 @@ def parse_arguments(argv=None):
         if getattr(arguments, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
     try:
-        arguments.tried = [(Option(name), [_literal(value) for value in values]) for name, *values in arguments.tried]
+        arguments.tried = [(Option(name), [literal(value) for value in values]) for name, *values in arguments.tried]
     except ValueError as error:
         parser.error(f"--try: {error}")
     return arguments
 
 
-def _literal(text: str):
+def literal(text: str):
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

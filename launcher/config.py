@@ -69,9 +69,10 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    """How ranks share the work: data parallel x sequence parallel."""
+    """How ranks share the work: data parallel x sequence parallel x tensor parallel."""
 
-    sp: int = setting(0, "ranks that share one sequence; 0: all ranks")
+    sp: int = setting(0, "ranks that share one sequence; 0: all ranks (with tp: all / tp)")
+    tp: int = setting(1, "ranks of one node that share every layer's heads, MLP channels and the vocabulary")
     sharding: Literal["fsdp", "hsdp"] = setting("fsdp", "parameters sharded over all ranks, or inside nodes (hsdp)")
     engine: Literal["fsdp2", "ddp", "deepspeed"] = setting(
         "fsdp2", "what stores and trains the model: fsdp2 shards it, ddp keeps whole copies, deepspeed is ZeRO"
@@ -232,6 +233,7 @@ class Config:
         except ValueError as error:
             raise UserError(str(error)) from None
         self._validate_ranges()
+        self._validate_tensor_parallel()
         self._validate_engine()
         _require(
             not (self.train.deterministic and self.parallel.backend == "cudnn"),
@@ -243,7 +245,8 @@ class Config:
 
     def _validate_ranges(self) -> None:
         for path in ("train.steps", "train.global_batch", "train.timeout_s", "data.seq_len", "data.prefetch",
-                     "checkpoint.keep_last", "log.interval", "log.validation_samples", "profile.steps"):  # fmt: skip
+                     "parallel.tp", "checkpoint.keep_last", "log.interval", "log.validation_samples",
+                     "profile.steps"):  # fmt: skip
             _require(self._get(path) >= 1, f"{path}={self._get(path)}: use 1 or more")
         for path in ("parallel.sp", "parallel.key_blocks", "train.mlp_tile", "optim.warmup_steps", "optim.weight_decay",
                      "run.seed", "optim.clip_grad_norm", "checkpoint.interval", "log.validation_interval",
@@ -288,6 +291,17 @@ class Config:
                 any(is_of_kind(kind, entry) for kind in kinds),
                 f"train.checkpoint_layers has {entry}, but no layer is of that kind: use some of {', '.join(kinds)}",
             )
+
+    def _validate_tensor_parallel(self) -> None:
+        tp = self.parallel.tp
+        try:
+            self.model.validate_split(tp)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        _require(
+            tp == 1 or self.parallel.engine != "deepspeed",
+            f"parallel.tp={tp} is for parallel.engine=fsdp2 and ddp, not deepspeed: use one of those, or parallel.tp=1",
+        )
 
     def _validate_engine(self) -> None:
         parallel = self.parallel
@@ -370,21 +384,34 @@ class Config:
                 0 <= rank < world_size or not self.profile.start,
                 f"profile.ranks has {rank}, but the run has the ranks 0 to {world_size - 1}: leave it out",
             )
-        sp = self.parallel.sp or world_size
-        allowed = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
-        _require(world_size % sp == 0, f"parallel.sp={sp} does not divide the {world_size} ranks: use one of {allowed}")
-        heads = self.model.num_heads
-        allowed = " or ".join(str(size) for size in range(1, world_size + 1) if world_size % size == heads % size == 0)
+        tp, divisors = self.parallel.tp, [size for size in range(1, world_size + 1) if world_size % size == 0]
+        allowed = ", ".join(map(str, divisors))
+        _require(world_size % tp == 0, f"parallel.tp={tp} does not divide the {world_size} ranks: use one of {allowed}")
+        each = f" / parallel.tp={tp}" * (tp > 1)
+        sp, ranks = self.parallel.sp or world_size // tp, f"{world_size} ranks{each}"
+        divisors = [size for size in divisors if world_size // tp % size == 0]
+        allowed = ", ".join(map(str, divisors))
+        _require(world_size // tp % sp == 0, f"parallel.sp={sp} does not divide the {ranks}: use one of {allowed}")
+        heads = self.model.num_heads // tp
+        allowed = " or ".join(str(size) for size in divisors if heads % size == 0)
         _require(
             self.parallel.softmax != "ulysses" or heads % sp == 0,
-            f"parallel.softmax=ulysses cannot share model.num_heads={heads} among parallel.sp={sp} ranks: use usp or "
-            f"ring, or parallel.sp={allowed}",
+            f"parallel.softmax=ulysses cannot share model.num_heads={heads * tp}{each} among parallel.sp={sp} ranks: "
+            f"use usp or ring, or parallel.sp={allowed}",
         )
-        dp = world_size // sp
+        _require(
+            tp == 1
+            or self.parallel.engine != "fsdp2"
+            or self.parallel.sharding != "fsdp"
+            or self.model.hidden_size % (world_size // tp) == 0,
+            f"with parallel.tp={tp} the {world_size // tp} ranks that shard parameters must divide model.hidden_size="
+            f"{self.model.hidden_size}: use another parallel.tp, or parallel.sharding=hsdp",
+        )
+        dp = world_size // tp // sp
         _require(
             self.train.global_batch % dp == 0,
             f"train.global_batch={self.train.global_batch} cannot be shared by the {dp} data-parallel groups "
-            f"({world_size} ranks / parallel.sp={sp}): use a multiple of {dp}, or another parallel.sp",
+            f"({ranks} / parallel.sp={sp}): use a multiple of {dp}, or another parallel.sp",
         )
 
     def _get(self, path: str) -> float:

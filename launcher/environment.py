@@ -72,6 +72,7 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
         "world_size": mesh.world_size,
         "dp": mesh.dp,
         "sp": mesh.sp,
+        "tp": mesh.tp,
         "machines": {host: hosts.count(host) for host in dict.fromkeys(hosts)},
         "device": torch.cuda.get_device_name(mesh.device) if on_gpu else f"{platform.machine()} CPU",
         "deterministic": torch.are_deterministic_algorithms_enabled(),

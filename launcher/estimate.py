@@ -31,7 +31,7 @@ from longspan.launcher.gpus import (
 from longspan.models.activations import GRADIENTS, LOSS, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import SPARSE_KINDS
-from longspan.models.flops import model_flops
+from longspan.models.flops import model_flops, num_parameters
 from longspan.parallel.costs import KEY_PASSES, token_bytes, visible_share
 from longspan.parallel.geometry import Mask
 from longspan.parallel.layout import Span
@@ -103,11 +103,29 @@ class Job:
 
     def __post_init__(self):
         self.config.validate(world_size=self.cluster.count)
+        if self.cluster.per_node % self.tp:
+            raise UserError(
+                f"parallel.tp={self.tp} makes GPUs of different machines share layers, with {self.cluster.per_node} in"
+                " each: use a divisor of that, or see --gpus-per-node"
+            )
         self._refuse_what_is_not_counted()
 
     @property
+    def tp(self) -> int:
+        return self.config.parallel.tp
+
+    @property
     def sp(self) -> int:
-        return self.config.parallel.sp or self.cluster.count
+        return self.config.parallel.sp or self.cluster.count // self.tp
+
+    @property
+    def dp(self) -> int:
+        return self.cluster.count // (self.sp * self.tp)
+
+    @property
+    def per_node(self) -> int:
+        """GPUs of a machine with the same part of layers."""
+        return self.cluster.per_node // self.tp
 
     def _refuse_what_is_not_counted(self) -> None:
         config, selection = self.config, self.config.model.sparse_selection.get("name")
@@ -121,8 +139,9 @@ class Job:
 
     @property
     def shards(self) -> int:
-        """Ranks that share one copy of the parameters."""
-        return {"none": 1, "hsdp": self.cluster.per_node}.get(self.config.parallel.mesh_sharding, self.cluster.count)
+        """Ranks that share one copy of the parameters, or of a tensor-parallel rank's part of them."""
+        copies = self.cluster.count // self.tp
+        return {"none": 1, "hsdp": self.per_node}.get(self.config.parallel.mesh_sharding, copies)
 
     @property
     def offload(self) -> bool:
@@ -136,7 +155,7 @@ class Job:
 
     @property
     def micro_batches(self) -> int:
-        return self.config.train.global_batch * self.sp // self.cluster.count
+        return self.config.train.global_batch // self.dp
 
     @property
     def lengths(self) -> list[int]:
@@ -173,7 +192,7 @@ class Job:
         return measure(
             self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
             prepare=self.prepare,
-            gradient_bytes=0 if self.offload else MASTER / self.shards,
+            gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
             softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
         )  # fmt: skip
 
@@ -184,12 +203,11 @@ def estimate(job: Job) -> Estimate:
     memory = memory_at_peak(job, measured)
     states = 0 if job.offload else (2 * MASTER + MOMENTS) * measured.num_parameters / job.shards
     seconds = step_seconds(job, measured)
-    flops = model_flops(job.config.model, job.lengths) * job.config.train.global_batch
+    model, samples, count = job.config.model, job.config.train.global_batch, job.cluster.count
+    mfu = model_flops(model, job.lengths) * samples / sum(seconds.values()) / count / (job.cluster.peak_tflops * 1e12)
     return Estimate(
         memory, states, dict(measured.kept), usable(job.cluster), seconds,
-        job.config.data.seq_len * job.config.train.global_batch, job.cluster.count,
-        flops / sum(seconds.values()) / job.cluster.count / (job.cluster.peak_tflops * 1e12), measured.num_parameters,
-        tuple(notes(job)),
+        job.config.data.seq_len * samples, count, mfu, num_parameters(model), tuple(notes(job)),
     )  # fmt: skip
 
 
@@ -241,6 +259,7 @@ def step_seconds(job: Job, measured: Measured) -> dict[str, float]:
     host = LAUNCH_S * (measured.launches + LINEAR_LAUNCHES * sum(measured.calls.values()))
     compute = sum(times.values())
     exposed += sharding_exposed(job, measured, compute)
+    exposed += measured.exchanged / gpu.intra + measured.exchanges * LATENCY_S  # of layers that are shared
     times["waiting for the host"] = max(0.0, host - sum(times.values()))
     times["communication, exposed"] = exposed
     times = Counter({name: seconds * job.micro_batches for name, seconds in times.items()})
@@ -280,7 +299,7 @@ def key_transfer(job: Job, call, seconds: float) -> float:
     if job.sp == 1:
         return 0.0
     tokens, near, cross = sum(job.lengths), job.cluster.gpu.intra, job.cluster.gpu.inter
-    nodes = max(1, job.sp // job.cluster.per_node)
+    nodes = max(1, job.sp // job.per_node)
     if call.kind == "softmax" and job.config.parallel.softmax in HEAD_PARALLEL:
         moved = token_bytes(call.heads, call.kv_heads, call.key_size, job.itemsize) / 2 * tokens / job.sp
         return moved * (1 - 1 / job.sp) / (near if nodes == 1 else cross) + LATENCY_S
@@ -292,7 +311,7 @@ def key_transfer(job: Job, call, seconds: float) -> float:
     size = passes * 2 * call.kv_heads * call.key_size * job.itemsize
     transfer = seen * size / near
     if nodes > 1:  # to a node once, over the links of all its ranks
-        transfer += seen * size / cross / job.cluster.per_node
+        transfer += seen * size / cross / job.per_node
     return max(0.0, transfer - seconds) + LATENCY_S
 
 
@@ -301,7 +320,7 @@ def state_transfer(job: Job, call, seconds: float) -> float:
     if job.sp == 1:
         return 0.0
     size = call.heads * call.key_size * (call.value_size + (call.key_size if "delta" in call.detail else 0)) * 4
-    link = job.cluster.gpu.intra if job.sp <= job.cluster.per_node else job.cluster.gpu.inter
+    link = job.cluster.gpu.intra if job.sp <= job.per_node else job.cluster.gpu.inter
     transfer = LATENCY_S + 2 * (job.sp - 1) * size / link
     return max(0.0, transfer - seconds / 3) if call.backward else transfer
 
@@ -330,7 +349,7 @@ def sharding_exposed(job: Job, measured: Measured, compute: float) -> float:
 
 def copies_exposed(job: Job, measured: Measured, compute: float) -> float:
     """Of summing gradients over copies of the parameters, once a step, which is twice their size."""
-    copies = job.cluster.count // job.shards
+    copies = job.cluster.count // job.tp // job.shards
     link = job.cluster.gpu.inter if job.shards > 1 else _link(job, copies)
     return _beside(compute, measured, 2 * job.reduce_size * (1 - 1 / copies) / job.shards / link)
 
@@ -338,7 +357,7 @@ def copies_exposed(job: Job, measured: Measured, compute: float) -> float:
 def _link(job: Job, ranks: int) -> float:
     """Rings cross between machines once for all GPUs of one, over the links of all."""
     gpu = job.cluster.gpu
-    return gpu.intra if ranks <= job.cluster.per_node else min(gpu.intra, gpu.inter * job.cluster.per_node)
+    return gpu.intra if ranks <= job.per_node else min(gpu.intra, gpu.inter * job.per_node)
 
 
 def _beside(compute: float, measured: Measured, per_parameter: float) -> float:

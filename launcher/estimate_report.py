@@ -27,12 +27,12 @@ def report(config: Config, gpus: str, per_node: int, document: int = 0, *, as_js
 
 def lines(job: Job, found: Estimate) -> list[str]:
     """The table."""
-    config, dp = job.config, job.cluster.count // job.sp
+    config, shared = job.config, f" x {job.tp} tensor-parallel" * (job.tp > 1)
     peak, limit = found.peak / GIB, found.limit / GIB
     activations = {name: size for name, size in found.memory.items() if name not in STATE}
     rows = [
         f"{config.run.name} on {job.cluster}: {found.num_parameters:,} parameters, {found.tokens:,} tokens a step",
-        f"{dp} data-parallel x {job.sp} sequence-parallel, {config.train.dtype}, checkpointing"
+        f"{job.dp} data-parallel x {job.sp} sequence-parallel{shared}, {config.train.dtype}, checkpointing"
         f" {config.train.checkpointing}, {config.parallel.engine}",
         "",
         *_table("memory of a rank at the peak, GiB", {name: found.memory[name] / GIB for name in STATE}),

@@ -89,23 +89,23 @@ class StepMeter:
         """fp64 [world_size, columns] on the device, the same on all ranks. loss_sum: this rank's, over its tokens;
         stop: whether this rank was asked to end the run."""
         row = [0.0] * len(self.COLUMNS)
+        # Each rank reports its share, so the sum over ranks counts tokens, and every SP group's work, once.
         for batch in batches:
             layout = batch.seq.layout
-            row[1] += batch.seq.num_tokens_local
-            # Each rank reports its share, so the sum over ranks counts every SP group's work once.
-            row[2] += model_flops(self._model, layout.lengths) / self._mesh.sp
-            row[3] += self.pairs(batch.seq)
+            row[1] += batch.seq.num_tokens_local / self._mesh.tp
+            row[2] += model_flops(self._model, layout.lengths) / self._mesh.sp / self._mesh.tp
+            row[3] += self.pairs(batch.seq) / self._mesh.tp
         row[4], row[5] = _peak_memory(self._mesh.device), self._attention_seconds()
         row[6] = float(stop)
         mine = torch.tensor(row, dtype=torch.float64).to(self._mesh.device, non_blocking=True)
-        mine[0] = loss_sum
+        mine[0] = loss_sum / self._mesh.tp
         rows = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
         dist.all_gather(rows, mine)
         return torch.stack(rows)
 
     def pairs(self, seq) -> float:
         """Query-key pairs of this rank in all softmax layers, times its share of their heads."""
-        rank, heads = self._mesh.sp_rank, self._model.num_heads
+        rank, heads = self._mesh.sp_rank, self._model.num_heads // self._mesh.tp
         return sum(layers * pairs_per_rank(seq, heads, mask)[rank] for mask, layers in self._masks.items())
 
     def _attention_seconds(self) -> float:
@@ -134,12 +134,12 @@ class StepMeter:
         _check_finite(pending, loss, grad_norm, columns["loss_sum"])
         pending.stop = any(columns["stop"])
         seconds = self._clock.seconds(pending.begin, pending.end)
-        tokens, world_size = sum(columns["tokens"]), self._mesh.world_size
+        tokens, world_size = round(sum(columns["tokens"])), self._mesh.world_size
         flops_per_gpu = sum(columns["flops"]) / seconds / world_size
         row = {
             "step": pending.step,
             "loss": loss,
-            "tokens": int(tokens),
+            "tokens": tokens,
             "tokens_per_s": tokens / seconds,
             "tokens_per_s_per_gpu": tokens / seconds / world_size,
             "mfu": flops_per_gpu / (self._peak_tflops * 1e12) if self._peak_tflops else None,

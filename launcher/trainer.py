@@ -32,6 +32,7 @@ from longspan.models.build import build_model
 from longspan.models.parallelize import parallelize
 from longspan.parallel import SequenceParallel
 from longspan.parallel.mesh import Mesh, build_mesh
+from longspan.parallel.tensor import TensorParallel
 
 log = logging.getLogger("longspan")
 
@@ -53,6 +54,7 @@ def run(config: Config) -> None:
         sharding=config.parallel.mesh_sharding,
         device=device,
         timeout_s=config.train.timeout_s,
+        tp=config.parallel.tp,
         key_blocks=config.parallel.key_blocks,
     )
     trainer = Trainer(config, mesh, stop_asked=stop_signal)
@@ -101,6 +103,7 @@ class Trainer:
             checkpoint_layers=config.train.checkpoint_layers,
             offload_activations=config.train.offload_activations,
             mlp_tile=config.train.mlp_tile,
+            ranks=None if mesh.tp_mesh is None else TensorParallel(mesh.tp_mesh),
         )
         self.model = self.engine.model
         self.step = 0
@@ -137,10 +140,9 @@ class Trainer:
             self._progress = TrainingProgress(first_step=first, steps=steps, interval=config.log.interval)
         log.info("run directory: %s", self.run_dir)
         log.info(
-            "%d ranks = %d data-parallel x %d sequence-parallel on %s; %s parameters; %d samples of %s%s tokens a step",
+            "%d ranks = %s on %s; %s parameters; %d samples of %s%s tokens a step",
             mesh.world_size,
-            mesh.dp,
-            mesh.sp,
+            mesh,
             environment["device"],
             f"{self.num_parameters:,}",
             config.train.global_batch,
@@ -231,6 +233,7 @@ class Trainer:
         for batch in self._validation_batches:
             loss_sum += self.model(*batch.inputs, batch.seq)
         dist.all_reduce(loss_sum)
+        loss_sum /= self.mesh.tp  # ranks that share layers have the loss of the same tokens
         return loss_sum / self._validation_batches[0].num_labels_global
 
     def _report(self, keep: int) -> None:

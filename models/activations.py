@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from weakref import ref
 
 import torch
@@ -24,7 +23,8 @@ from longspan.models.build import build_model
 from longspan.models.config import CHANNELS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.diffusion import Pixels, pixels
-from longspan.models.layers import RMSNorm, SimpleRMSNorm
+from longspan.models.tensor_parallel import split_model
+from longspan.parallel.tensor import OutlinedRanks
 
 # What storages and work are booked under.
 BATCH, EMBEDDING, RESIDUAL, MLP, NORMS, LOSS = "batch", "embedding, angles", "residual stream", "MLP", "norms", "loss"
@@ -40,7 +40,8 @@ class Measured:
 
     kept: bytes by name at the end of the forward pass, all that the backward pass will need. peak: the most bytes at
     any time, and at_peak what they were. flops: of matrix products, recomputation included, traffic: bytes read and
-    written by all other operations, both by name; attention is in `calls` instead. launches: operations.
+    written by all other operations, both by name; attention is in `calls` instead. launches: operations. exchanged:
+    bytes that the rank gets from those that share its layers, in so many exchanges.
     """
 
     kept: dict[str, int]
@@ -52,6 +53,8 @@ class Measured:
     calls: dict[Call, int]
     num_parameters: int
     block_parameters: tuple[int, ...]
+    exchanged: float
+    exchanges: int
 
     @property
     def root_parameters(self) -> int:
@@ -68,19 +71,23 @@ def measure(
     prepare: Callable[[nn.Module], object] = lambda model: None,
     gpu: bool = True,
     gradient_bytes: float = 0.0,
+    tp: int = 1,
     softmax: str = "ring",
 ) -> Measured:
     """A step over documents with these lengths, of which this rank has its share of `world_size`.
 
     dtype: of compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of
     GPUs. prepare: does to the model what training does to it before it is sharded, such as checkpointing; it is not
-    compiled. gradient_bytes: what stays of the gradient of one parameter once its block is done. softmax: the strategy
-    by which keys travel, one of longspan.attention.schedules.
+    compiled. gradient_bytes: what stays of the gradient of one parameter once its block is done. tp: ranks that share
+    layers; parameters are then those of one of them. softmax: the strategy by which keys travel, one of
+    longspan.attention.schedules.
     """
     lengths, meter = tuple(lengths), _Meter(gradient_bytes)
     with torch.device("meta"):
         model = build_model(config)
     _cast(model, dtype)
+    if tp > 1:
+        split_model(model, OutlinedRanks(tp, meter.receive))
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(meter.take_gradient)
@@ -91,8 +98,6 @@ def measure(
         block.visit_tiles = meter.first_of
     # A rank of several may hold one token more than others.
     tokens = -(-sum(lengths) // world_size)
-    if gpu:
-        fuse_norms(model)
     with meter:
         with _Kernels(gpu), meter.booked(EMBEDDING):
             inputs, seq = _inputs(config, lengths, tokens, world_size, gpu, meter, softmax)
@@ -103,10 +108,12 @@ def measure(
     if config.task == "text":  # of the loss one chunk was run (kernels.loss)
         for work in (meter.flops, meter.traffic):
             work[LOSS] *= max(1.0, tokens / config.loss_chunk)
+        meter.exchanges += (tp > 1) * (tokens // config.loss_chunk)  # of few bytes
     return Measured(
         kept, meter.peak, meter.at_peak, dict(meter.flops), dict(meter.traffic), meter.launches, dict(meter.calls),
         sum(parameter.numel() for parameter in parameters),
         tuple(sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks),
+        meter.exchanged, meter.exchanges,
     )  # fmt: skip
 
 
@@ -115,7 +122,7 @@ def book_layers(model: nn.Module, meter) -> None:
     and what comes after the last norm under the loss."""
 
     def book(module, name):
-        module.register_forward_pre_hook(lambda *_: meter.push(name))
+        module.register_forward_pre_hook(lambda *_: meter.push(name), prepend=True)
         module.register_forward_hook(lambda *_: meter.pop(), always_call=True)
 
     for block, kind in zip(model.blocks, model.config.layer_kinds):
@@ -134,7 +141,7 @@ class _Meter(TorchDispatchMode):
     def __init__(self, gradient_bytes: float = 0.0):
         super().__init__()
         self.live, self.flops, self.traffic, self.calls = Counter(), Counter(), Counter(), Counter()
-        self.total = self.peak = self.launches = 0
+        self.total = self.peak = self.launches = self.exchanged = self.exchanges = 0
         self._repeats = 1
         self.at_peak, self.gradient_bytes = {}, gradient_bytes
         self._names, self._known = [], {}
@@ -169,6 +176,10 @@ class _Meter(TorchDispatchMode):
 
     def record(self, call: Call) -> None:
         self.calls[call] += 1
+
+    def receive(self, size: float) -> None:
+        self.exchanged += self._repeats * size
+        self.exchanges += self._repeats
 
     def take_gradient(self, parameter) -> None:
         """What happens to a gradient where parameters are sharded: a part of it stays."""
@@ -226,29 +237,6 @@ class _Kernels(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return self.gpu if func is torch.Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
-
-
-def fuse_norms(model: nn.Module) -> None:
-    """Norms as torch has them on GPUs, and nowhere else: one kernel instead of several operations."""
-    for module in model.modules():
-        if isinstance(module, (RMSNorm, SimpleRMSNorm)):
-            module.forward = partial(_FusedRMSNorm.apply, getattr(module, "weight", None))
-
-
-class _FusedRMSNorm(torch.autograd.Function):
-    """One kernel in each direction (torch's on CUDA), which keeps its input and one number a row."""
-
-    @staticmethod
-    def forward(ctx, weight, x):
-        ctx.save_for_backward(
-            x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32))
-        )
-        return x.neg()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        return None if weight is None else torch.empty_like(weight), grad + x
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

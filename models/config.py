@@ -6,6 +6,7 @@ Modules that import torch are imported where they are needed: `--help` shows the
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from math import gcd
 from typing import Literal, get_args, get_type_hints
 
 from longspan.models.families import LINEAR_FAMILIES, LinearFamily
@@ -108,7 +109,7 @@ class ModelConfig:
     embedding_std: float = setting(
         0.0, "standard deviation of the initial embedding; 0 = 1, or init_std where it is also the output head"
     )
-    loss_chunk: int = setting(4096, "tokens whose logits exist at once, each taking 8 to 12 B x vocab_size")
+    loss_chunk: int = setting(4096, "tokens whose logits exist at once, each taking 6 to 12 B x vocab_size")
 
     @property
     def causal(self) -> bool:
@@ -206,6 +207,28 @@ class ModelConfig:
             if kind in LINEAR_KINDS:
                 self._validate_linear(kind)
         _require(self.rope_scaling >= 1, f"model.rope_scaling={self.rope_scaling} must be at least 1; 1 means none")
+
+    def validate_split(self, ranks: int) -> None:
+        """Raises ValueError where heads, MLPs and the vocabulary cannot be split over parallel.tp=ranks."""
+        if ranks == 1:
+            return
+        _require(self.task == "text", f"parallel.tp={ranks} is for model.task=text, not {self.task}: use parallel.tp=1")
+        kinds, numbers = set(self.layer_kinds), {"mlp_size": self.mlp_width}
+        if not kinds.isdisjoint(SOFTMAX_KINDS + SPARSE_KINDS):
+            numbers |= {"num_heads": self.num_heads, "num_kv_heads": self.kv_heads}
+        if not kinds.isdisjoint(LINEAR_KINDS):
+            numbers["linear_num_heads"] = self.linear_heads
+        common = gcd(*numbers.values())
+        divisors = [n for n in range(1, common + 1) if common % n == 0]
+        for name, number in numbers.items():
+            _require(
+                number % ranks == 0,
+                f"parallel.tp={ranks} does not divide model.{name}={number}; use parallel.tp={_either(divisors)}",
+            )
+        _require(
+            (ranks - 1) * -(-self.vocab_size // ranks) < self.vocab_size,
+            f"parallel.tp={ranks} leaves a rank without any of model.vocab_size={self.vocab_size}; use a smaller one",
+        )
 
     def _validate_window(self) -> None:
         _require(self.window >= 0, f"model.window={self.window} is negative; give the keys that softmax:window sees")

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from longspan.kernels.channel_gates import biased_gate, bounded_gate
+
 
 def decay_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
@@ -71,8 +73,7 @@ class ChannelGate(Gate):
         nn.init.zeros_(self.bias)
 
     def forward(self, a_TC: torch.Tensor) -> torch.Tensor:
-        dtype = decay_dtype(a_TC.dtype)
-        return F.logsigmoid(a_TC.to(dtype) + self.bias.to(dtype)) / self.TEMPERATURE
+        return biased_gate(a_TC, self.bias, 1 / self.TEMPERATURE)
 
 
 class NoDecay(nn.Module):
@@ -131,7 +132,8 @@ class ChannelDecay(nn.Module):
 
 
 class BoundedDecay(nn.Module):
-    """HGRN-2's forget gate per key channel: from a [T, H K] to log f [T, H, K] with f = bound + (1 - bound) sigmoid(a).
+    """HGRN-2's forget gate per key channel: from a [T, H K] to log f [T, H, K] with f = bound + (1 - bound) sigmoid(a),
+    and keys 1 - f in the dtype of a.
 
     The bound of layer l of L is l / L: the first layer may forget at once, later ones keep more and more. The first has
     1e-6 instead of 0, so that log f is finite in fp32 too.
@@ -141,18 +143,13 @@ class BoundedDecay(nn.Module):
         super().__init__()
         self.num_heads, self.bound = config.linear_heads, max(layer / config.num_layers, 1e-6)
 
-    def forward(self, a_TC: torch.Tensor) -> torch.Tensor:
-        a_THK = a_TC.to(decay_dtype(a_TC.dtype)).unflatten(-1, (self.num_heads, -1))
-        # By way of 1 - f, which is exact where f is almost 1 and memories are long.
-        return torch.log1p(-self.most_forgotten(a_THK) * torch.sigmoid(-a_THK))
-
     @torch.compiler.disable  # as in FixedDecay
-    def most_forgotten(self, a: torch.Tensor) -> torch.Tensor:
-        return torch.full((), 1 - self.bound, dtype=a.dtype, device=a.device)
+    def forward(self, a_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(x.unflatten(-1, (self.num_heads, -1)) for x in bounded_gate(a_TC, 1 - self.bound))
 
 
-# name: module of (config, layer, key_size) that maps the layer's input [T, D], or where keys come from the decay their
-# projection, to the log decay
+# name: module of (config, layer, key_size) that maps the layer's input [T, D] to the log decay, or where keys come from
+# the decay their projection to the log decay and keys
 DECAYS = {
     "none": NoDecay,
     "fixed": FixedDecay,

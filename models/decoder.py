@@ -8,7 +8,7 @@ from torch import nn
 
 from longspan.kernels.loss import chunked_cross_entropy
 from longspan.models.config import ModelConfig
-from longspan.models.layers import RMSNorm, SwiGLU, init_weights
+from longspan.models.layers import ResidualRMSNorm, RMSNorm, SwiGLU, init_weights
 from longspan.models.mixers import build_mixer
 from longspan.models.rope import Rotary, rotary_angles
 from longspan.models.tiles import feed_in_tiles
@@ -22,18 +22,22 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, kind: str):
         super().__init__()
-        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = build_mixer(config, layer, kind)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_width)
 
     def forward(self, x_TD: torch.Tensor, rotary: Rotary, seq) -> torch.Tensor:
-        x_TD = x_TD + self.mixer(self.mixer_norm(x_TD), rotary, seq)
-        return feed_in_tiles(self, (x_TD,), ()) if self.mlp_tile else self.feed(x_TD)
+        x_TD, y_TD = self.mixer_norm(x_TD)
+        branch_TD = self.mixer(y_TD, rotary, seq)
+        if self.mlp_tile:
+            return feed_in_tiles(self, (x_TD + branch_TD,), ())
+        return self.feed(x_TD, branch_TD)
 
-    def feed(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """The half of the block that is local to tokens."""
-        return x_TD + self.mlp(self.mlp_norm(x_TD))
+    def feed(self, x_TD: torch.Tensor, branch_TD: torch.Tensor | None = None) -> torch.Tensor:
+        """The half of the block that is local to tokens, of the stream and what is still to be added to it."""
+        x_TD, y_TD = self.mlp_norm(x_TD, branch_TD)
+        return x_TD + self.mlp(y_TD)
 
 
 class Decoder(nn.Module):
@@ -44,6 +48,7 @@ class Decoder(nn.Module):
     """
 
     called_by_name = ("logits",)  # what runs the model besides `forward`
+    cross_entropy = staticmethod(chunked_cross_entropy)  # of hidden [T, D], the head's weight, labels and loss_chunk
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -65,14 +70,15 @@ class Decoder(nn.Module):
 
         tokens, labels: int64 [T], this rank's part of the batch in the order of seq.layout; label -100 means none.
         """
-        hidden_TD = self._hidden(tokens, seq)
-        return chunked_cross_entropy(hidden_TD, self._head_weight(), labels, self.config.loss_chunk)
+        hidden_TD = self.hidden(tokens, seq)
+        return self.cross_entropy(hidden_TD, self.head_weight(), labels, self.config.loss_chunk)
 
     def logits(self, tokens: torch.Tensor, seq) -> torch.Tensor:
         """[T, V] in the compute dtype; for short inputs, since training never holds logits of a whole sequence."""
-        return self._hidden(tokens, seq) @ self._head_weight().t()
+        return self.hidden(tokens, seq) @ self.head_weight().t()
 
-    def _hidden(self, tokens, seq):
+    def hidden(self, tokens: torch.Tensor, seq) -> torch.Tensor:
+        """[T, D], what the head multiplies."""
         assert tokens.shape == (seq.num_tokens_local,), (tokens.shape, seq.num_tokens_local)
         x_TD = self.embedding(tokens)
         angles = rotary_angles(
@@ -86,5 +92,6 @@ class Decoder(nn.Module):
             x_TD = block(x_TD, angles, seq)
         return self.norm(x_TD)
 
-    def _head_weight(self):
+    def head_weight(self) -> torch.Tensor:
+        """[V, D]."""
         return self.embedding.weight if self.head is None else self.head.weight

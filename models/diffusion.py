@@ -60,15 +60,16 @@ class ModulatedBlock(Block):
         """modulation_ND: [N, 6 D], of every image; member_TN: 1 where a token belongs to an image, else 0."""
         mixer_N3D, mlp_N3D = (modulation_ND + self.modulation).chunk(2, -1)
         shift_TD, scale_TD, gate_TD = (member_TN @ mixer_N3D).chunk(3, -1)
-        y_TD = self.mixer_norm(x_TD) * (1 + scale_TD) + shift_TD
-        x_TD = x_TD + gate_TD * self.mixer(y_TD, rotary, seq)
+        x_TD, y_TD = self.mixer_norm(x_TD)
+        x_TD = x_TD + gate_TD * self.mixer(y_TD * (1 + scale_TD) + shift_TD, rotary, seq)
         if self.mlp_tile:
             return feed_in_tiles(self, (x_TD, member_TN), (mlp_N3D,))
         return self.feed(x_TD, member_TN, mlp_N3D)
 
     def feed(self, x_TD, member_TN, modulation_N3D) -> torch.Tensor:
         shift_TD, scale_TD, gate_TD = (member_TN @ modulation_N3D).chunk(3, -1)
-        return x_TD + gate_TD * self.mlp(self.mlp_norm(x_TD) * (1 + scale_TD) + shift_TD)
+        x_TD, y_TD = self.mlp_norm(x_TD)
+        return x_TD + gate_TD * self.mlp(y_TD * (1 + scale_TD) + shift_TD)
 
 
 class DiffusionTransformer(nn.Module):

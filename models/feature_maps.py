@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from longspan.kernels.elu import elu1
+from longspan.kernels.norm import l2_norm
+
 
 class FeatureMap(nn.Module):
     """out_size: K', what `width` makes of K."""
@@ -41,7 +44,7 @@ class Elu1(FeatureMap):
     """exp(x) below zero and 1 + x above: elu(x) + 1 without its cancellation, so strictly positive."""
 
     def forward(self, x_THK: torch.Tensor) -> torch.Tensor:
-        return torch.where(x_THK < 0, x_THK.clamp(max=0).exp(), x_THK + 1)
+        return elu1(x_THK)
 
 
 class Softmax(FeatureMap):
@@ -80,8 +83,7 @@ class L2Norm(FeatureMap):
     EPS = 1e-6  # added to the sum of squares
 
     def forward(self, x_THK: torch.Tensor) -> torch.Tensor:
-        wide_THK = x_THK.to(torch.promote_types(x_THK.dtype, torch.float32))
-        return (wide_THK * torch.rsqrt(wide_THK.square().sum(-1, keepdim=True) + self.EPS)).to(x_THK.dtype)
+        return l2_norm(x_THK, self.EPS)
 
 
 class Composed(nn.Sequential):

@@ -1,20 +1,35 @@
 """The token-local layers. Shape letters: T local tokens, D hidden size."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from longspan.kernels.norm import residual_rms_norm, rms_norm
+from longspan.kernels.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root mean square over the last dimension, computed in at least fp32; learned scale, no bias."""
+    """Divides by the root mean square over the last dimension, computed in at least fp32; learned scale, no bias.
+
+    gate: of the shape of x, whose silu multiplies the result.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps, gate)
+
+
+class ResidualRMSNorm(RMSNorm):
+    """RMSNorm of a residual stream and what is added to it: (x + branch, its norm), or (x, its norm) without a branch.
+
+    What goes on along the stream has to use the first of the two, so that gradients meet in one place.
+    """
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return residual_rms_norm(x, branch, self.weight, self.eps)
 
 
 class SimpleRMSNorm(nn.Module):
@@ -22,10 +37,10 @@ class SimpleRMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.size, self.eps = size, eps
+        self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (self.size,), eps=self.eps)
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return rms_norm(x, None, self.eps, gate)
 
 
 class SwiGLU(nn.Module):
@@ -38,7 +53,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner_size, hidden_size, bias=False)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 def init_weights(model: nn.Module, config) -> None:

@@ -4,11 +4,11 @@ Shape letters: T local tokens, D hidden size, H heads, K width of queries and ke
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from longspan.attention import LinearBranch, linear_attention, softmax_attention, sparse_attention
 from longspan.kernels.block_states import MAPS
+from longspan.kernels.swiglu import swiglu
 from longspan.models.config import SOFTMAX_KINDS
 from longspan.models.convolution import ShortConvolution
 from longspan.models.decay import DECAYS, ScalarGate, decay_dtype
@@ -29,13 +29,13 @@ class SoftmaxMixer(nn.Module):
         self.k_proj = nn.Linear(hidden, config.kv_heads * self.head_size, bias=False)
         self.v_proj = nn.Linear(hidden, config.kv_heads * self.head_size, bias=False)
         self.o_proj = nn.Linear(config.num_heads * self.head_size, hidden, bias=False)
-        self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_TD: torch.Tensor, rotary: Rotary, seq) -> torch.Tensor:
         heads = (-1, self.head_size)
-        q_THK = rotate(self.q_norm(self.q_proj(x_TD).unflatten(-1, heads)), rotary)
-        k_THK = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, heads)), rotary)
+        q_THK = rotate(self.q_proj(x_TD).unflatten(-1, heads), rotary, self.q_norm)
+        k_THK = rotate(self.k_proj(x_TD).unflatten(-1, heads), rotary, self.k_norm)
         v_THK = self.v_proj(x_TD).unflatten(-1, heads)
         return self.o_proj(self.attend(q_THK, k_THK, v_THK, seq).flatten(1))
 
@@ -114,16 +114,17 @@ class LinearMixer(nn.Module):
             sizes = [stream.shape[-1] for stream in streams]
             streams = self.conv(torch.cat(streams, -1), seq).split(sizes, -1)
         q_THK, k_THK, v_THV = (stream.unflatten(-1, (self.num_heads, -1)) for stream in streams)
-        q_THK, log_decay = self.q_map(q_THK), self.decay(streams[1] if self.keys_from_decay else x_TD)
-        k_THK = -torch.expm1(log_decay).to(q_THK.dtype) if self.keys_from_decay else self.k_map(k_THK)
+        q_THK = self.q_map(q_THK)
+        if self.keys_from_decay:
+            log_decay, k_THK = self.decay(streams[1])
+        else:
+            log_decay, k_THK = self.decay(x_TD), self.k_map(k_THK)
         o_THV = linear_attention(
             q_THK, k_THK, v_THV, log_decay=log_decay, beta=self._beta(x_TD), causal=self.causal,
             normalize=self.normalize, seq=seq,
         )  # fmt: skip
-        o_TD = self.o_norm(o_THV).flatten(1)
-        if self.g_proj is not None:
-            o_TD = o_TD * F.silu(self.g_proj(x_TD))
-        return self.o_proj(o_TD)
+        gate_THV = None if self.g_proj is None else self.g_proj(x_TD).view_as(o_THV)
+        return self.o_proj(self.o_norm(o_THV, gate_THV).flatten(1))
 
     def _beta(self, x_TD):
         if self.b_proj is None:
@@ -176,7 +177,7 @@ class Mamba2Mixer(nn.Module):
         )
         o_TD = (o_THV + self.D[:, None] * x_THV).flatten(1)
         if z_TD.shape[-1]:
-            o_TD = o_TD * F.silu(z_TD)
+            o_TD = swiglu(z_TD, o_TD)
         return self.o_proj(self.o_norm(o_TD))
 
 

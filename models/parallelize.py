@@ -1,8 +1,9 @@
 """Everything that is done to a model from outside before it trains, in one fixed order.
 
-Compilation -> activation checkpointing -> sharding, from the inside out: a compiled block is what gets recomputed, and
-a recomputed block is what gets sharded. Compilation comes first because torch's checkpoint is closed to the compiler: a
-block compiled around it would silently run uncompiled. No step changes a parameter's name.
+Tensor parallelism -> compilation -> activation checkpointing -> sharding, from the inside out: a split block is what
+gets compiled, a compiled block is what gets recomputed, and a recomputed block is what gets sharded. Compilation comes
+before checkpointing because torch's checkpoint is closed to the compiler: a block compiled around it would silently run
+uncompiled. No step changes a parameter's name.
 """
 
 import shutil
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from longspan.models.checkpointing import CHECKPOINTING, checkpoint_blocks
+from longspan.models.tensor_parallel import split_model
+from longspan.parallel.tensor import TensorParallel
 
 T = TypeVar("T")
 
@@ -26,17 +29,20 @@ def parallelize(
     checkpoint_layers: Sequence[str] = (),
     offload_activations: bool = False,
     mlp_tile: int = 0,
+    ranks: TensorParallel | None = None,
 ) -> T:
     """Prepares `model` in place for training and returns what `shard` makes of it.
 
     checkpointing, checkpoint_layers, offload_activations: see `checkpointing.checkpoint_blocks`; "none" leaves it out.
-    mlp_tile: tokens for which a block's MLP is computed at once, 0 for all.
+    mlp_tile: tokens for which a block's MLP is computed at once, 0 for all. ranks: those that share its layers, if any.
     ValueError for a setting that cannot be honoured.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"train.checkpointing={checkpointing!r} is unknown; allowed: {', '.join(CHECKPOINTING)}")
     if offload_activations and checkpointing == "none":
         raise ValueError("train.offload_activations=true is for what train.checkpointing keeps; set it to full")
+    if ranks is not None:
+        split_model(model, ranks)
     for block in model.blocks:
         block.mlp_tile = mlp_tile
     if compile:

@@ -8,6 +8,9 @@ Shape letters: T local tokens, H heads, K head width. Dimension i is paired with
 from typing import NamedTuple
 
 import torch
+from torch import nn
+
+from longspan.kernels import rotation as kernel
 
 
 class Rotary(NamedTuple):
@@ -41,28 +44,10 @@ def image_angles(rows: torch.Tensor, columns: torch.Tensor, head_size: int, **op
     return Rotary(*(torch.cat(parts, -1) for parts in zip(*halves)))
 
 
-def rotate(x_THK: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Turns every head of every token by its angles; dtype of x is kept, arithmetic in the dtype of the angles."""
-    return _Rotate.apply(x_THK, rotary.cos, rotary.sin)
+def rotate(x_THK: torch.Tensor, rotary: Rotary, norm: nn.Module | None = None) -> torch.Tensor:
+    """Turns every head of every token by its angles, behind `norm`, an RMSNorm over heads, where there is one.
 
-
-class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation back, so nothing but the shared cosines and sines is kept for it."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, direction=1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _turn(grad, *ctx.saved_tensors, direction=-1), None, None
-
-
-def _turn(x, cos, sin, direction):
-    first, second = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    out_first, out_second = out.chunk(2, dim=-1)
-    out_first.copy_((first * cos).addcmul_(second, sin, value=-direction))
-    out_second.copy_((second * cos).addcmul_(first, sin, value=direction))
-    return out
+    The dtype of x is kept, arithmetic in the dtype of the angles.
+    """
+    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    return kernel.rotate(x_THK, rotary.cos, rotary.sin, weight, eps)

@@ -88,6 +88,14 @@ def start_all_gather(x: torch.Tensor, group) -> Pending:
     return Pending((gather(out, x, group=group, async_op=True),), out.unflatten(0, (-1, x.shape[0])), (x,))
 
 
+def reduce_scatter(x: torch.Tensor, group) -> torch.Tensor:
+    """This rank's rows, one of equally many parts, of the sum of all ranks' x [world_size * n, ...], n >= 1."""
+    out = x.new_empty(x.shape[0] // group_size(group), *x.shape[1:])
+    reduce = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
+    reduce(out, x.contiguous(), group=group)
+    return out
+
+
 def start_exchange(sends, receives, group) -> Pending:
     """Starts point-to-point transfers: sends and receives are (peer, tensor) with contiguous, non-empty tensors.
 

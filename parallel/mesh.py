@@ -19,25 +19,33 @@ STATE_BLOCKS = 6  # of a collective over states; of 132 multiprocessors on Hoppe
 
 @dataclass(frozen=True)
 class Mesh:
-    """dp x sp ranks: global rank = dp_rank * sp + sp_rank, so the ranks of one SP group are consecutive."""
+    """dp x sp x tp ranks: global rank = (dp_rank * sp + sp_rank) * tp + tp_rank, so the ranks that share layers are
+    consecutive, and so are the SP groups of one copy of the layers."""
 
     dp: int
     sp: int
+    tp: int
     dp_rank: int
     sp_rank: int
+    tp_rank: int
     sp_group: dist.ProcessGroup
     sp_state_group: dist.ProcessGroup  # same ranks, own communicator: summaries never queue behind keys and values
     sp_topology: Topology  # which ranks of an SP group share a machine
-    fsdp_mesh: DeviceMesh  # 1-D over all ranks, or 2-D: copies, then the shards of one copy
+    fsdp_mesh: DeviceMesh  # of ranks with the same part of layers; 1-D, or 2-D: copies, then the shards of one copy
+    tp_mesh: DeviceMesh | None  # 1-D over the ranks that share layers, where there are several
     device: torch.device
 
     @property
     def world_size(self) -> int:
-        return self.dp * self.sp
+        return self.dp * self.sp * self.tp
+
+    def __str__(self) -> str:
+        shared = f" x {self.tp} tensor-parallel" if self.tp > 1 else ""
+        return f"{self.dp} data-parallel x {self.sp} sequence-parallel{shared}"
 
     @property
     def is_main(self) -> bool:
-        return self.dp_rank == 0 and self.sp_rank == 0
+        return self.dp_rank == self.sp_rank == self.tp_rank == 0
 
 
 def build_mesh(
@@ -46,48 +54,60 @@ def build_mesh(
     sharding: Literal["fsdp", "hsdp", "none"],
     device: torch.device,
     timeout_s: float = 600.0,
+    tp: int = 1,
     key_blocks: int = 0,
 ) -> Mesh:
     """Joins the run (torchrun's environment; without it this process is the only rank) and forms its groups.
 
-    sp: ranks that share one sequence, 0 for all. sharding: parameters sharded over all ranks (fsdp), inside machines
-    (hsdp), or whole on every rank (none). device: this rank's device. timeout_s: limit of one collective. key_blocks:
-    most thread blocks of NCCL for tokens, keys and values on their way, 0 for its own choice.
-    Collective: every rank calls it with the same arguments. Raises ValueError when `sp` does not divide the ranks or
-    `sharding="hsdp"` meets machines with unequal numbers of ranks.
+    tp: ranks of one machine that share layers. sp: of those that have the same part, ranks that share one sequence, 0
+    for all. sharding: parameters sharded over all ranks (fsdp), inside machines (hsdp), or whole on every rank (none).
+    device: this rank's device. timeout_s: limit of one collective. key_blocks: most thread blocks of NCCL for tokens,
+    keys and values on their way, 0 for its own choice.
+    Collective: every rank calls it with the same arguments. Raises ValueError when `tp` or `sp` does not divide the
+    ranks, `tp` those of a machine, or `sharding="hsdp"` meets machines with unequal numbers of ranks.
     """
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         _join(device, timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    sp = sp or world_size
-    _check(sp, sharding, world_size, ranks_per_machine)
+    _check_tp(tp, world_size)
+    sp = sp or world_size // tp
+    _check(sp, tp, sharding, world_size, ranks_per_machine)
 
     sp_group = sp_state_group = None
-    for first in range(0, world_size, sp):
-        ranks = list(range(first, first + sp))
+    for first in (start + part for start in range(0, world_size, sp * tp) for part in range(tp)):
+        ranks = list(range(first, first + sp * tp, tp))
         group = dist.new_group(ranks, timeout=timeout, **communicator_options(device, key_blocks))
         state_group = dist.new_group(ranks, timeout=timeout, **communicator_options(device, STATE_BLOCKS, urgent=True))
         if rank in ranks:
             sp_group, sp_state_group = group, state_group
     if sharding == "hsdp":
-        shape, names = (world_size // ranks_per_machine, ranks_per_machine), ("replicate", "shard")
+        shape, names = (world_size // ranks_per_machine, ranks_per_machine // tp), ("replicate", "shard")
     elif sharding == "none":
-        shape, names = (world_size, 1), ("replicate", "shard")
+        shape, names = (world_size // tp, 1), ("replicate", "shard")
     else:
-        shape, names = (world_size,), ("shard",)
-    fsdp_mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    _connect([dist.group.WORLD, sp_group, sp_state_group, *fsdp_mesh.get_all_groups()], device)
+        shape, names = (world_size // tp,), ("shard",)
+    if tp > 1:
+        mesh = init_device_mesh(device.type, (*shape, tp), mesh_dim_names=(*names, "tp"))
+        fsdp_mesh, tp_mesh = mesh[names], mesh["tp"]
+        mesh["shard", "tp"]._flatten()  # so that DTensor sums over both axes (norms of gradients) at once
+    else:
+        mesh = fsdp_mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        tp_mesh = None
+    _connect([dist.group.WORLD, sp_group, sp_state_group, *mesh.get_all_groups()], device)
     return Mesh(
-        dp=world_size // sp,
+        dp=world_size // (sp * tp),
         sp=sp,
-        dp_rank=rank // sp,
-        sp_rank=rank % sp,
+        tp=tp,
+        dp_rank=rank // (sp * tp),
+        sp_rank=rank // tp % sp,
+        tp_rank=rank % tp,
         sp_group=sp_group,
         sp_state_group=sp_state_group,
-        sp_topology=_topology(sp, ranks_per_machine),
+        sp_topology=_topology(sp, tp, ranks_per_machine),
         fsdp_mesh=fsdp_mesh,
+        tp_mesh=tp_mesh,
         device=device,
     )
 
@@ -102,32 +122,48 @@ def _join(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)
 
 
-def _check(sp: int, sharding: str, world_size: int, ranks_per_machine: int) -> None:
-    if sp < 1 or world_size % sp:
-        allowed = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+def _check_tp(tp: int, world_size: int) -> None:
+    if tp < 1 or world_size % tp:
         raise ValueError(
-            f"parallel.sp={sp} does not divide the {world_size} ranks of this run; use one of {allowed}, or 0 for all"
+            f"parallel.tp={tp} does not divide the {world_size} ranks of this run; use one of {_divisors(world_size)}"
+        )
+
+
+def _check(sp: int, tp: int, sharding: str, world_size: int, ranks_per_machine: int) -> None:
+    copies = world_size // tp
+    if sp < 1 or copies % sp:
+        what = "ranks of this run" if tp == 1 else f"times that parallel.tp={tp} fits into the {world_size} ranks"
+        raise ValueError(
+            f"parallel.sp={sp} does not divide the {copies} {what}; use one of {_divisors(copies)}, or 0 for all"
+        )
+    if ranks_per_machine % tp:
+        raise ValueError(
+            f"parallel.tp={tp} makes ranks of different machines share layers, with {ranks_per_machine} ranks on this"
+            f" one; use one of {_divisors(ranks_per_machine)}"
         )
     if sharding == "hsdp" and world_size % ranks_per_machine:
         raise ValueError(
             f"parallel.sharding=hsdp needs equally many ranks on every machine, found {world_size} ranks in all and "
             f"{ranks_per_machine} on this machine; start as many on each, or use parallel.sharding=fsdp"
         )
-    if sp <= ranks_per_machine and ranks_per_machine % sp:
-        allowed = ", ".join(str(n) for n in range(1, ranks_per_machine + 1) if ranks_per_machine % n == 0)
+    if sp * tp <= ranks_per_machine and ranks_per_machine % (sp * tp):
         log.warning(
             "parallel.sp=%d makes some groups span machines of %d ranks; one of %s would keep each inside a machine",
             sp,
             ranks_per_machine,
-            allowed,
+            _divisors(ranks_per_machine // tp),
         )
 
 
-def _topology(sp: int, ranks_per_machine: int) -> Topology:
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def _topology(sp: int, tp: int, ranks_per_machine: int) -> Topology:
     """The ranks of an SP group in the largest equal parts that no machine boundary cuts, whatever group it is."""
     sizes = [None] * dist.get_world_size()
     dist.all_gather_object(sizes, ranks_per_machine)
-    ranks_per_node = gcd(sp, *sizes)
+    ranks_per_node = gcd(sp, *(size // tp for size in sizes))
     return Topology(sp // ranks_per_node, ranks_per_node)
 
 

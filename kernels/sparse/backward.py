@@ -12,6 +12,7 @@ from longspan.kernels.sparse.tiles import (
     chose,
     in_box,
     key_rows,
+    listed_query_rows,
     load_rule,
     load_tile,
     program_of,
@@ -47,16 +48,16 @@ def _load_rows(rows_ptr, row, place, valid, HEADS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "capacity", "scale", "guard"])
 def queries_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, dq_ptr, onto_dq,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step, row_ptr, row_idx, weight_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, d_out_stride_t, d_out_stride_h,
     scale, M, capacity, rule_rows, rule_keys, guard,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr, GATHER: tl.constexpr, CAUSAL: tl.constexpr,
     WEIGHTED: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr,
-    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, ONTO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [T, HEADS, D] of one query block and pack of heads."""
+    """dq [T, HEADS, D] of one query block and pack of heads; ONTO: added to onto_dq, which may be dq itself."""
     block, first_head, key_head, listed = program_of(M, HEADS, KEY_HEADS, LISTS, PACK)
     first, row, place, position, valid = query_rows(block, 0, q_start, q_length, q_position, ROWS, PACK)
     q_ptr += first * q_stride_t + first_head * q_stride_h
@@ -92,22 +93,26 @@ def queries_kernel(
         d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         d_scores = (weights * (d_weights - delta[:, None])).to(k.dtype)
         dq = tl.dot(d_scores, k, dq, input_precision=PRECISION)
-    store_tile(dq_ptr + rows_at * D, row, HEADS * D, place * D, valid, dq * scale, D, BLOCK_D)
+    dq *= scale
+    if ONTO:
+        dq += load_tile(onto_dq + rows_at * D, row, HEADS * D, place * D, valid, D, BLOCK_D).to(tl.float32)
+    store_tile(dq_ptr + rows_at * D, row, HEADS * D, place * D, valid, dq, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["M", "num_columns", "items", "capacity", "scale", "guard"])
 def keys_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, parts_dk, parts_dv, dk_ptr, dv_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col,
     weight_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, d_out_stride_t, d_out_stride_h,
     scale, num_columns, items, capacity, rule_rows, rule_keys, guard,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr, CHUNK: tl.constexpr,
-    CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr,
-    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, GATHER: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr,
+    CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr,
+    CHOICES: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part of dk and dv of one key block from CHUNK query blocks of its list, all query heads that share list and keys:
-    fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS)."""
+    fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS); or all of it at once, see `alone`. Query blocks
+    are taken GATHER at a time, or in PARTS."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     TURNS: tl.constexpr = HEADS // GROUPS // PACK * PARTS
     item, group = tl.program_id(0) % items, tl.program_id(0) // items
@@ -134,10 +139,18 @@ def keys_kernel(
         ends = col_ptr + listed * (num_columns + 1) + column
         begin = tl.load(ends) + (item - tl.load(item_ptr + listed * (num_columns + 1) + column)) * CHUNK
         stop = tl.minimum(begin + CHUNK, tl.load(ends + 1))
-        for turn in range(begin * TURNS, stop * TURNS):
-            block, part = tl.load(col_idx + listed * capacity + turn // TURNS), turn % PARTS
-            first, row, place, position, valid = query_rows(block, part, q_start, q_length, q_position, ROWS, PACK)
+        col_idx += listed * capacity
+        for turn in range(0, (stop - begin + (GATHER - 1)) // GATHER * TURNS):
+            entry = begin + turn // TURNS * GATHER
             head = group * (HEADS // GROUPS) + turn % TURNS // PARTS * PACK
+            if GATHER == 1:
+                block, part = tl.load(col_idx + entry), turn % PARTS
+                first, row, place, position, valid = query_rows(block, part, q_start, q_length, q_position, ROWS, PACK)
+            else:
+                first = tl.zeros([], tl.int64)
+                row, place, position, valid = listed_query_rows(
+                    col_idx, entry, stop, q_start, q_length, q_position, ROWS, PACK, GATHER
+                )
             rows_at, q_at = first * HEADS + head, q_ptr + first * q_stride_t + head * q_stride_h
             d_out_at = d_out_ptr + first * d_out_stride_t + head * d_out_stride_h
             q = load_tile(q_at, row, q_stride_t, place * q_stride_h, valid, D, BLOCK_D)
@@ -160,35 +173,43 @@ def keys_kernel(
             d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
             d_scores = (weights * (d_weights - delta[None, :])).to(q.dtype)
             dk = tl.dot(d_scores, q, dk, input_precision=PRECISION)
-        at = (group.to(tl.int64) * items + item) * KEYS
-        store_tile(dk_ptr + at * D, inside, D, 0, inside < KEYS, dk * scale, D, BLOCK_D)
-        store_tile(dv_ptr + at * D, inside, D, 0, inside < KEYS, dv, D, BLOCK_D)
+        dk *= scale
+        if alone(item_ptr + listed * (num_columns + 1) + column, KEY_HEADS, GROUPS):
+            at = (key_first * KEY_HEADS + key_head) * D
+            store_tile(dk_ptr + at, inside, KEY_HEADS * D, 0, there, dk, D, BLOCK_D)
+            store_tile(dv_ptr + at, inside, KEY_HEADS * D, 0, there, dv, D, BLOCK_D)
+        else:
+            at = (group.to(tl.int64) * items + item) * KEYS * D
+            store_tile(parts_dk + at, inside, D, 0, inside < KEYS, dk, D, BLOCK_D)
+            store_tile(parts_dv + at, inside, D, 0, inside < KEYS, dv, D, BLOCK_D)
+
+
+@triton.jit
+def alone(item_ptr, KEY_HEADS: tl.constexpr, GROUPS: tl.constexpr):
+    """Whether a column's only item makes all of its gradients, and writes them itself."""
+    return (GROUPS == KEY_HEADS) & (tl.load(item_ptr + 1) - tl.load(item_ptr) == 1)
 
 
 @triton.jit(do_not_specialize=["num_columns", "items"])
 def add_kernel(
     parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, num_columns, items,
     KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
-    WRITTEN: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [T, KEY_HEADS, D] of one key block and head: the parts of its lists, in order. WRITTEN: what has one part
-    is there already."""
+    """dk, dv [T, KEY_HEADS, D] of one key block and head: the parts of its lists, in order; not of those alone."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     column, key_head = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS
-    if WRITTEN and GROUPS == KEY_HEADS:
-        ends = item_ptr + (key_head * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
-        if tl.load(ends + 1) - tl.load(ends) == 1:
-            return
-    inside = tl.arange(0, KEYS)
-    there = inside < tl.load(k_length + column)
-    dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
-    for turn in range(0, GROUPS // KEY_HEADS):
-        group = key_head * (GROUPS // KEY_HEADS) + turn
-        ends = item_ptr + (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
-        for item in range(tl.load(ends), tl.load(ends + 1)):
-            at = (tl.full([], group, tl.int64) * items + item) * KEYS * D
-            dk += load_tile(parts_dk + at, inside, D, 0, there, D, BLOCK_D)
-            dv += load_tile(parts_dv + at, inside, D, 0, there, D, BLOCK_D)
-    at = (tl.load(k_start + column).to(tl.int64) * KEY_HEADS + key_head) * D
-    store_tile(dk_ptr + at, inside, KEY_HEADS * D, 0, there, dk, D, BLOCK_D)
-    store_tile(dv_ptr + at, inside, KEY_HEADS * D, 0, there, dv, D, BLOCK_D)
+    listed = (key_head * LISTS // KEY_HEADS).to(tl.int64)
+    if not alone(item_ptr + listed * (num_columns + 1) + column, KEY_HEADS, GROUPS):
+        inside = tl.arange(0, KEYS)
+        there = inside < tl.load(k_length + column)
+        dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
+        for turn in range(0, GROUPS // KEY_HEADS):
+            group = key_head * (GROUPS // KEY_HEADS) + turn
+            ends = item_ptr + (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
+            for item in range(tl.load(ends), tl.load(ends + 1)):
+                at = (tl.full([], group, tl.int64) * items + item) * KEYS * D
+                dk += load_tile(parts_dk + at, inside, D, 0, there, D, BLOCK_D)
+                dv += load_tile(parts_dv + at, inside, D, 0, there, D, BLOCK_D)
+        at = (tl.load(k_start + column).to(tl.int64) * KEY_HEADS + key_head) * D
+        store_tile(dk_ptr + at, inside, KEY_HEADS * D, 0, there, dk, D, BLOCK_D)
+        store_tile(dv_ptr + at, inside, KEY_HEADS * D, 0, there, dv, D, BLOCK_D)

@@ -36,13 +36,13 @@ class Families:
 def descend(means, keys, above, families: Families, keep: int, causal: bool) -> torch.Tensor:
     """int32 [H, R, keep]: of the children of above [H, rows above, m] (-1 for none) at a row's parent, those with the
     highest products with the row's mean, ascending, -1 after the last. causal: the row's siblings before it are
-    candidates as well. means, keys: [rows, H, D] in at least fp32; products are as in `top`."""
+    candidates as well. means: [rows, H, D] in at least fp32; keys: in any; products are as in `top`."""
     width = (above.shape[2] + causal) * families.block
     if forms.takes(means) and padded(width) * padded(means.shape[2]) <= TILE_ELEMENTS:
         from longspan.kernels.sparse.descend_triton import descend_triton
 
         return descend_triton(means, keys, above, families, keep, causal)
-    (_, heads, dim), found = keys.shape, []
+    (_, heads, dim), found, keys = keys.shape, [], keys.to(means.dtype)
     head = torch.arange(heads, device=keys.device)[:, None, None]
     place = torch.arange(families.block, dtype=torch.int32, device=keys.device)
     for rows in families.chooses.split(max(1, CANDIDATE_ELEMENTS // (heads * width * dim))):

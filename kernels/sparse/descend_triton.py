@@ -5,7 +5,7 @@ import torch
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile
-from longspan.kernels.sparse.top_triton import LOWEST, halves, ordered_scores, ranked
+from longspan.kernels.sparse.top_triton import LOWEST, halves, ordered_scores
 
 
 def descend_triton(means, keys, above, families, keep: int, causal: bool) -> torch.Tensor:
@@ -19,6 +19,7 @@ def descend_triton(means, keys, above, families, keep: int, causal: bool) -> tor
             families.group_parent, chosen, *means.stride()[:2], *keys.stride()[:2], *above.stride()[:2],
             len(families.chooses), heads, means.shape[2], block_d, families.block, padded(families.block),
             above.shape[2], width, keep, triton.next_power_of_2(keep), causal,
+            keys.dtype == torch.bfloat16,
             num_warps=4 if width * block_d <= 8192 else 8, num_stages=1,
         )  # fmt: skip
     return chosen
@@ -30,6 +31,7 @@ def descend_kernel(
     means_stride_t, means_stride_h, keys_stride_t, keys_stride_h, above_stride_h, above_stride_r, num_rows,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ABOVE: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr, KEEP_WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Lists of the rows of one group and head."""
     group, head = tl.program_id(0) // HEADS, (tl.program_id(0) % HEADS).to(tl.int64)
@@ -49,21 +51,21 @@ def descend_kernel(
         above = tl.where(slot == ABOVE, parent, above)
     there = (above >= 0) & (child < tl.load(length_ptr + above, mask=above >= 0, other=0))
     child += tl.load(start_ptr + above, mask=there, other=0)
-    k = load_tile(keys_ptr + head * keys_stride_h, child.to(tl.int64), keys_stride_t, 0, there, D, BLOCK_D).to(
-        tl.float32
-    )
+    k = load_tile(keys_ptr + head * keys_stride_h, child.to(tl.int64), keys_stride_t, 0, there, D, BLOCK_D)
     q_high, q_low = halves(q)
-    k_high, k_low = halves(k)
+    k_high, k_low = (k, k) if EXACT else halves(k.to(tl.float32))
     candidate = there[None, :] & live[:, None]
     if CAUSAL:
         candidate = candidate & (child[None, :] < row[:, None])
-    scores = tl.where(candidate, ordered_scores(q_high, q_low, k_high, k_low), LOWEST)
+    scores = tl.where(candidate, ordered_scores(q_high, q_low, k_high, k_low, EXACT), LOWEST)
 
     needed = tl.minimum(tl.sum(candidate.to(tl.int32), 1), KEEP)
-    least = ranked(scores, needed, 32)[:, None]
-    better, equal = candidate & (scores > least), candidate & (scores == least)
-    left = needed - tl.sum(better.to(tl.int32), 1)
-    taken = better | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= left[:, None]))
+    order = (scores.to(tl.int64) << 32) + (WIDTH - index)[None, :]  # of equal scores the lower number is higher
+    rest, least = order, tl.max(order, 1)[:, None]
+    for _ in range(1, KEEP):
+        rest = tl.where(rest < least, rest, -(2**63))
+        least = tl.max(rest, 1)[:, None]
+    taken = candidate & (order >= least)
     chosen_ptr += head * num_rows * KEEP
     at = (place * KEEP)[:, None]
     to = tl.cumsum(taken.to(tl.int32), 1) - 1

@@ -6,12 +6,14 @@ from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse import hopper
 from longspan.kernels.sparse.backward import add_kernel, keys_kernel, queries_kernel, rows_kernel
 from longspan.kernels.sparse.forward import forward_kernel
-from longspan.kernels.sparse.plan import CHUNK, BlockPlan
+from longspan.kernels.sparse.plan import BlockPlan
 from longspan.kernels.sparse.rules import arguments
 
 ROWS = 128  # queries in a tile where heads that share keys and lists can fill it
 KEYS = 64  # keys in a tile where a list's blocks are smaller
 TURN = 64  # queries in a tile that the gradients of keys take at once: with more, registers spill
+NARROW = 32  # both, where one warp has the whole tile: with more, registers spill
+ONE_WARP = 16, 128  # rows, and bytes of each, of a tile that one warp has: no warp waits for what another one adds up
 STAGES = {2: (3, 2), 4: (1, 1)}  # by bytes of an element: over lists of query blocks, of key blocks
 
 
@@ -28,54 +30,70 @@ def refusal(dtype: torch.dtype, head_dim: int, plan: BlockPlan) -> str | None:
     return None
 
 
-def forward(q, k, v, plan: BlockPlan, scale: float):
-    """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D], lse fp32 [Tq, Hq])."""
+def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None):
+    """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D] in `dtype` or that of q, lse fp32 [Tq, Hq]). onto: (out,
+    lse) of other keys, to which those of the plan come; they may be overwritten."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    tile = _tile(q, k, plan)
+    dtype = dtype or q.dtype
+    given = (q, q.new_empty(q.shape[:2], dtype=torch.float32)) if onto is None else onto
+    out = given[0] if onto is not None and given[0].dtype == dtype else q.new_empty(q.shape, dtype=dtype)
+    lse, tile = given[1], _tile(q, k, plan)
     if hopper.takes(q, plan, tile["ROWS"], scale):
-        return hopper.forward(q, k, v, plan, scale, tile["PACK"])
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-    if len(plan.queries):
+        hopper.forward(q, k, v, out, lse, plan, scale, tile["PACK"], onto)
+    elif len(plan.queries):
         forward_kernel[(len(plan.queries) * q.shape[1] // tile["PACK"],)](
-            q, k, v, out, lse, *_tables(plan), *_strides(q, k, v), scale, len(plan.queries), plan.row_idx.shape[1],
-            **tile, GATHER=_gather(plan), **_options(q, tile["ROWS"], 0),
+            q, k, v, out, lse, *given, *_tables(plan), *_strides(q, k, v), scale, len(plan.queries),
+            plan.row_idx.shape[1], **tile, GATHER=_gather(q, tile["ROWS"], plan.keys.size), ONTO=onto is not None,
+            **_options(q, tile["ROWS"], 0),
         )  # fmt: skip
     return out, lse
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float):
-    """(dq, dk, dv) in the dtypes of q, k and v; d_lse: [Tq, Hq] or None. out and lse: of all keys that the queries see,
-    also where the plan lists some of them."""
-    d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
-    tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
-    if hopper.takes(q, plan, tile["ROWS"], scale):
-        return hopper.backward(d_out, d_lse, q, k, v, out, lse, plan, scale, tile["PACK"])
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    rows = lse.new_empty(*lse.shape, 2)
+def row_sums(d_out, d_lse, out, lse) -> torch.Tensor:
+    """fp32 [Tq, Hq, 2]: lse in base 2, and delta. d_lse: [Tq, Hq] or None."""
+    d_out, rows = unit_stride(d_out), lse.new_empty(*lse.shape, 2)
     if lse.numel():
         d_lse = torch.zeros_like(lse) if d_lse is None else d_lse.float().contiguous()
         rows_kernel[(-(-lse.numel() // 64),)](
-            d_out, out.contiguous(), lse.contiguous(), d_lse, rows, *d_out.stride()[:2], lse.numel(), heads, head_dim,
-            tile["BLOCK_D"], 64,
+            d_out, out.contiguous(), lse.contiguous(), d_lse, rows, *d_out.stride()[:2], lse.numel(), *out.shape[1:],
+            padded(out.shape[2]), 64,
         )  # fmt: skip
+    return rows
+
+
+def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None):
+    """(dq in `dtype` or that of q, dk, dv in those of k and v); d_lse: [Tq, Hq] or None. out and lse: of all keys that
+    the queries see, also where the plan lists some of them. rows: their row_sums, if known; onto: dq of other keys, to
+    which that of the plan is added; it may be overwritten."""
+    d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
+    dk, dv, dtype = k.new_empty(k.shape), v.new_empty(v.shape), dtype or q.dtype
+    dq = onto if onto is not None and onto.dtype == dtype else q.new_empty(q.shape, dtype=dtype)
+    tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
+    rows = row_sums(d_out, d_lse, out, lse) if rows is None else rows
+    if hopper.takes(q, plan, tile["ROWS"], scale):
+        hopper.backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, tile["PACK"], onto)
+        return dq, dk, dv
+    if lse.numel():
         queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
-            q, k, v, d_out, rows, dq, *_tables(plan), *_strides(q, k, v, d_out), scale, len(plan.queries),
-            plan.row_idx.shape[1], **tile, GATHER=_gather(plan), **_options(q, tile["ROWS"], 0),
+            q, k, v, d_out, rows, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out), scale,
+            len(plan.queries), plan.row_idx.shape[1], **tile, GATHER=_gather(q, tile["ROWS"], plan.keys.size),
+            ONTO=onto is not None, **_options(q, tile["ROWS"], 0),
         )  # fmt: skip
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
         return dq, dk.zero_(), dv.zero_()
     parts = [q.new_empty(groups, items, plan.keys.size, head_dim, dtype=torch.float32) for _ in range(2)]
-    tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], TURN)
+    turn = _beside(q, plan.keys.size, TURN)
+    tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], turn)
     keys_kernel[(items * groups,)](
-        q, k, v, d_out, rows, *parts, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col,
+        q, k, v, d_out, rows, *parts, dk, dv, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col,
         tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1],
-        **(tile | {"ROWS": rows_at_once}), PARTS=tile["ROWS"] // rows_at_once, CHUNK=CHUNK,
-        **_options(q, plan.keys.size, 1),
+        **(tile | {"ROWS": rows_at_once}), PARTS=tile["ROWS"] // rows_at_once, GATHER=turn // rows_at_once,
+        CHUNK=plan.chunk, **_options(q, plan.keys.size, 1),
     )  # fmt: skip
     add_kernel[(num_columns * k.shape[1],)](
         *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, num_columns, items,
-        k.shape[1], plan.heads, head_dim, tile["BLOCK_D"], plan.keys.size, False, num_warps=plan.keys.size // 8,
+        k.shape[1], plan.heads, head_dim, tile["BLOCK_D"], plan.keys.size, num_warps=plan.keys.size // 8,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -95,13 +113,24 @@ def _tile(q, k, plan):
     }  # fmt: skip
 
 
-def _gather(plan):
-    return max(1, KEYS // plan.keys.size)
+def _one_warp(q, rows):
+    return rows <= ONE_WARP[0] and padded(q.shape[2]) * q.itemsize <= ONE_WARP[1]
+
+
+def _gather(q, rows, size):
+    """Key blocks taken at once beside `rows` queries."""
+    return max(1, _beside(q, rows, KEYS) // size)
+
+
+def _beside(q, rows, most):
+    """Rows taken at once beside a tile of so many."""
+    return NARROW if _one_warp(q, rows) else most
 
 
 def _options(q, rows, which):
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    return {"PRECISION": precision, "num_warps": 8 if rows >= 128 else 4, "num_stages": STAGES[q.itemsize][which]}
+    warps = 1 if _one_warp(q, rows) else 8 if rows >= 128 else 4
+    return {"PRECISION": precision, "num_warps": warps, "num_stages": STAGES[q.itemsize][which]}
 
 
 def _tables(plan):

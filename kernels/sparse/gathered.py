@@ -2,27 +2,36 @@
 
 import torch
 
+from longspan.kernels.merge import merge
 from longspan.kernels.sparse.plan import BlockPlan
 
 BATCH_ELEMENTS = 1 << 24  # scores of the query blocks taken at once
 
 
-def forward(q, k, v, plan: BlockPlan, scale: float):
-    """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D], lse [Tq, Hq] in at least fp32)."""
-    wide = _wide(q)
-    out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide)
+def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None):
+    """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D] in `dtype` or that of q, lse [Tq, Hq] in at least fp32).
+    onto: (out, lse) of other keys, to which those of the plan come; they may be overwritten."""
+    dtype = dtype or q.dtype
+    out, lse = torch.zeros_like(q, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
     for batch in _batches(plan, q.shape[1], k.shape[1]):
         scores = batch.scores(q, k, scale)
         found = scores.logsumexp(-1, keepdim=True)
         weights = (scores - found.nan_to_num(neginf=0.0)).exp()
-        batch.put(out, (weights @ batch.keys(v)).to(q.dtype))
+        batch.put(out, weights @ batch.keys(v))
         batch.put(lse[..., None], found)
-    return out, lse
+    if onto is not None:
+        merge(*onto, out, lse)
+        out, lse = onto
+    return out.to(dtype), lse
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float):
-    """(dq, dk, dv); d_lse: [Tq, Hq] or None. out and lse: of all keys that the queries see, also where the plan lists
-    some of them."""
+def row_sums(d_out, d_lse, out, lse):
+    """Nothing that backward would not make by itself."""
+
+
+def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None):
+    """(dq in `dtype` or that of q, dk, dv); d_lse: [Tq, Hq] or None. out and lse: of all keys that the queries see,
+    also where the plan lists some of them. onto: dq of other keys, to which that of the plan is added."""
     wide = _wide(q)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     delta = (d_out.to(wide) * out.to(wide)).sum(-1)
@@ -35,7 +44,8 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float):
         batch.put(dq, d_scores @ batch.keys(k))
         batch.add(dk, d_scores.mT @ batch.queries(q))
         batch.add(dv, weights.mT @ d_rows)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    dq = dq if onto is None else dq.add_(onto)
+    return dq.to(dtype or q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 class _Batch:

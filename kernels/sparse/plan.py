@@ -13,7 +13,7 @@ import torch
 from longspan.kernels.sparse import forms
 from longspan.kernels.sparse.rules import Boxes, Picks
 
-CHUNK = 64  # query blocks of a key block's list that one program takes; columns that all rows choose are split
+CHUNK = 64  # query blocks of a key block's list that one program takes unless a plan says otherwise
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class BlockPlan:
     row_ptr [Hs, M+1], row_idx [Hs, C]: the key blocks of query block i are row_idx[h, row_ptr[h, i]:row_ptr[h, i+1]],
     in the order they were given in. col_ptr [Hs, T+1], col_idx [Hs, C]: the query blocks of each key block, ascending.
     C is a capacity; what lies outside of the lists is undefined. item_ptr [Hs, T+1], item_col [Hs, I]: programs of the
-    gradients of keys, one for every CHUNK query blocks of a list; the column of each, T past the last; most_items: I.
+    gradients of keys, one for every `chunk` query blocks of a list, so that a column which all rows choose is split;
+    the column of each, T past the last; most_items: I.
     What goes by key blocks is made when it is first asked for: a forward pass alone does without.
     log_weight: floats [T], added to the scaled scores of a key block's rows, or None. causal: keys at later positions
     of their document than the query are not seen; a coarse key has the position from which on it is seen. rule: what
@@ -84,6 +85,7 @@ class BlockPlan:
     causal: bool
     log_weight: torch.Tensor | None = None
     rule: Picks | Boxes | None = None
+    chunk: int = CHUNK
 
     @property
     def heads(self) -> int:
@@ -107,7 +109,7 @@ class BlockPlan:
 
     @cached_property
     def columns(self) -> Columns:
-        given = self.row_ptr, self.row_idx, len(self.keys), CHUNK, self.most_items
+        given = self.row_ptr, self.row_idx, len(self.keys), self.chunk, self.most_items
         if forms.takes(self.row_idx):
             from longspan.kernels.sparse.lists_triton import columns_triton
 
@@ -117,16 +119,17 @@ class BlockPlan:
     @classmethod
     def of(
         cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, rule=None, listed=None,
-        ascending=False,
+        ascending=False, chunk=None, full=False,
     ) -> "BlockPlan":  # fmt: skip
         """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing;
-        `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort.
-        listed: most key blocks that a head's lists name, if known: memory for gradients follows it. Nothing waits for
-        the device."""
-        if not ascending:
+        `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort;
+        `full` that there is no -1 either, so that int32 `chosen` are the lists. listed: most key blocks that a head's
+        lists name, if known: memory for gradients follows it. Nothing waits for the device."""
+        if not (ascending or full):
             chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
-        rows, most_items = _rows_of(chosen, len(keys), 1), _most_items(keys, chosen, listed)
-        return cls(queries, keys, *rows, most_items, causal, log_weight, rule)
+        chunk = chunk or CHUNK
+        rows = _full_rows(chosen) if full else _rows_of(chosen, len(keys), 1)
+        return cls(queries, keys, *rows, _most_items(keys, chosen, chunk, listed), causal, log_weight, rule, chunk)
 
     @classmethod
     def split(cls, queries: Blocks, keys, chosen, width: int, *, causal: bool, rule=None) -> list["BlockPlan"]:
@@ -136,13 +139,30 @@ class BlockPlan:
         rows, plans = chosen.shape[1], []
         for number, blocks in enumerate(keys):
             ends = row_ptr[:, number * rows : (number + 1) * rows + 1].contiguous()
-            plans.append(cls(queries, blocks, ends, row_idx, _most_items(blocks, chosen), causal, None, rule))
+            plans.append(
+                cls(queries, blocks, ends, row_idx, _most_items(blocks, chosen, CHUNK), causal, None, rule, CHUNK)
+            )
         return plans
 
+    def map(self, move) -> "BlockPlan":
+        """The same with every tensor passed through `move`, without a rule; lists by key block as well if there are."""
+        moved = {name: move(getattr(self, name)) for name in ("row_ptr", "row_idx")}
+        weight = None if self.log_weight is None else move(self.log_weight)
+        plan = replace(self, queries=self.queries.map(move), keys=self.keys.map(move), log_weight=weight, **moved)
+        if "columns" in vars(self):
+            vars(plan)["columns"] = Columns(*(move(x) for x in vars(self.columns).values()))
+        return plan
 
-def _most_items(keys, chosen, listed=None):
+
+def _most_items(keys, chosen, chunk, listed=None):
     capacity = chosen.shape[1] * chosen.shape[2]
-    return min(len(keys) if listed is None else listed, capacity) + capacity // CHUNK
+    return min(len(keys) if listed is None else listed, capacity) + capacity // chunk
+
+
+def _full_rows(chosen):
+    heads, rows, most = chosen.shape
+    row_ptr = torch.arange(0, rows * most + 1, most, dtype=torch.int32, device=chosen.device)
+    return row_ptr.expand(heads, -1).contiguous(), chosen.reshape(heads, rows * most)
 
 
 def _rows_of(chosen, width, parts):

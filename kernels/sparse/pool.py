@@ -6,13 +6,18 @@ from longspan.kernels.sparse import forms
 from longspan.kernels.sparse.plan import Blocks
 
 
-def pool(x: torch.Tensor, blocks: Blocks, *, heads: int | None = None, mean: bool = False) -> torch.Tensor:
+def pool(x, blocks: Blocks, *, heads: int | None = None, mean: bool = False) -> torch.Tensor:
     """x: [T, H, D] -> [len(blocks), heads, D] in at least fp32, T >= 1: sums over the rows of each block and over the
-    H / heads successive heads that belong together, or with `mean` their means. Differentiable. The blocks hold all T
-    rows, in their order."""
-    heads = x.shape[1] if heads is None else heads
-    if forms.takes(x):
-        return _Pool.apply(x, blocks, heads, mean)
+    H / heads successive heads that belong together, or with `mean` their means. Of several x alike the results lie side
+    by side, [len(blocks), heads of all, D]. Differentiable. The blocks hold all T rows, in their order."""
+    several = (x,) if isinstance(x, torch.Tensor) else tuple(x)
+    heads = several[0].shape[1] if heads is None else heads
+    if forms.takes(several[0]):
+        return _Pool.apply(blocks, heads, mean, *several)
+    return torch.cat([_pool(x, blocks, heads, mean) for x in several], 1)
+
+
+def _pool(x, blocks, heads, mean):
     sums = torch.segment_reduce(x.to(torch.promote_types(x.dtype, torch.float32)), "sum", lengths=blocks.length.long())
     sums = sums.unflatten(1, (heads, -1)).sum(2)
     return sums / (blocks.length * (x.shape[1] // heads))[:, None, None] if mean else sums
@@ -20,17 +25,25 @@ def pool(x: torch.Tensor, blocks: Blocks, *, heads: int | None = None, mean: boo
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, blocks, heads, mean):
+    def forward(ctx, blocks, heads, mean, *several):
         from longspan.kernels.sparse.pool_triton import pool_triton
 
-        ctx.rest = blocks, x.shape, x.dtype, mean
-        return pool_triton(x, blocks, heads, mean)
+        ctx.rest = blocks, several[0].shape, several[0].dtype, mean
+        return pool_triton(several, blocks, heads, mean)
 
     @staticmethod
     def backward(ctx, grad):
-        blocks, (rows, heads, _), dtype, mean = ctx.rest
-        group = heads // grad.shape[1]
-        if mean:
-            grad = grad / (blocks.length * group)[:, None, None]
-        grad = grad.to(dtype).repeat_interleave(blocks.length, 0, output_size=rows)
-        return grad.repeat_interleave(group, 1) if group > 1 else grad, None, None, None
+        from longspan.kernels.sparse.pool_triton import spread_triton
+
+        blocks, shape, dtype, mean = ctx.rest
+        wanted = ctx.needs_input_grad[3:]
+        parts = grad.chunk(len(wanted), 1)
+        return (
+            None,
+            None,
+            None,
+            *(
+                spread_triton(part, blocks, shape, dtype, mean) if needed else None
+                for part, needed in zip(parts, wanted)
+            ),
+        )

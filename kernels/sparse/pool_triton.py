@@ -1,4 +1,4 @@
-"""pool as one Triton kernel: x is read once, in its own dtype, and summed in fp32."""
+"""pool as one Triton kernel: x is read once, in its own dtype, and summed in fp32. And its gradient."""
 
 import torch
 
@@ -6,45 +6,99 @@ from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.plan import Blocks
 
-ROWS = 128  # of a tile
-ELEMENTS = 1 << 14  # of a tile, heads side by side where blocks are short
+ELEMENTS = 1024  # that a program adds at once: of one row of each of its blocks, heads side by side
+STEP = 8  # rows that are loaded before the first is added
 
 
-def pool_triton(x: torch.Tensor, blocks: Blocks, heads: int, mean: bool) -> torch.Tensor:
+def pool_triton(several, blocks: Blocks, heads: int, mean: bool) -> torch.Tensor:
     """See kernels.sparse.pool.pool."""
-    x, head_dim = unit_stride(x), x.shape[2]
-    out = x.new_empty(len(blocks), heads, head_dim, dtype=torch.float32)
-    block_d = padded(head_dim)
-    rows = min(ROWS, triton.next_power_of_2(blocks.size), max(1, ELEMENTS // block_d))
-    together = max(1, min(ELEMENTS // (rows * block_d), triton.next_power_of_2(heads)))
-    pool_kernel[(len(blocks) * triton.cdiv(heads, together),)](
-        x, out, blocks.start, blocks.length, x.stride(0), x.stride(1),
-        heads, x.shape[1] // heads, head_dim, block_d, together, rows, blocks.size, mean,
+    _, num_heads, head_dim = several[0].shape
+    out = several[0].new_empty(len(blocks), len(several) * heads, head_dim, dtype=torch.float32)
+    grid, tile = _tile(blocks, heads, head_dim)
+    for place, x in enumerate(map(unit_stride, several)):
+        pool_kernel[grid](
+            x, out[:, place * heads :], blocks.start, blocks.length, *x.stride()[:2], out.stride(0), len(blocks),
+            heads, num_heads // heads, head_dim, *tile, mean,
+        )  # fmt: skip
+    return out
+
+
+def spread_triton(grad: torch.Tensor, blocks: Blocks, shape, dtype, mean: bool) -> torch.Tensor:
+    """The gradient of x [T, H, D] in `dtype` from that of its sums or means [blocks, heads, D]."""
+    grad, heads, head_dim = unit_stride(grad), grad.shape[1], shape[2]
+    out = grad.new_empty(shape, dtype=dtype)
+    grid, tile = _tile(blocks, heads, head_dim)
+    spread_kernel[grid](
+        grad, out, blocks.start, blocks.length, *grad.stride()[:2], len(blocks),
+        heads, shape[1] // heads, head_dim, *tile, mean,
     )  # fmt: skip
     return out
 
 
+def _tile(blocks, heads, head_dim):
+    """The grid, and columns of a head, heads and blocks of a program, and most rows of a block."""
+    block_d = padded(head_dim)
+    together = max(1, min(ELEMENTS // block_d, triton.next_power_of_2(heads)))
+    count = max(1, ELEMENTS // (block_d * together))
+    grid = (triton.cdiv(len(blocks), count) * triton.cdiv(heads, together),)
+    return grid, (block_d, together, count, blocks.size, min(STEP, blocks.size))
+
+
 @triton.jit
-def pool_kernel(
-    x_ptr, out_ptr, start_ptr, length_ptr, stride_t, stride_h,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
-    ROWS: tl.constexpr, SIZE: tl.constexpr, MEAN: tl.constexpr,
+def _place(
+    start_ptr, length_ptr, num_blocks,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One block and TOGETHER heads of out [blocks, HEADS, D], each the sum of GROUP heads of x."""
+    """(block, first row, rows) [COUNT, 1], and (head, dimension) [1, TOGETHER * BLOCK_D], and which are there."""
     parts: tl.constexpr = (HEADS + TOGETHER - 1) // TOGETHER
-    block = tl.program_id(0) // parts
-    column = tl.arange(0, TOGETHER * BLOCK_D)
+    block = (tl.program_id(0) // parts * COUNT + tl.arange(0, COUNT))[:, None]
+    column = tl.arange(0, TOGETHER * BLOCK_D)[None, :]
     head, dim = tl.program_id(0) % parts * TOGETHER + column // BLOCK_D, column % BLOCK_D
-    wanted = (head < HEADS) & (dim < D)
-    first, length = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
-    x_ptr += first * stride_t
-    total = tl.zeros([TOGETHER * BLOCK_D], tl.float32)
-    for begin in range(0, SIZE, ROWS):
-        row = begin + tl.arange(0, ROWS)
-        for turn in range(0, GROUP):
-            at = row[:, None] * stride_t + ((head * GROUP + turn) * stride_h + dim)[None, :]
-            x = tl.load(x_ptr + at, mask=(row < length)[:, None] & wanted[None, :], other=0.0)
-            total += tl.sum(x.to(tl.float32), 0)
+    valid = block < num_blocks
+    first = tl.load(start_ptr + block, mask=valid, other=0).to(tl.int64)
+    length = tl.load(length_ptr + block, mask=valid, other=0)
+    return block.to(tl.int64), first, length, head, dim, valid & (head < HEADS) & (dim < D)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def pool_kernel(
+    x_ptr, out_ptr, start_ptr, length_ptr, stride_t, stride_h, out_stride, num_blocks,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
+    COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """COUNT blocks and TOGETHER heads of out [blocks, HEADS, D], each the sum of GROUP heads of x. A thread adds rows
+    of its own columns: sums across warps would cost more than the loads."""
+    block, first, length, head, dim, there = _place(
+        start_ptr, length_ptr, num_blocks, HEADS, D, BLOCK_D, TOGETHER, COUNT
+    )  # fmt: skip
+    total = tl.zeros([COUNT, TOGETHER * BLOCK_D], tl.float32)
+    for turn in range(0, GROUP):
+        at = x_ptr + first * stride_t + ((head * GROUP + turn) * stride_h + dim)
+        for begin in range(0, SIZE, STEP):
+            for row in tl.static_range(STEP):
+                mask = there & (begin + row < length)
+                total += tl.load(at + (begin + row) * stride_t, mask=mask, other=0.0).to(tl.float32)
     if MEAN:
-        total = total / (length * GROUP).to(tl.float32)
-    tl.store(out_ptr + block.to(tl.int64) * HEADS * D + head * D + dim, total, mask=wanted)
+        total = total / tl.maximum(length * GROUP, 1).to(tl.float32)
+    tl.store(out_ptr + block * out_stride + (head * D + dim), total, mask=there)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def spread_kernel(
+    grad_ptr, out_ptr, start_ptr, length_ptr, stride_b, stride_h, num_blocks,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
+    COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """Rows of COUNT blocks and TOGETHER * GROUP heads of out [T, HEADS * GROUP, D]."""
+    block, first, length, head, dim, there = _place(
+        start_ptr, length_ptr, num_blocks, HEADS, D, BLOCK_D, TOGETHER, COUNT
+    )  # fmt: skip
+    grad = tl.load(grad_ptr + block * stride_b + (head * stride_h + dim), mask=there, other=0.0).to(tl.float32)
+    if MEAN:
+        grad = grad / tl.maximum(length * GROUP, 1).to(tl.float32)
+    grad = grad.to(out_ptr.dtype.element_ty)
+    for turn in range(0, GROUP):
+        at = out_ptr + first * (HEADS * GROUP * D) + ((head * GROUP + turn) * D + dim)
+        for begin in range(0, SIZE, STEP):
+            for row in tl.static_range(STEP):
+                tl.store(at + (begin + row) * (HEADS * GROUP * D), grad, mask=there & (begin + row < length))

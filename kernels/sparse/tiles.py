@@ -8,8 +8,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def program_of(M, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, PACK: tl.constexpr):
     """What a program that walks the list of a query block works on: (block, first of PACK heads, key head, list). One
-    head after the other, so that the keys of the programs that run together fit the L2 cache."""
-    block, head = tl.program_id(0) % M, tl.program_id(0) // M * PACK
+    key head after the other, whose keys the cache then holds."""
+    PACKS: tl.constexpr = HEADS // KEY_HEADS // PACK  # of a key head
+    number = tl.program_id(0) // PACKS
+    block, head = number % M, (number // M * PACKS + tl.program_id(0) % PACKS) * PACK
     return block, head, head // (HEADS // KEY_HEADS), (head * LISTS // HEADS).to(tl.int64)
 
 
@@ -37,6 +39,20 @@ def query_rows(block, part, start_ptr, length_ptr, position_ptr, SIZE: tl.conste
     token, head = index // PACK, index % PACK
     first, count = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
     return first, token, head, tl.load(position_ptr + block) + token, token < count
+
+
+@triton.jit
+def listed_query_rows(
+    list_ptr, entry, stop, start_ptr, length_ptr, position_ptr,
+    SIZE: tl.constexpr, PACK: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    """query_rows of the blocks of GATHER successive entries of a list, one below the other; rows are of the buffer."""
+    index = tl.arange(0, SIZE * GATHER)
+    listed = entry + index // SIZE < stop
+    block = tl.load(list_ptr + entry + index // SIZE, mask=listed, other=0)
+    token, head = index % SIZE // PACK, index % PACK
+    row = tl.load(start_ptr + block).to(tl.int64) + token
+    return row, head, tl.load(position_ptr + block) + token, listed & (token < tl.load(length_ptr + block))
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def top(means, keys, router, ranges: Ranges, *, first: int = 0, recent: int = 0,
     ascending, -1 after the last. Of equal products the lower number is taken.
 
     means: [rows of means, H, D], router: int32 [R], whose mean chooses for each row (not read where there is nothing to
-    choose); keys: [T, H, D], both in at least fp32. first, recent: so many at either end of a range are always taken.
+    choose), in at least fp32; keys: [T, H, D] in any. first, recent: so many at either end of a range are always taken.
     always: int32 [R, m], listed after what is chosen, ascending, higher than it, -1 after the last; None for nothing.
     Triton kernels make products of two bf16 halves of each mean: to about 2^-16 of the lengths of the means.
     """
@@ -57,7 +57,7 @@ def top(means, keys, router, ranges: Ranges, *, first: int = 0, recent: int = 0,
 
         return top_triton(means, keys, router, ranges, first, recent, always)
     heads, means = keys.shape[1], means[router.clamp(min=0)].transpose(0, 1)
-    keys = keys.transpose(0, 1)
+    keys = keys.transpose(0, 1).to(means.dtype)
     found = [_top(means, keys, ranges, rows, first, recent) for rows in _batches(ranges.bounds, heads)]
     found = torch.cat(found, 1) if found else router.new_empty(heads, len(ranges), 0)
     return ascending(found if always is None else torch.cat([found, always.expand(heads, -1, -1)], 2), keys.shape[1])

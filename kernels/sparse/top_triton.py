@@ -11,7 +11,7 @@ import torch
 
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.splits import padded, unit_stride
-from longspan.kernels.sparse.tiles import load_tile
+from longspan.kernels.sparse.tiles import load_tile, store_tile
 
 ROWS, KEYS = 64, 64  # of a tile of scores
 BAND = 64
@@ -36,18 +36,22 @@ def top_triton(means, keys, router, ranges, first: int, recent: int, always) -> 
 
 
 def split_halves(x: torch.Tensor) -> torch.Tensor:
-    """fp32 [T, H, D] -> bf16 [2, T, H, D] whose sum it is, to 2^-17."""
-    x, out = x.contiguous(), x.new_empty(2, *x.shape, dtype=torch.bfloat16)
-    split_kernel[(triton.cdiv(x.numel(), 4096),)](x, out, x.numel(), 4096)
+    """[T, H, D] -> bf16 [2, T, H, D] whose sum it is, to 2^-17."""
+    x, out, count = unit_stride(x), x.new_empty(2, *x.shape, dtype=torch.bfloat16), x.shape[0] * x.shape[1]
+    split_kernel[(triton.cdiv(count, ROWS),)](x, out, *x.stride()[:2], count, *x.shape[1:], padded(x.shape[2]), ROWS)
     return out
 
 
 @triton.jit(do_not_specialize=["count"])
-def split_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    high, low = halves(tl.load(x_ptr + at, mask=at < count, other=0.0))
-    tl.store(out_ptr + at, high, mask=at < count)
-    tl.store(out_ptr + count + at, low, mask=at < count)
+def split_kernel(
+    x_ptr, out_ptr, stride_t, stride_h, count,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head_at = row % HEADS * stride_h
+    high, low = halves(load_tile(x_ptr, row // HEADS, stride_t, head_at, row < count, D, BLOCK_D).to(tl.float32))
+    store_tile(out_ptr, row, D, 0, row < count, high, D, BLOCK_D)
+    store_tile(out_ptr + count.to(tl.int64) * D, row, D, 0, row < count, low, D, BLOCK_D)
 
 
 @triton.jit
@@ -58,10 +62,12 @@ def halves(x):
 
 
 @triton.jit
-def ordered_scores(q_high, q_low, k_high, k_low):
-    """Products of means [rows, D] and keys [keys, D], both in halves, as int32 of the same order, above LOWEST."""
+def ordered_scores(q_high, q_low, k_high, k_low, EXACT: tl.constexpr = False):
+    """Products of means [rows, D] and keys [keys, D], both in halves, as int32 of the same order, above LOWEST. EXACT:
+    k_low is zero."""
     scores = tl.dot(q_low, tl.trans(k_high))
-    scores = tl.dot(q_high, tl.trans(k_low), scores)
+    if not EXACT:
+        scores = tl.dot(q_high, tl.trans(k_low), scores)
     scores = tl.dot(q_high, tl.trans(k_high), scores)
     bits = (scores + 0.0).to(tl.int32, bitcast=True)  # no negative zero
     return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST + 1)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor, Shard
 
 from longspan.launcher.config import Config
 from longspan.launcher.engines.optimizer import build_optimizer, compute_dtype
@@ -90,7 +91,8 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     uncast = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-    apply = partial(fully_shard, mesh=mesh, offload_policy=host)
+    across = partial(_across, ranks=mesh.size(mesh.ndim - 1))
+    apply = partial(fully_shard, mesh=mesh, offload_policy=host, shard_placement_fn=across)
     for block in model.blocks:
         for module in block.modules():
             if isinstance(module, Gate) and param_dtype is not None:
@@ -106,3 +108,16 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _across(parameter: nn.Parameter, ranks: int) -> Shard | None:
+    """Weights whose rows are split over tensor-parallel ranks are sharded by columns, all others by rows: so every part
+    is one range of each dimension, whatever the numbers of ranks, which is what checkpoints are exchanged by."""
+    if not isinstance(parameter, DTensor) or not parameter.placements[0].is_shard(0):
+        return None
+    if parameter.shape[1] % ranks:
+        raise ValueError(
+            f"with parallel.tp the {ranks} ranks that shard parameters must divide the {parameter.shape[1]} columns of"
+            " a weight: use another parallel.tp, or parallel.sharding=hsdp"
+        )
+    return Shard(1)

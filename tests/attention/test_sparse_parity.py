@@ -171,13 +171,12 @@ def test_no_token_reaches_an_earlier_one(variant):
             x[token] += 30.0
         new_out, new_lists, new_picks = run(changed)
         assert not torch.equal(new_out[token:], out[token:])
-        block = token // tables.queries.size
         torch.testing.assert_close(new_out[:token], out[:token], rtol=1e-13, atol=1e-13)  # longer lists round anew
-        if picks is None:
-            block += 1  # the token's whole block has one list
-        else:
+        if picks is not None:
             assert torch.equal(new_picks[:token], picks[:token])
-        for new, old in zip(new_lists, lists, strict=True):
+        sizes = tables.queries.size, tables.tiles.size if len(lists) > 1 else None  # of fine and of coarse lists
+        for new, old, size in zip(new_lists, lists, sizes):
+            block = token // size + (picks is None)  # the token's whole block has one list
             assert [head[:block] for head in new] == [head[:block] for head in old]
 
 
@@ -267,6 +266,29 @@ def test_lists_ascend(variant):
             assert listed == sorted(set(listed))
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("form", ["plain", "triton"])
+def test_lists_without_gaps_are_taken_as_they_are(levels, form, monkeypatch):
+    """Where there is enough to choose from, and documents are of whole rows."""
+    monkeypatch.setattr(forms, "takes", lambda x: form == "triton")
+    selection = Hierarchical(4, 2, levels)
+    few = 4**levels
+    cases = (256, False, True), (250, False, levels == 1), (256, True, False), (few, False, False)
+    for length, causal, full in cases:
+        lengths = length, length
+        tables = selection.tables(SequenceParallel().context(contiguous(lengths, 1)), causal)
+        assert tables.full == full
+        if full:
+            q, k = (torch.randn(sum(lengths), 2, 16) for _ in range(2))
+            coarse, _ = selection.coarse(k, k, tables, lambda x: x)
+            chosen = selection.choose(q, k, coarse, tables, Ranks())
+            assert all(x.min() >= 0 for x in chosen if x is not None)
+            made = [sparse.parts_of(chosen, x, causal, "auto", None)[0] for x in (tables, replace(tables, full=False))]
+            for part, other in zip(*made, strict=True):
+                assert torch.equal(part.plan.row_ptr, other.plan.row_ptr)
+                assert torch.equal(part.plan.row_idx, other.plan.row_idx)
+
+
 def run_waiting(rank, world_size, cases):
     """Of every case what was done in its forward pass, in order: kernels, and waits of the host; backward waits for
     nothing. Results are those of the definition."""
@@ -313,8 +335,8 @@ def test_ranks_wait_once_after_local_work():
         ring, fetch, auto, levels_fetch, levels_ring = (" ".join(x) for x in found)
         assert ring == "kernel kernel"
         assert fetch == auto == "kernel wait kernel"
-        assert levels_fetch == "wait kernel kernel kernel wait kernel"
-        assert levels_ring == "wait kernel kernel kernel kernel"
+        assert levels_fetch == "wait kernel kernel kernel kernel wait kernel"
+        assert levels_ring == "wait kernel kernel kernel kernel kernel"
 
 
 def rows_wanted(seen, rows):

@@ -5,6 +5,7 @@ As a script it compiles what the linear forms and sparse attention launch and pr
     python tests/common/absent_gpu.py DTYPE WIDTH...          # such as bfloat16 64 128, or 16,64 for K, V
     python tests/common/absent_gpu.py --few DTYPE WIDTH...    # not every kind of decay and size of blocks
     python tests/common/absent_gpu.py choosing WIDTH...       # what chooses blocks, and makes lists of them
+    python tests/common/absent_gpu.py layer WIDTH...          # what a layer does beside attention, and the loss
     python tests/common/absent_gpu.py hopper WIDTH...         # sparse attention in Gluon, bfloat16
 """
 
@@ -106,13 +107,13 @@ def compile_linear(dtype, sizes, few):
 
 def compile_sparse(dtype, head_dim, few):
     """What attention over lists of blocks launches: with the largest blocks, and with small ones, packed heads, a mask
-    and weights."""
+    and weights; parts that go on from others."""
     import torch
 
     from longspan.kernels.sparse import BlockPlan, Blocks, fused
 
     # query block, key block, query heads, key heads, list heads, causal and weighted
-    cases = [(128, 128, 2, 1, 1, False), (16, 16, 8, 2, 2, True)]
+    cases = [(128, 128, 2, 1, 1, False), (16, 16, 8, 2, 2, True), (16, 16, 2, 2, 2, True), (128, 16, 2, 2, 2, True)]
     cases += [] if few else [(128, 64, 2, 1, 1, True), (64, 64, 2, 2, 1, False), (64, 16, 4, 2, 4, True)]
     for query_block, key_block, heads, key_heads, lists, masked in cases:
         queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
@@ -121,8 +122,9 @@ def compile_sparse(dtype, head_dim, few):
         plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight)
         if fused.refusal(dtype, head_dim, plan) is None:
             q, k, v = (torch.zeros(300, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
-            out, lse = fused.forward(q, k, v, plan, 0.3)
-            fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
+            onto = (q.float(), torch.zeros(300, heads)) if masked else None
+            out, lse = fused.forward(q, k, v, plan, 0.3, onto)
+            fused.backward(q, lse, q, k, v, out, lse, plan, 0.3, onto=onto and onto[0])
 
 
 def compile_hopper(head_dim):
@@ -152,7 +154,7 @@ def compile_choosing(width):
     from longspan.kernels.sparse import Blocks, Families, Ranges
     from longspan.kernels.sparse.descend_triton import descend_triton
     from longspan.kernels.sparse.lists_triton import columns_triton, rows_triton
-    from longspan.kernels.sparse.pool_triton import pool_triton
+    from longspan.kernels.sparse.pool_triton import pool_triton, spread_triton
     from longspan.kernels.sparse.top_triton import top_triton
 
     def zeros(*shape):
@@ -162,10 +164,48 @@ def compile_choosing(width):
     families = Families(*(zeros(*n) for n in ((128,), (8,), (8,), (128,), (128,), (8, 16), (8,))), 16)
     means = torch.zeros(128, 2, width)
     top_triton(means, means, zeros(128), ranges, 0, 0, None)
-    pool_triton(means.bfloat16(), Blocks.of((0, 128), 16), 2, False)
+    blocks = Blocks.of((0, 128), 16)
+    sums = pool_triton((means.bfloat16(),), blocks, 2, False)
+    spread_triton(sums, blocks, means.shape, torch.bfloat16, False)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
-    row_ptr, row_idx = rows_triton(zeros(1, 8, 4), 8)
-    columns_triton(row_ptr, row_idx, 8, 64, 9)
+    for columns in (8, 1 << 12):  # dense and sparse lists
+        row_ptr, row_idx = rows_triton(zeros(1, 64, 4), columns)
+        columns_triton(row_ptr, row_idx, columns, 64, 9)
+
+
+def compile_layer(width):
+    """Norms, rotations, gates, SwiGLU and the loss of a model of this width, with heads of 128, in bf16."""
+    import torch
+
+    from longspan.kernels.channel_gates_triton import channel_gate_backward_triton, channel_gate_triton
+    from longspan.kernels.elu_triton import elu1_backward_triton, elu1_triton
+    from longspan.kernels.loss_triton import label_scores_triton, logits_gradient_triton
+    from longspan.kernels.norm_triton import norm_backward_triton, norm_triton
+    from longspan.kernels.rotation_triton import rotate_backward_triton, rotate_triton
+    from longspan.kernels.swiglu_triton import swiglu_backward_triton, swiglu_triton
+
+    def zeros(*shape, dtype=torch.bfloat16):
+        return torch.zeros(shape, dtype=dtype)
+
+    stream, heads, angles = zeros(64, width), zeros(64, width // 128, 128), zeros(64, 1, 64, dtype=torch.float32)
+    for x, branch, weight, gate in [
+        (stream, stream, zeros(width), None), (heads, None, zeros(128), heads), (heads, None, None, None)
+    ]:  # fmt: skip
+        norm_triton(x, branch, weight, gate, weight is not None, 1e-6)
+        norm_backward_triton(x, branch, x, weight, gate, weight is not None, 1e-6)
+    for weight in (None, zeros(128)):
+        rotate_triton(heads, angles, angles, weight, 1e-6)
+        rotate_backward_triton(heads, angles, angles, heads, weight, 1e-6)
+    for bias in (None, zeros(width, dtype=torch.float32)):
+        channel_gate_triton(stream, bias, 0.5)
+        channel_gate_backward_triton(stream.float(), stream, stream, bias, 0.5)
+    elu1_triton(heads)
+    elu1_backward_triton(heads, heads)
+    swiglu_triton(stream, stream)
+    swiglu_backward_triton(stream, stream, stream)
+    labels = zeros(64, dtype=torch.int64)
+    lse, _ = label_scores_triton(stream.float(), labels)
+    logits_gradient_triton(stream.float(), lse, labels, torch.bfloat16)
 
 
 def main():
@@ -175,11 +215,9 @@ def main():
     compiled = install()
     for width in widths:
         key_size, value_size = [int(size) for size in (*width.split(","), width)[:2]]
-        if dtype == "choosing":
-            compile_choosing(key_size)
-            continue
-        if dtype == "hopper":
-            compile_hopper(key_size)
+        others = {"choosing": compile_choosing, "layer": compile_layer, "hopper": compile_hopper}
+        if dtype in others:
+            others[dtype](key_size)
             continue
         compile_linear(getattr(torch, dtype), (key_size, value_size), few)
         if key_size == value_size:

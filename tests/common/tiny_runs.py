@@ -47,8 +47,9 @@ def train(config: Config) -> list[dict]:
 
 def start(config: Config, **options) -> Trainer:
     mesh = build_mesh(
-        sp=config.parallel.sp, sharding=config.parallel.mesh_sharding, device=torch.device("cpu"), timeout_s=60
-    )
+        sp=config.parallel.sp, sharding=config.parallel.mesh_sharding, device=torch.device("cpu"), timeout_s=60,
+        tp=config.parallel.tp,
+    )  # fmt: skip
     return Trainer(config, mesh, **options)
 
 

@@ -41,11 +41,19 @@ def test_kernels_compile(tmp_path):
 
 def test_kernels_that_choose_blocks_compile(tmp_path):
     kernels = compiled(tmp_path, "choosing", "64")
-    assert {"top_kernel", "pool_kernel", "descend_kernel", "scan_kernel", "order_kernel"} <= {
-        k["name"] for k in kernels
-    }
+    wanted = ["top", "pool", "spread", "descend", "scan", "place", "order"]
+    assert {f"{name}_kernel" for name in wanted} <= {kernel["name"] for kernel in kernels}
     for kernel in kernels:
         assert kernel["shared"] <= absent_gpu.SHARED_LIMIT and not kernel["undefined"], kernel
+
+
+def test_kernels_of_a_layer_compile_without_spills(tmp_path):
+    kernels = compiled(tmp_path, "layer", "8192")
+    names = ["norm_kernel", "norm_backward_kernel", "rotate_kernel", "norm_rotate_backward_kernel", "scores_kernel"]
+    names += ["channel_gate_kernel", "channel_gate_backward_kernel", "elu1_kernel", "gradient_kernel"]
+    assert {*names, "swiglu_kernel", "swiglu_backward_kernel"} <= {kernel["name"] for kernel in kernels}
+    for kernel in kernels:
+        assert not kernel["spills"] and not kernel["undefined"], kernel
 
 
 def test_kernels_for_hopper_compile(tmp_path):

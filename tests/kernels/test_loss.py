@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longspan.kernels.loss as loss_module
-from longspan.kernels.loss import chunked_cross_entropy
+from longspan.kernels.loss import (
+    chunked_cross_entropy,
+    label_scores,
+    label_scores_naive,
+    logits_gradient,
+    logits_gradient_naive,
+)
 
 VOCABULARY, HIDDEN = 11, 6
 
@@ -64,6 +70,83 @@ def test_on_the_gpu(dtype, limit):
     assert abs(loss.item() - wanted) <= 1e-5 * wanted
     assert (hidden.grad.double() - d_hidden).norm() <= limit * d_hidden.norm()
     assert (weight.grad.double() - d_weight).norm() <= limit * d_weight.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [257, 32_000, 128_256])
+def test_wide_vocabularies_on_the_gpu(vocabulary):
+    logits, labels = torch.randn(300, vocabulary, device="cuda") * 10, torch.randint(vocabulary, (300,), device="cuda")
+    labels[7] = -100
+    scores = label_scores(logits, labels)
+    found = logits_gradient(logits, scores[0], labels, torch.bfloat16)
+    exact = label_scores_naive(logits.double(), labels)
+    gradient = logits_gradient_naive(logits.double(), exact[0], labels, torch.float64)
+    kept = labels != -100
+    for a, b in zip(scores, exact):
+        torch.testing.assert_close(a[kept].double(), b[kept], rtol=1e-6, atol=1e-5)
+    assert found.dtype == torch.bfloat16 and (found.double() - gradient).norm() <= 4e-3 * gradient.norm()
+
+
+class TestTriton:
+    """In the interpreter, with several blocks of a row."""
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        pytest.importorskip("triton", reason="Triton is not installed")
+        if torch.cuda.is_available():
+            pytest.skip("kernels are interpreted only where there is no GPU")
+        from longspan.kernels import loss_triton
+
+        self.scores, self.gradient = loss_triton.label_scores_triton, loss_triton.logits_gradient_triton
+        monkeypatch.setattr(loss_triton, "BLOCK", 8)
+
+    @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=["fp32", "bf16"])
+    @pytest.mark.parametrize("vocabulary", [1, 7, 29, 32])
+    def test_equals_cross_entropy(self, vocabulary, dtype, limit):
+        logits = torch.randn(9, vocabulary) * 40  # where exp overflows if it may
+        labels = torch.randint(vocabulary, (9,))
+        labels[[2, 5]] = -100
+        logits[2] = float("nan")  # what is ignored gives nothing
+        lse, logit = self.scores(logits, labels)
+        gradient, kept = self.gradient(logits, lse, labels, dtype), labels != -100
+        exact = logits.double().nan_to_num().requires_grad_()
+        expected = F.cross_entropy(exact, labels, reduction="none")
+        torch.testing.assert_close((lse - logit)[kept].double(), expected[kept].detach(), rtol=1e-6, atol=1e-5)
+        (expected,) = torch.autograd.grad(expected.sum(), exact)
+        assert gradient.dtype == dtype and gradient.isfinite().all()
+        assert (gradient.double() - expected).norm() <= limit * expected.norm()
+
+    def test_what_is_no_label(self):
+        logits, labels = torch.zeros(3, 11), torch.tensor([11, -1, 2])
+        _, logit = self.scores(logits, labels)
+        assert logit.isnan().tolist() == [True, True, False]
+
+    def test_parts_of_a_vocabulary(self):
+        """A token of another part adds nothing to the logit, and its column is not here."""
+        logits, labels = torch.randn(3, 11), torch.tensor([-101, -100, 2])
+        lse, logit = self.scores(logits, labels)
+        assert logit[0] == 0 and logit[2] == logits[2, 2]
+        exact = (logits - lse[:, None]).exp()
+        exact[1], exact[2, 2] = 0, exact[2, 2] - 1
+        for gradient in (self.gradient, logits_gradient_naive):
+            torch.testing.assert_close(gradient(logits, lse, labels, torch.float32), exact)
+        torch.testing.assert_close(label_scores_naive(logits, labels)[1][[0, 2]], logit[[0, 2]])
+
+    def test_infinite_logits(self):
+        """Minus infinity is a token that cannot come; a whole row of it, or plus infinity, is no distribution."""
+        logits = torch.zeros(3, 11)
+        logits[0, 3], logits[1], logits[2, 9] = float("-inf"), float("-inf"), float("inf")
+        labels = torch.zeros(3, dtype=torch.int64)
+        lse, logit = self.scores(logits, labels)
+        torch.testing.assert_close(lse[0], torch.tensor(10.0).log())
+        assert not (lse - logit)[1:].isfinite().any()
+        assert self.gradient(logits, lse, labels, torch.float32)[0, 3] == 0
+
+    def test_no_tokens(self):
+        logits, labels = torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)
+        lse, logit = self.scores(logits, labels)
+        assert lse.shape == logit.shape == (0,)
+        assert self.gradient(logits, lse, labels, torch.bfloat16).shape == (0, 5)
 
 
 def test_weight_gradient_accumulates_in_fp32():

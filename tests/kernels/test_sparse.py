@@ -12,6 +12,7 @@ from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, choose, for
 from longspan.kernels.sparse import plan as plan_module
 
 fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
+lists_triton = pytest.importorskip("longspan.kernels.sparse.lists_triton", reason="Triton is not installed")
 LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 SCALE = 0.3
 
@@ -158,7 +159,6 @@ def everything(queries, keys, heads):
 @pytest.mark.parametrize("chosen", [nothing, the_first, everything])
 def test_extreme_lists(form, chosen, monkeypatch):
     monkeypatch.setattr(plan_module, "CHUNK", 2)  # a column that all rows choose is split
-    monkeypatch.setattr(fused, "CHUNK", 2)
     plan, *rest = make("extreme", chosen, case=((0, 150), 32, 32, 2, 4, 2, 16, False, True, 0))
     assert chosen is nothing or (plan.item_ptr.diff() > 1).any()
     check(form, plan, *rest)
@@ -207,10 +207,45 @@ def test_parts_of_a_plan_merge():
     torch.testing.assert_close(tuple(sums), gathered.backward(*given, plan, SCALE))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [fused, gathered], ids=["fused", "gathered"])
+def test_parts_continue_one_another(form, dtype):
+    """Blocks of 16 queries see some keys, blocks of 32 others: the second part goes on from the results of the first.
+    Queries 16 to 31 see nothing in the first part, 64 to 79 in the second, those from 80 on in neither."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(100, n, 16, generator=generator).to(dtype) for n in (4, 2, 2, 4))
+    fine, tiles, keys = (Blocks.of((0, 100), size) for size in (16, 32, 16))
+    few = torch.tensor([[0, 3], [-1, -1], [1, -1], [0, 2], [2, 3], [-1, -1], [-1, -1]]).expand(2, -1, -1)
+    more = torch.tensor([[4], [5], [-1], [-1]]).expand(2, -1, -1)
+    plans = [
+        BlockPlan.of(fine, keys, few, causal=False, chunk=1),
+        BlockPlan.of(tiles, keys, more, causal=False, log_weight=torch.arange(7) / 7),
+    ]
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    parts = [naive.attend(*leaves, plan, SCALE) for plan in plans]
+    wanted_lse = torch.logaddexp(*(part[1] for part in parts))
+    shift = wanted_lse.detach().nan_to_num(neginf=0.0)
+    weights = [(lse - shift).exp()[..., None] for _, lse in parts]
+    wanted = sum(out * weight for (out, _), weight in zip(parts, weights)) / sum(weights).clamp(min=1e-300)
+    gradients = torch.autograd.grad((wanted * d_out.double()).sum(), leaves)
+
+    first = form.forward(q, k, v, plans[0], SCALE, dtype=torch.float32)
+    out, lse = form.forward(q, k, v, plans[1], SCALE, onto=first)
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-4, atol=1e-4)
+    given, rows = (d_out, None, q, k, v, out, lse), form.row_sums(d_out, None, out, lse)
+    dq, *d_few = form.backward(*given, plans[0], SCALE, rows, dtype=torch.float32)
+    dq, *d_more = form.backward(*given, plans[1], SCALE, rows, onto=dq)
+    assert out.dtype == dq.dtype == dtype
+    found = out, dq, *(x.double() + y for x, y in zip(d_few, d_more))
+    for name, x, y in zip(("out", "dq", "dk", "dv"), found, (wanted, *gradients)):
+        assert ((x.double() - y).norm() / y.norm()).item() <= LIMITS[dtype], name
+    assert not out[80:].any() and not dq[80:].any()
+
+
 @settings(deadline=None, max_examples=30)
 @given(
-    st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3),
-    st.sampled_from(["sorted", "triton", "plain"]),
+    st.integers(0, 2**32), st.integers(1, 150), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3),
+    st.sampled_from(["sorted", "triton", "plain", "large cells"]),
 )  # fmt: skip
 def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form):
     generator = torch.Generator().manual_seed(seed)
@@ -223,6 +258,8 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forms, "takes", lambda x: form != "plain")
         patch.setattr(plan_module, "CHUNK", 4)
+        if form == "large cells":
+            patch.setattr(lists_triton, "_cell_shift", lambda *_: 6)
         plan = BlockPlan.of(queries, keys, chosen, causal=False, ascending=form == "sorted")
         assert plan.columns is plan.columns  # made once
     assert plan.col_idx.dtype == plan.row_idx.dtype == plan.item_col.dtype == torch.int32
@@ -269,6 +306,24 @@ def test_what_the_kernels_refuse():
     assert "the query blocks have 48" in fused.refusal(torch.bfloat16, 64, odd)
 
 
+def check_long_lists(rows, columns, device):
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(columns - 1, (2, rows, 1), generator=generator)
+    chosen = torch.cat([(first + 7 * torch.arange(4)) % (columns - 1), torch.full_like(first, columns - 1)], 2)
+    queries, keys = (Blocks.of((0, n), 1).map(lambda x: x.to(device)) for n in (rows, columns))
+    plan = BlockPlan.of(queries, keys, chosen.to(device), causal=False)
+    wanted = plan_module._columns(plan.row_ptr, plan.row_idx, columns, plan_module.CHUNK, plan.most_items)
+    for columns in (plan.columns, BlockPlan.columns.func(plan)):
+        assert all(torch.equal(x, y) for x, y in zip(vars(columns).values(), wanted, strict=True))
+
+
+@pytest.mark.parametrize("rows, shift", [(2100, 5), (200, 6)])
+def test_long_lists_by_key_block(rows, shift, monkeypatch):
+    monkeypatch.setattr(forms, "takes", lambda x: True)
+    monkeypatch.setattr(lists_triton, "_cell_shift", lambda *_: shift)
+    check_long_lists(rows, 50, "cpu")
+
+
 class TestOnGpu:
     pytestmark = pytest.mark.gpu
 
@@ -311,6 +366,11 @@ class TestOnGpu:
         for head, count in enumerate(plain.row_ptr[:, -1].tolist()):
             for name in ("row_idx", "col_idx"):
                 assert torch.equal(getattr(plan, name)[head, :count].cpu(), getattr(plain, name)[head, :count]), name
+
+    @pytest.mark.parametrize("columns", [2000, 60000])
+    def test_long_lists_by_key_block(self, columns):
+        """All rows name the last column; few enough columns for bits of rows, and too many."""
+        check_long_lists(20000, columns, "cuda")
 
     def test_building_a_plan_does_not_wait(self):
         queries, keys = (Blocks.of((0, 5000), size).map(lambda x: x.cuda()) for size in (128, 64))

@@ -32,7 +32,8 @@ def test_peaks_of_measured_runs_are_within_a_tenth():
         assert found.peak / GIB == pytest.approx(measured, rel=0.1)
 
 
-def test_times_of_measured_layers_are_within_a_tenth():
+def test_times_of_measured_layers_are_not_far_above():
+    """They were measured when norms, gates and rotations took more operations, so they are an upper bound today."""
     layers = {"fixed": "linear:fixed", "scalar": "linear:scalar", "gated_delta": "linear:gated_delta"}
     rows = json.loads((RESULTS / "linear_layer_4xH200.json").read_text())["rows"]
     alone = [row for row in rows if row["strategy"] == "alone"]
@@ -44,7 +45,7 @@ def test_times_of_measured_layers_are_within_a_tenth():
         ]  # fmt: skip
         seconds = estimate(job_of(*settings, gpus="H200")).seconds
         layer = sum(seconds.get(name, 0) for name in LAYER)
-        assert layer * 1000 == pytest.approx(row["ms"]["forward+backward"], rel=0.1), row["family"]
+        assert 0.75 <= layer * 1000 / row["ms"]["forward+backward"] <= 1, row["family"]
 
 
 LAYER = ("projections and MLP", "norms, gates, rotations", "linear attention", "short convolutions")
@@ -84,6 +85,36 @@ def test_memory_options_and_engines_change_what_they_are_for():
     one = found("train.checkpointing=full", "train.checkpoint_layers=[softmax]")
     both, half = found("train.checkpointing=full"), found("train.checkpointing=selective")
     assert both.peak < one.peak < plain.peak and both.peak < half.peak < plain.peak
+
+
+def test_tensor_parallel_ranks_share_weights_heads_and_tokens_between_layers():
+    def found(tp, *settings, gpus="8xH200"):
+        return estimate(
+            job_of("data.seq_len=256K", "model.hidden_size=1024", f"parallel.tp={tp}", *settings, gpus=gpus)
+        )
+
+    one, two = found(1), found(2)
+    assert two.num_parameters == one.num_parameters
+    # Sharded over fewer ranks, of which each has half; vectors are whole on both.
+    assert one.memory["parameters"] < two.memory["parameters"] < 1.01 * one.memory["parameters"]
+    sharding = "gathered parameters, reduced gradients"
+    assert two.memory[sharding] == pytest.approx(one.memory[sharding] / 2, rel=0.01)
+    for name in ("softmax attention", "linear attention", "projections and MLP"):
+        assert two.seconds[name] == pytest.approx(one.seconds[name], rel=0.02), name
+    # The residual stream is not copied; what products save of their input is.
+    assert two.kept["residual stream"] == one.kept["residual stream"]
+    assert one.kept["softmax"] < two.kept["softmax"] < 2 * one.kept["softmax"]
+    # Two gathers and two scatters per layer in each direction, and one around the layers, of the tokens of four ranks,
+    # of which half come; and the loss of 16 chunks.
+    moved = 36 * 2**16 * 1024 * 2 / 2 / 326e9 + (36 + 16) * 5e-5
+    more = two.seconds["communication, exposed"] - one.seconds["communication, exposed"]
+    assert more == pytest.approx(moved, rel=0.05)
+    copies = found(2, "parallel.engine=ddp")
+    assert copies.memory["parameters"] == 4 * two.memory["parameters"]
+    across = found(2, "parallel.sharding=hsdp", gpus="32xH200")
+    assert across.memory["parameters"] == two.memory["parameters"]
+    with pytest.raises(UserError, match="parallel.tp=8 makes GPUs of different machines share layers, with 4 in each"):
+        Job(job_of("parallel.tp=8", gpus="8xH200").config, Cluster("H200", 8, 4))
 
 
 @pytest.mark.parametrize(

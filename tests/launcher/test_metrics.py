@@ -25,15 +25,20 @@ def gathered():
 
 
 def _gather(rank, world_size):
-    """dp 2 x sp 2, two micro-batches each; what rank 0 would write, and what a step with a NaN says."""
-    mesh = build_mesh(sp=2, sharding="fsdp", device=torch.device("cpu"), timeout_s=60)
+    """Two micro-batches each: dp 2 x sp 2, what rank 0 would write, and what a step with a NaN says; dp 2 x tp 2."""
+    losses = torch.tensor(1.0 + rank), torch.tensor(math.nan if rank == 2 else 1.0)
+    return _rows(losses, sp=2) + _rows([torch.tensor(2.0 + rank // 2)], sp=1, tp=2)
+
+
+def _rows(losses, sp, tp=1):
+    mesh = build_mesh(sp=sp, sharding="fsdp", device=torch.device("cpu"), timeout_s=60, tp=tp)
     parallel = SequenceParallel(mesh.sp_group, mesh.sp_state_group)
     documents = [[(8,), (4, 4)], [(6,), (2,)]][mesh.dp_rank]
-    batches = [SimpleNamespace(seq=parallel.context(contiguous(lengths, 2))) for lengths in documents]
+    batches = [SimpleNamespace(seq=parallel.context(contiguous(lengths, sp))) for lengths in documents]
     meter = metrics.StepMeter(MODEL, mesh)
     meter._peak_tflops = 1e-6  # as if this CPU were in the table
     rows = []
-    for loss_sum in (torch.tensor(1.0 + rank), torch.tensor(math.nan if rank == 2 else 1.0)):
+    for loss_sum in losses:
         table = meter.gather(loss_sum, batches)
         pending = meter.pending(7, 0.5, table, table[:, 0].sum() / 10, torch.tensor(2.0), 1.0, 3.0)
         try:
@@ -57,9 +62,18 @@ def test_counts(gathered):
     assert row["imbalance"] == pytest.approx(36 / ((20 + 36 + 7 + 17) / 4))
 
 
+def test_ranks_that_share_layers_count_once(gathered):
+    one, _, shared = gathered[0]
+    assert shared["loss"] == pytest.approx((2 + 3) / 10)
+    for name in ("tokens", "tokens_per_s_per_gpu", "mfu"):
+        assert shared[name] == pytest.approx(one[name]), name
+    # Pairs by group: (20 + 36, 7 + 17) as above.
+    assert shared["imbalance"] == pytest.approx(56 / ((56 + 24) / 2))
+
+
 def test_imbalance_is_that_of_all_softmax_layers():
     """Of one rank, so that it is 1; what counts is the pairs it is made of."""
-    mesh = SimpleNamespace(sp=1, sp_rank=0, world_size=1, device=torch.device("cpu"))
+    mesh = SimpleNamespace(sp=1, tp=1, sp_rank=0, world_size=1, device=torch.device("cpu"))
     found = []
     for pattern in (["softmax:window"], ["softmax"], ["softmax", "softmax:window"], ["linear"]):
         window = 3 * ("softmax:window" in pattern)
@@ -75,7 +89,7 @@ def test_imbalance_is_that_of_all_softmax_layers():
 @pytest.mark.parametrize("behind", [0, 2])
 def test_attention_time_is_that_of_steps_that_are_done(behind, monkeypatch):
     """Marks of a step, in pairs, without what was evaluated before it; a GPU's are read two steps later."""
-    mesh = SimpleNamespace(sp=1, sp_rank=0, world_size=1, device=torch.device("cpu"))
+    mesh = SimpleNamespace(sp=1, tp=1, sp_rank=0, world_size=1, device=torch.device("cpu"))
     meter = metrics.StepMeter(MODEL, mesh)
     meter._steps_behind, now = behind, iter([0.0, 5.0, 9.0, 10.0, 11.0, 13.0, 20.0, 24.0, 40.0, 60.0, 61.0, 80.0])
     monkeypatch.setattr(meter, "mark", lambda: next(now))

@@ -9,12 +9,13 @@ from spawn import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longspan.models.activations import GRADIENTS, LOSS, measure
+from longspan.models.activations import GRADIENTS, LOSS, NORMS, measure
 from longspan.models.build import build_model
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import LAYER_KINDS, SPARSE_KINDS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.flops import model_flops_by_kind
+from longspan.models.tensor_parallel import split_model
 from longspan.parallel import SequenceParallel
 
 SIZES = dict(
@@ -131,7 +132,7 @@ def test_with_checkpointing_what_lives_is_counted(kind):
     found = kept(config, lengths, dtype=dtype, prepare=fully)
     wanted = alive_bytes(step_of(config, lengths, dtype, "full"))
     # Lists of chosen blocks depend on the tokens, and have tables beside them.
-    assert found == (pytest.approx(wanted, rel=2e-3) if kind in SPARSE_KINDS else wanted)
+    assert found == (pytest.approx(wanted, rel=3e-3) if kind in SPARSE_KINDS else wanted)
     assert found < kept(config, lengths, dtype=dtype) / 3
 
 
@@ -150,7 +151,7 @@ def test_memory_options_are_counted(kind, checkpointing, tile):
     step = step_of(config, lengths, dtype, checkpointing, tile)
     wanted = saved_bytes(step) if checkpointing == "none" else alive_bytes(step)
     lists = checkpointing != "none" and kind in SPARSE_KINDS
-    assert found == (pytest.approx(wanted, rel=2e-3) if lists else wanted)
+    assert found == (pytest.approx(wanted, rel=3e-3) if lists else wanted)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +231,42 @@ def test_ranks_of_a_group_keep_what_is_counted_for_them():
     assert found[0]["checkpointed"] == pytest.approx(counted, rel=5e-3)  # with what enters spans
 
 
+def parts_counts(rank, world_size, kinds, length):
+    """Of two ranks that share layers: what is saved, bytes that come from the other, and parameters that are held."""
+    import torch.distributed as dist
+    from traffic import Traffic
+
+    from longspan.parallel.tensor import TensorParallel
+
+    ranks, found = TensorParallel(dist.device_mesh.init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))), {}
+    for kind in kinds:
+        config = config_of(kind, hidden_size=64)
+        model, seq = real_model(config, torch.bfloat16), SequenceParallel().context([length])
+        split_model(model, ranks)
+        inputs = text_inputs(config, length)
+        model(*inputs, seq)
+        saved = saved_bytes(lambda: model(*inputs, seq))
+        with Traffic() as traffic:
+            model(*inputs, seq).backward()
+        received = sum(size / (2 if "scatter" in name else 1) for name, size in traffic.bytes.items())
+        found[kind] = saved, received, sum(parameter.to_local().numel() for parameter in model.parameters())
+    return found
+
+
+def test_ranks_that_share_layers_keep_what_is_counted_for_them():
+    kinds, length = ["softmax", "linear:scalar", "linear:mamba2", "linear:gated_delta", "linear:gla", "sla"], 211
+    found = run_ranks(parts_counts, 2, kinds, length)
+    for kind in kinds:
+        config = config_of(kind, hidden_size=64)
+        counted = measure(config, [length], gpu=False, dtype=torch.bfloat16, tp=2)
+        saved, received, parameters = found[0][kind]
+        assert kept(config, [length], dtype=torch.bfloat16, tp=2) == saved, kind
+        assert counted.num_parameters == parameters, kind
+        assert counted.exchanged == received - 2 * 4 * (length - config.loss_chunk), (
+            kind
+        )  # one chunk of the loss is run
+
+
 def test_products_are_the_model_flops_and_recomputation_adds_a_forward():
     config = config_of("softmax", pattern=["softmax", "linear:fixed"])
     wanted = model_flops_by_kind(config, [128])
@@ -269,6 +306,11 @@ def test_peak_holds_the_logits_of_one_chunk_and_gradients_stay_by_share():
     assert 0 < measured.at_peak.get(GRADIENTS, 1) <= 0.5 * measured.num_parameters
 
 
-def test_work_of_a_gpu_is_one_kernel_per_norm():
-    config = config_of("softmax")
-    assert measure(config, [64], gpu=True).launches < measure(config, [64], gpu=False).launches
+def test_norms_are_one_operation_each():
+    def count(**change):
+        return measure(config_of("softmax", **change), [64])
+
+    plain = count()
+    # A norm reads and writes a stream, the second of a layer two; there is one more behind the last layer.
+    assert plain.traffic[NORMS] == (2 * (2 + 4) + 2) * 64 * 32 * 2 + 5 * 32 * 2
+    assert count(qk_norm=True).launches == plain.launches  # it is part of the rotation

@@ -79,7 +79,7 @@ def test_channel_decay(compute):
     wanted = F.logsigmoid(decay.out_proj(decay.in_proj(x)).to(found.dtype) + decay.gate.bias) / 16
     assert found.dtype == torch.promote_types(compute, torch.float32) and found.shape == (5, 2, 4)
     assert (found <= 0).all()
-    assert torch.equal(found.flatten(1), wanted)
+    torch.testing.assert_close(found.flatten(1), wanted, rtol=1e-6, atol=0)
 
 
 def test_channel_gate_starts_with_memories_of_23_tokens():
@@ -94,7 +94,9 @@ def test_bounded_decay(layer, compute):
     """Finite for every input, exact where memories are long, never below the bound, which rises from layer to layer."""
     decay = BoundedDecay(ModelConfig(num_layers=8, num_heads=2), layer, 4)
     inputs = torch.tensor([[-1e4, -90, -17, -3, 0, 3, 17, 80]], requires_grad=True)
-    found = decay(inputs.to(compute))
+    found, keys = decay(inputs.to(compute))
+    assert keys.dtype == compute and keys.shape == found.shape
+    torch.testing.assert_close(keys.double(), -torch.expm1(found.double()), rtol=8e-3, atol=1e-7)
     assert found.dtype == torch.promote_types(compute, torch.float32) and found.shape == (1, 2, 4)
     bound = max(layer / 8, 1e-6)
     exact = inputs.to(compute).detach().double()
@@ -102,5 +104,5 @@ def test_bounded_decay(layer, compute):
     rtol = 1e-12 if compute == torch.float64 else 1e-2 if layer == 0 else 1e-6
     torch.testing.assert_close(found.flatten(1).double(), wanted, rtol=rtol, atol=0)
     assert (found <= 0).all() and found.min() >= math.log(bound) * (1 + rtol)
-    found.sum().backward()
+    (found.sum() + keys.sum()).backward()
     assert inputs.grad.isfinite().all()

@@ -37,15 +37,15 @@ def _runs(device_index: int) -> bool:
         return False
 
 
-def forward(q, k, v, plan, scale, pack):
-    """As kernels.sparse.fused.forward; pack: heads side by side in a tile of queries."""
+def forward(q, k, v, out, lse, plan, scale, pack, onto):
+    """Writes out and lse, see kernels.sparse.fused.forward; pack: heads side by side in a tile of queries."""
     from longspan.kernels.sparse.hopper import run
 
-    return run.forward(q, k, v, plan, scale, pack)
+    run.forward(q, k, v, out, lse, plan, scale, pack, onto)
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, plan, scale, pack):
-    """As kernels.sparse.fused.backward."""
+def backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto):
+    """Writes dq, dk and dv, see kernels.sparse.fused.backward."""
     from longspan.kernels.sparse.hopper import run
 
-    return run.backward(d_out, d_lse, q, k, v, out, lse, plan, scale, pack)
+    run.backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto)

@@ -29,12 +29,13 @@ from longspan.kernels.sparse.hopper.tiles import (
 @gluon.jit
 def _attend(
     part: gl.constexpr, given, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
-    TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr,
 ):  # fmt: skip
     """out and lse of rows 64 * part on."""
     (
-        q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, out_ptr, lse_ptr, row_idx, begin, stop,
-        first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale,
+        q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, out_ptr, lse_ptr,
+        onto_out_ptr, onto_lse_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step,
+        weight_ptr, q_stride_t, q_stride_h, scale,
     ) = given  # fmt: skip
     S: gl.constexpr = product_layout(TILE)
     OUT: gl.constexpr = product_layout(D)
@@ -45,9 +46,17 @@ def _attend(
     fence_async_shared()
     earliest = position + part * 64 // PACK
     position += (part * 64 + gl.arange(0, 64, rows)) // PACK
-    highest = gl.full([64], float("-inf"), gl.float32, rows)
-    total = gl.full([64], 0.0, gl.float32, rows)
-    out = gl.full([64, D], 0.0, gl.float32, OUT)
+    index = part * 64 + gl.arange(0, 64, rows)
+    at = first * HEADS + (index // PACK * HEADS + index % PACK)
+    if ONTO:
+        seen = load_rows(onto_out_ptr, first, count, part, HEADS * D, D, PACK, D).to(gl.float32)
+        out = gl.convert_layout(seen, OUT)
+        highest = gl.load(onto_lse_ptr + at, mask=index // PACK < count, other=float("-inf")) * LOG2E
+        total = gl.where(highest == float("-inf"), 0.0, 1.0)
+    else:
+        out = gl.full([64, D], 0.0, gl.float32, OUT)
+        highest = gl.full([64], float("-inf"), gl.float32, rows)
+        total = gl.full([64], 0.0, gl.float32, rows)
     nothing = gl.full([64, TILE], 0.0, gl.float32, S)
     if begin < stop:
         mbarrier.wait(k_ready.index(0), 0)
@@ -59,6 +68,8 @@ def _attend(
         weights, rescale, highest, total = _softmax(
             scores, highest, total, 0, begin, stop, row_idx, weight_ptr, scale, KEYS, TILE, WEIGHTED, S
         )
+        if ONTO:
+            out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
         weights = gl.convert_layout(weights.to(k_tiles.dtype), P)
         mbarrier.wait(v_ready.index(0), 0)
         turns = turns_of(begin, stop, KEYS, TILE)
@@ -89,9 +100,8 @@ def _attend(
     store_rows(
         out_ptr, first, count, part, HEADS, PACK, D, out / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
     )
-    index = part * 64 + gl.arange(0, 64, rows)
     lse = gl.where(empty, float("-inf"), (highest + gl.log2(total)) / LOG2E)
-    gl.store(lse_ptr + first * HEADS + (index // PACK * HEADS + index % PACK), lse, mask=index // PACK < count)
+    gl.store(lse_ptr + at, lse, mask=index // PACK < count)
 
 
 @gluon.jit
@@ -127,10 +137,11 @@ def _softmax(
 
 @gluon.jit(do_not_specialize=["M", "capacity", "scale"])
 def forward_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, q_start, q_length, q_position, k_start, k_length, k_position, k_step,
+    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, onto_out_ptr, onto_lse_ptr,
+    q_start, q_length, q_position, k_start, k_length, k_position, k_step,
     row_ptr, row_idx, weight_ptr, q_stride_t, q_stride_h, scale, M, capacity, HEADS: gl.constexpr,
     KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
-    TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
+    TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.forward.forward_kernel, for tiles of 128 rows."""
     block, head, key_head, listed = block_of(M, HEADS, KEY_HEADS, LISTS, PACK)
@@ -147,17 +158,20 @@ def forward_kernel(
     q_ptr += head * q_stride_h
     out_ptr += head * D
     lse_ptr += head
+    onto_out_ptr += head * D
+    onto_lse_ptr += head
     given = (
-        q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, out_ptr, lse_ptr, row_idx, begin, stop,
-        first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale,
+        q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, out_ptr, lse_ptr,
+        onto_out_ptr, onto_lse_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step,
+        weight_ptr, q_stride_t, q_stride_h, scale,
     )  # fmt: skip
     feed = (
         k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, key_head * D,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_attend, (0, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
-            (_attend, (1, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
+            (_attend, (0, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO)),
+            (_attend, (1, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO)),
             (send_keys, (feed, KEYS, TILE, STAGES)),
         ],
         [4, 1], [240, 24],

@@ -29,13 +29,13 @@ from longspan.kernels.sparse.hopper.tiles import (
 @gluon.jit
 def _attend(
     part: gl.constexpr, given, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
-    TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr,
 ):  # fmt: skip
     """dq of rows 64 * part on."""
     (
         q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr, delta_ptr,
-        dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr, q_stride_t,
-        q_stride_h, d_out_stride_t, d_out_stride_h, row_stride, scale,
+        dq_ptr, onto_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr,
+        q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, row_stride, scale,
     ) = given  # fmt: skip
     S: gl.constexpr = product_layout(TILE)
     OUT: gl.constexpr = product_layout(D)
@@ -89,7 +89,10 @@ def _attend(
             mbarrier.arrive(k_free.index(before))
             d_scores = new
         dq = warpgroup_mma(d_scores, k_tiles.index((turns - 1) % STAGES), dq)
-    store_rows(dq_ptr, first, count, part, HEADS, PACK, D, dq * scale)
+    dq = dq * scale
+    if ONTO:
+        dq += gl.convert_layout(load_rows(onto_ptr, first, count, part, HEADS * D, D, PACK, D).to(gl.float32), OUT)
+    store_rows(dq_ptr, first, count, part, HEADS, PACK, D, dq)
 
 
 @gluon.jit
@@ -111,10 +114,12 @@ def _weights(
 
 @gluon.jit(do_not_specialize=["M", "capacity", "scale"])
 def queries_kernel(
-    q_ptr, k_desc, v_desc, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, q_start, q_length, q_position, k_start, k_length,
-    k_position, k_step, row_ptr, row_idx, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale,
+    q_ptr, k_desc, v_desc, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr,
+    q_start, q_length, q_position, k_start, k_length, k_position, k_step,
+    row_ptr, row_idx, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale,
     M, capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
     KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
+    ONTO: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows; lse (base 2) and delta as rows_kernel
@@ -134,21 +139,22 @@ def queries_kernel(
     q_ptr += head * q_stride_h
     d_out_ptr += head * d_out_stride_h
     dq_ptr += head * D
+    onto_ptr += head * D
     size = 128 // PACK
     lse_ptr += (gl.to_tensor(head).to(gl.int64) * M + block) * size
     delta_ptr += (gl.to_tensor(head).to(gl.int64) * M + block) * size
     given = (
         q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr,
-        delta_ptr, dq_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr,
-        q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, M * size, scale,
+        delta_ptr, dq_ptr, onto_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step,
+        weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, M * size, scale,
     )  # fmt: skip
     feed = (
         k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, key_head * D,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_attend, (0, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
-            (_attend, (1, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED)),
+            (_attend, (0, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO)),
+            (_attend, (1, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO)),
             (send_keys, (feed, KEYS, TILE, STAGES)),
         ],
         [4, 1], [240, 24],

@@ -1,6 +1,5 @@
 """Launches of the Hopper kernels."""
 
-import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -9,57 +8,49 @@ from longspan.kernels.sparse.hopper.attend import forward_kernel
 from longspan.kernels.sparse.hopper.keys import keys_kernel
 from longspan.kernels.sparse.hopper.queries import queries_kernel
 from longspan.kernels.sparse.hopper.rows import rows_kernel
-from longspan.kernels.sparse.plan import CHUNK
 
 TILE, STAGES = 128, 2  # keys in a tile of the forward pass, and how many tiles are under way
 GRADIENT_TILE, GRADIENT_STAGES = 64, 4
 KEY_STAGES = 2
 
 
-def forward(q, k, v, plan, scale, pack):
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-    heads = q.shape[1]
-    if len(plan.queries):
-        forward_kernel[(len(plan.queries) * heads // pack,)](
-            q, *(_rows_of(x, min(TILE, plan.keys.size)) for x in (k, v)), out, lse, *_tables(plan), *_lists(plan),
-            *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], *_heads(q, k, plan), plan.keys.size,
-            pack, TILE, plan.causal, plan.log_weight is not None, STAGES, num_warps=4,
-        )  # fmt: skip
-    return out, lse
+def forward(q, k, v, out, lse, plan, scale, pack, onto):
+    forward_kernel[(len(plan.queries) * q.shape[1] // pack,)](
+        q, *(_rows_of(x, min(TILE, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
+        *_lists(plan), *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], *_heads(q, k, plan),
+        plan.keys.size, pack, TILE, plan.causal, plan.log_weight is not None, onto is not None, STAGES, num_warps=4,
+    )  # fmt: skip
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, plan, scale, pack):
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto):
     heads, head_dim = q.shape[1:]
     size, weighted = plan.keys.size, plan.log_weight is not None
-    blocks, rows = len(plan.queries), plan.queries.size
-    log, delta = (lse.new_empty(heads, blocks, rows) for _ in range(2))
-    d_lse = torch.zeros_like(lse) if d_lse is None else d_lse.float().contiguous()
-    rows_kernel[(blocks * (rows // 64) * heads,)](
-        d_out, out.contiguous(), lse.contiguous(), d_lse, log, delta, plan.queries.start, plan.queries.length,
-        *d_out.stride()[:2], blocks, heads, head_dim, rows, 64,
-    )  # fmt: skip
+    blocks, length = len(plan.queries), plan.queries.size
+    log, delta = (rows.new_empty(heads, blocks, length) for _ in range(2))
+    rows_kernel[(blocks * heads,)](rows, log, delta, plan.queries.start, plan.queries.length, blocks, heads, length)
     queries_kernel[(blocks * heads // pack,)](
-        q, *(_rows_of(x, min(GRADIENT_TILE, size)) for x in (k, v)), d_out, log, delta, dq, *_tables(plan),
-        *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], scale, blocks, plan.row_idx.shape[1],
-        *_heads(q, k, plan), size, pack, GRADIENT_TILE, plan.causal, weighted, GRADIENT_STAGES, num_warps=4,
+        q, *(_rows_of(x, min(GRADIENT_TILE, size)) for x in (k, v)), d_out, log, delta, dq,
+        dq if onto is None else onto,
+        *_tables(plan), *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], scale, blocks, plan.row_idx.shape[1],
+        *_heads(q, k, plan), size, pack, GRADIENT_TILE, plan.causal, weighted, onto is not None, GRADIENT_STAGES,
+        num_warps=4,
     )  # fmt: skip
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
-        return dq, dk.zero_(), dv.zero_()
-    parts = [lse.new_empty(groups, items, size, head_dim) for _ in range(2)]
+        dk.zero_(), dv.zero_()
+        return
+    parts = [rows.new_empty(groups, items, size, head_dim) for _ in range(2)]
     keys_kernel[(items * groups,)](
         *(_rows_of(x, 64) for x in (q, d_out)), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
         plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr,
         plan.item_col, _weight(plan), *k.stride()[:2], *v.stride()[:2], scale, blocks, len(plan.keys), items,
-        plan.col_idx.shape[1], *_heads(q, k, plan), size, rows, CHUNK, plan.causal, weighted, KEY_STAGES, num_warps=4,
-        **_two_per_processor(size),
+        plan.col_idx.shape[1], *_heads(q, k, plan), size, length, plan.chunk, plan.causal, weighted, KEY_STAGES,
+        num_warps=4, **_two_per_processor(size),
     )  # fmt: skip
     add_kernel[(len(plan.keys) * k.shape[1],)](
         *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, len(plan.keys), items, k.shape[1],
-        plan.heads, head_dim, head_dim, size, True, num_warps=size // 8,
+        plan.heads, head_dim, head_dim, size, num_warps=size // 8,
     )  # fmt: skip
-    return dq, dk, dv
 
 
 def _two_per_processor(size):

@@ -1,0 +1,67 @@
+"""silu(gate) * up and its gradients, in fp32 (fp64 for fp64) and rounded once. Nothing but the inputs is kept."""
+
+import torch
+import torch.nn.functional as F
+
+from longspan.kernels.operators import operator
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (SwiGLU, arXiv 2002.05202): both [..., D], result in the dtype of gate."""
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return swiglu_forward(gate, up)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return tuple(swiglu_backward(d_out, *ctx.saved_tensors))
+
+
+def swiglu_naive(gate, up):
+    """silu(gate) * up in plain PyTorch, any device and dtype."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return (F.silu(gate.to(wide)) * up).to(gate.dtype)
+
+
+def swiglu_backward_naive(d_out, gate, up):
+    """[d_gate, d_up] in plain PyTorch, any device and dtype."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    d_out, gate_wide = d_out.to(wide), gate.to(wide)
+    sigmoid = gate_wide.sigmoid()
+    d_gate = d_out * up * sigmoid * (1 + gate_wide * (1 - sigmoid))
+    return [d_gate.to(gate.dtype), (d_out * gate_wide * sigmoid).to(up.dtype)]
+
+
+def _forward_triton():
+    from longspan.kernels.swiglu_triton import swiglu_triton
+
+    return swiglu_triton
+
+
+def _backward_triton():
+    from longspan.kernels.swiglu_triton import swiglu_backward_triton
+
+    return swiglu_backward_triton
+
+
+def _like(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+swiglu_forward = operator(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    naive=swiglu_naive,
+    fused=_forward_triton,
+    shapes=lambda gate, up: _like(gate),
+)
+swiglu_backward = operator(
+    "swiglu_backward(Tensor d_out, Tensor gate, Tensor up) -> Tensor[]",
+    naive=swiglu_backward_naive,
+    fused=_backward_triton,
+    shapes=lambda d_out, gate, up: [_like(gate), _like(up)],
+)
