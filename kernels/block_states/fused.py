@@ -15,6 +15,7 @@ from longspan.kernels.linear.splits import padded, unit_stride
 STEP = 64  # rows that gradients of keys that queries of their block see take at once: with more, registers spill
 # Kernels that go through a block: (rows at once, warps, tiles under way and at work).
 LOOPS = {"sums": (64, 4, 3), "output": (64, 4, 2), "query_gradients": (128, 8, 2), "key_gradients": (64, 4, 2)}
+REGS={}
 TILE, TAKE = 1024, 8  # numbers of a state, and states of a list, that are added at once
 
 
@@ -132,7 +133,7 @@ def key_gradients(k, v, states, rows, blocks, feature_map, inside=None, onto=(No
 
 def _loop(name, x, blocks):
     rows, warps, stages = LOOPS[name]
-    return _options(x, rows) | {"ROWS": min(rows, padded(blocks.size)), "STAGES": stages, "num_warps": warps}
+    return _options(x, rows) | {"ROWS": min(rows, padded(blocks.size)), "STAGES": stages, "num_warps": warps} | REGS
 
 
 def _sizes(x, y):

@@ -3,7 +3,7 @@ P = S W^T, and sums over queries become states themselves. With e any multiple o
 
     u = e / (e z)             out = sparse + u P + b
     D = d_out P^T             d_phi(q) = (D - c z^T) / (phi(q) z),  c = rowsum(u * D)
-    G = sum u^T d_out         dS = G W      dz = -sum u^T c      dW = G^T S      db = sum d_out
+    G = sum u^T d_out         dS = G W      dz = -sum u^T c      dW = G^T S      db = sum d_out = G^T z, as u z = 1
 
 Multiples of phi(q) read the same, so that softmax has the gradient of exp: rowsum(phi(q) * d_phi(q)) = 0.
 """
@@ -64,7 +64,7 @@ def whole_query_gradients_kernel(
     q_ptr += first * q_stride_t + key_head * GROUP * q_stride_h
     dq_ptr += (first * HEADS + key_head * GROUP) * K
     d_state, d_normalizer = tl.zeros([BLOCK_K, BLOCK_V], tl.float32), tl.zeros([BLOCK_K, 16], tl.float32)
-    d_bias, ones = tl.zeros([BLOCK_V, 16], tl.float32), in_columns(tl.full([ROWS], 1.0, tl.float32), dtype)
+    missing = tl.zeros([ROWS], tl.int32)
     for turn in tl.range(0, (count + ROWS - 1) // ROWS * GROUP, num_stages=STAGES):
         member, row = turn % GROUP, turn // GROUP * ROWS + tl.arange(0, ROWS)
         valid = row < count
@@ -74,13 +74,13 @@ def whole_query_gradients_kernel(
         phi = scaled_map(q, MAP, K, BLOCK_K)
         weight = tl.sum(phi * normalizer[None, :], 1)
         there = valid & (weight > 0)
+        missing = missing | (valid & (weight <= 0)).to(tl.int32)
         inverse = tl.where(there, 1.0 / tl.where(there, weight, 1.0), 0.0)
         unit = phi * inverse[:, None]
         along = tl.sum(unit * d_phi, 1)
         rounded = unit.to(dtype)
         d_state = tl.dot(tl.trans(rounded), d_out, d_state, input_precision=PRECISION)
         d_normalizer = tl.dot(tl.trans(rounded), in_columns(-along, dtype), d_normalizer, input_precision=PRECISION)
-        d_bias = tl.dot(tl.trans(d_out), ones, d_bias, input_precision=PRECISION)
         d_phi -= along[:, None] * normalizer[None, :]
         if MAP == "softmax":
             dq = d_phi * unit
@@ -89,6 +89,15 @@ def whole_query_gradients_kernel(
         else:
             dq = d_phi * inverse[:, None]
         store_tile(dq_ptr + member * K, row, HEADS * K, 0, valid, dq, K, BLOCK_K)
+    d_bias, column = tl.sum(d_state * normalizer[:, None], 0), tl.arange(0, BLOCK_V)
+    if tl.max(missing, 0) > 0:  # rows that weigh nothing
+        for turn in range(0, (count + ROWS - 1) // ROWS * GROUP):
+            member, row = turn % GROUP, turn // GROUP * ROWS + tl.arange(0, ROWS)
+            q = load_tile(q_ptr + member * q_stride_h, row, q_stride_t, 0, row < count, K, BLOCK_K)
+            weight = tl.sum(scaled_map(q, MAP, K, BLOCK_K) * normalizer[None, :], 1)
+            d_out_at = d_out_ptr + member * d_out_stride_h
+            d_out = load_tile(d_out_at, row, d_out_stride_t, 0, (row < count) & (weight <= 0), V, BLOCK_V)
+            d_bias += tl.sum(d_out.to(tl.float32), 0)
+    tl.store(d_bias_ptr + tl.program_id(0) * V + column, d_bias, mask=column < V)
     store_state(sums_ptr, tl.program_id(0), d_state, tl.sum(d_normalizer, 1), K, V, BLOCK_K, BLOCK_V)
-    column = tl.arange(0, BLOCK_V)
-    tl.store(d_bias_ptr + tl.program_id(0) * V + column, tl.sum(d_bias, 1), mask=column < V)
+    tl.store(d_bias_ptr + tl.program_id(0) * V + column, d_bias, mask=column < V)
