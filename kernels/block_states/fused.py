@@ -13,9 +13,14 @@ from longspan.kernels.block_states.whole import whole_output_kernel, whole_query
 from longspan.kernels.linear.splits import padded, unit_stride
 
 STEP = 64  # rows that gradients of keys that queries of their block see take at once: with more, registers spill
-# Kernels that go through a block: (rows at once, warps, tiles under way and at work).
-LOOPS = {"sums": (64, 4, 3), "output": (64, 4, 2), "query_gradients": (128, 8, 2), "key_gradients": (64, 4, 2)}
-REGS={}
+# Kernels that go through a block: (rows at once, warps, tiles under way and at work, registers). With 128 registers two
+# programs of 8 warps run at once.
+LOOPS = {
+    "sums": (64, 8, 3, 128),
+    "output": (64, 8, 2, 128),
+    "query_gradients": (64, 8, 2, 255),
+    "key_gradients": (64, 8, 2, 128),
+}
 TILE, TAKE = 1024, 8  # numbers of a state, and states of a list, that are added at once
 
 
@@ -90,7 +95,7 @@ def whole_output(sparse, q, states, rows, blocks, bias, feature_map):
     if len(blocks):
         whole_output_kernel[(len(blocks) * q.shape[1],)](
             sparse, q, states, rows, bias.float(), out, blocks.start, blocks.length, *_strides(q), q.shape[1],
-            states.shape[1], *_sizes(q, out), MAP=feature_map, **_loop("output", q, blocks),
+            states.shape[1], *_sizes(q, out), MAP=feature_map, STAGES=LOOPS["output"][2], **_loop("output", q, blocks),
         )  # fmt: skip
     return out
 
@@ -132,8 +137,9 @@ def key_gradients(k, v, states, rows, blocks, feature_map, inside=None, onto=(No
 
 
 def _loop(name, x, blocks):
-    rows, warps, stages = LOOPS[name]
-    return _options(x, rows) | {"ROWS": min(rows, padded(blocks.size)), "STAGES": stages, "num_warps": warps} | REGS
+    rows, warps, stages, registers = LOOPS[name]
+    launch = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    return _options(x, rows) | launch | {"ROWS": min(rows, padded(blocks.size))}
 
 
 def _sizes(x, y):

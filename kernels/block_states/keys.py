@@ -10,7 +10,6 @@ def sums_kernel(
     x_ptr, y_ptr, weight_ptr, out_ptr, start_ptr, length_ptr, x_stride_t, x_stride_h, y_stride_t, y_stride_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, MAP: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of phi(x) y^T and of phi(x) weight, [blocks, HEADS, K * V + K], of one block and GROUP heads, ROWS at once.
     weight: fp32 [T, HEADS * GROUP], or ones."""
@@ -21,7 +20,7 @@ def sums_kernel(
     weight_ptr += first * HEADS * GROUP + head * GROUP
     state, normalizer = tl.zeros([BLOCK_K, BLOCK_V], tl.float32), tl.zeros([BLOCK_K, 16], tl.float32)
     weights = in_columns(tl.full([ROWS], 1.0, tl.float32), x_ptr.dtype.element_ty)
-    for turn in tl.range(0, (count + ROWS - 1) // ROWS * GROUP, num_stages=STAGES):
+    for turn in range(0, (count + ROWS - 1) // ROWS * GROUP):
         member, row = turn % GROUP, turn // GROUP * ROWS + tl.arange(0, ROWS)
         valid = row < count
         x = load_tile(x_ptr + member * x_stride_h, row, x_stride_t, 0, valid, K, BLOCK_K)
@@ -78,7 +77,6 @@ def key_gradients_kernel(
     k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, MAP: tl.constexpr, ADD_K: tl.constexpr, ADD_V: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk [T, HEADS, K] and dv [T, HEADS, V] of a block and head, ROWS at once, from the gradient of the state that they
     are in. ADD_K, ADD_V: added to what is there."""
@@ -90,7 +88,7 @@ def key_gradients_kernel(
     dv_ptr += (first * HEADS + head) * V
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     state, normalizer = load_state(states_ptr, tl.load(rows_ptr + block), head, dtype, HEADS, K, V, BLOCK_K, BLOCK_V)
-    for turn in tl.range(0, (count + ROWS - 1) // ROWS, num_stages=STAGES):
+    for turn in range(0, (count + ROWS - 1) // ROWS):
         row = turn * ROWS + tl.arange(0, ROWS)
         valid = row < count
         k = load_tile(k_ptr, row, k_stride_t, 0, valid, K, BLOCK_K)

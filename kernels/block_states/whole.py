@@ -31,7 +31,7 @@ def whole_output_kernel(
     q_ptr += first * q_stride_t + head * q_stride_h
     sparse_ptr += (first * HEADS + head) * V
     out_ptr += (first * HEADS + head) * V
-    for turn in tl.range(0, (count + ROWS - 1) // ROWS, num_stages=STAGES):
+    for turn in tl.range(0, (count + ROWS - 1) // ROWS, num_stages=STAGES):  # also of `sparse`
         row = turn * ROWS + tl.arange(0, ROWS)
         valid = row < count
         q = load_tile(q_ptr, row, q_stride_t, 0, valid, K, BLOCK_K)
@@ -49,7 +49,7 @@ def whole_query_gradients_kernel(
     d_out_ptr, q_ptr, states_ptr, rows_ptr, dq_ptr, sums_ptr, d_bias_ptr, start_ptr, length_ptr,
     d_out_stride_t, d_out_stride_h, q_stride_t, q_stride_h,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of a block and the query heads of one key head, ROWS of one head at once: dq [T, HEADS, K]; G and dz [blocks,
     KEY_HEADS, K * V + K]; db fp32 [blocks, KEY_HEADS, V]."""
@@ -65,7 +65,7 @@ def whole_query_gradients_kernel(
     dq_ptr += (first * HEADS + key_head * GROUP) * K
     d_state, d_normalizer = tl.zeros([BLOCK_K, BLOCK_V], tl.float32), tl.zeros([BLOCK_K, 16], tl.float32)
     missing = tl.zeros([ROWS], tl.int32)
-    for turn in tl.range(0, (count + ROWS - 1) // ROWS * GROUP, num_stages=STAGES):
+    for turn in range(0, (count + ROWS - 1) // ROWS * GROUP):
         member, row = turn % GROUP, turn // GROUP * ROWS + tl.arange(0, ROWS)
         valid = row < count
         q = load_tile(q_ptr + member * q_stride_h, row, q_stride_t, 0, valid, K, BLOCK_K)
