@@ -191,8 +191,8 @@ def attend(q, local, coarse, here, fetched, remote, group, scale):
 def gradients_of(d_out, q, local, coarse, out, lse, arrived, parts, group, scale, branch=None, work=None, dq=None):
     """Gradients of q, local keys and values, in at least fp32 where several are added, and of coarse keys and values.
     What arrived comes first: its gradients are on their way back while those of what is here are made. work: of the
-    branch, or None; its gradients of what arrived go back with the others, those of local tensors are left out. dq: what
-    gradients of queries are added to, or None."""
+    branch, or None; its gradients of what arrived go back with the others, those of local tensors are left out. dq:
+    what gradients of queries are added to, or None."""
     here, remote = ([part for part in parts if part.remote == there] for there in (False, True))
     own = {False: local, True: [x if x is None else torch.zeros_like(x) for x in coarse]}
     sums, returning, arrived = {}, [], list(zip(arrived[::2], arrived[1::2], strict=True))

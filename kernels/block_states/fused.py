@@ -18,7 +18,7 @@ STEP = 64  # rows that gradients of keys that queries of their block see take at
 LOOPS = {
     "sums": (64, 8, 3, 128),
     "output": (64, 8, 2, 128),
-    "query_gradients": (64, 8, 2, 255),
+    "query_gradients": (128, 8, 2, 255),
     "key_gradients": (64, 8, 2, 128),
 }
 TILE, TAKE = 1024, 8  # numbers of a state, and states of a list, that are added at once

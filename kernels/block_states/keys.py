@@ -1,6 +1,6 @@
 """The keys' side: sums of blocks, states less those that a plan lists, and gradients of keys."""
 
-from longspan.kernels.block_states.tiles import in_columns, load_state, map_gradient, mapped, store_state
+from longspan.kernels.block_states.tiles import every_16th, load_state, map_gradient, mapped, store_state
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.sparse.tiles import load_tile, store_tile
 
@@ -18,20 +18,21 @@ def sums_kernel(
     x_ptr += first * x_stride_t + head * GROUP * x_stride_h
     y_ptr += first * y_stride_t + head * GROUP * y_stride_h
     weight_ptr += first * HEADS * GROUP + head * GROUP
-    state, normalizer = tl.zeros([BLOCK_K, BLOCK_V], tl.float32), tl.zeros([BLOCK_K, 16], tl.float32)
-    weights = in_columns(tl.full([ROWS], 1.0, tl.float32), x_ptr.dtype.element_ty)
+    # Transposed, so that both factors are multiplied from shared memory.
+    state, normalizer = tl.zeros([BLOCK_V, BLOCK_K], tl.float32), tl.zeros([16, BLOCK_K], tl.float32)
     for turn in range(0, (count + ROWS - 1) // ROWS * GROUP):
         member, row = turn % GROUP, turn // GROUP * ROWS + tl.arange(0, ROWS)
         valid = row < count
         x = load_tile(x_ptr + member * x_stride_h, row, x_stride_t, 0, valid, K, BLOCK_K)
         y = load_tile(y_ptr + member * y_stride_h, row, y_stride_t, 0, valid, V, BLOCK_V)
         phi = mapped(x, valid, MAP, K, BLOCK_K).to(y.dtype)
-        state = tl.dot(tl.trans(phi), y, state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(y), phi, state, input_precision=PRECISION)
         if WEIGHTED:
             weight = tl.load(weight_ptr + row * HEADS * GROUP + member, mask=valid, other=0.0)
-            weights = in_columns(weight, phi.dtype)
-        normalizer = tl.dot(tl.trans(phi), weights, normalizer, input_precision=PRECISION)
-    store_state(out_ptr, tl.program_id(0), state, tl.sum(normalizer, 1), K, V, BLOCK_K, BLOCK_V)
+            normalizer += every_16th(phi.to(tl.float32) * weight[:, None])
+        else:
+            normalizer += every_16th(phi.to(tl.float32))
+    store_state(out_ptr, tl.program_id(0), tl.trans(state), tl.sum(normalizer, 0), K, V, BLOCK_K, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["count", "capacity"])
@@ -93,16 +94,20 @@ def key_gradients_kernel(
         valid = row < count
         k = load_tile(k_ptr, row, k_stride_t, 0, valid, K, BLOCK_K)
         v = load_tile(v_ptr, row, v_stride_t, 0, valid, V, BLOCK_V)
-        phi = mapped(k, valid, MAP, K, BLOCK_K)
-        dv = tl.dot(phi.to(dtype), state, input_precision=PRECISION)
-        d_phi = tl.dot(v, tl.trans(state), input_precision=PRECISION) + normalizer[None, :]
-        dk = map_gradient(k, phi, d_phi, MAP)
+        if ADD_K:  # on its way while products are made
+            dk_before = load_tile(dk_ptr, row, HEADS * K, 0, valid, K, BLOCK_K)
         if ADD_V:
-            dv += load_tile(dv_ptr, row, HEADS * V, 0, valid, V, BLOCK_V).to(tl.float32)
-        store_tile(dv_ptr, row, HEADS * V, 0, valid, dv, V, BLOCK_V)
+            dv_before = load_tile(dv_ptr, row, HEADS * V, 0, valid, V, BLOCK_V)
+        phi = mapped(k, valid, MAP, K, BLOCK_K).to(dtype)
+        d_phi = tl.dot(v, tl.trans(state), input_precision=PRECISION) + normalizer[None, :]
+        dk = map_gradient(k, phi.to(tl.float32), d_phi, MAP)
         if ADD_K:
-            dk += load_tile(dk_ptr, row, HEADS * K, 0, valid, K, BLOCK_K).to(tl.float32)
+            dk += dk_before.to(tl.float32)
         store_tile(dk_ptr, row, HEADS * K, 0, valid, dk, K, BLOCK_K)
+        dv = tl.dot(phi, state, input_precision=PRECISION)
+        if ADD_V:
+            dv += dv_before.to(tl.float32)
+        store_tile(dv_ptr, row, HEADS * V, 0, valid, dv, V, BLOCK_V)
 
 
 @triton.jit

@@ -28,6 +28,12 @@ def mapped(x, valid, MAP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def every_16th(x):
+    """[rows, n] -> [16, n], sums of every 16th row: a thread has these itself."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]]), 0)
+
+
+@triton.jit
 def in_columns(x, dtype: tl.constexpr):
     """fp32 [n] -> [n, 16] in `dtype`, whose columns add up to x as far as two numbers tell: for products that add."""
     column = tl.arange(0, 16)[None, :]

@@ -63,24 +63,24 @@ def whole_query_gradients_kernel(
     d_out_ptr += first * d_out_stride_t + key_head * GROUP * d_out_stride_h
     q_ptr += first * q_stride_t + key_head * GROUP * q_stride_h
     dq_ptr += (first * HEADS + key_head * GROUP) * K
-    d_state, d_normalizer = tl.zeros([BLOCK_K, BLOCK_V], tl.float32), tl.zeros([BLOCK_K, 16], tl.float32)
+    d_state, d_normalizer = tl.zeros([BLOCK_V, BLOCK_K], tl.float32), tl.zeros([BLOCK_K, 16], tl.float32)
     missing = tl.zeros([ROWS], tl.int32)
     for turn in range(0, (count + ROWS - 1) // ROWS * GROUP):
         member, row = turn % GROUP, turn // GROUP * ROWS + tl.arange(0, ROWS)
         valid = row < count
         q = load_tile(q_ptr + member * q_stride_h, row, q_stride_t, 0, valid, K, BLOCK_K)
         d_out = load_tile(d_out_ptr + member * d_out_stride_h, row, d_out_stride_t, 0, valid, V, BLOCK_V)
-        d_phi = tl.dot(d_out, tl.trans(state), input_precision=PRECISION)
         phi = scaled_map(q, MAP, K, BLOCK_K)
         weight = tl.sum(phi * normalizer[None, :], 1)
         there = valid & (weight > 0)
         missing = missing | (valid & (weight <= 0)).to(tl.int32)
         inverse = tl.where(there, 1.0 / tl.where(there, weight, 1.0), 0.0)
-        unit = phi * inverse[:, None]
+        rounded = (phi * inverse[:, None]).to(dtype)
+        d_state = tl.dot(tl.trans(d_out), rounded, d_state, input_precision=PRECISION)
+        d_phi = tl.dot(d_out, tl.trans(state), input_precision=PRECISION)
+        unit = rounded.to(tl.float32)
         along = tl.sum(unit * d_phi, 1)
-        rounded = unit.to(dtype)
-        d_state = tl.dot(tl.trans(rounded), d_out, d_state, input_precision=PRECISION)
-        d_normalizer = tl.dot(tl.trans(rounded), in_columns(-along, dtype), d_normalizer, input_precision=PRECISION)
+        d_normalizer = tl.dot(tl.trans(rounded), in_columns(along, dtype), d_normalizer, input_precision=PRECISION)
         d_phi -= along[:, None] * normalizer[None, :]
         if MAP == "softmax":
             dq = d_phi * unit
@@ -89,7 +89,7 @@ def whole_query_gradients_kernel(
         else:
             dq = d_phi * inverse[:, None]
         store_tile(dq_ptr + member * K, row, HEADS * K, 0, valid, dq, K, BLOCK_K)
-    d_bias, column = tl.sum(d_state * normalizer[:, None], 0), tl.arange(0, BLOCK_V)
+    d_bias, column = tl.sum(d_state * normalizer[None, :], 1), tl.arange(0, BLOCK_V)
     if tl.max(missing, 0) > 0:  # rows that weigh nothing
         for turn in range(0, (count + ROWS - 1) // ROWS * GROUP):
             member, row = turn % GROUP, turn // GROUP * ROWS + tl.arange(0, ROWS)
@@ -99,5 +99,4 @@ def whole_query_gradients_kernel(
             d_out = load_tile(d_out_at, row, d_out_stride_t, 0, (row < count) & (weight <= 0), V, BLOCK_V)
             d_bias += tl.sum(d_out.to(tl.float32), 0)
     tl.store(d_bias_ptr + tl.program_id(0) * V + column, d_bias, mask=column < V)
-    store_state(sums_ptr, tl.program_id(0), d_state, tl.sum(d_normalizer, 1), K, V, BLOCK_K, BLOCK_V)
-    tl.store(d_bias_ptr + tl.program_id(0) * V + column, d_bias, mask=column < V)
+    store_state(sums_ptr, tl.program_id(0), tl.trans(d_state), -tl.sum(d_normalizer, 1), K, V, BLOCK_K, BLOCK_V)
