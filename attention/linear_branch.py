@@ -94,36 +94,43 @@ class Way:
 @dataclass(frozen=True)
 class BranchTables:
     """queries: the blocks that read states; keys: those that get their gradients. reads: int32, like forward.rows, also
-    -1 where all blocks are chosen."""
+    -1 where all blocks are chosen. spans: where all queries of a document read the same, folds gradients of blocks to
+    those of spans, from which `backward` goes on."""
 
     queries: Blocks
     keys: Blocks
     forward: Way
     backward: Way
     reads: torch.Tensor
+    spans: Chains | None
 
     def map(self, move) -> "BranchTables":
         """The same with every tensor passed through `move`."""
-        return BranchTables(*(x.map(move) for x in list(vars(self).values())[:4]), move(self.reads))
+        ways = (x.map(move) for x in list(vars(self).values())[:4])
+        return BranchTables(*ways, move(self.reads), self.spans and self.spans.map(move))
 
 
 def branch_tables(layout: Layout, rank, query_block, key_block, keep, causal: bool, over: str) -> BranchTables:
     plan, offsets = scan_plan(layout, rank), np.array(layout.local_offsets(rank))
     queries = pieces(layout, rank, query_block).local
-    keys, sums = queries, (queries, queries)
+    keys, sums, spans = queries, (queries, queries), None
     if over == "rest":
         keys = pieces(layout, rank, key_block).local
         sums = keys, queries
     elif not causal:
-        sums = (Blocks.of(offsets, WHOLE_BLOCK),) * 2
+        queries = keys = Blocks.of(offsets, WHOLE_BLOCK)
+        sums = queries, queries
     if causal:
         around = np.searchsorted(queries.start.numpy(), keys.start.numpy(), side="right") - 1  # the query blocks
         forward = _passing(sums[0], queries, offsets, plan.linked, plan.forward.which, 1)
         backward = _passing(sums[1], queries, offsets, plan.linked, plan.backward.which, -1)
         backward = replace(backward, rows=backward.rows[around])
     else:
-        readers = queries, keys
-        forward, backward = (_whole(*x, offsets, plan.linked, plan.whole.which) for x in zip(sums, readers))
+        summed, readers = ([_members(x, offsets) for x in of] for of in (sums, (queries, keys)))
+        if over == "all":
+            numbers = range(len(summed[1]))
+            spans, summed[1] = _summary(summed[1], numbers), [range(n, n + 1) for n in numbers]
+        forward, backward = (_whole(*x, plan.linked, plan.whole.which) for x in zip(sums, summed, readers))
     reads = forward.rows
     if over == "rest":
         length = np.array(layout.lengths)[queries.document.numpy()]
@@ -131,7 +138,7 @@ def branch_tables(layout: Layout, rank, query_block, key_block, keep, causal: bo
         candidates = start // key_block if causal else -(-length // key_block)
         some = torch.from_numpy(candidates > kept_of(candidates, keep))
         reads = torch.where(some, torch.arange(len(queries), dtype=torch.int32), -1)
-    return BranchTables(queries, keys, forward, backward, reads)
+    return BranchTables(queries, keys, forward, backward, reads, spans)
 
 
 def _summary(members, linked):
@@ -161,15 +168,16 @@ def _passing(sums, readers, offsets, linked, entered, direction) -> Way:
     return Way(sums, _summary(members, linked), Chains.of(chains, len(readers)), torch.from_numpy(rows))
 
 
-def _whole(sums, readers, offsets, linked, entered) -> Way:
-    """Every reader gets its whole document; what enters a span holds the span's own sum."""
-    members, entry = _members(sums, offsets), {span: n for n, span in enumerate(entered)}
+def _whole(sums, summed, readers, linked, entered) -> Way:
+    """Every reader gets its whole document; what enters a span holds the span's own sum. summed, readers: of every
+    span, the sums and the blocks that read."""
+    entry = {span: n for n, span in enumerate(entered)}
     chains = [
         (entry.get(span, -1), ([] if span in entry else [(n, -1) for n in blocks]) + [(-1, span)])
-        for span, blocks in enumerate(members)
+        for span, blocks in enumerate(summed)
     ]
-    rows = torch.from_numpy(np.repeat(np.arange(len(members)), [len(x) for x in _members(readers, offsets)]))
-    return Way(sums, _summary(members, linked), Chains.of(chains, len(members)), rows.int())
+    rows = torch.from_numpy(np.repeat(np.arange(len(summed)), [len(x) for x in readers]))
+    return Way(sums, _summary(summed, linked), Chains.of(chains, len(summed)), rows.int())
 
 
 class Branch:
@@ -182,7 +190,7 @@ class Branch:
         self.transport = pick_transport(seq, causal)
         self.group, self.feature_map = seq.parallel.state_group, linear.feature_map
         self.rest, self.causal = linear.over == "rest", causal
-        self.inside = causal and not self.rest
+        self.inside, self.whole = causal and not self.rest, not (causal or self.rest)
 
     def start(self, k, v, travels: bool):
         """(sums of blocks, what enters spans under way or None)."""
@@ -209,8 +217,11 @@ class Branch:
         return states, normalizers.contiguous()
 
     def output(self, sparse, q, k, v, states, totals, weight, bias):
-        tables = self.tables
-        return self._form(k, v).output(
+        tables, form = self.tables, self._form(k, v)
+        if self.whole:
+            projected = _times(states, weight.mT, q.shape[2])
+            return form.whole_output(sparse, q, projected, tables.reads, tables.queries, bias, self.feature_map)
+        return form.output(
             sparse, q, k, v, states, totals, tables.reads, tables.queries, weight, bias, self.feature_map, self.inside,
             LOST[totals.dtype],
         )  # fmt: skip
@@ -218,6 +229,15 @@ class Branch:
     def start_backward(self, d_out, q, k, v, states, totals, weight):
         """Gradients of q, weight and bias, and what `gradients` takes; starts passing gradients of states."""
         form, backward = self._form(k, v), self.tables.backward
+        if self.whole:
+            dq, sums, d_bias = form.whole_query_gradients(
+                d_out, q, _times(states, weight.mT, q.shape[2]), self.tables.reads, self.tables.queries,
+                self.feature_map, state_dtype(k.dtype),
+            )  # fmt: skip
+            sums = fold_chains(sums, None, self.tables.spans)
+            d_weight = torch.einsum("nhko,nhkv->ov", *(_split(x, q.shape[2])[0] for x in (sums, states)))
+            sums = _times(sums, weight, q.shape[2])
+            return dq, d_weight, d_bias, (q, None, None, sums, self._scan("backward", backward, sums))
         dq, d_num, d_den, value = form.query_gradients(
             d_out, q, k, v, states, totals, self.tables.reads, self.tables.queries, weight, self.feature_map,
             self.inside, LOST[totals.dtype],
@@ -275,5 +295,16 @@ class Branch:
         )
 
     def _form(self, k, v):
-        sizes = self.tables.queries.size, self.tables.keys.size
+        sizes = () if self.whole else (self.tables.queries.size, self.tables.keys.size)
         return choose(k.device.type, k.dtype, k.shape[2], v.shape[2], sizes)[0]
+
+
+def _split(states, key_size):
+    """S [rows, heads, K, V] and z [rows, heads, K]."""
+    return states[:, :, 0, :-key_size].unflatten(-1, (key_size, -1)), states[:, :, 0, -key_size:]
+
+
+def _times(states, weight, key_size):
+    """The states with S times `weight`."""
+    matrix, normalizer = _split(states, key_size)
+    return torch.cat([(matrix @ weight.to(matrix.dtype)).flatten(2), normalizer], 2)[:, :, None]

@@ -347,11 +347,13 @@ class _Branch:
         return states, k.new_empty(len(states), k.shape[1], size, dtype=_wide(k))
 
     def hold(self, weight, bias, own_q, own_k, q, k, v):
-        """Gradients of numerators, denominators and, to be added, of queries; their sums of blocks."""
+        """Gradients of numerators, denominators (where not all queries of a document read the same) and, to be added,
+        of queries; their sums of blocks."""
         self._note(own_k, q, k, v, backward=True)
         d_q = [] if own_q is not None else [torch.empty_like(q)]
-        d_num, d_den = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=_wide(q))
-        return [self._sums(own_k, k, v, forward=False), d_num, d_den, *d_q]
+        if self.causal or self.rest:
+            d_q += [q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=_wide(q))]
+        return [self._sums(own_k, k, v, forward=False), *d_q]
 
     def late(self, own_k, k, v):
         """Numbers of states of gradients, in fp32; those that chosen blocks are taken out of are half as wide."""

@@ -113,12 +113,12 @@ class _Attention(torch.autograd.Function):
             d_own_q, d_weight, d_bias, work = branch.start_backward(d_out, *mine, states, totals, weight)
             d_branch[:2] = d_weight.to(weight.dtype), d_bias.to(bias.dtype)
         given = q, (k, v), (coarse_k, coarse_v), out, lse, arrived, parts, group, scale
-        gradients = gradients_of(d_out, *given, branch, work)
+        gradients = gradients_of(d_out, *given, branch, work, d_own_q if branch and own_q is None else None)
         if branch is not None:
             onto = (gradients[1] if own_k is None else None), gradients[2]
             d_own_k, gradients[2] = branch.gradients(parts[0], *mine[1:], work, onto)
             if own_q is None:
-                gradients[:2] = gradients[0].add_(d_own_q), d_own_k
+                gradients[1] = d_own_k
             else:
                 d_branch[2:] = d_own_q.to(own_q.dtype), d_own_k.to(own_k.dtype)
         inputs = q, k, v, coarse_k, coarse_v
@@ -188,13 +188,14 @@ def attend(q, local, coarse, here, fetched, remote, group, scale):
     return found[0].to(q.dtype), found[1], parts, arrived
 
 
-def gradients_of(d_out, q, local, coarse, out, lse, arrived, parts, group, scale, branch=None, work=None):
+def gradients_of(d_out, q, local, coarse, out, lse, arrived, parts, group, scale, branch=None, work=None, dq=None):
     """Gradients of q, local keys and values, in at least fp32 where several are added, and of coarse keys and values.
     What arrived comes first: its gradients are on their way back while those of what is here are made. work: of the
-    branch, or None; its gradients of what arrived go back with the others, those of local tensors are left out."""
+    branch, or None; its gradients of what arrived go back with the others, those of local tensors are left out. dq:
+    what gradients of queries are added to, or None."""
     here, remote = ([part for part in parts if part.remote == there] for there in (False, True))
     own = {False: local, True: [x if x is None else torch.zeros_like(x) for x in coarse]}
-    dq, sums, returning, arrived = None, {}, [], list(zip(arrived[::2], arrived[1::2], strict=True))
+    sums, returning, arrived = {}, [], list(zip(arrived[::2], arrived[1::2], strict=True))
     for number, part in enumerate(remote[::-1] + here, 1):
         keys, values = arrived.pop() if part.remote else _keys_of(part, local, coarse)
         if not q.shape[0] or not len(part.plan.keys):

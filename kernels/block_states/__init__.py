@@ -11,6 +11,8 @@ and with d_o = d_out W, where a state's gradient is a sum over its queries like 
     d_num = d_o / (phi(q) z)    d_den = -d_num . o    d phi(q) = d_num S^T + d_den z^T
     (dS, dz) = sum phi(q)^T (d_num, d_den)            d phi(k) = v dS^T + dz^T    dv = phi(k) dS
 
+Where whole documents share a state, it is projected first (whole.py).
+
 Sums of blocks are rounded once, in the dtype of the tensors; states add and subtract the rounded ones in fp32, so that
 a block that is taken out again leaves nothing behind. A query whose weight is below what such sums resolve (LOST of
 what it was before blocks were taken out) reads nothing and gets no gradient.

@@ -2,11 +2,25 @@
 
 import torch
 
-from longspan.kernels.block_states.keys import key_gradients_kernel, listed_kernel, sums_kernel
+from longspan.kernels.block_states.keys import (
+    inside_key_gradients_kernel,
+    key_gradients_kernel,
+    listed_kernel,
+    sums_kernel,
+)
 from longspan.kernels.block_states.queries import output_kernel, query_gradients_kernel
+from longspan.kernels.block_states.whole import whole_output_kernel, whole_query_gradients_kernel
 from longspan.kernels.linear.splits import padded, unit_stride
 
-STEP = 64  # rows that sums and gradients of keys take at once: with more, registers spill
+STEP = 64  # rows that gradients of keys that queries of their block see take at once: with more, registers spill
+# Kernels that go through a block: (rows at once, warps, tiles under way and at work, registers). With 128 registers two
+# programs of 8 warps run at once.
+LOOPS = {
+    "sums": (64, 8, 3, 128),
+    "output": (64, 8, 2, 128),
+    "query_gradients": (128, 8, 2, 255),
+    "key_gradients": (64, 8, 2, 128),
+}
 TILE, TAKE = 1024, 8  # numbers of a state, and states of a list, that are added at once
 
 
@@ -30,8 +44,8 @@ def sums(x, y, weight, blocks, feature_map, heads, dtype):
     if out.numel():
         sums_kernel[(len(blocks) * heads,)](
             x, y, out if weight is None else weight, out, blocks.start, blocks.length, *_strides(x, y), heads,
-            x.shape[1] // heads, *_sizes(x, y), min(STEP, padded(blocks.size)), feature_map, weight is not None,
-            **_options(x, STEP),
+            x.shape[1] // heads, *_sizes(x, y), MAP=feature_map, WEIGHTED=weight is not None,
+            **_loop("sums", x, blocks),
         )  # fmt: skip
     return out
 
@@ -75,20 +89,57 @@ def query_gradients(d_out, q, k, v, states, totals, rows, queries, weight, featu
     return dq, d_num, d_den, value
 
 
+def whole_output(sparse, q, states, rows, blocks, bias, feature_map):
+    q, sparse = unit_stride(q), sparse.contiguous()
+    out = torch.empty_like(sparse)
+    if len(blocks):
+        whole_output_kernel[(len(blocks) * q.shape[1],)](
+            sparse, q, states, rows, bias.float(), out, blocks.start, blocks.length, *_strides(q), q.shape[1],
+            states.shape[1], *_sizes(q, out), MAP=feature_map, STAGES=LOOPS["output"][2], **_loop("output", q, blocks),
+        )  # fmt: skip
+    return out
+
+
+def whole_query_gradients(d_out, q, states, rows, blocks, feature_map, dtype):
+    d_out, q = unit_stride(d_out), unit_stride(q)
+    dq, heads = q.new_empty(q.shape), states.shape[1]
+    sums = states.new_empty(len(blocks), *states.shape[1:], dtype=dtype)
+    d_bias = states.new_empty(len(blocks), heads, d_out.shape[2])
+    if len(blocks):
+        whole_query_gradients_kernel[(len(blocks) * heads,)](
+            d_out, q, states, rows, dq, sums, d_bias, blocks.start, blocks.length, *_strides(d_out, q), q.shape[1],
+            heads, *_sizes(q, d_out), MAP=feature_map, **_loop("query_gradients", q, blocks),
+        )  # fmt: skip
+    return dq, sums, d_bias.sum((0, 1))
+
+
 def key_gradients(k, v, states, rows, blocks, feature_map, inside=None, onto=(None, None)):
     k, v = unit_stride(k), unit_stride(v)
     dk, dv = (x.new_empty(x.shape) if total is None else total.contiguous() for x, total in zip((k, v), onto))
-    q, d_num, d_den = (k, v, k) if inside is None else (unit_stride(inside[0]), *inside[1:])
+    added = {name: x is not None for name, x in zip(("ADD_K", "ADD_V"), onto)}
+    if not len(blocks):
+        return dk, dv
+    if inside is None:
+        key_gradients_kernel[(len(blocks) * k.shape[1],)](
+            k, v, states, rows, dk, dv, blocks.start, blocks.length, *_strides(k, v), k.shape[1], *_sizes(k, v),
+            MAP=feature_map, **added, **_loop("key_gradients", k, blocks),
+        )  # fmt: skip
+        return dk, dv
+    q, d_num, d_den = unit_stride(inside[0]), *inside[1:]
     at_once = min(STEP, blocks.size)
     parts = blocks.size // at_once
-    if len(blocks):
-        key_gradients_kernel[(len(blocks) * parts * k.shape[1],)](
-            k, v, states, rows, q, d_num, d_den, dk, dv, blocks.start, blocks.length, *_strides(k, v, q), k.shape[1],
-            q.shape[1] // k.shape[1], *_sizes(k, v), at_once, parts, feature_map, inside is not None,
-            *(x is not None for x in onto),
-            **_options(k, at_once) | {"num_stages": 1},  # the loop is short
-        )  # fmt: skip
+    inside_key_gradients_kernel[(len(blocks) * parts * k.shape[1],)](
+        k, v, states, rows, q, d_num, d_den, dk, dv, blocks.start, blocks.length, *_strides(k, v, q), k.shape[1],
+        q.shape[1] // k.shape[1], *_sizes(k, v), at_once, parts, feature_map, **added,
+        **_options(k, at_once) | {"num_stages": 1},  # the loop is short
+    )  # fmt: skip
     return dk, dv
+
+
+def _loop(name, x, blocks):
+    rows, warps, stages, registers = LOOPS[name]
+    launch = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    return _options(x, rows) | launch | {"ROWS": min(rows, padded(blocks.size))}
 
 
 def _sizes(x, y):

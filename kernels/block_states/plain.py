@@ -67,6 +67,27 @@ def query_gradients(d_out, q, k, v, states, totals, rows, queries, weight, featu
     return put(dq, q), put(d_num, wide, v.shape[2]), put(d_den[..., None], wide, 1)[..., 0], put(read.value, v)
 
 
+def whole_output(sparse, q, states, rows, blocks, bias, feature_map: str):
+    """sparse + o W^T + b, as `output` without blocks taken out, from projected states: S W^T and z."""
+    read = _ReadWhole(q, states, rows, blocks, feature_map)
+    out = read.tiles.of(sparse) + torch.einsum("nrhgk,nhkv->nrhgv", read.unit, read.state) + bias
+    return read.tiles.rows(out, sparse)
+
+
+def whole_query_gradients(d_out, q, states, rows, blocks, feature_map: str, dtype):
+    """(dq [T, H, K]; for every block the gradient of its projected S, and of z, [blocks, Hkv, 1, K * V + K] in `dtype`;
+    the sum of d_out, [V])."""
+    read = _ReadWhole(q, states, rows, blocks, feature_map)
+    d_value = read.tiles.of(d_out)
+    d_unit = torch.einsum("nrhgv,nhkv->nrhgk", d_value, read.state)
+    along = (read.unit * d_unit).sum(-1, keepdim=True)
+    d_phi = (d_unit - along * read.normalizer[:, None, :, None]) * read.inverse
+    products = torch.einsum("nrhgk,nrhgv->nhkv", read.unit, d_value).flatten(2)
+    sums = torch.cat([products, torch.einsum("nrhgk,nrhgl->nhk", read.unit, -along)], 2)[:, :, None].to(dtype)
+    dq = read.tiles.rows(map_gradient(read.q, read.phi, d_phi, feature_map), q)
+    return dq, sums, d_value.sum((0, 1, 2, 3))
+
+
 def key_gradients(k, v, states, rows, blocks, feature_map: str, inside=None, onto=(None, None)):
     """(dk, dv) from the gradients of the states that the keys are in; rows: int32 [blocks], -1 for zero. inside: (q,
     d_num, d_den), where queries also see the keys of their own block. onto: contiguous dk and dv that these are added
@@ -143,6 +164,20 @@ class _Read:
         there = denominator > lost * total
         self.inverse = torch.where(there, 1 / torch.where(there, denominator, 1), 0)
         self.value = numerator * self.inverse[..., None]
+
+
+class _ReadWhole:
+    """unit: phi over its weight, `inverse` the inverse of that weight, 0 where there is none."""
+
+    def __init__(self, q, states, rows, blocks, feature_map):
+        self.tiles = _Tiles(blocks, states.shape[1])
+        self.q = self.tiles.of(q)
+        self.phi = mapped(self.q, feature_map)
+        self.state, self.normalizer = _state(states, rows, q.shape[2], self.phi.dtype)
+        weight = torch.einsum("nrhgk,nhk->nrhg", self.phi, self.normalizer)[..., None]
+        there = (weight > 0) & self.tiles.there[..., None]
+        self.inverse = torch.where(there, 1 / torch.where(there, weight, 1), 0)
+        self.unit = self.phi * self.inverse
 
 
 def _state(states, rows, key_size, dtype):

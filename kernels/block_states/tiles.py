@@ -1,21 +1,44 @@
 """What the kernels share: feature maps of a tile, the state of a block, what queries read."""
 
 from longspan.kernels.compiler import tl, triton
-from longspan.kernels.sparse.tiles import load_tile
+from longspan.kernels.sparse.tiles import LOG2E, load_tile
+
+
+@triton.jit
+def scaled_map(x, MAP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """phi(x) in fp32 times a factor of each row, zero past K: what is divided by its weight needs no more."""
+    x = x.to(tl.float32)
+    there = (tl.arange(0, BLOCK_K) < K)[None, :]
+    if MAP == "softmax":
+        if K != BLOCK_K:
+            x = tl.where(there, x, float("-inf"))
+        return tl.exp2(x * LOG2E - (tl.max(x, 1) * LOG2E)[:, None])
+    if MAP == "elu1":
+        x = tl.where(x < 0, tl.exp2(tl.minimum(x, 0.0) * LOG2E), x + 1)
+    return x if K == BLOCK_K else tl.where(there, x, 0.0)
 
 
 @triton.jit
 def mapped(x, valid, MAP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """phi(x) in fp32, [rows, BLOCK_K], zero where not valid and past K."""
-    there = valid[:, None] & (tl.arange(0, BLOCK_K) < K)[None, :]
-    x = x.to(tl.float32)
+    phi = scaled_map(x, MAP, K, BLOCK_K)
     if MAP == "softmax":
-        x = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], x, float("-inf"))
-        x = tl.exp(x - tl.max(x, 1)[:, None])
-        x = x / tl.sum(x, 1)[:, None]
-    elif MAP == "elu1":
-        x = tl.where(x < 0, tl.exp(tl.minimum(x, 0.0)), x + 1)
-    return tl.where(there, x, 0.0)
+        return phi * tl.where(valid, 1.0 / tl.sum(phi, 1), 0.0)[:, None]
+    return tl.where(valid[:, None], phi, 0.0)
+
+
+@triton.jit
+def every_16th(x):
+    """[rows, n] -> [16, n], sums of every 16th row: a thread has these itself."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]]), 0)
+
+
+@triton.jit
+def in_columns(x, dtype: tl.constexpr):
+    """fp32 [n] -> [n, 16] in `dtype`, whose columns add up to x as far as two numbers tell: for products that add."""
+    column = tl.arange(0, 16)[None, :]
+    high = x.to(dtype).to(tl.float32)
+    return tl.where(column == 0, high[:, None], tl.where(column == 1, (x - high)[:, None], 0.0)).to(dtype)
 
 
 @triton.jit
@@ -42,6 +65,19 @@ def load_state(
     state = tl.load(at, mask=there[:, None] & (value < V)[None, :], other=0.0)
     normalizer = tl.load(states_ptr + K * V + key, mask=there, other=0.0)
     return state.to(dtype), normalizer.to(tl.float32)
+
+
+@triton.jit
+def store_state(
+    out_ptr, number, state, normalizer,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Writes the number-th state."""
+    key, value = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    out_ptr += number.to(tl.int64) * (K * V + K)
+    at = out_ptr + key[:, None] * V + value[None, :]
+    tl.store(at, state.to(out_ptr.dtype.element_ty), mask=(key < K)[:, None] & (value < V)[None, :])
+    tl.store(out_ptr + K * V + key, normalizer.to(out_ptr.dtype.element_ty), mask=key < K)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ As a script it compiles what the linear forms and sparse attention launch and pr
     python tests/common/absent_gpu.py choosing WIDTH...       # what chooses blocks, and makes lists of them
     python tests/common/absent_gpu.py layer WIDTH...          # what a layer does beside attention, and the loss
     python tests/common/absent_gpu.py hopper WIDTH...         # sparse attention in Gluon, bfloat16
+    python tests/common/absent_gpu.py branch WIDTH...         # the linear branch beside it, bfloat16
 """
 
 import json
@@ -146,6 +147,24 @@ def compile_hopper(head_dim):
         fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
 
 
+def compile_branch(width):
+    """What the linear branch over whole documents launches, and sums and gradients of keys of small blocks."""
+    import torch
+
+    from longspan.kernels.block_states import fused
+    from longspan.kernels.sparse import Blocks
+
+    q, k = (torch.zeros(300, heads, width, dtype=torch.bfloat16) for heads in (4, 2))
+    states, rows = torch.zeros(1, 2, 1, width * width + width), torch.zeros(8, dtype=torch.int32)
+    for feature_map in ("softmax", "elu1"):
+        whole = Blocks.of((0, 300), 1024)
+        fused.whole_output(q, q, states, rows, whole, torch.zeros(width), feature_map)
+        fused.whole_query_gradients(q, q, states, rows, whole, feature_map, q.dtype)
+        for blocks in (whole, Blocks.of((0, 300), 64)):
+            fused.sums(k, k, None, blocks, feature_map, 2, k.dtype)
+            fused.key_gradients(k, k, states, rows, blocks, feature_map, onto=(k.clone(), k.clone()))
+
+
 def compile_choosing(width):
     """What chooses blocks for heads of this width, and the lists of plans."""
     import numpy as np
@@ -216,6 +235,7 @@ def main():
     for width in widths:
         key_size, value_size = [int(size) for size in (*width.split(","), width)[:2]]
         others = {"choosing": compile_choosing, "layer": compile_layer, "hopper": compile_hopper}
+        others["branch"] = compile_branch
         if dtype in others:
             others[dtype](key_size)
             continue

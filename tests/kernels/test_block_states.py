@@ -91,10 +91,38 @@ def check_all(name, dtype, inside, **where):
         check(fused.key_gradients(k, v, states, rows, last[1], feature_map, last[0], onto), wanted, dtype, ["dk", "dv"])
 
 
+def short_steps(monkeypatch):
+    """Several steps and parts of a block."""
+    monkeypatch.setattr(fused, "STEP", 16)
+    monkeypatch.setattr(fused, "LOOPS", {name: (16, *options) for name, (_, *options) in fused.LOOPS.items()})
+
+
+def check_whole(name, dtype, **where):
+    _, q, k, v, _, states, normal, feature_map = make(name, dtype, **where)
+    blocks = Blocks.of((0, len(q) // 2, len(q)), 64 if len(q) < 1000 else 1024).map(lambda x: x.to(q.device))
+    rows = torch.arange(len(blocks), device=q.device).int() % 4 - 1
+    bias, d_out = normal(v.shape[2]), normal(*q.shape[:2], v.shape[2])
+    reading = q, states, rows, blocks
+    check(*both("whole_output", d_out, *reading, bias, feature_map=feature_map), dtype, ["out"])
+    found = both("whole_query_gradients", d_out, *reading, feature_map=feature_map, dtype=dtype)
+    check(*found, dtype, ["dq", "sums", "d_bias"])
+    check(*both("key_gradients", k, v, states, rows, blocks, feature_map=feature_map), dtype, ["dk", "dv"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whole_documents(name, monkeypatch):
+    short_steps(monkeypatch)
+    check_whole(name, torch.float32)
+
+
+def test_whole_documents_in_bfloat16():
+    check_whole("softmax", torch.bfloat16)
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_plain_pytorch(name, inside, monkeypatch):
-    monkeypatch.setattr(fused, "STEP", 16)  # several steps and parts of a block
+    short_steps(monkeypatch)
     check_all(name, torch.float32, inside)
 
 
@@ -161,6 +189,13 @@ class TestOnGpu:
         for feature_map in ("softmax", "elu1"):
             where = {"device": "cuda", "offsets": (0, 1, 700, 1500), "sizes": sizes}
             check_all("gpu", dtype, inside, case=(4, 2, dim, dim, feature_map, True), **where)
+
+    @pytest.mark.parametrize("feature_map", ["softmax", "elu1"])
+    @pytest.mark.parametrize(
+        "dtype, dim", [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 32), (torch.float32, 64)], ids=str
+    )
+    def test_whole_documents(self, dtype, dim, feature_map):
+        check_whole("gpu", dtype, device="cuda", case=(4, 2, dim, dim, feature_map, False), offsets=(0, 2500))
 
     def test_listed_states(self):
         case = (8, 4, 128, 128, "softmax", True)
