@@ -125,7 +125,7 @@ def run_case(mesh, layout: Layout, routings: dict, costs, arguments) -> list[dic
         yield
 
     def transfer(name):
-        yield from arriving(k.detach(), v.detach(), schedules[name][rank], group)
+        yield from arriving(k.detach(), v.detach(), schedules[name][rank].steps, group)
 
     times = alternate(attend, routings, arguments.repetitions, group)
     arrivals = alternate(transfer, routings, arguments.repetitions, group)

@@ -1,4 +1,4 @@
-"""The benchmark of memory options: what is kept falls in the order in which options keep less."""
+"""The benchmark of memory options: what is kept is less the more an option computes again."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ def test_options_keep_less_and_lose_nothing(tmp_path):
     command += ["--steps", "1", "--device", "cpu", "--output", str(output), *settings]
     subprocess.run([sys.executable, *command], check=True, capture_output=True)
     rows = {row["option"]: row for row in json.loads(output.read_text())["rows"]}
-    order = ["none", "mlp_tile", "selective", "full, layers [linear]", "selective, mlp_tile", "full"]
-    kept = [rows[name]["kept_gib"] for name in order]
-    assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept) and kept[-1] > 0
-    assert kept[0] > 3 * rows["full"]["kept_gib"]
+    for less, more in (("mlp_tile", "none"), ("selective", "none"), ("full, layers [linear]", "selective"),
+                       ("selective, mlp_tile", "mlp_tile"), ("full", "selective, mlp_tile")):  # fmt: skip
+        assert 0 < rows[less]["kept_gib"] < rows[more]["kept_gib"], (less, more)
+    assert rows["none"]["kept_gib"] > 3 * rows["full"]["kept_gib"]
     assert len({round(row["loss"], 2) for row in rows.values()}) == 1

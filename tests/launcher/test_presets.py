@@ -8,9 +8,9 @@ from longspan.launcher.config import Config, shipped_configs
 from longspan.models.flops import num_parameters
 
 IMAGES = ["diffusion-tiny", "diffusion-128", "diffusion-256"]
-PRESETS = ["hybrid-0.4b", "hybrid-gdn", "hybrid-hgrn2", "hybrid-lightning", "mamba2-hybrid"]
+PRESETS = ["hybrid-0.4b", "hybrid-1b", "hybrid-gdn", "hybrid-hgrn2", "hybrid-lightning", "mamba2-hybrid"]
 FAMILIES = {
-    "hybrid-0.4b": "scalar", "hybrid-gdn": "gated_delta", "hybrid-hgrn2": "hgrn2", "hybrid-lightning": "fixed",
+    "hybrid-0.4b": "scalar", "hybrid-1b": "scalar", "hybrid-gdn": "gated_delta", "hybrid-hgrn2": "hgrn2", "hybrid-lightning": "fixed",
     "mamba2-hybrid": "mamba2",
 }  # fmt: skip
 TINY = (
@@ -29,9 +29,10 @@ def test_every_shipped_config_is_covered():
 def test_size_and_family(name):
     model = Config.load(name).model
     assert {*model.layer_kinds} == {"softmax", f"linear:{FAMILIES[name]}"}
-    assert 0.38e9 < num_parameters(model) < 0.44e9
+    low, high = (0.9e9, 1.05e9) if name == "hybrid-1b" else (0.38e9, 0.44e9)
+    assert low < num_parameters(model) < high
     text = shipped_configs()[name].read_text()
-    assert f"{num_parameters(model) / 1e9:.2f}B" in text or name == "hybrid-0.4b"
+    assert f"{num_parameters(model) / 1e9:.2f}B" in text or name in ("hybrid-0.4b", "hybrid-1b")
 
 
 def run_all(rank, world_size, folder, corpus):
