@@ -142,6 +142,7 @@ def forward_kernel(
     row_ptr, row_idx, weight_ptr, q_stride_t, q_stride_h, scale, M, capacity, HEADS: gl.constexpr,
     KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
     TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.forward.forward_kernel, for tiles of 128 rows."""
     block, head, key_head, listed = block_of(M, HEADS, KEY_HEADS, LISTS, PACK)
@@ -174,5 +175,5 @@ def forward_kernel(
             (_attend, (1, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO)),
             (send_keys, (feed, KEYS, TILE, STAGES)),
         ],
-        [4, 1], [240, 24],
+        [4, 1], [REGISTERS, 24],
     )  # fmt: skip
