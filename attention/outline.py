@@ -258,7 +258,7 @@ class _Sparse:
         out, lse, lists, arrived, _ = kept
         rows = self._coarse_rows()
         coarse = [x.new_empty(sum(rows), *x.shape[1:]) for x in (k, v)] if rows else []
-        sums = [] if self.outline.gpu else self._segment_sums(rows, k, v)
+        sums = [] if self.outline.gpu or self.outline.world_size == 1 else self._segment_sums(rows, k, v)
         states = self.branch.states(*own, q, k, v) if self.branch else ()
         return torch.empty_like(out) if self.branch else out, (*coarse, *sums, *states, out, lse, *arrived[:2])
 
