@@ -57,8 +57,8 @@ class HierarchyTables:
     blocks of the rows that are here but those of the last level, coarse_rows; chunk: of their plans. dense: the plan
     over all rows of the last level, dense_rows, which follows from the layout alone. diagonal: int32 [local pieces, 1
     or 0]. tree: where the gradients of means go in the attention itself, on one rank of whole documents; None where they
-    go back as the means were made. full: no list of blocks will have a -1: there is enough to choose from everywhere, and no row has two blocks
-    under it."""
+    go back as the means were made. full: no list of blocks will have a -1: there is enough to choose from everywhere,
+    and no row has two blocks under it."""
 
     queries: Pieces
     keys: Pieces

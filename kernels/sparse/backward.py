@@ -114,8 +114,8 @@ def keys_kernel(
     CHOICES: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part of dk and dv of one key block from CHUNK query blocks of its list, all query heads that share list and keys:
-    fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS); or all of it at once, see `alone`, shares in
-    gradients of means as well where DEPTH is not 0. Query blocks are taken GATHER at a time, or in PARTS."""
+    fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS); or all of it at once, see `alone`, where DEPTH is
+    not 0 with its shares in gradients of means. Query blocks are taken GATHER at a time, or in PARTS."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     TURNS: tl.constexpr = HEADS // GROUPS // PACK * PARTS
     item, group = tl.program_id(0) % items, tl.program_id(0) // items

@@ -34,8 +34,8 @@ def backward(
     shares=None,
 ):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv); d_lse: [Tq, Hq] or None. out and lse: of all keys that the queries see,
-    also where the plan lists some of them. onto: dq of other keys, to which that of the plan is added. into: tensors for dk
-    and dv. shares: Shares of the keys and values in gradients of their means, to be added to dk and dv."""
+    also where the plan lists some of them. onto: dq of other keys, to which that of the plan is added. into: tensors
+    for dk and dv. shares: Shares of the keys and values in gradients of their means, to be added to dk and dv."""
     wide = _wide(q)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     delta = (d_out.to(wide) * out.to(wide)).sum(-1)
