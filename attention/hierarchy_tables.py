@@ -56,8 +56,8 @@ class HierarchyTables:
     all under one row of level 2 see the same, in larger tiles than those of fine blocks. coarse_blocks, coarse_weight:
     blocks of the rows that are here but those of the last level, coarse_rows; chunk: of their plans. dense: the plan
     over all rows of the last level, dense_rows, which follows from the layout alone. diagonal: int32 [local pieces, 1
-    or 0]. tree: where the gradients of means go in the attention itself, on one rank of whole documents; None where they
-    go back as the means were made. full: no list of blocks will have a -1: there is enough to choose from everywhere,
+    or 0]. tree: on one rank of whole documents, where the gradients of means go within the attention; None where they
+    go back as means were made. full: no list of blocks will have a -1: there is enough to choose from everywhere,
     and no row has two blocks under it."""
 
     queries: Pieces

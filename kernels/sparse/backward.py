@@ -109,9 +109,9 @@ def keys_kernel(
     weight_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, d_out_stride_t, d_out_stride_h,
     scale, num_columns, items, capacity, share_k, share_v, share_size, share_up, rule_rows, rule_keys, guard,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DEPTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, GATHER: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr,
-    CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr,
-    CHOICES: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, GATHER: tl.constexpr, KEYS: tl.constexpr,
+    PACK: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, RULE: tl.constexpr,
+    RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part of dk and dv of one key block from CHUNK query blocks of its list, all query heads that share list and keys:
     fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS); or all of it at once, see `alone`, where DEPTH is
