@@ -106,7 +106,7 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     fine, lengths = pieces(layout, rank, block), np.array(layout.lengths)
     rows = [_Rows.of(lengths, block, level) for level in range(1, levels + 1)]
     mine = fine.block.numpy()
-    tiles = pieces(layout, rank, _tile_rows(block)).local
+    tiles = pieces(layout, rank, tile_rows(block)).local
     document, position = tiles.document.numpy(), tiles.position.numpy()
     means, blocks, weights, blocks_under, here = None, [], [], [], 0
     if levels > 1:
@@ -305,8 +305,8 @@ def _children(parents, rows, block):
     return np.where(found < stop[:, None], found, -1)
 
 
-def _tile_rows(block):
-    """A multiple of a block's size that divides its square."""
+def tile_rows(block):
+    """Queries of a tile for which coarse rows are listed: a multiple of a block's size that divides its square."""
     return block * max(n for n in range(1, block + 1) if block % n == 0 and (n == 1 or n * block <= TILE))
 
 

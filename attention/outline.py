@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from longspan.attention.hierarchy import Hierarchical
+from longspan.attention.hierarchy_tables import tile_rows
 from longspan.attention.linear_branch import WHOLE_BLOCK
 from longspan.attention.recompute import keep, recall
 from longspan.kernels.block_states import state_dtype
@@ -298,7 +299,9 @@ class _Sparse:
         """Blocks listed for the queries of this rank, on average over their places."""
         tokens, selection = self.outline.num_tokens_local, self.selection
         if isinstance(selection, Hierarchical):
-            return -(-tokens // selection.block) * (selection.keep * selection.levels + 1)
+            listed = selection.keep + self.causal  # under a mask what is around the queries as well
+            tiles = -(-tokens // tile_rows(selection.block))
+            return listed * (-(-tokens // selection.block) + tiles * (selection.levels - 1))
         longest = max(self.outline.lengths)
         blocks = -(-longest // selection.key_block)
         kept = int(kept_of(np.array(blocks), selection.keep))
