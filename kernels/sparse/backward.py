@@ -23,6 +23,8 @@ from longspan.kernels.sparse.tiles import (
     store_tile,
 )
 
+SPANS, ADDING = 32, 4096  # most key blocks of a program that adds parts, and so many programs before they get more
+
 
 @triton.jit
 def rows_kernel(
@@ -197,35 +199,50 @@ def alone(item_ptr, KEY_HEADS: tl.constexpr, GROUPS: tl.constexpr):
     return (GROUPS == KEY_HEADS) & (tl.load(item_ptr + 1) - tl.load(item_ptr) == 1)
 
 
-@triton.jit(do_not_specialize=["num_columns", "items"])
+@triton.jit(do_not_specialize=["num_columns", "items", "span"])
 def add_kernel(
     parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, share_k, share_v, share_size, share_up,
-    num_columns, items, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DEPTH: tl.constexpr, KEYS: tl.constexpr,
+    num_columns, items, span, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPTH: tl.constexpr, KEYS: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [T, KEY_HEADS, D] of one key block and head: the parts of its lists, in order, and shares; not of those
-    alone."""
+    """dk, dv [T, KEY_HEADS, D] of `span` key blocks, at most SPANS, and a head: the parts of their lists, in order, and
+    shares; not of those alone, which a program sees at a glance."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
-    column, key_head = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS
-    listed = (key_head * LISTS // KEY_HEADS).to(tl.int64)
-    if not alone(item_ptr + listed * (num_columns + 1) + column, KEY_HEADS, GROUPS):
-        inside = tl.arange(0, KEYS)
-        there = inside < tl.load(k_length + column)
-        dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
-        for turn in range(0, GROUPS // KEY_HEADS):
-            group = key_head * (GROUPS // KEY_HEADS) + turn
-            ends = item_ptr + (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
-            for item in range(tl.load(ends), tl.load(ends + 1)):
-                at = (tl.full([], group, tl.int64) * items + item) * KEYS * D
-                dk += load_tile(parts_dk + at, inside, D, 0, there, D, BLOCK_D)
-                dv += load_tile(parts_dv + at, inside, D, 0, there, D, BLOCK_D)
-        if DEPTH:
-            STRIDE: tl.constexpr = KEY_HEADS * D
-            dk = add_share(dk, share_k, key_head * D, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
-            dv = add_share(dv, share_v, key_head * D, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
-        at = (tl.load(k_start + column).to(tl.int64) * KEY_HEADS + key_head) * D
-        store_tile(dk_ptr + at, inside, KEY_HEADS * D, 0, there, dk, D, BLOCK_D)
-        store_tile(dv_ptr + at, inside, KEY_HEADS * D, 0, there, dv, D, BLOCK_D)
+    STRIDE: tl.constexpr = KEY_HEADS * D
+    begin, key_head = tl.program_id(0) // KEY_HEADS * span, tl.program_id(0) % KEY_HEADS
+    stop = tl.minimum(begin + span, num_columns)
+    ends = item_ptr + (key_head * LISTS // KEY_HEADS).to(tl.int64) * (num_columns + 1)
+    index = begin + tl.arange(0, SPANS)
+    count = tl.load(ends + index + 1, mask=index < stop, other=1) - tl.load(ends + index, mask=index < stop, other=0)
+    if (GROUPS != KEY_HEADS) | (tl.max((count != 1).to(tl.int32)) > 0):
+        for column in range(begin, stop):
+            if not alone(ends + column, KEY_HEADS, GROUPS):
+                inside = tl.arange(0, KEYS)
+                there = inside < tl.load(k_length + column)
+                dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
+                for turn in range(0, GROUPS // KEY_HEADS):
+                    group = key_head * (GROUPS // KEY_HEADS) + turn
+                    at = item_ptr + (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
+                    for item in range(tl.load(at), tl.load(at + 1)):
+                        part = (tl.full([], group, tl.int64) * items + item) * KEYS * D
+                        dk += load_tile(parts_dk + part, inside, D, 0, there, D, BLOCK_D)
+                        dv += load_tile(parts_dv + part, inside, D, 0, there, D, BLOCK_D)
+                if DEPTH:
+                    dk = add_share(dk, share_k, key_head * D, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
+                    dv = add_share(dv, share_v, key_head * D, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
+                to = (tl.load(k_start + column).to(tl.int64) * KEY_HEADS + key_head) * D
+                store_tile(dk_ptr + to, inside, STRIDE, 0, there, dk, D, BLOCK_D)
+                store_tile(dv_ptr + to, inside, STRIDE, 0, there, dv, D, BLOCK_D)
+
+
+def add_parts(parts, dk, dv, plan, shares, depth, block_d):
+    """Launches add_kernel, with more key blocks to a program where there are many. shares: its arguments."""
+    columns, (_, heads, head_dim), items = len(plan.keys), dk.shape, plan.item_col.shape[1]
+    span = min(SPANS, max(1, columns * heads // ADDING))
+    add_kernel[(triton.cdiv(columns, span) * heads,)](
+        *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, *shares, columns, items, span,
+        heads, plan.heads, head_dim, block_d, depth, plan.keys.size, SPANS, num_warps=plan.keys.size // 8,
+    )  # fmt: skip
 
 
 @triton.jit

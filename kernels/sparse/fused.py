@@ -4,7 +4,7 @@ import torch
 
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse import hopper
-from longspan.kernels.sparse.backward import add_kernel, keys_kernel, queries_kernel, rows_kernel, shares_kernel
+from longspan.kernels.sparse.backward import add_parts, keys_kernel, queries_kernel, rows_kernel, shares_kernel
 from longspan.kernels.sparse.forward import forward_kernel
 from longspan.kernels.sparse.plan import BlockPlan
 from longspan.kernels.sparse.rules import arguments
@@ -96,10 +96,7 @@ def backward(
         **(tile | {"ROWS": rows_at_once}), DEPTH=depth, PARTS=tile["ROWS"] // rows_at_once, GATHER=turn // rows_at_once,
         CHUNK=plan.chunk, **_options(q, plan.keys.size, 1),
     )  # fmt: skip
-    add_kernel[(num_columns * k.shape[1],)](
-        *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, *given, num_columns, items,
-        k.shape[1], plan.heads, head_dim, tile["BLOCK_D"], depth, plan.keys.size, num_warps=plan.keys.size // 8,
-    )  # fmt: skip
+    add_parts(parts, dk, dv, plan, given, depth, tile["BLOCK_D"])
     return dq, dk, dv
 
 

@@ -12,6 +12,7 @@ from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, Shares, Tre
 from longspan.kernels.sparse import plan as plan_module
 
 fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
+backward = pytest.importorskip("longspan.kernels.sparse.backward", reason="Triton is not installed")
 lists_triton = pytest.importorskip("longspan.kernels.sparse.lists_triton", reason="Triton is not installed")
 LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 SCALE = 0.3
@@ -334,7 +335,7 @@ def make_shares(blocks, heads, dim):
 
 @pytest.mark.parametrize("form", [fused, gathered], ids=["fused", "gathered"])
 @pytest.mark.parametrize("name", ["ragged", "packed heads", "list per query head", "keys for one head", "nothing"])
-def test_gradients_of_means_come_to_keys(form, name):
+def test_gradients_of_means_come_to_keys(form, name, monkeypatch):
     """With every form of list: of one part, of several that are added, none; and into tensors that are given."""
     nothing = (lambda queries, keys, heads: torch.full((heads, len(queries), 1), -1)) if name == "nothing" else None
     plan, q, k, v, d_out, _ = make("ragged" if nothing else name, nothing)
@@ -348,6 +349,8 @@ def test_gradients_of_means_come_to_keys(form, name):
     assert actual[1] is into[0] and actual[2] is into[1]
     for x, y, more in zip(actual, plain, (0, *wanted), strict=True):
         torch.testing.assert_close(x.double(), y.double() + more, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(backward, "ADDING", 2)  # several key blocks to a program that adds parts
+    assert all(map(torch.equal, form.backward(*given, shares=shares), actual))
     alone = torch.zeros_like(k), torch.zeros_like(v)
     fused._with_shares(*alone, plan.keys, shares)  # as after kernels that know no shares
     for x, more in zip(alone, wanted, strict=True):

@@ -3,7 +3,7 @@
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from longspan.kernels.sparse.backward import add_kernel
+from longspan.kernels.sparse.backward import add_parts
 from longspan.kernels.sparse.hopper.attend import forward_kernel
 from longspan.kernels.sparse.hopper.keys import keys_kernel
 from longspan.kernels.sparse.hopper.queries import queries_kernel
@@ -52,10 +52,7 @@ def backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto):
         plan.col_idx.shape[1], *_heads(q, k, plan), size, length, plan.chunk, plan.causal, weighted, KEY_STAGES,
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
-    add_kernel[(len(plan.keys) * k.shape[1],)](
-        *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, *(dk,) * 4, len(plan.keys), items,
-        k.shape[1], plan.heads, head_dim, head_dim, 0, size, num_warps=size // 8,
-    )  # fmt: skip
+    add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)
 
 
 def _most(registers):
