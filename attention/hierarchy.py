@@ -13,7 +13,7 @@ import torch
 
 from longspan.attention.hierarchy_tables import HierarchyTables, hierarchy_tables
 from longspan.attention.selections import gathered_sums, piece_sums, total_sums
-from longspan.kernels.sparse import descend, pool, top
+from longspan.kernels.sparse import descend, mean_levels, pool, top
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,11 @@ class Hierarchical:
         return seq.derive(hierarchy_tables, self.block, self.keep, self.levels, causal)
 
     def coarse(self, k, v, tables, gather):
-        """Means of keys and values, level after level, in the dtype of k: [rows, Hkv, D] each, with gradients. Of level
-        1, where there is another, those of this rank's rows."""
+        """Means of keys and values, level after level, in the dtype of k: [rows, Hkv, D] each, with gradients unless
+        tables.tree says where these go. Of level 1, where there is another, those of this rank's rows."""
+        if tables.tree is not None:
+            with torch.no_grad():
+                return mean_levels((k, v), tables.own_levels, tables.size).split(k.shape[1], 1)
         here, levels = _sums((k, v), tables, gather)
         if tables.means is not None:
             levels.insert(0, here if tables.keys.whole else total_sums(here, tables.means.totals, gather))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from longspan.attention.block_tables import Pieces, Totals, pieces, router_totals
-from longspan.kernels.sparse import BlockPlan, Blocks, Families, Ranges
+from longspan.kernels.sparse import BlockPlan, Blocks, Families, Ranges, Tree
 from longspan.parallel.layout import Layout, Span
 
 TILE = 128  # most queries of a tile, where a fine block has fewer
@@ -56,8 +56,9 @@ class HierarchyTables:
     all under one row of level 2 see the same, in larger tiles than those of fine blocks. coarse_blocks, coarse_weight:
     blocks of the rows that are here but those of the last level, coarse_rows; chunk: of their plans. dense: the plan
     over all rows of the last level, dense_rows, which follows from the layout alone. diagonal: int32 [local pieces, 1
-    or 0]. full: no list of blocks will have a -1: there is enough to choose from everywhere, and no row has two blocks
-    under it."""
+    or 0]. tree: on one rank of whole documents, where the gradients of means go within the attention; None where they
+    go back as means were made. full: no list of blocks will have a -1: there is enough to choose from everywhere,
+    and no row has two blocks under it."""
 
     queries: Pieces
     keys: Pieces
@@ -77,7 +78,13 @@ class HierarchyTables:
     dense: BlockPlan
     dense_rows: slice
     diagonal: torch.Tensor
+    tree: Tree | None
     full: bool
+
+    @property
+    def own_levels(self) -> tuple[Blocks, ...]:
+        """The blocks of every level, each of rows of the one before, where all are here."""
+        return (self.keys.local, *([] if self.means is None else [self.runs]), *self.under)
 
     def map(self, move) -> "HierarchyTables":
         """The same with every tensor passed through `move`."""
@@ -99,7 +106,7 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     fine, lengths = pieces(layout, rank, block), np.array(layout.lengths)
     rows = [_Rows.of(lengths, block, level) for level in range(1, levels + 1)]
     mine = fine.block.numpy()
-    tiles = pieces(layout, rank, _tile_rows(block)).local
+    tiles = pieces(layout, rank, tile_rows(block)).local
     document, position = tiles.document.numpy(), tiles.position.numpy()
     means, blocks, weights, blocks_under, here = None, [], [], [], 0
     if levels > 1:
@@ -131,7 +138,11 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     stop = first + last.place[chosen_for] if causal else last.base[last.document[chosen_for] + 1]
     router = last.router(causal) if levels > 1 else np.arange(len(chosen_for))
     tables.append(Level(_int32(router), Ranges.of(first, stop, keep)))
-    everywhere = pieces(layout, rank, block ** min(levels, 2))
+    everywhere, tree = pieces(layout, rank, block ** min(levels, 2)), None
+    if layout.world_size == 1 and fine.whole and everywhere.whole:
+        base = np.cumsum([len(level.place) for level in rows])
+        ups = [level.parent + first for level, first in zip(rows[:-1], base)] + [np.full(len(last.place), -1)]
+        tree = Tree(torch.cat(sizes), _int32(np.concatenate(ups)), levels)
     return HierarchyTables(
         fine,
         fine,
@@ -151,6 +162,7 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         dense=_dense_plan(last, lengths, tiles, causal),
         dense_rows=slice(dense_from, dense_from + len(last.place)),
         diagonal=_int32(mine[:, None] if causal else np.zeros((len(mine), 0))),
+        tree=tree,
         full=full,
     )
 
@@ -293,8 +305,8 @@ def _children(parents, rows, block):
     return np.where(found < stop[:, None], found, -1)
 
 
-def _tile_rows(block):
-    """A multiple of a block's size that divides its square."""
+def tile_rows(block):
+    """Queries of a tile for which coarse rows are listed: a multiple of a block's size that divides its square."""
     return block * max(n for n in range(1, block + 1) if block % n == 0 and (n == 1 or n * block <= TILE))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from longspan.attention.hierarchy import Hierarchical
+from longspan.attention.hierarchy_tables import tile_rows
 from longspan.attention.linear_branch import WHOLE_BLOCK
 from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import ranks_at_once
@@ -274,7 +275,7 @@ class _Sparse:
         out, lse, lists, arrived, _ = kept
         rows = self._coarse_rows()
         coarse = [x.new_empty(sum(rows), *x.shape[1:]) for x in (k, v)] if rows else []
-        sums = [] if self.outline.gpu else self._segment_sums(rows, k, v)
+        sums = [] if self.outline.gpu or self.outline.world_size == 1 else self._segment_sums(rows, k, v)
         states = self.branch.states(*own, q, k, v) if self.branch else ()
         return torch.empty_like(out) if self.branch else out, (*coarse, *sums, *states, out, lse, *arrived[:2])
 
@@ -314,7 +315,9 @@ class _Sparse:
         """Blocks listed for the queries of this rank, on average over their places."""
         tokens, selection = self.outline.num_tokens_local, self.selection
         if isinstance(selection, Hierarchical):
-            return -(-tokens // selection.block) * (selection.keep * selection.levels + 1)
+            listed = selection.keep + self.causal  # under a mask what is around the queries as well
+            tiles = -(-tokens // tile_rows(selection.block))
+            return listed * (-(-tokens // selection.block) + tiles * (selection.levels - 1))
         longest = max(self.outline.lengths)
         blocks = -(-longest // selection.key_block)
         kept = int(kept_of(np.array(blocks), selection.keep))

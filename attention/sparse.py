@@ -17,7 +17,7 @@ from longspan.attention.ranges import SPARSE, of_component
 from longspan.attention.recompute import keep, recall
 from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
-from longspan.kernels.sparse import BlockPlan, choose
+from longspan.kernels.sparse import BlockPlan, Shares, choose
 
 
 @torch.compiler.disable
@@ -99,21 +99,22 @@ class _Attention(torch.autograd.Function):
             result = branch.output(out, *own, v, *states, weight, bias)
         saved = coarse_k, coarse_v, weight, bias, own_q, own_k, *states
         ctx.save_for_backward(q, k, v, out.detach(), lse, *saved, *arrived)
-        ctx.rest = parts, group, scale, branch
+        ctx.rest = parts, group, scale, getattr(tables, "tree", None), branch
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
         q, k, v, out, lse, coarse_k, coarse_v, weight, bias, own_q, own_k, states, totals, *arrived = ctx.saved_tensors
-        parts, group, scale, branch = ctx.rest
+        parts, group, scale, tree, branch = ctx.rest
         d_out, d_branch, work = d_out.contiguous(), [None] * 4, None
         if branch is not None:
             mine = q if own_q is None else own_q, k if own_k is None else own_k, v
             d_own_q, d_weight, d_bias, work = branch.start_backward(d_out, *mine, states, totals, weight)
             d_branch[:2] = d_weight.to(weight.dtype), d_bias.to(bias.dtype)
         given = q, (k, v), (coarse_k, coarse_v), out, lse, arrived, parts, group, scale
-        gradients = gradients_of(d_out, *given, branch, work, d_own_q if branch and own_q is None else None)
+        onto = d_own_q if branch and own_q is None else None
+        gradients = gradients_of(d_out, *given, tree, branch, work, onto)
         if branch is not None:
             onto = (gradients[1] if own_k is None else None), gradients[2]
             d_own_k, gradients[2] = branch.gradients(parts[0], *mine[1:], work, onto)
@@ -188,30 +189,35 @@ def attend(q, local, coarse, here, fetched, remote, group, scale):
     return found[0].to(q.dtype), found[1], parts, arrived
 
 
-def gradients_of(d_out, q, local, coarse, out, lse, arrived, parts, group, scale, branch=None, work=None, dq=None):
+def gradients_of(
+    d_out, q, local, coarse, out, lse, arrived, parts, group, scale, tree=None, branch=None, work=None, dq=None
+):  # fmt: skip
     """Gradients of q, local keys and values, in at least fp32 where several are added, and of coarse keys and values.
-    What arrived comes first: its gradients are on their way back while those of what is here are made. work: of the
+    What arrived comes first: its gradients are on their way back while those of what is here are made. tree: of the
+    coarse rows, if their gradients are to go on to the local keys and values, which come last. work: of the
     branch, or None; its gradients of what arrived go back with the others, those of local tensors are left out. dq:
     what gradients of queries are added to, or None."""
     here, remote = ([part for part in parts if part.remote == there] for there in (False, True))
-    own = {False: local, True: [x if x is None else torch.zeros_like(x) for x in coarse]}
+    own = {False: local, True: coarse}
+    if coarse[0] is not None:  # with a tree all of them are of parts that are here
+        own[True] = [x.new_empty(x.shape) if tree is not None else x.new_zeros(x.shape) for x in coarse]
     sums, returning, arrived = {}, [], list(zip(arrived[::2], arrived[1::2], strict=True))
     for number, part in enumerate(remote[::-1] + here, 1):
         keys, values = arrived.pop() if part.remote else _keys_of(part, local, coarse)
+        into = [x[part.rows] for x in own[True]] if part.coarse and not part.remote else None
         if not q.shape[0] or not len(part.plan.keys):
-            gradients = torch.zeros_like(keys), torch.zeros_like(values)
+            gradients = [torch.zeros_like(x) for x in (keys, values)] if into is None else [x.zero_() for x in into]
         else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
             if form not in sums:
                 sums[form] = form.row_sums(d_out, None, out, lse)
-            more = {"rows": sums[form], "onto": dq}
+            more = {"rows": sums[form], "onto": dq, "into": into}
+            if tree is not None and not part.coarse:
+                more["shares"] = Shares(tree, *own[True])
             more["dtype"] = q.dtype if number == len(parts) else _sum_dtype(q, len(parts))
             dq, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale, **more)
         if not part.remote:
-            if part.coarse:
-                for total, x in zip(own[True], gradients):
-                    total[part.rows] = x
-            else:
+            if not part.coarse:
                 own[False] = gradients
             continue
         if work is not None and branch.rest and keys.shape[0]:

@@ -10,7 +10,7 @@ from longspan.benchmarks import linear_cases
 from longspan.benchmarks.linear_cases import Problem
 from longspan.benchmarks.linear_peers import IMPLEMENTATIONS
 from longspan.benchmarks.parallel_tuning import compile_in_parallel
-from longspan.benchmarks.worker import describe, launched_kernels, time_calls
+from longspan.benchmarks.worker import captured, describe, launched_kernels, time_calls
 
 ROTATED_BYTES = 256 << 20  # input sets are rotated until they weigh this, several times an L2 cache
 
@@ -69,18 +69,8 @@ def _eager(step: Step) -> dict:
 
 def _graph(step: Step) -> dict:
     """The same calls inside CUDA graphs, one for each input set: no host in the way."""
-    calls = _calls(step, step.direction, min(4, _num_sets(step.problem)))
-    side, graphs = torch.cuda.Stream(), []
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    for call in calls:
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1], pool=graphs[0].pool() if len(graphs) > 1 else None):
-            call()
-    return time_calls([graph.replay for graph in graphs], step.problem.device, step.seconds)
+    calls = captured(_calls(step, step.direction, min(4, _num_sets(step.problem))))
+    return time_calls(calls, step.problem.device, step.seconds)
 
 
 def _copy(step: Step) -> dict:

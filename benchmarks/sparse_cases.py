@@ -9,7 +9,7 @@ import torch
 from longspan.attention import Hierarchical, LinearBranch, TopBlocks, sparse, sparse_attention
 from longspan.attention.gather_rows import Ranks
 from longspan.benchmarks.sparse_peers import PEERS, Problem
-from longspan.benchmarks.worker import launched_kernels, time_calls
+from longspan.benchmarks.worker import captured, launched_kernels, time_calls
 from longspan.kernels import softmax
 from longspan.kernels.sparse import BlockPlan
 from longspan.launcher.parsing import parse_tokens
@@ -162,7 +162,13 @@ class Bench:
         return found
 
     def sparse(self):
-        return self.measured(self.ours())
+        """graph: milliseconds in a CUDA graph, without the host, as where several layers are queued."""
+        calls = self.ours()
+        found = self.measured(calls)
+        if self.device.type == "cuda":
+            for name, call in calls.items():
+                found[name]["graph"] = self.time(captured([call])[0])["ms"]
+        return found
 
     def peer(self, name):
         """Another library's, and how far its output is from longspan's where both do the same."""

@@ -58,6 +58,7 @@ def table(rows: list[dict]) -> str:
         line = {"case": row["name"]}
         for short, direction in (("f", "forward"), ("fb", "forward+backward")):
             line[f"{short} ms"] = _number(made, direction, "ms")
+            line[f"{short} graph"] = _number(made, direction, "graph")
             line[f"{short} dense"] = _number(dense, direction, "ms")
             line[f"{short} x"] = _number(made, direction, "speedup", pattern="{:.1f}")
             line[f"{short} E"] = _number(made, direction, "efficiency")

@@ -5,8 +5,9 @@ import torch
 from longspan.kernels.sparse import gathered
 from longspan.kernels.sparse.descend import Families, descend
 from longspan.kernels.sparse.plan import BlockPlan, Blocks
-from longspan.kernels.sparse.pool import pool
+from longspan.kernels.sparse.pool import mean_levels, pool
 from longspan.kernels.sparse.rules import Boxes, Picks
+from longspan.kernels.sparse.shares import Shares, Tree
 from longspan.kernels.sparse.top import Ranges, kept_of, top
 
 __all__ = [
@@ -16,9 +17,12 @@ __all__ = [
     "Families",
     "Picks",
     "Ranges",
+    "Shares",
+    "Tree",
     "choose",
     "descend",
     "kept_of",
+    "mean_levels",
     "pool",
     "top",
 ]

@@ -9,6 +9,7 @@ With P = exp(scores - lse) and delta = rowsum(d_out . out) - d_lse:
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.sparse.tiles import (
     LOG2E,
+    add_share,
     chose,
     in_box,
     key_rows,
@@ -22,20 +23,24 @@ from longspan.kernels.sparse.tiles import (
     store_tile,
 )
 
+SPANS, ADDING = 32, 4096  # most key blocks of a program that adds parts, and so many programs before they get more
+
 
 @triton.jit
 def rows_kernel(
     d_out_ptr, out_ptr, lse_ptr, d_lse_ptr, rows_ptr, d_out_stride_t, d_out_stride_h, count,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, D_LSE: tl.constexpr,
 ):  # fmt: skip
     """lse in base 2 and delta of every row and head -> [T, HEADS, 2]; count: T * HEADS."""
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row, head, valid = index // HEADS, index % HEADS, index < count
     d_out = load_tile(d_out_ptr, row, d_out_stride_t, head * d_out_stride_h, valid, D, BLOCK_D).to(tl.float32)
     out = load_tile(out_ptr, index, D, index * 0, valid, D, BLOCK_D).to(tl.float32)
-    d_lse = tl.load(d_lse_ptr + index, mask=valid, other=0.0)
+    delta = tl.sum(d_out * out, 1)
+    if D_LSE:
+        delta -= tl.load(d_lse_ptr + index, mask=valid, other=0.0)
     tl.store(rows_ptr + index * 2, tl.load(lse_ptr + index, mask=valid) * LOG2E, mask=valid)
-    tl.store(rows_ptr + index * 2 + 1, tl.sum(d_out * out, 1) - d_lse, mask=valid)
+    tl.store(rows_ptr + index * 2 + 1, delta, mask=valid)
 
 
 @triton.jit
@@ -104,15 +109,15 @@ def keys_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, parts_dk, parts_dv, dk_ptr, dv_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col,
     weight_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, d_out_stride_t, d_out_stride_h,
-    scale, num_columns, items, capacity, rule_rows, rule_keys, guard,
+    scale, num_columns, items, capacity, share_k, share_v, share_size, share_up, rule_rows, rule_keys, guard,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, GATHER: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr,
-    CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr,
-    CHOICES: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, GATHER: tl.constexpr, KEYS: tl.constexpr,
+    PACK: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, RULE: tl.constexpr,
+    RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part of dk and dv of one key block from CHUNK query blocks of its list, all query heads that share list and keys:
-    fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS); or all of it at once, see `alone`. Query blocks
-    are taken GATHER at a time, or in PARTS."""
+    fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS); or all of it at once, see `alone`, where DEPTH is
+    not 0 with its shares in gradients of means. Query blocks are taken GATHER at a time, or in PARTS."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     TURNS: tl.constexpr = HEADS // GROUPS // PACK * PARTS
     item, group = tl.program_id(0) % items, tl.program_id(0) // items
@@ -175,6 +180,10 @@ def keys_kernel(
             dk = tl.dot(d_scores, q, dk, input_precision=PRECISION)
         dk *= scale
         if alone(item_ptr + listed * (num_columns + 1) + column, KEY_HEADS, GROUPS):
+            if DEPTH:
+                STRIDE: tl.constexpr = KEY_HEADS * D
+                dk = add_share(dk, share_k, key_head * D, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
+                dv = add_share(dv, share_v, key_head * D, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
             at = (key_first * KEY_HEADS + key_head) * D
             store_tile(dk_ptr + at, inside, KEY_HEADS * D, 0, there, dk, D, BLOCK_D)
             store_tile(dv_ptr + at, inside, KEY_HEADS * D, 0, there, dv, D, BLOCK_D)
@@ -190,26 +199,66 @@ def alone(item_ptr, KEY_HEADS: tl.constexpr, GROUPS: tl.constexpr):
     return (GROUPS == KEY_HEADS) & (tl.load(item_ptr + 1) - tl.load(item_ptr) == 1)
 
 
-@triton.jit(do_not_specialize=["num_columns", "items"])
+@triton.jit(do_not_specialize=["num_columns", "items", "span"])
 def add_kernel(
-    parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, num_columns, items,
-    KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+    parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, share_k, share_v, share_size, share_up,
+    num_columns, items, span, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPTH: tl.constexpr, KEYS: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [T, KEY_HEADS, D] of one key block and head: the parts of its lists, in order; not of those alone."""
+    """dk, dv [T, KEY_HEADS, D] of `span` key blocks, at most SPANS, and a head: the parts of their lists, in order, and
+    shares; not of those alone, which a program sees at a glance."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
-    column, key_head = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS
-    listed = (key_head * LISTS // KEY_HEADS).to(tl.int64)
-    if not alone(item_ptr + listed * (num_columns + 1) + column, KEY_HEADS, GROUPS):
-        inside = tl.arange(0, KEYS)
-        there = inside < tl.load(k_length + column)
-        dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
-        for turn in range(0, GROUPS // KEY_HEADS):
-            group = key_head * (GROUPS // KEY_HEADS) + turn
-            ends = item_ptr + (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
-            for item in range(tl.load(ends), tl.load(ends + 1)):
-                at = (tl.full([], group, tl.int64) * items + item) * KEYS * D
-                dk += load_tile(parts_dk + at, inside, D, 0, there, D, BLOCK_D)
-                dv += load_tile(parts_dv + at, inside, D, 0, there, D, BLOCK_D)
-        at = (tl.load(k_start + column).to(tl.int64) * KEY_HEADS + key_head) * D
-        store_tile(dk_ptr + at, inside, KEY_HEADS * D, 0, there, dk, D, BLOCK_D)
-        store_tile(dv_ptr + at, inside, KEY_HEADS * D, 0, there, dv, D, BLOCK_D)
+    STRIDE: tl.constexpr = KEY_HEADS * D
+    begin, key_head = tl.program_id(0) // KEY_HEADS * span, tl.program_id(0) % KEY_HEADS
+    stop = tl.minimum(begin + span, num_columns)
+    ends = item_ptr + (key_head * LISTS // KEY_HEADS).to(tl.int64) * (num_columns + 1)
+    index = begin + tl.arange(0, SPANS)
+    count = tl.load(ends + index + 1, mask=index < stop, other=1) - tl.load(ends + index, mask=index < stop, other=0)
+    if (GROUPS != KEY_HEADS) | (tl.max((count != 1).to(tl.int32)) > 0):
+        for column in range(begin, stop):
+            if not alone(ends + column, KEY_HEADS, GROUPS):
+                inside = tl.arange(0, KEYS)
+                there = inside < tl.load(k_length + column)
+                dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
+                for turn in range(0, GROUPS // KEY_HEADS):
+                    group = key_head * (GROUPS // KEY_HEADS) + turn
+                    at = item_ptr + (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
+                    for item in range(tl.load(at), tl.load(at + 1)):
+                        part = (tl.full([], group, tl.int64) * items + item) * KEYS * D
+                        dk += load_tile(parts_dk + part, inside, D, 0, there, D, BLOCK_D)
+                        dv += load_tile(parts_dv + part, inside, D, 0, there, D, BLOCK_D)
+                if DEPTH:
+                    dk = add_share(dk, share_k, key_head * D, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
+                    dv = add_share(dv, share_v, key_head * D, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
+                to = (tl.load(k_start + column).to(tl.int64) * KEY_HEADS + key_head) * D
+                store_tile(dk_ptr + to, inside, STRIDE, 0, there, dk, D, BLOCK_D)
+                store_tile(dv_ptr + to, inside, STRIDE, 0, there, dv, D, BLOCK_D)
+
+
+def add_parts(parts, dk, dv, plan, shares, depth, block_d):
+    """Launches add_kernel, with more key blocks to a program where there are many. shares: its arguments."""
+    columns, (_, heads, head_dim), items = len(plan.keys), dk.shape, plan.item_col.shape[1]
+    span = min(SPANS, max(1, columns * heads // ADDING))
+    add_kernel[(triton.cdiv(columns, span) * heads,)](
+        *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, *shares, columns, items, span,
+        heads, plan.heads, head_dim, block_d, depth, plan.keys.size, SPANS, num_warps=plan.keys.size // 8,
+    )  # fmt: skip
+
+
+@triton.jit
+def shares_kernel(
+    dk_ptr, dv_ptr, k_start, k_length, share_k, share_v, share_size, share_up,
+    KEY_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DEPTH: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Adds shares in gradients of means to dk, dv [T, KEY_HEADS, D] of one key block and head."""
+    STRIDE: tl.constexpr = KEY_HEADS * D
+    column, head_at = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS * D
+    inside = tl.arange(0, KEYS)
+    there = inside < tl.load(k_length + column)
+    at = tl.load(k_start + column).to(tl.int64) * STRIDE + head_at
+    dk = load_tile(dk_ptr + at, inside, STRIDE, 0, there, D, BLOCK_D).to(tl.float32)
+    dk = add_share(dk, share_k, head_at, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
+    store_tile(dk_ptr + at, inside, STRIDE, 0, there, dk, D, BLOCK_D)
+    dv = load_tile(dv_ptr + at, inside, STRIDE, 0, there, D, BLOCK_D).to(tl.float32)
+    dv = add_share(dv, share_v, head_at, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
+    store_tile(dv_ptr + at, inside, STRIDE, 0, there, dv, D, BLOCK_D)

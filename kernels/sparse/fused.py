@@ -4,7 +4,7 @@ import torch
 
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse import hopper
-from longspan.kernels.sparse.backward import add_kernel, keys_kernel, queries_kernel, rows_kernel
+from longspan.kernels.sparse.backward import add_parts, keys_kernel, queries_kernel, rows_kernel, shares_kernel
 from longspan.kernels.sparse.forward import forward_kernel
 from longspan.kernels.sparse.plan import BlockPlan
 from longspan.kernels.sparse.rules import arguments
@@ -53,26 +53,30 @@ def row_sums(d_out, d_lse, out, lse) -> torch.Tensor:
     """fp32 [Tq, Hq, 2]: lse in base 2, and delta. d_lse: [Tq, Hq] or None."""
     d_out, rows = unit_stride(d_out), lse.new_empty(*lse.shape, 2)
     if lse.numel():
-        d_lse = torch.zeros_like(lse) if d_lse is None else d_lse.float().contiguous()
         rows_kernel[(-(-lse.numel() // 64),)](
-            d_out, out.contiguous(), lse.contiguous(), d_lse, rows, *d_out.stride()[:2], lse.numel(), *out.shape[1:],
-            padded(out.shape[2]), 64,
+            d_out, out.contiguous(), lse.contiguous(), lse if d_lse is None else d_lse.float().contiguous(), rows,
+            *d_out.stride()[:2], lse.numel(), *out.shape[1:], padded(out.shape[2]), 64, d_lse is not None,
         )  # fmt: skip
     return rows
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None):
+def backward(
+    d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None, into=None,
+    shares=None,
+):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv in those of k and v); d_lse: [Tq, Hq] or None. out and lse: of all keys that
     the queries see, also where the plan lists some of them. rows: their row_sums, if known; onto: dq of other keys, to
-    which that of the plan is added; it may be overwritten."""
+    which that of the plan is added; it may be overwritten. into: contiguous tensors for dk and dv. shares: Shares of
+    the keys and values in gradients of their means, to be added to dk and dv."""
     d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
-    dk, dv, dtype = k.new_empty(k.shape), v.new_empty(v.shape), dtype or q.dtype
+    dk, dv = into or (k.new_empty(k.shape), v.new_empty(v.shape))
+    dtype = dtype or q.dtype
     dq = onto if onto is not None and onto.dtype == dtype else q.new_empty(q.shape, dtype=dtype)
     tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
     rows = row_sums(d_out, d_lse, out, lse) if rows is None else rows
     if hopper.takes(q, plan, tile["ROWS"], scale):
         hopper.backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, tile["PACK"], onto)
-        return dq, dk, dv
+        return dq, *_with_shares(dk, dv, plan.keys, shares)
     if lse.numel():
         queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
             q, k, v, d_out, rows, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out), scale,
@@ -81,21 +85,36 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, row
         )  # fmt: skip
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
-        return dq, dk.zero_(), dv.zero_()
+        return dq, *_with_shares(dk.zero_(), dv.zero_(), plan.keys, shares)
     parts = [q.new_empty(groups, items, plan.keys.size, head_dim, dtype=torch.float32) for _ in range(2)]
     turn = _beside(q, plan.keys.size, TURN)
     tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], turn)
+    given, depth = _shares(shares, dk)
     keys_kernel[(items * groups,)](
         q, k, v, d_out, rows, *parts, dk, dv, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col,
-        tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1],
-        **(tile | {"ROWS": rows_at_once}), PARTS=tile["ROWS"] // rows_at_once, GATHER=turn // rows_at_once,
+        tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1], *given,
+        **(tile | {"ROWS": rows_at_once}), DEPTH=depth, PARTS=tile["ROWS"] // rows_at_once, GATHER=turn // rows_at_once,
         CHUNK=plan.chunk, **_options(q, plan.keys.size, 1),
     )  # fmt: skip
-    add_kernel[(num_columns * k.shape[1],)](
-        *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, num_columns, items,
-        k.shape[1], plan.heads, head_dim, tile["BLOCK_D"], plan.keys.size, num_warps=plan.keys.size // 8,
-    )  # fmt: skip
+    add_parts(parts, dk, dv, plan, given, depth, tile["BLOCK_D"])
     return dq, dk, dv
+
+
+def _with_shares(dk, dv, blocks, shares):
+    if shares is not None and len(blocks):
+        given, depth = _shares(shares, dk)
+        heads, head_dim = dk.shape[1:]
+        shares_kernel[(len(blocks) * heads,)](
+            dk, dv, blocks.start, blocks.length, *given, heads, head_dim, padded(head_dim), depth, blocks.size
+        )
+    return dk, dv
+
+
+def _shares(shares, unused):
+    """(arguments of kernels, depth); 0 for none."""
+    if shares is None:
+        return (unused,) * 4, 0
+    return (shares.k, shares.v, shares.tree.size, shares.tree.up), shares.tree.depth
 
 
 def _tile(q, k, plan):

@@ -29,9 +29,13 @@ def row_sums(d_out, d_lse, out, lse):
     """Nothing that backward would not make by itself."""
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None):
+def backward(
+    d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None, into=None,
+    shares=None,
+):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv); d_lse: [Tq, Hq] or None. out and lse: of all keys that the queries see,
-    also where the plan lists some of them. onto: dq of other keys, to which that of the plan is added."""
+    also where the plan lists some of them. onto: dq of other keys, to which that of the plan is added. into: tensors
+    for dk and dv. shares: Shares of the keys and values in gradients of their means, to be added to dk and dv."""
     wide = _wide(q)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     delta = (d_out.to(wide) * out.to(wide)).sum(-1)
@@ -45,7 +49,10 @@ def backward(d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, row
         batch.add(dk, d_scores.mT @ batch.queries(q))
         batch.add(dv, weights.mT @ d_rows)
     dq = dq if onto is None else dq.add_(onto)
-    return dq.to(dtype or q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    if shares is not None:
+        shares.add(dk, dv, plan.keys)
+    dk, dv = (dk.to(k.dtype), dv.to(v.dtype)) if into is None else (x.copy_(y) for x, y in zip(into, (dk, dv)))
+    return dq.to(dtype or q.dtype), dk, dv
 
 
 class _Batch:

@@ -13,6 +13,7 @@ from longspan.kernels.compiler import tl, triton
 TILE = 1024  # entries at once
 SCAN, SCAN_WARPS = 8192, 16  # counts at once
 BITS = tl.constexpr(32)  # rows of the smallest cell
+ORDERED = 16, 16  # items, and entries of each, that a program puts in order at once
 CELLS = 8  # most cells for an entry that lists have room for
 
 
@@ -59,9 +60,9 @@ def columns_triton(row_ptr, row_idx, num_cols: int, chunk: int, most_items: int)
         bits, *tile, 128,
     )  # fmt: skip
     if not bits:
-        order_kernel[(most_items * heads,)](
+        order_kernel[(triton.cdiv(most_items, ORDERED[0]) * heads,)](
             listed, before, col_ptr, item_ptr, item_col, col_idx, num_cols, num_cells, most_items, capacity, heads,
-            shift, chunk, triton.next_power_of_2(chunk), num_warps=2,
+            shift, chunk, *ORDERED,
         )  # fmt: skip
     return col_ptr, col_idx, item_ptr, item_col
 
@@ -258,26 +259,31 @@ def place_kernel(
 @triton.jit(do_not_specialize=["num_cols", "num_cells", "items", "capacity", "heads", "shift"])
 def order_kernel(
     listed_ptr, ends_ptr, col_ptr, item_ptr, item_col, col_idx, num_cols, num_cells, items, capacity, heads, shift,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, ITEMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Puts the CHUNK entries of an item where they belong among those of the same cells. ends: of cells in lists."""
-    item, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    column = tl.load(item_col + head * items + item)
-    if column < num_cols:
-        at = head * (num_cols + 1) + column
-        first, stop = tl.load(col_ptr + at), tl.load(col_ptr + at + 1)
-        listed_ptr += head * capacity
-        ends_ptr += head * num_cells * num_cols + column
-        begin = first + (item - tl.load(item_ptr + at)) * CHUNK
-        low = (tl.load(listed_ptr + begin) >> shift).to(tl.int64)
-        high = (tl.load(listed_ptr + tl.minimum(begin + CHUNK, stop) - 1) >> shift).to(tl.int64)
-        low = first + tl.load(ends_ptr + (low - 1) * num_cols, mask=low > 0, other=0)
-        high = first + tl.load(ends_ptr + high * num_cols)
-        inside = tl.arange(0, BLOCK)
-        mine = (inside < CHUNK) & (begin + inside < stop)
-        row = tl.load(listed_ptr + begin + inside, mask=mine, other=0)
-        smaller = tl.zeros([BLOCK], tl.int32)
-        for other in range(low, high, BLOCK):
-            others = tl.load(listed_ptr + other + inside, mask=other + inside < high, other=2**31 - 1)
-            smaller += tl.sum((others[None, :] < row[:, None]).to(tl.int32), 1)
-        tl.store(col_idx + head * capacity + low + smaller, row, mask=mine)
+    """Puts the entries of ITEMS items, at most CHUNK each, where they belong among those of the same cells, BLOCK of
+    each at once. ends: of cells in lists."""
+    item, head = tl.program_id(0) // heads * ITEMS + tl.arange(0, ITEMS), (tl.program_id(0) % heads).to(tl.int64)
+    column = tl.load(item_col + head * items + item, mask=item < items, other=num_cols)
+    there = column < num_cols
+    at = head * (num_cols + 1) + column
+    first, stop = tl.load(col_ptr + at, mask=there, other=0), tl.load(col_ptr + at + 1, mask=there, other=0)
+    listed_ptr += head * capacity
+    ends_ptr += head * num_cells * num_cols + column
+    begin = first + (item - tl.load(item_ptr + at, mask=there, other=0)) * CHUNK
+    stop = tl.minimum(begin + CHUNK, stop)
+    low = (tl.load(listed_ptr + begin, mask=there, other=0) >> shift).to(tl.int64)
+    high = (tl.load(listed_ptr + stop - 1, mask=there, other=0) >> shift).to(tl.int64)
+    low = first + tl.load(ends_ptr + (low - 1) * num_cols, mask=there & (low > 0), other=0)
+    high = first + tl.load(ends_ptr + high * num_cols, mask=there, other=0)
+    inside = tl.arange(0, BLOCK)[None, :]
+    for start in range(0, tl.max(stop - begin), BLOCK):
+        entry = begin[:, None] + start + inside
+        mine = entry < stop[:, None]
+        row = tl.load(listed_ptr + entry, mask=mine, other=0)
+        smaller = tl.zeros([ITEMS, BLOCK], tl.int32)
+        for turn in range(0, tl.max(high - low), BLOCK):
+            entry = low[:, None] + turn + inside
+            others = tl.load(listed_ptr + entry, mask=entry < high[:, None], other=2**31 - 1)
+            smaller += tl.sum((others[:, None, :] < row[:, :, None]).to(tl.int32), 2)
+        tl.store(col_idx + head * capacity + low[:, None] + smaller, row, mask=mine)

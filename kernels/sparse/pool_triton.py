@@ -10,16 +10,20 @@ ELEMENTS = 1024  # that a program adds at once: of one row of each of its blocks
 STEP = 8  # rows that are loaded before the first is added
 
 
-def pool_triton(several, blocks: Blocks, heads: int, mean: bool) -> torch.Tensor:
-    """See kernels.sparse.pool.pool."""
+def pool_triton(several, blocks: Blocks, heads: int, mean: bool, means=None, size=None, sums=True) -> torch.Tensor:
+    """See kernels.sparse.pool.pool, of one or two tensors. means: contiguous, alike, for the sums divided by size int32
+    [blocks]; without `sums` nothing else is written."""
     _, num_heads, head_dim = several[0].shape
-    out = several[0].new_empty(len(blocks), len(several) * heads, head_dim, dtype=torch.float32)
-    grid, tile = _tile(blocks, heads, head_dim)
-    for place, x in enumerate(map(unit_stride, several)):
-        pool_kernel[grid](
-            x, out[:, place * heads :], blocks.start, blocks.length, *x.stride()[:2], out.stride(0), len(blocks),
-            heads, num_heads // heads, head_dim, *tile, mean,
-        )  # fmt: skip
+    first, last = unit_stride(several[0]), unit_stride(several[-1])
+    if first.stride() != last.stride():
+        first, last = first.contiguous(), last.contiguous()
+    out = means if not sums else first.new_empty(len(blocks), len(several) * heads, head_dim, dtype=torch.float32)
+    (programs,), tile = _tile(blocks, heads, head_dim)
+    pool_kernel[(programs, len(several))](
+        first, last, out, out if means is None else means, blocks.start, blocks.length,
+        blocks.length if size is None else size, *first.stride()[:2], len(several) * heads * head_dim, len(blocks),
+        heads, num_heads // heads, head_dim, *tile, mean, sums, means is not None,
+    )  # fmt: skip
     return out
 
 
@@ -62,15 +66,18 @@ def _place(
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def pool_kernel(
-    x_ptr, out_ptr, start_ptr, length_ptr, stride_t, stride_h, out_stride, num_blocks,
+    x_ptr, second_ptr, out_ptr, means_ptr, start_ptr, length_ptr, size_ptr, stride_t, stride_h, out_stride, num_blocks,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
-    COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MEAN: tl.constexpr,
+    COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MEAN: tl.constexpr, SUMS: tl.constexpr,
+    MEANS: tl.constexpr,
 ):  # fmt: skip
-    """COUNT blocks and TOGETHER heads of out [blocks, HEADS, D], each the sum of GROUP heads of x. A thread adds rows
-    of its own columns: sums across warps would cost more than the loads."""
+    """COUNT blocks and TOGETHER heads of out [blocks, HEADS of x and of the second, D], each the sum of GROUP heads. A
+    thread adds rows of its own columns: sums across warps would cost more than the loads."""
     block, first, length, head, dim, there = _place(
         start_ptr, length_ptr, num_blocks, HEADS, D, BLOCK_D, TOGETHER, COUNT
     )  # fmt: skip
+    if tl.program_id(1) == 1:
+        x_ptr = second_ptr
     total = tl.zeros([COUNT, TOGETHER * BLOCK_D], tl.float32)
     for turn in range(0, GROUP):
         at = x_ptr + first * stride_t + ((head * GROUP + turn) * stride_h + dim)
@@ -80,7 +87,12 @@ def pool_kernel(
                 total += tl.load(at + (begin + row) * stride_t, mask=mask, other=0.0).to(tl.float32)
     if MEAN:
         total = total / tl.maximum(length * GROUP, 1).to(tl.float32)
-    tl.store(out_ptr + block * out_stride + (head * D + dim), total, mask=there)
+    to = block * out_stride + (tl.program_id(1) * HEADS * D + head * D + dim)
+    if SUMS:
+        tl.store(out_ptr + to, total, mask=there)
+    if MEANS:
+        size = tl.load(size_ptr + block, mask=block < num_blocks, other=1).to(tl.float32)
+        tl.store(means_ptr + to, (total / size).to(means_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])

@@ -98,6 +98,22 @@ def store_tile(ptr, row, stride, head_at, valid, x, D: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
+def add_share(
+    x, grad_ptr, head_at, row, size_ptr, up_ptr,
+    STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """x [rows, BLOCK_D] of key block `row` and its shares in the gradients of means, see shares.Shares."""
+    column = tl.arange(0, BLOCK_D)
+    for level in tl.static_range(DEPTH):
+        at = tl.full([], row, tl.int64) * STRIDE + head_at
+        share = tl.load(grad_ptr + at + column, mask=column < D, other=0.0).to(tl.float32)
+        x += (share / tl.load(size_ptr + row).to(tl.float32))[None, :]
+        if level + 1 < DEPTH:
+            row = tl.load(up_ptr + row)
+    return x
+
+
+@triton.jit
 def load_rule(
     rule_rows, row, head, valid,
     RULE: tl.constexpr, HEADS: tl.constexpr, RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr, PADDED: tl.constexpr,

@@ -14,6 +14,7 @@ from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile, store_tile
 
 ROWS, KEYS = 64, 64  # of a tile of scores
+FEW_ROWS, FEW_LISTS = 16, 1 << 14  # rows of a tile where there are fewer lists, which cannot fill a GPU with more
 BAND = 64
 BINS = tl.constexpr(32)
 LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
@@ -27,10 +28,11 @@ def top_triton(means, keys, router, ranges, first: int, recent: int, always) -> 
     width, block_d = ranges.kept + max(BAND, more), padded(head_dim)
     chosen, band = router.new_empty(heads, rows, width), router.new_empty(heads, rows, BAND, 2)
     if rows:
-        top_kernel[(triton.cdiv(rows, ROWS) * heads,)](
+        tile = FEW_ROWS if rows * heads < FEW_LISTS else ROWS
+        top_kernel[(triton.cdiv(rows, tile) * heads,)](
             means, keys, router, ranges.first, ranges.stop, ranges.most, router if always is None else always,
             band, chosen, *means.stride()[:2], keys.shape[1], rows, width, first, recent, more,
-            heads, head_dim, block_d, ROWS, KEYS, BAND, num_warps=4, num_stages=2,
+            heads, head_dim, block_d, tile, KEYS, BAND, num_warps=4, num_stages=2,
         )  # fmt: skip
     return chosen[..., : ranges.kept + more]
 

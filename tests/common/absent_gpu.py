@@ -108,10 +108,10 @@ def compile_linear(dtype, sizes, few):
 
 def compile_sparse(dtype, head_dim, few):
     """What attention over lists of blocks launches: with the largest blocks, and with small ones, packed heads, a mask
-    and weights; parts that go on from others."""
+    and weights; parts that go on from others, and shares in gradients of means."""
     import torch
 
-    from longspan.kernels.sparse import BlockPlan, Blocks, fused
+    from longspan.kernels.sparse import BlockPlan, Blocks, Shares, Tree, fused
 
     # query block, key block, query heads, key heads, list heads, causal and weighted
     cases = [(128, 128, 2, 1, 1, False), (16, 16, 8, 2, 2, True), (16, 16, 2, 2, 2, True), (128, 16, 2, 2, 2, True)]
@@ -125,7 +125,9 @@ def compile_sparse(dtype, head_dim, few):
             q, k, v = (torch.zeros(300, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
             onto = (q.float(), torch.zeros(300, heads)) if masked else None
             out, lse = fused.forward(q, k, v, plan, 0.3, onto)
-            fused.backward(q, lse, q, k, v, out, lse, plan, 0.3, onto=onto and onto[0])
+            tables = (torch.zeros(len(keys), dtype=torch.int32) for _ in range(2))
+            shares = Shares(Tree(*tables, 3), k[: len(keys)], v[: len(keys)]) if masked else None
+            fused.backward(q, lse, q, k, v, out, lse, plan, 0.3, onto=onto and onto[0], shares=shares)
 
 
 def compile_hopper(head_dim):
@@ -170,7 +172,7 @@ def compile_choosing(width):
     import numpy as np
     import torch
 
-    from longspan.kernels.sparse import Blocks, Families, Ranges
+    from longspan.kernels.sparse import Blocks, Families, Ranges, forms, mean_levels
     from longspan.kernels.sparse.descend_triton import descend_triton
     from longspan.kernels.sparse.lists_triton import columns_triton, rows_triton
     from longspan.kernels.sparse.pool_triton import pool_triton, spread_triton
@@ -186,6 +188,8 @@ def compile_choosing(width):
     blocks = Blocks.of((0, 128), 16)
     sums = pool_triton((means.bfloat16(),), blocks, 2, False)
     spread_triton(sums, blocks, means.shape, torch.bfloat16, False)
+    forms.takes = lambda x: True
+    mean_levels((means.bfloat16(),) * 2, (blocks, Blocks.of((0, 8), 4)), zeros(10))
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
     for columns in (8, 1 << 12):  # dense and sparse lists
         row_ptr, row_idx = rows_triton(zeros(1, 64, 4), columns)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longspan.kernels.sparse import Blocks, Families, Ranges, descend, forms, pool, top
+from longspan.kernels.sparse import Blocks, Families, Ranges, descend, forms, mean_levels, pool, top
 
 top_triton = pytest.importorskip("longspan.kernels.sparse.top_triton", reason="Triton is not installed")
 FORMS = ["plain", "triton"]
@@ -185,6 +185,27 @@ def check_pool(name, mean, dtype, device):
     grad = torch.randn(out.shape, generator=generator).to(device)
     actual, expected = (torch.autograd.grad(y, x, g)[0] for y, g in ((out, grad), (wanted, grad.double())))
     torch.testing.assert_close(actual, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_means_of_levels(dtype, form):
+    """Of two tensors side by side, the second with other strides; every level against its tokens."""
+    generator, offsets = torch.Generator().manual_seed(0), (0, 70, 71, 200)
+    x, y = (torch.randn(200, 2, 20, generator=generator).to(dtype) for _ in range(2))
+    y = y.mT.contiguous().mT
+    levels, starts = [Blocks.of(offsets, 4)], [Blocks.of(offsets, 4).start.numpy()]
+    rows = np.searchsorted(starts[0], offsets)
+    for _ in range(2):
+        levels.append(Blocks.of(tuple(rows), 4))
+        starts.append(starts[-1][levels[-1].start.numpy()])
+        rows = np.searchsorted(starts[-1], offsets)
+    ends = [np.append(at[1:], 200) for at in starts]
+    size = torch.from_numpy(np.concatenate([b - a for a, b in zip(starts, ends)])).int()
+    means = mean_levels((x, y), levels, size)
+    spans = [(a, b) for start, stop in zip(starts, ends) for a, b in zip(start, stop)]
+    wanted = torch.stack([torch.cat([t[a:b].double().mean(0) for t in (x, y)]) for a, b in spans])
+    assert means.dtype == dtype and len(spans) == len(size)
+    torch.testing.assert_close(means.double(), wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
 def make_families(seed, documents, block, chosen, device="cpu"):

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_oracle import random_lists
 
-from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, choose, forms, gathered, naive
+from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, Shares, Tree, choose, forms, gathered, naive
 from longspan.kernels.sparse import plan as plan_module
 
 fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
+backward = pytest.importorskip("longspan.kernels.sparse.backward", reason="Triton is not installed")
 lists_triton = pytest.importorskip("longspan.kernels.sparse.lists_triton", reason="Triton is not installed")
 LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 SCALE = 0.3
@@ -315,6 +316,45 @@ def check_long_lists(rows, columns, device):
     wanted = plan_module._columns(plan.row_ptr, plan.row_idx, columns, plan_module.CHUNK, plan.most_items)
     for columns in (plan.columns, BlockPlan.columns.func(plan)):
         assert all(torch.equal(x, y) for x, y in zip(vars(columns).values(), wanted, strict=True))
+
+
+def make_shares(blocks, heads, dim):
+    """(Shares of a tree of three levels, what every token gets of keys, of values)."""
+    generator, n = torch.Generator().manual_seed(5), len(blocks)
+    counts = n, -(-n // 3), 2
+    up = [n + i // 3 for i in range(n)] + [n + counts[1] + i % 2 for i in range(counts[1])] + [-1, -1]
+    size = torch.randint(1, 9, (sum(counts),), generator=generator).int()
+    grads = [torch.randn(sum(counts), heads, dim, generator=generator) for _ in range(2)]
+    wanted = []
+    for grad in grads:
+        rows = [(i, up[i], up[up[i]]) for i in range(n)]
+        each = [sum(grad[row].double() / int(size[row]) for row in way) for way in rows]
+        wanted.append(torch.cat([x.expand(int(k), -1, -1) for x, k in zip(each, blocks.length)]))
+    return Shares(Tree(size, torch.tensor(up, dtype=torch.int32), 3), *grads), *wanted
+
+
+@pytest.mark.parametrize("form", [fused, gathered], ids=["fused", "gathered"])
+@pytest.mark.parametrize("name", ["ragged", "packed heads", "list per query head", "keys for one head", "nothing"])
+def test_gradients_of_means_come_to_keys(form, name, monkeypatch):
+    """With every form of list: of one part, of several that are added, none; and into tensors that are given."""
+    nothing = (lambda queries, keys, heads: torch.full((heads, len(queries), 1), -1)) if name == "nothing" else None
+    plan, q, k, v, d_out, _ = make("ragged" if nothing else name, nothing)
+    plan = replace(plan, chunk=2, most_items=plan.most_items * 32)
+    out, lse = form.forward(q, k, v, plan, SCALE)
+    given = d_out, None, q, k, v, out, lse, plan, SCALE
+    plain = form.backward(*given)
+    shares, *wanted = make_shares(plan.keys, *k.shape[1:])
+    into = torch.empty_like(k), torch.empty_like(v)
+    actual = form.backward(*given, into=into, shares=shares)
+    assert actual[1] is into[0] and actual[2] is into[1]
+    for x, y, more in zip(actual, plain, (0, *wanted), strict=True):
+        torch.testing.assert_close(x.double(), y.double() + more, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(backward, "ADDING", 2)  # several key blocks to a program that adds parts
+    assert all(map(torch.equal, form.backward(*given, shares=shares), actual))
+    alone = torch.zeros_like(k), torch.zeros_like(v)
+    fused._with_shares(*alone, plan.keys, shares)  # as after kernels that know no shares
+    for x, more in zip(alone, wanted, strict=True):
+        torch.testing.assert_close(x.double(), more, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows, shift", [(2100, 5), (200, 6)])

@@ -1,5 +1,6 @@
 """Forward: two warpgroups of 64 query rows each walk the block's list; scores of the next keys are under way while the
-softmax of the last ones is taken (after FlashAttention-3, Shah et al. 2024, arXiv 2407.08608)."""
+softmax of the last ones is taken (after FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). A warp of its own feeds
+them or, with eight warps to a program, they do: then two programs of narrow heads share a processor."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,6 +21,7 @@ from longspan.kernels.sparse.hopper.tiles import (
     product_layout,
     seen_keys,
     send_keys,
+    send_tile,
     shared_layout,
     store_rows,
     turns_of,
@@ -28,40 +30,47 @@ from longspan.kernels.sparse.hopper.tiles import (
 
 @gluon.jit
 def _attend(
-    part: gl.constexpr, given, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
+    part: gl.constexpr, given, feed, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
     TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
-    """out and lse of rows 64 * part on."""
+    """out and lse of the rows of WARPS warps from 64 * part on. feed: what eight warps feed themselves with."""
     (
         q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, out_ptr, lse_ptr,
         onto_out_ptr, onto_lse_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step,
         weight_ptr, q_stride_t, q_stride_h, scale,
     ) = given  # fmt: skip
-    S: gl.constexpr = product_layout(TILE)
-    OUT: gl.constexpr = product_layout(D)
+    ROWS: gl.constexpr = 16 * WARPS
+    S: gl.constexpr = product_layout(TILE, WARPS)
+    OUT: gl.constexpr = product_layout(D, WARPS)
     P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     rows: gl.constexpr = gl.SliceLayout(1, S)
     q_tile = q_tiles.index(part)
-    q_tile.store(load_rows(q_ptr, first, count, part, q_stride_t, q_stride_h, PACK, D))
+    if WARPS == 8:
+        fence_async_shared()
+        for early in gl.static_range(STAGES):
+            _feed(feed, early, early, begin, stop, row_idx, KEYS, TILE, STAGES)
+    q_tile.store(load_rows(q_ptr, first, count, part, q_stride_t, q_stride_h, PACK, D, WARPS))
     fence_async_shared()
     earliest = position + part * 64 // PACK
-    position += (part * 64 + gl.arange(0, 64, rows)) // PACK
-    index = part * 64 + gl.arange(0, 64, rows)
+    position += (part * 64 + gl.arange(0, ROWS, rows)) // PACK
+    index = part * 64 + gl.arange(0, ROWS, rows)
     at = first * HEADS + (index // PACK * HEADS + index % PACK)
     if ONTO:
-        seen = load_rows(onto_out_ptr, first, count, part, HEADS * D, D, PACK, D).to(gl.float32)
+        seen = load_rows(onto_out_ptr, first, count, part, HEADS * D, D, PACK, D, WARPS).to(gl.float32)
         out = gl.convert_layout(seen, OUT)
         highest = gl.load(onto_lse_ptr + at, mask=index // PACK < count, other=float("-inf")) * LOG2E
         total = gl.where(highest == float("-inf"), 0.0, 1.0)
     else:
-        out = gl.full([64, D], 0.0, gl.float32, OUT)
-        highest = gl.full([64], float("-inf"), gl.float32, rows)
-        total = gl.full([64], 0.0, gl.float32, rows)
-    nothing = gl.full([64, TILE], 0.0, gl.float32, S)
+        out = gl.full([ROWS, D], 0.0, gl.float32, OUT)
+        highest = gl.full([ROWS], float("-inf"), gl.float32, rows)
+        total = gl.full([ROWS], 0.0, gl.float32, rows)
+    nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
     if begin < stop:
         mbarrier.wait(k_ready.index(0), 0)
         scores = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False)
-        mbarrier.arrive(k_free.index(0))
+        if WARPS == 4:
+            mbarrier.arrive(k_free.index(0))
         scores = _mask(
             scores, 0, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS, TILE, CAUSAL, S
         )
@@ -79,7 +88,8 @@ def _attend(
             pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             out_pending = warpgroup_mma(weights, v_tiles.index(before), out, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[pending])
-            mbarrier.arrive(k_free.index(stage))
+            if WARPS == 4:
+                mbarrier.arrive(k_free.index(stage))
             scores = _mask(
                 scores, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS, TILE,
                 CAUSAL, S,
@@ -90,7 +100,10 @@ def _attend(
             new_weights = gl.convert_layout(new_weights.to(k_tiles.dtype), P)
             mbarrier.wait(v_ready.index(stage), (turn // STAGES) & 1)  # also keeps the next wait behind the softmax
             out, weights, new_weights = warpgroup_mma_wait(0, deps=[out_pending, weights, new_weights])
-            mbarrier.arrive(v_free.index(before))
+            if WARPS == 4:
+                mbarrier.arrive(v_free.index(before))
+            else:
+                _feed(feed, turn + STAGES, turn - 1 + STAGES, begin, stop, row_idx, KEYS, TILE, STAGES)
             out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
             weights = new_weights
         last = (turns - 1) % STAGES
@@ -98,10 +111,29 @@ def _attend(
     empty = total == 0.0
     total = gl.where(empty, 1.0, total)
     store_rows(
-        out_ptr, first, count, part, HEADS, PACK, D, out / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
-    )
+        out_ptr, first, count, part, HEADS, PACK, D, out / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None],
+        WARPS,
+    )  # fmt: skip
     lse = gl.where(empty, float("-inf"), (highest + gl.log2(total)) / LOG2E)
     gl.store(lse_ptr + at, lse, mask=index // PACK < count)
+
+
+@gluon.jit
+def _feed(
+    feed, key_turn, value_turn, begin, stop, row_idx, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr
+):
+    """Starts the transfer of the keys and of the values of a turn each, if there are such, once no warp needs what was
+    there before. They are expected before that: no barrier is complete until all has come."""
+    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_start, at = feed
+    BYTES: gl.constexpr = TILE * k_tiles.shape[2] * 2
+    turns = turns_of(begin, stop, KEYS, TILE)
+    mbarrier.expect(v_ready.index(value_turn % STAGES), BYTES, pred=value_turn < turns)
+    mbarrier.expect(k_ready.index(key_turn % STAGES), BYTES, pred=key_turn < turns)
+    gl.thread_barrier()
+    if value_turn < turns:
+        send_tile(v_desc, v_tiles, v_ready, value_turn, row_idx, begin, stop, k_start, at, KEYS, TILE, STAGES)
+    if key_turn < turns:
+        send_tile(k_desc, k_tiles, k_ready, key_turn, row_idx, begin, stop, k_start, at, KEYS, TILE, STAGES)
 
 
 @gluon.jit
@@ -146,11 +178,14 @@ def forward_kernel(
     """As kernels.sparse.forward.forward_kernel, for tiles of 128 rows."""
     block, head, key_head, listed = block_of(M, HEADS, KEY_HEADS, LISTS, PACK)
     dtype: gl.constexpr = k_desc.dtype
-    q_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], shared_layout(16))
+    WARPS: gl.constexpr = gl.num_warps()
+    q_tiles = gl.allocate_shared_memory(dtype, [8 // WARPS, 16 * WARPS, D], shared_layout(16))
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))
     k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
-    k_free, v_free = make_barriers(STAGES, 2), make_barriers(STAGES, 2)
+    k_free, v_free = k_ready, v_ready
+    if WARPS == 4:
+        k_free, v_free = make_barriers(STAGES, 2), make_barriers(STAGES, 2)
     row_idx += listed * capacity
     begin, stop = gl.load(row_ptr + listed * (M + 1) + block), gl.load(row_ptr + listed * (M + 1) + block + 1)
     first, count = gl.load(q_start + block).to(gl.int64), gl.load(q_length + block)
@@ -165,14 +200,19 @@ def forward_kernel(
         onto_out_ptr, onto_lse_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step,
         weight_ptr, q_stride_t, q_stride_h, scale,
     )  # fmt: skip
-    feed = (
-        k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, key_head * D,
-    )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (_attend, (0, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO)),
-            (_attend, (1, given, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO)),
-            (send_keys, (feed, KEYS, TILE, STAGES)),
-        ],
-        [4, 1], [240, 24],
-    )  # fmt: skip
+    if WARPS == 8:
+        feed = k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_start, key_head * D
+        _attend(0, given, feed, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, WARPS)
+    else:
+        feed = (
+            k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start,
+            key_head * D,
+        )  # fmt: skip
+        gl.warp_specialize(
+            [
+                (_attend, (0, given, 0, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, WARPS)),
+                (_attend, (1, given, 0, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, WARPS)),
+                (send_keys, (feed, KEYS, TILE, STAGES)),
+            ],
+            [4, 1], [240, 24],
+        )  # fmt: skip

@@ -119,8 +119,7 @@ def queries_kernel(
     row_ptr, row_idx, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale,
     M, capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
     KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
-    ONTO: gl.constexpr,
-    STAGES: gl.constexpr,
+    ONTO: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows; lse (base 2) and delta as rows_kernel
     makes them."""

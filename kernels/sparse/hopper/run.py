@@ -3,22 +3,26 @@
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from longspan.kernels.sparse.backward import add_kernel
+from longspan.kernels.sparse.backward import add_parts
 from longspan.kernels.sparse.hopper.attend import forward_kernel
 from longspan.kernels.sparse.hopper.keys import keys_kernel
 from longspan.kernels.sparse.hopper.queries import queries_kernel
 from longspan.kernels.sparse.hopper.rows import rows_kernel
 
-TILE, STAGES = 128, 2  # keys in a tile of the forward pass, and how many tiles are under way
-GRADIENT_TILE, GRADIENT_STAGES = 64, 4
+# By width of heads: keys in a tile, how many tiles are under way, warps and the most registers of a thread (of four
+# warps, which others join, what a processor has).
+FORWARD = {64: (128, 2, 4, None), 128: (128, 2, 4, None)}
+QUERIES = {64: (64, 4), 128: (64, 4)}  # tiles of dq
 KEY_STAGES = 2
 
 
 def forward(q, k, v, out, lse, plan, scale, pack, onto):
+    tile, stages, warps, registers = FORWARD[q.shape[2]]
     forward_kernel[(len(plan.queries) * q.shape[1] // pack,)](
-        q, *(_rows_of(x, min(TILE, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
+        q, *(_rows_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
         *_lists(plan), *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], *_heads(q, k, plan),
-        plan.keys.size, pack, TILE, plan.causal, plan.log_weight is not None, onto is not None, STAGES, num_warps=4,
+        plan.keys.size, pack, tile, plan.causal, plan.log_weight is not None, onto is not None, stages,
+        num_warps=warps, **_most(registers),
     )  # fmt: skip
 
 
@@ -28,11 +32,12 @@ def backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto):
     blocks, length = len(plan.queries), plan.queries.size
     log, delta = (rows.new_empty(heads, blocks, length) for _ in range(2))
     rows_kernel[(blocks * heads,)](rows, log, delta, plan.queries.start, plan.queries.length, blocks, heads, length)
+    tile, stages = QUERIES[head_dim]
     queries_kernel[(blocks * heads // pack,)](
-        q, *(_rows_of(x, min(GRADIENT_TILE, size)) for x in (k, v)), d_out, log, delta, dq,
+        q, *(_rows_of(x, min(tile, size)) for x in (k, v)), d_out, log, delta, dq,
         dq if onto is None else onto,
         *_tables(plan), *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], scale, blocks, plan.row_idx.shape[1],
-        *_heads(q, k, plan), size, pack, GRADIENT_TILE, plan.causal, weighted, onto is not None, GRADIENT_STAGES,
+        *_heads(q, k, plan), size, pack, tile, plan.causal, weighted, onto is not None, stages,
         num_warps=4,
     )  # fmt: skip
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
@@ -45,16 +50,13 @@ def backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto):
         plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr,
         plan.item_col, _weight(plan), *k.stride()[:2], *v.stride()[:2], scale, blocks, len(plan.keys), items,
         plan.col_idx.shape[1], *_heads(q, k, plan), size, length, plan.chunk, plan.causal, weighted, KEY_STAGES,
-        num_warps=4, **_two_per_processor(size),
+        num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
-    add_kernel[(len(plan.keys) * k.shape[1],)](
-        *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, len(plan.keys), items, k.shape[1],
-        plan.heads, head_dim, head_dim, size, num_warps=size // 8,
-    )  # fmt: skip
+    add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)
 
 
-def _two_per_processor(size):
-    return {"maxnreg": 128} if size == 64 else {}
+def _most(registers):
+    return {} if registers is None else {"maxnreg": registers}
 
 
 def _rows_of(x, rows):

@@ -9,15 +9,15 @@ async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.constexpr_function
-def row_layout(D):
-    """Of [rows, D] tiles as they come from memory: 16 bytes a thread, four warps."""
-    return gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+def row_layout(D, WARPS=4):
+    """Of [rows, D] tiles as they come from memory: 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
 
 
 @gluon.constexpr_function
-def product_layout(N):
-    """Of the [64, N] results of one warpgroup."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+def product_layout(N, WARPS=4):
+    """Of [rows, N] results, 16 rows a warp: 64 of one warpgroup."""
+    return gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 16])
 
 
 @gluon.constexpr_function
@@ -41,21 +41,26 @@ def block_of(M, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexp
 
 
 @gluon.jit
-def load_rows(ptr, first, count, part, stride_t, stride_h, PACK: gl.constexpr, D: gl.constexpr):
-    """Rows 64 * part to 64 * part + 63 of a tile [tokens x PACK heads, D], zero from token `count` on."""
-    layout: gl.constexpr = row_layout(D)
-    index = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+def load_rows(
+    ptr, first, count, part, stride_t, stride_h, PACK: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr = 4
+):
+    """As many rows as WARPS have, 64 of four, from row 64 * part of a tile [tokens x PACK heads, D] on, zero from token
+    `count` on."""
+    layout: gl.constexpr = row_layout(D, WARPS)
+    index = part * 64 + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))
     token, column = index // PACK, gl.arange(0, D, gl.SliceLayout(0, layout))
     at = (token * stride_t + index % PACK * stride_h)[:, None] + column[None, :]
     return gl.load(ptr + first * stride_t + at, mask=(token < count)[:, None], other=0.0)
 
 
 @gluon.jit
-def store_rows(ptr, first, count, part, HEADS: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, x):
-    """Writes [64, D] to the rows that load_rows reads, of [T, HEADS, D]."""
-    layout: gl.constexpr = row_layout(D)
+def store_rows(
+    ptr, first, count, part, HEADS: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, x, WARPS: gl.constexpr = 4
+):
+    """Writes x to the rows that load_rows reads, of [T, HEADS, D]."""
+    layout: gl.constexpr = row_layout(D, WARPS)
     x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
-    index = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    index = part * 64 + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))
     token, column = index // PACK, gl.arange(0, D, gl.SliceLayout(0, layout))
     at = ((token * HEADS + index % PACK) * D)[:, None] + column[None, :]
     gl.store(ptr + first * HEADS * D + at, x, mask=(token < count)[:, None])
@@ -89,23 +94,29 @@ def _first_row(index, turn, begin, stop, row_idx, k_start, KEYS: gl.constexpr, T
 def send_keys(feed, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
     """Feeds what walks a list, tiles of one block, a part of one or two; an odd last block comes twice."""
     k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, at = feed
-    ROWS: gl.constexpr = KEYS if KEYS < TILE else TILE
-    BYTES: gl.constexpr = TILE * k_tiles.shape[2] * 2
     for turn in range(0, turns_of(begin, stop, KEYS, TILE)):
         stage, phase = turn % STAGES, (turn // STAGES) & 1
-        first = _first_row(0, turn, begin, stop, row_idx, k_start, KEYS, TILE)
-        second = _first_row(TILE - ROWS, turn, begin, stop, row_idx, k_start, KEYS, TILE)
-        k_tile, v_tile = k_tiles.index(stage), v_tiles.index(stage)
         mbarrier.wait(k_free.index(stage), phase ^ 1)
-        mbarrier.expect(k_ready.index(stage), BYTES)
-        async_load(k_desc, [first, at], k_ready.index(stage), k_tile.slice(0, ROWS))
-        if ROWS < TILE:
-            async_load(k_desc, [second, at], k_ready.index(stage), k_tile.slice(TILE - ROWS, ROWS))
+        mbarrier.expect(k_ready.index(stage), TILE * k_tiles.shape[2] * 2)
+        send_tile(k_desc, k_tiles, k_ready, turn, row_idx, begin, stop, k_start, at, KEYS, TILE, STAGES)
         mbarrier.wait(v_free.index(stage), phase ^ 1)
-        mbarrier.expect(v_ready.index(stage), BYTES)
-        async_load(v_desc, [first, at], v_ready.index(stage), v_tile.slice(0, ROWS))
-        if ROWS < TILE:
-            async_load(v_desc, [second, at], v_ready.index(stage), v_tile.slice(TILE - ROWS, ROWS))
+        mbarrier.expect(v_ready.index(stage), TILE * k_tiles.shape[2] * 2)
+        send_tile(v_desc, v_tiles, v_ready, turn, row_idx, begin, stop, k_start, at, KEYS, TILE, STAGES)
+
+
+@gluon.jit
+def send_tile(
+    desc, tiles, ready, turn, row_idx, begin, stop, k_start, at,
+    KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Starts the transfer of a tile of a list, which is expected already."""
+    ROWS: gl.constexpr = KEYS if KEYS < TILE else TILE
+    stage = turn % STAGES
+    first = _first_row(0, turn, begin, stop, row_idx, k_start, KEYS, TILE)
+    async_load(desc, [first, at], ready.index(stage), tiles.index(stage).slice(0, ROWS))
+    if ROWS < TILE:
+        second = _first_row(TILE - ROWS, turn, begin, stop, row_idx, k_start, KEYS, TILE)
+        async_load(desc, [second, at], ready.index(stage), tiles.index(stage).slice(TILE - ROWS, ROWS))
 
 
 @gluon.jit
