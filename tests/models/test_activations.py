@@ -228,7 +228,7 @@ def test_ranks_of_a_group_keep_what_is_counted_for_them():
         for rank in range(1 if kind in SPARSE_KINDS else 2):
             assert found[rank][kind] == pytest.approx(counted, rel=0.02), (kind, rank)
     counted = kept(shared_config("sla"), [length], world_size=2, dtype=torch.bfloat16, prepare=fully)
-    assert found[0]["checkpointed"] == pytest.approx(counted, rel=5e-3)  # with what enters spans
+    assert found[0]["checkpointed"] == pytest.approx(counted, rel=6e-3)  # with what enters spans, not the lists
 
 
 def parts_counts(rank, world_size, kinds, length):
