@@ -13,7 +13,9 @@ import torch
 from longspan.kernels.sparse import forms
 from longspan.kernels.sparse.rules import Boxes, Picks
 
-CHUNK = 64  # query blocks of a key block's list that one program takes unless a plan says otherwise
+# Query blocks of a key block's list that one program takes, unless a plan says otherwise. More where lists are longer than
+# that on average: parts of gradients, in fp32, would be as many as lists have chunks.
+CHUNK, LONG_CHUNK = 64, 512
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class BlockPlan:
         lists name, if known: memory for gradients follows it. Nothing waits for the device."""
         if not (ascending or full):
             chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
-        chunk = chunk or CHUNK
+        chunk = chunk or _chunk_of(keys, chosen)
         rows = _full_rows(chosen) if full else _rows_of(chosen, len(keys), 1)
         return cls(queries, keys, *rows, _most_items(keys, chosen, chunk, listed), causal, log_weight, rule, chunk)
 
@@ -139,9 +141,9 @@ class BlockPlan:
         rows, plans = chosen.shape[1], []
         for number, blocks in enumerate(keys):
             ends = row_ptr[:, number * rows : (number + 1) * rows + 1].contiguous()
-            plans.append(
-                cls(queries, blocks, ends, row_idx, _most_items(blocks, chosen, CHUNK), causal, None, rule, CHUNK)
-            )
+            chunk = _chunk_of(blocks, chosen)
+            most = _most_items(blocks, chosen, chunk)
+            plans.append(cls(queries, blocks, ends, row_idx, most, causal, None, rule, chunk))
         return plans
 
     def map(self, move) -> "BlockPlan":
@@ -152,6 +154,10 @@ class BlockPlan:
         if "columns" in vars(self):
             vars(plan)["columns"] = Columns(*(move(x) for x in vars(self.columns).values()))
         return plan
+
+
+def _chunk_of(keys, chosen):
+    return CHUNK if chosen.shape[1] * chosen.shape[2] <= CHUNK * len(keys) else max(CHUNK, LONG_CHUNK)
 
 
 def _most_items(keys, chosen, chunk, listed=None):

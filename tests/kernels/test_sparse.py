@@ -159,7 +159,8 @@ def everything(queries, keys, heads):
 @pytest.mark.parametrize("form", [fused, gathered], ids=["fused", "gathered"])
 @pytest.mark.parametrize("chosen", [nothing, the_first, everything])
 def test_extreme_lists(form, chosen, monkeypatch):
-    monkeypatch.setattr(plan_module, "CHUNK", 2)  # a column that all rows choose is split
+    for name in ("CHUNK", "LONG_CHUNK"):
+        monkeypatch.setattr(plan_module, name, 2)  # a column that all rows choose is split
     plan, *rest = make("extreme", chosen, case=((0, 150), 32, 32, 2, 4, 2, 16, False, True, 0))
     assert chosen is nothing or (plan.item_ptr.diff() > 1).any()
     check(form, plan, *rest)
@@ -259,6 +260,7 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forms, "takes", lambda x: form != "plain")
         patch.setattr(plan_module, "CHUNK", 4)
+        patch.setattr(plan_module, "LONG_CHUNK", 4)
         if form == "large cells":
             patch.setattr(lists_triton, "_cell_shift", lambda *_: 6)
         plan = BlockPlan.of(queries, keys, chosen, causal=False, ascending=form == "sorted")
@@ -307,13 +309,21 @@ def test_what_the_kernels_refuse():
     assert "the query blocks have 48" in fused.refusal(torch.bfloat16, 64, odd)
 
 
+def test_long_lists_are_cut_less_often():
+    """Where key blocks have more than 64 query blocks each on average, most of them need no parts of gradients."""
+    queries, keys = Blocks.of((0, 400), 1), Blocks.of((0, 8), 1)
+    for most, items in ((1, 8 + 400 // 64), (8, 8 + 3200 // 512)):
+        chosen = torch.arange(most).expand(1, 400, -1)
+        assert BlockPlan.of(queries, keys, chosen, causal=False).most_items == items
+
+
 def check_long_lists(rows, columns, device):
     generator = torch.Generator().manual_seed(0)
     first = torch.randint(columns - 1, (2, rows, 1), generator=generator)
     chosen = torch.cat([(first + 7 * torch.arange(4)) % (columns - 1), torch.full_like(first, columns - 1)], 2)
     queries, keys = (Blocks.of((0, n), 1).map(lambda x: x.to(device)) for n in (rows, columns))
     plan = BlockPlan.of(queries, keys, chosen.to(device), causal=False)
-    wanted = plan_module._columns(plan.row_ptr, plan.row_idx, columns, plan_module.CHUNK, plan.most_items)
+    wanted = plan_module._columns(plan.row_ptr, plan.row_idx, columns, plan.chunk, plan.most_items)
     for columns in (plan.columns, BlockPlan.columns.func(plan)):
         assert all(torch.equal(x, y) for x, y in zip(vars(columns).values(), wanted, strict=True))
 
