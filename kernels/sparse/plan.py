@@ -13,8 +13,8 @@ import torch
 from longspan.kernels.sparse import forms
 from longspan.kernels.sparse.rules import Boxes, Picks
 
-# Query blocks of a key block's list that one program takes, unless a plan says otherwise. More where lists are longer than
-# that on average: parts of gradients, in fp32, would be as many as lists have chunks.
+# Query blocks of a key block's list that one program takes, unless a plan says otherwise. More where lists are longer
+# than that on average: parts of gradients, in fp32, would be as many as lists have chunks.
 CHUNK, LONG_CHUNK = 64, 512
 
 
