@@ -18,11 +18,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CORPUS := data/stdlib
 
-.PHONY: help train test gpu-test lint clean
+.PHONY: help train test test-all gpu-test lint clean
 
 help:
 	@echo 'make train     train configs/quickstart.yaml on 2 CPU ranks; ARGS="optim.lr=1e-3 --steps 50" changes settings'
-	@echo 'make test      run the tests, JOBS=2 files at a time'
+	@echo 'make test      run the tests, JOBS=2 files at a time, without what takes longest'
+	@echo 'make test-all  run all tests: also of benchmarks, SLURM, eight ranks'
 	@echo 'make gpu-test  run the tests that need a CUDA GPU'
 	@echo 'make lint      check the style of the code'
 	@echo 'make clean     remove the virtual environment, the quickstart corpus and caches; runs/ stays'
@@ -36,6 +37,9 @@ train: $(INSTALLED) $(CORPUS).idx
 
 # A file at a time per process; files in their order, in which those that take long do not come last.
 test: $(INSTALLED)
+	$(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow'
+
+test-all: $(INSTALLED)
 	$(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 gpu-test: $(INSTALLED)

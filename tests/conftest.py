@@ -30,6 +30,10 @@ def fixed_seed():
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:  # also what says so itself
+        world_size = item.callspec.params.get("world_size") if hasattr(item, "callspec") else None
+        if world_size == 8 or item.path.parent.name == "benchmarks":
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, torch sees none")

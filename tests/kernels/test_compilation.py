@@ -56,6 +56,7 @@ def test_kernels_of_a_layer_compile_without_spills(tmp_path):
         assert not kernel["spills"] and not kernel["undefined"], kernel
 
 
+@pytest.mark.slow
 def test_kernels_for_hopper_compile(tmp_path):
     """And their products overlap with the rest: the assembler does not wait for each."""
     kernels = compiled(tmp_path, "hopper", "128")

@@ -10,6 +10,8 @@ import pytest
 import slurm_cluster
 from tiny_runs import SETTINGS, rows, write_corpus
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "configs" / "slurm" / "train.sbatch"
 STEPS = 40

@@ -19,6 +19,8 @@ from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.parallel.mesh import build_mesh
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 # A vocabulary of 257 that two ranks share unevenly, gates, a convolution, grouped keys; every step is clipped.
 COMMON = (
