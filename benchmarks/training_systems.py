@@ -6,6 +6,7 @@ tokens, labels: int64 [1, L], the whole sequence, the same on all ranks.
 
 import math
 import types
+from abc import ABC, abstractmethod
 from contextlib import ExitStack, nullcontext
 
 import torch
@@ -28,7 +29,7 @@ def fastest_kernel(device: torch.device):
     return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if device.type == "cuda" else nullcontext()
 
 
-class TorchFsdp:
+class TorchFsdp(ABC):
     """FSDP2 in bf16 with gradients summed in fp32, every block computed again in the backward, fused AdamW."""
 
     settings = "FSDP2, full activation checkpointing, loss in chunks"
@@ -47,12 +48,13 @@ class TorchFsdp:
             fully_shard(module, **options)
         self.optimizer = build_optimizer(self.model, OptimConfig())
 
+    @abstractmethod
     def mixer(self) -> nn.Module:
-        raise NotImplementedError
+        """The attention of a block."""
 
+    @abstractmethod
     def share(self, buffers, stack) -> list[torch.Tensor]:
         """This rank's part of buffers [1, L]; contexts that the step needs are entered on `stack`."""
-        raise NotImplementedError
 
     def step(self, tokens, labels):
         count = labels.numel()

@@ -61,27 +61,15 @@ def _wide(a):
     return torch.promote_types(a.dtype, torch.float32)
 
 
-def _forward_triton():
-    from longspan.kernels.channel_gates_triton import channel_gate_triton
-
-    return channel_gate_triton
-
-
-def _backward_triton():
-    from longspan.kernels.channel_gates_triton import channel_gate_backward_triton
-
-    return channel_gate_backward_triton
-
-
 channel_gate = operator(
     "channel_gate(Tensor a, Tensor? bias, float factor) -> Tensor[]",
     naive=channel_gate_naive,
-    fused=_forward_triton,
+    fused="channel_gates_triton.channel_gate_triton",
     shapes=lambda a, bias, factor: [a.new_empty(a.shape, dtype=t) for t in [_wide(a), a.dtype][: 1 + (bias is None)]],
 )
 channel_gate_backward = operator(
     "channel_gate_backward(Tensor d_log_decay, Tensor? d_keys, Tensor a, Tensor? bias, float factor) -> Tensor[]",
     naive=channel_gate_backward_naive,
-    fused=_backward_triton,
+    fused="channel_gates_triton.channel_gate_backward_triton",
     shapes=lambda d_log_decay, d_keys, a, bias, factor: [x.new_empty(x.shape) for x in (a, bias) if x is not None],
 )

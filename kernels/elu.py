@@ -33,24 +33,12 @@ def elu1_backward_naive(d_out, x):
     return (d_out * x.to(wide).clamp(max=0).exp()).to(x.dtype)
 
 
-def _forward_triton():
-    from longspan.kernels.elu_triton import elu1_triton
-
-    return elu1_triton
-
-
-def _backward_triton():
-    from longspan.kernels.elu_triton import elu1_backward_triton
-
-    return elu1_backward_triton
-
-
 elu1_forward = operator(
-    "elu1(Tensor x) -> Tensor", naive=elu1_naive, fused=_forward_triton, shapes=lambda x: x.new_empty(x.shape)
+    "elu1(Tensor x) -> Tensor", naive=elu1_naive, fused="elu_triton.elu1_triton", shapes=lambda x: x.new_empty(x.shape)
 )
 elu1_backward = operator(
     "elu1_backward(Tensor d_out, Tensor x) -> Tensor",
     naive=elu1_backward_naive,
-    fused=_backward_triton,
+    fused="elu_triton.elu1_backward_triton",
     shapes=lambda d_out, x: x.new_empty(x.shape),
 )

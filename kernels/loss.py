@@ -110,28 +110,16 @@ def logits_gradient_naive(logits, lse, labels, dtype):
     return gradient.masked_fill_(ignored, 0).to(dtype)
 
 
-def _scores_triton():
-    from longspan.kernels.loss_triton import label_scores_triton
-
-    return label_scores_triton
-
-
-def _gradient_triton():
-    from longspan.kernels.loss_triton import logits_gradient_triton
-
-    return logits_gradient_triton
-
-
 label_scores = operator(
     "label_scores(Tensor logits, Tensor labels) -> (Tensor, Tensor)",
     naive=label_scores_naive,
-    fused=_scores_triton,
+    fused="loss_triton.label_scores_triton",
     shapes=lambda logits, labels: (logits.new_empty(len(labels)), logits.new_empty(len(labels))),
 )
 logits_gradient = operator(
     "logits_gradient(Tensor logits, Tensor lse, Tensor labels, ScalarType dtype) -> Tensor",
     naive=logits_gradient_naive,
-    fused=_gradient_triton,
+    fused="loss_triton.logits_gradient_triton",
     shapes=lambda logits, lse, labels, dtype: logits.new_empty(logits.shape, dtype=dtype),
 )
 

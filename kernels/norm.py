@@ -104,18 +104,6 @@ def _normalised(x, mean, eps):
     return wide * scale, scale
 
 
-def _forward_triton():
-    from longspan.kernels.norm_triton import norm_triton
-
-    return norm_triton
-
-
-def _backward_triton():
-    from longspan.kernels.norm_triton import norm_backward_triton
-
-    return norm_backward_triton
-
-
 def _like(*tensors):
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors if x is not None]
 
@@ -123,13 +111,13 @@ def _like(*tensors):
 norm = operator(
     "norm(Tensor x, Tensor? branch, Tensor? weight, Tensor? gate, bool mean, float eps) -> Tensor[]",
     naive=norm_naive,
-    fused=_forward_triton,
+    fused="norm_triton.norm_triton",
     shapes=lambda x, branch, *_: _like(x, branch),
 )
 norm_backward = operator(
     "norm_backward(Tensor d_out, Tensor? d_stream, Tensor x, Tensor? weight, Tensor? gate, bool mean, float eps)"
     " -> Tensor[]",
     naive=norm_backward_naive,
-    fused=_backward_triton,
+    fused="norm_triton.norm_backward_triton",
     shapes=lambda d_out, d_stream, x, weight, gate, *_: _like(x, weight, gate),
 )

@@ -54,18 +54,6 @@ def _turned(x, cos, sin):
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def _forward_triton():
-    from longspan.kernels.rotation_triton import rotate_triton
-
-    return rotate_triton
-
-
-def _backward_triton():
-    from longspan.kernels.rotation_triton import rotate_backward_triton
-
-    return rotate_backward_triton
-
-
 def _like(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -73,12 +61,12 @@ def _like(x):
 rotate_forward = operator(
     "rotate(Tensor x, Tensor cos, Tensor sin, Tensor? weight, float eps) -> Tensor",
     naive=rotate_naive,
-    fused=_forward_triton,
+    fused="rotation_triton.rotate_triton",
     shapes=lambda x, *_: _like(x),
 )
 rotate_backward = operator(
     "rotate_backward(Tensor d_out, Tensor cos, Tensor sin, Tensor? x, Tensor? weight, float eps) -> Tensor[]",
     naive=rotate_backward_naive,
-    fused=_backward_triton,
+    fused="rotation_triton.rotate_backward_triton",
     shapes=lambda d_out, cos, sin, x, weight, eps: [_like(a) for a in (d_out, weight) if a is not None],
 )

@@ -37,18 +37,6 @@ def swiglu_backward_naive(d_out, gate, up):
     return [d_gate.to(gate.dtype), (d_out * gate_wide * sigmoid).to(up.dtype)]
 
 
-def _forward_triton():
-    from longspan.kernels.swiglu_triton import swiglu_triton
-
-    return swiglu_triton
-
-
-def _backward_triton():
-    from longspan.kernels.swiglu_triton import swiglu_backward_triton
-
-    return swiglu_backward_triton
-
-
 def _like(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -56,12 +44,12 @@ def _like(x):
 swiglu_forward = operator(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     naive=swiglu_naive,
-    fused=_forward_triton,
+    fused="swiglu_triton.swiglu_triton",
     shapes=lambda gate, up: _like(gate),
 )
 swiglu_backward = operator(
     "swiglu_backward(Tensor d_out, Tensor gate, Tensor up) -> Tensor[]",
     naive=swiglu_backward_naive,
-    fused=_backward_triton,
+    fused="swiglu_triton.swiglu_backward_triton",
     shapes=lambda d_out, gate, up: [_like(gate), _like(up)],
 )
