@@ -4,6 +4,7 @@ import fp64
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import interpreted
 
 from longspan.kernels.channel_gates import (
     biased_gate,
@@ -74,10 +75,7 @@ class TestTriton:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        pytest.importorskip("triton", reason="Triton is not installed")
-        if torch.cuda.is_available():
-            pytest.skip("kernels are interpreted only where there is no GPU")
-        from longspan.kernels import channel_gates_triton
+        channel_gates_triton = interpreted("channel_gates_triton")
 
         self.kernels = channel_gates_triton
         for name, value in (("ROWS", 4), ("BLOCK_CHANNELS", 16), ("STEPS", 3)):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from interpreted import interpreted
 
 from longspan.kernels.convolution import convolve, convolve_backward, convolve_backward_naive, convolve_naive
 
@@ -78,10 +79,7 @@ class TestFused:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        pytest.importorskip("triton", reason="Triton is not installed")
-        if torch.cuda.is_available():
-            pytest.skip("kernels are interpreted only where there is no GPU")
-        from longspan.kernels import convolution_triton
+        convolution_triton = interpreted("convolution_triton")
 
         self.kernels = convolution_triton
         monkeypatch.setattr(convolution_triton, "BLOCK_CHANNELS", 16)

@@ -4,6 +4,7 @@ import fp64
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import interpreted
 
 from longspan.kernels.rotation import (
     rotate,
@@ -68,10 +69,7 @@ class TestTriton:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        pytest.importorskip("triton", reason="Triton is not installed")
-        if torch.cuda.is_available():
-            pytest.skip("kernels are interpreted only where there is no GPU")
-        from longspan.kernels import rotation_triton
+        rotation_triton = interpreted("rotation_triton")
 
         self.kernels = rotation_triton
         monkeypatch.setattr(rotation_triton, "TILE", 32)

@@ -4,6 +4,7 @@ import fp64
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import interpreted
 
 from longspan.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_naive, swiglu_forward, swiglu_naive
 
@@ -42,10 +43,7 @@ class TestTriton:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        pytest.importorskip("triton", reason="Triton is not installed")
-        if torch.cuda.is_available():
-            pytest.skip("kernels are interpreted only where there is no GPU")
-        from longspan.kernels import swiglu_triton
+        swiglu_triton = interpreted("swiglu_triton")
 
         self.kernels = swiglu_triton
         monkeypatch.setattr(swiglu_triton, "BLOCK", 16)
