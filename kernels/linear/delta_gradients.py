@@ -17,6 +17,7 @@ dP^T and Y^T are products of their own: no result of a product is ever transpose
 import torch
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.linear import hopper
 from longspan.kernels.linear.delta_tiles import (
     launch_options,
     load_decay_between,
@@ -25,11 +26,10 @@ from longspan.kernels.linear.delta_tiles import (
     load_total_decay,
     store_tokens,
 )
-from longspan.kernels.sparse import hopper
 
 # Element size: (columns of K at a time, of V at a time, warps, stages, registers or left to the compiler).
 INPUTS = {2: (64, 128, 4, 1), 4: (32, 32, 4, 1)}
-HOPPER = True  # whether Hopper GPUs take `delta_gradients_hopper` where it can be used
+HOPPER = True  # whether Hopper GPUs take `hopper.gradients` where it can be used
 
 
 @triton.jit
@@ -205,12 +205,11 @@ def input_gradients(call, prepared, d_out, entering, leaving, gate: bool):
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     d_beta = q.new_empty(q.shape[:2], dtype=torch.float32)
     d_decay = torch.empty_like(d_beta) if gate else None
-    if call.num_tiles and HOPPER and hopper.on_hopper(q):
-        from longspan.kernels.linear import delta_gradients_hopper
+    if call.num_tiles and HOPPER and hopper.takes(call):
+        from longspan.kernels.linear.hopper import gradients
 
-        if delta_gradients_hopper.takes(call):
-            delta_gradients_hopper.launch(call, prepared, d_out, entering, leaving, dq, dk, dv, d_beta, d_decay)
-            return dq, dk, dv, d_beta, d_decay
+        gradients.launch(call, prepared, d_out, entering, leaving, dq, dk, dv, d_beta, d_decay)
+        return dq, dk, dv, d_beta, d_decay
     if call.num_tiles:
         inputs_kernel[(call.num_tiles,)](
             q, k, v, d_out, prepared.scores, prepared.rows, *entering, *leaving, dq, dk, dv, d_beta, d_decay,

@@ -15,37 +15,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from longspan.kernels.linear.delta_tiles import CHUNK
+from longspan.kernels.linear.hopper.tiles import (
+    BETA,
+    FROM_START,
+    TO_END,
+    VECTORS,
+    clear_rows,
+    decay_between,
+    fetch_vectors,
+    scratch_descriptor,
+    store_tokens,
+    synchronize,
+    tokens_descriptor,
+)
 from longspan.kernels.sparse.hopper.tiles import async_load, make_barriers, product_layout, row_layout, shared_layout
-
-BETA, FROM_START, TO_END, G = (gl.constexpr(n) for n in range(4))  # rows 0, 1, 4 and 5 of `delta_tiles.load_row`
-VECTORS = gl.constexpr(4)
-synchronize = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6
-
-
-@gluon.constexpr_function
-def _stored_layout(D):
-    """Of [64, D] results to be stored: 64 bytes of a row in four threads, by exchanges inside such fours."""
-    registers, column = [[0, 1], [0, 2], [0, 4], [8, 0]], 32
-    while column < D:
-        registers.append([0, column])
-        column *= 2
-    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, D])
-
-
-@gluon.jit
-def _clear_rows(tile, length, D: gl.constexpr):
-    """Zeros from row `length` on of a tile [64, D], where TMA has brought tokens of the next span."""
-    layout: gl.constexpr = row_layout(D)
-    row = gl.arange(0, 16, gl.SliceLayout(1, layout))
-    for part in gl.static_range(4):
-        rows = tile.slice(part * 16, 16)
-        x = rows.load(layout)
-        rows.store(gl.where((row + part * 16 < length)[:, None], x, gl.zeros_like(x)))
-
 
 @gluon.jit
 def _fetch(tables, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr):
@@ -57,18 +41,11 @@ def _fetch(tables, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl
         vectors, d_outs, values, errors, state, d_state, q_tile, k_tile, v_tile, scores, _,
         first_ready, first_free, states_ready, states_free, last_ready, last_free, _, _, _,
     ) = tiles_of  # fmt: skip
-    token = gl.arange(0, 64, gl.BlockedLayout([2], [32], [1], [0]))
     n = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         first, head, stage = gl.load(chunk_first + tile // H), tile % H, n % 2
         mbarrier.wait(first_free.index(stage), (n // 2 & 1) ^ 1)
-        rows_at = rows_ptr + gl.to_tensor(tile).to(gl.int64) * (8 * 64) + token * 4
-        vectors.index(stage * VECTORS + BETA).store(gl.load(rows_at))
-        if GATE:
-            vectors.index(stage * VECTORS + FROM_START).store(gl.load(rows_at + 1))
-            vectors.index(stage * VECTORS + TO_END).store(gl.load(rows_at + 4 * 64))
-            vectors.index(stage * VECTORS + G).store(gl.load(rows_at + 4 * 64 + 1))
-        synchronize()
+        fetch_vectors(rows_ptr, tile, vectors, stage, GATE)
         ready = first_ready.index(stage)
         mbarrier.expect(ready, 3 * 64 * V * 2)
         async_load(d_out_desc, [first, head * V], ready, d_outs.index(stage))
@@ -90,30 +67,8 @@ def _fetch(tables, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl
 
 
 @gluon.jit
-def _decay_between(vectors, stage, layout: gl.constexpr, GATE: gl.constexpr):
-    """exp(-|G_r - G_c|): Lambda where its row is the later token, transposed where its column is."""
-    if GATE:
-        row = vectors.index(stage * VECTORS + G).load(gl.SliceLayout(1, layout))
-        column = vectors.index(stage * VECTORS + G).load(gl.SliceLayout(0, layout))
-        log = row[:, None] - column[None, :]
-        return gl.exp(gl.minimum(log, -log))
-    else:
-        return gl.full([64, 64], 1.0, gl.float32, layout)
-
-
-@gluon.jit
-def _store(ptr, first, head, length, H, x, D: gl.constexpr):
-    """x [64, D] to the tokens from `first` on of [T, H, D]."""
-    layout: gl.constexpr = _stored_layout(D)
-    x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
-    token, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, D, gl.SliceLayout(0, layout))
-    ptr += (first.to(gl.int64) * H + head) * D
-    gl.store(ptr + (token[:, None] * (H * D) + column[None, :]), x, mask=(token < length)[:, None])
-
-
-@gluon.jit
 def _store_part(ptr, first, head, length, H, start: gl.constexpr, x, D: gl.constexpr):
-    """As _store, of 16 rows from `start` on as they come from memory."""
+    """As store_tokens, of 16 rows from `start` on as they come from memory."""
     layout: gl.constexpr = row_layout(D)
     token, column = start + gl.arange(0, 16, gl.SliceLayout(1, layout)), gl.arange(0, D, gl.SliceLayout(0, layout))
     ptr += (first.to(gl.int64) * H + head) * D
@@ -145,7 +100,7 @@ def _queries(
         d_out, errors_now = d_outs.index(stage), errors.index(stage)
         mbarrier.wait(first_ready.index(stage), n // 2 & 1)
         if length < 64:
-            _clear_rows(d_out, length, V)
+            clear_rows(d_out, length, V)
             fence_async_shared()
             synchronize()
             mbarrier.arrive(cleared.index(0))
@@ -154,16 +109,16 @@ def _queries(
         mbarrier.wait(states_ready.index(0), turn)
         dq_pending = warpgroup_mma(d_out, state, nothing_wide, use_acc=False, is_async=True)
         beta = vectors.index(stage * VECTORS + BETA).load(gl.SliceLayout(1, S))
-        between = _decay_between(vectors, stage, S, GATE)
+        between = decay_between(vectors, stage, S, GATE)
         weight = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, OUT)) * scale
         if GATE:
             weight *= vectors.index(stage * VECTORS + FROM_START).load(gl.SliceLayout(1, OUT))
         mbarrier.wait(last_ready.index(0), turn)  # also keeps the next wait behind the arithmetic
         d_scores, x = warpgroup_mma_wait(1, deps=[d_scores_pending, x_pending])
         if length < 64:
-            _clear_rows(k_tile, length, K)
-            _clear_rows(q_tile, length, K)
-            _clear_rows(v_tile, length, V)
+            clear_rows(k_tile, length, K)
+            clear_rows(q_tile, length, K)
+            clear_rows(v_tile, length, V)
             fence_async_shared()
             synchronize()
             mbarrier.arrive(cleared.index(1))
@@ -196,7 +151,7 @@ def _queries(
         dq = warpgroup_mma(d_scores, k_tile, dq)
         synchronize()
         mbarrier.arrive(last_free.index(0))
-        _store(dq_ptr, first, head, length, H, dq, K)
+        store_tokens(dq_ptr, first, head, length, H, dq, K)
         mbarrier.wait(sums_ready.index(0), turn)
         d_beta -= sums.index(0).load(gl.SliceLayout(1, S))
         if D_GATE:
@@ -238,7 +193,7 @@ def _keys(tables, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GAT
         d_scores_pending = warpgroup_mma(values_t, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
         x_pending = warpgroup_mma(errors_now, values.index(stage), nothing, use_acc=False, is_async=True)
         x_t_pending = warpgroup_mma(values_t, errors_now.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        between = _decay_between(vectors, stage, S, GATE)
+        between = decay_between(vectors, stage, S, GATE)
         mbarrier.wait(states_ready.index(0), turn)  # also keeps the next wait behind the arithmetic
         d_scores, x, x_t = warpgroup_mma_wait(0, deps=[d_scores_pending, x_pending, x_t_pending])
         dk_pending = warpgroup_mma(values_t, d_state, nothing_wide, use_acc=False, is_async=True)
@@ -286,7 +241,7 @@ def _keys(tables, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GAT
         dk = warpgroup_mma(y, k_tile, dk)
         synchronize()
         mbarrier.arrive(last_free.index(0))
-        _store(dk_ptr, first, head, length, H, dk, K)
+        store_tokens(dk_ptr, first, head, length, H, dk, K)
         n += 1
 
 
@@ -331,16 +286,9 @@ def inputs_kernel(
     )  # fmt: skip
 
 
-def takes(call) -> bool:
-    """Whether this kernel takes a case: 16-bit numbers, heads of 128."""
-    return call.q.element_size() == 2 and call.k.shape[2] == call.v.shape[2] == 128
-
-
 def launch(call, prepared, d_out, entering, leaving, dq, dk, dv, d_beta, d_decay):
-    tokens = call.q, call.k, call.v, d_out
-    descriptors = [_descriptor(_beside(x).flatten(1), CHUNK, x.shape[2]) for x in tokens]
-    scratch = prepared.scores, *entering, *leaving
-    descriptors += [_descriptor(x.view(-1, x.shape[3]), *x.shape[2:]) for x in scratch]
+    descriptors = [tokens_descriptor(x) for x in (call.q, call.k, call.v, d_out)]
+    descriptors += [scratch_descriptor(x) for x in (prepared.scores, *entering, *leaving)]
     programs = min(call.num_tiles, _processors(call.q.device))
     inputs_kernel[(programs,)](
         *descriptors, prepared.rows, dq, dk, dv, d_beta, d_decay, *call.chunks, call.scale, call.num_tiles, call.heads, call.k.shape[2], call.v.shape[2],
@@ -350,14 +298,3 @@ def launch(call, prepared, d_out, entering, leaving, dq, dk, dv, d_beta, d_decay
 
 def _processors(device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _beside(x):
-    """x [T, H, D] with heads beside one another, at addresses that TMA takes."""
-    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    return x if x.stride(1) == x.shape[2] and aligned else x.contiguous()
-
-
-def _descriptor(x, rows, columns):
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, columns], layout)
