@@ -224,6 +224,10 @@ def _store(pointer, value, mask=None):
     pointer.memory[at[keep]] = value.expand(at.shape)[keep].to(pointer.memory.dtype)
 
 
+def _two(function):
+    return lambda x, y: function(_tensor(x), _tensor(y))
+
+
 def _anything(*args, **options):
     return None
 
@@ -234,7 +238,8 @@ def _modules() -> dict[str, ModuleType]:
         num_programs=lambda n: _here.programs, to_tensor=_tensor, load=_load, store=_store, convert_layout=lambda x, y: x,
         arange=lambda start, stop, layout: _tensor(torch.arange(start, stop)),
         full=lambda shape, value, dtype, layout: _tensor(torch.full(shape, value, dtype=dtype)),
-        where=torch.where, minimum=torch.minimum, maximum=torch.maximum, exp=torch.exp, exp2=torch.exp2,
+        where=lambda c, x, y: torch.where(_tensor(c), x, y), minimum=_two(torch.minimum), maximum=_two(torch.maximum),
+        exp=torch.exp, exp2=torch.exp2, min=lambda x, axis: x.amin(axis), max=lambda x, axis: x.amax(axis),
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
         float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
@@ -272,6 +277,8 @@ def _module(name, content) -> ModuleType:
 
 def load(*names: str) -> ModuleType:
     """The last of these modules, imported anew with the others in this order, with Gluon emulated."""
+    from triton.language import constexpr
+
     kept, fake = dict(sys.modules), _modules()
     sys.modules.update(fake)
     try:
@@ -280,6 +287,9 @@ def load(*names: str) -> ModuleType:
             module = importlib.util.module_from_spec(spec)
             sys.modules[name] = module
             spec.loader.exec_module(module)
+            for key, value in vars(module).items():
+                if isinstance(value, constexpr):
+                    setattr(module, key, value.value)
         return module
     finally:
         for name in [*fake, *names]:
