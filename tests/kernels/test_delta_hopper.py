@@ -8,7 +8,7 @@ import torch
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.linear.splits import Splits
 
-MODULES = "forward", "gradients"
+MODULES = "forward", "backward", "gradients"
 SPANS = Spans((0, 1, 2, 66, 67, 220, 284), (1, 2, 4), (2, 4), (1, 2))
 
 

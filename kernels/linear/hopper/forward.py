@@ -11,42 +11,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from longspan.kernels.linear.delta_tiles import LEFT_OUT, SEARCHED
 from longspan.kernels.linear.hopper.tiles import (
     BETA,
     FROM_START,
     TO_END,
     VECTORS,
     clear_rows,
+    count_remembered,
     fetch_vectors,
     scratch_descriptor,
-    store_tokens,
-    stored_layout,
+    store_columns,
+    store_scratch,
     synchronize,
     tokens_descriptor,
 )
 from longspan.kernels.sparse.hopper.tiles import async_load, make_barriers, product_layout, shared_layout
 
 STAGES = {"sum": 4, "states": 4, "output": 3}
-
-
-@gluon.jit
-def count_remembered(rows_ptr, tile, step, chunks):
-    """As `delta_tiles.count_remembered`."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    i, j = gl.arange(0, SEARCHED, gl.SliceLayout(1, layout)), gl.arange(0, SEARCHED, gl.SliceLayout(0, layout))
-    remembered, log_decay, going = 0, 0.0, True
-    for block in range(0, gl.cdiv(chunks, SEARCHED)):
-        left = chunks - block * SEARCHED
-        at = rows_ptr + (gl.to_tensor(tile).to(gl.int64) + (block * SEARCHED + j) * step) * (8 * 64) + (8 * 64 - 3)
-        log = gl.load(at, mask=j < left, other=0.0)
-        through = log_decay + gl.sum(gl.where(j[None, :] <= i[:, None], log[None, :], 0.0), 1)
-        ends = gl.min(gl.where((i < left) & (through < LEFT_OUT), i, SEARCHED), 0)
-        passed = gl.minimum(left, SEARCHED)
-        remembered += gl.where(going, gl.minimum(ends, passed), 0)
-        going = going & (ends == SEARCHED)
-        log_decay += gl.sum(log, 0)
-    return remembered
 
 
 @gluon.jit
@@ -110,8 +91,8 @@ def _step(
     right = gl.convert_layout(right, gl.DotOperandLayout(0, S, 2))
     values = warpgroup_mma(right, inverses.index(stage).permute((1, 0)), nothing, use_acc=False)
     if MODE == "states":
-        _store_scratch(states_ptr, at, COLUMN, entering, V, K)
-        _store_scratch(values_ptr, at, COLUMN, values.to(dtype), V, 64)
+        store_scratch(states_ptr, at, COLUMN, entering, V, K)
+        store_scratch(values_ptr, at, COLUMN, values.to(dtype), V, 64)
     if MODE == "output":
         result = warpgroup_mma_wait(0, deps=[out_pending]) * scale
         if GATE:
@@ -127,27 +108,8 @@ def _step(
         result = warpgroup_mma_wait(1, deps=[out_pending])
         staged.permute((1, 0)).store(result.to(staged.dtype))
         synchronize()
-        _store_columns(out_ptr, token, left, head, COLUMN, staged, H, V)
+        store_columns(out_ptr, token, left, head, COLUMN, staged, H, V)
     return warpgroup_mma_wait(0, deps=[state])
-
-
-@gluon.jit
-def _store_scratch(ptr, at, COLUMN: gl.constexpr, x, V: gl.constexpr, WIDTH: gl.constexpr):
-    """x [64, WIDTH] to the rows from COLUMN on of the tile at [V, WIDTH]."""
-    layout: gl.constexpr = stored_layout(WIDTH)
-    row, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    ptr += (gl.to_tensor(at).to(gl.int64) * V + COLUMN) * WIDTH
-    gl.store(ptr + (row[:, None] * WIDTH + column[None, :]), gl.convert_layout(x, layout))
-
-
-@gluon.jit
-def _store_columns(ptr, first, left, head, COLUMN: gl.constexpr, staged, H, V: gl.constexpr):
-    """The tile [64, 64] in shared memory to 64 columns of the tokens from `first` on of [T, H, V]."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    token, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, 64, gl.SliceLayout(0, layout))
-    ptr += (first.to(gl.int64) * H + head) * V + COLUMN
-    at = ptr + (token[:, None] * (H * V) + column[None, :])
-    gl.store(at, staged.load(layout).to(ptr.dtype.element_ty), mask=(token < left)[:, None])
 
 
 @gluon.jit

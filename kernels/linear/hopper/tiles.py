@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from longspan.kernels.linear.delta_tiles import CHUNK
+from longspan.kernels.linear.delta_tiles import CHUNK, LEFT_OUT, SEARCHED
 from longspan.kernels.sparse.hopper.tiles import row_layout
 
 BETA, FROM_START, TO_END, G = (gl.constexpr(n) for n in range(4))  # rows 0, 1, 4 and 5 of `delta_tiles.load_row`
@@ -67,6 +67,44 @@ def store_tokens(ptr, first, head, length, H, x, D: gl.constexpr):
     token, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, D, gl.SliceLayout(0, layout))
     ptr += (first.to(gl.int64) * H + head) * D
     gl.store(ptr + (token[:, None] * (H * D) + column[None, :]), x, mask=(token < length)[:, None])
+
+
+@gluon.jit
+def count_remembered(rows_ptr, tile, step, chunks):
+    """As `delta_tiles.count_remembered`."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    i, j = gl.arange(0, SEARCHED, gl.SliceLayout(1, layout)), gl.arange(0, SEARCHED, gl.SliceLayout(0, layout))
+    remembered, log_decay, going = 0, 0.0, True
+    for block in range(0, gl.cdiv(chunks, SEARCHED)):
+        left = chunks - block * SEARCHED
+        at = rows_ptr + (gl.to_tensor(tile).to(gl.int64) + (block * SEARCHED + j) * step) * (8 * 64) + (8 * 64 - 3)
+        log = gl.load(at, mask=j < left, other=0.0)
+        through = log_decay + gl.sum(gl.where(j[None, :] <= i[:, None], log[None, :], 0.0), 1)
+        ends = gl.min(gl.where((i < left) & (through < LEFT_OUT), i, SEARCHED), 0)
+        passed = gl.minimum(left, SEARCHED)
+        remembered += gl.where(going, gl.minimum(ends, passed), 0)
+        going = going & (ends == SEARCHED)
+        log_decay += gl.sum(log, 0)
+    return remembered
+
+
+@gluon.jit
+def store_scratch(ptr, at, COLUMN: gl.constexpr, x, V: gl.constexpr, WIDTH: gl.constexpr):
+    """x [64, WIDTH] to the rows from COLUMN on of the tile at [V, WIDTH]."""
+    layout: gl.constexpr = stored_layout(WIDTH)
+    row, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    ptr += (gl.to_tensor(at).to(gl.int64) * V + COLUMN) * WIDTH
+    gl.store(ptr + (row[:, None] * WIDTH + column[None, :]), gl.convert_layout(x, layout))
+
+
+@gluon.jit
+def store_columns(ptr, first, left, head, COLUMN: gl.constexpr, staged, H, V: gl.constexpr):
+    """The tile [64, 64] in shared memory to 64 columns of the tokens from `first` on of [T, H, V]."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    token, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, 64, gl.SliceLayout(0, layout))
+    ptr += (first.to(gl.int64) * H + head) * V + COLUMN
+    at = ptr + (token[:, None] * (H * V) + column[None, :])
+    gl.store(at, staged.load(layout).to(ptr.dtype.element_ty), mask=(token < left)[:, None])
 
 
 def tokens_descriptor(x, columns=None):
