@@ -55,14 +55,13 @@ def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.
 def step(
     state, d_out, q_tile, k_tile, inverse, scores, vectors, at_vectors, scale, K: gl.constexpr, GATE: gl.constexpr
 ):
-    """One chunk, for the 64 columns of V that d_out [64, 64] has: (dS^T before it, E^T [64, 64])."""
+    """One chunk, for the 64 columns of V that d_out [64, 64] has: (dS^T before it, under way; its operand; E^T [64, 64])."""
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(K)
     dtype: gl.constexpr = k_tile.dtype
     column: gl.constexpr = gl.SliceLayout(0, S)
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
     operand = gl.convert_layout(state.to(dtype), gl.DotOperandLayout(0, S, 2))
-    values_pending = warpgroup_mma(operand, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
     read = vectors.index(at_vectors + BETA).load(column)
     weighted = d_out.permute((1, 0)).load(S).to(gl.float32) * scale
     if GATE:
@@ -71,8 +70,9 @@ def step(
         weighted = weighted * from_start[None, :]
         state = state * vectors.index(at_vectors + FROM_START).slice(63, 1).load(gl.SliceLayout(1, OUT))[:, None]
     weighted = gl.convert_layout(weighted.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+    values_pending = warpgroup_mma(operand, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
     state_pending = warpgroup_mma(weighted, q_tile, state, is_async=True)
-    values = warpgroup_mma_wait(1, deps=[values_pending])
+    values, operand = warpgroup_mma_wait(1, deps=[values_pending, operand])
     if GATE:
         values = values * vectors.index(at_vectors + TO_END).load(column)[None, :]
     values_pending = warpgroup_mma(d_out.permute((1, 0)), scores, values, is_async=True)
@@ -80,7 +80,7 @@ def step(
     values = gl.convert_layout(values.to(dtype), gl.DotOperandLayout(0, S, 2))
     errors = warpgroup_mma(values, inverse, nothing, use_acc=False)
     written = gl.convert_layout((errors * -read[None, :]).to(dtype), gl.DotOperandLayout(0, OUT, 2))
-    return warpgroup_mma(written, k_tile, state, is_async=True), errors
+    return warpgroup_mma(written, k_tile, state, is_async=True), written, errors
 
 
 @gluon.jit
@@ -115,7 +115,7 @@ def _pass(
             mbarrier.wait(cleared.index(0), 0)
         if MODE == "states":
             store_scratch(d_states_ptr, at, part * 64, state.to(k_tiles.dtype), V, K)
-        state_pending, errors = step(
+        state_pending, operand, errors = step(
             state, d_out, q_tiles.index(stage), k_tiles.index(stage), inverses.index(stage), scores.index(stage), vectors,
             stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
@@ -123,7 +123,7 @@ def _pass(
             staged.index(part).permute((1, 0)).store(errors.to(staged.dtype))
             synchronize()
             store_columns(errors_ptr, at * 64, 64, 0, part * 64, staged.index(part), 1, V)
-        state = warpgroup_mma_wait(0, deps=[state_pending])
+        state, operand = warpgroup_mma_wait(0, deps=[state_pending, operand])
         synchronize()
         mbarrier.arrive(free.index(stage))
         n += 1
