@@ -8,7 +8,7 @@ import torch
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.linear.splits import Splits
 
-MODULES = "forward", "backward", "gradients"
+MODULES = "forward", "backward", "gradients", "reverse"
 SPANS = Spans((0, 1, 2, 66, 67, 220, 284), (1, 2, 4), (2, 4), (1, 2))
 
 
@@ -32,10 +32,13 @@ def delta(emulated, monkeypatch):
     return delta
 
 
-@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("gradients", ["chunks", "sweep"])
 @pytest.mark.parametrize("decay", [None, "fixed", "medium", "spiky", "strong"])
-def test_gradients(delta, emulated, monkeypatch, decay, programs):
-    monkeypatch.setattr(emulated["gradients"], "_processors", lambda device: programs)
+def test_gradients(delta, emulated, monkeypatch, decay, gradients):
+    from longspan.kernels.linear import delta_gradients
+
+    monkeypatch.setattr(delta_gradients, "HOPPER", gradients)
+    monkeypatch.setattr(emulated["gradients"], "_processors", lambda device: 3)
     given = forms.random_inputs(SPANS, 2, 128, 128, decay, 1, dtype=torch.bfloat16)
     tables = delta.DeltaTables.of(Splits.of(SPANS, 128, 64))
     found = forms.run_form(delta.Delta, tables, *given, 0.3)

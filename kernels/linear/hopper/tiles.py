@@ -107,6 +107,16 @@ def store_columns(ptr, first, left, head, COLUMN: gl.constexpr, staged, H, V: gl
     gl.store(at, staged.load(layout).to(ptr.dtype.element_ty), mask=(token < left)[:, None])
 
 
+@gluon.jit
+def store_half(ptr, first, head, left, H, COLUMN: gl.constexpr, x, V: gl.constexpr):
+    """x [64, 64] to 64 columns of the tokens from `first` on of [T, H, V]."""
+    layout: gl.constexpr = stored_layout(64)
+    x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
+    token, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, 64, gl.SliceLayout(0, layout))
+    ptr += (first.to(gl.int64) * H + head) * V + COLUMN
+    gl.store(ptr + (token[:, None] * (H * V) + column[None, :]), x, mask=(token < left)[:, None])
+
+
 def tokens_descriptor(x, columns=None):
     """Of x [T, H, D]: a chunk's tokens of one head, or so many columns of it."""
     if x.stride(1) != x.shape[2] or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
