@@ -239,7 +239,7 @@ def _modules() -> dict[str, ModuleType]:
         arange=lambda start, stop, layout: _tensor(torch.arange(start, stop)),
         full=lambda shape, value, dtype, layout: _tensor(torch.full(shape, value, dtype=dtype)),
         where=lambda c, x, y: torch.where(_tensor(c), x, y), minimum=_two(torch.minimum), maximum=_two(torch.maximum),
-        exp=torch.exp, exp2=torch.exp2, min=lambda x, axis: x.amin(axis), max=lambda x, axis: x.amax(axis),
+        exp=torch.exp, abs=torch.abs, exp2=torch.exp2, min=lambda x, axis: x.amin(axis), max=lambda x, axis: x.amax(axis),
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
         float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,

@@ -53,32 +53,32 @@ def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.
 
 @gluon.jit
 def step(
-    state, d_out, q_tile, k_tile, inverse, scores, vectors, at_vectors, scale, K: gl.constexpr, GATE: gl.constexpr
+    state, leaving, d_out, q_tile, k_tile, inverse, scores, vectors, at_vectors, scale, K: gl.constexpr, GATE: gl.constexpr
 ):
-    """One chunk, for the 64 columns of V that d_out [64, 64] has: (dS^T before it, under way; its operand; E^T [64, 64])."""
+    """One chunk, for the 64 columns of V that d_out [64, 64] has: (dS^T before it, under way; its operand; E^T [64, 64]). leaving: state
+    rounded, as an operand."""
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(K)
     dtype: gl.constexpr = k_tile.dtype
     column: gl.constexpr = gl.SliceLayout(0, S)
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
-    operand = gl.convert_layout(state.to(dtype), gl.DotOperandLayout(0, S, 2))
-    read = vectors.index(at_vectors + BETA).load(column)
     weighted = d_out.permute((1, 0)).load(S).to(gl.float32) * scale
     if GATE:
-        from_start = vectors.index(at_vectors + FROM_START).load(column)
-        read = read * from_start
-        weighted = weighted * from_start[None, :]
+        weighted = weighted * vectors.index(at_vectors + FROM_START).load(column)[None, :]
         state = state * vectors.index(at_vectors + FROM_START).slice(63, 1).load(gl.SliceLayout(1, OUT))[:, None]
     weighted = gl.convert_layout(weighted.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-    values_pending = warpgroup_mma(operand, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    values_pending = warpgroup_mma(leaving, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
     state_pending = warpgroup_mma(weighted, q_tile, state, is_async=True)
-    values, operand = warpgroup_mma_wait(1, deps=[values_pending, operand])
+    values = warpgroup_mma_wait(1, deps=[values_pending])
     if GATE:
         values = values * vectors.index(at_vectors + TO_END).load(column)[None, :]
     values_pending = warpgroup_mma(d_out.permute((1, 0)), scores, values, is_async=True)
     state, values, weighted = warpgroup_mma_wait(0, deps=[state_pending, values_pending, weighted])
     values = gl.convert_layout(values.to(dtype), gl.DotOperandLayout(0, S, 2))
     errors = warpgroup_mma(values, inverse, nothing, use_acc=False)
+    read = vectors.index(at_vectors + BETA).load(column)
+    if GATE:
+        read = read * vectors.index(at_vectors + FROM_START).load(column)
     written = gl.convert_layout((errors * -read[None, :]).to(dtype), gl.DotOperandLayout(0, OUT, 2))
     return warpgroup_mma(written, k_tile, state, is_async=True), written, errors
 
@@ -115,8 +115,9 @@ def _pass(
             mbarrier.wait(cleared.index(0), 0)
         if MODE == "states":
             store_scratch(d_states_ptr, at, part * 64, state.to(k_tiles.dtype), V, K)
+        leaving = gl.convert_layout(state.to(k_tiles.dtype), gl.DotOperandLayout(0, product_layout(64), 2))
         state_pending, operand, errors = step(
-            state, d_out, q_tiles.index(stage), k_tiles.index(stage), inverses.index(stage), scores.index(stage), vectors,
+            state, leaving, d_out, q_tiles.index(stage), k_tiles.index(stage), inverses.index(stage), scores.index(stage), vectors,
             stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
         if MODE == "states":

@@ -124,8 +124,8 @@ def _queries(
             mbarrier.arrive(cleared.index(1))
         kk_pending = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
         pairs = d_scores
-        if D_GATE:
-            pairs = gl.where(i[:, None] > j[None, :], pairs * scores_tile.load(S).to(gl.float32), 0.0)
+        if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
+            pairs = pairs * scores_tile.load(S).to(gl.float32)
         d_scores = gl.where(i[:, None] >= j[None, :], d_scores * (between * scale), 0.0)
         d_scores = gl.convert_layout(d_scores.to(d_outs.dtype), gl.DotOperandLayout(0, OUT, 2))
         x = gl.where(i[:, None] > j[None, :], x * between, 0.0)

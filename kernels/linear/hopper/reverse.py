@@ -60,16 +60,20 @@ def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.
 
 @gluon.jit
 def _carry(
-    place, exit_row, exit_at, tiles_of, scale, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
+    place, exit_row, exit_at, given, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
     D_GATE: gl.constexpr,
 ):  # fmt: skip
-    """dS and E of every chunk, and <S, dS>."""
-    _, length, _, _, chunks = place
+    """dS and E of every chunk, dv, <S, dS> and what d_beta has of E V."""
+    first, length, _, head, chunks = place
+    v_ptr, v_stride_t, v_stride_h = given
     (
-        vectors, q_tiles, k_tiles, d_outs, squares, states, _, d_states, errors_t, through_at, ready, free, cleared,
+        vectors, q_tiles, k_tiles, d_outs, squares, states, _, d_states, errors_t, sums, ready, free, cleared,
     ) = tiles_of  # fmt: skip
     OUT: gl.constexpr = product_layout(K)
     PART: gl.constexpr = row_layout(K)
+    S: gl.constexpr = product_layout(64)
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
+    i, j = gl.arange(0, 64, ROW), gl.arange(0, 64, gl.SliceLayout(0, S))
     dtype: gl.constexpr = k_tiles.dtype
     column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, K, gl.SliceLayout(0, OUT))
     at_state = column[:, None] + key[None, :] * V
@@ -92,14 +96,14 @@ def _carry(
         mbarrier.arrive(ready.index(4))
         mbarrier.wait(ready.index(2), turn)
         pending, operand, errors = step(
-            state, d_outs.index(stage * 2), q_tile, k_tile, squares.index(0), squares.index(1), vectors,
+            state, d_states.index(0), d_outs.index(stage * 2), q_tile, k_tile, squares.index(0), squares.index(1), vectors,
             stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
         mbarrier.wait(free.index(5), turn ^ 1)
         errors_t.index(0).store(errors.to(dtype))
         state, operand = warpgroup_mma_wait(0, deps=[pending, operand])
         pending, operand, errors = step(
-            second, d_outs.index(stage * 2 + 1), q_tile, k_tile, squares.index(0), squares.index(1), vectors,
+            second, d_states.index(1), d_outs.index(stage * 2 + 1), q_tile, k_tile, squares.index(0), squares.index(1), vectors,
             stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
         errors_t.index(1).store(errors.to(dtype))
@@ -107,6 +111,16 @@ def _carry(
         synchronize()
         mbarrier.arrive(ready.index(5))
         second, operand = warpgroup_mma_wait(0, deps=[pending, operand])
+        token, beta = first + (chunks - 1 - n) * 64, vectors.index(stage * VECTORS + BETA).load(ROW)
+        from_values = gl.full([64], 0.0, gl.float32, ROW)
+        for part in gl.static_range(2):
+            error = errors_t.index(part).permute((1, 0)).load(S).to(gl.float32)
+            at = v_ptr + token.to(gl.int64) * v_stride_t + head * v_stride_h + part * 64
+            at += i[:, None] * v_stride_t + j[None, :]
+            v = gl.load(at, mask=(i < left)[:, None], other=0.0)
+            from_values += gl.sum(error * v.to(gl.float32), 1)
+            store_half(dv_ptr, token, head, left, H, part * 64, error * beta[:, None], V)
+        sums.index(1).store(from_values)
         synchronize()
         mbarrier.arrive(free.index(stage))
         mbarrier.arrive(free.index(2))
@@ -117,7 +131,7 @@ def _carry(
                 s = states.index(part // 4).slice(part % 4 * 16, 16).load(PART)
                 product += s.to(gl.float32) * d_states.index(part // 4).slice(part % 4 * 16, 16).load(PART).to(gl.float32)
             through = gl.sum(gl.sum(product, 1), 0)
-            through_at.store(gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, PART)) + through)
+            sums.index(0).store(gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, PART)) + through)
         synchronize()
         mbarrier.arrive(ready.index(6))
         mbarrier.arrive(free.index(3))
@@ -125,14 +139,13 @@ def _carry(
 
 @gluon.jit
 def _gradients(
-    place, given, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr
+    place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr
 ):
-    """All gradients of the inputs; as the two warpgroups of `gradients`."""
+    """All other gradients; as the two warpgroups of `gradients`."""
     first, length, tile, head, chunks = place
-    v_ptr, v_stride_t, v_stride_h = given
-    dq_ptr, dk_ptr, dv_ptr, d_beta_ptr, d_decay_ptr = out
+    dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr = out
     (
-        vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, through_at, ready, free, cleared,
+        vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, ready, free, cleared,
     ) = tiles_of  # fmt: skip
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(K)
@@ -162,11 +175,9 @@ def _gradients(
         d_scores, d_scores_t = warpgroup_mma_wait(0, deps=[d_scores, d_scores_t])
         dq = warpgroup_mma(d_out, states.index(0), nothing_wide, use_acc=False, is_async=True)
         dq = warpgroup_mma(d_out_2, states.index(1), dq, is_async=True)
-        dk = warpgroup_mma(values_t, d_states.index(0), nothing_wide, use_acc=False, is_async=True)
-        dk = warpgroup_mma(values_t_2, d_states.index(1), dk, is_async=True)
         pairs = d_scores
-        if D_GATE:
-            pairs = gl.where(i[:, None] > j[None, :], pairs * squares.index(1).load(S).to(gl.float32), 0.0)
+        if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
+            pairs = pairs * squares.index(1).load(S).to(gl.float32)
         synchronize()
         mbarrier.arrive(free.index(2))
         weights = between * scale
@@ -179,7 +190,9 @@ def _gradients(
             from_start = vectors.index(stage * VECTORS + FROM_START).load(WIDE)
             weight *= from_start
         mbarrier.wait(ready.index(4), turn)  # passed already: keeps the next wait behind the arithmetic
-        dq = warpgroup_mma_wait(2, deps=[dq]) * weight[:, None]
+        dq = warpgroup_mma_wait(0, deps=[dq]) * weight[:, None]
+        dk = warpgroup_mma(values_t, d_states.index(0), nothing_wide, use_acc=False, is_async=True)
+        dk = warpgroup_mma(values_t_2, d_states.index(1), dk, is_async=True)
         if D_GATE:
             from_queries = gl.convert_layout(gl.sum(q_tile.load(OUT).to(gl.float32) * dq, 1), ROW)
         dq = warpgroup_mma(d_scores, k_tile, dq, is_async=True)
@@ -197,27 +210,23 @@ def _gradients(
         x = warpgroup_mma(errors_t.index(1).permute((1, 0)), values.index(1), x, is_async=True)
         x_t = warpgroup_mma(values_t, errors_t.index(0), nothing, use_acc=False, is_async=True)
         x_t = warpgroup_mma(values_t_2, errors_t.index(1), x_t, is_async=True)
-        kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        between = decay_between(vectors, stage, S, GATE)
         beta_column = vectors.index(stage * VECTORS + BETA).load(gl.SliceLayout(0, S))
-        dk, d_scores_t, x, x_t, kk = warpgroup_mma_wait(0, deps=[dk, d_scores_t, x, x_t, kk])
-        dkw = warpgroup_mma(errors_t.index(0).permute((1, 0)), states.index(0), nothing_wide, use_acc=False, is_async=True)
-        dkw = warpgroup_mma(errors_t.index(1).permute((1, 0)), states.index(1), dkw, is_async=True)
+        mbarrier.wait(ready.index(5), turn)  # passed already, as above
+        dk, d_scores_t, x, x_t = warpgroup_mma_wait(0, deps=[dk, d_scores_t, x, x_t])
+        kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
         x = gl.where(i[:, None] > j[None, :], x * between, 0.0)
         x_t = gl.where(i[:, None] < j[None, :], x_t * between, 0.0)
         y = -(x * beta[:, None] + x_t * beta_column[None, :])
         y = gl.convert_layout(y.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-        kk = kk * x
+        mbarrier.wait(ready.index(5), turn)  # passed already, as above
+        kk = warpgroup_mma_wait(0, deps=[kk]) * x
+        dkw = warpgroup_mma(errors_t.index(0).permute((1, 0)), states.index(0), nothing_wide, use_acc=False, is_async=True)
+        dkw = warpgroup_mma(errors_t.index(1).permute((1, 0)), states.index(1), dkw, is_async=True)
         d_beta = -gl.sum(kk, 1)
         if D_GATE:
             pairs -= beta[:, None] * kk
             from_queries += gl.sum(pairs, 1) - gl.convert_layout(gl.sum(pairs, 0), ROW)
-        for part in gl.static_range(2):
-            error = errors_t.index(part).permute((1, 0)).load(S).to(gl.float32)
-            at = v_ptr + token.to(gl.int64) * v_stride_t + head * v_stride_h + part * 64
-            at += i[:, None] * v_stride_t + j[None, :]
-            v = gl.load(at, mask=(i < left)[:, None], other=0.0)
-            d_beta += gl.sum(error * v.to(gl.float32), 1)
-            store_half(dv_ptr, token, head, left, H, part * 64, error * beta[:, None], V)
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
         dkw = warpgroup_mma_wait(0, deps=[dkw])
         if GATE:
@@ -227,10 +236,11 @@ def _gradients(
         dk = dk - gl.convert_layout(beta, WIDE)[:, None] * dkw
         dk = warpgroup_mma(y, k_tile, dk, is_async=True)
         mbarrier.wait(ready.index(6), turn)
+        d_beta += sums.index(1).load(ROW)
         at = token.to(gl.int64) * H + head
         gl.store(d_beta_ptr + at + i * H, d_beta, mask=i < left)
         if D_GATE:
-            through = gl.where(i == 63, through_at.load(ROW), 0.0)
+            through = gl.where(i == 63, sums.index(0).load(ROW), 0.0)
             if GATE:
                 through *= gl.convert_layout(from_start, ROW)
             from_queries += through - beta * k_dkw
@@ -261,7 +271,7 @@ def reverse_kernel(
     exit_at = exit_ptr + (gl.maximum(exit_row, 0).to(gl.int64) * H + head) * K * V
     first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
     tile = gl.load(split_chunk_ptr + split) * H + head
-    # Barriers: 0, 1 tokens and decays of a chunk; 2 T and P; 3 S and V'; 4 dS; 5 E; 6 <S, dS>.
+    # Barriers: 0, 1 tokens and decays of a chunk; 2 T and P; 3 S and V'; 4 dS; 5 E; 6 sums.
     ready = gl.allocate_shared_memory(gl.int64, [7, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(7):
@@ -278,20 +288,20 @@ def reverse_kernel(
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # V'^T
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # dS^T
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # E^T
-        gl.allocate_shared_memory(gl.float32, [64], plain),
+        gl.allocate_shared_memory(gl.float32, [2, 64], plain),  # <S, dS>, sums over rows of E V
         ready, free, 0,
     )  # fmt: skip
     place = first, length, tile, head, gl.cdiv(length, 64)
     given = v_ptr, v_stride_t, v_stride_h
-    out = dq_ptr, dk_ptr, dv_ptr, d_beta_ptr, d_decay_ptr
+    out = dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr
     feed = q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr
     gl.warp_specialize(
         [
-            (_gradients, (place, given, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
-            (_carry, (place, exit_row, exit_at, tiles_of, scale, K, V, GATE, D_GATE)),
+            (_gradients, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
+            (_carry, (place, exit_row, exit_at, given, dv_ptr, tiles_of, scale, H, K, V, GATE, D_GATE)),
             (_fetch, (place, feed, tiles_of, H, K, V, GATE)),
         ],
-        [4, 1], [232, 40],
+        [4, 1], [232, 24],
     )  # fmt: skip
 
 

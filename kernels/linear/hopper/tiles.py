@@ -54,7 +54,7 @@ def decay_between(vectors, stage, layout: gl.constexpr, GATE: gl.constexpr):
         row = vectors.index(stage * VECTORS + G).load(gl.SliceLayout(1, layout))
         column = vectors.index(stage * VECTORS + G).load(gl.SliceLayout(0, layout))
         log = row[:, None] - column[None, :]
-        return gl.exp(gl.minimum(log, -log))
+        return gl.exp(-gl.abs(log))
     else:
         return gl.full([64, 64], 1.0, gl.float32, layout)
 
