@@ -30,7 +30,6 @@ SWEEP = {
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (16, 8, 2)},
     },
 }
-HOPPER = ("sum", "states")  # modes that Hopper GPUs run by `hopper.backward` where it can be used
 
 
 @triton.jit
@@ -126,7 +125,7 @@ def backward_states(call, prepared, d_out, exits):
 def _launch(mode, call, prepared, d_out, num_splits, *, exits=None, states=(None,) * 2, sums=None, split_list=None):
     q, k, splits, block_v = call.q, call.k, call.splits, call.widths[1]
     block, options = call.columns(SWEEP[mode], block_v)
-    if num_splits and mode in HOPPER and hopper.takes(call):
+    if num_splits and mode in hopper.BACKWARD and hopper.takes(call):
         from longspan.kernels.linear.hopper import backward
 
         backward.launch(mode, call, prepared, d_out, num_splits, exits, states, sums, split_list)

@@ -30,9 +30,6 @@ from longspan.kernels.linear.delta_tiles import (
 
 # Element size: (columns of K at a time, of V at a time, warps, stages, registers or left to the compiler).
 INPUTS = {2: (64, 128, 4, 1), 4: (32, 32, 4, 1)}
-# Where Hopper GPUs have kernels of their own: "sweep" (`hopper.reverse`, which also passes dS through the chunks),
-# "chunks" (`hopper.gradients`) or None.
-HOPPER = "sweep"
 
 
 @triton.jit
@@ -207,8 +204,8 @@ def input_gradients(call, prepared, d_out, entering, exits, gate: bool):
     d_beta = q.new_empty(q.shape[:2], dtype=torch.float32)
     d_decay = torch.empty_like(d_beta) if gate else None
     results = dq, dk, dv, d_beta, d_decay
-    on_hopper = call.num_tiles and HOPPER and hopper.takes(call)
-    if on_hopper and HOPPER == "sweep":
+    on_hopper = call.num_tiles and hopper.GRADIENTS and hopper.takes(call)
+    if on_hopper and hopper.GRADIENTS == "sweep":
         from longspan.kernels.linear.hopper import reverse
 
         reverse.launch(call, prepared, d_out, entering, exits, *results)

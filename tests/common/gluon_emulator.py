@@ -275,11 +275,11 @@ def _module(name, content) -> ModuleType:
     return module
 
 
-def load(*names: str) -> ModuleType:
-    """The last of these modules, imported anew with the others in this order, with Gluon emulated."""
+def load(*names: str) -> list[ModuleType]:
+    """These modules, imported anew in this order, with Gluon emulated."""
     from triton.language import constexpr
 
-    kept, fake = dict(sys.modules), _modules()
+    kept, fake, modules = dict(sys.modules), _modules(), []
     sys.modules.update(fake)
     try:
         for name in names:
@@ -290,7 +290,8 @@ def load(*names: str) -> ModuleType:
             for key, value in vars(module).items():
                 if isinstance(value, constexpr):
                     setattr(module, key, value.value)
-        return module
+            modules.append(module)
+        return modules
     finally:
         for name in [*fake, *names]:
             if name in kept:
