@@ -234,12 +234,14 @@ def _anything(*args, **options):
 
 def _modules() -> dict[str, ModuleType]:
     names = dict(
-        jit=_jit, constexpr_function=lambda f: f, constexpr=lambda x: x, static_range=range, program_id=lambda n: _here.program,
-        num_programs=lambda n: _here.programs, to_tensor=_tensor, load=_load, store=_store, convert_layout=lambda x, y: x,
+        jit=_jit, constexpr_function=lambda f: f, constexpr=lambda x: x, static_range=range, to_tensor=_tensor,
+        program_id=lambda n: _here.program, num_programs=lambda n: _here.programs, load=_load, store=_store,
+        convert_layout=lambda x, layout: x,
         arange=lambda start, stop, layout: _tensor(torch.arange(start, stop)),
         full=lambda shape, value, dtype, layout: _tensor(torch.full(shape, value, dtype=dtype)),
         where=lambda c, x, y: torch.where(_tensor(c), x, y), minimum=_two(torch.minimum), maximum=_two(torch.maximum),
-        exp=torch.exp, abs=torch.abs, exp2=torch.exp2, min=lambda x, axis: x.amin(axis), max=lambda x, axis: x.amax(axis),
+        exp=torch.exp, abs=torch.abs, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
+        max=lambda x, axis: x.amax(axis),
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
         float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
@@ -251,7 +253,7 @@ def _modules() -> dict[str, ModuleType]:
         expect=lambda b, count: b.memory.add(arrivals=1, transferred=count), MBarrierLayout=BarrierLayout,
     )  # fmt: skip
     hopper = dict(
-        fence_async_shared=lambda: None, warpgroup_mma=_multiply, warpgroup_mma_wait=lambda left, deps: _wait(left, deps),
+        fence_async_shared=lambda: None, warpgroup_mma=_multiply, warpgroup_mma_wait=_wait,
         mbarrier=_module("mbarrier", barrier), tma=_module("tma", {"async_copy_global_to_shared": _fetch}),
     )  # fmt: skip
     gluon, root = _module("language", names), "triton.experimental.gluon"
@@ -277,7 +279,7 @@ def _module(name, content) -> ModuleType:
 
 def load(*names: str) -> list[ModuleType]:
     """These modules, imported anew in this order, with Gluon emulated."""
-    from triton.language import constexpr
+    from longspan.kernels.compiler import tl
 
     kept, fake, modules = dict(sys.modules), _modules(), []
     sys.modules.update(fake)
@@ -288,7 +290,7 @@ def load(*names: str) -> list[ModuleType]:
             sys.modules[name] = module
             spec.loader.exec_module(module)
             for key, value in vars(module).items():
-                if isinstance(value, constexpr):
+                if isinstance(value, tl.constexpr):
                     setattr(module, key, value.value)
             modules.append(module)
         return modules

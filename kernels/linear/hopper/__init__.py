@@ -2,8 +2,8 @@
 
 from longspan.kernels.sparse import hopper
 
-# Which of them are used where they can be. FORWARD, BACKWARD: modes of the sweeps. GRADIENTS: "sweep" (`reverse`: dS passes
-# through the chunks in the kernel that makes the gradients), "chunks" (`gradients`: after it) or None.
+# Which of them are used where they can be. FORWARD, BACKWARD: modes of the sweeps. GRADIENTS: "sweep" (`reverse`: dS
+# passes through the chunks in the kernel that makes the gradients), "chunks" (`gradients`: after it) or None.
 FORWARD = ("sum", "states", "output")
 BACKWARD = ("sum", "states")
 GRADIENTS = "sweep"

@@ -53,10 +53,11 @@ def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.
 
 @gluon.jit
 def step(
-    state, leaving, d_out, q_tile, k_tile, inverse, scores, vectors, at_vectors, scale, K: gl.constexpr, GATE: gl.constexpr
-):
-    """One chunk, for the 64 columns of V that d_out [64, 64] has: (dS^T before it, under way; its operand; E^T [64, 64]). leaving: state
-    rounded, as an operand."""
+    state, leaving, d_out, q_tile, k_tile, inverse, scores, vectors, at_vectors, scale,
+    K: gl.constexpr, GATE: gl.constexpr,
+):  # fmt: skip
+    """One chunk, for the 64 columns of V that d_out [64, 64] has. leaving: state rounded, as an operand. Gives dS^T
+    before the chunk, which is under way, an operand of it, and E^T [64, 64]."""
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(K)
     dtype: gl.constexpr = k_tile.dtype
@@ -117,8 +118,8 @@ def _pass(
             store_scratch(d_states_ptr, at, part * 64, state.to(k_tiles.dtype), V, K)
         leaving = gl.convert_layout(state.to(k_tiles.dtype), gl.DotOperandLayout(0, product_layout(64), 2))
         state_pending, operand, errors = step(
-            state, leaving, d_out, q_tiles.index(stage), k_tiles.index(stage), inverses.index(stage), scores.index(stage), vectors,
-            stage * VECTORS, scale, K, GATE,
+            state, leaving, d_out, q_tiles.index(stage), k_tiles.index(stage), inverses.index(stage),
+            scores.index(stage), vectors, stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
         if MODE == "states":
             staged.index(part).permute((1, 0)).store(errors.to(staged.dtype))

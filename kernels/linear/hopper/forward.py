@@ -62,8 +62,8 @@ def _fetch(
 
 @gluon.jit
 def _step(
-    state, v_tile, stage, total, tiles_of, out, at, token, left, head, staged, COLUMN: gl.constexpr, WITH_V: gl.constexpr,
-    MODE: gl.constexpr, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
+    state, v_tile, stage, total, tiles_of, out, at, token, left, head, staged, COLUMN: gl.constexpr,
+    WITH_V: gl.constexpr, MODE: gl.constexpr, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
 ):  # fmt: skip
     """One chunk, for 64 columns from COLUMN on; gives the state after it."""
     vectors, k_tiles, _, inverses, q_tiles, scores, _, _, _ = tiles_of
@@ -77,7 +77,8 @@ def _step(
     operand = gl.convert_layout(entering, gl.DotOperandLayout(0, S, 2))
     read = warpgroup_mma(operand, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
     if MODE == "output":
-        out_pending = warpgroup_mma(operand, q_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        q_t = q_tiles.index(stage).permute((1, 0))
+        out_pending = warpgroup_mma(operand, q_t, nothing, use_acc=False, is_async=True)
         read = warpgroup_mma_wait(1, deps=[read])
     else:
         read = warpgroup_mma_wait(0, deps=[read])

@@ -1,4 +1,4 @@
-"""`delta_gradients` for Hopper GPUs, in Gluon: what it does chunk by chunk, with the fetching apart from the arithmetic.
+"""`delta_gradients` for Hopper GPUs, in Gluon, with the fetching apart from the arithmetic.
 
 A program per multiprocessor walks the chunks of all heads. One warp fetches by TMA, as soon as a place is free: decays,
 dO, V'^T and E of the next chunk while this one is worked on, its states and the rest when this one's have been read.
@@ -30,6 +30,7 @@ from longspan.kernels.linear.hopper.tiles import (
     tokens_descriptor,
 )
 from longspan.kernels.sparse.hopper.tiles import async_load, make_barriers, product_layout, row_layout, shared_layout
+
 
 @gluon.jit
 def _fetch(tables, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr):
@@ -291,8 +292,8 @@ def launch(call, prepared, d_out, entering, leaving, dq, dk, dv, d_beta, d_decay
     descriptors += [scratch_descriptor(x) for x in (prepared.scores, *entering, *leaving)]
     programs = min(call.num_tiles, _processors(call.q.device))
     inputs_kernel[(programs,)](
-        *descriptors, prepared.rows, dq, dk, dv, d_beta, d_decay, *call.chunks, call.scale, call.num_tiles, call.heads, call.k.shape[2], call.v.shape[2],
-        call.log_decay is not None, d_decay is not None, num_warps=4,
+        *descriptors, prepared.rows, dq, dk, dv, d_beta, d_decay, *call.chunks, call.scale, call.num_tiles, call.heads,
+        call.k.shape[2], call.v.shape[2], call.log_decay is not None, d_decay is not None, num_warps=4,
     )  # fmt: skip
 
 

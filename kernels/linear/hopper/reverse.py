@@ -1,8 +1,8 @@
 """The sweep of `delta_backward` that writes dS of every chunk, and `delta_gradients`, in one for Hopper GPUs, in Gluon.
 
-A program passes through the chunks of a split from the last one down. One warp fetches them by TMA. One warpgroup carries
-dS^T in registers, and leaves dS and E of each chunk in shared memory, where another takes them for all gradients of that
-chunk: neither goes to memory. V is cut into two halves, of which every tile has its own.
+A program passes through the chunks of a split from the last one down. One warp fetches them by TMA. One warpgroup
+carries dS^T in registers, and leaves dS and E of each chunk in shared memory, where another takes them for all
+gradients of that chunk: neither goes to memory. V is cut into two halves, of which every tile has its own.
 """
 
 from triton.experimental import gluon
@@ -29,14 +29,14 @@ from longspan.kernels.linear.hopper.tiles import (
     synchronize,
     tokens_descriptor,
 )
-from longspan.kernels.sparse.hopper.tiles import async_load, make_barriers, product_layout, row_layout, shared_layout
+from longspan.kernels.sparse.hopper.tiles import async_load, product_layout, row_layout, shared_layout
 
 
 @gluon.jit
 def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr):
     first, _, tile, head, chunks = place
     q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr = feed
-    vectors, q_tiles, k_tiles, d_outs, squares, states, values, _, _, _, ready, free, _ = tiles_of
+    vectors, q_tiles, k_tiles, d_outs, squares, states, values, _, _, _, ready, free = tiles_of
     for n in range(0, chunks):
         chunk = chunks - 1 - n
         stage, at, token = n % 2, tile + chunk * H, first + chunk * 64
@@ -67,7 +67,7 @@ def _carry(
     first, length, _, head, chunks = place
     v_ptr, v_stride_t, v_stride_h = given
     (
-        vectors, q_tiles, k_tiles, d_outs, squares, states, _, d_states, errors_t, sums, ready, free, cleared,
+        vectors, q_tiles, k_tiles, d_outs, squares, states, _, d_states, errors_t, sums, ready, free,
     ) = tiles_of  # fmt: skip
     OUT: gl.constexpr = product_layout(K)
     PART: gl.constexpr = row_layout(K)
@@ -96,15 +96,15 @@ def _carry(
         mbarrier.arrive(ready.index(4))
         mbarrier.wait(ready.index(2), turn)
         pending, operand, errors = step(
-            state, d_states.index(0), d_outs.index(stage * 2), q_tile, k_tile, squares.index(0), squares.index(1), vectors,
-            stage * VECTORS, scale, K, GATE,
+            state, d_states.index(0), d_outs.index(stage * 2), q_tile, k_tile, squares.index(0), squares.index(1),
+            vectors, stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
         mbarrier.wait(free.index(5), turn ^ 1)
         errors_t.index(0).store(errors.to(dtype))
         state, operand = warpgroup_mma_wait(0, deps=[pending, operand])
         pending, operand, errors = step(
-            second, d_states.index(1), d_outs.index(stage * 2 + 1), q_tile, k_tile, squares.index(0), squares.index(1), vectors,
-            stage * VECTORS, scale, K, GATE,
+            second, d_states.index(1), d_outs.index(stage * 2 + 1), q_tile, k_tile, squares.index(0), squares.index(1),
+            vectors, stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
         errors_t.index(1).store(errors.to(dtype))
         fence_async_shared()
@@ -129,7 +129,8 @@ def _carry(
             product = gl.full([16, K], 0.0, gl.float32, PART)
             for part in gl.static_range(V // 16):
                 s = states.index(part // 4).slice(part % 4 * 16, 16).load(PART)
-                product += s.to(gl.float32) * d_states.index(part // 4).slice(part % 4 * 16, 16).load(PART).to(gl.float32)
+                d_s = d_states.index(part // 4).slice(part % 4 * 16, 16).load(PART)
+                product += s.to(gl.float32) * d_s.to(gl.float32)
             through = gl.sum(gl.sum(product, 1), 0)
             sums.index(0).store(gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, PART)) + through)
         synchronize()
@@ -145,7 +146,7 @@ def _gradients(
     first, length, tile, head, chunks = place
     dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr = out
     (
-        vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, ready, free, cleared,
+        vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, ready, free,
     ) = tiles_of  # fmt: skip
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(K)
@@ -162,6 +163,7 @@ def _gradients(
             q_tiles.index(stage), k_tiles.index(stage), d_outs.index(stage * 2), d_outs.index(stage * 2 + 1),
         )  # fmt: skip
         values_t, values_t_2 = values.index(0).permute((1, 0)), values.index(1).permute((1, 0))
+        errors, errors_2 = errors_t.index(0).permute((1, 0)), errors_t.index(1).permute((1, 0))
         mbarrier.wait(ready.index(stage), n // 2 & 1)
         mbarrier.wait(ready.index(3), turn)
         mbarrier.wait(ready.index(4), turn)  # dS is there, and what is beyond the last token is cleared
@@ -206,8 +208,8 @@ def _gradients(
             from_keys = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW)
         dk = warpgroup_mma(d_scores_t, q_tile, dk, is_async=True)
         mbarrier.wait(ready.index(5), turn)
-        x = warpgroup_mma(errors_t.index(0).permute((1, 0)), values.index(0), nothing, use_acc=False, is_async=True)
-        x = warpgroup_mma(errors_t.index(1).permute((1, 0)), values.index(1), x, is_async=True)
+        x = warpgroup_mma(errors, values.index(0), nothing, use_acc=False, is_async=True)
+        x = warpgroup_mma(errors_2, values.index(1), x, is_async=True)
         x_t = warpgroup_mma(values_t, errors_t.index(0), nothing, use_acc=False, is_async=True)
         x_t = warpgroup_mma(values_t_2, errors_t.index(1), x_t, is_async=True)
         between = decay_between(vectors, stage, S, GATE)
@@ -221,8 +223,8 @@ def _gradients(
         y = gl.convert_layout(y.to(dtype), gl.DotOperandLayout(0, OUT, 2))
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
         kk = warpgroup_mma_wait(0, deps=[kk]) * x
-        dkw = warpgroup_mma(errors_t.index(0).permute((1, 0)), states.index(0), nothing_wide, use_acc=False, is_async=True)
-        dkw = warpgroup_mma(errors_t.index(1).permute((1, 0)), states.index(1), dkw, is_async=True)
+        dkw = warpgroup_mma(errors, states.index(0), nothing_wide, use_acc=False, is_async=True)
+        dkw = warpgroup_mma(errors_2, states.index(1), dkw, is_async=True)
         d_beta = -gl.sum(kk, 1)
         if D_GATE:
             pairs -= beta[:, None] * kk
@@ -256,7 +258,7 @@ def _gradients(
 
 
 @gluon.jit(do_not_specialize=["scale"])
-def reverse_kernel(
+def delta_reverse_kernel(
     q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr, v_ptr, exit_ptr,
     dq_ptr, dk_ptr, dv_ptr, d_beta_ptr, d_decay_ptr, first_ptr, length_ptr, split_chunk_ptr, exit_row_ptr,
     v_stride_t, v_stride_h, scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
@@ -289,7 +291,7 @@ def reverse_kernel(
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # dS^T
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # E^T
         gl.allocate_shared_memory(gl.float32, [2, 64], plain),  # <S, dS>, sums over rows of E V
-        ready, free, 0,
+        ready, free,
     )  # fmt: skip
     place = first, length, tile, head, gl.cdiv(length, 64)
     given = v_ptr, v_stride_t, v_stride_h
@@ -308,7 +310,7 @@ def reverse_kernel(
 def launch(call, prepared, d_out, entering, exits, dq, dk, dv, d_beta, d_decay):
     """entering: S^T and V'^T of every chunk; exits: gradients of the states leaving the splits [N, H, K, V]."""
     splits = call.splits
-    reverse_kernel[(splits.num_splits * call.heads,)](
+    delta_reverse_kernel[(splits.num_splits * call.heads,)](
         tokens_descriptor(call.q), tokens_descriptor(call.k), tokens_descriptor(d_out, 64),
         *(scratch_descriptor(x) for x in (prepared.inverse, prepared.scores)),
         *(scratch_descriptor(x, 64) for x in entering), prepared.rows, call.v, exits, dq, dk, dv, d_beta, d_decay,
