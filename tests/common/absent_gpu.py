@@ -5,7 +5,7 @@ As a script it compiles what the linear forms and sparse attention launch and pr
     python tests/common/absent_gpu.py DTYPE WIDTH...          # such as bfloat16 64 128, or 16,64 for K, V
     python tests/common/absent_gpu.py --few DTYPE WIDTH...    # not every kind of decay and size of blocks
     python tests/common/absent_gpu.py choosing WIDTH...       # what chooses blocks, and makes lists of them
-    python tests/common/absent_gpu.py hopper WIDTH...         # sparse attention in Gluon, bfloat16
+    python tests/common/absent_gpu.py hopper WIDTH...         # what is in Gluon, bfloat16
 """
 
 import json
@@ -144,6 +144,19 @@ def compile_hopper(head_dim):
         fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
 
 
+def compile_hopper_delta(head_dim):
+    """What the gated delta rule launches on Hopper."""
+    import forms
+    import torch
+
+    from longspan.kernels.linear.delta import Delta
+    from longspan.kernels.linear.form import Spans
+
+    spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
+    inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, "medium", 1, dtype=torch.bfloat16)
+    forms.run_form(Delta, Delta.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
+
+
 def compile_choosing(width):
     """What chooses blocks for heads of this width, and the lists of plans."""
     import numpy as np
@@ -180,6 +193,7 @@ def main():
             continue
         if dtype == "hopper":
             compile_hopper(key_size)
+            compile_hopper_delta(key_size)
             continue
         compile_linear(getattr(torch, dtype), (key_size, value_size), few)
         if key_size == value_size:
