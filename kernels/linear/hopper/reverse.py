@@ -177,9 +177,9 @@ def _gradients(
         d_scores, d_scores_t = warpgroup_mma_wait(0, deps=[d_scores, d_scores_t])
         dq = warpgroup_mma(d_out, states.index(0), nothing_wide, use_acc=False, is_async=True)
         dq = warpgroup_mma(d_out_2, states.index(1), dq, is_async=True)
-        pairs = d_scores
         if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
-            pairs = pairs * squares.index(1).load(S).to(gl.float32)
+            pairs = d_scores * squares.index(1).load(S).to(gl.float32)
+            from_queries = gl.sum(pairs, 1) - gl.convert_layout(gl.sum(pairs, 0), ROW)
         synchronize()
         mbarrier.arrive(free.index(2))
         weights = between * scale
@@ -196,7 +196,7 @@ def _gradients(
         dk = warpgroup_mma(values_t, d_states.index(0), nothing_wide, use_acc=False, is_async=True)
         dk = warpgroup_mma(values_t_2, d_states.index(1), dk, is_async=True)
         if D_GATE:
-            from_queries = gl.convert_layout(gl.sum(q_tile.load(OUT).to(gl.float32) * dq, 1), ROW)
+            from_queries += gl.convert_layout(gl.sum(q_tile.load(OUT).to(gl.float32) * dq, 1), ROW)
         dq = warpgroup_mma(d_scores, k_tile, dq, is_async=True)
         dq, dk, d_scores = warpgroup_mma_wait(0, deps=[dq, dk, d_scores])
         synchronize()
@@ -227,8 +227,8 @@ def _gradients(
         dkw = warpgroup_mma(errors_2, states.index(1), dkw, is_async=True)
         d_beta = -gl.sum(kk, 1)
         if D_GATE:
-            pairs -= beta[:, None] * kk
-            from_queries += gl.sum(pairs, 1) - gl.convert_layout(gl.sum(pairs, 0), ROW)
+            pairs = beta[:, None] * kk
+            from_queries += gl.convert_layout(gl.sum(pairs, 0), ROW) - gl.sum(pairs, 1)
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
         dkw = warpgroup_mma_wait(0, deps=[dkw])
         if GATE:
