@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from longspan.kernels.fold import fold_chains, summarize
-from longspan.kernels.linear.delta_backward import backward_states, backward_sums
+from longspan.kernels.linear.delta_backward import backward_sums
 from longspan.kernels.linear.delta_forward import CONFIGS, forward_output, forward_states, forward_sums
 from longspan.kernels.linear.delta_gradients import input_gradients
 from longspan.kernels.linear.delta_prepare import prepare
@@ -89,8 +89,7 @@ class Delta:
 
     def gradients(self, exit_grad):
         exits = fold_chains(self.sums, self.transitions, self.splits.backward.inner, exit_grad)
-        leaving = backward_states(self.call, self.prepared, self.d_out, exits)
         dq, dk, dv, d_beta, d_decay = input_gradients(
-            self.call, self.prepared, self.d_out, self.entering, leaving, self.gate
+            self.call, self.prepared, self.d_out, self.entering, exits, self.gate
         )
         return dq, dk, dv, d_decay, d_beta

@@ -9,6 +9,7 @@ sweep carries S, and for the same reason: no result of a product is ever transpo
 import torch
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.linear import hopper
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
     count_remembered,
@@ -124,7 +125,11 @@ def backward_states(call, prepared, d_out, exits):
 def _launch(mode, call, prepared, d_out, num_splits, *, exits=None, states=(None,) * 2, sums=None, split_list=None):
     q, k, splits, block_v = call.q, call.k, call.splits, call.widths[1]
     block, options = call.columns(SWEEP[mode], block_v)
-    if num_splits:
+    if num_splits and mode in hopper.BACKWARD and hopper.takes(call):
+        from longspan.kernels.linear.hopper import backward
+
+        backward.launch(mode, call, prepared, d_out, num_splits, exits, states, sums, split_list)
+    elif num_splits:
         backward_kernel[(num_splits * call.heads * (block_v // block),)](
             q, k, d_out, *prepared, exits, *states, sums,
             split_list, splits.first, splits.length, splits.split_chunk, splits.backward.row, splits.sum_row,

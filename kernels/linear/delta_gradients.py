@@ -17,6 +17,8 @@ dP^T and Y^T are products of their own: no result of a product is ever transpose
 import torch
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.linear import hopper
+from longspan.kernels.linear.delta_backward import backward_states
 from longspan.kernels.linear.delta_tiles import (
     launch_options,
     load_decay_between,
@@ -194,21 +196,32 @@ def load_states(states_ptr, d_states_ptr, start, key, STEP_V: tl.constexpr, BLOC
     return tl.load(states_ptr + at), tl.load(d_states_ptr + at)
 
 
-def input_gradients(call, prepared, d_out, entering, leaving, gate: bool):
+def input_gradients(call, prepared, d_out, entering, exits, gate: bool):
     """dq, dk, dv in the dtype of the inputs; d_beta and, if `gate`, d_log_decay (else None), fp32 [T, H]. entering: S^T
-    and V'^T of every chunk; leaving: dS^T and E."""
+    and V'^T of every chunk; exits: [N, H, K, V], gradients of the states leaving the splits."""
     q, k, v = call.q, call.k, call.v
-    block_k, block_v = call.widths
-    step_k, step_v, *options = INPUTS[q.element_size()]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     d_beta = q.new_empty(q.shape[:2], dtype=torch.float32)
     d_decay = torch.empty_like(d_beta) if gate else None
-    if call.num_tiles:
+    results = dq, dk, dv, d_beta, d_decay
+    on_hopper = call.num_tiles and hopper.GRADIENTS and hopper.takes(call)
+    if on_hopper and hopper.GRADIENTS == "sweep":
+        from longspan.kernels.linear.hopper import reverse
+
+        reverse.launch(call, prepared, d_out, entering, exits, *results)
+        return results
+    leaving = backward_states(call, prepared, d_out, exits)
+    if on_hopper:
+        from longspan.kernels.linear.hopper import gradients
+
+        gradients.launch(call, prepared, d_out, entering, leaving, *results)
+    elif call.num_tiles:
+        block_k, block_v = call.widths
+        step_k, step_v, *options = INPUTS[q.element_size()]
         inputs_kernel[(call.num_tiles,)](
-            q, k, v, d_out, prepared.scores, prepared.rows, *entering, *leaving, dq, dk, dv, d_beta, d_decay,
-            *call.chunks,
+            q, k, v, d_out, prepared.scores, prepared.rows, *entering, *leaving, *results, *call.chunks,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2], call.scale, call.heads,
             **call.constants, STEP_K=min(step_k, block_k), STEP_V=min(step_v, block_v),
             D_GATE=gate, **launch_options(*options),
         )  # fmt: skip
-    return dq, dk, dv, d_beta, d_decay
+    return results

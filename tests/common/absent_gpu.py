@@ -6,7 +6,7 @@ As a script it compiles what the linear forms and sparse attention launch and pr
     python tests/common/absent_gpu.py --few DTYPE WIDTH...    # not every kind of decay and size of blocks
     python tests/common/absent_gpu.py choosing WIDTH...       # what chooses blocks, and makes lists of them
     python tests/common/absent_gpu.py layer WIDTH...          # what a layer does beside attention, and the loss
-    python tests/common/absent_gpu.py hopper WIDTH...         # sparse attention in Gluon, bfloat16
+    python tests/common/absent_gpu.py hopper WIDTH...         # what is in Gluon, bfloat16
     python tests/common/absent_gpu.py branch WIDTH...         # the linear branch beside it, bfloat16
 """
 
@@ -167,6 +167,19 @@ def compile_branch(width):
             fused.key_gradients(k, k, states, rows, blocks, feature_map, onto=(k.clone(), k.clone()))
 
 
+def compile_hopper_delta(head_dim):
+    """What the gated delta rule launches on Hopper."""
+    import forms
+    import torch
+
+    from longspan.kernels.linear.delta import Delta
+    from longspan.kernels.linear.form import Spans
+
+    spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
+    inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, "medium", 1, dtype=torch.bfloat16)
+    forms.run_form(Delta, Delta.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
+
+
 def compile_choosing(width):
     """What chooses blocks for heads of this width, and the lists of plans."""
     import numpy as np
@@ -242,6 +255,8 @@ def main():
         others["branch"] = compile_branch
         if dtype in others:
             others[dtype](key_size)
+            if dtype == "hopper":
+                compile_hopper_delta(key_size)
             continue
         compile_linear(getattr(torch, dtype), (key_size, value_size), few)
         if key_size == value_size:

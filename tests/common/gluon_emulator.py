@@ -1,0 +1,302 @@
+"""Runs kernels written in Gluon for Hopper on a CPU: programs one after another, the parts of each in threads.
+
+`load(path, ...)` imports sources with these definitions in the place of Triton's. What is checked on the way: barriers
+(a wait that nothing ends, and a count of bytes that is not what arrives, end in TimeoutError), that products are waited
+for before they are used, and that shared memory keeps what a product reads until it is done. Layouts are not looked at,
+nor whether the threads of a warpgroup wait for one another.
+"""
+
+import importlib.util
+import sys
+import threading
+from types import ModuleType
+
+import torch
+
+SECONDS = 20.0  # a wait that takes longer is taken to be without end
+_here = threading.local()  # program, programs, and the products under way in this thread
+
+
+class Tensor(torch.Tensor):
+    """Values do not change: x += y makes a new x."""
+
+    def __iadd__(self, other):
+        return self + other
+
+    def __isub__(self, other):
+        return self - other
+
+    def __imul__(self, other):
+        return self * other
+
+
+def _tensor(x):
+    return torch.as_tensor(x).as_subclass(Tensor)
+
+
+class Pointer:
+    def __init__(self, memory, offset=0):
+        self.memory, self.offset = memory, offset
+
+    @property
+    def dtype(self):
+        return type("PointerType", (), {"element_ty": self.memory.dtype})
+
+    def __add__(self, offset):
+        return Pointer(self.memory, self.offset + offset)
+
+
+class Shared:
+    """Shared memory, or a part of it."""
+
+    def __init__(self, memory):
+        self.memory, self.dtype, self.shape = memory, memory.dtype, list(memory.shape)
+
+    def index(self, n):
+        return Shared(self.memory[int(n)])
+
+    def slice(self, start, length, dim=0):
+        return Shared(self.memory.narrow(dim, start, length))
+
+    def permute(self, order):
+        return Shared(self.memory.permute(order))
+
+    def load(self, layout):
+        return _tensor(self.memory.clone())
+
+    def store(self, x):
+        assert x.dtype == self.dtype and list(x.shape) == self.shape, (x.dtype, x.shape, self.dtype, self.shape)
+        self.memory.copy_(x)
+
+
+class Descriptor:
+    def __init__(self, base, shape, strides, block_shape, layout):
+        assert list(base.shape) == shape and list(base.stride()) == strides
+        assert base.data_ptr() % 16 == 0 and strides[0] * base.element_size() % 16 == 0 and strides[1] == 1
+        self.base, self.block_shape, self.dtype = base, block_shape, base.dtype
+
+
+class Barrier:
+    def __init__(self):
+        self.condition, self.count, self.phase, self.bytes = threading.Condition(), None, 0, 0
+
+    def add(self, arrivals=0, transferred=0):
+        with self.condition:
+            self.left -= arrivals
+            self.bytes += transferred
+            assert self.left >= 0, "more arrivals than the barrier counts"
+            if self.left == 0 and self.bytes == 0:
+                self.left, self.phase = self.count, self.phase ^ 1
+                self.condition.notify_all()
+
+    def wait(self, phase):
+        with self.condition:
+            if not self.condition.wait_for(lambda: self.phase != int(phase), SECONDS):
+                raise TimeoutError("a barrier that nothing completes")
+
+
+class Product:
+    """A product under way."""
+
+    def __init__(self, a, b, acc, use_acc):
+        self.operands, self.acc, self.use_acc, self.result = (a, b), acc, use_acc, None
+        self.seen = [_values(x).clone() for x in self.operands]
+
+    def finish(self):
+        assert all(torch.equal(_bits(_values(x)), _bits(y)) for x, y in zip(self.operands, self.seen)), (
+            "shared memory changed under a product"
+        )
+        a, b = (x.float() for x in self.seen)
+        acc = self.acc.result if isinstance(self.acc, Product) else self.acc
+        assert a.shape[0] == 64 and a.dtype == b.dtype and acc.dtype == torch.float32
+        self.result = _tensor(a @ b + acc if self.use_acc else a @ b)
+
+
+def _values(x):
+    return x.memory if isinstance(x, Shared) else x
+
+
+def _bits(x):
+    return x.contiguous().view(torch.int16)
+
+
+def _wait(left, deps):
+    while len(_here.products) > left:
+        _here.products.pop(0).finish()
+    done = [x.result if isinstance(x, Product) else x for x in deps]
+    assert all(x is not None for x in done), "a product is used before it has been waited for"
+    return tuple(done) if len(done) > 1 else done[0]
+
+
+def _multiply(a, b, acc, *, use_acc=True, is_async=False):
+    product = Product(a, b, acc, use_acc)
+    _here.products.append(product)
+    return product if is_async else _wait(0, [product])
+
+
+def _fetch(descriptor, start, barrier, target):
+    rows, columns = descriptor.block_shape
+    row, column = map(int, start)
+    source = descriptor.base[row : row + rows, column : column + columns]
+    assert column + columns <= descriptor.base.shape[1] and target.shape == [rows, columns]
+    target.memory.zero_()
+    target.memory[: len(source)] = source
+    barrier.memory.add(transferred=-target.memory.numel() * target.memory.element_size())
+
+
+class Barriers:
+    """What allocate_shared_memory makes of a layout of barriers."""
+
+    def __init__(self, count):
+        self.all = [Barrier() for _ in range(count)]
+
+    def index(self, n):
+        return type("Place", (), {"memory": self.all[int(n)]})
+
+
+def _init(barrier, count):
+    barrier.memory.count = barrier.memory.left = count
+
+
+def _allocate(dtype, shape, layout):
+    if isinstance(layout, BarrierLayout):
+        return Barriers(shape[0])
+    return Shared(torch.full(shape, float("nan"), dtype=dtype))
+
+
+class BarrierLayout:
+    pass
+
+
+class Kernel:
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args, **options):
+        return self.function(*args, **options)
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            options.pop("num_warps")
+            given = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in args]
+            for program in range(grid[0]):
+                _here.program, _here.programs, _here.products = program, grid[0], []
+                self.function(*given, **options)
+
+        return launch
+
+
+def _specialize(parts, warps, registers):
+    place, failed = (_here.program, _here.programs), []
+
+    def run(function, args):
+        _here.program, _here.programs, _here.products = *place, []
+        try:
+            function(*args)
+            assert not _here.products, "a product is never waited for"
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=part) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise min(failed, key=lambda error: isinstance(error, TimeoutError))  # what others then wait for in vain
+
+
+def _jit(function=None, **options):
+    return Kernel if function is None else Kernel(function)
+
+
+def _load(pointer, mask=None, other=0.0):
+    at = _tensor(pointer.offset)
+    if mask is None:
+        return _tensor(pointer.memory[at])
+    mask = mask.expand(at.shape) if mask.ndim else mask
+    return torch.where(mask, _tensor(pointer.memory)[torch.where(mask, at, 0)], other).to(pointer.memory.dtype)
+
+
+def _store(pointer, value, mask=None):
+    at = _tensor(pointer.offset)
+    keep = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand(at.shape)
+    pointer.memory[at[keep]] = value.expand(at.shape)[keep].to(pointer.memory.dtype)
+
+
+def _two(function):
+    return lambda x, y: function(_tensor(x), _tensor(y))
+
+
+def _anything(*args, **options):
+    return None
+
+
+def _modules() -> dict[str, ModuleType]:
+    names = dict(
+        jit=_jit, constexpr_function=lambda f: f, constexpr=lambda x: x, static_range=range, to_tensor=_tensor,
+        program_id=lambda n: _here.program, num_programs=lambda n: _here.programs, load=_load, store=_store,
+        convert_layout=lambda x, layout: x,
+        arange=lambda start, stop, layout: _tensor(torch.arange(start, stop)),
+        full=lambda shape, value, dtype, layout: _tensor(torch.full(shape, value, dtype=dtype)),
+        where=lambda c, x, y: torch.where(_tensor(c), x, y), minimum=_two(torch.minimum), maximum=_two(torch.maximum),
+        exp=torch.exp, abs=torch.abs, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
+        max=lambda x, axis: x.amax(axis),
+        zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
+        allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
+        float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
+        SliceLayout=_anything, BlockedLayout=_anything, NVMMADistributedLayout=_anything, DotOperandLayout=_anything,
+        NVMMASharedLayout=_anything, SwizzledSharedLayout=_anything, DistributedLinearLayout=_anything,
+    )  # fmt: skip
+    barrier = dict(
+        init=_init, wait=lambda b, phase: b.memory.wait(phase), arrive=lambda b: b.memory.add(arrivals=1),
+        expect=lambda b, count: b.memory.add(arrivals=1, transferred=count), MBarrierLayout=BarrierLayout,
+    )  # fmt: skip
+    hopper = dict(
+        fence_async_shared=lambda: None, warpgroup_mma=_multiply, warpgroup_mma_wait=_wait,
+        mbarrier=_module("mbarrier", barrier), tma=_module("tma", {"async_copy_global_to_shared": _fetch}),
+    )  # fmt: skip
+    gluon, root = _module("language", names), "triton.experimental.gluon"
+    host = {"TensorDescriptor": Descriptor}
+    package = _module("gluon", {"jit": _jit, "constexpr_function": lambda f: f, "language": gluon})
+    return {
+        "triton.experimental": _module("experimental", {"gluon": package}),
+        root: package,
+        f"{root}.language": gluon,
+        f"{root}.language.nvidia": _module("nvidia", {}),
+        f"{root}.language.nvidia.hopper": _module("hopper", hopper),
+        f"{root}.nvidia": _module("nvidia", {}),
+        f"{root}.nvidia.hopper": _module("hopper", host),
+    }
+
+
+def _module(name, content) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(content)
+    module.__path__ = []
+    return module
+
+
+def load(*names: str) -> list[ModuleType]:
+    """These modules, imported anew in this order, with Gluon emulated."""
+    from longspan.kernels.compiler import tl
+
+    kept, fake, modules = dict(sys.modules), _modules(), []
+    sys.modules.update(fake)
+    try:
+        for name in names:
+            spec = importlib.util.find_spec(name)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            spec.loader.exec_module(module)
+            for key, value in vars(module).items():
+                if isinstance(value, tl.constexpr):
+                    setattr(module, key, value.value)
+            modules.append(module)
+        return modules
+    finally:
+        for name in [*fake, *names]:
+            if name in kept:
+                sys.modules[name] = kept[name]
+            else:
+                del sys.modules[name]
