@@ -26,11 +26,9 @@ from longspan.attention import (
     TokenTop,
     TopBlocks,
     Window,
-    block_parts,
     sparse,
     sparse_attention,
 )
-from longspan.attention.block_parts import RING_SHARE
 from longspan.attention.gather_rows import Ranks
 from longspan.kernels.sparse import Picks, forms
 from longspan.parallel import SequenceParallel, contiguous

@@ -202,7 +202,7 @@ def compile_choosing(width):
     sums = pool_triton((means.bfloat16(),), blocks, 2, False)
     spread_triton(sums, blocks, means.shape, torch.bfloat16, False)
     forms.takes = lambda x: True
-    mean_levels((means.bfloat16(),) * 2, (blocks, Blocks.of((0, 8), 4)), zeros(10))
+    mean_levels((means.bfloat16(),) * 2, (blocks, Blocks.of((0, 8), 4)), zeros(10), torch.bfloat16)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
     for columns in (8, 1 << 12):  # dense and sparse lists
         row_ptr, row_idx = rows_triton(zeros(1, 64, 4), columns)

@@ -1,0 +1,130 @@
+"""Blocks by request: ranks tell the owners which blocks their queries chose, and get exactly those.
+
+All that can be made without knowing how many there are is made before the host waits for that: then two buffers are
+packed in one launch and sent.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from longspan.attention.block_parts import Part, pieces_of, ring
+from longspan.attention.block_tables import Pieces
+from longspan.kernels.sparse import BlockPlan, Blocks, Packing, add_packed, pack
+from longspan.parallel.exchange import (
+    Pending,
+    ToHost,
+    all_to_all_rows,
+    group_rank,
+    group_size,
+    start_all_gather,
+    start_all_to_all,
+)
+
+
+def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False):
+    """(the part of local keys, what follows of other ranks: a list of parts or, where the host has to wait for what
+    ranks ask of one another, a Request). blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, -1 for
+    none; strategy: one of STRATEGIES or an Estimate; rule: of plans; full: there is no -1."""
+    keys, queries = tables.keys, tables.queries.local
+    if keys.whole:
+        options = {"causal": causal, "ascending": True, "rule": rule, "full": full}
+        return Part(BlockPlan.of(queries, keys.local, blocks, **options)), []
+    rank, world_size = group_rank(group), group_size(group)
+    wanted = pieces_of(blocks, keys)
+    held = [keys.local if owner == rank else keys.of_rank(owner) for owner in range(world_size)]
+    plans = BlockPlan.split(queries, held, wanted, keys.width, causal=causal, rule=rule)
+    if world_size == 1 or strategy == "ring":
+        return Part(plans[rank]), ring(plans, keys, keys.reach[int(causal)], group)
+    return Part(plans[rank]), Request(wanted, keys, plans, group, None if strategy == "fetch" else strategy)
+
+
+class Request:
+    """What ranks ask of one another: the pieces of others that their lists name, a flag for each. How many there are is
+    on its way to the host, which has to know the sizes of what is sent.
+
+    wanted: int32 [lists, local query pieces, n] pieces, -1 for none. plans: of the keys of every rank. estimate: which
+    says whether a ring is faster, or None for no ring.
+    """
+
+    def __init__(self, wanted, keys: Pieces, plans, group, estimate=None):
+        self.keys, self.plans, self.group, self.estimate = keys, plans, group, estimate
+        rank, world_size, lists = group_rank(group), group_size(group), wanted.shape[0]
+        asked = torch.zeros(lists, world_size * keys.width + 1, dtype=torch.uint8, device=wanted.device)
+        asked.scatter_(1, torch.where(wanted < 0, asked.shape[1] - 1, wanted).long().flatten(1), 1)
+        asked = asked[:, :-1].unflatten(1, (world_size, -1)).transpose(0, 1).contiguous()
+        asked[rank] = 0  # [owner, list, piece]
+        ones, lengths = [1] * world_size, keys.lengths.view(world_size, 1, -1)
+        incoming = all_to_all_rows(asked, ones, ones, group)  # [who asks, list, my piece]
+        self.packing = Packing.of(keys.local, incoming[:, :, : len(keys.local)])
+        columns = [asked.sum(2, dtype=torch.int64), (asked * lengths).sum((1, 2))[:, None]]
+        if estimate is not None:
+            columns.append(torch.stack([plan.row_ptr[:, -1] - plan.row_ptr[:, 0] for plan in plans]).sum(1)[:, None])
+        self.counts = ToHost(start_all_gather(torch.cat(columns, 1)[None], group).wait().flatten(0, 1))
+        self.lists, self.plan = lists, self._plan(asked, wanted)
+
+    def _plan(self, asked, wanted):
+        """Over the pieces that will arrive: owner after owner, list after list, and past them what is undefined."""
+        keys, (_, lists, width) = self.keys, asked.shape
+        flags, capacity = asked.flatten(), asked.numel()
+        place = torch.where(flags > 0, flags.cumsum(0) - 1, capacity)
+        arriving = place.new_zeros(capacity + 1)
+        arriving = arriving.scatter_(0, place, torch.arange(capacity, device=place.device))[:-1]
+        number = arriving // (lists * width) * width + arriving % width
+        length = keys.lengths[number]
+        start = length.cumsum(0, dtype=torch.int32) - length
+        blocks = Blocks(keys.size, start, length, keys.positions[number], keys.steps[number], length)
+        place = torch.where(flags > 0, place, -1).int().view_as(asked).transpose(0, 1).flatten(1)
+        columns = place.gather(1, wanted.clamp(min=0).long().flatten(1)).view_as(wanted)
+        columns.masked_fill_(wanted < 0, -1)
+        own = self.plans[group_rank(self.group)]
+        return BlockPlan.of(own.queries, blocks, columns, causal=own.causal, ascending=True, rule=own.rule)
+
+    def parts(self, k, v):
+        """(the parts, the transfer of the first under way). Waits for the device."""
+        counts = self.counts.wait()  # [who asks, whom, ...]: pieces of every list, tokens of all, listed pieces
+        tokens = counts[:, :, self.lists]
+        if self.estimate is not None and self._ring_is_faster(tokens, counts[:, :, -1]):
+            parts = ring(self.plans, self.keys, (tokens > 0).tolist(), self.group)
+        else:
+            pieces = counts[group_rank(self.group), :, : self.lists].sum(0)
+            plan = self.plan.of_first(int(pieces.sum()), int(pieces.max()))
+            parts = [Part(plan, way=_Fetched.of(self.packing, tokens, self.group))]
+        with self.counts.beside(self.packing.places) as hand_over:
+            pending = parts[0].way.start(k, v, self.group)
+            hand_over(*pending.result)
+        return parts, pending
+
+    def _ring_is_faster(self, tokens, entries):
+        pairs = self.plan.queries.size * self.keys.size
+        return self.estimate.ring_is_faster(tokens, entries, self.keys.tokens, self.lists, pairs)
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """packing: which of this rank's pieces go where; sent, received: rows, to and from every rank."""
+
+    packing: Packing
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+    @classmethod
+    def of(cls, packing, tokens, group):
+        rank = group_rank(group)
+        return cls(packing, tuple(tokens[:, rank].tolist()), tuple(tokens[rank].tolist()))
+
+    def start(self, k, v, group):
+        return _exchange(pack((k, v), self.packing, sum(self.sent)), self.sent, self.received, group)
+
+    def start_return(self, gradients, dtype, group):
+        return _exchange([x.to(dtype) for x in gradients], self.received, self.sent, group)
+
+    def add_returned(self, arrived, totals, blocks, shares):
+        totals = [x.contiguous() for x in totals]
+        add_packed(totals, self.packing, arrived, shares)
+        return totals
+
+
+def _exchange(several, sent, received, group):
+    works = [start_all_to_all(x, sent, received, group) for x in several]
+    return Pending(works, [work.result for work in works])
