@@ -1,7 +1,7 @@
 """Blocks by request: ranks tell the owners which blocks their queries chose, and get exactly those.
 
-All that can be made without knowing how many there are is made before the host waits for that: then two buffers are
-packed in one launch and sent.
+The host has to know how many there are. When it does, keys and values are packed in one launch and sent before anything
+else is made.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from longspan.kernels.sparse import BlockPlan, Blocks, Packing, add_packed, pack
 from longspan.parallel.exchange import (
     Pending,
     ToHost,
-    all_to_all_rows,
     group_rank,
     group_size,
     start_all_gather,
@@ -40,64 +39,70 @@ def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False):
 
 
 class Request:
-    """What ranks ask of one another: the pieces of others that their lists name, a flag for each. How many there are is
-    on its way to the host, which has to know the sizes of what is sent.
+    """What ranks ask of one another: the pieces of others that their lists name, a flag for each, which all ranks see.
+    How many there are is on its way to the host, which has to know the sizes of what is sent.
 
     wanted: int32 [lists, local query pieces, n] pieces, -1 for none. plans: of the keys of every rank. estimate: which
     says whether a ring is faster, or None for no ring.
     """
 
     def __init__(self, wanted, keys: Pieces, plans, group, estimate=None):
-        self.keys, self.plans, self.group, self.estimate = keys, plans, group, estimate
+        self.wanted, self.keys, self.plans, self.group, self.estimate = wanted, keys, plans, group, estimate
         rank, world_size, lists = group_rank(group), group_size(group), wanted.shape[0]
         asked = torch.zeros(lists, world_size * keys.width + 1, dtype=torch.uint8, device=wanted.device)
         asked.scatter_(1, torch.where(wanted < 0, asked.shape[1] - 1, wanted).long().flatten(1), 1)
         asked = asked[:, :-1].unflatten(1, (world_size, -1)).transpose(0, 1).contiguous()
         asked[rank] = 0  # [owner, list, piece]
-        ones, lengths = [1] * world_size, keys.lengths.view(world_size, 1, -1)
-        incoming = all_to_all_rows(asked, ones, ones, group)  # [who asks, list, my piece]
-        self.packing = Packing.of(keys.local, incoming[:, :, : len(keys.local)])
-        columns = [asked.sum(2, dtype=torch.int64), (asked * lengths).sum((1, 2))[:, None]]
-        if estimate is not None:
-            columns.append(torch.stack([plan.row_ptr[:, -1] - plan.row_ptr[:, 0] for plan in plans]).sum(1)[:, None])
-        self.counts = ToHost(start_all_gather(torch.cat(columns, 1)[None], group).wait().flatten(0, 1))
-        self.lists, self.plan = lists, self._plan(asked, wanted)
+        ends = [torch.stack([plan.row_ptr[:, at] for plan in plans]) for at in (0, -1)]
+        listed = (ends[1] - ends[0]).sum(1)  # of every owner
+        given = torch.cat([listed.view(torch.uint8), asked.flatten()])
+        found = start_all_gather(given[None], group).wait().flatten(0, 1)
+        listed, flags = found.tensor_split([listed.nbytes], 1)
+        flags = flags.unflatten(1, asked.shape)  # [who asks, owner, list, piece]
+        self.asked, self.packing = asked, Packing.of(keys.local, flags[:, rank, :, : len(keys.local)])
+        pieces = flags.sum(3, dtype=torch.int64)
+        tokens = (flags * keys.lengths.view(world_size, 1, -1)).sum((2, 3))
+        listed = listed.contiguous().view(torch.int64)
+        self.counts = ToHost(torch.cat([tokens[..., None], listed[..., None], pieces], 2))
 
-    def _plan(self, asked, wanted):
-        """Over the pieces that will arrive: owner after owner, list after list, and past them what is undefined."""
-        keys, (_, lists, width) = self.keys, asked.shape
-        flags, capacity = asked.flatten(), asked.numel()
-        place = torch.where(flags > 0, flags.cumsum(0) - 1, capacity)
-        arriving = place.new_zeros(capacity + 1)
-        arriving = arriving.scatter_(0, place, torch.arange(capacity, device=place.device))[:-1]
+    def parts(self, k, v):
+        """(the parts, the transfer of the first under way). Waits for the device."""
+        counts = self.counts.wait()  # [who asks, owner, ...]: tokens of all lists, blocks listed, pieces of every list
+        tokens, listed, pieces = counts[..., 0], counts[..., 1], counts[group_rank(self.group), :, 2:]
+        if self.estimate is not None and self._ring_is_faster(tokens, listed):
+            parts = ring(self.plans, self.keys, (tokens > 0).tolist(), self.group)
+            return parts, self._start(parts[0].way, k, v)
+        way = _Fetched.of(self.packing, tokens, self.group)
+        pending = self._start(way, k, v)  # first of all: what follows has time until it is there
+        return [Part(self._plan(int(pieces.sum()), int(pieces.sum(0).max())), way=way)], pending
+
+    def _start(self, way, k, v):
+        with self.counts.beside(self.packing.places) as hand_over:
+            pending = way.start(k, v, self.group)
+            hand_over(*pending.result)
+        return pending
+
+    def _plan(self, count, most):
+        """Over the `count` pieces that arrive, at most so many for a list: owner after owner, list after list."""
+        keys, (_, lists, width) = self.keys, self.asked.shape
+        flags = self.asked.flatten()
+        place = torch.where(flags > 0, flags.cumsum(0) - 1, count)
+        arriving = place.new_empty(count + 1)
+        arriving = arriving.scatter_(0, place, torch.arange(len(flags), device=place.device))[:-1]
         number = arriving // (lists * width) * width + arriving % width
         length = keys.lengths[number]
         start = length.cumsum(0, dtype=torch.int32) - length
         blocks = Blocks(keys.size, start, length, keys.positions[number], keys.steps[number], length)
-        place = torch.where(flags > 0, place, -1).int().view_as(asked).transpose(0, 1).flatten(1)
-        columns = place.gather(1, wanted.clamp(min=0).long().flatten(1)).view_as(wanted)
-        columns.masked_fill_(wanted < 0, -1)
+        place = torch.where(flags > 0, place, -1).int().view_as(self.asked).transpose(0, 1).flatten(1)
+        columns = place.gather(1, self.wanted.clamp(min=0).long().flatten(1)).view_as(self.wanted)
+        columns.masked_fill_(self.wanted < 0, -1)
         own = self.plans[group_rank(self.group)]
-        return BlockPlan.of(own.queries, blocks, columns, causal=own.causal, ascending=True, rule=own.rule)
-
-    def parts(self, k, v):
-        """(the parts, the transfer of the first under way). Waits for the device."""
-        counts = self.counts.wait()  # [who asks, whom, ...]: pieces of every list, tokens of all, listed pieces
-        tokens = counts[:, :, self.lists]
-        if self.estimate is not None and self._ring_is_faster(tokens, counts[:, :, -1]):
-            parts = ring(self.plans, self.keys, (tokens > 0).tolist(), self.group)
-        else:
-            pieces = counts[group_rank(self.group), :, : self.lists].sum(0)
-            plan = self.plan.of_first(int(pieces.sum()), int(pieces.max()))
-            parts = [Part(plan, way=_Fetched.of(self.packing, tokens, self.group))]
-        with self.counts.beside(self.packing.places) as hand_over:
-            pending = parts[0].way.start(k, v, self.group)
-            hand_over(*pending.result)
-        return parts, pending
+        options = {"causal": own.causal, "ascending": True, "rule": own.rule, "listed": most}
+        return BlockPlan.of(own.queries, blocks, columns, **options)
 
     def _ring_is_faster(self, tokens, entries):
-        pairs = self.plan.queries.size * self.keys.size
-        return self.estimate.ring_is_faster(tokens, entries, self.keys.tokens, self.lists, pairs)
+        pairs = self.plans[0].queries.size * self.keys.size
+        return self.estimate.ring_is_faster(tokens, entries, self.keys.tokens, len(self.wanted), pairs)
 
 
 @dataclass(frozen=True)

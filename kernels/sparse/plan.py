@@ -120,39 +120,31 @@ class BlockPlan:
 
     @classmethod
     def of(
-        cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, rule=None, ascending=False,
-        chunk=None, full=False,
+        cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, rule=None, listed=None,
+        ascending=False, chunk=None, full=False,
     ) -> "BlockPlan":  # fmt: skip
         """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing;
         `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort;
-        `full` that there is no -1 either, so that int32 `chosen` are the lists. Nothing waits for the device."""
+        `full` that there is no -1 either, so that int32 `chosen` are the lists. listed: most key blocks that a head's
+        lists name, if known: memory for gradients follows it. Nothing waits for the device."""
         if not (ascending or full):
             chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
-        capacity = chosen.shape[1] * chosen.shape[2]
-        chunk = chunk or _chunk_of(len(keys), capacity)
+        chunk = chunk or _chunk_of(keys, chosen)
         rows = _full_rows(chosen) if full else _rows_of(chosen, len(keys), 1)
-        return cls(queries, keys, *rows, _most_items(len(keys), capacity, chunk), causal, log_weight, rule, chunk)
+        return cls(queries, keys, *rows, _most_items(keys, chosen, chunk, listed), causal, log_weight, rule, chunk)
 
     @classmethod
     def split(cls, queries: Blocks, keys, chosen, width: int, *, causal: bool, rule=None) -> list["BlockPlan"]:
         """A plan for each of `keys`, Blocks of different buffers: chosen int32 [Hs, M, K] names block n of buffer b as
         b * width + n, -1 for nothing. The lists keep its order and lie in one tensor. Nothing waits for the device."""
         row_ptr, row_idx = _rows_of(chosen, width, len(keys))
-        rows, plans, capacity = chosen.shape[1], [], chosen.shape[1] * chosen.shape[2]
+        rows, plans = chosen.shape[1], []
         for number, blocks in enumerate(keys):
             ends = row_ptr[:, number * rows : (number + 1) * rows + 1].contiguous()
-            chunk = _chunk_of(len(blocks), capacity)
-            most = _most_items(len(blocks), capacity, chunk)
+            chunk = _chunk_of(blocks, chosen)
+            most = _most_items(blocks, chosen, chunk)
             plans.append(cls(queries, blocks, ends, row_idx, most, causal, None, rule, chunk))
         return plans
-
-    def of_first(self, count: int, listed: int) -> "BlockPlan":
-        """The same over the first `count` key blocks, where lists name no others, those of a head `listed` at most:
-        memory for gradients follows that."""
-        keys, weight, capacity = self.keys.map(lambda x: x[:count]), self.log_weight, self.row_idx.shape[1]
-        chunk, weight = _chunk_of(count, capacity), None if weight is None else weight[:count]
-        most = _most_items(listed, capacity, chunk)
-        return replace(self, keys=keys, most_items=most, log_weight=weight, chunk=chunk)
 
     def map(self, move) -> "BlockPlan":
         """The same with every tensor passed through `move`, without a rule; lists by key block as well if there are."""
@@ -164,12 +156,13 @@ class BlockPlan:
         return plan
 
 
-def _chunk_of(num_keys, capacity):
-    return CHUNK if capacity <= CHUNK * num_keys else max(CHUNK, LONG_CHUNK)
+def _chunk_of(keys, chosen):
+    return CHUNK if chosen.shape[1] * chosen.shape[2] <= CHUNK * len(keys) else max(CHUNK, LONG_CHUNK)
 
 
-def _most_items(listed, capacity, chunk):
-    return min(listed, capacity) + capacity // chunk
+def _most_items(keys, chosen, chunk, listed=None):
+    capacity = chosen.shape[1] * chosen.shape[2]
+    return min(len(keys) if listed is None else listed, capacity) + capacity // chunk
 
 
 def _full_rows(chosen):
