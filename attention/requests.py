@@ -72,7 +72,7 @@ class Request:
         if self.estimate is not None and self._ring_is_faster(tokens, listed):
             parts = ring(self.plans, self.keys, (tokens > 0).tolist(), self.group)
             return parts, self._start(parts[0].way, k, v)
-        way = _Fetched.of(self.packing, tokens, self.group)
+        way = Fetched.of(self.packing, tokens, self.group)
         pending = self._start(way, k, v)  # first of all: what follows has time until it is there
         return [Part(self._plan(int(pieces.sum()), int(pieces.sum(0).max())), way=way)], pending
 
@@ -106,8 +106,9 @@ class Request:
 
 
 @dataclass(frozen=True)
-class _Fetched:
-    """packing: which of this rank's pieces go where; sent, received: rows, to and from every rank."""
+class Fetched:
+    """How what was asked for travels. packing: which of this rank's pieces go where; sent, received: rows, to and from
+    every rank."""
 
     packing: Packing
     sent: tuple[int, ...]
