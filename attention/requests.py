@@ -6,6 +6,7 @@ else is made.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from longspan.attention.block_parts import Part, pieces_of, ring
@@ -48,28 +49,27 @@ class Request:
 
     def __init__(self, wanted, keys: Pieces, plans, group, estimate=None):
         self.wanted, self.keys, self.plans, self.group, self.estimate = wanted, keys, plans, group, estimate
-        rank, world_size, lists = group_rank(group), group_size(group), wanted.shape[0]
-        asked = torch.zeros(lists, world_size * keys.width + 1, dtype=torch.uint8, device=wanted.device)
-        asked.scatter_(1, torch.where(wanted < 0, asked.shape[1] - 1, wanted).long().flatten(1), 1)
-        asked = asked[:, :-1].unflatten(1, (world_size, -1)).transpose(0, 1).contiguous()
-        asked[rank] = 0  # [owner, list, piece]
-        ends = [torch.stack([plan.row_ptr[:, at] for plan in plans]) for at in (0, -1)]
-        listed = (ends[1] - ends[0]).sum(1)  # of every owner
-        given = torch.cat([listed.view(torch.uint8), asked.flatten()])
+        rank, world_size, lists, width = group_rank(group), group_size(group), wanted.shape[0], keys.width
+        asked = torch.zeros(lists, world_size * width + 1, dtype=torch.uint8, device=wanted.device)
+        asked.scatter_(1, (wanted + 1).long().flatten(1), 1)  # what is none has the first column
+        asked[:, 1 + rank * width : 1 + (rank + 1) * width] = 0
+        self.asked, given = asked[:, 1:].unflatten(1, (world_size, width)), asked.flatten()  # [list, owner, piece]
+        if estimate is not None:  # how many are listed of every owner's: lists lie one owner after the other
+            given = torch.cat([torch.stack([plan.row_ptr[:, -1] for plan in plans]).sum(1).view(torch.uint8), given])
         found = start_all_gather(given[None], group).wait().flatten(0, 1)
-        listed, flags = found.tensor_split([listed.nbytes], 1)
-        flags = flags.unflatten(1, asked.shape)  # [who asks, owner, list, piece]
-        self.asked, self.packing = asked, Packing.of(keys.local, flags[:, rank, :, : len(keys.local)])
-        pieces = flags.sum(3, dtype=torch.int64)
-        tokens = (flags * keys.lengths.view(world_size, 1, -1)).sum((2, 3))
-        listed = listed.contiguous().view(torch.int64)
-        self.counts = ToHost(torch.cat([tokens[..., None], listed[..., None], pieces], 2))
+        listed, flags = found.tensor_split([found.shape[1] - asked.numel()], 1)
+        flags = flags.view(world_size, lists, -1)[..., 1:].unflatten(2, (world_size, width))
+        self.packing = Packing.of(keys.local, flags[:, :, rank, : len(keys.local)])
+        tokens = (flags * keys.lengths.view(world_size, width)).sum((1, 3))
+        counts = [tokens[..., None], flags.sum(3, dtype=torch.int64).transpose(1, 2)]
+        counts += [] if estimate is None else [listed.contiguous().view(torch.int64)[..., None]]
+        self.counts = ToHost(torch.cat(counts, 2))
 
     def parts(self, k, v):
         """(the parts, the transfer of the first under way). Waits for the device."""
-        counts = self.counts.wait()  # [who asks, owner, ...]: tokens of all lists, blocks listed, pieces of every list
-        tokens, listed, pieces = counts[..., 0], counts[..., 1], counts[group_rank(self.group), :, 2:]
-        if self.estimate is not None and self._ring_is_faster(tokens, listed):
+        counts, lists = self.counts.wait(), len(self.wanted)  # [who asks, owner, ...]
+        tokens, pieces = counts[..., 0], counts[group_rank(self.group), :, 1 : lists + 1]
+        if self.estimate is not None and self._ring_is_faster(tokens, np.diff(counts[..., -1], prepend=0)):
             parts = ring(self.plans, self.keys, (tokens > 0).tolist(), self.group)
             return parts, self._start(parts[0].way, k, v)
         way = Fetched.of(self.packing, tokens, self.group)
@@ -84,8 +84,8 @@ class Request:
 
     def _plan(self, count, most):
         """Over the `count` pieces that arrive, at most so many for a list: owner after owner, list after list."""
-        keys, (_, lists, width) = self.keys, self.asked.shape
-        flags = self.asked.flatten()
+        keys, (lists, owners, width) = self.keys, self.asked.shape
+        flags = self.asked.transpose(0, 1).flatten()
         place = torch.where(flags > 0, flags.cumsum(0) - 1, count)
         arriving = place.new_empty(count + 1)
         arriving = arriving.scatter_(0, place, torch.arange(len(flags), device=place.device))[:-1]
@@ -93,7 +93,7 @@ class Request:
         length = keys.lengths[number]
         start = length.cumsum(0, dtype=torch.int32) - length
         blocks = Blocks(keys.size, start, length, keys.positions[number], keys.steps[number], length)
-        place = torch.where(flags > 0, place, -1).int().view_as(self.asked).transpose(0, 1).flatten(1)
+        place = torch.where(place < count, place, -1).int().view(owners, lists, width).transpose(0, 1).flatten(1)
         columns = place.gather(1, self.wanted.clamp(min=0).long().flatten(1)).view_as(self.wanted)
         columns.masked_fill_(self.wanted < 0, -1)
         own = self.plans[group_rank(self.group)]

@@ -111,21 +111,22 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_out):
         q, k, v, out, lse, coarse_k, coarse_v, weight, bias, own_q, own_k, states, totals, *arrived = ctx.saved_tensors
         parts, group, scale, owned, branch = ctx.rest
-        d_out, d_branch, work = d_out.contiguous(), [None] * 4, None
+        d_out, d_branch, work, meanwhile = d_out.contiguous(), [None] * 4, None, None
         if branch is not None:
             mine = q if own_q is None else own_q, k if own_k is None else own_k, v
             d_own_q, d_weight, d_bias, work = branch.start_backward(d_out, *mine, states, totals, weight)
             d_branch[:2] = d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+
+            def meanwhile(dk, dv):
+                d_own_k, dv = branch.gradients(parts[0], *mine[1:], work, (dk if own_k is None else None, dv))
+                if own_k is None:
+                    return d_own_k, dv
+                d_branch[2:] = d_own_q.to(own_q.dtype), d_own_k.to(own_k.dtype)
+                return dk, dv
+
         given = q, (k, v), (coarse_k, coarse_v), out, lse, arrived, parts, group, scale
         onto = d_own_q if branch and own_q is None else None
-        gradients = gradients_of(d_out, *given, owned, branch, work, onto)
-        if branch is not None:
-            onto = (gradients[1] if own_k is None else None), gradients[2]
-            d_own_k, gradients[2] = branch.gradients(parts[0], *mine[1:], work, onto)
-            if own_q is None:
-                gradients[1] = d_own_k
-            else:
-                d_branch[2:] = d_own_q.to(own_q.dtype), d_own_k.to(own_k.dtype)
+        gradients = gradients_of(d_out, *given, owned, branch, work, onto, meanwhile)
         inputs = q, k, v, coarse_k, coarse_v
         gradients = [x if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)]
         return *gradients, *d_branch, *[None] * 7
@@ -187,13 +188,14 @@ def attend(q, local, coarse, here, remote, group, scale):
 
 
 def gradients_of(
-    d_out, q, local, coarse, out, lse, arrived, parts, group, scale, owned=None, branch=None, work=None, dq=None
+    d_out, q, local, coarse, out, lse, arrived, parts, group, scale, owned=None, branch=None, work=None, dq=None,
+    meanwhile=None,
 ):  # fmt: skip
     """Gradients of q, local keys and values, in at least fp32 where several are added, and of coarse keys and values.
     What arrived comes first: its gradients are on their way back while those of what is here are made. owned: of
     coarse rows whose gradients go on to the local keys and values, which come last; None where they are returned. work:
-    of the branch, or None; its gradients of what arrived go back with the others, those of local tensors are left out.
-    dq: what gradients of queries are added to, or None."""
+    of the branch, or None; its gradients of what arrived go back with the others. dq: what gradients of queries are
+    added to, or None; meanwhile: adds to those of local keys and values while others are on their way back, or None."""
     here, remote = ([part for part in parts if part.remote == there] for there in (False, True))
     if coarse[0] is not None:  # owned ones are all of parts that are here
         d_coarse = [x.new_zeros(x.shape) if owned is None else x.new_empty(x.shape) for x in coarse]
@@ -225,6 +227,7 @@ def gradients_of(
             returning.insert(0, (part.way, part.way.start_return(gradients, keys.dtype, group)))
         elif not part.coarse:
             own, blocks = gradients, part.plan.keys
+    own = own if meanwhile is None else meanwhile(*own)
     shares = None if passing is None else owned.shares(passing)
     for way, pending in returning:
         own = way.add_returned(pending.wait(), own, blocks, shares)
