@@ -2,12 +2,6 @@
 
 from longspan.kernels.sparse import hopper
 
-# Which of them are used where they can be. FORWARD, BACKWARD: modes of the sweeps. GRADIENTS: "sweep" (`reverse`: dS
-# passes through the chunks in the kernel that makes the gradients), "chunks" (`gradients`: after it) or None.
-FORWARD = ("sum", "states", "output")
-BACKWARD = ("sum", "states")
-GRADIENTS = "sweep"
-
 
 def takes(call) -> bool:
     """Whether these kernels take a case: 16-bit numbers, heads of 128."""

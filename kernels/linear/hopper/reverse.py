@@ -142,7 +142,7 @@ def _carry(
 def _gradients(
     place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr
 ):
-    """All other gradients; as the two warpgroups of `gradients`."""
+    """All other gradients."""
     first, length, tile, head, chunks = place
     dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr = out
     (
