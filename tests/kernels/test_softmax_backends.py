@@ -1,6 +1,9 @@
 """Every softmax back end against the full masked matrix in fp64, forward and backward, whole and merged from parts."""
 
+import ctypes
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from oracles import with_gradients
 
 from longspan.attention import softmax
 from longspan.kernels.merge import merge
-from longspan.kernels.softmax import BACKENDS, Pack, choose, fa4
+from longspan.kernels.softmax import BACKENDS, Pack, choose, cudnn_ragged, fa4
 from longspan.kernels.softmax import math as math_backend
 from longspan.kernels.softmax.naive import softmax_attention_naive
 
@@ -52,7 +55,7 @@ GPU_CASES = (
     Case("one-query-each-gqa", (1, 1, 1), (40, 1, 7), False, (8, 2), 64),
     square("causal-batch-gqa", (384, 384, 384), (8, 2), 128),
 )
-GPU_BACKENDS = ("fa4", "cudnn", "flash", "math")
+GPU_BACKENDS = ("fa4", "cudnn_ragged", "cudnn", "flash", "math")
 
 
 def make_inputs(case, dtype, device="cpu", seed=0):
@@ -256,10 +259,206 @@ def test_fa4_follows_the_switch_for_deterministic_algorithms(fake_fa4, case, req
     assert fake_fa4.options == [False, True]
 
 
+class FakeCudnn:
+    """nvidia-cudnn-frontend on CPUs, as far as packed attention goes. A graph reads and writes memory where its
+    descriptions say: each sequence from its offset on, as long as the table of lengths says, and nothing else."""
+
+    data_type = SimpleNamespace(BFLOAT16=torch.bfloat16, HALF=torch.float16, FLOAT=torch.float32,
+                                INT32=torch.int32, INT64=torch.int64)  # fmt: skip
+    heur_mode = SimpleNamespace(A="A", FALLBACK="fallback")
+
+    def __init__(self):
+        self.graphs = []
+
+    def pygraph(self, io_data_type, intermediate_data_type, compute_data_type, handle):
+        assert io_data_type in (torch.bfloat16, torch.float16)
+        assert intermediate_data_type == compute_data_type == torch.float32 and handle == "handle"
+        self.graphs.append(FakeGraph())
+        return self.graphs[-1]
+
+
+class FakeTensor:
+    def __init__(self, **description):
+        self.__dict__ |= description
+
+    def __getattr__(self, name):
+        """set_dim(...) and the like."""
+        assert name.startswith("set_"), name
+        return lambda value: setattr(self, name.removeprefix("set_"), value)
+
+    def read(self, pointers, offset, shape, strides):
+        """The memory from `offset` on, as a tensor."""
+        last = sum((size - 1) * stride for size, stride in zip(shape, strides))
+        address = pointers[self] + offset * self.data_type.itemsize
+        memory = (ctypes.c_char * ((last + 1) * self.data_type.itemsize)).from_address(address)
+        return torch.frombuffer(memory, dtype=self.data_type).as_strided(shape, strides)
+
+    def table(self, pointers, length):
+        assert self.dim == [length, 1, 1, 1] and self.stride == [1, 1, 1, 1]
+        return self.read(pointers, 0, (length,), (1,)).tolist()
+
+
+class FakeGraph:
+    def __init__(self):
+        self.built = False
+
+    def tensor(self, name, **description):
+        return FakeTensor(**description)
+
+    def sdpa(self, *, generate_stats, **arguments):
+        assert generate_stats
+        return self.call(2, **arguments)
+
+    def sdpa_backward(self, *, max_total_seq_len_q, max_total_seq_len_kv, **arguments):
+        self.room = max_total_seq_len_q, max_total_seq_len_kv
+        return self.call(3, **arguments)
+
+    def call(self, num_results, *, attn_scale, use_causal_mask, use_padding_mask, seq_len_q, seq_len_kv, **operands):
+        assert use_padding_mask
+        self.scale, self.causal, self.lengths = attn_scale, use_causal_mask, (seq_len_q, seq_len_kv)
+        self.operands, self.results = operands, [FakeTensor() for _ in range(num_results)]
+        return self.results
+
+    def build(self, heuristics):
+        assert heuristics == ["A", "fallback"] and all(result.output for result in self.results)
+        self.built = True
+
+    def get_workspace_size(self):
+        return 1
+
+    def execute(self, pointers, workspace, handle):
+        assert self.built and handle == "handle"
+        batch, greatest = self.operands["q"].dim[0], [self.operands[name].dim[2] for name in "qk"]
+        lengths = [table.table(pointers, batch) for table in self.lengths]
+        assert all(max(found) <= most for found, most in zip(lengths, greatest))
+        if len(self.results) == 3:
+            assert all(sum(found) <= most for found, most in zip(lengths, self.room))
+
+        def rows(tensor, index, length):
+            dim, (_, head, row, unit) = tensor.dim, tensor.stride
+            assert dim[0] == batch and unit == 1
+            start = tensor.ragged_offset.table(pointers, batch + 1)[index]
+            return tensor.read(pointers, start, (length, dim[1], dim[3]), (row, head, 1))
+
+        for index, (length_q, length_k) in enumerate(zip(*lengths, strict=True)):
+            if not length_q:
+                assert not length_k
+                continue
+            pack = Pack((0, length_q), (0, length_k), self.causal)
+            named = {name: rows(x, index, length_k if name in "kv" else length_q) for name, x in self.operands.items()}
+            if "stats" in named:
+                named["stats"] = named["stats"].squeeze(-1)
+                order, function, sides = ("dO", "q", "k", "v", "o", "stats"), math_backend.backward, "qkk"
+            else:
+                order, function, sides = ("q", "k", "v"), math_backend.forward, "qq"
+            found = function(*(named[name] for name in order), pack, self.scale)
+            for result, side, value in zip(self.results, sides, found, strict=True):
+                memory = rows(result, index, {"q": length_q, "k": length_k}[side])
+                memory.copy_(value.view(memory.shape))
+
+
+@pytest.fixture
+def fake_cudnn(monkeypatch):
+    fake = FakeCudnn()
+    monkeypatch.setattr(cudnn_ragged, "_load", lambda: (fake, None))
+    monkeypatch.setattr(cudnn_ragged, "_handle", lambda device: "handle")
+    cudnn_ragged._compile.cache_clear()
+    yield fake
+    cudnn_ragged._compile.cache_clear()
+
+
+RAGGED = (
+    CPU_CASES[0],  # one sequence
+    CPU_CASES[1],
+    CPU_CASES[3],
+    square("causal-long", (1, 150, 7), (2, 2), 16),
+    Case("one-query-each-gqa", (1, 1, 1), (40, 1, 7), False, (8, 2), 64),
+    Case("many", (3,) * 5, (9, 1, 200, 7, 30), False, (6, 2), 16),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.id)
+def test_ragged_tables_describe_every_sequence(fake_cudnn, case, dtype):
+    inputs = make_inputs(case, dtype)
+    errors = relative_errors(run(cudnn_ragged, case.pack, *inputs, 0.1), reference(case, *inputs, 0.1))
+    assert all(error <= 1e-2 for error in errors), errors
+
+
+def test_ragged_copies_what_the_copy_engine_cannot_read(fake_cudnn):
+    case = square("", (9, 4), (2, 2), 8)
+    q, k, v, dout = make_inputs(case, torch.bfloat16)
+    inputs = (
+        q.transpose(1, 2).contiguous().transpose(1, 2),  # no unit stride in D
+        torch.cat([k, k], dim=-1)[..., 4:12],  # 8 bytes off
+        v[:, :1].expand(-1, 2, -1),  # one head for all
+        dout.transpose(0, 1).contiguous().transpose(0, 1),
+    )
+    errors = relative_errors(run(cudnn_ragged, case.pack, *inputs, 0.3), reference(case, *inputs, 0.3))
+    assert all(error <= 1e-2 for error in errors), errors
+
+
+def test_ragged_compiles_for_rounded_sizes(fake_cudnn):
+    """Two graphs, forward and backward, for all lengths that round up to the same sizes; others have their own."""
+
+    def attend(*lengths, scale=0.1):
+        case = square("", lengths, (4, 2), 8)
+        run(cudnn_ragged, case.pack, *make_inputs(case, torch.bfloat16), scale)
+        return len(fake_cudnn.graphs)
+
+    assert attend(200, 100, 20) == attend(129, 128, 30, 5) == attend(256, 1, 1, 1) == 2
+    assert [graph.operands["q"].dim for graph in fake_cudnn.graphs] == [[4, 4, 256, 8]] * 2
+    assert attend(257, 1, 1) == 4 and attend(200, 100) == 6 and attend(200, 100, 100) == 7  # room of another backward
+    assert attend(200, 100, 20, scale=0.2) == 9
+
+
+@pytest.mark.parametrize("bits, expected", [(1, [1, 2, 4, 4, 8, 64, 128]), (3, [1, 2, 3, 4, 5, 40, 80])])
+def test_sizes_of_plans(bits, expected):
+    assert [cudnn_ragged._round_up(count, bits) for count in (1, 2, 3, 4, 5, 33, 65)] == expected
+    for count in range(1, 1000):
+        assert count <= cudnn_ragged._round_up(count, bits) < count * (1 + 2 ** (1 - bits))
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, head_dim, message",
+    [
+        ((8, 0), torch.bfloat16, 128, "needs a Hopper or Blackwell"),
+        ((9, 0), torch.float32, 128, "takes bfloat16 and float16"),
+        ((9, 0), torch.bfloat16, 264, "head dims up to 256"),
+        ((10, 0), torch.bfloat16, 136, "head dims up to 128"),
+        ((9, 0), torch.float16, 20, "multiples of 8, not 20"),
+    ],
+)
+def test_ragged_says_what_it_cannot(fake_cudnn, monkeypatch, capability, dtype, head_dim, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(ValueError, match=f"backend=cudnn_ragged cannot serve.*{message}"):
+        choose("cudnn_ragged", "cuda", dtype, head_dim)
+
+
+def test_ragged_comes_after_fa4_where_it_is_installed(monkeypatch, request):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(fa4, "_load", lambda: ("functions", None))
+    monkeypatch.setattr(cudnn_ragged, "_load", lambda: ("package", None))
+    assert choose("auto", "cuda", torch.bfloat16, 128)[0].name == "fa4"
+    monkeypatch.setattr(fa4, "_load", lambda: (None, "absent"))
+    backend, refusals = choose("auto", "cuda", torch.bfloat16, 128)
+    assert backend.name == "cudnn_ragged" and refusals == ("fa4: absent",)
+    request.getfixturevalue("deterministic")
+    backend, refusals = choose("auto", "cuda", torch.bfloat16, 128)
+    assert backend.name == "flash" and "cudnn_ragged: a deterministic backward" in refusals[1]
+
+
+def test_ragged_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    assert "pip install nvidia-cudnn-frontend==" in cudnn_ragged._load.__wrapped__()[1]
+
+
 def test_cudnn_refuses_where_results_must_repeat(monkeypatch, request):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(fa4, "_load", lambda: (None, "absent"))
+    for optional in (fa4, cudnn_ragged):
+        monkeypatch.setattr(optional, "_load", lambda: (None, "absent"))
     assert choose("auto", "cuda", torch.bfloat16, 128)[0].name == "cudnn"
     assert softmax._backend("auto", "cuda", torch.bfloat16, 128, False).name == "cudnn"
     request.getfixturevalue("deterministic")
@@ -283,6 +482,15 @@ def test_pack_copies_offsets_once():
     assert pack.cu_k_tensor("cpu") is pack.cu_k_tensor(torch.device("cpu"))
     assert pack.cu_q_tensor("cpu").tolist() == [0, 3, 5] and pack.cu_q_tensor("cpu").dtype == torch.int32
     assert pack == Pack((0, 3, 5), (0, 4, 9), False)
+
+
+def test_pack_fills_tables_with_empty_sequences():
+    pack = Pack((0, 3, 5, 6), (0, 4, 9, 10), False)
+    offsets, lengths = pack.offsets_tensor("k", 24, 4, "cpu"), pack.lengths_tensor("q", 4, "cpu")
+    assert offsets.tolist() == [0, 96, 216, 240, 240] and offsets.dtype == torch.int64
+    assert lengths.tolist() == [3, 2, 1, 0] and lengths.dtype == torch.int32
+    assert offsets is pack.offsets_tensor("k", 24, 4, torch.device("cpu"))
+    assert pack.offsets_tensor("k", 1 << 30, 4, "cpu").tolist()[-1] == 10 << 30
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash"])
@@ -369,5 +577,5 @@ class TestOnGpu:
 
     def test_choice_names_what_is_missing(self):
         backend, refusals = choose("auto", "cuda", torch.bfloat16, 128)
-        assert backend.name in ("fa4", "cudnn", "flash") and len(refusals) == list(BACKENDS).index(backend.name)
+        assert backend.name in GPU_BACKENDS[:-1] and len(refusals) == list(BACKENDS).index(backend.name)
         assert choose("auto", "cuda", torch.float32, 128)[0].name == "math"
