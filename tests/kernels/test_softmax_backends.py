@@ -1,12 +1,11 @@
 """Every softmax back end against the full masked matrix in fp64, forward and backward, whole and merged from parts."""
 
-import ctypes
 import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_cudnn import FakeCudnn
 from oracles import softmax_attention as full_matrix
 from oracles import with_gradients
 
@@ -259,104 +258,6 @@ def test_fa4_follows_the_switch_for_deterministic_algorithms(fake_fa4, case, req
     assert fake_fa4.options == [False, True]
 
 
-class FakeCudnn:
-    """nvidia-cudnn-frontend on CPUs, as far as packed attention goes. A graph reads and writes memory where its
-    descriptions say: each sequence from its offset on, as long as the table of lengths says, and nothing else."""
-
-    data_type = SimpleNamespace(BFLOAT16=torch.bfloat16, HALF=torch.float16, FLOAT=torch.float32,
-                                INT32=torch.int32, INT64=torch.int64)  # fmt: skip
-    heur_mode = SimpleNamespace(A="A", FALLBACK="fallback")
-
-    def __init__(self):
-        self.graphs = []
-
-    def pygraph(self, io_data_type, intermediate_data_type, compute_data_type, handle):
-        assert io_data_type in (torch.bfloat16, torch.float16)
-        assert intermediate_data_type == compute_data_type == torch.float32 and handle == "handle"
-        self.graphs.append(FakeGraph())
-        return self.graphs[-1]
-
-
-class FakeTensor:
-    def __init__(self, **description):
-        self.__dict__ |= description
-
-    def __getattr__(self, name):
-        """set_dim(...) and the like."""
-        assert name.startswith("set_"), name
-        return lambda value: setattr(self, name.removeprefix("set_"), value)
-
-    def read(self, pointers, offset, shape, strides):
-        """The memory from `offset` on, as a tensor."""
-        last = sum((size - 1) * stride for size, stride in zip(shape, strides))
-        address = pointers[self] + offset * self.data_type.itemsize
-        memory = (ctypes.c_char * ((last + 1) * self.data_type.itemsize)).from_address(address)
-        return torch.frombuffer(memory, dtype=self.data_type).as_strided(shape, strides)
-
-    def table(self, pointers, length):
-        assert self.dim == [length, 1, 1, 1] and self.stride == [1, 1, 1, 1]
-        return self.read(pointers, 0, (length,), (1,)).tolist()
-
-
-class FakeGraph:
-    def __init__(self):
-        self.built = False
-
-    def tensor(self, name, **description):
-        return FakeTensor(**description)
-
-    def sdpa(self, *, generate_stats, **arguments):
-        assert generate_stats
-        return self.call(2, **arguments)
-
-    def sdpa_backward(self, *, max_total_seq_len_q, max_total_seq_len_kv, **arguments):
-        self.room = max_total_seq_len_q, max_total_seq_len_kv
-        return self.call(3, **arguments)
-
-    def call(self, num_results, *, attn_scale, use_causal_mask, use_padding_mask, seq_len_q, seq_len_kv, **operands):
-        assert use_padding_mask
-        self.scale, self.causal, self.lengths = attn_scale, use_causal_mask, (seq_len_q, seq_len_kv)
-        self.operands, self.results = operands, [FakeTensor() for _ in range(num_results)]
-        return self.results
-
-    def build(self, heuristics):
-        assert heuristics == ["A", "fallback"] and all(result.output for result in self.results)
-        self.built = True
-
-    def get_workspace_size(self):
-        return 1
-
-    def execute(self, pointers, workspace, handle):
-        assert self.built and handle == "handle"
-        batch, greatest = self.operands["q"].dim[0], [self.operands[name].dim[2] for name in "qk"]
-        lengths = [table.table(pointers, batch) for table in self.lengths]
-        assert all(max(found) <= most for found, most in zip(lengths, greatest))
-        if len(self.results) == 3:
-            assert all(sum(found) <= most for found, most in zip(lengths, self.room))
-
-        def rows(tensor, index, length):
-            dim, (_, head, row, unit) = tensor.dim, tensor.stride
-            assert dim[0] == batch and unit == 1
-            start = tensor.ragged_offset.table(pointers, batch + 1)[index]
-            return tensor.read(pointers, start, (length, dim[1], dim[3]), (row, head, 1))
-
-        for index, (length_q, length_k) in enumerate(zip(*lengths, strict=True)):
-            if not length_q:
-                assert not length_k
-                continue
-            pack = Pack((0, length_q), (0, length_k), self.causal)
-            named = {name: rows(x, index, length_k if name in "kv" else length_q) for name, x in self.operands.items()}
-            if "stats" in named:
-                named["stats"] = named["stats"].squeeze(-1)
-                order, function, sides = ("dO", "q", "k", "v", "o", "stats"), math_backend.backward, "qkk"
-            else:
-                order, function, sides = ("q", "k", "v"), math_backend.forward, "qq"
-            found = function(*(named[name] for name in order), pack, self.scale)
-            for result, side, value in zip(self.results, sides, found, strict=True):
-                memory = rows(result, index, {"q": length_q, "k": length_k}[side])
-                memory.copy_(value.view(memory.shape))
-
-
 @pytest.fixture
 def fake_cudnn(monkeypatch):
     fake = FakeCudnn()
@@ -388,14 +289,19 @@ def test_ragged_tables_describe_every_sequence(fake_cudnn, case, dtype):
 def test_ragged_copies_what_the_copy_engine_cannot_read(fake_cudnn):
     case = square("", (9, 4), (2, 2), 8)
     q, k, v, dout = make_inputs(case, torch.bfloat16)
-    inputs = (
-        q.transpose(1, 2).contiguous().transpose(1, 2),  # no unit stride in D
-        torch.cat([k, k], dim=-1)[..., 4:12],  # 8 bytes off
-        v[:, :1].expand(-1, 2, -1),  # one head for all
-        dout.transpose(0, 1).contiguous().transpose(0, 1),
-    )
-    errors = relative_errors(run(cudnn_ragged, case.pack, *inputs, 0.3), reference(case, *inputs, 0.3))
-    assert all(error <= 1e-2 for error in errors), errors
+    for inputs in (
+        (
+            q[..., None].repeat(1, 1, 1, 8)[..., 0],  # no unit stride in D
+            torch.cat([k, k], dim=-1)[..., 4:12],  # 8 bytes off
+            v[:, :1].expand(-1, 2, -1),  # one head for all
+            dout.transpose(0, 1).contiguous().transpose(0, 1),
+        ),
+        (torch.cat([q, q], dim=-1)[..., 8:], k.transpose(0, 1).contiguous().transpose(0, 1), v, dout),  # as they are
+    ):
+        errors = relative_errors(run(cudnn_ragged, case.pack, *inputs, 0.3), reference(case, *inputs, 0.3))
+        assert all(error <= 1e-2 for error in errors), errors
+    assert fake_cudnn.graphs[2].operands["q"].stride[1:] == [16, 32, 1]
+    assert fake_cudnn.graphs[2].operands["k"].stride[1:] == [13 * 8, 8, 1]
 
 
 def test_ragged_compiles_for_rounded_sizes(fake_cudnn):
@@ -567,6 +473,39 @@ class TestOnGpu:
         backend, inputs = gpu_backend(name, torch.bfloat16, case.head_dim), make_inputs(case, torch.bfloat16, "cuda")
         found = [run(backend, case.pack, *inputs, 0.1) for _ in range(5)]
         assert all(torch.equal(x, y) for again in found[1:] for x, y in zip(again, found[0], strict=True))
+
+    @pytest.mark.parametrize("head_dim", [8, 40, 96, 192, 256])
+    def test_ragged_head_dims(self, head_dim):
+        backend, case = gpu_backend("cudnn_ragged", torch.float16, head_dim), square("", (130, 7, 64), (4, 2), head_dim)
+        inputs = make_inputs(case, torch.float16, "cuda")
+        assert_as_good_as_sdpa(run(backend, case.pack, *inputs, 0.1), case, inputs, 0.1)
+
+    def test_ragged_compiles_for_rounded_sizes(self):
+        backend = gpu_backend("cudnn_ragged", torch.bfloat16, 128)
+        graphs = set()
+        for lengths in ((200, 100, 20), (129, 128, 30, 5), (256, 1, 1, 1)):
+            case = square("", lengths, (8, 2), 128)
+            inputs = make_inputs(case, torch.bfloat16, "cuda")
+            assert_as_good_as_sdpa(run(backend, case.pack, *inputs, 0.1), case, inputs, 0.1)
+            graphs.add(cudnn_ragged._compile.cache_info().currsize)
+        assert len(graphs) == 1
+
+    def test_ragged_writes_nothing_but_its_rows(self):
+        """Sequences that fill the batch up start where the rows end."""
+        gpu_backend("cudnn_ragged", torch.bfloat16, 128)
+        case = square("", (130, 1, 64, 7, 3), (8, 2), 128)
+        q, k, v, dout = make_inputs(case, torch.bfloat16, "cuda")
+        memory = [torch.full((2 * len(x), *x.shape[1:]), 7.0, device="cuda", dtype=x.dtype) for x in (q, q, k, v)]
+        lse_memory = torch.full((2 * len(q), 8, 1), 7.0, device="cuda")
+        out, dq, dk, dv, lse = (x[: len(q)] for x in (*memory, lse_memory))
+        cudnn_ragged._run(
+            "sdpa", {"q": q, "k": k, "v": v}, {"o": out, "stats": lse}, case.pack, 0.1, generate_stats=True
+        )
+        inputs = {"q": q, "k": k, "v": v, "o": out, "dO": dout, "stats": lse}
+        room = {"max_total_seq_len_q": len(q), "max_total_seq_len_kv": len(k)}
+        cudnn_ragged._run("sdpa_backward", inputs, {"dQ": dq, "dK": dk, "dV": dv}, case.pack, 0.1, **room)
+        assert all((x[len(q) :] == 7).all() for x in (*memory, lse_memory))
+        assert not any((x[: len(q)] == 7).all(-1).any() for x in memory)
 
     def test_math_serves_double(self):
         inputs = make_inputs(GPU_CASES[3], torch.float64, "cuda")
