@@ -20,6 +20,7 @@ from longspan.kernels.softmax.pack import Pack
 name = "cudnn_ragged"
 device_types = ("cuda",)
 
+_OLDEST = 91002  # 9.10.2; backward passes of 9.10.0 and 9.10.1 are refused as wrong by the package itself
 _SHORTEST = 128
 # Whose rows an operand holds, by its name in a graph; those of queries come first in what the operations return.
 _SIDES = {"q": "q", "k": "k", "v": "k", "o": "q", "dO": "q", "stats": "q", "dQ": "q", "dK": "k", "dV": "k"}
@@ -46,10 +47,14 @@ def _load():
     """(the package, None), or (None, why not)."""
     try:
         import cudnn
+
+        version = cudnn.backend_version()
     except ModuleNotFoundError as error:
         return None, f"{error}; install it with: pip install nvidia-cudnn-frontend==1.32.0"
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # of many kinds, where libraries do not fit together
         return None, f"nvidia-cudnn-frontend does not load: {error}"
+    if version < _OLDEST:
+        return None, f"needs cuDNN {_OLDEST} or later, this is {version}; install a newer build of PyTorch"
     return cudnn, None
 
 

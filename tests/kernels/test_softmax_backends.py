@@ -1,7 +1,9 @@
 """Every softmax back end against the full masked matrix in fp64, forward and backward, whole and merged from parts."""
 
+import re
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -355,9 +357,24 @@ def test_ragged_comes_after_fa4_where_it_is_installed(monkeypatch, request):
     assert backend.name == "flash" and "cudnn_ragged: a deterministic backward" in refusals[1]
 
 
-def test_ragged_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cudnn", None)
-    assert "pip install nvidia-cudnn-frontend==" in cudnn_ragged._load.__wrapped__()[1]
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (None, "pip install nvidia-cudnn-frontend=="),
+        (SimpleNamespace(), "does not load: .*backend_version"),  # another module of that name
+        (SimpleNamespace(backend_version=lambda: 91001), "needs cuDNN 91002 or later, this is 91001"),
+    ],
+)
+def test_ragged_says_what_is_missing(monkeypatch, module, message):
+    monkeypatch.setitem(sys.modules, "cudnn", module)
+    package, reason = cudnn_ragged._load.__wrapped__()
+    assert package is None and re.search(message, reason)
+
+
+def test_ragged_loads(monkeypatch):
+    package = SimpleNamespace(backend_version=lambda: 91900)
+    monkeypatch.setitem(sys.modules, "cudnn", package)
+    assert cudnn_ragged._load.__wrapped__() == (package, None)
 
 
 def test_cudnn_refuses_where_results_must_repeat(monkeypatch, request):
