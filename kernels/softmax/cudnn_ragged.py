@@ -22,7 +22,7 @@ device_types = ("cuda",)
 
 _OLDEST = 91002  # 9.10.2; backward passes of 9.10.0 and 9.10.1 are refused as wrong by the package itself
 _SHORTEST = 128
-# Whose rows an operand holds, by its name in a graph; those of queries come first in what the operations return.
+# Whose rows an operand holds, by its name in a graph.
 _SIDES = {"q": "q", "k": "k", "v": "k", "o": "q", "dO": "q", "stats": "q", "dQ": "q", "dK": "k", "dV": "k"}
 
 
