@@ -104,7 +104,7 @@ class ParallelConfig:
     costs: str = setting("", "file of `longspan bench calibrate` for plans of zeppelin; empty: an H200")
     token_cap: float = setting(1.5, "with zeppelin: most tokens of a rank in softmax attention, in units of the mean")
     key_blocks: int = setting(0, "most thread blocks of NCCL for keys on their way, such as 4; 0: NCCL's own choice")
-    backend: Literal["auto", "fa4", "cudnn", "flash", "cpu", "math"] = setting(
+    backend: Literal["auto", "fa4", "cudnn_ragged", "cudnn", "flash", "cpu", "math"] = setting(
         "auto", "kernel of softmax attention; auto: the fastest that is installed and fits"
     )
 
@@ -236,8 +236,9 @@ class Config:
         self._validate_tensor_parallel()
         self._validate_engine()
         _require(
-            not (self.train.deterministic and self.parallel.backend == "cudnn"),
-            "parallel.backend=cudnn is not deterministic, as train.deterministic=true asks: use auto, fa4 or flash",
+            not (self.train.deterministic and self.parallel.backend.startswith("cudnn")),
+            f"parallel.backend={self.parallel.backend} is not deterministic, as train.deterministic=true asks: "
+            "use auto, fa4 or flash",
         )
         {"text": self._validate_text, "images": self._validate_images}[self.model.task]()
         if world_size is not None:

@@ -199,6 +199,7 @@ def test_missing_file_names_the_shipped_configs():
         (["train.steps=0"], "train.steps=0"),
         (["parallel.key_blocks=-1"], "parallel.key_blocks=-1"),
         (["train.deterministic=true", "parallel.backend=cudnn"], "parallel.backend=cudnn is not deterministic"),
+        (["train.deterministic=true", "parallel.backend=cudnn_ragged"], "backend=cudnn_ragged is not deterministic"),
         (["train.global_batch=0"], "train.global_batch=0"),
         (["train.timeout_s=0"], "train.timeout_s=0"),
         (["checkpoint.keep_last=0"], "checkpoint.keep_last=0"),
