@@ -75,9 +75,11 @@ def backward(
     tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
     rows = row_sums(d_out, d_lse, out, lse) if rows is None else rows
     if hopper.takes(q, plan, tile["ROWS"], scale):
-        hopper.backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, tile["PACK"], onto)
-        return dq, *_with_shares(dk, dv, plan.keys, shares)
-    if lse.numel():
+        of_rows = hopper.query_gradients(d_out, q, k, v, rows, dq, plan, scale, tile["PACK"], onto)
+        if hopper.takes_keys(plan):
+            hopper.key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale)
+            return dq, *_with_shares(dk, dv, plan.keys, shares)
+    elif lse.numel():
         queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
             q, k, v, d_out, rows, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out), scale,
             len(plan.queries), plan.row_idx.shape[1], **tile, GATHER=_gather(q, tile["ROWS"], plan.keys.size),
