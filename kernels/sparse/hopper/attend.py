@@ -135,7 +135,8 @@ def _softmax(scores, highest, total, weight, scale, OF_KEYS: gl.constexpr):
     else:
         higher = gl.maximum(highest, gl.max(scores, 1) * stretch + weight)
         shift = gl.where(higher == float("-inf"), 0.0, higher)
-        weights = gl.exp2(gl.fma(scores, gl.full_like(scores, stretch), gl.zeros_like(scores) + (weight - shift)[:, None]))
+        added = gl.zeros_like(scores) + (weight - shift)[:, None]
+        weights = gl.exp2(gl.fma(scores, gl.full_like(scores, stretch), added))
     rescale = gl.exp2(highest - shift)
     return weights, rescale, higher, total * rescale + gl.sum(weights, 1)
 

@@ -9,8 +9,8 @@ from longspan.kernels.sparse.hopper.keys import keys_kernel
 from longspan.kernels.sparse.hopper.queries import queries_kernel
 from longspan.kernels.sparse.hopper.rows import rows_kernel
 
-# By width of heads: keys in a tile, how many tiles are under way, warps (four are fed by another, eight feed themselves)
-# and the most registers of a thread, so that two programs share a processor.
+# By width of heads: keys in a tile, how many tiles are under way, warps (twice four that another one feeds, or eight
+# that feed themselves) and the most registers of a thread: with 128 two programs share a processor.
 FORWARD = {64: (64, 3, 8, 128), 128: (128, 2, 4, None)}
 QUERIES = {64: (64, 3, 8, 128), 128: (64, 4, 4, None)}
 KEY_STAGES = 2
@@ -44,7 +44,7 @@ def query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto):
 
 def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale):
     """Writes dk and dv."""
-    (heads, head_dim), size = q.shape[1:], plan.keys.size
+    head_dim, size = q.shape[2], plan.keys.size
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
         dk.zero_(), dv.zero_()

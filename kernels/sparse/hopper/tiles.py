@@ -122,8 +122,8 @@ def send_tile(desc, tile, ready, rows, at, KEYS: gl.constexpr, TILE: gl.constexp
 
 @gluon.jit
 def expect_tiles(feed, turn, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
-    """For programs that feed themselves: keys and values of a turn, if there is such, are to come. All threads must meet
-    before they are sent: what was there before is free then, and no barrier is complete until all has come."""
+    """For programs that feed themselves: keys and values of a turn, if there is such, are to come. All threads must
+    meet before they are sent: what was there before is free then, and no barrier is complete until all has come."""
     k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx, begin, stop, k_start, at = feed
     there = turn < turns_of(begin, stop, KEYS, TILE)
     mbarrier.expect(k_ready.index(turn % STAGES), TILE * k_tiles.shape[2] * 2, pred=there)
@@ -201,4 +201,3 @@ def seen_keys(
         key_position = gl.load(k_position + column) + row * gl.load(k_step + column)
         seen = seen & (key_position[None, :] <= position[:, None])
     return seen
-
