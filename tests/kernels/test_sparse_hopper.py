@@ -11,11 +11,11 @@ from longspan.kernels.sparse import BlockPlan, Blocks, fused, hopper, naive
 CASES = {
     "long lists": ((0, 900, 1000), 128, 64, 1, 1, 1, 64, False, True, 15),
     "heads side by side": ((0, 70, 71, 300), 64, 64, 1, 4, 2, 64, True, False, 4),
-    "small keys": ((0, 300, 333), 128, 16, 2, 2, 2, 64, True, True, 11),
+    "small keys": ((0, 250, 283), 128, 16, 2, 2, 2, 64, True, True, 9),
     "parts of a block": ((0, 500), 128, 128, 2, 2, 1, 64, False, True, 4),
     "wide": ((0, 400, 650), 128, 64, 1, 1, 1, 128, True, True, 7),
 }
-FORMS = {"fed": (128, 2, 4, None), "fed, short tiles": (64, 3, 4, None), "feeds itself": (64, 3, 8, 128)}
+FORMS = {"fed": (128, 2, 4, None), "feeds itself": (64, 3, 8, 128)}
 
 
 @pytest.fixture
