@@ -138,7 +138,7 @@ def compile_hopper(head_dim):
 
     hopper.on_hopper = lambda x: True
     # query block, key block, query heads, key heads, list heads, causal and weighted
-    cases = [(128, 64, 2, 2, 2, False), (64, 128, 4, 2, 1, True), (128, 64, 4, 1, 2, True)]
+    cases = [(128, 64, 2, 2, 2, False), (64, 128, 4, 2, 1, True), (128, 64, 4, 1, 2, True), (128, 16, 2, 2, 2, True)]
     for query_block, key_block, heads, key_heads, lists, masked in cases:
         queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
         chosen = torch.zeros(lists, len(queries), 1, dtype=torch.int64)
