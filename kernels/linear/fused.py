@@ -154,7 +154,11 @@ class Fused:
         states = y.new_empty(splits.num_sums, self.heads, y.shape[2], z.shape[2], dtype=torch.float32)
         totals = states.new_empty(splits.num_sums, self.heads)
         block, warps, stages = self._config(SUM, y.shape[2])
-        if len(direction.splits):
+        if len(direction.splits) and "sum" in hopper.SWEEPS and hopper.takes(self):
+            from longspan.kernels.linear.hopper import sweep_sum
+
+            sweep_sum.launch(self, y, z, scale, direction, states, totals, reverse=reverse)
+        elif len(direction.splits):
             sum_kernel[(-(-z.shape[2] // block) * self.heads * len(direction.splits),)](
                 y, z, self.decays, states, totals, direction.splits, splits.first, splits.length, splits.sum_row,
                 *y.stride()[:2], *z.stride()[:2], scale, self.num_tokens,

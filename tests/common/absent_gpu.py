@@ -189,7 +189,7 @@ def compile_hopper_sweeps(head_dim):
     from longspan.kernels.linear.form import Spans
     from longspan.kernels.linear.fused import Fused
 
-    hopper.SWEEPS = ("output", "dq", "reverse")
+    hopper.SWEEPS = ("sum", "output", "dq", "reverse")
     spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
     for decay in (None, "fixed", "medium"):
         inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, decay, 0, dtype=torch.bfloat16)

@@ -8,7 +8,7 @@ import torch
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.linear.splits import Splits
 
-MODULES = "sweep", "sweep_reverse"
+MODULES = "sweep", "sweep_reverse", "sweep_sum"
 SPANS = Spans((0, 1, 2, 66, 67, 690), (1, 2, 4), (2, 4), (1, 2))
 
 
@@ -28,7 +28,7 @@ def launched(emulated, monkeypatch):
 
     names = []
     monkeypatch.setattr(sparse_hopper, "on_hopper", lambda x: True)
-    monkeypatch.setattr(hopper, "SWEEPS", ("output", "dq", "reverse"))
+    monkeypatch.setattr(hopper, "SWEEPS", ("sum", "output", "dq", "reverse"))
     for name, module in emulated.items():
         launch = lambda *args, name=name, launch=module.launch, **options: names.append(name) or launch(*args, **options)  # noqa: E731
         monkeypatch.setattr(module, "launch", launch)
@@ -46,7 +46,7 @@ def run(given):
 def test_equals_the_recurrence(launched, decay):
     given = forms.random_inputs(SPANS, 1, 128, 128, decay, 0, dtype=torch.bfloat16)
     found = run(given)
-    assert launched == ["sweep", "sweep", "sweep_reverse"]
+    assert launched == ["sweep_sum", "sweep", "sweep_sum", "sweep", "sweep_reverse"]
     wanted = forms.expected(SPANS, *given, 0.3)
     errors = forms.errors(found, wanted)
     print(errors)

@@ -2,8 +2,8 @@
 
 from longspan.kernels.sparse import hopper
 
-# Which of them are used where they can be. SWEEPS: of no, fixed and scalar decay, of "output", "dq" and "reverse" (dk
-# and dv). The others are the delta rule's. FORWARD, BACKWARD: modes of its sweeps. GRADIENTS: "sweep" (`reverse`: dS
+# Which of them are used where they can be. SWEEPS: of no, fixed and scalar decay, "sum", "output", "dq" and "reverse"
+# (dk and dv). The others are the delta rule's. FORWARD, BACKWARD: modes of its sweeps. GRADIENTS: "sweep" (`reverse`: dS
 # passes through the chunks in the kernel that makes the gradients), "chunks" (`gradients`: after it) or None.
 SWEEPS = ()
 FORWARD = ("sum", "states", "output")
