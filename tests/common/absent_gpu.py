@@ -273,6 +273,7 @@ def main():
             others[dtype](key_size)
             if dtype == "hopper":
                 compile_hopper_delta(key_size)
+                compile_hopper_sweeps(key_size)
             continue
         compile_linear(getattr(torch, dtype), (key_size, value_size), few)
         if key_size == value_size:

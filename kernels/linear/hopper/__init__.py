@@ -3,8 +3,9 @@
 from longspan.kernels.sparse import hopper
 
 # Which of them are used where they can be. SWEEPS: of no, fixed and scalar decay, "sum", "output", "dq" and "reverse"
-# (dk and dv). The others are the delta rule's. FORWARD, BACKWARD: modes of its sweeps. GRADIENTS: "sweep" (`reverse`: dS
-# passes through the chunks in the kernel that makes the gradients), "chunks" (`gradients`: after it) or None.
+# (dk and dv); off until they have run on a GPU. The delta rule: FORWARD, BACKWARD, modes of its sweeps; GRADIENTS,
+# "sweep" (`reverse`: dS passes through the chunks in the kernel that makes the gradients), "chunks" (`gradients`: after
+# it) or None.
 SWEEPS = ()
 FORWARD = ("sum", "states", "output")
 BACKWARD = ("sum", "states")

@@ -1,4 +1,4 @@
-"""No, fixed and scalar decay in the Hopper kernels: decays of a chunk by the warp that fetches, its pairs in registers."""
+"""No, fixed and scalar decay in the Hopper kernels: a chunk's rows by the warp that fetches, pairs in registers."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

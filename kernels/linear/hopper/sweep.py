@@ -52,10 +52,12 @@ def _fetch(
 
 @gluon.jit
 def _pass(
-    part: gl.constexpr, place, state_at, row, out_ptr, rows_ptr, tiles_of, scale, T, H, D: gl.constexpr,
-    TRANSPOSED: gl.constexpr, DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+    part: gl.constexpr, place, given, to, tiles_of, scale, H, D: gl.constexpr, TRANSPOSED: gl.constexpr,
+    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     first, length, head, chunks = place
+    state_at, row = given
+    out_ptr, rows_ptr, T = to
     vectors, x_tiles, y_tiles, z_tiles, extras, states, ready, free, cleared = tiles_of
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(D)
@@ -147,16 +149,15 @@ def hopper_sweep_kernel(
     )  # fmt: skip
     place = first, length, head, gl.cdiv(length, 64)
     feed = x_desc, y_desc, z_desc, extra_desc, decay_ptr, gamma
-    # fmt: off
+    given, to = (state_at, row), (out_ptr, rows_ptr, T)
     gl.warp_specialize(
         [
-            (_pass, (0, place, state_at, row, out_ptr, rows_ptr, tiles_of, scale, T, H, D, TRANSPOSED, DECAY, GATE, STAGES)),
-            (_pass, (1, place, state_at, row, out_ptr, rows_ptr, tiles_of, scale, T, H, D, TRANSPOSED, DECAY, GATE, STAGES)),
+            (_pass, (0, place, given, to, tiles_of, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES)),
+            (_pass, (1, place, given, to, tiles_of, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES)),
             (_fetch, (place, feed, tiles_of, D, DECAY, GATE, STAGES)),
         ],
         [4, 1], [232, 40],
-    )
-    # fmt: on
+    )  # fmt: skip
 
 
 def launch(call, x, y, z, out, entries, reads, *, transposed):

@@ -52,12 +52,13 @@ def _fetch(place, feed, tiles_of, D: gl.constexpr, DECAY: gl.constexpr, STAGES: 
 
 @gluon.jit
 def _pass(
-    WHICH: gl.constexpr, place, state_at, row, out_ptr, gate, tiles_of, scale, inverse_scale, H, D: gl.constexpr,
-    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+    WHICH: gl.constexpr, place, given, out_ptr, gate, tiles_of, scale, H, D: gl.constexpr, DECAY: gl.constexpr,
+    GATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """WHICH: 0, of dk, which reads v and what d_out and q make, with the first half of dS; 1, of dv, which reads k and
     what q and d_out make."""
     first, length, head, chunks = place
+    state_at, row, inverse_scale = given
     rows_ptr, through_ptr = gate
     vectors, v_tiles, d_outs, q_tiles, k_tiles, d_state, ready, free, states_ready, states_free, cleared = tiles_of
     S: gl.constexpr = product_layout(64)
@@ -166,17 +167,15 @@ def hopper_reverse_kernel(
     )  # fmt: skip
     place = first, length, head, gl.cdiv(length, 64)
     feed = v_desc, d_out_desc, q_desc, k_desc, decay_ptr, gamma
-    gate = rows_ptr, through_ptr
-    # fmt: off
+    given, gate = (state_at, row, inverse_scale), (rows_ptr, through_ptr)
     gl.warp_specialize(
         [
-            (_pass, (0, place, state_at, row, dk_ptr, gate, tiles_of, scale, inverse_scale, H, D, DECAY, GATE, STAGES)),
-            (_pass, (1, place, state_at, row, dv_ptr, gate, tiles_of, scale, inverse_scale, H, D, DECAY, GATE, STAGES)),
+            (_pass, (0, place, given, dk_ptr, gate, tiles_of, scale, H, D, DECAY, GATE, STAGES)),
+            (_pass, (1, place, given, dv_ptr, gate, tiles_of, scale, H, D, DECAY, GATE, STAGES)),
             (_fetch, (place, feed, tiles_of, D, DECAY, STAGES)),
         ],
         [4, 1], [232, 40],
-    )
-    # fmt: on
+    )  # fmt: skip
 
 
 def launch(call, dk, dv, exits, writes, through):

@@ -6,12 +6,7 @@ decays, too: whole chunks are added, never scaled.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
 from longspan.kernels.linear.hopper.decays import load_log_decays, log_decay_per_token
 from longspan.kernels.linear.hopper.tiles import clear_rows, synchronize, tokens_descriptor
