@@ -107,6 +107,7 @@ def _pass(
             out = out * vectors.index(stage * ROWS + FROM_START).load(ROW)[:, None]
         out_pending = warpgroup_mma(scores, z, out, is_async=True)
         state, weighted = warpgroup_mma_wait(1, deps=[state_pending, weighted])
+        synchronize()  # other warps may have waited less for what read this
         entering.store(state.to(dtype))
         out, scores = warpgroup_mma_wait(0, deps=[out_pending, scores])
         out = out * scale
@@ -114,6 +115,7 @@ def _pass(
             extra = extras.index(stage).slice(part * 64, 64, 1).load(S).to(gl.float32)
             token_of = gl.arange(0, 64, ROW)
             gl.store(rows_ptr + token + token_of, gl.sum(out * extra, 1), mask=token_of < left)
+        synchronize()
         z.store(out.to(dtype))  # nobody reads these columns any more
         fence_async_shared()
         synchronize()

@@ -128,6 +128,7 @@ def _pass(
             gl.store(rows_ptr + token + column, sums, mask=column < left)
         # The other has no more use of this tile: of v never, of d_out since it freed dS of this chunk.
         staged = v_tiles.index(stage) if WHICH == 0 else d_out
+        synchronize()
         staged.store(out.to(dtype))
         fence_async_shared()
         synchronize()
