@@ -180,6 +180,22 @@ def compile_hopper_delta(head_dim):
     forms.run_form(Delta, Delta.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
 
 
+def compile_hopper_sweeps(head_dim):
+    """What no, fixed and scalar decay launch on Hopper."""
+    import forms
+    import torch
+
+    from longspan.kernels.linear import hopper
+    from longspan.kernels.linear.form import Spans
+    from longspan.kernels.linear.fused import Fused
+
+    hopper.SWEEPS = ("sum", "output", "dq", "reverse")
+    spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
+    for decay in (None, "fixed", "medium"):
+        inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, decay, 0, dtype=torch.bfloat16)
+        forms.run_form(Fused, Fused.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
+
+
 def compile_choosing(width):
     """What chooses blocks for heads of this width, and the lists of plans."""
     import numpy as np
@@ -257,6 +273,7 @@ def main():
             others[dtype](key_size)
             if dtype == "hopper":
                 compile_hopper_delta(key_size)
+                compile_hopper_sweeps(key_size)
             continue
         compile_linear(getattr(torch, dtype), (key_size, value_size), few)
         if key_size == value_size:

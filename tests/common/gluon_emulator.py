@@ -30,6 +30,12 @@ class Tensor(torch.Tensor):
         return self * other
 
 
+def _from_here_on(x):
+    """All numbers in memory from the first of x on."""
+    count = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return x.as_strided((count,), (1,))
+
+
 def _tensor(x):
     return torch.as_tensor(x).as_subclass(Tensor)
 
@@ -180,7 +186,7 @@ class Kernel:
         def launch(*args, **options):
             options.pop("maxnreg", None)
             _here.warps = options.pop("num_warps")
-            given = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in args]
+            given = [Pointer(_from_here_on(x)) if isinstance(x, torch.Tensor) else x for x in args]
             for program in range(grid[0]):
                 _here.program, _here.programs, _here.products = _tensor(program), grid[0], []
                 self.function(*given, **options)

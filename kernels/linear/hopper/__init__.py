@@ -1,6 +1,9 @@
-"""The delta rule's kernels for Hopper GPUs, in Gluon: tiles come by TMA while warpgroups multiply."""
+"""Kernels of linear attention for Hopper GPUs, in Gluon: tiles come by TMA while warpgroups multiply."""
 
 from longspan.kernels.sparse import hopper
+
+# The sweeps of no, fixed and scalar decay that are used where they can be: "sum", "output", "dq", "reverse" (dk, dv).
+SWEEPS = ()
 
 
 def takes(call) -> bool:
