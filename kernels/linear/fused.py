@@ -103,7 +103,7 @@ class Fused:
             )  # fmt: skip
 
         alike = self.key_size == self.value_size and len({x.stride(0) for x in (q, k, v, d_out)}) == 1
-        if splits.num_splits and "reverse" in hopper.SWEEPS and hopper.takes(self):
+        if splits.num_splits and hopper.takes(self):
             from longspan.kernels.linear.hopper import sweep_reverse
 
             if self.gate:
@@ -154,7 +154,7 @@ class Fused:
         states = y.new_empty(splits.num_sums, self.heads, y.shape[2], z.shape[2], dtype=torch.float32)
         totals = states.new_empty(splits.num_sums, self.heads)
         block, warps, stages = self._config(SUM, y.shape[2])
-        if len(direction.splits) and "sum" in hopper.SWEEPS and hopper.takes(self):
+        if len(direction.splits) and hopper.takes(self):
             from longspan.kernels.linear.hopper import sweep_sum
 
             sweep_sum.launch(self, y, z, scale, direction, states, totals, reverse=reverse)
@@ -169,7 +169,7 @@ class Fused:
 
     def _sweep(self, x, y, z, out, entries, reads, *, transposed):
         splits = self.splits
-        if splits.num_splits and ("dq" if transposed else "output") in hopper.SWEEPS and hopper.takes(self):
+        if splits.num_splits and hopper.takes(self):
             from longspan.kernels.linear.hopper import sweep
 
             return sweep.launch(self, x, y, z, out, entries, reads, transposed=transposed)

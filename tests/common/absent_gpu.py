@@ -185,11 +185,9 @@ def compile_hopper_sweeps(head_dim):
     import forms
     import torch
 
-    from longspan.kernels.linear import hopper
     from longspan.kernels.linear.form import Spans
     from longspan.kernels.linear.fused import Fused
 
-    hopper.SWEEPS = ("sum", "output", "dq", "reverse")
     spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
     for decay in (None, "fixed", "medium"):
         inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, decay, 0, dtype=torch.bfloat16)

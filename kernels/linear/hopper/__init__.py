@@ -2,9 +2,6 @@
 
 from longspan.kernels.sparse import hopper
 
-# The sweeps of no, fixed and scalar decay that are used where they can be: "sum", "output", "dq", "reverse" (dk, dv).
-SWEEPS = ()
-
 
 def takes(call) -> bool:
     """Whether these kernels take a case: 16-bit numbers, heads of 128."""
