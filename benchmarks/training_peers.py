@@ -140,7 +140,7 @@ def ours(system: System, model: dict, tokens: int, steps: int, device: str, fold
     path.write_text(yaml.safe_dump(config))
 
     def read():
-        rows = _lines(run / "metrics.jsonl")
+        rows = read_lines(run / "metrics.jsonl")
         if len(rows) < steps:
             return []
         seconds = [row["step_time_s"] for row in rows]
@@ -156,14 +156,14 @@ def theirs(worker: str, model: dict, runs, device: str, folder: Path):
     output = folder / f"{worker}.jsonl"
     command = [sys.executable, "-m", "longspan.benchmarks.training_worker", "--system", worker]
     command += ["--model", json.dumps(model), "--runs", json.dumps(runs), "--device", device, "--output", str(output)]
-    return command, lambda: _lines(output)
+    return command, lambda: read_lines(output)
 
 
 class Ranks:
     """Processes with torchrun's environment, ended with the last row, the first failure or the time limit; `reason`:
     why there are no more rows."""
 
-    def __init__(self, command: list[str], count: int, folder: Path):
+    def __init__(self, command: list[str], count: int, folder: Path, environment: dict[str, str] | None = None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -172,8 +172,10 @@ class Ranks:
             for rank in range(count):
                 places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
                 places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                environment = {"OMP_NUM_THREADS": "1"} | os.environ | {k: str(v) for k, v in places.items()}
-                options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+                own = (
+                    {"OMP_NUM_THREADS": "1"} | os.environ | (environment or {}) | {k: str(v) for k, v in places.items()}
+                )
+                options = {"stdout": log, "stderr": subprocess.STDOUT, "env": own}
                 self.processes.append(subprocess.Popen(command, **options))
 
     def rows(self, read, count: int, limit_s: float) -> Iterator[dict]:
@@ -233,7 +235,7 @@ def table(rows: list[dict]) -> str:
     return format_table(lines, COLUMNS)
 
 
-def _lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     """Whole lines of a file that is being written."""
     if not path.exists():
         return []
