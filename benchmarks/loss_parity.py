@@ -8,7 +8,6 @@ Every variant is a run of launcher/train.py with the same seed, data and steps. 
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -161,6 +160,7 @@ def compare(steps: list[dict], reference: list[dict]) -> dict:
     """
     count = min(len(steps), len(reference))
     ours, theirs = ([row["loss"] for row in rows[:count]] for rows in (steps, reference))
+    norms, expected_norms = ([row["grad_norm"] for row in rows[:count]] for rows in (steps, reference))
     last = -(-count // FINAL)
     final, expected = (statistics.fmean(losses[-last:]) for losses in (ours, theirs))
     pairs = [
@@ -174,7 +174,7 @@ def compare(steps: list[dict], reference: list[dict]) -> dict:
         "ratio": final / expected,
         "val_ratio": pairs[-1][0] / pairs[-1][1] if pairs else None,
         "difference": max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)),
-        "norm_difference": max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(steps, reference, strict=False)),
+        "norm_difference": max(abs(a / b - 1) for a, b in zip(norms, expected_norms, strict=True)),
         "fall": (ours[0] - final) / fell if fell else float("nan"),
     }  # fmt: skip
 
