@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from longspan.benchmarks.common import format_table, new_record, save
-from longspan.benchmarks.loss_sets import SETS, RunSet, Variant
+from longspan.benchmarks.loss_sets import SETS
 from longspan.benchmarks.training_peers import Ranks, read_lines
 from longspan.launcher import train
 from longspan.launcher.config import Config
@@ -29,7 +29,19 @@ from longspan.models.flops import num_parameters
 
 FINAL = 10  # the final loss is the mean of one step in so many, the last ones
 KEPT = ("step", "loss", "val_loss", "grad_norm", "tokens", "step_time_s", "peak_mem_gb")
-COLUMNS = ["set", "variant", "steps", "final", "validation", "ratio", "val. ratio", "difference", "judged", "note"]
+COLUMNS = [
+    "set",
+    "variant",
+    "verdict",
+    "steps",
+    "final",
+    "ratio",
+    "validation",
+    "val_ratio",
+    "difference",
+    "fall",
+    "note",
+]
 # What of a comparison must not exceed a set's tolerance.
 MEASURES = {
     "excess": lambda c: max(c["ratio"], c["val_ratio"] or 0.0) - 1,
@@ -40,29 +52,28 @@ MEASURES = {
 
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
-    deadline = time.monotonic() + arguments.budget
-    record = new_record("loss_parity", vars(arguments)) | {"sets": {}, "runs": {}}
-    devices, lock = Devices(arguments.device), threading.Lock()
+    deadline, record = time.monotonic() + arguments.budget, new_record("loss_parity", vars(arguments))
+    devices, lock, found = Devices(arguments.device), threading.Lock(), {}
+    runs = [
+        Planned(name, variant, arguments)
+        for name in arguments.sets
+        for variant in SETS[name].variants
+        if variant in (arguments.variants or SETS[name].variants)
+    ]
 
-    def do(job):
-        found = execute(*job[1:], arguments, devices, deadline)
+    def do(run: Planned):
+        result = run.execute(devices, deadline)
         with lock:
-            record["runs"][name_of(*job[:2])] = found
-            compare_all(record, arguments)
+            found[run.title] = result
+            record["runs"] = {run.title: found[run.title] for run in runs if run.title in found}
+            judge(record["runs"], arguments.device)
             save(record, arguments.output)
-            print(f"{name_of(*job[:2])}: {found.get('note') or found['steps'][-1]}", flush=True)
+            print(f"{run.title}: {result.get('note') or result['steps'][-1]}", flush=True)
 
-    jobs = [(name, variant, SETS[name]) for name in arguments.sets for variant in SETS[name].variants]
-    if arguments.variants:
-        jobs = [job for job in jobs if job[1] in arguments.variants]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(do, jobs))
-    print("\n" + table(record))
-    return int(any(run.get("failed") for run in record["runs"].values()))
-
-
-def name_of(name: str, variant: str) -> str:
-    return f"{name}: {variant}"
+        list(pool.map(do, runs))
+    print("\n" + table(record["runs"]))
+    return int(any(run["verdict"] in ("above", "incomplete") for run in record["runs"].values()))
 
 
 class Devices:
@@ -88,67 +99,76 @@ class Devices:
                 self._runs.subtract(chosen)
 
 
-def execute(name: str, runs: RunSet, arguments, devices: Devices, deadline: float) -> dict:
-    """One training run: its steps, as far as they went, with a note where that is not to the end."""
-    variant = runs.variants[name]
-    if importlib.util.find_spec(variant.package) is None:
-        return {"steps": [], "note": f"skipped: the package {variant.package} is not installed"}
-    if time.monotonic() > deadline:
-        return {"steps": [], "note": f"skipped: --budget {arguments.budget:.0f} s"}
-    settings = settings_of(runs, variant, arguments)
-    config = Config.load(runs.config, [*settings, *data_of(runs, arguments)])
-    command, ranks = ["launcher/train.py", "--config", runs.config, *settings], variant.ranks or runs.ranks
-    steps, first, note = [], None, None
-    with tempfile.TemporaryDirectory(prefix="longspan-loss-") as folder, devices.lend(ranks) as environment:
-        run_dir = Path(folder) / "run"
-        words = [*command[1:], *data_of(runs, arguments), f"run.dir={run_dir}", f"run.device={arguments.device}"]
-        processes = Ranks([sys.executable, train.__file__, *words], ranks, Path(folder), environment)
-        left = deadline - time.monotonic()
-        for row in processes.rows(lambda: read_lines(run_dir / "metrics.jsonl"), config.train.steps, left):
+class Planned:
+    """A variant of a set as a training run. Raises UserError for settings that do not fit."""
+
+    def __init__(self, name: str, variant: str, arguments):
+        self.set, self.variant, self.arguments, self.title = name, variant, arguments, f"{name}: {variant}"
+        self.runs, self.about = SETS[name], SETS[name].variants[variant]
+        small = self.runs.small if arguments.device == "cpu" else ()
+        quiet = ("log.tensorboard=false", "checkpoint.resume=none")
+        self.settings = [*self.runs.settings, *small, *quiet, *self.about.settings, *arguments.settings]
+        text = Config.load(self.runs.config).model.task == "text"  # images are generated
+        self.data = [f"data.corpora=[{{path: {arguments.corpus}}}]"] if text else []
+        self.config = Config.load(self.runs.config, [*self.settings, *self.data])
+        self.ranks = self.about.ranks or self.runs.ranks
+
+    def execute(self, devices: Devices, deadline: float) -> dict:
+        """Its steps, as far as they went, with a note where that is not to the end."""
+        head = {"set": self.set, "variant": self.variant, "parameters": num_parameters(self.config.model)}
+        if reason := self._missing(devices, deadline):
+            return head | {"steps": [], "note": f"skipped: {reason}"}
+        command = ["launcher/train.py", "--config", self.runs.config, *self.settings]
+        with tempfile.TemporaryDirectory(prefix="longspan-loss-") as folder, devices.lend(self.ranks) as variables:
+            run_dir = Path(folder) / "run"
+            places = [*self.data, f"run.dir={run_dir}", f"run.device={self.arguments.device}"]
+            ranks = Ranks([sys.executable, train.__file__, *command[1:], *places], self.ranks, Path(folder), variables)
+            steps, note = self._follow(ranks, run_dir / "metrics.jsonl", deadline)
+            described = run_dir / "environment.json"
+            environment = json.loads(described.read_text()) if described.exists() else {}
+        return head | {"environment": environment | {"command": command}, "steps": steps} | note
+
+    def _missing(self, devices: Devices, deadline: float) -> str | None:
+        if importlib.util.find_spec(self.about.package) is None:
+            return f"the package {self.about.package} is not installed"
+        if self.arguments.device == "cuda" and devices.count < self.ranks:
+            return f"it needs {self.ranks} GPUs of {devices.count}"
+        return f"--budget {self.arguments.budget:.0f} s" if time.monotonic() > deadline else None
+
+    def _follow(self, ranks: Ranks, metrics: Path, deadline: float) -> tuple[list[dict], dict]:
+        """The steps that a run writes, until its last or a limit ends it; compilers have no part in --limit."""
+        count, steps, first, limit = self.config.train.steps, [], None, self.arguments.limit
+        for row in ranks.rows(lambda: read_lines(metrics), count, deadline - time.monotonic()):
             steps.append({key: row[key] for key in KEPT if key in row})
             first = first or time.monotonic()
-            if time.monotonic() - first > arguments.limit:
-                note = f"stopped {arguments.limit:.0f} s after its first step"
+            if time.monotonic() - first > limit:
+                ranks.reason = f"stopped {limit:.0f} s after the first"
                 break
-        found = run_dir / "environment.json"
-        environment = json.loads(found.read_text()) if found.exists() else {}
-    if len(steps) < config.train.steps:
-        note = f"{len(steps)} of {config.train.steps} steps: {note or processes.reason}"
-    result = {"environment": environment | {"command": command}, "parameters": num_parameters(config.model)}
-    return result | {"steps": steps} | ({"note": note} if note else {})
+        return steps, {} if len(steps) == count else {"note": f"{len(steps)} of {count} steps: {ranks.reason}"}
 
 
-def settings_of(runs: RunSet, variant: Variant, arguments) -> list[str]:
-    small = runs.small if arguments.device == "cpu" else ()
-    quiet = ["log.tensorboard=false", "checkpoint.resume=none"]
-    return [*runs.settings, *small, *quiet, *variant.settings, *arguments.settings]
+def judge(runs: dict[str, dict], device: str) -> None:
+    """Puts `compared` and a `verdict` into every run.
 
-
-def data_of(runs: RunSet, arguments) -> list[str]:
-    """Where a set's text is; images are generated."""
-    text = Config.load(runs.config).model.task == "text"
-    return [f"data.corpora=[{{path: {arguments.corpus}}}]"] if text else []
-
-
-def compare_all(record: dict, arguments) -> None:
-    """Compares every run with its set's reference, and says which failed."""
-    for name in arguments.sets:
-        runs = SETS[name]
-        small = arguments.device == "cpu" and runs.small_tolerance is not None
-        tolerance = runs.small_tolerance if small else runs.tolerance
-        reference = next(iter(runs.variants))
-        record["sets"][name] = {"reference": reference, "measure": runs.measure, "tolerance": tolerance}
-        base = record["runs"].get(name_of(name, reference), {"steps": []})
-        for variant, about in runs.variants.items():
-            run = record["runs"].get(name_of(name, variant))
-            if run is None:
-                continue
-            run |= {"set": name, "variant": variant, "failed": not run["steps"] and "skipped" not in run["note"]}
-            if run["steps"] and base["steps"]:
-                run["compared"] = compared = compare(run["steps"], base["steps"])
-                if not about.control:
-                    run["measure"] = MEASURES[runs.measure](compared)
-                    run["failed"] |= not run["measure"] <= tolerance
+    verdict: within or above the tolerance of its set (`measure` is what was compared with it); incomplete; skipped; or
+    it is the reference, or a control.
+    """
+    for run in runs.values():
+        about = SETS[run["set"]]
+        first = next(iter(about.variants))
+        reference = runs.get(f"{run['set']}: {first}", {"steps": []})
+        complete = run["steps"] and "note" not in run
+        if run["steps"] and reference["steps"]:
+            run["compared"] = compare(run["steps"], reference["steps"])
+        run["verdict"] = "reference" if run["variant"] == first else "control"
+        if not complete:
+            run["verdict"] = "skipped" if run["note"].startswith("skipped") else "incomplete"
+        elif run["variant"] != first and not about.variants[run["variant"]].control:
+            tolerance = about.small_tolerance if device == "cpu" else about.tolerance
+            run |= {"verdict": "incomplete", "tolerance": tolerance}
+            if "compared" in run and "note" not in reference:
+                run["measure"] = MEASURES[about.measure](run["compared"])
+                run["verdict"] = "within" if run["measure"] <= tolerance else "above"
 
 
 def compare(steps: list[dict], reference: list[dict]) -> dict:
@@ -163,43 +183,36 @@ def compare(steps: list[dict], reference: list[dict]) -> dict:
     norms, expected_norms = ([row["grad_norm"] for row in rows[:count]] for rows in (steps, reference))
     last = -(-count // FINAL)
     final, expected = (statistics.fmean(losses[-last:]) for losses in (ours, theirs))
-    pairs = [
-        (a["val_loss"], b["val_loss"]) for a, b in zip(steps, reference, strict=False) if "val_loss" in a.keys() & b
-    ]
+    both = [pair for pair in zip(steps, reference, strict=False) if all("val_loss" in row for row in pair)]
+    validation, expected_validation = [row["val_loss"] for row in both[-1]] if both else (None, None)
     fell = theirs[0] - expected
     return {
         "steps": count,
         "final": final,
-        "validation": pairs[-1][0] if pairs else None,
+        "validation": validation,
         "ratio": final / expected,
-        "val_ratio": pairs[-1][0] / pairs[-1][1] if pairs else None,
+        "val_ratio": validation / expected_validation if both else None,
         "difference": max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)),
         "norm_difference": max(abs(a / b - 1) for a, b in zip(norms, expected_norms, strict=True)),
         "fall": (ours[0] - final) / fell if fell else float("nan"),
     }  # fmt: skip
 
 
-def table(record: dict) -> str:
+def table(runs: dict[str, dict]) -> str:
+    formats = {
+        "final": ".4f",
+        "ratio": ".4f",
+        "validation": ".4f",
+        "val_ratio": ".4f",
+        "difference": ".1e",
+        "fall": ".3f",
+    }
     rows = []
-    for run in record["runs"].values():
-        row, compared = (
-            {"set": run["set"], "variant": run["variant"], "note": run.get("note", "")[:80]},
-            run.get("compared"),
-        )
-        if compared:
-            row |= {
-                "steps": compared["steps"],
-                "final": f"{compared['final']:.4f}",
-                "ratio": f"{compared['ratio']:.4f}",
-            }
-            row |= {"difference": f"{compared['difference']:.1e}"}
-        if compared and compared["val_ratio"]:
-            row |= {"validation": f"{compared['validation']:.4f}", "val. ratio": f"{compared['val_ratio']:.4f}"}
-        if "measure" in run:
-            limit = record["sets"][run["set"]]
-            verdict = "above" if run["failed"] else "within"
-            row["judged"] = f"{limit['measure']} {run['measure']:.1e} {verdict} {limit['tolerance']:g}"
-        rows.append(row)
+    for run in runs.values():
+        compared = run.get("compared", {})
+        shown = {key: f"{compared[key]:{form}}" for key, form in formats.items() if compared.get(key) is not None}
+        names = {key: run[key] for key in ("set", "variant", "verdict")}
+        rows.append({**names, "steps": len(run["steps"]), **shown, "note": run.get("note", "")[:80]})
     return format_table(rows, COLUMNS)
 
 
