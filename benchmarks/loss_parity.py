@@ -25,23 +25,12 @@ from longspan.benchmarks.loss_sets import SETS
 from longspan.benchmarks.training_peers import Ranks, read_lines
 from longspan.launcher import train
 from longspan.launcher.config import Config
+from longspan.launcher.errors import UserError
 from longspan.models.flops import num_parameters
 
 FINAL = 10  # the final loss is the mean of one step in so many, the last ones
 KEPT = ("step", "loss", "val_loss", "grad_norm", "tokens", "step_time_s", "peak_mem_gb")
-COLUMNS = [
-    "set",
-    "variant",
-    "verdict",
-    "steps",
-    "final",
-    "ratio",
-    "validation",
-    "val_ratio",
-    "difference",
-    "fall",
-    "note",
-]
+COLUMNS = "set variant verdict steps final ratio validation val_ratio difference fall note".split()
 # What of a comparison must not exceed a set's tolerance.
 MEASURES = {
     "excess": lambda c: max(c["ratio"], c["val_ratio"] or 0.0) - 1,
@@ -54,12 +43,11 @@ def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     deadline, record = time.monotonic() + arguments.budget, new_record("loss_parity", vars(arguments))
     devices, lock, found = Devices(arguments.device), threading.Lock(), {}
-    runs = [
-        Planned(name, variant, arguments)
-        for name in arguments.sets
-        for variant in SETS[name].variants
-        if variant in (arguments.variants or SETS[name].variants)
-    ]
+    chosen = [(name, variant) for name in arguments.sets for variant in SETS[name].variants]
+    try:
+        runs = [Planned(*pair, arguments) for pair in chosen if pair[1] in (arguments.variants or pair)]
+    except UserError as error:
+        sys.exit(f"loss_parity: error: {error}")
 
     def do(run: Planned):
         result = run.execute(devices, deadline)
@@ -116,8 +104,10 @@ class Planned:
     def execute(self, devices: Devices, deadline: float) -> dict:
         """Its steps, as far as they went, with a note where that is not to the end."""
         head = {"set": self.set, "variant": self.variant, "parameters": num_parameters(self.config.model)}
-        if reason := self._missing(devices, deadline):
+        if reason := self._missing(devices):
             return head | {"steps": [], "note": f"skipped: {reason}"}
+        if time.monotonic() > deadline:
+            return head | {"steps": [], "note": f"not started: --budget {self.arguments.budget:.0f} s"}
         command = ["launcher/train.py", "--config", self.runs.config, *self.settings]
         with tempfile.TemporaryDirectory(prefix="longspan-loss-") as folder, devices.lend(self.ranks) as variables:
             run_dir = Path(folder) / "run"
@@ -128,12 +118,12 @@ class Planned:
             environment = json.loads(described.read_text()) if described.exists() else {}
         return head | {"environment": environment | {"command": command}, "steps": steps} | note
 
-    def _missing(self, devices: Devices, deadline: float) -> str | None:
+    def _missing(self, devices: Devices) -> str | None:
         if importlib.util.find_spec(self.about.package) is None:
             return f"the package {self.about.package} is not installed"
         if self.arguments.device == "cuda" and devices.count < self.ranks:
             return f"it needs {self.ranks} GPUs of {devices.count}"
-        return f"--budget {self.arguments.budget:.0f} s" if time.monotonic() > deadline else None
+        return None
 
     def _follow(self, ranks: Ranks, metrics: Path, deadline: float) -> tuple[list[dict], dict]:
         """The steps that a run writes, until its last or a limit ends it; compilers have no part in --limit."""

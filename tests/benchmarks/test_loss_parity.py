@@ -67,6 +67,8 @@ def test_verdicts():
     # A loss that falls half as far as the reference's; one that is not a number.
     found = verdicts("diffusion", {"softmax": falling, "sla": [4.0, 3.0], "llsa": [4.0, float("nan")]})
     assert found == {"softmax": "reference", "sla": "above", "llsa": "above"}
+    # One that falls nearly as far, though to more than 1.1 times as much.
+    assert verdicts("diffusion", {"softmax": [4.0, 0.5], "sla": [4.0, 0.6]})["sla"] == "within"
 
 
 def test_verdicts_of_what_did_not_run_to_the_end():
@@ -98,3 +100,5 @@ def test_a_run_that_trains_differently_is_found(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in str(runs["full"]["environment"]["command"])
     assert "no_such_package" in runs["absent"]["note"]
     assert "above" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="train.step"):  # before anything runs
+        loss_parity.main([*given, "train.step=3"])
