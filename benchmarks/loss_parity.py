@@ -31,6 +31,9 @@ from longspan.models.flops import num_parameters
 FINAL = 10  # the final loss is the mean of one step in so many, the last ones
 KEPT = ("step", "loss", "val_loss", "grad_norm", "tokens", "step_time_s", "peak_mem_gb")
 COLUMNS = "set variant verdict steps final ratio validation val_ratio difference fall note".split()
+FORMATS = {
+    "final": ".4f", "ratio": ".4f", "validation": ".4f", "val_ratio": ".4f", "difference": ".1e", "fall": ".3f",
+}  # fmt: skip
 # What of a comparison must not exceed a set's tolerance.
 MEASURES = {
     "excess": lambda c: max(c["ratio"], c["val_ratio"] or 0.0) - 1,
@@ -43,9 +46,10 @@ def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     deadline, record = time.monotonic() + arguments.budget, new_record("loss_parity", vars(arguments))
     devices, lock, found = Devices(arguments.device), threading.Lock(), {}
-    chosen = [(name, variant) for name in arguments.sets for variant in SETS[name].variants]
+    pairs = [(name, variant) for name in arguments.sets for variant in SETS[name].variants]
+    chosen = [pair for pair in pairs if not arguments.variants or pair[1] in arguments.variants]
     try:
-        runs = [Planned(*pair, arguments) for pair in chosen if pair[1] in (arguments.variants or pair)]
+        runs = [Planned(*pair, arguments) for pair in chosen]
     except UserError as error:
         sys.exit(f"loss_parity: error: {error}")
 
@@ -189,18 +193,10 @@ def compare(steps: list[dict], reference: list[dict]) -> dict:
 
 
 def table(runs: dict[str, dict]) -> str:
-    formats = {
-        "final": ".4f",
-        "ratio": ".4f",
-        "validation": ".4f",
-        "val_ratio": ".4f",
-        "difference": ".1e",
-        "fall": ".3f",
-    }
     rows = []
     for run in runs.values():
         compared = run.get("compared", {})
-        shown = {key: f"{compared[key]:{form}}" for key, form in formats.items() if compared.get(key) is not None}
+        shown = {key: f"{compared[key]:{form}}" for key, form in FORMATS.items() if compared.get(key) is not None}
         names = {key: run[key] for key in ("set", "variant", "verdict")}
         rows.append({**names, "steps": len(run["steps"]), **shown, "note": run.get("note", "")[:80]})
     return format_table(rows, COLUMNS)
