@@ -29,6 +29,7 @@ from longspan.launcher.errors import UserError
 from longspan.models.flops import num_parameters
 
 FINAL = 10  # the final loss is the mean of one step in so many, the last ones
+FALLEN = 0.2  # of its first loss a run must lose for its fall to be one
 KEPT = ("step", "loss", "val_loss", "grad_norm", "tokens", "step_time_s", "peak_mem_gb")
 COLUMNS = "set variant verdict steps final ratio validation val_ratio difference fall note".split()
 FORMATS = {
@@ -38,7 +39,7 @@ FORMATS = {
 MEASURES = {
     "excess": lambda c: max(c["ratio"], c["val_ratio"] or 0.0) - 1,
     "difference": lambda c: c["difference"],
-    "missing fall": lambda c: 1 - c["fall"],
+    "missing fall": lambda c: 1 - c["fall"] if c["fallen"] > FALLEN else 1.0,
 }
 
 
@@ -169,8 +170,8 @@ def compare(steps: list[dict], reference: list[dict]) -> dict:
     """A run beside its reference over the steps that both took.
 
     final: mean of the last tenth. ratio, val_ratio: of it and of the last validation loss to the reference's; None
-    without one. difference, norm_difference: the largest relative one of any step's loss and gradient norm. fall: from
-    the first loss to the final one, over the reference's.
+    without one. difference, norm_difference: the largest relative one of any step's loss and gradient norm. fallen:
+    share of the first loss by which the final one is lower. fall: that difference over the reference's.
     """
     count = min(len(steps), len(reference))
     ours, theirs = ([row["loss"] for row in rows[:count]] for rows in (steps, reference))
@@ -188,6 +189,7 @@ def compare(steps: list[dict], reference: list[dict]) -> dict:
         "val_ratio": validation / expected_validation if both else None,
         "difference": max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)),
         "norm_difference": max(abs(a / b - 1) for a, b in zip(norms, expected_norms, strict=True)),
+        "fallen": 1 - final / ours[0],
         "fall": (ours[0] - final) / fell if fell else float("nan"),
     }  # fmt: skip
 

@@ -67,6 +67,7 @@ def test_verdicts():
     # A loss that falls half as far as the reference's; one that is not a number.
     found = verdicts("diffusion", {"softmax": falling, "sla": [4.0, 3.0], "llsa": [4.0, float("nan")]})
     assert found == {"softmax": "reference", "sla": "above", "llsa": "above"}
+    assert verdicts("diffusion", {"softmax": [4.0, 3.9], "sla": [4.0, 3.9]})["sla"] == "above"  # neither has fallen
     # One that falls nearly as far, though to more than 1.1 times as much.
     assert verdicts("diffusion", {"softmax": [4.0, 0.5], "sla": [4.0, 0.6]})["sla"] == "within"
 
