@@ -8,6 +8,7 @@ Every variant is a run of launcher/train.py with the same seed, data and steps. 
 import argparse
 import importlib.util
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -45,7 +46,7 @@ MEASURES = {
 
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
-    deadline, record = time.monotonic() + arguments.budget, new_record("loss_parity", vars(arguments))
+    record, end = new_record("loss_parity", vars(arguments)), End(arguments.budget)
     devices, lock, found = Devices(arguments.device), threading.Lock(), {}
     pairs = [(name, variant) for name in arguments.sets for variant in SETS[name].variants]
     chosen = [pair for pair in pairs if not arguments.variants or pair[1] in arguments.variants]
@@ -55,7 +56,7 @@ def main(argv=None) -> int:
         sys.exit(f"loss_parity: error: {error}")
 
     def do(run: Planned):
-        result = run.execute(devices, deadline)
+        result = run.execute(devices, end)
         with lock:
             found[run.title] = result
             record["runs"] = {run.title: found[run.title] for run in runs if run.title in found}
@@ -63,10 +64,32 @@ def main(argv=None) -> int:
             save(record, arguments.output)
             print(f"{run.title}: {result.get('note') or result['steps'][-1]}", flush=True)
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
+    with end, ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(do, runs))
     print("\n" + table(record["runs"]))
     return int(any(run["verdict"] in ("above", "incomplete") for run in record["runs"].values()))
+
+
+class End:
+    """When everything is over: after --budget, or when a signal asks for it, such as that of `timeout`."""
+
+    def __init__(self, budget_s: float):
+        self._budget, self._deadline, self._asked = budget_s, time.monotonic() + budget_s, False
+
+    def reason(self) -> str | None:
+        if self._asked:
+            return "ended by a signal"
+        return f"--budget {self._budget:.0f} s" if time.monotonic() > self._deadline else None
+
+    def _ask(self, *_):
+        self._asked = True
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 class Devices:
@@ -106,19 +129,19 @@ class Planned:
         self.config = Config.load(self.runs.config, [*self.settings, *self.data])
         self.ranks = self.about.ranks or self.runs.ranks
 
-    def execute(self, devices: Devices, deadline: float) -> dict:
+    def execute(self, devices: Devices, end: End) -> dict:
         """Its steps, as far as they went, with a note where that is not to the end."""
         head = {"set": self.set, "variant": self.variant, "parameters": num_parameters(self.config.model)}
         if reason := self._missing(devices):
             return head | {"steps": [], "note": f"skipped: {reason}"}
-        if time.monotonic() > deadline:
-            return head | {"steps": [], "note": f"not started: --budget {self.arguments.budget:.0f} s"}
+        if reason := end.reason():
+            return head | {"steps": [], "note": f"not started: {reason}"}
         command = ["launcher/train.py", "--config", self.runs.config, *self.settings]
         with tempfile.TemporaryDirectory(prefix="longspan-loss-") as folder, devices.lend(self.ranks) as variables:
             run_dir = Path(folder) / "run"
             places = [*self.data, f"run.dir={run_dir}", f"run.device={self.arguments.device}"]
             ranks = Ranks([sys.executable, train.__file__, *command[1:], *places], self.ranks, Path(folder), variables)
-            steps, note = self._follow(ranks, run_dir / "metrics.jsonl", deadline)
+            steps, note = self._follow(ranks, run_dir / "metrics.jsonl", end)
             described = run_dir / "environment.json"
             environment = json.loads(described.read_text()) if described.exists() else {}
         return head | {"environment": environment | {"command": command}, "steps": steps} | note
@@ -130,15 +153,17 @@ class Planned:
             return f"it needs {self.ranks} GPUs of {devices.count}"
         return None
 
-    def _follow(self, ranks: Ranks, metrics: Path, deadline: float) -> tuple[list[dict], dict]:
+    def _follow(self, ranks: Ranks, metrics: Path, end: End) -> tuple[list[dict], dict]:
         """The steps that a run writes, until its last or a limit ends it; compilers have no part in --limit."""
         count, steps, first, limit = self.config.train.steps, [], None, self.arguments.limit
-        for row in ranks.rows(lambda: read_lines(metrics), count, deadline - time.monotonic()):
+
+        def over():
+            late = first is not None and time.monotonic() - first > limit
+            return f"stopped {limit:.0f} s after the first" if late else end.reason()
+
+        for row in ranks.rows(lambda: read_lines(metrics), count, over):
             steps.append({key: row[key] for key in KEPT if key in row})
             first = first or time.monotonic()
-            if time.monotonic() - first > limit:
-                ranks.reason = f"stopped {limit:.0f} s after the first"
-                break
         return steps, {} if len(steps) == count else {"note": f"{len(steps)} of {count} steps: {ranks.reason}"}
 
 

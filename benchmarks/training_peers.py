@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def measure(system: System, model: dict, runs, gpus: int, arguments, deadline: f
                 command, read = theirs(system.worker, model, left, arguments.device, Path(folder))
             limit = min(deadline - time.monotonic(), arguments.limit * len(together))
             ranks, found = Ranks(command, gpus, Path(folder)), 0
-            for row in ranks.rows(read, len(together), limit):
+            for row in ranks.rows(read, len(together), after(limit)):
                 yield row
                 left.pop(0)
                 found += 1
@@ -178,9 +178,9 @@ class Ranks:
                 options = {"stdout": log, "stderr": subprocess.STDOUT, "env": own}
                 self.processes.append(subprocess.Popen(command, **options))
 
-    def rows(self, read, count: int, limit_s: float) -> Iterator[dict]:
-        """What `read` returns, row by row as it grows, up to `count`."""
-        deadline, given = time.monotonic() + limit_s, 0
+    def rows(self, read, count: int, over: Callable[[], str | None]) -> Iterator[dict]:
+        """What `read` returns, row by row as it grows, up to `count`, until `over` has a reason to end."""
+        given = 0
         try:
             while given < count:
                 ended = [process.poll() for process in self.processes]
@@ -191,8 +191,8 @@ class Ranks:
                 if any(ended) or None not in ended:
                     self.reason = f"a rank ended: {self._last_words()}"
                     return
-                if time.monotonic() > deadline:
-                    self.reason = f"took longer than {limit_s:.0f} s"
+                if reason := over():
+                    self.reason = reason
                     return
                 time.sleep(0.2)
         finally:
@@ -205,6 +205,12 @@ class Ranks:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         named = [line for line in lines if "Error" in line]
         return (named or lines or ["nothing was said"])[-1][:300]
+
+
+def after(limit_s: float) -> Callable[[], str | None]:
+    """For `Ranks.rows`: over `limit_s` seconds from now."""
+    deadline = time.monotonic() + limit_s
+    return lambda: f"took longer than {limit_s:.0f} s" if time.monotonic() > deadline else None
 
 
 def complete(row: dict, model: dict, gpus: int, device: str) -> dict:

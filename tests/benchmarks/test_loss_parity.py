@@ -1,6 +1,8 @@
 """The benchmark of losses: what is judged, and that a run which trains differently is found."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import pytest
 from tiny_runs import SETTINGS, write_corpus
 
 from longspan.benchmarks import loss_parity
-from longspan.benchmarks.loss_parity import Planned, compare, judge
+from longspan.benchmarks.loss_parity import End, Planned, compare, judge
 from longspan.benchmarks.loss_sets import SETS, Variant
 from longspan.models.flops import num_parameters
 
@@ -79,6 +81,16 @@ def test_verdicts_of_what_did_not_run_to_the_end():
     assert verdicts("sparse", {"llsa": [4.0, 2.0]}) == {"llsa": "incomplete"}  # nothing to compare it with
     cut = verdicts("sparse", {"softmax": [4.0], "llsa": [4.0, 2.0]}, {"softmax": "1 of 2 steps: stopped"})
     assert cut == {"softmax": "incomplete", "llsa": "incomplete"}
+
+
+def test_everything_ends_at_a_signal_or_the_budget():
+    end = End(100.0)
+    with end:
+        assert end.reason() is None
+        os.kill(os.getpid(), signal.SIGTERM)  # as `timeout` does
+        assert end.reason() == "ended by a signal"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert End(-1.0).reason() == "--budget -1 s"
 
 
 def test_a_run_that_trains_differently_is_found(tmp_path, monkeypatch, capsys):
