@@ -6,6 +6,10 @@ and how long they are lies in tables on the device; sequences that fill the batc
 128 or more also keep clear of releases that have no plan for a single key, or write the LSE of single queries for one
 head of a group only.
 
+The backward wants q and dq in one layout, as Transformer Engine and PyTorch have them: dq is added up in a workspace
+laid out like dq, but at the offsets of q. Otherwise, with cuDNN 9.19 on Hopper, dq is wrong from the second sequence
+on, and memory past the workspace is written.
+
 cuDNN's statistics are the LSE (natural logarithm); with offsets of their own they lie like `lse` here, [Tq, Hq].
 """
 
@@ -79,8 +83,10 @@ def backward(
     pack: Pack,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, k, v = (_aligned(x) for x in (q, k, v))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if q.stride() != dq.stride():
+        q = q.clone(memory_format=torch.contiguous_format)
+    q, k, v = (_aligned(x) for x in (q, k, v))
     inputs = {"q": q, "k": k, "v": v, "o": out.contiguous(), "dO": dout.contiguous()}
     inputs["stats"] = lse.contiguous()[..., None]
     # How many rows the workspace has room for: dq in fp32 and, with GQA, dk and dv of every query head.

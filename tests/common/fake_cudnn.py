@@ -104,6 +104,8 @@ class FakeGraph:
             named = {name: rows(x, index, length_k if name in "kv" else length_q) for name, x in self.operands.items()}
             if "stats" in named:
                 assert self.operands["o"].stride == self.operands["dO"].stride
+                q, dq = self.operands["q"], self.results[0]
+                assert q.stride == dq.stride and q.ragged_offset is dq.ragged_offset
                 named["stats"] = named["stats"].squeeze(-1)
                 order, function, sides = ("dO", "q", "k", "v", "o", "stats"), math_backend.backward, "qkk"
             else:

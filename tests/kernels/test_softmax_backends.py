@@ -275,6 +275,7 @@ RAGGED = (
     CPU_CASES[1],
     CPU_CASES[3],
     square("causal-long", (1, 150, 7), (2, 2), 16),
+    square("one-row", (1,), (4, 2), 8),
     Case("one-query-each-gqa", (1, 1, 1), (40, 1, 7), False, (8, 2), 64),
     Case("many", (3,) * 5, (9, 1, 200, 7, 30), False, (6, 2), 16),
 )
@@ -518,7 +519,7 @@ class TestOnGpu:
         cudnn_ragged._run(
             "sdpa", {"q": q, "k": k, "v": v}, {"o": out, "stats": lse}, case.pack, 0.1, generate_stats=True
         )
-        inputs = {"q": q, "k": k, "v": v, "o": out, "dO": dout, "stats": lse}
+        inputs = {"q": q.contiguous(), "k": k, "v": v, "o": out, "dO": dout, "stats": lse}
         room = {"max_total_seq_len_q": len(q), "max_total_seq_len_kv": len(k)}
         cudnn_ragged._run("sdpa_backward", inputs, {"dQ": dq, "dK": dk, "dV": dv}, case.pack, 0.1, **room)
         assert all((x[len(q) :] == 7).all() for x in (*memory, lse_memory))
