@@ -41,10 +41,13 @@ def main_guard() -> Iterator[None]:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             alarm = _Alarm()
         yield
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever it is, all ranks must stop
         message = _describe(error)
         if alarm is None:
             _print(message)
+            if isinstance(error, BrokenPipeError):  # the interpreter would try once more to write what is left
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         alarm.raise_for_all(message)
     finally:
@@ -66,6 +69,13 @@ def _describe(error: BaseException) -> str:
     rank, host = os.environ.get("RANK", "0"), socket.gethostname()
     if isinstance(error, KeyboardInterrupt):
         return f"longspan: error: interrupted on rank {rank} ({host})"
+    if re.search(r"gloo.*Connection (closed|reset) by peer|remote process exited", line):  # gloo's and NCCL's words
+        return (
+            f"longspan: error: rank {rank} ({host}) lost another rank, which ended without a word: it was killed (for"
+            " want of memory, perhaps; exit codes tell which rank) or its machine is gone"
+        )
+    if isinstance(error, BrokenPipeError):
+        return f"longspan: error: rank {rank} ({host}) stops: what read its output has ended"
     trace = "".join(traceback.format_exception(error)).rstrip()
     reason = f"{type(error).__name__}: {line}"[:500]
     return f"{trace}\nlongspan: error: rank {rank} ({host}) failed, all ranks stop: {reason}"

@@ -189,6 +189,31 @@ def test_what_torch_cannot_repeat_is_one_line(capsys, monkeypatch):
     assert line.startswith("longspan: error: train.deterministic=true, but torch's put_") and line.count("\n") == 1
 
 
+def test_a_rank_that_was_killed_is_not_taken_for_a_fault_of_those_that_wait_for_it(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for words in (
+        "[../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:17640: Connection reset by peer.",
+        "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:25264",
+        "NCCL error: remote process exited or there was a network error, NCCL version 2.29",
+    ):
+
+        def fail(words=words):
+            raise RuntimeError(words)
+
+        line = _output_of(fail, capsys)
+        assert "lost another rank, which ended without a word" in line and line.count("\n") == 1
+
+
+def test_output_that_nobody_reads_any_more():
+    program = "from longspan.launcher.errors import main_guard\nwith main_guard(): print('x')"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1
+    assert re.fullmatch(r"longspan: error: rank 0 \(.+\) stops: what read its output has ended\n", done.stderr)
+
+
 def test_ranks_without_a_place_to_meet(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
