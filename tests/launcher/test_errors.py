@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_runs import SETTINGS, write_corpus
 
+from longspan.launcher import errors
 from longspan.launcher.corpus import open_corpus
 from longspan.launcher.errors import UserError, main_guard
 from longspan.models.config import ModelConfig
@@ -27,13 +28,15 @@ with main_guard():
         ModelConfig(num_heads=4, num_kv_heads=3).validate()
     import torch
     import torch.distributed as dist
-    dist.init_process_group("gloo")
-    dist.barrier()
+    from longspan.parallel.mesh import build_mesh
+    build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"))
     if rank == 1 and case == "user error on one rank":
         raise UserError("corpus x.bin: document 3 holds token id 999")
     if rank == 1 and case == "crash on one rank":
         raise RuntimeError("a broken kernel")
-    if case != "success":
+    if rank == 1 and case == "only at first" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raise UserError("a disk that is free again")
+    if case not in ("success", "only at first"):
         dist.all_reduce(torch.ones(1))
         print("not reached")
     dist.destroy_process_group()
@@ -48,8 +51,8 @@ def program(tmp_path_factory):
     return path
 
 
-def _torchrun(program, *arguments, ranks):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def _torchrun(program, *arguments, ranks, options=()):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
     command = [*launcher, program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
     return done.returncode, done.stderr, [line for line in done.stderr.splitlines() if "longspan: error:" in line]
@@ -67,6 +70,23 @@ def test_user_error_of_one_rank_inside_torchrun(program):
     assert "not reached" not in output and "UserError" not in output
     root_cause = output[output.index("Root Cause") :]
     assert re.search(r"rank\s+: 1 ", root_cause)
+
+
+def test_ranks_that_torchrun_starts_again_are_not_ended_by_what_ended_them_before(program):
+    code, output, lines = _torchrun(program, "only at first", ranks=2, options=["--max-restarts=1"])
+    assert code == 0, output
+    assert lines == ["longspan: error: a disk that is free again"]
+
+
+def test_restarts_are_for_one_machine(monkeypatch):
+    for name, value in {"TORCHELASTIC_MAX_RESTARTS": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    errors._check_restarts()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--max-restarts=3 of torchrun is for the ranks of one machine: leave it out"):
+        errors._check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    errors._check_restarts()
 
 
 def test_bad_token_met_by_the_reader_of_one_rank(tmp_path):
