@@ -138,15 +138,21 @@ def load(info: Info, engine: Engine) -> None:
     same number of ranks only; on another it is drawn from the step. Raises UserError on all ranks when it fails.
     """
     state = engine.state_dict()
-    try:
-        dcp.load(state, checkpoint_id=info.path)
-    except CheckpointException as error:
-        raise UserError(_damaged(info.path, _first_failure(error))) from None
+    fill(info, state)
     engine.load_state_dict(state)
     if info.world_size == dist.get_world_size():
         _set_random_state(torch.load(info.path / _rng_file(dist.get_rank()), weights_only=True))
     else:
         torch.manual_seed(info.config["run"]["seed"] + info.step)
+
+
+def fill(info: Info, state: dict[str, Any], **options) -> None:
+    """Loads into the tensors of `state` what the checkpoint has under their names; options: of dcp.load. Raises
+    UserError, on all ranks, when it fails."""
+    try:
+        dcp.load(state, checkpoint_id=info.path, **options)
+    except CheckpointException as error:
+        raise UserError(_damaged(info.path, _first_failure(error))) from None
 
 
 def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict[str, Any]) -> Path:

@@ -73,9 +73,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all weights")
     options = parser.parse_args(argv)
-    for name in ("tp", "cp", "steps", "global_batch", "layers", "hidden_size", "heads", "vocab_size", "seq_len"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: use 1 or more")
+    for name, value in vars(options).items():
+        least = 0 if name == "seed" else 1
+        if isinstance(value, int) and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use {least} or more")
     return options
 
 
