@@ -23,6 +23,9 @@ import os, sys
 from longspan.launcher.errors import UserError, main_guard
 from longspan.models.config import ModelConfig
 case, rank = sys.argv[1], int(os.environ["RANK"])
+if case == "only at first":
+    from longspan.launcher import errors
+    errors.POLL_SECONDS = 0.01  # so that a failure is seen while the groups are formed
 with main_guard():
     if case == "all ranks, early":
         ModelConfig(num_heads=4, num_kv_heads=3).validate()
