@@ -5,6 +5,7 @@
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal
 
@@ -218,7 +219,9 @@ class Config:
         for text in overrides or []:
             config = update(config, parse_override(config, text), "command line")
         name = config.run.name or "longspan"
-        config.run = replace(config.run, name=name, dir=config.run.dir.replace("{name}", name))
+        config.run = replace(config.run, name=name, dir=expanduser(config.run.dir.replace("{name}", name)))
+        config.checkpoint = replace(config.checkpoint, resume=expanduser(config.checkpoint.resume))
+        config.parallel = replace(config.parallel, costs=expanduser(config.parallel.costs))
         config.validate()
         return config
 
@@ -253,6 +256,10 @@ class Config:
                      "run.seed", "optim.clip_grad_norm", "checkpoint.interval", "log.validation_interval",
                      "profile.start"):  # fmt: skip
             _require(self._get(path) >= 0, f"{path}={self._get(path)}: use 0 or more")
+        for path, most in (("run.seed", 2**63 - 1), ("train.timeout_s", 10**9)):
+            _require(self._get(path) <= most, f"{path}={self._get(path)}: use {most} or less")
+        for path in ("run.dir", "checkpoint.resume"):
+            _require(self._get(path) != "", f"{path} is empty: leave it out for the default, {Config()._get(path)}")
         for path in ("optim.lr", "optim.eps"):
             _require(self._get(path) > 0, f"{path}={self._get(path)}: use a number above 0")
         for path in ("optim.beta1", "optim.beta2", "data.validation_fraction"):
@@ -415,7 +422,7 @@ class Config:
             f"({ranks} / parallel.sp={sp}): use a multiple of {dp}, or another parallel.sp",
         )
 
-    def _get(self, path: str) -> float:
+    def _get(self, path: str) -> float | str:
         section, name = path.split(".")
         return getattr(getattr(self, section), name)
 
