@@ -91,13 +91,17 @@ def plan(argv: list[str]) -> None:
     parser.add_argument("--gpus", default="1xH200", metavar="NxTYPE", help="such as 64xH200 (default 1xH200)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)")
     parser.add_argument(
+        "--host-memory", type=float, default=0, metavar="GIB", help="of a machine (default 128 for each of its GPUs)"
+    )
+    parser.add_argument(
         "--document", default="0", metavar="TOKENS", help="length of documents (default: a sample is one document)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     config, arguments = _read_settings(parser, argv)
     from longspan.launcher.estimate_report import report  # imports torch
 
-    report(config, arguments.gpus, arguments.gpus_per_node, parse_tokens(arguments.document), as_json=arguments.json)
+    cluster = arguments.gpus, arguments.gpus_per_node, arguments.host_memory
+    report(config, *cluster, parse_tokens(arguments.document), as_json=arguments.json)
 
 
 def profile(argv: list[str]) -> None:
