@@ -209,6 +209,9 @@ def report(argv: list[str]) -> None:
     parser.add_argument(
         "--warmup", type=int, default=2, metavar="N", help="first steps of a run that medians leave out (default 2)"
     )
+    parser.add_argument("--plan", action="store_true", help="what `longspan plan` says of each run, beside its figures")
+    parser.add_argument("--record", metavar="FILE.json", help="also keep the runs in one file, which RESULTS may name")
+    parser.add_argument("--recipes", metavar="PAGE.md", help="also put the table of recipes into this page")
     arguments = parser.parse_args(argv)
     from longspan.launcher.report import write_report
 

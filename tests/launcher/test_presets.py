@@ -18,8 +18,8 @@ FAMILIES = {
 TINY = (
     "model.hidden_size=32", "model.num_heads=2", "model.num_kv_heads=1", "model.mlp_size=48",
     "model.linear_num_heads=4", "model.vocab_size=300", "model.linear_value_dim=8", "model.state_size=16",
-    "data.seq_len=64", "data.validation_fraction=0", "optim.lr=0.02", "optim.warmup_steps=2", "train.steps=8", "train.global_batch=4",
-    "train.dtype=float32", "checkpoint.interval=0", "log.tensorboard=false",
+    "data.seq_len=64", "data.validation_fraction=0", "optim.lr=0.02", "optim.warmup_steps=2", "train.steps=8",
+    "train.global_batch=4", "train.dtype=float32", "checkpoint.interval=0", "log.tensorboard=false",
 )  # fmt: skip
 
 
