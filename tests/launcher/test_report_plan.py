@@ -88,6 +88,7 @@ def test_components_are_compared_row_by_row(tmp_path):
     seconds = estimate(Job(config(2**14), Cluster("H200", 2, 2), 2**13)).seconds
     rows = {row: (measured, planned) for row, measured, planned in rows}
     assert rows["idle"] == (0.5, seconds.get("waiting for the host", 0.0))
+    assert rows["softmax attention"] == (0.0, seconds["softmax attention"])  # of documents of 8K
     assert rows["projections and MLP"][0] == pytest.approx(0.2 + 0.1)
     assert sum(planned for _, planned in rows.values()) == pytest.approx(found.step_s)
 

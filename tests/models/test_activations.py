@@ -178,7 +178,9 @@ def test_what_waits_in_host_memory_is_counted_there(mode, monkeypatch):
     model(*inputs, seq)
     away.clear()
     wanted = alive_bytes(lambda: model(*inputs, seq))
-    assert sorted(counted.put_away) == sorted(away) and len(away) > 2 * 5
+    assert sorted(counted.put_away) == sorted(away)
+    if mode == "full":  # inputs of five blocks and results of three softmax layers; not the angles that all share
+        assert away.count(301 * 32 * 2) == 5 + 3
     here = sum(size for name, size in counted.kept.items() if name != BATCH_NAME)
     assert here + sum(away) == wanted
     left = 301 * 32 * 2 * 3  # inputs of three blocks
