@@ -94,14 +94,15 @@ def plan(argv: list[str]) -> None:
         "--host-memory", type=float, default=0, metavar="GIB", help="of a machine (default 128 for each of its GPUs)"
     )
     parser.add_argument(
-        "--document", default="0", metavar="TOKENS", help="length of documents (default: a sample is one document)"
-    )
+        "--document", type=_tokens, default=0, metavar="TOKENS",
+        help="length of documents (default: a sample is one document)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     config, arguments = _read_settings(parser, argv)
     from longspan.launcher.estimate_report import report  # imports torch
 
     cluster = arguments.gpus, arguments.gpus_per_node, arguments.host_memory
-    report(config, *cluster, parse_tokens(arguments.document), as_json=arguments.json)
+    report(config, *cluster, arguments.document, as_json=arguments.json)
 
 
 def profile(argv: list[str]) -> None:
@@ -236,6 +237,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         command = self.prog.removeprefix("longspan").strip()  # the line starts with longspan as it is
         raise UserError(f"{command}: {message}" if command else message)
+
+
+def _tokens(text: str) -> int:
+    try:
+        return parse_tokens(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _shown(value: Any) -> str:

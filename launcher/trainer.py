@@ -21,7 +21,7 @@ from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config
 from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
-from longspan.launcher.errors import UserError
+from longspan.launcher.files import replace_text, writing
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
 from longspan.launcher.profiling import StepProfiler
 from longspan.launcher.progress import TrainingProgress
@@ -156,12 +156,10 @@ class Trainer:
             checkpoint.warn_about_data(self._start, config)
 
     def _write_descriptions(self, environment: dict) -> None:
-        try:
+        with writing(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").write_text(self.config.to_yaml())
-            (self.run_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"run.dir={self.run_dir}: cannot be written ({error.strerror})") from None
+            replace_text(self.run_dir / "config.yaml", self.config.to_yaml())
+            replace_text(self.run_dir / "environment.json", json.dumps(environment, indent=1) + "\n")
 
     def train(self) -> None:
         """Runs the steps that are left, with validation and checkpoints when they are due; asked to stop, saves and

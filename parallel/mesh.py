@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from longspan.parallel.topology import Topology
 
@@ -117,9 +118,12 @@ def _join(device: torch.device, timeout: timedelta) -> None:
     on_gpu = device.type == "cuda"
     options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if on_gpu else {"backend": "gloo"}
     if "RANK" in os.environ:
-        dist.init_process_group(timeout=timeout, **options)
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives ranks that it starts again (--max-restarts), with the addresses of those before.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     else:
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
 
 
 def _check_tp(tp: int, world_size: int) -> None:

@@ -138,7 +138,7 @@ def compile_hopper(head_dim):
 
     hopper.on_hopper = lambda x: True
     # query block, key block, query heads, key heads, list heads, causal and weighted
-    cases = [(128, 64, 2, 2, 2, False), (64, 128, 4, 2, 1, True), (128, 64, 4, 1, 2, True)]
+    cases = [(128, 64, 2, 2, 2, False), (64, 128, 4, 2, 1, True), (128, 64, 4, 1, 2, True), (128, 16, 2, 2, 2, True)]
     for query_block, key_block, heads, key_heads, lists, masked in cases:
         queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
         chosen = torch.zeros(lists, len(queries), 1, dtype=torch.int64)
@@ -178,6 +178,20 @@ def compile_hopper_delta(head_dim):
     spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
     inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, "medium", 1, dtype=torch.bfloat16)
     forms.run_form(Delta, Delta.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
+
+
+def compile_hopper_sweeps(head_dim):
+    """What no, fixed and scalar decay launch on Hopper."""
+    import forms
+    import torch
+
+    from longspan.kernels.linear.form import Spans
+    from longspan.kernels.linear.fused import Fused
+
+    spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
+    for decay in (None, "fixed", "medium"):
+        inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, decay, 0, dtype=torch.bfloat16)
+        forms.run_form(Fused, Fused.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
 
 
 def compile_choosing(width):
@@ -257,6 +271,7 @@ def main():
             others[dtype](key_size)
             if dtype == "hopper":
                 compile_hopper_delta(key_size)
+                compile_hopper_sweeps(key_size)
             continue
         compile_linear(getattr(torch, dtype), (key_size, value_size), few)
         if key_size == value_size:
