@@ -80,7 +80,7 @@ def build_mesh(
     for first in (start + part for start in range(0, world_size, sp * tp) for part in range(tp)):
         ranks = list(range(first, first + sp * tp, tp))
         group = dist.new_group(ranks, timeout=timeout, **communicator_options(device, key_blocks))
-        state_group = dist.new_group(ranks, timeout=timeout, **communicator_options(device, STATE_BLOCKS, urgent=True))
+        state_group = dist.new_group(ranks, timeout=timeout, **communicator_options(device, STATE_BLOCKS))
         if rank in ranks:
             sp_group, sp_state_group = group, state_group
     if sharding == "hsdp":
@@ -171,17 +171,18 @@ def _topology(sp: int, tp: int, ranks_per_machine: int) -> Topology:
     return Topology(sp // ranks_per_node, ranks_per_node)
 
 
-def communicator_options(device: torch.device, blocks: int, urgent: bool = False) -> dict:
+def communicator_options(device: torch.device, blocks: int) -> dict:
     """Options of a communicator of at most so many thread blocks, 0 for any number. Each holds a multiprocessor while
     it runs or waits for the other end; kernels beside have the others.
 
-    The state communicator is urgent: its small messages go ahead of bulk transfers in flight, and its few blocks run
-    beside kernels that leave a few multiprocessors free. With more blocks, one rank's could hold what its kernel wants
-    while another rank's, for which they wait, cannot start before the kernel there ends."""
-    if device.type != "cuda" or not (blocks or urgent):
+    Its kernels are started ahead of thread blocks that are queued on other streams: a transfer beside attention would
+    else wait until the last of them has begun. With few blocks, as for states, they run beside kernels that leave a few
+    multiprocessors free. With more, one rank's could hold what its kernel wants while another rank's, for which they
+    wait, cannot start before a thread block there ends."""
+    if device.type != "cuda":
         return {}
     options = dist.ProcessGroupNCCL.Options()
-    options.is_high_priority_stream = urgent
+    options.is_high_priority_stream = True
     if blocks:
         options.config.max_ctas = blocks
     return {"backend": "nccl", "pg_options": options}

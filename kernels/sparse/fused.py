@@ -4,10 +4,12 @@ import torch
 
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse import hopper
-from longspan.kernels.sparse.backward import add_parts, keys_kernel, queries_kernel, rows_kernel, shares_kernel
+from longspan.kernels.sparse.backward import add_parts, keys_kernel, queries_kernel, rows_kernel
 from longspan.kernels.sparse.forward import forward_kernel
+from longspan.kernels.sparse.packing_triton import add_shares_triton
 from longspan.kernels.sparse.plan import BlockPlan
 from longspan.kernels.sparse.rules import arguments
+from longspan.kernels.sparse.shares import arguments as shares_arguments
 
 ROWS = 128  # queries in a tile where heads that share keys and lists can fill it
 KEYS = 64  # keys in a tile where a list's blocks are smaller
@@ -93,7 +95,7 @@ def backward(
     parts = [q.new_empty(groups, items, plan.keys.size, head_dim, dtype=torch.float32) for _ in range(2)]
     turn = _beside("keys", q, plan.keys.size, TURN)
     tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], turn)
-    given, depth = _shares(shares, dk)
+    given, depth = shares_arguments(shares, dk)
     keys_kernel[(items * groups,)](
         q, k, v, d_out, rows, *parts, dk, dv, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col,
         tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1], *given,
@@ -105,20 +107,9 @@ def backward(
 
 
 def _with_shares(dk, dv, blocks, shares):
-    if shares is not None and len(blocks):
-        given, depth = _shares(shares, dk)
-        heads, head_dim = dk.shape[1:]
-        shares_kernel[(len(blocks) * heads,)](
-            dk, dv, blocks.start, blocks.length, *given, heads, head_dim, padded(head_dim), depth, blocks.size
-        )
+    if shares is not None:
+        add_shares_triton((dk, dv), blocks, shares)
     return dk, dv
-
-
-def _shares(shares, unused):
-    """(arguments of kernels, depth); 0 for none."""
-    if shares is None:
-        return (unused,) * 4, 0
-    return (shares.k, shares.v, shares.tree.size, shares.tree.up), shares.tree.depth
 
 
 def _tile(q, k, plan):

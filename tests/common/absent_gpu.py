@@ -199,7 +199,18 @@ def compile_choosing(width):
     import numpy as np
     import torch
 
-    from longspan.kernels.sparse import Blocks, Families, Ranges, forms, mean_levels
+    from longspan.kernels.sparse import (
+        Blocks,
+        Families,
+        Packing,
+        Ranges,
+        Shares,
+        Tree,
+        add_packed,
+        forms,
+        mean_levels,
+        pack,
+    )
     from longspan.kernels.sparse.descend_triton import descend_triton
     from longspan.kernels.sparse.lists_triton import columns_triton, rows_triton
     from longspan.kernels.sparse.pool_triton import pool_triton, spread_triton
@@ -216,8 +227,12 @@ def compile_choosing(width):
     sums = pool_triton((means.bfloat16(),), blocks, 2, False)
     spread_triton(sums, blocks, means.shape, torch.bfloat16, False)
     forms.takes = lambda x: True
-    mean_levels((means.bfloat16(),) * 2, (blocks, Blocks.of((0, 8), 4)), zeros(10))
+    mean_levels((means.bfloat16(),) * 2, (blocks, Blocks.of((0, 8), 4)), zeros(10), torch.bfloat16)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
+    for lists in (1, 2):
+        packing = Packing.of(blocks, torch.ones(2, lists, 8, dtype=torch.uint8))
+        buffers = pack((means.bfloat16(),) * 2, packing, 256 * lists)
+        add_packed((means.bfloat16(),) * 2, packing, buffers, Shares(Tree(zeros(10), zeros(10), 2), means, means))
     for columns in (8, 1 << 12):  # dense and sparse lists
         row_ptr, row_idx = rows_triton(zeros(1, 64, 4), columns)
         columns_triton(row_ptr, row_idx, columns, 64, 9)

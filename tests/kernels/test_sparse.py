@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_cases import CASES, LIMITS, SCALE, check, make
+from sparse_oracle import make_shares
 
-from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, Shares, Tree, choose, forms, gathered, naive
+from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, choose, forms, gathered, naive
 from longspan.kernels.sparse import plan as plan_module
 
 fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
@@ -270,21 +271,6 @@ def check_long_lists(rows, columns, device):
     wanted = plan_module._columns(plan.row_ptr, plan.row_idx, columns, plan.chunk, plan.most_items)
     for columns in (plan.columns, BlockPlan.columns.func(plan)):
         assert all(torch.equal(x, y) for x, y in zip(vars(columns).values(), wanted, strict=True))
-
-
-def make_shares(blocks, heads, dim):
-    """(Shares of a tree of three levels, what every token gets of keys, of values)."""
-    generator, n = torch.Generator().manual_seed(5), len(blocks)
-    counts = n, -(-n // 3), 2
-    up = [n + i // 3 for i in range(n)] + [n + counts[1] + i % 2 for i in range(counts[1])] + [-1, -1]
-    size = torch.randint(1, 9, (sum(counts),), generator=generator).int()
-    grads = [torch.randn(sum(counts), heads, dim, generator=generator) for _ in range(2)]
-    wanted = []
-    for grad in grads:
-        rows = [(i, up[i], up[up[i]]) for i in range(n)]
-        each = [sum(grad[row].double() / int(size[row]) for row in way) for way in rows]
-        wanted.append(torch.cat([x.expand(int(k), -1, -1) for x, k in zip(each, blocks.length)]))
-    return Shares(Tree(size, torch.tensor(up, dtype=torch.int32), 3), *grads), *wanted
 
 
 @pytest.mark.parametrize("form", [fused, gathered], ids=["fused", "gathered"])
