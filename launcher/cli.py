@@ -91,6 +91,9 @@ def plan(argv: list[str]) -> None:
     parser.add_argument("--gpus", default="1xH200", metavar="NxTYPE", help="such as 64xH200 (default 1xH200)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)")
     parser.add_argument(
+        "--host-memory", type=float, default=0, metavar="GIB", help="of a machine (default 128 for each of its GPUs)"
+    )
+    parser.add_argument(
         "--document", type=_tokens, default=0, metavar="TOKENS",
         help="length of documents (default: a sample is one document)",
     )  # fmt: skip
@@ -98,7 +101,8 @@ def plan(argv: list[str]) -> None:
     config, arguments = _read_settings(parser, argv)
     from longspan.launcher.estimate_report import report  # imports torch
 
-    report(config, arguments.gpus, arguments.gpus_per_node, arguments.document, as_json=arguments.json)
+    cluster = arguments.gpus, arguments.gpus_per_node, arguments.host_memory
+    report(config, *cluster, arguments.document, as_json=arguments.json)
 
 
 def profile(argv: list[str]) -> None:
@@ -206,6 +210,9 @@ def report(argv: list[str]) -> None:
     parser.add_argument(
         "--warmup", type=int, default=2, metavar="N", help="first steps of a run that medians leave out (default 2)"
     )
+    parser.add_argument("--plan", action="store_true", help="what `longspan plan` says of each run, beside its figures")
+    parser.add_argument("--record", metavar="FILE.json", help="also keep the runs in one file, which RESULTS may name")
+    parser.add_argument("--recipes", metavar="PAGE.md", help="also put the table of recipes into this page")
     arguments = parser.parse_args(argv)
     from longspan.launcher.report import write_report
 

@@ -163,6 +163,7 @@ class CheckpointConfig:
     """What is saved, and where a run starts."""
 
     interval: int = setting(0, "steps between checkpoints; 0: only at the end")
+    at_end: bool = setting(True, "save after the last step too; false for runs that measure")
     keep_last: int = setting(2, "checkpoints kept; older ones are deleted")
     resume: str = setting("auto", "auto: the run directory's newest checkpoint, if any | none: start anew | PATH")
 

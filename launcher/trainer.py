@@ -182,13 +182,14 @@ class Trainer:
                     pending.val_loss = self._validation_loss()
             self._pending.append(pending)
             self._report(keep=self._steps_in_flight)
-            if self._due(self.config.checkpoint.interval) or self.step == steps or self._stop:
+            if self._saves():
                 self._report(keep=0)
                 data = self.loader.state_dict()
                 with component(OUTSIDE):
                     path = checkpoint.save(self.run_dir, self.config, self.engine, step=self.step, data=data)
                 log.info("saved %s", path)
             self.profiler.end(self.step)
+        self._report(keep=0)
         if self.step < steps:
             decide(mark_stopped)
             log.info("stopped by a signal after step %d of %d; the same command continues the run", self.step, steps)
@@ -204,6 +205,11 @@ class Trainer:
     def _due(self, interval: int) -> bool:
         """Whether a thing done every `interval` steps (0: never) is due; the last step is when it is done at all."""
         return interval > 0 and (self.step % interval == 0 or self.step == self.config.train.steps)
+
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due; a run that is asked to stop always saves."""
+        wanted, last = self.config.checkpoint, self.step == self.config.train.steps
+        return self._stop or (wanted.at_end if last else self._due(wanted.interval))
 
     def _train_step(self) -> PendingStep:
         """One optimizer step. The update is left out on the device when the loss or the gradient norm is not finite."""

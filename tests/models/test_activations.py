@@ -9,6 +9,7 @@ from spawn import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import longspan.attention.offload as offload
 from longspan.models.activations import GRADIENTS, LOSS, NORMS, measure
 from longspan.models.build import build_model
 from longspan.models.checkpointing import checkpoint_blocks
@@ -31,7 +32,7 @@ def config_of(kind, **change):
     return ModelConfig(**SIZES | dict(pattern=[kind]) | extra | change)
 
 
-def fully(model):
+def fully(model, offload):
     checkpoint_blocks(model, "full")
 
 
@@ -140,7 +141,7 @@ def test_with_checkpointing_what_lives_is_counted(kind):
 def test_memory_options_are_counted(kind, checkpointing, tile):
     config, lengths, dtype = config_of(kind), [211, 90], torch.bfloat16
 
-    def prepare(model):
+    def prepare(model, offload):
         for block in model.blocks:
             block.mlp_tile = tile
         if checkpointing != "none":
@@ -150,6 +151,39 @@ def test_memory_options_are_counted(kind, checkpointing, tile):
     step = step_of(config, lengths, dtype, checkpointing, tile)
     wanted = saved_bytes(step) if checkpointing == "none" else alive_bytes(step)
     assert found == wanted
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_what_waits_in_host_memory_is_counted_there(mode, monkeypatch):
+    """On a CPU the real model has both: what stays, and the copies; the last two blocks have not left yet."""
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1000)
+    config, lengths, away = config_of("softmax", pattern=["softmax", "linear:gla"], num_layers=5), [211, 90], []
+
+    def checkpointed(model, traffic):
+        checkpoint_blocks(model, mode, offload=traffic)
+
+    counted = measure(config, lengths, gpu=False, prepare=checkpointed)
+    plain = measure(config, lengths, gpu=False, prepare=lambda model, _: checkpointed(model, None))
+
+    class Recording(offload.Offload):
+        def host_like(self, tensor):
+            away.append(tensor.nbytes)
+            return super().host_like(tensor)
+
+    model, seq = real_model(config, torch.bfloat16), SequenceParallel().context(lengths)
+    checkpointed(model, Recording())
+    inputs = text_inputs(config, sum(lengths))
+    model(*inputs, seq)
+    away.clear()
+    wanted = alive_bytes(lambda: model(*inputs, seq))
+    assert sorted(counted.put_away) == sorted(away)
+    if mode == "full":  # inputs of five blocks and results of three softmax layers; not the angles that all share
+        assert away.count(301 * 32 * 2) == 5 + 3
+    here = sum(size for name, size in counted.kept.items() if name != BATCH_NAME)
+    assert here + sum(away) == wanted
+    left = 301 * 32 * 2 * 3  # inputs of three blocks
+    assert sum(plain.kept.values()) - sum(counted.kept.values()) >= left
+    assert counted.peak < plain.peak
 
 
 @pytest.mark.parametrize(
@@ -211,7 +245,7 @@ def rank_counts(rank, world_size, kinds, length):
         model(*inputs, seq)
         found[kind] = saved_bytes(lambda: model(*inputs, seq))
         if kind == "sla":
-            fully(model)
+            fully(model, None)
             found["checkpointed"] = alive_bytes(lambda: model(*inputs, seq))
     return found
 
@@ -281,7 +315,7 @@ def test_a_tile_counts_for_all():
     config = config_of("softmax")
 
     def tiled(tile):
-        def prepare(model):
+        def prepare(model, offload):
             for block in model.blocks:
                 block.mlp_tile = tile
 
