@@ -5,11 +5,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longspan.kernels.linear.delta_tiles import CHUNK, LEFT_OUT, SEARCHED
-from longspan.kernels.sparse.hopper.tiles import row_layout
+from longspan.kernels.sparse.hopper.tiles import row_layout, synchronize
 
 BETA, FROM_START, TO_END, G = (gl.constexpr(n) for n in range(4))  # rows 0, 1, 4 and 5 of `delta_tiles.load_row`
 VECTORS = gl.constexpr(4)
-synchronize = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6
 
 
 @gluon.constexpr_function
