@@ -43,8 +43,9 @@ GPUS = {
     "H100": GPU(
         memory=79.1 * GIB, products=680, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=3.03e12,
         linear=1.17, intra=326e9, inter=45e9, measured=True,
-        source="SXM 80 GB: memory rate and linear attention measured (docs/log.md, linear_kernels_H100.json); attention"
-        " and links as on the H200, which has the same chip and links; products 680 TFLOP/s, assumed",
+        source="SXM 80 GB: memory rate measured, and linear attention with the Triton kernels (docs/log.md,"
+        " linear_kernels_H100.json); attention and links as on the H200, which has the same chip and links;"
+        " products 680 TFLOP/s, assumed",
     ),
     "H200": GPU(
         memory=139.8 * GIB, products=700, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=4.27e12,

@@ -1,4 +1,4 @@
-"""What the delta rule's Hopper kernels share: decays of a chunk, short chunks, how results are stored."""
+"""What the Hopper kernels share: short chunks, descriptors, storing results; of the delta rule, decays of a chunk."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
