@@ -2,7 +2,7 @@
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, tl, triton
 
 ROWS, BLOCK_CHANNELS = 8, 256  # of a tile
 STEPS = 16  # tiles of a strip
@@ -40,8 +40,8 @@ def _unit_stride(a):
 
 def _strips(a):
     """(programs, strips of tokens)"""
-    strips = triton.cdiv(a.shape[0], ROWS * STEPS)
-    return strips * triton.cdiv(a.shape[1], BLOCK_CHANNELS), strips
+    strips = cdiv(a.shape[0], ROWS * STEPS)
+    return strips * cdiv(a.shape[1], BLOCK_CHANNELS), strips
 
 
 @triton.jit

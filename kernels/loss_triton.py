@@ -1,6 +1,6 @@
 """Log-sum-exps of logits and their gradient, each as one Triton kernel that reads the logits once."""
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 
 BLOCK, NUM_WARPS = 4096, 8  # elements of a row at a time, and warps for them
 
@@ -10,7 +10,7 @@ def label_scores_triton(logits, labels):
     num_tokens, vocabulary = logits.shape
     lse, logit = logits.new_empty(num_tokens), logits.new_empty(num_tokens)
     if num_tokens:
-        block = min(BLOCK, triton.next_power_of_2(vocabulary))
+        block = min(BLOCK, next_power_of_2(vocabulary))
         scores_kernel[(num_tokens,)](
             logits.contiguous(), labels.contiguous(), lse, logit, vocabulary, BLOCK=block, num_warps=NUM_WARPS
         )
@@ -22,8 +22,8 @@ def logits_gradient_triton(logits, lse, labels, dtype):
     num_tokens, vocabulary = logits.shape
     gradient = logits.new_empty(logits.shape, dtype=dtype)
     if num_tokens:
-        block = min(BLOCK, triton.next_power_of_2(vocabulary))
-        gradient_kernel[(num_tokens * triton.cdiv(vocabulary, block),)](
+        block = min(BLOCK, next_power_of_2(vocabulary))
+        gradient_kernel[(num_tokens * cdiv(vocabulary, block),)](
             logits.contiguous(), lse, labels.contiguous(), gradient, vocabulary, BLOCK=block, num_warps=NUM_WARPS
         )
     return gradient

@@ -2,7 +2,7 @@
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 
 BLOCK = 1024  # elements of a row per program
 
@@ -26,9 +26,8 @@ def _launch(kernel, gate, up, *others):
     gate, up = (x if x.ndim == 2 and x.stride(1) == 1 else x.contiguous() for x in (gate, up))
     width = gate.shape[-1]
     if gate.numel():
-        block = min(BLOCK, triton.next_power_of_2(width))
-        grid = gate.numel() // width * triton.cdiv(width, block)
-        kernel[(grid,)](gate, up, *others, gate.stride(-2), up.stride(-2), WIDTH=width, BLOCK=block)
+        block = min(BLOCK, next_power_of_2(width))
+        kernel[(gate.numel() // width * cdiv(width, block),)](gate, up, *others, gate.stride(-2), up.stride(-2), WIDTH=width, BLOCK=block)
 
 
 @triton.jit

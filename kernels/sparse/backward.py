@@ -6,7 +6,7 @@ With P = exp(scores - lse) and delta = rowsum(d_out . out) - d_lse:
     dS = P (d_out v^T - delta)      dq = scale dS k      dk = scale dS^T q      dv = P^T d_out
 """
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, tl, triton
 from longspan.kernels.sparse.tiles import (
     LOG2E,
     add_share,
@@ -239,7 +239,7 @@ def add_parts(parts, dk, dv, plan, shares, depth, block_d):
     """Launches add_kernel, with more key blocks to a program where there are many. shares: its arguments."""
     columns, (_, heads, head_dim), items = len(plan.keys), dk.shape, plan.item_col.shape[1]
     span = min(SPANS, max(1, columns * heads // ADDING))
-    add_kernel[(triton.cdiv(columns, span) * heads,)](
+    add_kernel[(cdiv(columns, span) * heads,)](
         *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, *shares, columns, items, span,
         heads, plan.heads, head_dim, block_d, depth, plan.keys.size, SPANS, num_warps=plan.keys.size // 8,
     )  # fmt: skip

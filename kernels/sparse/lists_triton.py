@@ -8,7 +8,7 @@ its place by how many of the same cell are smaller. So the lists are the same fr
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 
 TILE = 1024  # entries at once
 SCAN, SCAN_WARPS = 8192, 16  # counts at once
@@ -50,7 +50,7 @@ def columns_triton(row_ptr, row_idx, num_cols: int, chunk: int, most_items: int)
     sizes = num_rows, num_cols, num_cells, capacity, heads, shift
     grid, tile = _row_tiles(heads, num_rows, -(-capacity // num_rows))
     mark_kernel[grid](*given, *sizes, bits, *tile)
-    sum_cells_kernel[(triton.cdiv(num_cols, 32) * heads,)](
+    sum_cells_kernel[(cdiv(num_cols, 32) * heads,)](
         cells, before, counts, num_cells, num_cols, heads, bits, 64, 32
     )
     scan_kernel[(heads,)](counts, col_ptr, item_ptr, num_cols, SCAN, chunk, num_warps=SCAN_WARPS)
@@ -60,7 +60,7 @@ def columns_triton(row_ptr, row_idx, num_cols: int, chunk: int, most_items: int)
         bits, *tile, 128,
     )  # fmt: skip
     if not bits:
-        order_kernel[(triton.cdiv(most_items, ORDERED[0]) * heads,)](
+        order_kernel[(cdiv(most_items, ORDERED[0]) * heads,)](
             listed, before, col_ptr, item_ptr, item_col, col_idx, num_cols, num_cells, most_items, capacity, heads,
             shift, chunk, *ORDERED,
         )  # fmt: skip
@@ -77,9 +77,9 @@ def _cell_shift(num_rows, num_cols, capacity):
 
 def _row_tiles(heads, num_rows, most):
     """The grid, and rows and entries of a tile."""
-    entries = min(256, triton.next_power_of_2(max(most, 1)))
-    rows = min(TILE // entries, triton.next_power_of_2(max(num_rows, 1)))
-    return (triton.cdiv(num_rows, rows) * heads,), (rows, entries)
+    entries = min(256, next_power_of_2(max(most, 1)))
+    rows = min(TILE // entries, next_power_of_2(max(num_rows, 1)))
+    return (cdiv(num_rows, rows) * heads,), (rows, entries)
 
 
 @triton.jit

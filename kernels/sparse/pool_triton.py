@@ -2,7 +2,7 @@
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.plan import Blocks
 
@@ -42,9 +42,9 @@ def spread_triton(grad: torch.Tensor, blocks: Blocks, shape, dtype, mean: bool) 
 def _tile(blocks, heads, head_dim):
     """The grid, and columns of a head, heads and blocks of a program, and most rows of a block."""
     block_d = padded(head_dim)
-    together = max(1, min(ELEMENTS // block_d, triton.next_power_of_2(heads)))
+    together = max(1, min(ELEMENTS // block_d, next_power_of_2(heads)))
     count = max(1, ELEMENTS // (block_d * together))
-    grid = (triton.cdiv(len(blocks), count) * triton.cdiv(heads, together),)
+    grid = (cdiv(len(blocks), count) * cdiv(heads, together),)
     return grid, (block_d, together, count, blocks.size, min(STEP, blocks.size))
 
 
