@@ -14,7 +14,7 @@ import triton.language as tl  # noqa: TID251
 from triton import knobs
 from triton.backends.nvidia import compiler as backend
 
-__all__ = ["cdiv", "next_power_of_2", "tl", "triton"]
+__all__ = ["cdiv", "knobs", "next_power_of_2", "tl", "triton"]
 
 OLDEST_PTXAS = (12, 9)
 

@@ -8,6 +8,7 @@ they are used. Backward, the sums over tokens leave as one row per piece and are
 import torch
 
 from longspan.kernels.compiler import cdiv, tl, triton
+from longspan.kernels.launch import launched
 
 AHEAD, BLOCK_CHANNELS, NUM_WARPS = 4, 256, 2
 FORWARD_STEPS = 64  # tokens of a piece
@@ -75,6 +76,7 @@ def _unit_stride(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def forward_kernel(
     x_ptr,
@@ -147,6 +149,7 @@ def walk(
         window = window[1:]
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def backward_kernel(
     d_out_ptr,

@@ -1,6 +1,7 @@
 """elu(x) + 1 as one Triton kernel each way."""
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 BLOCK = 1024  # elements of a row per program
 
@@ -25,6 +26,7 @@ def _launch(x, d_out):
     return out
 
 
+@launched
 @triton.jit
 def elu1_kernel(x_ptr, d_out_ptr, out_ptr, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A part of a row: its values, or with d_out its gradient."""

@@ -4,6 +4,7 @@ import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.fold import MAX_KEYS
+from longspan.kernels.launch import launched
 
 BLOCK = 1024  # elements of a state per program, where transitions act on them one by one
 BLOCK_V = 16  # columns of a state per program, where transitions are matrices
@@ -46,6 +47,7 @@ def fold_chains_triton(states, transition, chains, initial=None, *, compose=Fals
     return out, composed
 
 
+@launched
 @triton.jit(do_not_specialize=["length"])
 def fold_kernel(
     states_ptr, decay_ptr, initial_ptr, out_ptr, composed_ptr, sources_ptr, targets_ptr, first_ptr, length,
@@ -93,6 +95,7 @@ def fold_kernel(
         tl.store(composed_at, passed, mask=writes)
 
 
+@launched
 @triton.jit(do_not_specialize=["length"])
 def fold_matrix_kernel(
     states_ptr, matrix_ptr, initial_ptr, out_ptr, composed_ptr, sources_ptr, targets_ptr, first_ptr, length,

@@ -3,6 +3,7 @@
 import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 BLOCK = 1024  # elements of a row per program
 
@@ -23,6 +24,7 @@ def gather_add_triton(
         )
 
 
+@launched
 @triton.jit(do_not_specialize=["first_row", "most"])
 def gather_add_kernel(
     total_ptr, rows_ptr, places_ptr, part_ptr, first_row, most, width, BLOCK: tl.constexpr, INDEXED: tl.constexpr

@@ -1,6 +1,7 @@
 """Log-sum-exps of logits and their gradient, each as one Triton kernel that reads the logits once."""
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 BLOCK, NUM_WARPS = 4096, 8  # elements of a row at a time, and warps for them
 
@@ -29,6 +30,7 @@ def logits_gradient_triton(logits, lse, labels, dtype):
     return gradient
 
 
+@launched
 @triton.jit
 def scores_kernel(logits_ptr, labels_ptr, lse_ptr, logit_ptr, vocabulary, BLOCK: tl.constexpr):
     """One token."""
@@ -50,6 +52,7 @@ def scores_kernel(logits_ptr, labels_ptr, lse_ptr, logit_ptr, vocabulary, BLOCK:
     tl.store(logit_ptr + token, tl.where(label == -101, 0.0, logit))
 
 
+@launched
 @triton.jit
 def gradient_kernel(logits_ptr, lse_ptr, labels_ptr, gradient_ptr, vocabulary, BLOCK: tl.constexpr):
     """A block of one token."""

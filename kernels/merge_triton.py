@@ -3,6 +3,7 @@
 import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 
 def merge_triton(
@@ -47,6 +48,7 @@ def merge_triton(
     )
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows"])
 def merge_kernel(
     out_acc_ptr,

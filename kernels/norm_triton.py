@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 TILE = 2048  # elements of a tile of several rows
 PROGRAMS = 528  # of 4 warps, in the backward with a scale: as many as an H200 runs at once, 4 on a multiprocessor
@@ -84,6 +85,7 @@ def inverse_root(x, eps, WIDTH: tl.constexpr, MEAN: tl.constexpr):
     return tl.rsqrt((total / WIDTH if MEAN else total) + eps)[:, None]
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows", "eps"])
 def norm_kernel(
     x_ptr, branch_ptr, weight_ptr, gate_ptr, stream_ptr, out_ptr,
@@ -110,6 +112,7 @@ def norm_kernel(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "num_programs", "eps"])
 def norm_backward_kernel(
     d_out_ptr, d_stream_ptr, x_ptr, weight_ptr, gate_ptr, d_x_ptr, sums_ptr, d_gate_ptr,

@@ -1,8 +1,8 @@
-"""Operators: arithmetic that depends on the device, called at once, and by its name in torch's registry where it is traced.
+"""Operators: arithmetic that depends on the device, and has a name in torch's registry for those who trace it.
 
-The registry costs the host 10 to 20 microseconds a call, of which short sequences have no more to spare. So a tensor with
-data goes straight to what its device runs. To torch.compile each operator is one opaque operation, and tensors without
-data (device meta) get shapes and nothing else.
+The registry takes the host 10 to 20 microseconds a call, as long as the call itself. So a tensor with data goes
+straight to what its device runs. To torch.compile each operator is one opaque operation, and tensors without data
+(device meta) get shapes and nothing else.
 """
 
 import importlib

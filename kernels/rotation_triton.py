@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.norm_triton import PROGRAMS
 
 TILE = 2048  # pairs of numbers
@@ -100,6 +101,7 @@ def inverse_root(first, second, eps, HALF: tl.constexpr):
     return tl.rsqrt(tl.sum(first * first + second * second, 2) / (2 * HALF) + eps)[:, :, None]
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens", "eps"])
 def rotate_kernel(
     x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, token_stride, head_stride, num_tokens, eps, BACK: tl.constexpr,
@@ -119,6 +121,7 @@ def rotate_kernel(
     store_pair(out_ptr, at, mask, first * cos - second * sin, second * cos + first * sin, HALF)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_programs", "eps"])
 def norm_rotate_backward_kernel(
     d_out_ptr, x_ptr, cos_ptr, sin_ptr, weight_ptr, d_x_ptr, sums_ptr,

@@ -4,6 +4,7 @@ element."""
 import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 BLOCK = 1024  # elements of a row per program
 
@@ -18,6 +19,7 @@ def scatter_rows_triton(total: torch.Tensor, rows: torch.Tensor, part: torch.Ten
         scatter_kernel[(num_rows * cdiv(width, block),)](total, rows, part, width, BLOCK=block, ADD=add)
 
 
+@launched
 @triton.jit
 def scatter_kernel(total_ptr, rows_ptr, part_ptr, width, BLOCK: tl.constexpr, ADD: tl.constexpr):
     blocks = tl.cdiv(width, BLOCK)

@@ -9,6 +9,7 @@ or V'^T on its left and a tile as it lies in memory on its right, and neither is
 import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear import hopper
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
@@ -35,6 +36,7 @@ CONFIGS = {
 }
 
 
+@launched
 @triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, inverse_ptr, scores_ptr, rows_ptr, entry_ptr, out_ptr, states_ptr, values_ptr,

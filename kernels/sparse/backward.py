@@ -7,6 +7,7 @@ With P = exp(scores - lse) and delta = rowsum(d_out . out) - d_lse:
 """
 
 from longspan.kernels.compiler import cdiv, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.sparse.tiles import (
     LOG2E,
     add_share,
@@ -26,6 +27,7 @@ from longspan.kernels.sparse.tiles import (
 SPANS, ADDING = 32, 4096  # most key blocks of a program that adds parts, and so many programs before they get more
 
 
+@launched
 @triton.jit
 def rows_kernel(
     d_out_ptr, out_ptr, lse_ptr, d_lse_ptr, rows_ptr, d_out_stride_t, d_out_stride_h, count,
@@ -51,6 +53,7 @@ def _load_rows(rows_ptr, row, place, valid, HEADS: tl.constexpr):
     return tl.split(tl.load(rows_ptr + at, mask=valid[:, None], other=0.0))
 
 
+@launched
 @triton.jit(do_not_specialize=["M", "capacity", "scale", "guard"])
 def queries_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, dq_ptr, onto_dq,
@@ -104,6 +107,7 @@ def queries_kernel(
     store_tile(dq_ptr + rows_at * D, row, HEADS * D, place * D, valid, dq, D, BLOCK_D)
 
 
+@launched
 @triton.jit(do_not_specialize=["M", "num_columns", "items", "capacity", "scale", "guard"])
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, parts_dk, parts_dv, dk_ptr, dv_ptr,
@@ -199,6 +203,7 @@ def alone(item_ptr, KEY_HEADS: tl.constexpr, GROUPS: tl.constexpr):
     return (GROUPS == KEY_HEADS) & (tl.load(item_ptr + 1) - tl.load(item_ptr) == 1)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_columns", "items", "span"])
 def add_kernel(
     parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, share_k, share_v, share_size, share_up,
@@ -245,6 +250,7 @@ def add_parts(parts, dk, dv, plan, shares, depth, block_d):
     )  # fmt: skip
 
 
+@launched
 @triton.jit
 def shares_kernel(
     dk_ptr, dv_ptr, k_start, k_length, share_k, share_v, share_size, share_up,

@@ -3,6 +3,7 @@
 import torch
 
 from longspan.kernels.compiler import next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile
 from longspan.kernels.sparse.top_triton import LOWEST, halves, ordered_scores
@@ -25,6 +26,7 @@ def descend_triton(means, keys, above, families, keep: int, causal: bool) -> tor
     return chosen
 
 
+@launched
 @triton.jit(do_not_specialize=["above_stride_h", "above_stride_r", "num_rows"])
 def descend_kernel(
     means_ptr, keys_ptr, above_ptr, start_ptr, length_ptr, router_ptr, chooses_ptr, groups_ptr, parent_ptr, chosen_ptr,

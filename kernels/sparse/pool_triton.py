@@ -3,6 +3,7 @@
 import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.plan import Blocks
 
@@ -64,6 +65,7 @@ def _place(
     return block.to(tl.int64), first, length, head, dim, valid & (head < HEADS) & (dim < D)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_blocks"])
 def pool_kernel(
     x_ptr, second_ptr, out_ptr, means_ptr, start_ptr, length_ptr, size_ptr, stride_t, stride_h, out_stride, num_blocks,
@@ -95,6 +97,7 @@ def pool_kernel(
         tl.store(means_ptr + to, (total / size).to(means_ptr.dtype.element_ty), mask=there)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_blocks"])
 def spread_kernel(
     grad_ptr, out_ptr, start_ptr, length_ptr, stride_b, stride_h, num_blocks,

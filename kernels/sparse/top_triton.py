@@ -10,6 +10,7 @@ the numbers of all scores above `low` in order; those in the band are kept, and 
 import torch
 
 from longspan.kernels.compiler import cdiv, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile, store_tile
 
@@ -44,6 +45,7 @@ def split_halves(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@launched
 @triton.jit(do_not_specialize=["count"])
 def split_kernel(
     x_ptr, out_ptr, stride_t, stride_h, count,
@@ -156,6 +158,7 @@ def _close_gaps(chosen_ptr, list_at, written, ROWS: tl.constexpr, STEP: tl.const
     return kept
 
 
+@launched
 @triton.jit(do_not_specialize=["num_keys", "rows", "width", "forced_first", "forced_recent", "more"])
 def top_kernel(
     means_ptr, keys_ptr, router_ptr, first_ptr, stop_ptr, most_ptr, always_ptr, band_ptr, chosen_ptr,

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.hopper.tiles import (
     BETA,
     FROM_START,
@@ -133,6 +134,7 @@ def _pass(
         gl.store(sum_ptr + at_state, state)
 
 
+@launched
 @gluon.jit(do_not_specialize=["scale"])
 def backward_kernel(
     q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, rows_ptr, exit_ptr, d_states_ptr, errors_ptr, sum_ptr,

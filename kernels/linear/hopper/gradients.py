@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.hopper.tiles import (
     BETA,
     FROM_START,
@@ -246,6 +247,7 @@ def _keys(tables, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GAT
         n += 1
 
 
+@launched
 @gluon.jit(do_not_specialize=["num_tiles", "scale"])
 def inputs_kernel(
     q_desc, k_desc, v_desc, d_out_desc, scores_desc, states_desc, values_desc, d_states_desc, errors_desc,

@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.launch import launched
 from longspan.kernels.sparse.hopper.tiles import (
     LOG2E,
     add_weights,
@@ -112,6 +113,7 @@ def _weights(
     return weights
 
 
+@launched
 @gluon.jit(do_not_specialize=["M", "capacity", "scale"])
 def queries_kernel(
     q_ptr, k_desc, v_desc, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr,
