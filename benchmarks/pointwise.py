@@ -38,6 +38,7 @@ OWN = (
     "scores_kernel",
     "gradient_kernel",
     "channel_gate",
+    "scalar_gate",
 )  # in names of kernels
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk")
 ATTENTION = ("flash", "fmha", "sdpa")
