@@ -10,6 +10,7 @@ import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
+from longspan.kernels.sum_rows_triton import sum_rows_triton
 
 TILE = 2048  # elements of a tile of several rows
 PROGRAMS = 528  # of 4 warps, in the backward with a scale: as many as an H200 runs at once, 4 on a multiprocessor
@@ -41,7 +42,7 @@ def norm_backward_triton(d_out, d_stream, x, weight, gate, mean, eps):
         norm_backward_kernel[(programs,)](
             d_out, d_stream, x, weight, gate, d_x, sums, d_gate, *layout, num_tiles, programs, eps, **launch
         )
-    d_weight = None if weight is None else sums.sum(0).to(weight.dtype)
+    d_weight = None if weight is None else sum_rows_triton(sums, weight.dtype)
     return [a for a in (d_x, d_weight, d_gate) if a is not None]
 
 

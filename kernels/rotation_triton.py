@@ -10,6 +10,7 @@ import torch
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
 from longspan.kernels.norm_triton import PROGRAMS
+from longspan.kernels.sum_rows_triton import sum_rows_triton
 
 TILE = 2048  # pairs of numbers
 NORM_TILE = 1024  # of the backward with a norm, which holds the sums for its weight as well
@@ -40,7 +41,7 @@ def rotate_backward_triton(d_out, cos, sin, x, weight, eps):
             d_out, x, cos.contiguous(), sin.contiguous(), weight, d_x, sums, *d_out.stride()[:2], *x.stride()[:2],
             len(x), num_tiles, programs, eps, **options,
         )  # fmt: skip
-    return [d_x, sums.sum(0).to(weight.dtype)]
+    return [d_x, sum_rows_triton(sums, weight.dtype)]
 
 
 def _rotate(x, cos, sin, weight, eps, out, *, back):
