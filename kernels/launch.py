@@ -57,20 +57,18 @@ class Launcher:
             describe = self._describing[classes] = describing(self.kernel.params, classes)
         described, passed = describe(*args)
         device = driver.active.get_current_device()
-        key = device, classes, described, *options.items()
-        known, runtime = self._known.get(key), knobs.runtime
-        if known is None or any(hook and hook.calls for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook)):
+        key = device, classes, described, *options, *options.values()
+        known, enter, leave = self._known.get(key), knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if known is None or (enter and enter.calls) or (leave and leave.calls):
             kernel = self.kernel[grid](*args, **options)
             if isinstance(kernel, CompiledKernel):
-                self._known[key] = kernel, self._constants(len(args), options)
+                no_hooks = None, None, None
+                constants = self._constants(len(args), options)
+                self._known[key] = kernel, kernel.run, (kernel.function, kernel.packed_metadata, *no_hooks), constants
             return kernel
-        kernel, constants = known
-        stream = driver.active.get_current_stream(device)
-        size_x, size_y, size_z = (*grid, 1, 1)[:3]
-        kernel.run(
-            size_x, size_y, size_z, stream, kernel.function, kernel.packed_metadata, None, None, None, *passed,
-            *constants,
-        )  # fmt: skip
+        kernel, run, head, constants = known
+        size_x, size_y, size_z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        run(size_x, size_y, size_z, driver.active.get_current_stream(device), *head, *passed, *constants)
         return kernel
 
     def _constants(self, count, options):
