@@ -105,6 +105,7 @@ def host_times(step, launches) -> dict:
     step()
     count, times = len(launches), []
     for _ in range(60):
+        launches.clear()
         begin = time.thread_time()  # whoever else runs does not count
         step()
         times.append((time.thread_time() - begin) * 1e3)
@@ -143,8 +144,8 @@ FORMS = {
 
 @contextmanager
 def absent_gpu():
-    """Tensors on the CPU are taken for those of a Hopper GPU, whose kernels are not compiled and do nothing. Yields the
-    list of launches. What is not the host's own, the driver and products of a useful size, is left out."""
+    """Tensors on the CPU are taken for those of a Hopper GPU, whose kernels are not compiled and do nothing. Yields a
+    list that launches go to, with the arguments of the driver, which is left out."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
@@ -160,7 +161,7 @@ def absent_gpu():
 
         @property
         def run(self):
-            return lambda *_: launches.append(self.name)
+            return lambda *args: launches.append((self.name, args))
 
         def launch_metadata(self, *_):
             return None
@@ -198,7 +199,10 @@ def absent_gpu():
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132)),
             (softmax, "BACKENDS", {"absent": Attention}),
-            *((torch, name, here(getattr(torch, name))) for name in ("empty", "zeros", "full", "arange", "eye")),
+            *((torch, name, here(getattr(torch, name))) for name in ("zeros", "full", "arange", "eye")),
+            (torch, "empty", here(torch.zeros)),  # what no kernel fills may be an index
+            (torch, "empty_like", torch.zeros_like),
+            (torch.Tensor, "new_empty", torch.Tensor.new_zeros),
         ]:
             stack.enter_context(mock.patch.object(holder, name, value, create=True))
         torch.set_num_threads(1)

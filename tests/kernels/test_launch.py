@@ -2,10 +2,14 @@
 gets what Triton would give it."""
 
 import inspect
+import os
+import subprocess
+import sys
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
+import same_launches
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -111,6 +115,16 @@ def test_what_goes_through_triton(launcher, monkeypatch):
     monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])  # as a profiler does
     kernel[(1,)](x, None, 3, 5, 0.5, WIDTH=8, num_warps=4)
     assert len(through_triton) == 1 + len(straight) == 1 + len(variants)
+
+
+def test_layers_launch_what_triton_would():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, same_launches.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    names = done.stdout.split()
+    assert {"norm_kernel", "sweep_kernel", "scalar_gate_kernel", "fold_kernel", "forward_kernel"} <= set(names)
+    assert len(names) > 35, names
 
 
 @pytest.mark.gpu
