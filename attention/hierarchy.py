@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from longspan.attention.hierarchy_tables import HierarchyTables, hierarchy_tables
+from longspan.attention.recompute import keep, recall
 from longspan.attention.selections import gathered_sums, piece_sums, total_sums
 from longspan.kernels.sparse import descend, mean_levels, pool, top
 
@@ -51,24 +52,28 @@ class Hierarchical:
         return seq.derive(hierarchy_tables, self.block, self.keep, self.levels, causal)
 
     def coarse(self, k, v, tables, gather):
-        """Means of keys and values, level after level, in the dtype of k: [rows, Hkv, D] each, with gradients unless
-        tables.tree says where these go. Of level 1, where there is another, those of this rank's rows."""
-        if tables.tree is not None:
-            with torch.no_grad():
-                return mean_levels((k, v), tables.own_levels, tables.size).split(k.shape[1], 1)
-        here, levels = _sums((k, v), tables, gather)
-        if tables.means is not None:
-            levels.insert(0, here if tables.keys.whole else total_sums(here, tables.means.totals, gather))
-        sums = torch.cat(levels) if len(levels) > 1 else levels[0]
-        return (sums / tables.size[:, None, None]).to(k.dtype).split(k.shape[1], 1)
+        """Means of keys and values, level after level, in the dtype of k: [rows, Hkv, D] each. Their gradients go where
+        tables.owned says. Recomputation takes those that were made before where ranks made them together."""
+        with torch.no_grad():
+            if tables.keys.whole:
+                return mean_levels((k, v), tables.under, tables.size, k.dtype).split(k.shape[1], 1)
+            kept = recall()
+            if kept is None:
+                sums = gathered_sums(piece_sums((k, v), tables.keys), tables.keys, gather)
+                kept = keep(mean_levels((sums,), tables.under, tables.size, k.dtype))
+            return kept.split(k.shape[1], 1)
 
     def choose(self, q, k, coarse_k, tables, ranks):
         """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens, and [Hkv, local tiles, m], blocks of coarse
-        rows that are here, -1 for none; None where there is one level. Those not here are fetched by `ranks`."""
+        rows, -1 for none; None where there is one level."""
         # Sums in place of means: a factor for each query changes no order.
-        here, sums = _sums((q,), tables, ranks, heads=k.shape[1])
-        mine = total_sums(here, tables.routers, ranks)
-        queries = [mine] if self.levels == 1 else [mine, *sums]
+        here = piece_sums((q,), tables.keys, k.shape[1])
+        queries = [total_sums(here, tables.routers, ranks)]
+        if self.levels > 1:
+            runs = pool(here, tables.runs) if len(tables.runs) else here
+            queries.append(gathered_sums(runs, tables.second, ranks))
+        for under in tables.under[2:]:
+            queries.append(pool(queries[-1], under))
         keys = coarse_k.split(tables.rows)
         last, heads = tables.levels[-1], k.shape[1]
         found = top(queries[-1], keys[-1], last.router, last.candidates)
@@ -79,21 +84,7 @@ class Hierarchical:
             if causal:  # the children of the row above which are past, as the mask says
                 own = torch.arange(found.shape[1], dtype=found.dtype, device=found.device)
                 above = torch.cat([found, own[:, None].expand(heads, -1, 1)], 2)
-            blocks, means = level.blocks[above].flatten(2)[:, level.above], keys[depth]
-            if depth == 0 and not tables.keys.whole:
-                blocks, means = ranks.rows(blocks, means, tables)
-            listed.append(blocks)
-            found = descend(queries[depth], means, found, level.families, self.keep, causal)
+            listed.append(level.blocks[above].flatten(2)[:, level.above])
+            found = descend(queries[depth], keys[depth], found, level.families, self.keep, causal)
         fine = torch.cat([found, tables.diagonal.expand(heads, -1, -1)], 2) if causal else found
         return fine, torch.cat(listed[::-1], 2) if listed else None
-
-
-def _sums(tensors, tables, gather, heads=None):
-    """Sums over local pieces, and over the rows of every level that is everywhere: [T_local, H, D] each -> [rows, heads
-    of all, D], in at least fp32."""
-    here = piece_sums(tensors, tables.keys, heads)
-    runs = here if tables.means is None or not len(tables.runs) else pool(here, tables.runs)
-    levels = [gathered_sums(runs, tables.everywhere, gather)]
-    for under in tables.under:
-        levels.append(pool(levels[-1], under))
-    return here, levels

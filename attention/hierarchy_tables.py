@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from longspan.attention.block_tables import Pieces, Totals, pieces, router_totals
-from longspan.kernels.sparse import BlockPlan, Blocks, Families, Ranges, Tree
-from longspan.parallel.layout import Layout, Span
+from longspan.kernels.sparse import BlockPlan, Blocks, Families, Ranges, Shares, Tree
+from longspan.parallel.exchange import Pending, start_all_to_all
+from longspan.parallel.layout import Layout
 
 TILE = 128  # most queries of a tile, where a fine block has fewer
 DENSE = 64  # rows of the last level in a block
@@ -32,44 +33,57 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Means:
-    """Rows of level 1 where there is a level above: each is on one rank, and goes to others on request. totals: their
-    sums, of this rank's rows; rows: int64, their numbers. keys: the rows in blocks, where they are, seen from the
-    token after the last that they stand for; first: int64, of every piece the number of its first row; weight: floats,
-    the log weight of every piece."""
+class Owned:
+    """Gradients of means go to the ranks that have tokens of theirs, whose rows get their shares. tree: the means that
+    this rank's pieces are part of, those of level 1 piece by piece. rows: int64, their numbers, rank after rank; None
+    where they are all there are, in order, on one rank. counts: of every rank."""
 
-    totals: Totals
-    rows: torch.Tensor
-    keys: Pieces
-    first: torch.Tensor
-    weight: torch.Tensor
+    tree: Tree
+    rows: torch.Tensor | None
+    counts: tuple[int, ...]
+
+    def start(self, gradients, group) -> Pending:
+        """gradients: [rows, Hkv, D] each, of this rank's queries; on their way to what `shares` takes."""
+        if self.rows is None:
+            return Pending((), gradients)
+        sent = torch.cat([x[self.rows] for x in gradients], 1)
+        return start_all_to_all(sent, self.counts, [len(self.tree.size)] * len(self.counts), group)
+
+    def shares(self, pending) -> Shares:
+        """What ranks sent is added in their order."""
+        found = pending.wait()
+        if self.rows is not None:
+            found = found.view(len(self.counts), len(self.tree.size), *found.shape[1:]).chunk(2, 2)
+            found = [x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) for x in found]
+        return Shares(self.tree, *found)
+
+    def map(self, move) -> "Owned":
+        """The same with every tensor passed through `move`."""
+        return Owned(self.tree.map(move), self.rows if self.rows is None else move(self.rows), self.counts)
 
 
 @dataclass(frozen=True)
 class HierarchyTables:
-    """queries, keys: the fine blocks; routers: sums of those that choose for local pieces. means: level 1, or None
-    where it is the last. everywhere: blocks of tokens whose sums are gathered, level 2, or 1 where it is the last;
-    runs: local pieces of keys in each local piece of those. size: int32, tokens of all rows that are here, level after
-    level, so many in each: rows; of level 1 those of this rank where there are means. under: per level from 3 on, the
-    rows of the level before in blocks, one for each of its rows. Coarse rows are those of local means and then of the
-    levels that are everywhere, laid end to end. tiles: this rank's queries in blocks for which coarse rows are listed:
-    all under one row of level 2 see the same, in larger tiles than those of fine blocks. coarse_blocks, coarse_weight:
-    blocks of the rows that are here but those of the last level, coarse_rows; chunk: of their plans. dense: the plan
-    over all rows of the last level, dense_rows, which follows from the layout alone. diagonal: int32 [local pieces, 1
-    or 0]. tree: on one rank of whole documents, where the gradients of means go within the attention; None where they
-    go back as means were made. full: no list of blocks will have a -1: there is enough to choose from everywhere,
-    and no row has two blocks under it."""
+    """queries, keys: the fine blocks; routers: sums of those that choose for local pieces. size: int32, tokens of the
+    rows of all levels, level after level, so many in each: rows. under: per level what its rows are made of, in blocks,
+    one for each: rows of the level before, on level 1 tokens or, where ranks add up their sums, one sum each. second:
+    blocks of tokens, one for each row of level 2, and runs: local pieces of keys in each local piece of those; None
+    where there is one level. tiles: this rank's queries in blocks for which coarse rows are listed: all under one row
+    of level 2 see the same, in larger tiles than those of fine blocks. coarse_blocks, coarse_weight: blocks of the rows
+    but those of the last level, coarse_rows; chunk: of their plans. dense: the plan over all rows of the last level,
+    dense_rows, which follows from the layout alone. diagonal: int32 [local pieces, 1 or 0]. owned: where gradients of
+    means go. full: no list of blocks will have a -1: there is enough to choose from everywhere, and no row has two
+    blocks under it."""
 
     queries: Pieces
     keys: Pieces
     routers: Totals
-    means: Means | None
-    everywhere: Pieces
-    runs: Blocks
     levels: tuple[Level, ...]
     size: torch.Tensor
     rows: tuple[int, ...]
     under: tuple[Blocks, ...]
+    second: Pieces | None
+    runs: Blocks | None
     tiles: Blocks
     coarse_blocks: Blocks
     coarse_weight: torch.Tensor
@@ -78,13 +92,8 @@ class HierarchyTables:
     dense: BlockPlan
     dense_rows: slice
     diagonal: torch.Tensor
-    tree: Tree | None
+    owned: Owned
     full: bool
-
-    @property
-    def own_levels(self) -> tuple[Blocks, ...]:
-        """The blocks of every level, each of rows of the one before, where all are here."""
-        return (self.keys.local, *([] if self.means is None else [self.runs]), *self.under)
 
     def map(self, move) -> "HierarchyTables":
         """The same with every tensor passed through `move`."""
@@ -96,7 +105,7 @@ def _map(value, move):
         return move(value)
     if isinstance(value, tuple):
         return tuple(_map(x, move) for x in value)
-    if isinstance(value, (Level, Means, HierarchyTables)):
+    if isinstance(value, (Level, HierarchyTables)):
         return type(value)(**{name: _map(x, move) for name, x in vars(value).items()})
     return value.map(move) if hasattr(value, "map") else value
 
@@ -105,20 +114,12 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     """The tables of `rank`. block: tokens of a fine block, and rows in a row of the next level."""
     fine, lengths = pieces(layout, rank, block), np.array(layout.lengths)
     rows = [_Rows.of(lengths, block, level) for level in range(1, levels + 1)]
-    mine = fine.block.numpy()
+    mine, last = fine.block.numpy(), rows[-1]
     tiles = pieces(layout, rank, tile_rows(block)).local
     document, position = tiles.document.numpy(), tiles.position.numpy()
-    means, blocks, weights, blocks_under, here = None, [], [], [], 0
-    if levels > 1:
-        means, under = _means(fine, rank, layout.world_size, rows[0], lengths, block)
-        blocks, here = [_local_blocks(means.keys, rank)], len(means.rows)
-        weights, blocks_under = [means.weight[rank * means.keys.width :][: len(means.keys.local)]], [under]
-    gathered = rows[int(levels > 1) :]
-    more, weight, under = _coarse_blocks(gathered[:-1], lengths, block, here, blocks[0].shape[1] if blocks else 0)
-    blocks_under += under
-    dense_from = here + sum(len(level.place) for level in gathered[:-1])
+    blocks, weight, blocks_under = _coarse_blocks(rows[:-1], lengths, block)
+    dense_from = sum(len(level.place) for level in rows[:-1])
 
-    sizes = [*([] if means is None else [means.totals.size]), *(_int32(level.size) for level in gathered)]
     tables = []
     for level, above, under in zip(rows, rows[1:], blocks_under):
         chooses = mine if not tables else np.arange(len(level.place))  # of fine blocks, those of local queries
@@ -130,82 +131,63 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         under = np.pad(_packed(under), ((0, 1), (0, 0)), constant_values=-1)
         tile_above = torch.from_numpy(above.base[document] + position // above.span)
         tables.append(Level(families=families, above=tile_above, blocks=_int32(under)))
-    last = rows[levels - 1]
-    full = fine.whole and not causal and np.diff(last.base).min() >= keep
+    full = not causal and np.diff(last.base).min() >= keep
     full = bool(full and all(level.blocks.shape[1] == 1 for level in tables))
     chosen_for = np.arange(len(last.place)) if levels > 1 else mine  # of fine blocks, those of local queries
     first = last.base[last.document[chosen_for]]
     stop = first + last.place[chosen_for] if causal else last.base[last.document[chosen_for] + 1]
     router = last.router(causal) if levels > 1 else np.arange(len(chosen_for))
     tables.append(Level(_int32(router), Ranges.of(first, stop, keep)))
-    everywhere, tree = pieces(layout, rank, block ** min(levels, 2)), None
-    if layout.world_size == 1 and fine.whole and everywhere.whole:
-        base = np.cumsum([len(level.place) for level in rows])
-        ups = [level.parent + first for level, first in zip(rows[:-1], base)] + [np.full(len(last.place), -1)]
-        tree = Tree(torch.cat(sizes), _int32(np.concatenate(ups)), levels)
+    second = pieces(layout, rank, block**2) if levels > 1 else None
     return HierarchyTables(
         fine,
         fine,
         router_totals(fine, rank, lengths, causal),
-        means,
-        everywhere,
-        _runs(fine.local, everywhere.local),
         tuple(tables),
-        size=torch.cat(sizes),
-        rows=tuple(map(len, sizes)),
-        under=tuple(_blocks_under(level, block) for level in gathered[:-1]),
+        size=_int32(np.concatenate([level.size for level in rows])),
+        rows=tuple(len(level.place) for level in rows),
+        under=(fine.local if fine.whole else _alone(len(rows[0].place)), *(_blocks_under(x, block) for x in rows[:-1])),
+        second=second,
+        runs=None if second is None else _runs(fine.local, second.local),
         tiles=tiles,
-        coarse_blocks=Blocks(block, *map(_int32, np.concatenate([*blocks, more], 1))),
-        coarse_weight=torch.cat([*weights, torch.from_numpy(weight)]),
+        coarse_blocks=Blocks(block, *map(_int32, blocks)),
+        coarse_weight=torch.from_numpy(weight),
         coarse_rows=slice(0, dense_from),
         chunk=max(1, LISTED_QUERIES // tiles.size),
         dense=_dense_plan(last, lengths, tiles, causal),
         dense_rows=slice(dense_from, dense_from + len(last.place)),
         diagonal=_int32(mine[:, None] if causal else np.zeros((len(mine), 0))),
-        tree=tree,
+        owned=_owned(fine, rank, layout.world_size, rows),
         full=full,
     )
 
 
-def _means(fine, rank, world_size, level, lengths, block):
-    """(Means, [rows above, 2] the blocks under a row). A row is where its first piece is. The last row of a document
-    may have fewer tokens, and is a block of its own then, like a document of one row."""
-    owner, row = fine.of_block[:, 0].numpy() // fine.width, np.arange(len(level.place))
-    short = level.size < level.span
-    first = np.flatnonzero((level.place == 0) | short)  # of what is cut into blocks by itself
-    document = np.searchsorted(first, row, side="right") - 1
-    place = row - first[document]
-    starts = np.flatnonzero((place == 0) | (np.diff(owner, prepend=-1) != 0))
-    stops, spans = np.append(starts[1:], len(row)), [[] for _ in range(world_size)]
-    for start, stop in zip(starts.tolist(), stops.tolist()):
-        at = int(first[document[start]])
-        spans[owner[start]].append(Span(int(document[start]), start - at, stop - at))
-    counts = np.bincount(document).tolist()
-    keys = pieces(Layout(tuple(counts), tuple(map(tuple, spans))), rank, block)
-    base = np.concatenate([[0], np.cumsum(-(-np.array(counts) // block))])
-    number = base[document] + place // block  # the block of each row
-    under = np.full((len(level.children), 2), -1)
-    for column, rows in enumerate((row[~short], row[short])):
-        under[level.parent[rows], column] = number[rows]
-
-    parts = keys.of_block.numpy()
-    block_of, turn = np.nonzero(parts >= 0)
-    first_row = np.zeros(world_size * keys.width, np.int64)
-    at = parts[block_of, turn]
-    first_row[at] = first[np.searchsorted(base, block_of, side="right") - 1] + keys.positions.numpy()[at]
-    seen = np.where(short[first_row], lengths[level.document[first_row]], (level.place[first_row] + 1) * level.span)
-    positions, steps = _int32(seen), _int32(np.where(short[first_row], 1, level.span))
-    keys = replace(keys, positions=positions, steps=steps)
-    mine = np.flatnonzero(owner == rank)
-    weight = np.log(level.size[first_row].astype(np.float64))
-    tensors = map(torch.from_numpy, (first_row, weight))
-    return Means(Totals.of(fine, rank, owner, row), torch.from_numpy(mine), keys, *tensors), under
+def _owned(fine, rank, world_size, levels):
+    base = np.cumsum([0, *(len(level.place) for level in levels)])
+    parts = fine.of_block.numpy()
+    block, _ = np.nonzero(parts >= 0)
+    owner, order = parts[parts >= 0] // fine.width, np.argsort(parts[parts >= 0])
+    found, tree = [], None
+    for who in range(world_size):
+        mine = [block[order][owner[order] == who]]  # rows of every level that the pieces of a rank are part of
+        ups = []
+        for level in levels[:-1]:
+            above, up = np.unique(level.parent[mine[-1]], return_inverse=True)
+            ups.append(up + sum(map(len, mine)))
+            mine.append(above)
+        found.append(np.concatenate([first + rows for first, rows in zip(base, mine)]))
+        if who == rank:
+            size = np.concatenate([level.size[rows] for level, rows in zip(levels, mine)])
+            tree = Tree(_int32(size), _int32(np.concatenate([*ups, np.full(len(mine[-1]), -1)])), len(levels))
+    rows = np.concatenate(found)
+    here = world_size == 1 and np.array_equal(rows, np.arange(base[-1]))
+    return Owned(tree, None if here else torch.from_numpy(rows), tuple(map(len, found)))
 
 
-def _local_blocks(keys, rank):
-    """[5, local pieces]: columns of Blocks."""
-    mine = slice(rank * keys.width, rank * keys.width + len(keys.local))
-    return np.stack([x[mine].numpy() for x in (keys.starts, keys.lengths, keys.positions, keys.steps, keys.steps)])
+def _alone(count):
+    """Blocks of one row."""
+    ones = torch.ones(count, dtype=torch.int32)
+    return Blocks(1, torch.arange(count, dtype=torch.int32), *[ones] * 4)
 
 
 def _runs(fine, around):
@@ -266,11 +248,10 @@ class _Rows:
         return np.where(self.place > 0, rows - 1, rows) if causal else rows
 
 
-def _coarse_blocks(levels, lengths, block, offset, number):
-    """Blocks of the rows of levels, laid end to end from row `offset` and block `number` on: (columns of Blocks, log
-    weight of each, per level [rows above, 2] the blocks under a row). The last row of a document may have fewer tokens,
-    and is a block of its own then."""
-    columns, weights, under = [np.zeros((5, 0))], [np.zeros(0)], []
+def _coarse_blocks(levels, lengths, block):
+    """Blocks of the rows of levels, laid end to end: (columns of Blocks, log weight of each, per level [rows above, 2]
+    the blocks under a row). The last row of a document may have fewer tokens, and is a block of its own then."""
+    columns, weights, under, offset, number = [np.zeros((5, 0))], [np.zeros(0)], [], 0, 0
     for level in levels:
         there = level.children >= 0
         whole = (there & (level.size[level.children.clip(0)] == level.span)).sum(1)

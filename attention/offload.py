@@ -29,6 +29,27 @@ class Offload:
         self._recent = [last, weakref.ref(parcel)]
         return parcel
 
+    def host_like(self, tensor):
+        """Host memory for a copy of the tensor."""
+        return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+
+    def copy(self, pairs):
+        """Starts to copy (target, source) pairs; what comes behind them: an event, None of no pairs."""
+        event = None
+        for target, source in pairs:
+            module = torch.get_device_module(target.device if source.device.type == "cpu" else source.device)
+            self.stream = self.stream or module.Stream()
+            # Behind what writes the source, and what used the target's memory before.
+            self.stream.wait_stream(module.current_stream())
+            with module.stream(self.stream):
+                target.copy_(source, non_blocking=True)
+            event = self.stream.record_event()
+        return event
+
+    def wait(self, event, device: torch.device) -> None:
+        """Lets the current stream wait for the copies in front of the event."""
+        torch.get_device_module(device).current_stream().wait_event(event)
+
 
 class Parcel:
     """The tensors that one call of a block keeps; `previous` is a weak reference to that of the block in front."""
@@ -42,7 +63,7 @@ class Parcel:
         if not isinstance(tensor, torch.Tensor) or tensor.nbytes < LEAST_BYTES:
             return tensor
         tensor = tensor.detach()
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        host = self._offload.host_like(tensor)
         self._copy([(host, tensor)])
         slot = Slot(self, len(self._host), tensor.device)
         self._here[slot.index] = tensor  # until the copy has been made
@@ -52,7 +73,7 @@ class Parcel:
     def depart(self) -> None:
         """Frees the device's memory, for whatever runs on the current stream from here on."""
         for tensor in self._here.values():
-            torch.get_device_module(tensor.device).current_stream().wait_event(self._event)
+            self._offload.wait(self._event, tensor.device)
         self._here = {}
 
     def __del__(self):
@@ -67,20 +88,13 @@ class Parcel:
     def fetch(self, index: int, device: torch.device) -> torch.Tensor:
         if index not in self._here:
             self.request(device)
-        torch.get_device_module(device).current_stream().wait_event(self._event)
+        self._offload.wait(self._event, device)
         if previous := self._previous():
             previous.request(device)
         return self._here.pop(index)
 
     def _copy(self, pairs) -> None:
-        for target, source in pairs:
-            module = torch.get_device_module(target.device if source.device.type == "cpu" else source.device)
-            self._offload.stream = self._offload.stream or module.Stream()
-            # Behind what writes the source, and what used the target's memory before.
-            self._offload.stream.wait_stream(module.current_stream())
-            with module.stream(self._offload.stream):
-                target.copy_(source, non_blocking=True)
-            self._event = self._offload.stream.record_event()
+        self._event = self._offload.copy(pairs) or self._event
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ import torch
 from longspan.attention.hierarchy import Hierarchical
 from longspan.attention.hierarchy_tables import tile_rows
 from longspan.attention.linear_branch import WHOLE_BLOCK
+from longspan.attention.offload import Offload
 from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import ranks_at_once
+from longspan.attention.selections import TopBlocks
 from longspan.kernels.block_states import state_dtype
 from longspan.kernels.linear.chunked import accumulation_dtype
 from longspan.kernels.linear.groups import CHUNK, ROWS
@@ -85,6 +87,12 @@ class Outline:
         """Those that a state may enter."""
         return 0 if self.world_size == 1 else 2
 
+    def blocks(self, size: int) -> int:
+        """Blocks of so many tokens that this rank's spans are cut into."""
+        if self.world_size == 1:
+            return sum(-(-length // size) for length in self.lengths)
+        return self.spans * -(-self.num_tokens_local // (self.spans * size))
+
     def derive(self, function, *_):
         return self.derived[function]
 
@@ -103,6 +111,21 @@ class Outline:
 
     def convolution(self, x, weight, bias):
         return _StandIn.apply(_Convolution(self), x, weight, bias)
+
+
+class OutlinedOffload(Offload):
+    """Of tensors without data: nothing is copied. put_away: gets every tensor that leaves, and returns one that takes
+    no memory of the device."""
+
+    def __init__(self, put_away: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.host_like = put_away
+
+    def copy(self, pairs):
+        return None
+
+    def wait(self, event, device):
+        pass
 
 
 class _StandIn(torch.autograd.Function):
@@ -265,38 +288,26 @@ class _Sparse:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
         others = self.outline.num_tokens - self.outline.num_tokens_local
         arrived = [x.new_empty(others, *x.shape[1:]) for x in (k, v)] if others else []
-        rows = self._coarse_rows()
-        if rows and others:  # sums of the smallest blocks that are on every rank, gathered
-            arrived.append(k.new_empty(rows[min(1, len(rows) - 1)], 2 * k.shape[1], k.shape[2], dtype=_wide(k)))
+        if others and self._coarse_rows():
+            arrived.append(self._means(k))
         entry = self.branch.entry(*own, k, v) if self.branch else None
-        return out, lse, k.new_empty(k.shape[1], self._listed(), dtype=torch.int32), arrived, entry
+        return out, lse, self._lists(k), arrived, entry
 
     def output(self, kept, q, k, v, *own):
         out, lse, lists, arrived, _ = kept
-        rows = self._coarse_rows()
-        coarse = [x.new_empty(sum(rows), *x.shape[1:]) for x in (k, v)] if rows else []
-        sums = [] if self.outline.gpu or self.outline.world_size == 1 else self._segment_sums(rows, k, v)
+        means = arrived[2:] or ([self._means(k)] if self._coarse_rows() else [])
         states = self.branch.states(*own, q, k, v) if self.branch else ()
-        return torch.empty_like(out) if self.branch else out, (*coarse, *sums, *states, out, lse, *arrived[:2])
+        return torch.empty_like(out) if self.branch else out, (*means, *states, out, lse, *arrived[:2])
 
-    def _segment_sums(self, rows, k, v):
-        """What torch.segment_reduce keeps: its input in fp32, its result and the lengths of blocks, level by level."""
-        saved, wide = [x if x.dtype == _wide(x) else x.to(_wide(x)) for x in (k, v)] if rows else [], _wide(k)
-        for level, count in enumerate(rows):
-            if level < 2:  # sums of what is here, before ranks show one another theirs
-                count = -(-count // self.outline.world_size)
-            parts = 1 if level else 2  # of keys and values one after the other, then of both at once
-            saved += [k.new_empty(count, 2 * k.shape[1] // parts, k.shape[2], dtype=wide) for _ in range(parts)]
-            saved += [k.new_empty(count, dtype=torch.int64) for _ in range(parts)]
-            if level + 1 < len(rows) and not level:
-                saved.append(k.new_empty(count, 2 * k.shape[1], k.shape[2], dtype=wide))
-        return saved
+    def _means(self, k):
+        """Of keys and values, side by side."""
+        return k.new_empty(sum(self._coarse_rows()), 2 * k.shape[1], k.shape[2])
 
     def hold(self, d_out, q, k, v, *own):
         self._note(q, k, backward=True)
         # dq is made in fp32; when it is done come the states from which the branch's dk and dv follow.
         numbers = max(q.numel(), self.branch.late(own[3], k, v) if self.branch else 0)
-        held = [q.new_empty(numbers, dtype=_wide(q)), k.new_empty(k.shape[1], self._listed(), dtype=torch.int32)]
+        held = [q.new_empty(numbers, dtype=_wide(q)), *self._lists(k)]  # the same again by key blocks
         if self.outline.world_size > 1:
             held += [x.new_empty(self.outline.num_tokens, *x.shape[1:], dtype=_wide(x)) for x in (k, v)]
         return held + (self.branch.hold(*own, q, k, v) if self.branch else [])
@@ -311,18 +322,45 @@ class _Sparse:
         block, levels = self.selection.block, range(1, self.selection.levels + 1)
         return [sum(-(-length // block**level) for length in self.outline.lengths) for level in levels]
 
-    def _listed(self):
-        """Blocks listed for the queries of this rank, on average over their places."""
-        tokens, selection = self.outline.num_tokens_local, self.selection
-        if isinstance(selection, Hierarchical):
-            listed = selection.keep + self.causal  # under a mask what is around the queries as well
-            tiles = -(-tokens // tile_rows(selection.block))
-            return listed * (-(-tokens // selection.block) + tiles * (selection.levels - 1))
-        longest = max(self.outline.lengths)
-        blocks = -(-longest // selection.key_block)
-        kept = int(kept_of(np.array(blocks), selection.keep))
-        seen = kept // 2 + 1 if self.causal else kept
-        return -(-tokens // selection.query_block) * (seen + -(-selection.query_block // selection.key_block))
+    def _lists(self, k):
+        """Int32 tables of this rank's plans: lists have the same room for every block. Over ranks those of blocks that
+        arrive are beside those of all, with where each of them lies here, and where this rank's went."""
+        outline, selection, heads = self.outline, self.selection, k.shape[1]
+        if isinstance(selection, Hierarchical):  # under a mask with what is around queries
+            keys, rows = selection.block, -(-max(outline.lengths) // selection.block**selection.levels) - self.causal
+            widths = [selection.keep + self.causal] * (selection.levels - 1) + [min(selection.keep, rows) + self.causal]
+            sizes = [(selection.block, widths[0])]
+            if selection.levels > 1:
+                under = sum(self._turns(level) * width for level, width in enumerate(widths[1:], 1))
+                sizes.append((tile_rows(selection.block), under))
+        else:
+            sizes, keys = [(selection.query_block, self._longest_list())], selection.key_block
+        if outline.world_size > 1:
+            sizes.append(sizes[0])
+        shapes = []
+        for size, width in sizes:
+            rows = outline.blocks(size)
+            shapes += [(heads, rows * width), (heads, rows + 1)]
+        if outline.world_size > 1:
+            arriving = -(-(outline.num_tokens - outline.num_tokens_local) // keys)
+            shapes += [(heads, arriving)] * 4 + [(outline.world_size, heads, outline.blocks(keys))]
+        return [k.new_empty(shape, dtype=torch.int32) for shape in shapes]
+
+    def _turns(self, level):
+        """Blocks under a row of the next level: two where some last row of a level has fewer tokens."""
+        span, block = self.selection.block**level, self.selection.block
+        return 1 + any(length % span and length // span % block for length in self.outline.lengths)
+
+    def _longest_list(self):
+        selection, longest = self.selection, max(self.outline.lengths)
+        if not isinstance(selection, TopBlocks):  # about as long as all
+            return -(-int(selection.pairs(longest)) // (longest * selection.key_block))
+        keys = selection.key_block
+        if not self.causal:
+            return int(kept_of(np.array(-(-longest // keys)), selection.keep))
+        begin = np.arange(0, longest, selection.query_block)
+        met = -(-np.minimum(begin + selection.query_block, longest) // keys) - begin // keys
+        return int(kept_of(begin // keys, selection.keep).max() + met.max())
 
 
 @dataclass(frozen=True)
@@ -345,7 +383,7 @@ class _Branch:
         folded = self._states(self._folded(), own_k, k, v, _wide(k))
         states = folded
         if self.rest:
-            states = self._states(self._blocks(self.selection.query_block), own_k, k, v, state_dtype(k.dtype))
+            states = self._states(self.outline.blocks(self.selection.query_block), own_k, k, v, state_dtype(k.dtype))
         size = (k if own_k is None else own_k).shape[2]
         return states, k.new_empty(len(states), k.shape[1], size, dtype=_wide(k))
 
@@ -360,7 +398,7 @@ class _Branch:
 
     def late(self, own_k, k, v):
         """Numbers of states of gradients, in fp32; those that chosen blocks are taken out of are half as wide."""
-        rows = self._folded() + (self._blocks(self.selection.key_block) // 2 if self.rest else 0)
+        rows = self._folded() + (self.outline.blocks(self.selection.key_block) // 2 if self.rest else 0)
         return rows * k.shape[1] * (k if own_k is None else own_k).shape[2] * (v.shape[2] + 1)
 
     def _note(self, own_k, q, k, v, backward):
@@ -370,20 +408,13 @@ class _Branch:
 
     def _sums(self, own_k, k, v, forward):
         if self.rest:
-            rows = self._blocks(self.selection.key_block if forward else self.selection.query_block)
+            rows = self.outline.blocks(self.selection.key_block if forward else self.selection.query_block)
         else:
-            rows = self._blocks(self.selection.query_block if self.causal else WHOLE_BLOCK)
+            rows = self.outline.blocks(self.selection.query_block if self.causal else WHOLE_BLOCK)
         return self._states(rows, own_k, k, v, state_dtype(k.dtype))
 
     def _folded(self):
-        return self._blocks(self.selection.query_block) if self.causal else self.outline.spans
-
-    def _blocks(self, size):
-        """Blocks of so many tokens that this rank's spans are cut into."""
-        outline = self.outline
-        if outline.world_size == 1:
-            return sum(-(-length // size) for length in outline.lengths)
-        return outline.spans * -(-outline.num_tokens_local // (outline.spans * size))
+        return self.outline.blocks(self.selection.query_block) if self.causal else self.outline.spans
 
     def _states(self, rows, own_k, k, v, dtype):
         """[rows, Hkv, 1, K V + K]: state_dtype for sums and what chosen blocks are taken out of, else at least fp32."""

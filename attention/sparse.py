@@ -9,15 +9,17 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import pick, resolve
-from longspan.attention.block_parts import STRATEGIES, Part, Request, block_parts
+from longspan.attention.block_parts import STRATEGIES, Part
 from longspan.attention.gather_rows import Ranks, gather_rows
 from longspan.attention.linear_branch import Branch, LinearBranch
 from longspan.attention.outline import Outline
 from longspan.attention.ranges import SPARSE, of_component
 from longspan.attention.recompute import keep, recall
+from longspan.attention.requests import Request, block_parts
 from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
-from longspan.kernels.sparse import BlockPlan, Shares, choose
+from longspan.attention.sparse_estimate import Estimate
+from longspan.kernels.sparse import BlockPlan, add_shares, choose
 
 
 @torch.compiler.disable
@@ -61,6 +63,8 @@ def sparse_attention(
     if isinstance(seq, Outline):
         return seq.sparse(q, k, v, selection, linear, causal)
     strategy = pick(STRATEGIES, seq.parallel.sparse, "auto", "sparse strategy")
+    if strategy == "auto":
+        strategy = Estimate(q.shape[1], *k.shape[1:], k.itemsize, seq.parallel.topology)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = selection.tables(seq, causal)
     coarse = selection.coarse(k, v, tables, lambda x: gather_rows(x, seq.parallel.group))
@@ -88,7 +92,7 @@ class _Attention(torch.autograd.Function):
             sums, pending = branch.start(own[1], v, travels=kept is None)
         if kept is None:
             coarse = coarse_k, coarse_v
-            given = _choose(q, k, coarse, selection, tables, causal, strategy, group)
+            given = _choose(q, k, coarse[0], selection, tables, causal, strategy, group)
             found = attend(q, (k, v), coarse, *given, group, scale)
             kept = keep((*found, None if branch is None else branch.finish(pending, sums)))
         out, lse, parts, arrived, entry = kept
@@ -99,41 +103,40 @@ class _Attention(torch.autograd.Function):
             result = branch.output(out, *own, v, *states, weight, bias)
         saved = coarse_k, coarse_v, weight, bias, own_q, own_k, *states
         ctx.save_for_backward(q, k, v, out.detach(), lse, *saved, *arrived)
-        ctx.rest = parts, group, scale, getattr(tables, "tree", None), branch
+        ctx.rest = parts, group, scale, getattr(tables, "owned", None), branch
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
         q, k, v, out, lse, coarse_k, coarse_v, weight, bias, own_q, own_k, states, totals, *arrived = ctx.saved_tensors
-        parts, group, scale, tree, branch = ctx.rest
-        d_out, d_branch, work = d_out.contiguous(), [None] * 4, None
+        parts, group, scale, owned, branch = ctx.rest
+        d_out, d_branch, work, meanwhile = d_out.contiguous(), [None] * 4, None, None
         if branch is not None:
             mine = q if own_q is None else own_q, k if own_k is None else own_k, v
             d_own_q, d_weight, d_bias, work = branch.start_backward(d_out, *mine, states, totals, weight)
             d_branch[:2] = d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+
+            def meanwhile(dk, dv):
+                d_own_k, dv = branch.gradients(parts[0], *mine[1:], work, (dk if own_k is None else None, dv))
+                if own_k is None:
+                    return d_own_k, dv
+                d_branch[2:] = d_own_q.to(own_q.dtype), d_own_k.to(own_k.dtype)
+                return dk, dv
+
         given = q, (k, v), (coarse_k, coarse_v), out, lse, arrived, parts, group, scale
         onto = d_own_q if branch and own_q is None else None
-        gradients = gradients_of(d_out, *given, tree, branch, work, onto)
-        if branch is not None:
-            onto = (gradients[1] if own_k is None else None), gradients[2]
-            d_own_k, gradients[2] = branch.gradients(parts[0], *mine[1:], work, onto)
-            if own_q is None:
-                gradients[1] = d_own_k
-            else:
-                d_branch[2:] = d_own_q.to(own_q.dtype), d_own_k.to(own_k.dtype)
+        gradients = gradients_of(d_out, *given, owned, branch, work, onto, meanwhile)
         inputs = q, k, v, coarse_k, coarse_v
         gradients = [x if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)]
         return *gradients, *d_branch, *[None] * 7
 
 
-def _choose(q, k, coarse, selection, tables, causal, strategy, group):
-    """What `attend` takes: parts that are here, those that have arrived, and what follows."""
+def _choose(q, k, coarse_k, selection, tables, causal, strategy, group):
+    """What `attend` takes: parts that are here, and what follows."""
     with torch.no_grad():
-        ranks = Ranks(group, coarse)
-        chosen = selection.choose(q, k, coarse[0], tables, ranks)
-        here, remote = parts_of(chosen, tables, causal, strategy, group)
-        return here, ranks.arrived, remote
+        chosen = selection.choose(q, k, coarse_k, tables, Ranks(group))
+        return parts_of(chosen, tables, causal, strategy, group)
 
 
 def parts_of(chosen, tables, causal, strategy, group):
@@ -145,18 +148,17 @@ def parts_of(chosen, tables, causal, strategy, group):
     local, remote = block_parts(fine, tables, causal, strategy, group, *rule, full=full)
     here, dense = [], getattr(tables, "dense", None)
     if dense is not None:
-        here.append(Part(dense, coarse=True, rows=tables.dense_rows))
+        here.append(Part(dense, tables.dense_rows))
     if coarse is not None:
         options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "chunk": tables.chunk}
         plan = BlockPlan.of(tables.tiles, tables.coarse_blocks, coarse, full=full, **options)
-        here.append(Part(plan, coarse=True, rows=tables.coarse_rows))
+        here.append(Part(plan, tables.coarse_rows))
     return [*here, local], remote
 
 
-def attend(q, local, coarse, here, fetched, remote, group, scale):
+def attend(q, local, coarse, here, remote, group, scale):
     """(out, lse, parts, keys and values that arrived, part after part). local, coarse: keys and values; here, remote:
-    what parts_of gives; fetched: (part, keys, values) that have arrived. What is here is queued before the host waits
-    for anything."""
+    what parts_of gives. What is here is queued before the host waits for anything."""
     found, arrived, parts = None, [], []
 
     def add(part, keys, values):
@@ -165,23 +167,19 @@ def attend(q, local, coarse, here, fetched, remote, group, scale):
         form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
         if not q.shape[0] or not len(part.plan.keys):
             return
-        count = len(here) + len(fetched) + (len(remote) if isinstance(remote, list) else 1)
+        count = len(here) + (len(remote) if isinstance(remote, list) else 1)
         dtype = q.dtype if len(parts) == count else _sum_dtype(q, count)
         found = form.forward(q, keys, values, part.plan, scale, found, dtype)
 
-    coming = remote[0].start(*local, group) if isinstance(remote, list) and remote else None
+    pending = remote[0].way.start(*local, group) if isinstance(remote, list) and remote else None
     for part in here:
         add(part, *_keys_of(part, local, coarse))
-    for part, *tensors in fetched:
-        arrived += tensors
-        add(part, *tensors)
     if isinstance(remote, Request):
-        remote, *coming = remote.parts(*local)
-    for number, part in enumerate(remote):
-        pending, *tensors = coming
-        pending.wait()
-        if number + 1 < len(remote):
-            coming = remote[number + 1].start(*local, group)
+        remote, pending = remote.parts(*local)
+    for number, part in enumerate(remote, 1):
+        tensors = pending.wait()
+        if number < len(remote):
+            pending = remote[number].way.start(*local, group)
         arrived += tensors
         add(part, *tensors)
     if found is None:
@@ -190,44 +188,51 @@ def attend(q, local, coarse, here, fetched, remote, group, scale):
 
 
 def gradients_of(
-    d_out, q, local, coarse, out, lse, arrived, parts, group, scale, tree=None, branch=None, work=None, dq=None
+    d_out, q, local, coarse, out, lse, arrived, parts, group, scale, owned=None, branch=None, work=None, dq=None,
+    meanwhile=None,
 ):  # fmt: skip
     """Gradients of q, local keys and values, in at least fp32 where several are added, and of coarse keys and values.
-    What arrived comes first: its gradients are on their way back while those of what is here are made. tree: of the
-    coarse rows, if their gradients are to go on to the local keys and values, which come last. work: of the
-    branch, or None; its gradients of what arrived go back with the others, those of local tensors are left out. dq:
-    what gradients of queries are added to, or None."""
+    What arrived comes first: its gradients are on their way back while those of what is here are made. owned: of
+    coarse rows whose gradients go on to the local keys and values, which come last; None where they are returned. work:
+    of the branch, or None; its gradients of what arrived go back with the others. dq: what gradients of queries are
+    added to, or None; meanwhile: adds to those of local keys and values while others are on their way back, or None."""
     here, remote = ([part for part in parts if part.remote == there] for there in (False, True))
-    own = {False: local, True: coarse}
-    if coarse[0] is not None:  # with a tree all of them are of parts that are here
-        own[True] = [x.new_empty(x.shape) if tree is not None else x.new_zeros(x.shape) for x in coarse]
-    sums, returning, arrived = {}, [], list(zip(arrived[::2], arrived[1::2], strict=True))
+    if coarse[0] is not None:  # owned ones are all of parts that are here
+        d_coarse = [x.new_zeros(x.shape) if owned is None else x.new_empty(x.shape) for x in coarse]
+    else:
+        d_coarse = [None, None]
+    sums, returning, passing, arrived = {}, [], None, list(zip(arrived[::2], arrived[1::2], strict=True))
     for number, part in enumerate(remote[::-1] + here, 1):
         keys, values = arrived.pop() if part.remote else _keys_of(part, local, coarse)
-        into = [x[part.rows] for x in own[True]] if part.coarse and not part.remote else None
+        into = [x[part.rows] for x in d_coarse] if part.coarse else None
+        shares = None
+        if owned is not None and not (part.remote or part.coarse):  # the last part: all means have their gradients
+            passing = owned.start(d_coarse, group)
+            if not remote:
+                shares, passing = owned.shares(passing), None
         if not q.shape[0] or not len(part.plan.keys):
             gradients = [torch.zeros_like(x) for x in (keys, values)] if into is None else [x.zero_() for x in into]
+            if shares is not None:
+                add_shares(gradients, part.plan.keys, shares)
         else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
             if form not in sums:
                 sums[form] = form.row_sums(d_out, None, out, lse)
-            more = {"rows": sums[form], "onto": dq, "into": into}
-            if tree is not None and not part.coarse:
-                more["shares"] = Shares(tree, *own[True])
+            more = {"rows": sums[form], "onto": dq, "into": into, "shares": shares}
             more["dtype"] = q.dtype if number == len(parts) else _sum_dtype(q, len(parts))
             dq, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale, **more)
-        if not part.remote:
-            if not part.coarse:
-                own[False] = gradients
-            continue
-        if work is not None and branch.rest and keys.shape[0]:
-            gradients = branch.part_gradients(part, keys, values, work, gradients)
-        returning.insert(0, (part, *part.start_return(gradients, keys.dtype, group)))
-    for part, pending, returned in returning:
-        pending.wait()
-        own[part.coarse] = [x.to(_wide(q)) for x in own[part.coarse]]
-        part.add_returned(returned, own[part.coarse])
-    return [torch.zeros_like(q) if dq is None else dq, *own[False], *own[True]]
+        if part.remote:
+            if work is not None and branch.rest and keys.shape[0]:
+                gradients = branch.part_gradients(part, keys, values, work, gradients)
+            returning.insert(0, (part.way, part.way.start_return(gradients, keys.dtype, group)))
+        elif not part.coarse:
+            own, blocks = gradients, part.plan.keys
+    own = own if meanwhile is None else meanwhile(*own)
+    shares = None if passing is None else owned.shares(passing)
+    for way, pending in returning:
+        own = way.add_returned(pending.wait(), own, blocks, shares)
+        shares = None
+    return [torch.zeros_like(q) if dq is None else dq, *own, *(d_coarse if owned is None else (None, None))]
 
 
 def _keys_of(part, local, coarse):

@@ -214,12 +214,12 @@ class Bench:
             coarse, chosen = choose()
             parts = plan(chosen)
             listed = [part.plan for part in parts if "columns" not in vars(part.plan)]  # others come with the batch
-            out, lse, *_ = sparse.attend(q, (k, v), coarse, parts, [], [], None, self.scale)
+            out, lse, *_ = sparse.attend(q, (k, v), coarse, parts, [], None, self.scale)
             calls = {
                 "select": choose,
                 "rows": lambda: plan(chosen),
                 "columns": lambda: [BlockPlan.columns.func(plan) for plan in listed],
-                "kernels_forward": lambda: sparse.attend(q, (k, v), coarse, parts, [], [], None, self.scale),
+                "kernels_forward": lambda: sparse.attend(q, (k, v), coarse, parts, [], None, self.scale),
                 "kernels_backward": lambda: sparse.gradients_of(
                     d_out, q, (k, v), coarse, out, lse, (), parts, None, self.scale
                 ),

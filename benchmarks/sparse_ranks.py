@@ -10,7 +10,6 @@ import argparse
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -18,10 +17,11 @@ import torch.distributed as dist
 
 from longspan.attention import Hierarchical, LinearBranch, TopBlocks, sparse, sparse_attention
 from longspan.attention.block_parts import STRATEGIES, pieces_of
-from longspan.attention.gather_rows import Ranks as Others
+from longspan.attention.requests import Fetched
 from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.linear_ranks import with_efficiency
 from longspan.benchmarks.ranks import DIRECTIONS, Ranks, join, layer_step
+from longspan.launcher.breakdown import EXPOSED, Work, break_down
 from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import SequenceParallel
 
@@ -33,14 +33,16 @@ SELECTIONS = {
 }
 FORCED = ("auto", *STRATEGIES)
 FP32 = 4
-
-
-def scaled(selection, ranks: int):
-    """The selection with which one rank's tokens alone are as much work as they are over ranks: a share of the blocks
-    of a shorter document is so much larger."""
-    if isinstance(selection, TopBlocks) and selection.keep < 1:
-        return replace(selection, keep=min(0.999, selection.keep * ranks))
-    return selection
+# What kernels of the operator are for, by how their names begin.
+PARTS = {
+    "forward": ("forward_kernel",),
+    "dq": ("queries_kernel", "rows_kernel"),
+    "dk, dv": ("keys_kernel", "add_kernel"),
+    "choosing": ("pool_kernel", "split_kernel", "top_kernel", "descend_kernel"),
+    "lists": ("count_rows", "scan_kernel", "fill_rows", "mark_kernel", "sum_cells", "place_kernel", "order_kernel"),
+    "packing": ("pack_kernel", "add_packed_kernel"),
+    "branch": ("whole_", "sums_kernel", "output_kernel", "query_grad", "key_grad", "inside_key", "listed_kernel"),
+}
 
 
 def operator_step(selection, seq, arguments, dtype, device):
@@ -80,72 +82,88 @@ def decoder_layer(selection, seq, arguments, dtype, device):
 @contextmanager
 def watched(seen):
     """Notes which parts ran, and how many rows of others their lists name, counted apart from what is exchanged."""
-    attend, parts_of, rows = sparse.attend, sparse.parts_of, Others.rows
-    seen |= {"rows": 0}
-
-    def unique(lists, keys, rank):
-        for head in pieces_of(lists, keys):
-            found = head.unique()
-            found = found[(found >= 0) & (found // keys.width != rank)]
-            seen["rows"] += int(keys.lengths[found].sum())
+    attend, parts_of = sparse.attend, sparse.parts_of
 
     def count_tokens(chosen, tables, causal, strategy, group):
         if not tables.keys.whole:
-            unique(chosen[0], tables.keys, dist.get_rank(group))
-            seen["sums"] = summed(tables)
+            seen.update(rows=0, sums=summed(tables))
+            for head in pieces_of(chosen[0], tables.keys):
+                found = head.unique()
+                found = found[(found >= 0) & (found // tables.keys.width != dist.get_rank(group))]
+                seen["rows"] += int(tables.keys.lengths[found].sum())
         return parts_of(chosen, tables, causal, strategy, group)
-
-    def count_rows(self, blocks, own, tables):
-        unique(blocks, tables.means.keys, dist.get_rank(self.group))
-        return rows(self, blocks, own, tables)
 
     def note(*given):
         result = attend(*given)
-        remote = [part for part in result[2] if part.remote and not part.coarse]
-        seen["took"] = "ring" if len(remote) > 1 or any(part.picked is None for part in remote) else "fetch"
+        remote = [part for part in result[2] if part.remote]
+        seen["took"] = "fetch" if len(remote) == 1 and isinstance(remote[0].way, Fetched) else "ring"
         return result
 
-    with (
-        mock.patch.object(sparse, "attend", note),
-        mock.patch.object(sparse, "parts_of", count_tokens),
-        mock.patch.object(Others, "rows", count_rows),
-    ):
+    with mock.patch.object(sparse, "attend", note), mock.patch.object(sparse, "parts_of", count_tokens):
         yield
 
 
-def summed(tables) -> int:
-    """Rows and key heads of pooled sums that a rank gets: of keys, and in LLSA of queries, and of keys and values and
-    their gradients."""
-    if hasattr(tables, "everywhere"):
-        return 5 * tables.everywhere.width + (5 if tables.means is not None else 1) * len(tables.routers.shown)
-    return tables.keys.width + len(tables.routers.shown)
+def summed(tables) -> tuple[int, int]:
+    """Rows and key heads of pooled sums in fp32, of keys and, in LLSA, of values and queries, that a rank gets of each
+    other, and those of gradients of means, which are as wide as keys."""
+    shown = len(tables.routers.shown)
+    if not hasattr(tables, "owned"):
+        return tables.keys.width + shown, 0
+    second = 0 if tables.second is None else tables.second.width
+    return 2 * tables.keys.width + second + shown, 2 * len(tables.owned.tree.size)
 
 
 def time_case(ranks: Ranks, name: str, tokens: int, strategy: str | None, arguments, dtype) -> dict:
-    """Times of one strategy; without one, of the rank alone on as many tokens and pairs, all ranks at once."""
+    """Times of one strategy; without one a rank's share of the time that it takes for the whole document by itself, all
+    ranks at once."""
     selection, mesh = SELECTIONS[name], ranks.mesh
     if strategy is None:
-        selection, seq = scaled(selection, mesh.sp), ranks.alone((tokens // mesh.sp,))
+        seq = ranks.alone((tokens,))
     else:
         groups = mesh.sp_group, mesh.sp_state_group
         parallel = SequenceParallel(*groups, layout=arguments.layout, sparse=strategy, device=ranks.device)
         seq = parallel.context((tokens,))
-    causal = arguments.layer or arguments.causal
-    pairs = selection.pairs(seq.num_tokens) if causal else selection.pairs(seq.num_tokens, causal=False)
     step = (decoder_layer if arguments.layer else operator_step)(selection, seq, arguments, dtype, ranks.device)
-    found = {"ms": ranks.measure(step), "pairs_per_rank": pairs / seq.world_size}
+    found = {"ms": ranks.measure(step)}
+    if ranks.device.type == "cuda":
+        found["parts_ms"] = ranks.mean(kernel_times(step))
     if strategy is None:
-        return found
+        return {of: {part: ms / mesh.sp for part, ms in times.items()} for of, times in found.items()}
     seen = {}
     with Traffic() as traffic, watched(seen):
         step(lambda: None)
+    wide, narrow = seen["sums"]
     row = 2 * arguments.head_dim * dtype.itemsize  # a key and a value
-    pooled = seen["sums"] * arguments.kv_heads * arguments.head_dim * FP32 * (seq.world_size - 1)
+    pooled = (wide * FP32 + narrow * dtype.itemsize) * arguments.kv_heads * arguments.head_dim * (seq.world_size - 1)
     totals = torch.tensor([traffic.received, 2 * seen["rows"] * row, pooled], dtype=torch.float64, device=ranks.device)
     dist.all_reduce(totals, group=mesh.sp_group)
     received, blocks, pooled = (totals / 2**20 / seq.world_size).tolist()
     found |= {"took": seen["took"], "received_mib": received, "blocks_mib": blocks, "pooled_mib": pooled}
     return found | {"received_over_needed": received / (blocks + pooled)}
+
+
+def kernel_times(step) -> dict[str, float]:
+    """ms of one step on a GPU by what it does, see PARTS: every instant belongs to what is computed then, else to
+    communication, which is exposed, else to the host, for which the GPU waits. In "nccl" all communication."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step(lambda: None)
+        torch.cuda.synchronize()
+    work = []
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            span = event.time_range.start / 1e3, event.time_range.end / 1e3
+            work.append(Work(*span, part_of(event.name), communication="nccl" if "nccl" in event.name else ""))
+    found = break_down(work, (min(x.start for x in work), max(x.end for x in work)))
+    times = {part: 0.0 for part in (*PARTS, "other", "exposed", "idle")}
+    for (component, _), ms in found.seconds.items():
+        times["exposed" if component == EXPOSED else component] += ms
+    return times | {"nccl": found.communication, "launches": float(len(work))}
+
+
+def part_of(kernel: str) -> str:
+    """The part that a kernel of this name belongs to."""
+    return next((part for part, names in PARTS.items() if any(kernel.startswith(name) for name in names)), "other")
 
 
 def main() -> int:
@@ -172,7 +190,6 @@ def main() -> int:
                 elif strategy is None:
                     alone = row
                 elif alone:
-                    row["pairs_over_alone"] = row["pairs_per_rank"] / alone["pairs_per_rank"]
                     with_efficiency(row, alone)
                 failed |= error is not None
                 record["rows"].append(row)
@@ -196,17 +213,18 @@ def table(rows: list[dict]) -> str:
                 line[f"{short} ms"] = f"{row['ms'][direction]:.3f}"
             if "efficiency" in row:
                 line[f"{short} share"] = f"{row['efficiency'][direction]:.1%}"
-        for name in ("pairs_over_alone", "received_over_needed"):
-            line[name] = f"{row[name]:.3f}" if name in row else None
-        lines.append(line | {name: row.get(name) for name in ("received_mib", "blocks_mib", "pooled_mib")})
-    columns = ["case", "tokens", "strategy", "took", "f ms", "f share", "fb ms", "fb share", "pairs_over_alone"]
-    return format_table(lines, [*columns, "received_mib", "blocks_mib", "pooled_mib", "received_over_needed"])
+        needed = row.get("received_over_needed")
+        line |= {"MiB": row.get("received_mib"), "over needed": None if needed is None else f"{needed:.3f}"}
+        lines.append(line | {part: f"{ms:.2f}" for part, ms in row.get("parts_ms", {}).items()})
+    columns = ["case", "tokens", "strategy", "took", "f ms", "f share", "fb ms", "fb share", "MiB", "over needed"]
+    parts = list(next((row["parts_ms"] for row in rows if "parts_ms" in row), ()))
+    return format_table(lines, columns) + ("\n\n" + format_table(lines, columns[:3] + parts) if parts else "")
 
 
 def parse_arguments(argv=None):
     on_gpu = torch.cuda.is_available()
     parser, default = argparse.ArgumentParser(description=__doc__.split("\n")[0]), "(default: %(default)s)"
-    add, sizes = parser.add_argument, [1 << 18, 1 << 20] if on_gpu else [1 << 12]
+    add, sizes = parser.add_argument, [1 << 18] if on_gpu else [1 << 12]
     add("--output", help="JSON file, saved again after every measurement")
     add("--cases", nargs="+", choices=list(SELECTIONS), default=list(SELECTIONS))
     add("--strategies", nargs="+", choices=FORCED, default=list(FORCED))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def measure(system: System, model: dict, runs, gpus: int, arguments, deadline: f
                 command, read = theirs(system.worker, model, left, arguments.device, Path(folder))
             limit = min(deadline - time.monotonic(), arguments.limit * len(together))
             ranks, found = Ranks(command, gpus, Path(folder)), 0
-            for row in ranks.rows(read, len(together), limit):
+            for row in ranks.rows(read, len(together), after(limit)):
                 yield row
                 left.pop(0)
                 found += 1
@@ -140,7 +140,7 @@ def ours(system: System, model: dict, tokens: int, steps: int, device: str, fold
     path.write_text(yaml.safe_dump(config))
 
     def read():
-        rows = _lines(run / "metrics.jsonl")
+        rows = read_lines(run / "metrics.jsonl")
         if len(rows) < steps:
             return []
         seconds = [row["step_time_s"] for row in rows]
@@ -156,14 +156,14 @@ def theirs(worker: str, model: dict, runs, device: str, folder: Path):
     output = folder / f"{worker}.jsonl"
     command = [sys.executable, "-m", "longspan.benchmarks.training_worker", "--system", worker]
     command += ["--model", json.dumps(model), "--runs", json.dumps(runs), "--device", device, "--output", str(output)]
-    return command, lambda: _lines(output)
+    return command, lambda: read_lines(output)
 
 
 class Ranks:
     """Processes with torchrun's environment, ended with the last row, the first failure or the time limit; `reason`:
     why there are no more rows."""
 
-    def __init__(self, command: list[str], count: int, folder: Path):
+    def __init__(self, command: list[str], count: int, folder: Path, environment: dict[str, str] | None = None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -172,13 +172,15 @@ class Ranks:
             for rank in range(count):
                 places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
                 places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                environment = {"OMP_NUM_THREADS": "1"} | os.environ | {k: str(v) for k, v in places.items()}
-                options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+                own = (
+                    {"OMP_NUM_THREADS": "1"} | os.environ | (environment or {}) | {k: str(v) for k, v in places.items()}
+                )
+                options = {"stdout": log, "stderr": subprocess.STDOUT, "env": own}
                 self.processes.append(subprocess.Popen(command, **options))
 
-    def rows(self, read, count: int, limit_s: float) -> Iterator[dict]:
-        """What `read` returns, row by row as it grows, up to `count`."""
-        deadline, given = time.monotonic() + limit_s, 0
+    def rows(self, read, count: int, over: Callable[[], str | None]) -> Iterator[dict]:
+        """What `read` returns, row by row as it grows, up to `count`, until `over` has a reason to end."""
+        given = 0
         try:
             while given < count:
                 ended = [process.poll() for process in self.processes]
@@ -189,8 +191,8 @@ class Ranks:
                 if any(ended) or None not in ended:
                     self.reason = f"a rank ended: {self._last_words()}"
                     return
-                if time.monotonic() > deadline:
-                    self.reason = f"took longer than {limit_s:.0f} s"
+                if reason := over():
+                    self.reason = reason
                     return
                 time.sleep(0.2)
         finally:
@@ -203,6 +205,12 @@ class Ranks:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         named = [line for line in lines if "Error" in line]
         return (named or lines or ["nothing was said"])[-1][:300]
+
+
+def after(limit_s: float) -> Callable[[], str | None]:
+    """For `Ranks.rows`: over `limit_s` seconds from now."""
+    deadline = time.monotonic() + limit_s
+    return lambda: f"took longer than {limit_s:.0f} s" if time.monotonic() > deadline else None
 
 
 def complete(row: dict, model: dict, gpus: int, device: str) -> dict:
@@ -233,7 +241,7 @@ def table(rows: list[dict]) -> str:
     return format_table(lines, COLUMNS)
 
 
-def _lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     """Whole lines of a file that is being written."""
     if not path.exists():
         return []

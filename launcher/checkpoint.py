@@ -5,6 +5,7 @@ state (`rng-*.pt`), `info.json` (step, data position, config, file sizes) and th
 written to `.saving-step-00000100` and renamed when it is whole, so one that was interrupted is never read.
 """
 
+import io
 import json
 import logging
 import os
@@ -50,10 +51,19 @@ def find(run_dir: Path, resume: str) -> Info | None:
     """The checkpoint that `checkpoint.resume` means for this run directory; None to start anew.
 
     "auto": the newest complete one of the run directory. "none": none. Otherwise a path: a checkpoint, or a run
-    directory whose newest one is taken. Raises UserError when it is missing or damaged, and when the run directory
-    holds later checkpoints than the start, which the run would mix with its own. Looks at the file system: call it on
-    one rank.
+    directory whose newest one is taken. Raises UserError when it is missing, damaged or not readable, and when the run
+    directory holds later checkpoints than the start, which the run would mix with its own. Looks at the file system:
+    call it on one rank.
     """
+    try:
+        return _find(run_dir, resume)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: cannot be read ({error.strerror}); change its permissions, run.dir or checkpoint.resume"
+        ) from None
+
+
+def _find(run_dir: Path, resume: str) -> Info | None:
     own = _complete(run_dir / "checkpoints")
     if resume == "auto":
         return read_info(own[-1]) if own else None
@@ -128,15 +138,21 @@ def load(info: Info, engine: Engine) -> None:
     same number of ranks only; on another it is drawn from the step. Raises UserError on all ranks when it fails.
     """
     state = engine.state_dict()
-    try:
-        dcp.load(state, checkpoint_id=info.path)
-    except CheckpointException as error:
-        raise UserError(_damaged(info.path, _first_failure(error))) from None
+    fill(info, state)
     engine.load_state_dict(state)
     if info.world_size == dist.get_world_size():
         _set_random_state(torch.load(info.path / _rng_file(dist.get_rank()), weights_only=True))
     else:
         torch.manual_seed(info.config["run"]["seed"] + info.step)
+
+
+def fill(info: Info, state: dict[str, Any], **options) -> None:
+    """Loads into the tensors of `state` what the checkpoint has under their names; options: of dcp.load. Raises
+    UserError, on all ranks, when it fails."""
+    try:
+        dcp.load(state, checkpoint_id=info.path, **options)
+    except CheckpointException as error:
+        raise UserError(_damaged(info.path, _first_failure(error))) from None
 
 
 def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict[str, Any]) -> Path:
@@ -152,12 +168,16 @@ def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict
         dcp.save(state, checkpoint_id=partial)
     except CheckpointException as error:
         failure = _first_failure(error)
+        if "inline_container" in str(failure):  # what torch's zip writer says when the file did not take all of it
+            failure = OSError("a file is shorter than what was written to it, as on a full disk")
         if not isinstance(failure, OSError):
             raise
         raise UserError(_unwritable(partial, failure)) from None
     problem = None
     try:
-        torch.save(_random_state(), partial / _rng_file(dist.get_rank()))
+        content = io.BytesIO()  # torch.save hides the reason when a file cannot be written
+        torch.save(_random_state(), content)
+        (partial / _rng_file(dist.get_rank())).write_bytes(content.getvalue())
     except OSError as error:
         problem = _unwritable(partial, error)
     problems = [None] * dist.get_world_size()

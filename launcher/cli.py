@@ -91,13 +91,18 @@ def plan(argv: list[str]) -> None:
     parser.add_argument("--gpus", default="1xH200", metavar="NxTYPE", help="such as 64xH200 (default 1xH200)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)")
     parser.add_argument(
-        "--document", default="0", metavar="TOKENS", help="length of documents (default: a sample is one document)"
+        "--host-memory", type=float, default=0, metavar="GIB", help="of a machine (default 128 for each of its GPUs)"
     )
+    parser.add_argument(
+        "--document", type=_tokens, default=0, metavar="TOKENS",
+        help="length of documents (default: a sample is one document)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     config, arguments = _read_settings(parser, argv)
     from longspan.launcher.estimate_report import report  # imports torch
 
-    report(config, arguments.gpus, arguments.gpus_per_node, parse_tokens(arguments.document), as_json=arguments.json)
+    cluster = arguments.gpus, arguments.gpus_per_node, arguments.host_memory
+    report(config, *cluster, arguments.document, as_json=arguments.json)
 
 
 def profile(argv: list[str]) -> None:
@@ -205,6 +210,9 @@ def report(argv: list[str]) -> None:
     parser.add_argument(
         "--warmup", type=int, default=2, metavar="N", help="first steps of a run that medians leave out (default 2)"
     )
+    parser.add_argument("--plan", action="store_true", help="what `longspan plan` says of each run, beside its figures")
+    parser.add_argument("--record", metavar="FILE.json", help="also keep the runs in one file, which RESULTS may name")
+    parser.add_argument("--recipes", metavar="PAGE.md", help="also put the table of recipes into this page")
     arguments = parser.parse_args(argv)
     from longspan.launcher.report import write_report
 
@@ -229,6 +237,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         command = self.prog.removeprefix("longspan").strip()  # the line starts with longspan as it is
         raise UserError(f"{command}: {message}" if command else message)
+
+
+def _tokens(text: str) -> int:
+    try:
+        return parse_tokens(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _shown(value: Any) -> str:

@@ -5,6 +5,7 @@
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal
 
@@ -104,7 +105,7 @@ class ParallelConfig:
     costs: str = setting("", "file of `longspan bench calibrate` for plans of zeppelin; empty: an H200")
     token_cap: float = setting(1.5, "with zeppelin: most tokens of a rank in softmax attention, in units of the mean")
     key_blocks: int = setting(0, "most thread blocks of NCCL for keys on their way, such as 4; 0: NCCL's own choice")
-    backend: Literal["auto", "fa4", "cudnn", "flash", "cpu", "math"] = setting(
+    backend: Literal["auto", "fa4", "cudnn_ragged", "cudnn", "flash", "cpu", "math"] = setting(
         "auto", "kernel of softmax attention; auto: the fastest that is installed and fits"
     )
 
@@ -162,6 +163,7 @@ class CheckpointConfig:
     """What is saved, and where a run starts."""
 
     interval: int = setting(0, "steps between checkpoints; 0: only at the end")
+    at_end: bool = setting(True, "save after the last step too; false for runs that measure")
     keep_last: int = setting(2, "checkpoints kept; older ones are deleted")
     resume: str = setting("auto", "auto: the run directory's newest checkpoint, if any | none: start anew | PATH")
 
@@ -218,7 +220,9 @@ class Config:
         for text in overrides or []:
             config = update(config, parse_override(config, text), "command line")
         name = config.run.name or "longspan"
-        config.run = replace(config.run, name=name, dir=config.run.dir.replace("{name}", name))
+        config.run = replace(config.run, name=name, dir=expanduser(config.run.dir.replace("{name}", name)))
+        config.checkpoint = replace(config.checkpoint, resume=expanduser(config.checkpoint.resume))
+        config.parallel = replace(config.parallel, costs=expanduser(config.parallel.costs))
         config.validate()
         return config
 
@@ -236,8 +240,9 @@ class Config:
         self._validate_tensor_parallel()
         self._validate_engine()
         _require(
-            not (self.train.deterministic and self.parallel.backend == "cudnn"),
-            "parallel.backend=cudnn is not deterministic, as train.deterministic=true asks: use auto, fa4 or flash",
+            not (self.train.deterministic and self.parallel.backend.startswith("cudnn")),
+            f"parallel.backend={self.parallel.backend} is not deterministic, as train.deterministic=true asks: "
+            "use auto, fa4 or flash",
         )
         {"text": self._validate_text, "images": self._validate_images}[self.model.task]()
         if world_size is not None:
@@ -252,6 +257,10 @@ class Config:
                      "run.seed", "optim.clip_grad_norm", "checkpoint.interval", "log.validation_interval",
                      "profile.start"):  # fmt: skip
             _require(self._get(path) >= 0, f"{path}={self._get(path)}: use 0 or more")
+        for path, most in (("run.seed", 2**63 - 1), ("train.timeout_s", 10**9)):
+            _require(self._get(path) <= most, f"{path}={self._get(path)}: use {most} or less")
+        for path in ("run.dir", "checkpoint.resume"):
+            _require(self._get(path) != "", f"{path} is empty: leave it out for the default, {Config()._get(path)}")
         for path in ("optim.lr", "optim.eps"):
             _require(self._get(path) > 0, f"{path}={self._get(path)}: use a number above 0")
         for path in ("optim.beta1", "optim.beta2", "data.validation_fraction"):
@@ -414,7 +423,7 @@ class Config:
             f"({ranks} / parallel.sp={sp}): use a multiple of {dp}, or another parallel.sp",
         )
 
-    def _get(self, path: str) -> float:
+    def _get(self, path: str) -> float | str:
         section, name = path.split(".")
         return getattr(getattr(self, section), name)
 

@@ -85,7 +85,8 @@ def prepare(
         for kind in ("bin", "json", "idx"):
             os.replace(f"{partial}.{kind}", f"{prefix}.{kind}")
     except OSError as error:
-        raise UserError(f"output {prefix}: cannot be written ({error.strerror}: {error.filename})") from error
+        where = f": {error.filename}" if error.filename else ""
+        raise UserError(f"output {prefix}: cannot be written ({error.strerror or error}{where})") from error
     finally:
         for kind in ("bin", "idx", "json"):
             with suppress(OSError):
@@ -169,8 +170,16 @@ class Corpus:
 
 
 def open_corpus(prefix_or_path: str | Path) -> Corpus:
-    """The corpus PREFIX (or PREFIX.bin, PREFIX.idx). UserError when a file is missing, truncated or malformed."""
-    return Corpus(_prefix(prefix_or_path))
+    """The corpus PREFIX (or PREFIX.bin, PREFIX.idx). UserError when a file is missing, not readable, truncated or
+    malformed."""
+    prefix = _prefix(prefix_or_path)
+    try:
+        return Corpus(prefix)
+    except OSError as error:
+        raise UserError(
+            f"corpus {prefix}: {error.filename} cannot be read ({error.strerror}); change its permissions, or copy it "
+            "to where this user may read it"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,7 @@ def _read_index(prefix: str) -> _Index:
     for file in (idx, bin_):
         if not file.is_file():
             raise UserError(f"corpus {prefix}: {file} is missing; {remedy}")
+        file.open("rb").close()  # raises here if it may not be read, and not inside megatron-core
     with idx.open("rb") as stream:
         header = stream.read(_INDEX_HEADER.size)
     if len(header) < _INDEX_HEADER.size:

@@ -40,16 +40,31 @@ def main_guard() -> Iterator[None]:
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             alarm = _Alarm()
+            _check_restarts()
         yield
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever it is, all ranks must stop
         message = _describe(error)
         if alarm is None:
             _print(message)
+            if isinstance(error, BrokenPipeError):  # the interpreter would try once more to write what is left
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         alarm.raise_for_all(message)
     finally:
         if alarm is not None:
             alarm.close()
+
+
+def _check_restarts() -> None:
+    """UserError where torchrun may start ranks of several machines again: its agents count such starts differently, so
+    that ranks would wait for each other under the names of different starts."""
+    restarts, world_size = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ["WORLD_SIZE"]
+    if restarts != "0" and os.environ.get("LOCAL_WORLD_SIZE", world_size) != world_size:
+        raise UserError(
+            f"--max-restarts={restarts} of torchrun is for the ranks of one machine: leave it out; the same command"
+            " given again continues the run"
+        )
 
 
 def _describe(error: BaseException) -> str:
@@ -66,6 +81,13 @@ def _describe(error: BaseException) -> str:
     rank, host = os.environ.get("RANK", "0"), socket.gethostname()
     if isinstance(error, KeyboardInterrupt):
         return f"longspan: error: interrupted on rank {rank} ({host})"
+    if re.search(r"gloo.*Connection (closed|reset) by peer|remote process exited", line):  # gloo's and NCCL's words
+        return (
+            f"longspan: error: rank {rank} ({host}) lost another rank, which ended without a word: it was killed (for"
+            " want of memory, perhaps; exit codes tell which rank) or its machine is gone"
+        )
+    if isinstance(error, BrokenPipeError):
+        return f"longspan: error: rank {rank} ({host}) stops: what read its output has ended"
     trace = "".join(traceback.format_exception(error)).rstrip()
     reason = f"{type(error).__name__}: {line}"[:500]
     return f"{trace}\nlongspan: error: rank {rank} ({host}) failed, all ranks stop: {reason}"
@@ -98,7 +120,7 @@ class _Alarm:
     """The connection of one rank to the store through which ranks tell each other to stop."""
 
     def __init__(self):
-        from torch.distributed import TCPStore
+        from torch.distributed import PrefixStore, TCPStore
 
         try:
             address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
@@ -109,7 +131,7 @@ class _Alarm:
         # torchrun's agent hosts the store; under other launchers rank 0 does, and init_process_group shares it.
         self._hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._world_size = int(os.environ["WORLD_SIZE"])
-        self._store = TCPStore(
+        store = TCPStore(
             address,
             port,
             is_master=self._hosts_store,
@@ -117,6 +139,8 @@ class _Alarm:
             wait_for_workers=False,
             multi_tenant=True,
         )
+        # torchrun's store outlives ranks that it starts again (--max-restarts): what ended them must not end these.
+        self._store = PrefixStore(f"longspan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # One user of the connection at a time. A thread that has begun to end the process never lets go.
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -126,18 +150,18 @@ class _Alarm:
         """Prints `message` unless another rank was first, and ends all ranks."""
         with self._lock:
             try:
-                first = self._store.add("longspan/failed", 1) == 1
+                first = self._store.add("failed", 1) == 1
             except RuntimeError:  # the store is gone with its process: nobody left to agree with
                 first = True
             if not first:
                 self._follow()
             _print(message)
             try:
-                self._store.set("longspan/reason", f"{socket.gethostname()}\n{message.splitlines()[-1]}")
+                self._store.set("reason", f"{socket.gethostname()}\n{message.splitlines()[-1]}")
                 deadline = time.monotonic() + PRINT_SECONDS
                 # The store must outlive the others' look at the reason.
                 while self._hosts_store and time.monotonic() < deadline:
-                    if self._store.add("longspan/seen", 0) == self._world_size - 1:
+                    if self._store.add("seen", 0) == self._world_size - 1:
                         break
                     time.sleep(0.05)
             finally:
@@ -146,12 +170,12 @@ class _Alarm:
     def close(self) -> None:
         """Called by a rank that has finished. The rank that hosts the store stays until all others have, too."""
         with self._lock:
-            finished = self._store.add("longspan/finished", 1)
+            finished = self._store.add("finished", 1)
         deadline = time.monotonic() + FINISH_SECONDS
         while self._hosts_store and finished < self._world_size and time.monotonic() < deadline:
             time.sleep(0.05)
             with self._lock:
-                finished = self._store.add("longspan/finished", 0)
+                finished = self._store.add("finished", 0)
         self._closed.set()
 
     def _watch(self) -> None:
@@ -160,7 +184,7 @@ class _Alarm:
                 if self._closed.is_set():
                     return
                 try:
-                    failed = self._store.check(["longspan/failed"])
+                    failed = self._store.check(["failed"])
                 except RuntimeError:
                     rank = os.environ["RANK"]
                     _print(f"longspan: error: rank {rank} stops: the process that coordinates the ranks has died")
@@ -171,12 +195,12 @@ class _Alarm:
     def _follow(self) -> None:
         """Ends this process once the first failing rank has printed: torchrun kills that rank when this one ends."""
         try:
-            self._store.wait(["longspan/reason"], timedelta(seconds=PRINT_SECONDS))
-            host, line = self._store.get("longspan/reason").decode().split("\n", 1)
+            self._store.wait(["reason"], timedelta(seconds=PRINT_SECONDS))
+            host, line = self._store.get("reason").decode().split("\n", 1)
             # Every machine's output names the reason once.
             if host != socket.gethostname() and os.environ.get("LOCAL_RANK", "0") == "0":
                 _print(line)
-            self._store.add("longspan/seen", 1)
+            self._store.add("seen", 1)
             time.sleep(1.0)  # torchrun reports the rank that ends first as the root cause
         finally:
             _leave()

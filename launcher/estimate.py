@@ -5,7 +5,6 @@ here. One step is the steady state: compilation, autotuning and reading data are
 busy, which the layouts see to for one long document.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,21 +12,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from longspan.attention.offload import Offload
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.gpus import (
     CONTEXT,
     FRAGMENTS,
-    GIB,
     HOST_LINK,
-    HOST_MEMORY,
+    HOST_RATE,
     LATENCY_S,
     LAUNCH_S,
     LINEAR_NS,
     SPARSE_SHARE,
     Cluster,
 )
+from longspan.launcher.host_memory import host_memory
 from longspan.models.activations import GRADIENTS, LOSS, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import SPARSE_KINDS
@@ -47,13 +47,16 @@ LINEAR_LAUNCHES = 8  # kernels of one call of linear attention, about
 @dataclass(frozen=True)
 class Estimate:
     """memory: bytes per rank at the peak, by what they are; other_peak: those of the optimizer's update, when no
-    activations exist. kept: bytes of activations at the end of the forward pass. seconds: of one step, by component;
-    they add up. limit: bytes that torch may allocate."""
+    activations exist. kept: bytes of activations at the end of the forward pass. host: bytes of a machine's memory, by
+    what they are. seconds: of one step, by component; they add up. limit: bytes that torch may allocate; host_limit:
+    that a machine has."""
 
     memory: dict[str, float]
     other_peak: float
     kept: dict[str, float]
     limit: float
+    host: dict[str, float]
+    host_limit: float
     seconds: dict[str, float]
     tokens: int
     gpus: int
@@ -67,7 +70,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.limit
+        return self.peak <= self.limit and sum(self.host.values()) <= self.host_limit
 
     @property
     def step_s(self) -> float:
@@ -86,7 +89,8 @@ class Estimate:
         """For JSON: bytes, seconds and what follows from them."""
         return {
             "parameters": self.num_parameters, "memory_bytes": self.memory, "kept_bytes": self.kept,
-            "peak_bytes": self.peak, "limit_bytes": self.limit, "fits": self.fits, "seconds": self.seconds,
+            "peak_bytes": self.peak, "limit_bytes": self.limit, "host_bytes": self.host,
+            "host_limit_bytes": self.host_limit, "fits": self.fits, "seconds": self.seconds,
             "step_time_s": self.step_s, "binds": self.binds, "tokens": self.tokens,
             "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu, "mfu": self.mfu, "notes": list(self.notes),
         }  # fmt: skip
@@ -131,7 +135,6 @@ class Job:
         config, selection = self.config, self.config.model.sparse_selection.get("name")
         for setting, given, remedy in (
             ("parallel.engine=deepspeed", config.parallel.engine == "deepspeed", "plan with fsdp2 or ddp"),
-            ("train.offload_activations=true", config.train.offload_activations, "plan without it, an upper bound"),
             (f"model.sparse_selection with name={selection}", selection not in (None, *COUNTED), "plan with name=top"),
         ):
             if given:
@@ -179,13 +182,14 @@ class Job:
         changed = {name: replace(getattr(self.config, name), **values) for name, values in sections.items()}
         return replace(self, config=replace(self.config, **changed))
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, offload: Offload) -> None:
         """What `parallelize` does that changes what layers keep."""
         train = self.config.train
         for block in model.blocks:
             block.mlp_tile = train.mlp_tile
         if train.checkpointing != "none":
-            checkpoint_blocks(model, train.checkpointing, train.checkpoint_layers)
+            away = offload if train.offload_activations else None
+            checkpoint_blocks(model, train.checkpointing, train.checkpoint_layers, away)
 
     def measure(self) -> Measured:
         """One micro-batch of a rank; gradients stay, sharded, from the first."""
@@ -206,7 +210,8 @@ def estimate(job: Job) -> Estimate:
     model, samples, count = job.config.model, job.config.train.global_batch, job.cluster.count
     mfu = model_flops(model, job.lengths) * samples / sum(seconds.values()) / count / (job.cluster.peak_tflops * 1e12)
     return Estimate(
-        memory, states, dict(measured.kept), usable(job.cluster), seconds,
+        memory, states, dict(measured.kept), usable(job.cluster), host_memory(job, measured),
+        job.cluster.host_memory, seconds,
         job.config.data.seq_len * samples, count, mfu, num_parameters(model), tuple(notes(job)),
     )  # fmt: skip
 
@@ -259,12 +264,13 @@ def step_seconds(job: Job, measured: Measured) -> dict[str, float]:
     host = LAUNCH_S * (measured.launches + LINEAR_LAUNCHES * sum(measured.calls.values()))
     compute = sum(times.values())
     exposed += sharding_exposed(job, measured, compute)
+    exposed += activations_exposed(measured, compute)
     exposed += measured.exchanged / gpu.intra + measured.exchanges * LATENCY_S  # of layers that are shared
     times["waiting for the host"] = max(0.0, host - sum(times.values()))
     times["communication, exposed"] = exposed
     times = Counter({name: seconds * job.micro_batches for name, seconds in times.items()})
     times["communication, exposed"] += copies_exposed(job, measured, compute)
-    update = HOST_MEMORY / min(job.cluster.count, job.cluster.per_node) if job.offload else traffic
+    update = HOST_RATE / job.cluster.per_node if job.offload else traffic
     times["optimizer"] = OPTIMIZER_TRAFFIC * measured.num_parameters / job.shards / update
     return {name: seconds for name, seconds in times.items() if seconds > 0}
 
@@ -354,6 +360,12 @@ def copies_exposed(job: Job, measured: Measured, compute: float) -> float:
     return _beside(compute, measured, 2 * job.reduce_size * (1 - 1 / copies) / job.shards / link)
 
 
+def activations_exposed(measured: Measured, compute: float) -> float:
+    """Of what layers keep on its way to host memory beside the forward pass, a quarter of all computation, and back."""
+    one_way = sum(measured.put_away) / HOST_LINK
+    return max(0.0, one_way - compute / 4) + max(0.0, one_way - 3 * compute / 4)
+
+
 def _link(job: Job, ranks: int) -> float:
     """Rings cross between machines once for all GPUs of one, over the links of all."""
     gpu = job.cluster.gpu
@@ -373,81 +385,12 @@ def notes(job: Job) -> Iterator[str]:
         yield f"rates of {job.cluster.name} are not measured by longspan"
     if not set(SPARSE_KINDS).isdisjoint(job.config.model.layer_kinds):
         yield "rates of sparse attention are expectations; it is taken as keeping all keys of other ranks"
-    if job.offload:
-        yield "optim.offload=cpu: PCIe and the memory of the host are not measured, but taken from data sheets"
+    if job.offload or job.config.train.offload_activations:
+        yield "PCIe and the rate of host memory are not measured, but taken from data sheets"
     if job.config.train.compile:
         yield "train.compile fuses operations, which is not counted: memory and time are upper bounds"
     if job.config.parallel.softmax in HEAD_PARALLEL and job.sp > 1:
         yield f"parallel.softmax={job.config.parallel.softmax}: memory is that of a ring"
-
-
-def largest(job: Job) -> tuple[int, int]:
-    """(the largest data.seq_len that fits, within a hundredth; the largest power of two): 0 if none does."""
-    unit = job.config.data.image_size**2 if job.config.model.task == "images" else 1024
-
-    def spare(units: int) -> float:
-        changed = job.with_settings(data={"seq_len": units * unit})
-        measured = changed.measure()
-        return usable(job.cluster) - sum(memory_at_peak(changed, measured).values())
-
-    # Memory grows nearly linearly: the line through the two points nearest to the limit finds it in a few steps.
-    start = max(2, job.config.data.seq_len // unit)
-    known = {units: spare(units) for units in (start // 2, start)}
-    fitting, failing = 0, math.inf
-    while failing - fitting > max(1, fitting >> 7):
-        (a, at_a), (b, at_b) = sorted(known.items(), key=lambda point: abs(point[1]))[:2]
-        guess = math.floor(a + at_a * (b - a) / (at_a - at_b)) if at_a != at_b else 2 * max(a, b)
-        guess = min(max(guess, fitting + max(1, fitting >> 7)), failing - 1)
-        known[guess] = spare(guess)
-        fitting = max((units for units, left in known.items() if left >= 0), default=0)
-        failing = min((units for units, left in known.items() if left < 0), default=math.inf)
-    return fitting * unit, 1 << ((fitting * unit).bit_length() - 1) if fitting else 0
-
-
-def refuse(job: Job, found: Estimate) -> None:
-    """Raises UserError for a job that does not fit, in a line that names settings that, each alone, make it fit."""
-    remedies = [text for text, changed in _alternatives(job) if estimate(changed).fits][:2]
-    tokens, _ = largest(job)
-    if tokens:
-        remedies.append(f"data.seq_len={tokens} or less")
-    memory, config = job.cluster.gpu.memory / GIB, job.config
-    raise UserError(
-        f"data.seq_len={config.data.seq_len} does not fit on {job.cluster} with train.checkpointing="
-        f"{config.train.checkpointing}: a rank needs {found.peak / GIB:.1f} GiB, and of {memory:.1f} GiB"
-        f" {found.limit / GIB:.1f} can be allocated; what does: {', or '.join(remedies) or NOTHING_FITS}"
-    )
-
-
-NOTHING_FITS = "a smaller model, or more GPUs by more than 64 times"
-
-
-def _alternatives(job: Job) -> Iterator[tuple[str, Job]]:
-    """Settings that take less memory, the cheapest first."""
-    config = job.config
-    if config.model.loss_chunk > 1024:
-        yield "model.loss_chunk=1024", job.with_settings(model={"loss_chunk": 1024})
-    if config.parallel.sharding == "hsdp" and job.cluster.count > job.cluster.per_node:
-        yield "parallel.sharding=fsdp", job.with_settings(parallel={"sharding": "fsdp"})
-    if config.train.checkpointing == "none":
-        yield "train.checkpointing=full", job.with_settings(train={"checkpointing": "full"})
-    if not config.train.mlp_tile:
-        yield "train.mlp_tile=8192", job.with_settings(train={"mlp_tile": 8192})
-    if config.train.dtype == "float32":
-        yield "train.dtype=bfloat16", job.with_settings(train={"dtype": "bfloat16"})
-    if config.parallel.engine == "ddp":
-        yield "parallel.engine=fsdp2", job.with_settings(parallel={"engine": "fsdp2"})
-    count = job.cluster.count
-    for _ in range(6):
-        count *= 2
-        per_node = count if count <= 8 else max(job.cluster.per_node, 8)
-        more = replace(job.cluster, count=count, per_node=per_node)
-        try:
-            bigger = replace(job, cluster=more)
-        except UserError:
-            continue  # a batch that so many groups cannot share
-        if estimate(bigger).fits:
-            yield f"--gpus {more}", bigger
-            return
 
 
 def _padded(width: int) -> int:

@@ -3,15 +3,18 @@
 import json
 
 from longspan.launcher.config import Config
-from longspan.launcher.estimate import Estimate, Job, estimate, largest, refuse
+from longspan.launcher.estimate import Estimate, Job, estimate
+from longspan.launcher.fitting import largest, refuse
 from longspan.launcher.gpus import GIB, parse_gpus
 
 STATE = ("parameters", "optimizer state", "gradients", "gathered parameters, reduced gradients")
 
 
-def report(config: Config, gpus: str, per_node: int, document: int = 0, *, as_json: bool = False) -> None:
+def report(
+    config: Config, gpus: str, per_node: int, host_gib: float = 0, document: int = 0, *, as_json: bool = False
+) -> None:
     """Prints the estimate of the config on these GPUs. UserError for what cannot work, or does not fit."""
-    job = Job(config, parse_gpus(gpus, per_node), document)
+    job = Job(config, parse_gpus(gpus, per_node, host_gib), document)
     found = estimate(job)
     tokens, power = largest(job) if found.fits else (0, 0)
     if as_json:
@@ -41,6 +44,7 @@ def lines(job: Job, found: Estimate) -> list[str]:
         "",
         *_table("kept for the backward pass, GiB", {name: size / GIB for name, size in found.kept.items()}),
         "",
+        *_host(found),
         *_table("step, seconds", found.seconds, total=found.step_s),
         f"  {'step':<42}{found.step_s:>10.3f}   bound by {found.binds}",
         f"  {found.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, MFU {100 * found.mfu:.1f} %",
@@ -48,6 +52,15 @@ def lines(job: Job, found: Estimate) -> list[str]:
         f"rates: {job.cluster.gpu.source}",
     ]
     return rows + [f"note: {note}" for note in found.notes]
+
+
+def _host(found: Estimate) -> list[str]:
+    total, limit = sum(found.host.values()) / GIB, found.host_limit / GIB
+    return [
+        *_table("host memory of a machine, GiB", {name: size / GIB for name, size in found.host.items()}),
+        f"  {'all':<42}{total:>10.2f}   {100 * total / limit:.0f} % of {limit:.0f}",
+        "",
+    ]
 
 
 def shown(tokens: int) -> str:

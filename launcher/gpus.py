@@ -12,6 +12,8 @@ from longspan.launcher.errors import UserError
 GIB = 2**30
 PER_NODE = 8  # GPUs of a machine, unless said otherwise
 CONTEXT = 2.5 * GIB  # of a GPU, outside what torch allocates: CUDA context, NCCL, libraries
+HOST_PER_GPU = 128 * GIB  # of a machine's memory, unless said otherwise
+PROCESS = 6 * GIB  # of host memory of a rank, outside of what training puts there: CUDA, NCCL, libraries; assumed
 FRAGMENTS = 0.03  # of the peak, that the allocator cannot use (expandable segments)
 # Dense bf16 TFLOP/s by a part of the device's name: what MFU counts against.
 PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
@@ -79,18 +81,23 @@ LINEAR_NS = {
 # (docs/sparse-attention.md); for blocks of 16 the rate of LLSA's public kernels on an H200.
 SPARSE_SHARE = {"TopBlocks": (0.7, 0.5), "Hierarchical": (0.18, 0.09)}
 # Bytes per second of a GPU from and to host memory (PCIe 5, 63 by data sheet), and of a host's memory; not measured.
-HOST_LINK, HOST_MEMORY = 50e9, 400e9
+HOST_LINK, HOST_RATE = 50e9, 400e9
 LAUNCH_S = 8e-6  # for the host to launch one operation; assumed
 LATENCY_S = 5e-5  # of a small collective over NVLink: 48 us for 1 MiB on 4 H200
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """`count` GPUs of one kind, `per_node` of them in a machine."""
+    """`count` GPUs of one kind, `per_node` of them in a machine with `host_memory` bytes (0: HOST_PER_GPU for each)."""
 
     name: str
     count: int
     per_node: int = PER_NODE
+    host_memory: float = 0
+
+    def __post_init__(self):
+        if not self.host_memory:
+            object.__setattr__(self, "host_memory", self.per_node * HOST_PER_GPU)
 
     @property
     def gpu(self) -> GPU:
@@ -104,8 +111,9 @@ class Cluster:
         return f"{self.count}x{self.name}"
 
 
-def parse_gpus(text: str, per_node: int = PER_NODE) -> Cluster:
-    """`64xH200`, or `H200` for one. UserError for anything else."""
+def parse_gpus(text: str, per_node: int = PER_NODE, host_gib: float = 0) -> Cluster:
+    """`64xH200`, or `H200` for one; host_gib: of a machine's memory, 0 for the default. UserError for anything
+    else."""
     match = re.fullmatch(r"(?:(\d+)\s*[xX*])?\s*([A-Za-z]\w*)", text.strip())
     kinds = ", ".join(GPUS)
     if match is None or int(match[1] or 1) < 1:
@@ -115,4 +123,6 @@ def parse_gpus(text: str, per_node: int = PER_NODE) -> Cluster:
     count = int(match[1] or 1)
     if per_node < 1 or (count > per_node and count % per_node):
         raise UserError(f"--gpus {text}: {count} GPUs do not fill machines of {per_node}; see --gpus-per-node")
-    return Cluster(match[2].upper(), count, min(count, per_node))
+    if host_gib < 0:
+        raise UserError(f"--host-memory {host_gib}: use GiB of a machine, such as 512")
+    return Cluster(match[2].upper(), count, min(count, per_node), host_gib * GIB)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from longspan.attention.moved import pairs_per_rank
 from longspan.launcher.batches import Batch
 from longspan.launcher.errors import UserError
+from longspan.launcher.files import replace_text, writing
 from longspan.launcher.gpus import PEAK_TFLOPS
 from longspan.models.config import ModelConfig
 from longspan.models.flops import model_flops, softmax_masks
@@ -194,31 +195,34 @@ def _peak_memory(device: torch.device) -> float:
 
 
 class MetricsWriter:
-    """metrics.jsonl and, where wanted, TensorBoard files of a run directory. Only rank 0 has one."""
+    """metrics.jsonl and, where wanted, TensorBoard files of a run directory. Only rank 0 has one. UserError where the
+    disk refuses."""
 
     def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool):
         """first_step: steps from here on are (again) to come; what an earlier start wrote about them is dropped."""
         path = run_dir / "metrics.jsonl"
-        kept = _rows_before(path, first_step)
-        path.write_text("".join(kept))
-        self._file = open(path, "a", buffering=1)
-        self._tensorboard = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+        self._run_dir, self._tensorboard = run_dir, None
+        with writing(run_dir):
+            replace_text(path, "".join(_rows_before(path, first_step)))
+            self._file = open(path, "a", buffering=1)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+                self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        if self._tensorboard:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._tensorboard.add_scalar(name, value, row["step"])
+        with writing(self._run_dir):
+            self._file.write(json.dumps(row) + "\n")
+            if self._tensorboard:
+                for name, value in row.items():
+                    if name != "step" and value is not None:
+                        self._tensorboard.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        with writing(self._run_dir):
+            self._file.close()
+            if self._tensorboard:
+                self._tensorboard.close()
 
 
 def _rows_before(path: Path, first_step: int) -> list[str]:

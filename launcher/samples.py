@@ -68,9 +68,11 @@ class SampleStream:
             documents = _documents_of_split(index, corpus, data_config.validation_fraction, seed, split)
             tokens = int(corpus.lengths[documents].sum())
             if data_config.packing == "stream" and tokens < data_config.seq_len:
+                kept = split == "validation" and data_config.validation_fraction > 0
                 raise UserError(
                     f"data.seq_len={data_config.seq_len:,} is longer than the {split} documents of corpus "
-                    f"{corpus.prefix}, {tokens:,} tokens in all; use a smaller data.seq_len or more text"
+                    f"{corpus.prefix}, {tokens:,} tokens in all; use a smaller data.seq_len"
+                    f"{', a larger data.validation_fraction' * kept} or more text"
                 )
             self._corpus_samples.append(_CorpusSamples(index, corpus, documents, data_config, seed))
         self._shares = _shares([corpus.weight for corpus in data_config.corpora])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 
 from longspan.launcher import checkpoint
 from longspan.launcher.config import Config
@@ -29,6 +28,8 @@ def sample_run(run: str, output: str, images: int, steps: int, size: int | None,
     size = config.data.image_size if size is None else size
     if config.model.task != "images":
         raise UserError(f"{info.path} holds a model of model.task={config.model.task}; sampling needs images")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: use 0 or more")
     for name, value in (("images", images), ("steps", steps), ("size", size)):
         if value < 1 or (name == "size" and value.bit_count() > 1):
             raise UserError(f"--{name} {value}: use {'a power of two' if name == 'size' else '1 or more'}")
@@ -36,7 +37,7 @@ def sample_run(run: str, output: str, images: int, steps: int, size: int | None,
     model = build_model(config.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process alone
-        dcp.load({"model": model.state_dict()}, checkpoint_id=info.path, no_dist=True)
+        checkpoint.fill(info, {"model": model.state_dict()}, no_dist=True)
     model = model.to(device, getattr(torch, config.train.dtype))
     spans = [(Span(0, 0, size**2), seed, SPLITS["sample"], number) for number in range(images)]
     noise = torch.from_numpy(np.concatenate([noise_of(*span) for span in spans]).astype(np.float32))
@@ -49,6 +50,7 @@ def sample_run(run: str, output: str, images: int, steps: int, size: int | None,
         Path(output).write_bytes(png(picture.reshape(size, images * size, -1)))
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    print(f"wrote {output}")
 
 
 def png(picture: np.ndarray) -> bytes:

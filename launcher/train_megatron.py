@@ -72,7 +72,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=parse_tokens, default=1024, metavar="TOKENS", help="such as 128K; default 1K")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all weights")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for name, value in vars(options).items():
+        least = 0 if name == "seed" else 1
+        if isinstance(value, int) and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use {least} or more")
+    return options
 
 
 def join(options, on_gpu: bool):

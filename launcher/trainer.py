@@ -21,7 +21,7 @@ from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config
 from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
-from longspan.launcher.errors import UserError
+from longspan.launcher.files import replace_text, writing
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
 from longspan.launcher.profiling import StepProfiler
 from longspan.launcher.progress import TrainingProgress
@@ -156,12 +156,10 @@ class Trainer:
             checkpoint.warn_about_data(self._start, config)
 
     def _write_descriptions(self, environment: dict) -> None:
-        try:
+        with writing(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").write_text(self.config.to_yaml())
-            (self.run_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"run.dir={self.run_dir}: cannot be written ({error.strerror})") from None
+            replace_text(self.run_dir / "config.yaml", self.config.to_yaml())
+            replace_text(self.run_dir / "environment.json", json.dumps(environment, indent=1) + "\n")
 
     def train(self) -> None:
         """Runs the steps that are left, with validation and checkpoints when they are due; asked to stop, saves and
@@ -184,13 +182,14 @@ class Trainer:
                     pending.val_loss = self._validation_loss()
             self._pending.append(pending)
             self._report(keep=self._steps_in_flight)
-            if self._due(self.config.checkpoint.interval) or self.step == steps or self._stop:
+            if self._saves():
                 self._report(keep=0)
                 data = self.loader.state_dict()
                 with component(OUTSIDE):
                     path = checkpoint.save(self.run_dir, self.config, self.engine, step=self.step, data=data)
                 log.info("saved %s", path)
             self.profiler.end(self.step)
+        self._report(keep=0)
         if self.step < steps:
             decide(mark_stopped)
             log.info("stopped by a signal after step %d of %d; the same command continues the run", self.step, steps)
@@ -206,6 +205,11 @@ class Trainer:
     def _due(self, interval: int) -> bool:
         """Whether a thing done every `interval` steps (0: never) is due; the last step is when it is done at all."""
         return interval > 0 and (self.step % interval == 0 or self.step == self.config.train.steps)
+
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due; a run that is asked to stop always saves."""
+        wanted, last = self.config.checkpoint, self.step == self.config.train.steps
+        return self._stop or (wanted.at_end if last else self._due(wanted.interval))
 
     def _train_step(self) -> PendingStep:
         """One optimizer step. The update is left out on the device when the loss or the gradient norm is not finite."""

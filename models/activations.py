@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longspan.attention.outline import Call, Outline
+from longspan.attention.offload import Offload
+from longspan.attention.outline import Call, Outline, OutlinedOffload
 from longspan.models.build import build_model
 from longspan.models.config import CHANNELS, ModelConfig
 from longspan.models.decay import Gate
@@ -41,7 +42,8 @@ class Measured:
     kept: bytes by name at the end of the forward pass, all that the backward pass will need. peak: the most bytes at
     any time, and at_peak what they were. flops: of matrix products, recomputation included, traffic: bytes read and
     written by all other operations, both by name; attention is in `calls` instead. launches: operations. exchanged:
-    bytes that the rank gets from those that share its layers, in so many exchanges.
+    bytes that the rank gets from those that share its layers, in so many exchanges. put_away: bytes of every tensor
+    that waits in host memory for the backward pass.
     """
 
     kept: dict[str, int]
@@ -51,10 +53,15 @@ class Measured:
     traffic: dict[str, float]
     launches: int
     calls: dict[Call, int]
-    num_parameters: int
+    parameter_sizes: tuple[int, ...]
     block_parameters: tuple[int, ...]
     exchanged: float
     exchanges: int
+    put_away: tuple[int, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.parameter_sizes)
 
     @property
     def root_parameters(self) -> int:
@@ -68,7 +75,7 @@ def measure(
     *,
     world_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
-    prepare: Callable[[nn.Module], object] = lambda model: None,
+    prepare: Callable[[nn.Module, Offload], object] = lambda model, offload: None,
     gpu: bool = True,
     gradient_bytes: float = 0.0,
     tp: int = 1,
@@ -77,10 +84,10 @@ def measure(
     """A step over documents with these lengths, of which this rank has its share of `world_size`.
 
     dtype: of compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of
-    GPUs. prepare: does to the model what training does to it before it is sharded, such as checkpointing; it is not
-    compiled. gradient_bytes: what stays of the gradient of one parameter once its block is done. tp: ranks that share
-    layers; parameters are then those of one of them. softmax: the strategy by which keys travel, one of
-    longspan.attention.schedules.
+    GPUs. prepare: does to the model what training does to it before it is sharded, such as checkpointing, for which it
+    gets an Offload without data; it is not compiled. gradient_bytes: what stays of the gradient of one parameter once
+    its block is done. tp: ranks that share layers; parameters are then those of one of them. softmax: the strategy by
+    which keys travel, one of longspan.attention.schedules.
     """
     lengths, meter = tuple(lengths), _Meter(gradient_bytes)
     with torch.device("meta"):
@@ -93,7 +100,7 @@ def measure(
         parameter.register_post_accumulate_grad_hook(meter.take_gradient)
         meter.ignore(parameter)
     book_layers(model, meter)
-    prepare(model)
+    prepare(model, OutlinedOffload(meter.put_away))
     for block in model.blocks:
         block.visit_tiles = meter.first_of
     # A rank of several may hold one token more than others.
@@ -111,9 +118,9 @@ def measure(
         meter.exchanges += (tp > 1) * (tokens // config.loss_chunk)  # of few bytes
     return Measured(
         kept, meter.peak, meter.at_peak, dict(meter.flops), dict(meter.traffic), meter.launches, dict(meter.calls),
-        sum(parameter.numel() for parameter in parameters),
+        tuple(parameter.numel() for parameter in parameters),
         tuple(sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks),
-        meter.exchanged, meter.exchanges,
+        meter.exchanged, meter.exchanges, tuple(meter.away),
     )  # fmt: skip
 
 
@@ -142,7 +149,7 @@ class _Meter(TorchDispatchMode):
         super().__init__()
         self.live, self.flops, self.traffic, self.calls = Counter(), Counter(), Counter(), Counter()
         self.total = self.peak = self.launches = self.exchanged = self.exchanges = 0
-        self._repeats = 1
+        self._repeats, self._counts, self.away = 1, True, []
         self.at_peak, self.gradient_bytes = {}, gradient_bytes
         self._names, self._known = [], {}
 
@@ -174,6 +181,13 @@ class _Meter(TorchDispatchMode):
         """Its storage is counted elsewhere; it must outlive the meter."""
         self._known[tensor.untyped_storage()._cdata] = None
 
+    def put_away(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.away.append(tensor.nbytes)
+        self._counts = False
+        absent = torch.empty_like(tensor)
+        self._counts = True
+        return absent
+
     def record(self, call: Call) -> None:
         self.calls[call] += 1
 
@@ -188,6 +202,8 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if not self._counts:
+            return result
         outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         for x in outputs:
             self._follow(x.untyped_storage())

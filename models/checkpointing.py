@@ -18,35 +18,34 @@ from longspan.models.config import is_of_kind
 CHECKPOINTING = ("none", "full", "selective")
 
 
-def checkpoint_blocks(model: nn.Module, mode: str, layers: Sequence[str] = (), offload: bool = False) -> None:
+def checkpoint_blocks(model: nn.Module, mode: str, layers: Sequence[str] = (), offload: Offload | None = None) -> None:
     """Makes the blocks of `model` compute their activations again in the backward.
 
     mode: "full" keeps a block's input; "selective" also keeps the results of its projections, and computes again only
     what lies between them and linear attention inside a rank. layers: the kinds that this is done to, none for all, see
-    `config.is_of_kind`. offload: what is kept waits in host memory.
+    `config.is_of_kind`. offload: by which what is kept waits in host memory, None to leave it.
     """
-    traffic = Offload() if offload else None
     for block, kind in zip(model.blocks, model.config.layer_kinds, strict=True):
         if layers and not any(is_of_kind(kind, entry) for entry in layers):
             continue
         if mode == "selective":
             keep_products(block)
-        block.forward = partial(_checkpointed, block.forward, traffic)
+        block.forward = partial(_checkpointed, block.forward, offload)
 
 
-def _checkpointed(forward, traffic: Offload | None, x_TD, *others):
-    parcel = traffic.parcel() if traffic and torch.is_grad_enabled() else None
+def _checkpointed(forward, offload: Offload | None, x_TD, *others):
+    parcel = offload.parcel() if offload and torch.is_grad_enabled() else None
     # No layer draws random numbers, so there is no generator state to restore.
     run = partial(
         checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=partial(checkpoint_contexts, parcel)
     )
     if parcel is None:
         return run(forward, x_TD, *others)
-    address = x_TD.data_ptr()
+    own = x_TD.untyped_storage()._cdata
 
     def store(tensor):
         # Other inputs (rotary angles, modulation) are shared by all blocks, and stay.
-        return parcel.store(tensor) if tensor.data_ptr() == address else tensor
+        return parcel.store(tensor) if tensor.untyped_storage()._cdata == own else tensor
 
     with torch.autograd.graph.saved_tensors_hooks(store, fetch):  # of the checkpoint's input: inside it has its own
         return run(forward, x_TD, *others)

@@ -292,12 +292,12 @@ class ModelConfig:
             raise ValueError(f"model.sparse_selection: {error}") from None
 
     def _validate_heads(self) -> None:
-        divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
-        _require(
-            self.num_heads % self.kv_heads == 0,
-            f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads};"
-            f" use {_either(divisors)}",
-        )
+        if self.num_heads % self.kv_heads:
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ValueError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads};"
+                f" use {_either(divisors)}"
+            )
         _require(
             self.head_dim > 0 or self.hidden_size % self.num_heads == 0,
             f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}; change one of them"

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from longspan.attention.offload import Offload
 from longspan.models.checkpointing import CHECKPOINTING, checkpoint_blocks
 from longspan.models.tensor_parallel import split_model
 from longspan.parallel.tensor import TensorParallel
@@ -48,7 +49,7 @@ def parallelize(
     if compile:
         compile_blocks(model, next(model.parameters()).device.type)
     if checkpointing != "none":
-        checkpoint_blocks(model, checkpointing, checkpoint_layers, offload_activations)
+        checkpoint_blocks(model, checkpointing, checkpoint_layers, Offload() if offload_activations else None)
     return shard(model)
 
 

@@ -62,20 +62,21 @@ class ToHost:
 
 @cache
 def _second_stream(device) -> "torch.cuda.Stream":
-    return torch.cuda.Stream(device)
+    # Ahead of the kernels beside it: their thread blocks, all queued before, would be started first.
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Pending:
-    """Communication under way; keeps its buffers alive. `wait()` returns the result."""
+    """Communication under way; keeps its buffers alive. `wait()` returns the result, which has its values then."""
 
     def __init__(self, works, result, keep=()):
-        self._works, self._result, self._keep = works, result, keep
+        self._works, self.result, self._keep = works, result, keep
 
     def wait(self):
         for work in self._works:
             work.wait()
         self._works, self._keep = (), ()
-        return self._result
+        return self.result
 
 
 def start_all_gather(x: torch.Tensor, group) -> Pending:
@@ -110,11 +111,16 @@ def start_exchange(sends, receives, group) -> Pending:
 
 def all_to_all_rows(x: torch.Tensor, send_counts, receive_counts, group) -> torch.Tensor:
     """Sends consecutive runs of rows to every rank: send_counts[r] rows to rank r; receive_counts[r] rows from it."""
+    return start_all_to_all(x, send_counts, receive_counts, group).wait()
+
+
+def start_all_to_all(x: torch.Tensor, send_counts, receive_counts, group) -> Pending:
+    """all_to_all_rows under way."""
     if group_size(group) == 1:
-        return x
-    out = x.new_empty(sum(receive_counts), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), list(receive_counts), list(send_counts), group=group)
-    return out
+        return Pending((), x)
+    x, out = x.contiguous(), x.new_empty(sum(receive_counts), *x.shape[1:])
+    counts = list(receive_counts), list(send_counts)
+    return Pending((dist.all_to_all_single(out, x, *counts, group=group, async_op=True),), out, (x,))
 
 
 def agree(error: str | None, signature, group) -> None:

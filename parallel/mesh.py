@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from longspan.parallel.topology import Topology
 
@@ -79,7 +80,7 @@ def build_mesh(
     for first in (start + part for start in range(0, world_size, sp * tp) for part in range(tp)):
         ranks = list(range(first, first + sp * tp, tp))
         group = dist.new_group(ranks, timeout=timeout, **communicator_options(device, key_blocks))
-        state_group = dist.new_group(ranks, timeout=timeout, **communicator_options(device, STATE_BLOCKS, urgent=True))
+        state_group = dist.new_group(ranks, timeout=timeout, **communicator_options(device, STATE_BLOCKS))
         if rank in ranks:
             sp_group, sp_state_group = group, state_group
     if sharding == "hsdp":
@@ -117,9 +118,12 @@ def _join(device: torch.device, timeout: timedelta) -> None:
     on_gpu = device.type == "cuda"
     options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if on_gpu else {"backend": "gloo"}
     if "RANK" in os.environ:
-        dist.init_process_group(timeout=timeout, **options)
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives ranks that it starts again (--max-restarts), with the addresses of those before.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     else:
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
 
 
 def _check_tp(tp: int, world_size: int) -> None:
@@ -167,17 +171,18 @@ def _topology(sp: int, tp: int, ranks_per_machine: int) -> Topology:
     return Topology(sp // ranks_per_node, ranks_per_node)
 
 
-def communicator_options(device: torch.device, blocks: int, urgent: bool = False) -> dict:
+def communicator_options(device: torch.device, blocks: int) -> dict:
     """Options of a communicator of at most so many thread blocks, 0 for any number. Each holds a multiprocessor while
     it runs or waits for the other end; kernels beside have the others.
 
-    The state communicator is urgent: its small messages go ahead of bulk transfers in flight, and its few blocks run
-    beside kernels that leave a few multiprocessors free. With more blocks, one rank's could hold what its kernel wants
-    while another rank's, for which they wait, cannot start before the kernel there ends."""
-    if device.type != "cuda" or not (blocks or urgent):
+    Its kernels are started ahead of thread blocks that are queued on other streams: a transfer beside attention would
+    else wait until the last of them has begun. With few blocks, as for states, they run beside kernels that leave a few
+    multiprocessors free. With more, one rank's could hold what its kernel wants while another rank's, for which they
+    wait, cannot start before a thread block there ends."""
+    if device.type != "cuda":
         return {}
     options = dist.ProcessGroupNCCL.Options()
-    options.is_high_priority_stream = urgent
+    options.is_high_priority_stream = True
     if blocks:
         options.config.max_ctas = blocks
     return {"backend": "nccl", "pg_options": options}

@@ -127,10 +127,10 @@ def backward_states(call, prepared, d_out, exits):
 def _launch(mode, call, prepared, d_out, num_splits, *, exits=None, states=(None,) * 2, sums=None, split_list=None):
     q, k, splits, block_v = call.q, call.k, call.splits, call.widths[1]
     block, options = call.columns(SWEEP[mode], block_v)
-    if num_splits and mode in hopper.BACKWARD and hopper.takes(call):
+    if num_splits and mode == "sum" and hopper.takes(call):
         from longspan.kernels.linear.hopper import backward
 
-        backward.launch(mode, call, prepared, d_out, num_splits, exits, states, sums, split_list)
+        backward.launch(call, prepared, d_out, num_splits, sums, split_list)
     elif num_splits:
         backward_kernel[(num_splits * call.heads * (block_v // block),)](
             q, k, d_out, *prepared, exits, *states, sums,

@@ -206,18 +206,13 @@ def input_gradients(call, prepared, d_out, entering, exits, gate: bool):
     d_beta = q.new_empty(q.shape[:2], dtype=torch.float32)
     d_decay = torch.empty_like(d_beta) if gate else None
     results = dq, dk, dv, d_beta, d_decay
-    on_hopper = call.num_tiles and hopper.GRADIENTS and hopper.takes(call)
-    if on_hopper and hopper.GRADIENTS == "sweep":
+    if call.num_tiles and hopper.takes(call):
         from longspan.kernels.linear.hopper import reverse
 
         reverse.launch(call, prepared, d_out, entering, exits, *results)
         return results
     leaving = backward_states(call, prepared, d_out, exits)
-    if on_hopper:
-        from longspan.kernels.linear.hopper import gradients
-
-        gradients.launch(call, prepared, d_out, entering, leaving, *results)
-    elif call.num_tiles:
+    if call.num_tiles:
         block_k, block_v = call.widths
         step_k, step_v, *options = INPUTS[q.element_size()]
         inputs_kernel[(call.num_tiles,)](

@@ -7,6 +7,7 @@ scalar gate 4 and 7, and 2 more each where spans are linked to other ranks.
 import torch
 
 from longspan.kernels.fold import fold_chains, summarize
+from longspan.kernels.linear import hopper
 from longspan.kernels.linear.gate import STEP, gate_kernel
 from longspan.kernels.linear.splits import Splits, padded, split_size, unit_stride
 from longspan.kernels.linear.sweep import decay_kernel, reverse_kernel, sum_kernel, sweep_kernel
@@ -102,7 +103,13 @@ class Fused:
             )  # fmt: skip
 
         alike = self.key_size == self.value_size and len({x.stride(0) for x in (q, k, v, d_out)}) == 1
-        if splits.num_splits and alike and not self.gate:
+        if splits.num_splits and hopper.takes(self):
+            from longspan.kernels.linear.hopper import sweep_reverse
+
+            if self.gate:
+                writes, through = writes[:1], through[:1]
+            sweep_reverse.launch(self, dk, dv, exits, writes, through)
+        elif splits.num_splits and alike and not self.gate:
             launch("both", self.key_size, self.key_size)
         elif splits.num_splits:  # row sums for the gate leave no registers to choose between the two while running
             launch("dk", self.value_size, self.key_size)
@@ -147,7 +154,11 @@ class Fused:
         states = y.new_empty(splits.num_sums, self.heads, y.shape[2], z.shape[2], dtype=torch.float32)
         totals = states.new_empty(splits.num_sums, self.heads)
         block, warps, stages = self._config(SUM, y.shape[2])
-        if len(direction.splits):
+        if len(direction.splits) and hopper.takes(self):
+            from longspan.kernels.linear.hopper import sweep_sum
+
+            sweep_sum.launch(self, y, z, scale, direction, states, totals, reverse=reverse)
+        elif len(direction.splits):
             sum_kernel[(-(-z.shape[2] // block) * self.heads * len(direction.splits),)](
                 y, z, self.decays, states, totals, direction.splits, splits.first, splits.length, splits.sum_row,
                 *y.stride()[:2], *z.stride()[:2], scale, self.num_tokens,
@@ -158,6 +169,10 @@ class Fused:
 
     def _sweep(self, x, y, z, out, entries, reads, *, transposed):
         splits = self.splits
+        if splits.num_splits and hopper.takes(self):
+            from longspan.kernels.linear.hopper import sweep
+
+            return sweep.launch(self, x, y, z, out, entries, reads, transposed=transposed)
         block, warps, stages = self._config(SWEEP, x.shape[2])
         if self.decay != "scalar" and (x.dtype.itemsize, padded(x.shape[2])) == (2, 128):
             stages = LONE_STAGES

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from longspan.kernels.softmax import cpu, fa4, math, torch_cudnn, torch_flash
+from longspan.kernels.softmax import cpu, cudnn_ragged, fa4, math, torch_cudnn, torch_flash
 from longspan.kernels.softmax.pack import Pack
 
 __all__ = ["BACKENDS", "Backend", "Pack", "choose"]
@@ -48,7 +48,9 @@ class Backend(Protocol):
 
 
 # In order of preference.
-BACKENDS: dict[str, ModuleType] = {backend.name: backend for backend in (fa4, torch_cudnn, torch_flash, cpu, math)}
+BACKENDS: dict[str, ModuleType] = {
+    backend.name: backend for backend in (fa4, cudnn_ragged, torch_cudnn, torch_flash, cpu, math)
+}
 
 
 def choose(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> tuple[Backend, tuple[str, ...]]:

@@ -73,6 +73,25 @@ class Pack:
         """int32 [num_sequences + 1] on `device`, copied there once."""
         return self._tensor("k", self.cu_k, device)
 
+    def offsets_tensor(self, side: str, stride: int, batch: int, device: torch.device) -> torch.Tensor:
+        """int64 [batch + 1]: where each sequence of `side` ("q" or "k") starts if rows are `stride` elements apart.
+
+        Sequences past the last are empty ones at its end.
+        """
+        key = (side, torch.device(device), stride, batch)
+        if key not in self._tensors:
+            offsets = {"q": self.cu_q_tensor, "k": self.cu_k_tensor}[side](device).long()
+            filled = torch.cat([offsets, offsets[-1:].expand(batch - self.num_sequences)])
+            self._tensors[key] = filled * stride
+        return self._tensors[key]
+
+    def lengths_tensor(self, side: str, batch: int, device: torch.device) -> torch.Tensor:
+        """int32 [batch]: lengths of the sequences of `side`, then zeros."""
+        key = (side, torch.device(device), batch)
+        if key not in self._tensors:
+            self._tensors[key] = self.offsets_tensor(side, 1, batch, device).diff().int()
+        return self._tensors[key]
+
     def _tensor(self, side: str, offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
         key = (side, torch.device(device))
         if key not in self._tensors:

@@ -1,7 +1,7 @@
 """cuDNN's fused attention through PyTorch: one dense call. Packed calls go to PyTorch's FlashAttention-2.
 
 cuDNN builds a plan for every new pair of lengths (a fraction of a second each, kept for the life of the process), which
-one call per document of ever-changing batches would pay again and again.
+one call per document of ever-changing batches would pay again and again. cudnn_ragged.py has what packed calls need.
 """
 
 import functools

@@ -4,6 +4,7 @@ import torch
 
 from longspan.kernels.sparse import gathered
 from longspan.kernels.sparse.descend import Families, descend
+from longspan.kernels.sparse.packing import Packing, add_packed, add_shares, pack
 from longspan.kernels.sparse.plan import BlockPlan, Blocks
 from longspan.kernels.sparse.pool import mean_levels, pool
 from longspan.kernels.sparse.rules import Boxes, Picks
@@ -15,14 +16,18 @@ __all__ = [
     "Blocks",
     "Boxes",
     "Families",
+    "Packing",
     "Picks",
     "Ranges",
     "Shares",
     "Tree",
+    "add_packed",
+    "add_shares",
     "choose",
     "descend",
     "kept_of",
     "mean_levels",
+    "pack",
     "pool",
     "top",
 ]

@@ -248,23 +248,3 @@ def add_parts(parts, dk, dv, plan, shares, depth, block_d):
         *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, *shares, columns, items, span,
         heads, plan.heads, head_dim, block_d, depth, plan.keys.size, SPANS, num_warps=plan.keys.size // 8,
     )  # fmt: skip
-
-
-@launched
-@triton.jit
-def shares_kernel(
-    dk_ptr, dv_ptr, k_start, k_length, share_k, share_v, share_size, share_up,
-    KEY_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DEPTH: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Adds shares in gradients of means to dk, dv [T, KEY_HEADS, D] of one key block and head."""
-    STRIDE: tl.constexpr = KEY_HEADS * D
-    column, head_at = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS * D
-    inside = tl.arange(0, KEYS)
-    there = inside < tl.load(k_length + column)
-    at = tl.load(k_start + column).to(tl.int64) * STRIDE + head_at
-    dk = load_tile(dk_ptr + at, inside, STRIDE, 0, there, D, BLOCK_D).to(tl.float32)
-    dk = add_share(dk, share_k, head_at, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
-    store_tile(dk_ptr + at, inside, STRIDE, 0, there, dk, D, BLOCK_D)
-    dv = load_tile(dv_ptr + at, inside, STRIDE, 0, there, D, BLOCK_D).to(tl.float32)
-    dv = add_share(dv, share_v, head_at, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
-    store_tile(dv_ptr + at, inside, STRIDE, 0, there, dv, D, BLOCK_D)

@@ -5,16 +5,20 @@ import torch
 from longspan.kernels.compiler import next_power_of_2
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse import hopper
-from longspan.kernels.sparse.backward import add_parts, keys_kernel, queries_kernel, rows_kernel, shares_kernel
+from longspan.kernels.sparse.backward import add_parts, keys_kernel, queries_kernel, rows_kernel
 from longspan.kernels.sparse.forward import forward_kernel
+from longspan.kernels.sparse.packing_triton import add_shares_triton
 from longspan.kernels.sparse.plan import BlockPlan
 from longspan.kernels.sparse.rules import arguments, constants
+from longspan.kernels.sparse.shares import arguments as shares_arguments
 
 ROWS = 128  # queries in a tile where heads that share keys and lists can fill it
 KEYS = 64  # keys in a tile where a list's blocks are smaller
 TURN = 64  # queries in a tile that the gradients of keys take at once: with more, registers spill
-NARROW = 32  # both, where one warp has the whole tile: with more, registers spill
 ONE_WARP = 16, 128  # rows, and bytes of each, of a tile that one warp has: no warp waits for what another one adds up
+# What such a warp takes at once in place of KEYS or TURN, and the most registers of a thread: a processor has 65,536,
+# and the more warps share them, the less it waits for any. With fewer they spill.
+NARROW = {"forward": (32, 128), "queries": (16, 96), "keys": (16, 128)}
 STAGES = {2: (3, 2), 4: (1, 1)}  # by bytes of an element: over lists of query blocks, of key blocks
 
 
@@ -44,8 +48,8 @@ def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None):
     elif len(plan.queries):
         forward_kernel[(len(plan.queries) * q.shape[1] // tile["PACK"],)](
             q, k, v, out, lse, *given, *_tables(plan), *_strides(q, k, v), scale, len(plan.queries),
-            plan.row_idx.shape[1], *arguments(plan), **tile, GATHER=_gather(q, tile["ROWS"], plan.keys.size),
-            ONTO=onto is not None, **_options(q, tile["ROWS"], 0),
+            plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
+            GATHER=_gather("forward", q, tile["ROWS"], plan.keys.size), **_options("forward", q, tile["ROWS"]),
         )  # fmt: skip
     return out, lse
 
@@ -76,46 +80,37 @@ def backward(
     tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
     rows = row_sums(d_out, d_lse, out, lse) if rows is None else rows
     if hopper.takes(q, plan, tile["ROWS"], scale):
-        hopper.backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, tile["PACK"], onto)
-        return dq, *_with_shares(dk, dv, plan.keys, shares)
-    if lse.numel():
+        of_rows = hopper.query_gradients(d_out, q, k, v, rows, dq, plan, scale, tile["PACK"], onto)
+        if hopper.takes_keys(plan):
+            hopper.key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale)
+            return dq, *_with_shares(dk, dv, plan.keys, shares)
+    elif lse.numel():
         queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
             q, k, v, d_out, rows, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out), scale,
-            len(plan.queries), plan.row_idx.shape[1], *arguments(plan), **tile,
-            GATHER=_gather(q, tile["ROWS"], plan.keys.size), ONTO=onto is not None, **_options(q, tile["ROWS"], 0),
+            len(plan.queries), plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
+            GATHER=_gather("queries", q, tile["ROWS"], plan.keys.size), **_options("queries", q, tile["ROWS"]),
         )  # fmt: skip
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
         return dq, *_with_shares(dk.zero_(), dv.zero_(), plan.keys, shares)
     parts = [q.new_empty(groups, items, plan.keys.size, head_dim, dtype=torch.float32) for _ in range(2)]
-    turn = _beside(q, plan.keys.size, TURN)
+    turn = _beside("keys", q, plan.keys.size, TURN)
     tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], turn)
-    given, depth = _shares(shares, dk)
+    given, depth = shares_arguments(shares, dk)
     keys_kernel[(items * groups,)](
         q, k, v, d_out, rows, *parts, dk, dv, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col,
         tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1], *given,
         *arguments(plan), **(tile | {"ROWS": rows_at_once}), DEPTH=depth, PARTS=tile["ROWS"] // rows_at_once,
-        GATHER=turn // rows_at_once, CHUNK=plan.chunk, **_options(q, plan.keys.size, 1),
+        GATHER=turn // rows_at_once, CHUNK=plan.chunk, **_options("keys", q, plan.keys.size),
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, given, depth, tile["BLOCK_D"])
     return dq, dk, dv
 
 
 def _with_shares(dk, dv, blocks, shares):
-    if shares is not None and len(blocks):
-        given, depth = _shares(shares, dk)
-        heads, head_dim = dk.shape[1:]
-        shares_kernel[(len(blocks) * heads,)](
-            dk, dv, blocks.start, blocks.length, *given, heads, head_dim, padded(head_dim), depth, blocks.size
-        )
+    if shares is not None:
+        add_shares_triton((dk, dv), blocks, shares)
     return dk, dv
-
-
-def _shares(shares, unused):
-    """(arguments of kernels, depth); 0 for none."""
-    if shares is None:
-        return (unused,) * 4, 0
-    return (shares.k, shares.v, shares.tree.size, shares.tree.up), shares.tree.depth
 
 
 def _tile(q, k, plan):
@@ -138,20 +133,22 @@ def _one_warp(q, rows):
     return rows <= ONE_WARP[0] and padded(q.shape[2]) * q.itemsize <= ONE_WARP[1]
 
 
-def _gather(q, rows, size):
+def _gather(kernel, q, rows, size):
     """Key blocks taken at once beside `rows` queries."""
-    return max(1, _beside(q, rows, KEYS) // size)
+    return max(1, _beside(kernel, q, rows, KEYS) // size)
 
 
-def _beside(q, rows, most):
+def _beside(kernel, q, rows, most):
     """Rows taken at once beside a tile of so many."""
-    return NARROW if _one_warp(q, rows) else most
+    return NARROW[kernel][0] if _one_warp(q, rows) else most
 
 
-def _options(q, rows, which):
-    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    warps = 1 if _one_warp(q, rows) else 8 if rows >= 128 else 4
-    return {"PRECISION": precision, "num_warps": warps, "num_stages": STAGES[q.itemsize][which]}
+def _options(kernel, q, rows):
+    options = {"PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
+    options |= {"num_warps": 8 if rows >= 128 else 4, "num_stages": STAGES[q.itemsize][kernel == "keys"]}
+    if _one_warp(q, rows):
+        options |= {"num_warps": 1, "maxnreg": NARROW[kernel][1]}
+    return options
 
 
 def _tables(plan):

@@ -23,21 +23,21 @@ def _pool(x, blocks, heads, mean):
     return sums / (blocks.length * (x.shape[1] // heads))[:, None, None] if mean else sums
 
 
-def mean_levels(several, levels, size) -> torch.Tensor:
+def mean_levels(several, levels, size, dtype) -> torch.Tensor:
     """Means of the rows of blocks, then of blocks of these blocks and so on: [T, H, D] each, alike -> [blocks of all
-    levels, heads of all, D] in their dtype, summed in at least fp32; no gradient. levels: Blocks of each, which hold
-    all rows of the level before in their order; size: int32, rows of `several` in each."""
+    levels, heads of all, D] in `dtype`, summed in at least fp32; no gradient. levels: Blocks of each, which hold all
+    rows of the level before in their order; size: int32, what the sums of each are divided by."""
     sums, at = tuple(several), 0
     if not forms.takes(sums[0]):
         found = []
         for blocks in levels:
             sums = (torch.cat([_pool(x, blocks, x.shape[1], False) for x in sums], 1),)
             found.append(sums[0])
-        return (torch.cat(found) / size[:, None, None]).to(several[0].dtype)
+        return (torch.cat(found) / size[:, None, None]).to(dtype)
     from longspan.kernels.sparse.pool_triton import pool_triton
 
     _, heads, head_dim = sums[0].shape
-    means = sums[0].new_empty(len(size), len(sums) * heads, head_dim)
+    means = sums[0].new_empty(len(size), len(sums) * heads, head_dim, dtype=dtype)
     for number, blocks in enumerate(levels, 1):
         here = slice(at, at + len(blocks))
         more = {"means": means[here], "size": size[here], "sums": number < len(levels)}

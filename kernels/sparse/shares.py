@@ -37,3 +37,10 @@ class Shares:
                 share = share + grad[row].to(total.dtype) / self.tree.size[row, None, None]
                 row = self.tree.up[row].long()
             total += share.repeat_interleave(blocks.length.long(), 0, output_size=len(total))
+
+
+def arguments(shares, unused):
+    """(arguments of kernels, levels of means); no level without shares."""
+    if shares is None:
+        return (unused,) * 4, 0
+    return (shares.k, shares.v, shares.tree.size, shares.tree.up), shares.tree.depth

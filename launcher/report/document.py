@@ -15,9 +15,14 @@ ENVIRONMENT = (
 
 
 def document(
-    summaries: Sequence[Summary], records: Sequence[Record], warmup: int, images: dict[str, str] | None
+    summaries: Sequence[Summary],
+    records: Sequence[Record],
+    warmup: int,
+    images: dict[str, str] | None,
+    plans: dict[str, Any] | None = None,
 ) -> str:
-    """The report. images: file names of plots by name; None where they cannot be drawn."""
+    """The report. images: file names of plots by name; None where they cannot be drawn. plans: by name of a run its
+    planned.Planned, or in words why there is none; None to leave them out."""
     parts = ["# Training and benchmark results"]
     if images is None:
         parts.append("No plots: they need matplotlib (`pip install 'longspan[plots]'`).")
@@ -27,6 +32,7 @@ def document(
         found = groups(summaries)
         parts += _scaling(found, images)
         parts += _times(summaries, images)
+        parts += _plans(summaries, plans) if plans else []
         parts += _origins([summary.run for summary in summaries])
     parts += [_record(record, images) for record in records]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -150,6 +156,32 @@ def _times(summaries: Sequence[Summary], images: dict[str, str]) -> list[str]:
         parts.append("Profiled steps, milliseconds:\n\n" + table(["component", *profiled], [*rows, total]))
         parts.append(image)
     return ["## Time of a step", *parts] if parts else []
+
+
+def _plans(summaries: Sequence[Summary], plans: dict[str, Any]) -> list[str]:
+    head = ["run", "GPUs", "sequence", "peak GiB", "planned", "off by", "step, s", "planned", "off by"]
+    rows, notes, profiled = [], [], []
+    for s in summaries:
+        name, found = s.run.name, plans[s.run.name]
+        if isinstance(found, str):
+            notes.append(f"- {name}: {found}")
+            continue
+        pairs = (s.peak_mem_gb, found.peak_gib), (s.medians.get("step_time_s"), found.step_s)
+        rows.append([name, s.gpus, s.seq_len, *(cell for pair in pairs for cell in (*pair, deviation(*pair)))])
+        for where, compared in found.components.items():
+            cells = [[row, 1000 * one, 1000 * other, deviation(one, other)] for row, one, other in compared]
+            profiled.append(f"{name}, {where}:\n\n{table(['component', 'ms', 'planned', 'off by'], cells)}")
+    parts = [
+        "## Plan against measurement",
+        "What `longspan plan` says today of the same config on the same GPUs; off by: planned / measured - 1.",
+    ]
+    parts += [table(head, rows)] if rows else []
+    return [*parts, "No plan:\n\n" + "\n".join(notes) if notes else "", *profiled]
+
+
+def deviation(measured: float | None, planned: float) -> str | None:
+    """Planned / measured - 1 in percent."""
+    return f"{100 * (planned / measured - 1):+.1f} %" if measured else None
 
 
 def _origins(runs: Sequence[Run]) -> list[str]:

@@ -19,13 +19,15 @@ from longspan.launcher.parsing import parse_tokens
 
 # What a report shows of a step; a note says which of these a run lacks.
 FIELDS = ("loss", "tokens", "step_time_s", "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_mem_gb")
+OF_THEN = ", planned"  # ends the name of a breakdown that is what `longspan plan` said when the run was profiled
 FLAGS = {"--seq-len": "data.seq_len", "--steps": "train.steps", "--config": "--config"}  # of recorded commands
 
 
 @dataclass
 class Run:
     """A training run. rows: the objects of metrics.jsonl, one per step, in order. settings: by dotted path, as far as
-    they are known. breakdowns: by where they were found, seconds of a step by component."""
+    they are known. breakdowns: by where they were found, seconds of a step by component. document: tokens of equal
+    documents with as many query-key pairs as those of profiled steps, 0 if not known."""
 
     name: str
     path: Path
@@ -33,6 +35,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     breakdowns: dict[str, dict[str, float]] = field(default_factory=dict)
+    document: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -119,7 +122,7 @@ def breakdowns_of(tree: Any, where: str) -> Iterator[tuple[str, dict[str, float]
         for name, value in tree.items():
             yield from breakdowns_of(value, where)
             if name == "planned_s" and isinstance(value, dict):
-                yield f"{where}, planned", _totals(value)
+                yield where + OF_THEN, _totals(value)
 
 
 def _totals(components: dict[str, Any]) -> dict[str, float]:
@@ -165,7 +168,9 @@ def _read_run(path: Path) -> Run:
     for file in sorted(folder.glob("profile/**/profile.json")):
         where = str(file.parent.relative_to(folder))
         try:
-            run.breakdowns |= breakdowns_of(json.loads(file.read_text()), where)
+            profile = json.loads(file.read_text())
+            run.breakdowns |= breakdowns_of(profile, where)
+            run.document = next((rank["document"] for rank in profile["ranks"] if "document" in rank), 0)
         except (OSError, ValueError):
             notes.append(f"{where}/profile.json cannot be read")
     for row in rows:
@@ -213,20 +218,23 @@ def _read_record(path: Path) -> Record | list[Run]:
     if not isinstance(content, dict) or "benchmark" not in content:
         raise UserError(f'report: {path}: no record of a benchmark: it has no "benchmark"')
     if isinstance(content.get("steps"), list):
-        return [_recorded_run(path.stem, path, content)]
+        return [_recorded_run(path.stem, path, content, {"environment": {}, "settings": {}})]
     runs = content.get("runs")
     if isinstance(runs, dict) and any(
         isinstance(run, dict) and isinstance(run.get("steps"), list) for run in runs.values()
     ):
-        return [_recorded_run(f"{path.stem}/{name}", path, run) for name, run in runs.items() if run.get("steps")]
+        shared = {part: content.get(part) or {} for part in ("environment", "settings")}
+        return [_recorded_run(f"{path.stem}/{name}", path, run, shared) for name, run in runs.items() if run["steps"]]
     return Record(path.stem, path, content)
 
 
-def _recorded_run(name: str, path: Path, content: dict[str, Any]) -> Run:
-    """A training run that a record holds: `steps`, `environment`, and a `summary` for what these do not say."""
+def _recorded_run(name: str, path: Path, content: dict[str, Any], shared: dict[str, dict]) -> Run:
+    """A training run that a record holds: `steps`, `environment`, `settings` or those of a command, `breakdowns` or
+    objects with `components`, and a `summary` for what these do not say. shared: of all runs of the record."""
     rows, notes = steps_of(json.dumps(row) + "\n" for row in content["steps"])
-    environment, summary = dict(content.get("environment") or {}), content.get("summary") or {}
-    settings = settings_of_command(environment.get("command") or [])
+    environment, summary = shared["environment"] | (content.get("environment") or {}), content.get("summary") or {}
+    settings = shared["settings"] | (content.get("settings") or {})
+    settings = settings or settings_of_command(environment.get("command") or [])
     for key, value in (
         ("sequence_tokens", summary.get("sequence_tokens")),
         ("world_size", summary.get("gpus") or summary.get("ranks")),
@@ -234,10 +242,12 @@ def _recorded_run(name: str, path: Path, content: dict[str, Any]) -> Run:
     ):
         if value is not None:
             environment.setdefault(key, value)
-    if not environment.get("command"):
+    if not settings:
         notes.append("no environment with a command: its settings are not known")
-    run = Run(name, path, rows, environment, settings, notes=notes)
-    run.breakdowns = dict(breakdowns_of({key: content[key] for key in content if key != "steps"}, path.stem))
+    run = Run(name, path, rows, environment, settings, document=content.get("document", 0), notes=notes)
+    run.breakdowns = content.get("breakdowns") or dict(
+        breakdowns_of({key: content[key] for key in content if key != "steps"}, path.stem)
+    )
     return run
 
 

@@ -141,7 +141,7 @@ def compile_hopper(head_dim):
 
     hopper.on_hopper = lambda x: True
     # query block, key block, query heads, key heads, list heads, causal and weighted
-    cases = [(128, 64, 2, 2, 2, False), (64, 128, 4, 2, 1, True), (128, 64, 4, 1, 2, True)]
+    cases = [(128, 64, 2, 2, 2, False), (64, 128, 4, 2, 1, True), (128, 64, 4, 1, 2, True), (128, 16, 2, 2, 2, True)]
     for query_block, key_block, heads, key_heads, lists, masked in cases:
         queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
         chosen = torch.zeros(lists, len(queries), 1, dtype=torch.int64)
@@ -183,12 +183,37 @@ def compile_hopper_delta(head_dim):
     forms.run_form(Delta, Delta.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
 
 
+def compile_hopper_sweeps(head_dim):
+    """What no, fixed and scalar decay launch on Hopper."""
+    import forms
+    import torch
+
+    from longspan.kernels.linear.form import Spans
+    from longspan.kernels.linear.fused import Fused
+
+    spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
+    for decay in (None, "fixed", "medium"):
+        inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, decay, 0, dtype=torch.bfloat16)
+        forms.run_form(Fused, Fused.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
+
+
 def compile_choosing(width):
     """What chooses blocks for heads of this width, and the lists of plans."""
     import numpy as np
     import torch
 
-    from longspan.kernels.sparse import Blocks, Families, Ranges, forms, mean_levels
+    from longspan.kernels.sparse import (
+        Blocks,
+        Families,
+        Packing,
+        Ranges,
+        Shares,
+        Tree,
+        add_packed,
+        forms,
+        mean_levels,
+        pack,
+    )
     from longspan.kernels.sparse.descend_triton import descend_triton
     from longspan.kernels.sparse.lists_triton import columns_triton, rows_triton
     from longspan.kernels.sparse.pool_triton import pool_triton, spread_triton
@@ -205,8 +230,12 @@ def compile_choosing(width):
     sums = pool_triton((means.bfloat16(),), blocks, 2, False)
     spread_triton(sums, blocks, means.shape, torch.bfloat16, False)
     forms.takes = lambda x: True
-    mean_levels((means.bfloat16(),) * 2, (blocks, Blocks.of((0, 8), 4)), zeros(10))
+    mean_levels((means.bfloat16(),) * 2, (blocks, Blocks.of((0, 8), 4)), zeros(10), torch.bfloat16)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
+    for lists in (1, 2):
+        packing = Packing.of(blocks, torch.ones(2, lists, 8, dtype=torch.uint8))
+        buffers = pack((means.bfloat16(),) * 2, packing, 256 * lists)
+        add_packed((means.bfloat16(),) * 2, packing, buffers, Shares(Tree(zeros(10), zeros(10), 2), means, means))
     for columns in (8, 1 << 12):  # dense and sparse lists
         row_ptr, row_idx = rows_triton(zeros(1, 64, 4), columns)
         columns_triton(row_ptr, row_idx, columns, 64, 9)
@@ -265,6 +294,7 @@ def main():
             others[dtype](key_size)
             if dtype == "hopper":
                 compile_hopper_delta(key_size)
+                compile_hopper_sweeps(key_size)
             continue
         compile_linear(getattr(torch, dtype), (key_size, value_size), few)
         if key_size == value_size:

@@ -30,6 +30,12 @@ class Tensor(torch.Tensor):
         return self * other
 
 
+def _from_here_on(x):
+    """All numbers in memory from the first of x on."""
+    count = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return x.as_strided((count,), (1,))
+
+
 def _tensor(x):
     return torch.as_tensor(x).as_subclass(Tensor)
 
@@ -71,9 +77,10 @@ class Shared:
 
 class Descriptor:
     def __init__(self, base, shape, strides, block_shape, layout):
-        assert list(base.shape) == shape and list(base.stride()) == strides
-        assert base.data_ptr() % 16 == 0 and strides[0] * base.element_size() % 16 == 0 and strides[1] == 1
-        self.base, self.block_shape, self.dtype = base, block_shape, base.dtype
+        assert base.data_ptr() % 16 == 0 and strides[-1] == 1
+        assert all(stride * base.element_size() % 16 == 0 for stride in strides[:-1])
+        self.base, self.block_shape = base.as_strided(shape, strides), block_shape
+        self.dtype, self.layout = base.dtype, layout
 
 
 class Barrier:
@@ -108,7 +115,7 @@ class Product:
         )
         a, b = (x.float() for x in self.seen)
         acc = self.acc.result if isinstance(self.acc, Product) else self.acc
-        assert a.shape[0] == 64 and a.dtype == b.dtype and acc.dtype == torch.float32
+        assert a.shape[0] == 16 * _here.warps and a.dtype == b.dtype and acc.dtype == torch.float32
         self.result = _tensor(a @ b + acc if self.use_acc else a @ b)
 
 
@@ -135,10 +142,10 @@ def _multiply(a, b, acc, *, use_acc=True, is_async=False):
 
 
 def _fetch(descriptor, start, barrier, target):
-    rows, columns = descriptor.block_shape
-    row, column = map(int, start)
-    source = descriptor.base[row : row + rows, column : column + columns]
-    assert column + columns <= descriptor.base.shape[1] and target.shape == [rows, columns]
+    start, shape = [int(x) for x in start], descriptor.block_shape
+    assert target.shape == shape and start[-1] * target.memory.element_size() % 16 == 0
+    source = descriptor.base[tuple(slice(x, x + n) for x, n in zip(start, shape))]
+    assert list(source.shape[1:]) == shape[1:]
     target.memory.zero_()
     target.memory[: len(source)] = source
     barrier.memory.add(transferred=-target.memory.numel() * target.memory.element_size())
@@ -177,20 +184,22 @@ class Kernel:
 
     def __getitem__(self, grid):
         def launch(*args, **options):
-            options.pop("num_warps")
-            given = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in args]
+            options.pop("maxnreg", None)
+            _here.warps = options.pop("num_warps")
+            given = [Pointer(_from_here_on(x)) if isinstance(x, torch.Tensor) else x for x in args]
             for program in range(grid[0]):
-                _here.program, _here.programs, _here.products = program, grid[0], []
+                _here.program, _here.programs, _here.products = _tensor(program), grid[0], []
                 self.function(*given, **options)
+                assert not _here.products, "a product is never waited for"
 
         return launch
 
 
 def _specialize(parts, warps, registers):
-    place, failed = (_here.program, _here.programs), []
+    place, failed = (_here.program, _here.programs, _here.warps), []
 
     def run(function, args):
-        _here.program, _here.programs, _here.products = *place, []
+        _here.program, _here.programs, _here.warps, _here.products = *place, []
         try:
             function(*args)
             assert not _here.products, "a product is never waited for"
@@ -235,13 +244,15 @@ def _anything(*args, **options):
 def _modules() -> dict[str, ModuleType]:
     names = dict(
         jit=_jit, constexpr_function=lambda f: f, constexpr=lambda x: x, static_range=range, to_tensor=_tensor,
-        program_id=lambda n: _here.program, num_programs=lambda n: _here.programs, load=_load, store=_store,
+        program_id=lambda n: _here.program, num_programs=lambda n: _here.programs,
+        num_warps=lambda: _here.warps, load=_load, store=_store,
         convert_layout=lambda x, layout: x,
         arange=lambda start, stop, layout: _tensor(torch.arange(start, stop)),
         full=lambda shape, value, dtype, layout: _tensor(torch.full(shape, value, dtype=dtype)),
         where=lambda c, x, y: torch.where(_tensor(c), x, y), minimum=_two(torch.minimum), maximum=_two(torch.maximum),
         exp=torch.exp, abs=torch.abs, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
         max=lambda x, axis: x.amax(axis),
+        fma=lambda x, y, z: x * y + z, log2=torch.log2, full_like=lambda x, value: torch.zeros_like(x) + value,
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
         float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
@@ -250,7 +261,8 @@ def _modules() -> dict[str, ModuleType]:
     )  # fmt: skip
     barrier = dict(
         init=_init, wait=lambda b, phase: b.memory.wait(phase), arrive=lambda b: b.memory.add(arrivals=1),
-        expect=lambda b, count: b.memory.add(arrivals=1, transferred=count), MBarrierLayout=BarrierLayout,
+        expect=lambda b, count, pred=True: pred and b.memory.add(arrivals=1, transferred=count),
+        MBarrierLayout=BarrierLayout,
     )  # fmt: skip
     hopper = dict(
         fence_async_shared=lambda: None, warpgroup_mma=_multiply, warpgroup_mma_wait=_wait,

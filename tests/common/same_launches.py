@@ -12,7 +12,7 @@ KINDS = ("softmax", "linear:fixed", "linear:scalar", "linear:gated_delta", "line
 
 
 def main():
-    sizes, names = Sizes(300, 128, 2, 64, 192, 100), set()
+    sizes, names = Sizes(300, 256, 2, 128, 192, 100), set()
     steps = [layer_step(kind, "longspan", 300, sizes, torch.bfloat16, torch.device("cpu")) for kind in KINDS]
     with absent_gpu() as launches:
         launch = Launcher._launch

@@ -7,6 +7,7 @@ import torch
 from selection_oracle import SEEN
 
 from longspan.attention import Hierarchical
+from longspan.kernels.sparse import Shares, Tree
 
 
 def sparse_attention(q, k, v, lengths, *, selection, causal=True):
@@ -170,3 +171,18 @@ def random_lists(queries, keys, heads, most, causal, generator):
             count = int(torch.randint(0, min(most, len(allowed)) + 1, (), generator=generator))
             chosen[head, i, :count] = allowed[torch.randperm(len(allowed), generator=generator)[:count]]
     return chosen
+
+
+def make_shares(blocks, heads, dim):
+    """(Shares of a tree of three levels, what every token gets of keys, of values)."""
+    generator, n = torch.Generator().manual_seed(5), len(blocks)
+    counts = n, -(-n // 3), 2
+    up = [n + i // 3 for i in range(n)] + [n + counts[1] + i % 2 for i in range(counts[1])] + [-1, -1]
+    size = torch.randint(1, 9, (sum(counts),), generator=generator).int()
+    grads = [torch.randn(sum(counts), heads, dim, generator=generator) for _ in range(2)]
+    wanted = []
+    for grad in grads:
+        rows = [(i, up[i], up[up[i]]) for i in range(n)]
+        each = [sum(grad[row].double() / int(size[row]) for row in way) for way in rows]
+        wanted.append(torch.cat([x.expand(int(k), -1, -1) for x, k in zip(each, blocks.length)]))
+    return Shares(Tree(size, torch.tensor(up, dtype=torch.int32), 3), *grads), *wanted

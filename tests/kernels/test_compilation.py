@@ -60,10 +60,11 @@ def test_kernels_of_a_layer_compile_without_spills(tmp_path):
 @pytest.mark.slow
 def test_kernels_for_hopper_compile(tmp_path):
     """And their products overlap with the rest: the assembler does not wait for each."""
-    kernels = compiled(tmp_path, "hopper", "128")
+    kernels = compiled(tmp_path, "hopper", "64", "128")
     names = {kernel["name"] for kernel in kernels}
     assert {"forward_kernel", "queries_kernel", "keys_kernel", "rows_kernel"} <= names  # sparse attention
     assert {"backward_kernel", "delta_reverse_kernel"} <= names  # the delta rule
+    assert {"hopper_sum_kernel", "hopper_sweep_kernel", "hopper_reverse_kernel"} <= names  # decays per head
     for kernel in kernels:
         assert kernel["shared"] <= absent_gpu.SHARED_LIMIT and not kernel["undefined"], kernel
         assert not kernel["serialized"], kernel

@@ -8,7 +8,7 @@ import torch
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.linear.splits import Splits
 
-MODULES = "forward", "backward", "gradients", "reverse"
+MODULES = "forward", "backward", "reverse"
 SPANS = Spans((0, 1, 2, 66, 67, 690), (1, 2, 4), (2, 4), (1, 2))
 
 
@@ -22,12 +22,11 @@ def emulated():
 
 @pytest.fixture
 def delta(emulated, monkeypatch):
-    """The Form with all kernels for Hopper emulated; those of `gradients` as three programs."""
+    """The Form with all kernels for Hopper emulated."""
     from longspan.kernels.linear import delta, hopper
     from longspan.kernels.sparse import hopper as sparse_hopper
 
     monkeypatch.setattr(sparse_hopper, "on_hopper", lambda x: True)
-    monkeypatch.setattr(emulated["gradients"], "_processors", lambda device: 3)
     for name, module in emulated.items():
         monkeypatch.setattr(hopper, name, module, raising=False)
     return delta
@@ -38,31 +37,21 @@ def run(delta, given):
     return forms.run_form(delta.Delta, tables, *given, 0.3)
 
 
-@pytest.mark.parametrize(("gradients", "decay"), [("chunks", None), ("chunks", "medium")] + [
-    ("sweep", decay) for decay in (None, "fixed", "medium", "spiky")
-])  # fmt: skip
-def test_everything(delta, emulated, monkeypatch, gradients, decay):
-    from longspan.kernels.linear import hopper
-
+@pytest.mark.parametrize("decay", [None, "fixed", "medium", "spiky"])
+def test_everything(delta, emulated, monkeypatch, decay):
     launched = []
-    monkeypatch.setattr(hopper, "GRADIENTS", gradients)
     for name, module in emulated.items():
         launch = lambda *args, name=name, launch=module.launch: launched.append(name) or launch(*args)  # noqa: E731
         monkeypatch.setattr(module, "launch", launch)
     given = forms.random_inputs(SPANS, 1, 128, 128, decay, 1, dtype=torch.bfloat16)
     found = run(delta, given)
-    last = ["reverse"] if gradients == "sweep" else ["backward", "gradients"]
-    assert launched == ["forward", "forward", "backward", "forward", *last]
+    assert launched == ["forward", "forward", "backward", "forward", "reverse"]
     wanted = forms.expected(SPANS, *given, 0.3)
     forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 1e-2))
 
 
-@pytest.mark.parametrize("gradients", ["chunks", "sweep"])
-def test_documents_do_not_see_each_other(delta, monkeypatch, gradients):
+def test_documents_do_not_see_each_other(delta):
     """TMA fetches what lies beyond the end of a document with its last chunk."""
-    from longspan.kernels.linear import hopper
-
-    monkeypatch.setattr(hopper, "GRADIENTS", gradients)
     inputs, entry, d_out, exit_grad = forms.random_inputs(SPANS, 1, 128, 128, "medium", 1, dtype=torch.bfloat16)
     clean = run(delta, (inputs, entry, d_out, exit_grad))
     poison = {name: x.clone() for name, x in inputs.items()} | {"d_out": d_out.clone()}

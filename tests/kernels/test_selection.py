@@ -201,7 +201,7 @@ def test_means_of_levels(dtype, form):
         rows = np.searchsorted(starts[-1], offsets)
     ends = [np.append(at[1:], 200) for at in starts]
     size = torch.from_numpy(np.concatenate([b - a for a, b in zip(starts, ends)])).int()
-    means = mean_levels((x, y), levels, size)
+    means = mean_levels((x, y), levels, size, x.dtype)
     spans = [(a, b) for start, stop in zip(starts, ends) for a, b in zip(start, stop)]
     wanted = torch.stack([torch.cat([t[a:b].double().mean(0) for t in (x, y)]) for a, b in spans])
     assert means.dtype == dtype and len(spans) == len(size)

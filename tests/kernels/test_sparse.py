@@ -6,70 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_oracle import random_lists
+from plan_cases import CASES, LIMITS, SCALE, check, make
+from sparse_oracle import make_shares
 
-from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, Shares, Tree, choose, forms, gathered, naive
+from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, choose, forms, gathered, naive
 from longspan.kernels.sparse import plan as plan_module
 
 fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
 backward = pytest.importorskip("longspan.kernels.sparse.backward", reason="Triton is not installed")
 lists_triton = pytest.importorskip("longspan.kernels.sparse.lists_triton", reason="Triton is not installed")
-LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-SCALE = 0.3
-
-# name: (offsets, query block, key block, list heads, query heads, key heads, head dim, causal, weighted, keys a row)
-CASES = {
-    "one block": ((0, 5), 16, 16, 1, 1, 1, 16, False, False, 1),
-    "ragged": ((0, 70, 71, 200), 32, 16, 1, 2, 1, 16, True, False, 3),
-    "packed heads": ((0, 70, 130), 16, 32, 2, 8, 2, 16, True, True, 3),
-    "list per key head": ((0, 90), 32, 32, 2, 4, 2, 20, False, True, 2),
-    "list per query head": ((0, 100), 16, 16, 4, 4, 2, 20, True, True, 5),
-    "keys for one head": ((0, 100), 32, 16, 2, 4, 1, 16, False, False, 3),
-    "one list": ((0, 150), 64, 64, 1, 4, 4, 16, False, False, 3),
-    "small keys": ((0, 33, 170), 64, 16, 1, 1, 1, 16, True, True, 7),
-}
-
-
-def make(name, chosen=None, device="cpu", dtype=torch.float32, case=None):
-    """(plan, q, k, v, d_out, d_lse) of a case with random lists, or those of `chosen(queries, keys, heads)`."""
-    offsets, query_block, key_block, lists, heads, key_heads, dim, causal, weighted, most = case or CASES[name]
-    generator = torch.Generator().manual_seed(len(name))
-    queries, keys = Blocks.of(offsets, query_block), Blocks.of(offsets, key_block)
-    if chosen is None:
-        columns = random_lists(queries, keys, lists, most, causal, generator)
-    else:
-        columns = chosen(queries, keys, lists)
-    weight = torch.randn(len(keys), generator=generator) if weighted else None
-    queries, keys = (blocks.map(lambda x: x.to(device)) for blocks in (queries, keys))
-    plan = BlockPlan.of(
-        queries, keys, columns.to(device), causal=causal, log_weight=None if weight is None else weight.to(device)
-    )
-    shapes = ((heads, dim), (key_heads, dim), (key_heads, dim), (heads, dim), (heads,))
-    q, k, v, d_out, d_lse = (torch.randn(offsets[-1], *shape, generator=generator).to(device) for shape in shapes)
-    return plan, q.to(dtype), k.to(dtype), v.to(dtype), d_out.to(dtype), d_lse
-
-
-def check(form, plan, q, k, v, d_out, d_lse):
-    """Outputs, lse and every gradient of a form against the definition; gives what the form gave."""
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    wanted, wanted_lse = naive.attend(*leaves, plan, SCALE)
-    seen = wanted_lse > -torch.inf
-    d_lse = torch.where(seen, d_lse, 0)
-    loss = (wanted * d_out.double()).sum() + (torch.where(seen, wanted_lse, 0) * d_lse.double()).sum()
-    gradients = torch.autograd.grad(loss, leaves)
-    out, lse = form.forward(q, k, v, plan, SCALE)
-    actual = form.backward(d_out, d_lse, q, k, v, out, lse, plan, SCALE)
-    assert torch.equal(lse > -torch.inf, seen) and not out[~seen].any()
-    assert [x.dtype for x in (out, *actual)] == [q.dtype] * 4
-    pairs = {"out": (out, wanted), "lse": (torch.where(seen, lse, 0), torch.where(seen, wanted_lse, 0))}
-    pairs |= {name: pair for name, *pair in zip(("dq", "dk", "dv"), actual, gradients)}
-    errors = {
-        name: ((x.double() - y).norm() / y.norm().clamp(min=1e-3 * y.numel() ** 0.5)).item()
-        for name, (x, y) in pairs.items()
-    }
-    assert all(error <= LIMITS[q.dtype] for error in errors.values()), errors  # NaN is no error below a limit
-    return out, lse, *actual
-
 
 # rule: (query block, key block, list heads, query heads, key heads, heads of the rule, causal)
 RULES = {
@@ -326,21 +271,6 @@ def check_long_lists(rows, columns, device):
     wanted = plan_module._columns(plan.row_ptr, plan.row_idx, columns, plan.chunk, plan.most_items)
     for columns in (plan.columns, BlockPlan.columns.func(plan)):
         assert all(torch.equal(x, y) for x, y in zip(vars(columns).values(), wanted, strict=True))
-
-
-def make_shares(blocks, heads, dim):
-    """(Shares of a tree of three levels, what every token gets of keys, of values)."""
-    generator, n = torch.Generator().manual_seed(5), len(blocks)
-    counts = n, -(-n // 3), 2
-    up = [n + i // 3 for i in range(n)] + [n + counts[1] + i % 2 for i in range(counts[1])] + [-1, -1]
-    size = torch.randint(1, 9, (sum(counts),), generator=generator).int()
-    grads = [torch.randn(sum(counts), heads, dim, generator=generator) for _ in range(2)]
-    wanted = []
-    for grad in grads:
-        rows = [(i, up[i], up[up[i]]) for i in range(n)]
-        each = [sum(grad[row].double() / int(size[row]) for row in way) for way in rows]
-        wanted.append(torch.cat([x.expand(int(k), -1, -1) for x, k in zip(each, blocks.length)]))
-    return Shares(Tree(size, torch.tensor(up, dtype=torch.int32), 3), *grads), *wanted
 
 
 @pytest.mark.parametrize("form", [fused, gathered], ids=["fused", "gathered"])

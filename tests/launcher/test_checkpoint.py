@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pytest
 import torch
 import torch.distributed as dist
+from full_disk import files_of_at_most
 from spawn import run_ranks
 from tiny_runs import start, tiny_config, train, write_corpus
+from unreadable import locked, open_folder
 
 from longspan.launcher import checkpoint
 from longspan.launcher.agreement import decide
@@ -79,6 +82,15 @@ def test_damaged(tmp_path, damage, reason):
         checkpoint.find(tmp_path, "auto")
 
 
+def test_folders_that_may_not_be_read_are_named():
+    with open_folder() as run:
+        path = _fake(run, 3)
+        for folder, own, resume in ((path, run, "auto"), (path.parent, run / "other", str(path))):
+            message = f"{folder}/.* cannot be read .Permission denied.; change"
+            with locked(folder), pytest.raises(UserError, match=message):
+                checkpoint.find(own, resume)
+
+
 def test_incompatible_model(tmp_path, caplog):
     config = Config()
     _fake(tmp_path, 3)
@@ -126,7 +138,7 @@ def test_saves_and_loads_on_two_ranks(tmp_path):
     steps, interrupted, unwritable, corrupt, random = found[0]
     assert steps == ["step-00000003", "step-00000004"]  # keep_last=2
     assert interrupted == (["step-00000003", "step-00000004"], 4)
-    assert "cannot be written" in unwritable and "disk" in unwritable
+    assert all("cannot be written" in text and "disk of run.dir" in text and "\n" not in text for text in unwritable)
     assert "step-00000004 is damaged" in corrupt and "\n" not in corrupt
     assert random
 
@@ -146,10 +158,11 @@ def _save_and_damage(rank, world_size, folder, corpus):
     checkpoint._publish = publish
     interrupted = _names(run), decide(lambda: checkpoint.find(run, "auto").step)
 
-    # A disk that only one rank cannot write to stops all of them.
-    save, torch.save = torch.save, _full_disk if rank == 1 else torch.save
-    unwritable = _refusal(lambda: checkpoint.save(run, config, trainer.engine, step=5, data={}))
-    torch.save = save
+    # A disk that is full for one rank stops all of them, wherever in its files that is.
+    unwritable = [_refused_by_full_disk(run, config, trainer, rank, size) for size in (0, 1000, 8000)]
+    dcp_save, checkpoint.dcp.save = checkpoint.dcp.save, lambda *arguments, **options: None
+    unwritable.append(_refused_by_full_disk(run, config, trainer, rank, 1000))  # of the random state
+    checkpoint.dcp.save = dcp_save
 
     torch.manual_seed(rank)
     path = checkpoint.save(folder / "other", config, trainer.engine, step=1, data={})
@@ -174,8 +187,9 @@ def _interrupted(*arguments):
     raise RuntimeError("interrupted")
 
 
-def _full_disk(*arguments):
-    raise OSError(28, "No space left on device")
+def _refused_by_full_disk(run, config, trainer, rank, size):
+    with files_of_at_most(size) if rank == 1 else nullcontext():
+        return _refusal(lambda: checkpoint.save(run, config, trainer.engine, step=5, data={}))
 
 
 def _refusal(action):

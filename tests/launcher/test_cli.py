@@ -59,6 +59,7 @@ def test_version(capsys):
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["bench"], "longspan: error: bench: the following arguments are required: benchmark"),
         (["bench", "calibrat"], "longspan: error: bench: argument benchmark: invalid choice: 'calibrat'"),
+        (["plan", "--document", "-5"], "longspan: error: plan: argument --document: '-5' is no number of tokens"),
         (["prepare", "--input", "x"], "the following arguments are required: --output"),
     ],
 )

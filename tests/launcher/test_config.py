@@ -59,6 +59,13 @@ def test_run_is_named_after_the_file_or_by_the_user(tmp_path):
     assert load("run.name=mine", "run.dir=out/{name}/1").run.dir == "out/mine/1"
 
 
+def test_paths_may_start_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load("run.dir=~/runs/{name}", "checkpoint.resume=~/old", "parallel.costs=~/costs.json")
+    assert config.run.dir == "/home/me/runs/longspan"
+    assert (config.checkpoint.resume, config.parallel.costs) == ("/home/me/old", "/home/me/costs.json")
+
+
 @pytest.mark.parametrize(
     "text, count", [("131072", 131072), (7, 7), ("128K", 2**17), ("2M", 2**21), ("1G", 2**30), ("2m", 2**21)]
 )
@@ -199,6 +206,7 @@ def test_missing_file_names_the_shipped_configs():
         (["train.steps=0"], "train.steps=0"),
         (["parallel.key_blocks=-1"], "parallel.key_blocks=-1"),
         (["train.deterministic=true", "parallel.backend=cudnn"], "parallel.backend=cudnn is not deterministic"),
+        (["train.deterministic=true", "parallel.backend=cudnn_ragged"], "backend=cudnn_ragged is not deterministic"),
         (["train.global_batch=0"], "train.global_batch=0"),
         (["train.timeout_s=0"], "train.timeout_s=0"),
         (["checkpoint.keep_last=0"], "checkpoint.keep_last=0"),
@@ -206,6 +214,11 @@ def test_missing_file_names_the_shipped_configs():
         (["parallel.sp=-1"], "parallel.sp=-1"),
         (["parallel.token_cap=0.5"], "parallel.token_cap=0.5: use 1 or more"),
         (["run.seed=-1"], "run.seed=-1"),
+        (["run.seed=99999999999999999999"], "run.seed=99999999999999999999: use 9223372036854775807 or less"),
+        (["train.timeout_s=99999999999999999999"], "train.timeout_s=99999999999999999999: use 1000000000 or less"),
+        (["run.dir="], "run.dir is empty: leave it out for the default, runs/{name}"),
+        (["checkpoint.resume="], "checkpoint.resume is empty: leave it out for the default, auto"),
+        (["model.num_heads=100000000000000"], "does not divide model.hidden_size=512"),
         (["optim.lr=0"], "optim.lr=0.0"),
         (["optim.eps=0"], "optim.eps=0.0"),
         (["optim.warmup_steps=-1"], "optim.warmup_steps=-1"),

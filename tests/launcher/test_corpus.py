@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from corpora import write_megatron
+from unreadable import locked, open_folder
 
 from longspan.launcher import corpus as corpus_module
 from longspan.launcher.corpus import open_corpus, prepare
@@ -187,6 +188,16 @@ def test_input_errors(texts, tmp_path):
     with pytest.raises(UserError, match="no files ending in .md"):
         prepare([texts], tmp_path / "out", suffixes=[".md"], progress=lambda line: None)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("name", ["m.idx", "m.bin", "."])
+def test_files_that_may_not_be_read_are_named(name):
+    with open_folder() as folder:
+        prefix = write_megatron(folder / "m", [[[1, 2, 3]], [[4, 5]]])
+        open_corpus(prefix)  # imports what could not be read below
+        message = f"corpus {prefix}: .* cannot be read .Permission denied.; change its permissions"
+        with locked(folder / name), pytest.raises(UserError, match=message):
+            open_corpus(prefix)
 
 
 def test_broken_files_are_named(tmp_path):

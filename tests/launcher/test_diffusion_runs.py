@@ -11,7 +11,7 @@ import torch.distributed as dist
 from spawn import run_ranks
 from tiny_runs import train
 
-from longspan.launcher import cli
+from longspan.launcher import checkpoint, cli
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.sampling import png, sample_run
@@ -109,3 +109,10 @@ def test_what_cannot_be_sampled(runs, tmp_path):
         sample_run(str(runs["folder"] / "one"), **options | {"size": 12})
     with pytest.raises(UserError, match="--steps 0: use 1 or more"):
         sample_run(str(runs["folder"] / "one"), **options | {"steps": 0})
+    with pytest.raises(UserError, match="--seed -1: use 0 or more"):
+        sample_run(str(runs["folder"] / "one"), **options | {"seed": -1})
+    damaged = shutil.copytree(checkpoint.named(runs["folder"] / "one").path, tmp_path / "step-00000001")
+    for shard in damaged.glob("*.distcp"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(UserError, match="step-00000001 is damaged"):
+        sample_run(str(damaged), **options)

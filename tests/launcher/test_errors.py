@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_runs import SETTINGS, write_corpus
 
+from longspan.launcher import errors
 from longspan.launcher.corpus import open_corpus
 from longspan.launcher.errors import UserError, main_guard
 from longspan.models.config import ModelConfig
@@ -22,18 +23,23 @@ import os, sys
 from longspan.launcher.errors import UserError, main_guard
 from longspan.models.config import ModelConfig
 case, rank = sys.argv[1], int(os.environ["RANK"])
+if case == "only at first":
+    from longspan.launcher import errors
+    errors.POLL_SECONDS = 0.01  # so that a failure is seen while the groups are formed
 with main_guard():
     if case == "all ranks, early":
         ModelConfig(num_heads=4, num_kv_heads=3).validate()
     import torch
     import torch.distributed as dist
-    dist.init_process_group("gloo")
-    dist.barrier()
+    from longspan.parallel.mesh import build_mesh
+    build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"))
     if rank == 1 and case == "user error on one rank":
         raise UserError("corpus x.bin: document 3 holds token id 999")
     if rank == 1 and case == "crash on one rank":
         raise RuntimeError("a broken kernel")
-    if case != "success":
+    if rank == 1 and case == "only at first" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raise UserError("a disk that is free again")
+    if case not in ("success", "only at first"):
         dist.all_reduce(torch.ones(1))
         print("not reached")
     dist.destroy_process_group()
@@ -48,8 +54,8 @@ def program(tmp_path_factory):
     return path
 
 
-def _torchrun(program, *arguments, ranks):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def _torchrun(program, *arguments, ranks, options=()):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
     command = [*launcher, program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
     return done.returncode, done.stderr, [line for line in done.stderr.splitlines() if "longspan: error:" in line]
@@ -67,6 +73,23 @@ def test_user_error_of_one_rank_inside_torchrun(program):
     assert "not reached" not in output and "UserError" not in output
     root_cause = output[output.index("Root Cause") :]
     assert re.search(r"rank\s+: 1 ", root_cause)
+
+
+def test_ranks_that_torchrun_starts_again_are_not_ended_by_what_ended_them_before(program):
+    code, output, lines = _torchrun(program, "only at first", ranks=2, options=["--max-restarts=1"])
+    assert code == 0, output
+    assert lines == ["longspan: error: a disk that is free again"]
+
+
+def test_restarts_are_for_one_machine(monkeypatch):
+    for name, value in {"TORCHELASTIC_MAX_RESTARTS": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    errors._check_restarts()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--max-restarts=3 of torchrun is for the ranks of one machine: leave it out"):
+        errors._check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    errors._check_restarts()
 
 
 def test_bad_token_met_by_the_reader_of_one_rank(tmp_path):
@@ -187,6 +210,31 @@ def test_what_torch_cannot_repeat_is_one_line(capsys, monkeypatch):
 
     line = _output_of(act, capsys)
     assert line.startswith("longspan: error: train.deterministic=true, but torch's put_") and line.count("\n") == 1
+
+
+def test_a_rank_that_was_killed_is_not_taken_for_a_fault_of_those_that_wait_for_it(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for words in (
+        "[../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:17640: Connection reset by peer.",
+        "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:25264",
+        "NCCL error: remote process exited or there was a network error, NCCL version 2.29",
+    ):
+
+        def fail(words=words):
+            raise RuntimeError(words)
+
+        line = _output_of(fail, capsys)
+        assert "lost another rank, which ended without a word" in line and line.count("\n") == 1
+
+
+def test_output_that_nobody_reads_any_more():
+    program = "from longspan.launcher.errors import main_guard\nwith main_guard(): print('x')"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1
+    assert re.fullmatch(r"longspan: error: rank 0 \(.+\) stops: what read its output has ended\n", done.stderr)
 
 
 def test_ranks_without_a_place_to_meet(capsys, monkeypatch):

@@ -10,7 +10,8 @@ import longspan
 from longspan.launcher import cli
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
-from longspan.launcher.estimate import Job, estimate, largest, refuse
+from longspan.launcher.estimate import Job, activations_exposed, estimate
+from longspan.launcher.fitting import largest, refuse
 from longspan.launcher.gpus import GIB, GPUS, Cluster, parse_gpus
 from longspan.models.flops import num_parameters
 
@@ -87,6 +88,44 @@ def test_memory_options_and_engines_change_what_they_are_for():
     assert both.peak < one.peak < plain.peak and both.peak < half.peak < plain.peak
 
 
+def test_offload_takes_host_memory_in_powers_of_two_and_time_where_it_is_not_hidden():
+    def found(*settings, gpus="2xH200", **options):
+        return estimate(job_of("data.seq_len=48K", "train.checkpointing=full", *settings, gpus=gpus, **options))
+
+    plain, away = found(), found("train.offload_activations=true")
+    assert away.peak < plain.peak and [*plain.host] == ["processes"]
+    # Of four blocks the input, 12 MiB of 24K tokens on a rank; of one the attention's result and its fp32 sums per
+    # query (4 heads, below 1 MiB).
+    assert away.host["what layers keep"] == 2 * 5 * 16 * 2**20
+    assert away.step_s >= plain.step_s
+    moments = found("optim.offload=cpu")
+    assert moments.host["optimizer state"] == 8 * plain.num_parameters  # of both ranks
+    pinned = moments.host["parameters, gradients"] / plain.num_parameters
+    assert 8 < pinned < 16
+    narrow = job_of("data.seq_len=48K", "train.checkpointing=full", "train.offload_activations=true")
+    measured = narrow.measure()
+    assert activations_exposed(measured, 0.0) == pytest.approx(2 * sum(measured.put_away) / 50e9)
+    assert activations_exposed(measured, 1e9) == 0
+
+
+def test_a_job_can_be_too_large_for_its_machine_alone(capsys):
+    settings = ["data.seq_len=1M", "train.checkpointing=full", "train.offload_activations=true"]
+    config = job_of(*settings).config
+    large, small = (Job(config, parse_gpus("2xH200", host_gib=size)) for size in (64, 13))
+    assert estimate(large).fits and not estimate(small).fits
+    with pytest.raises(UserError, match="a machine needs .* GiB of host memory, .* of it for .*, and has 13") as caught:
+        refuse(small, estimate(small))
+    tokens = int(re.search(r"data.seq_len=(\d+) or less", str(caught.value))[1])
+    assert 0 < tokens < 2**20
+    fitting, failing = (
+        Job(job_of(*settings, f"data.seq_len={n}").config, small.cluster) for n in (tokens, tokens + tokens // 32)
+    )
+    assert estimate(fitting).fits and not estimate(failing).fits
+    assert str(parse_gpus("2xH200", host_gib=64)) == "2xH200" and parse_gpus("2xH200").host_memory == 256 * GIB
+    with pytest.raises(UserError, match="--host-memory -1"):
+        parse_gpus("H200", host_gib=-1)
+
+
 def test_tensor_parallel_ranks_share_weights_heads_and_tokens_between_layers():
     def found(tp, *settings, gpus="8xH200"):
         return estimate(
@@ -121,7 +160,6 @@ def test_tensor_parallel_ranks_share_weights_heads_and_tokens_between_layers():
     "settings, part",
     [
         (["parallel.engine=deepspeed"], "parallel.engine=deepspeed"),
-        (["train.checkpointing=full", "train.offload_activations=true"], "train.offload_activations=true"),
         (["model.pattern=[sparse]", "model.sparse_selection={name: window, window: 512}"], "name=window"),
     ],
 )

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from full_disk import files_of_at_most
 from spawn import run_ranks
 
 from longspan.launcher import metrics
@@ -160,3 +162,13 @@ def test_progress_lines(capsys):
     )
     assert "val loss 3.0000" in lines[2]
     assert "MFU 41.5%" in lines[4]
+
+
+@pytest.mark.parametrize("room", ["none", "for what was kept"])
+def test_a_full_disk_is_one_line_and_costs_no_row_that_was_there(tmp_path, room):
+    path, kept = tmp_path / "metrics.jsonl", "".join(json.dumps({"step": step}) + "\n" for step in range(1, 50))
+    path.write_text(kept)
+    with pytest.raises(UserError, match=f"run.dir={tmp_path}: cannot be written .*; free its disk"):
+        with files_of_at_most(20 if room == "none" else len(kept)):
+            metrics.MetricsWriter(tmp_path, first_step=50, tensorboard=False).write({"step": 50})
+    assert path.read_text().startswith(kept) and os.listdir(tmp_path) == ["metrics.jsonl"]

@@ -6,27 +6,12 @@ import subprocess
 import sys
 
 import pytest
-import yaml
+from report_runs import MODEL, report, row, write_run
 
 from longspan.launcher import cli
 from longspan.launcher.report.document import table
 from longspan.launcher.report.results import Run, read, settings_of_command, steps_of
 from longspan.launcher.report.series import groups, median, profiles, settings_that_differ, summarize
-
-MODEL = {"model": {"num_layers": 4}, "optim": {"lr": 0.1}}
-
-
-def row(step, seconds=1.0, *, tokens=1024, gpus=1, **others):
-    speed = tokens / seconds
-    found = {
-        "step": step,
-        "loss": 8.0 / step,
-        "tokens": tokens,
-        "step_time_s": seconds,
-        "mfu": 0.25,
-        "peak_mem_gb": 1.5,
-    }
-    return found | {"tokens_per_s": speed, "tokens_per_s_per_gpu": speed / gpus} | others
 
 
 def run(name, *, gpus=1, sp=None, seq_len=1024, samples=1, speed=1000.0, mfu=0.25, settings=(), **environment):
@@ -38,25 +23,6 @@ def run(name, *, gpus=1, sp=None, seq_len=1024, samples=1, speed=1000.0, mfu=0.2
     known = {"model.num_layers": 4, "data.seq_len": seq_len, "train.global_batch": samples, "parallel.sp": sp or 0}
     environment = {"world_size": gpus, "sp": sp or gpus, "device": "H200"} | environment
     return Run(name, None, rows, environment, known | dict(settings) | {"run.name": name})
-
-
-def write_run(folder, rows, *, settings=MODEL, environment=None, end="\n"):
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + end)
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "environment.json").write_text(
-        json.dumps({"world_size": 1, "sp": 1} if environment is None else environment)
-    )
-    return folder
-
-
-def report(capsys, *argv):
-    """Code, and what is printed; the report is the last argument's file."""
-    try:
-        cli.main(["report", *map(str, argv)])
-    except SystemExit as ended:
-        return ended.code, capsys.readouterr().err
-    return 0, capsys.readouterr().out
 
 
 def test_medians_leave_warm_up_out():

@@ -140,7 +140,7 @@ def test_millions_of_documents():
     [
         ([3, 4], "train", dict(seq_len=8), r"data.seq_len=8 is longer than the train documents.*memory, 7 tokens"),
         ([9], "train", dict(seq_len=2, validation_fraction=0.1), "0.1 of the 1 documents of corpus memory leaves none"),
-        ([2, 9], "validation", dict(seq_len=10, validation_fraction=0.5), "the validation documents of corpus memory"),
+        ([2, 9], "validation", dict(seq_len=10, validation_fraction=0.5), "larger data.validation_fraction or more"),
     ],
 )
 def test_too_little_data(lengths, split, config, message):

@@ -245,6 +245,7 @@ def test_run_directory(tmp_path):
     environment = json.loads((run / "environment.json").read_text())
     assert environment["world_size"] == 2 and environment["sp"] == 2 and environment["torch"] == torch.__version__
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]  # interval 0: at the end
+    assert not (tmp_path / "unsaved" / "checkpoints").exists()
     keys = {"step", "loss", "tokens", "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "step_time_s", "grad_norm", "lr",
             "peak_mem_gb", "imbalance"}  # fmt: skip
     assert [set(row) for row in rows(run)] == [keys, keys]
@@ -261,6 +262,8 @@ def _write_a_run(rank, world_size, folder):
     train(tiny_config(folder / "corpus", folder / "run", *_SHORT))
     again = train(tiny_config(folder / "corpus", folder / "run", *_SHORT))  # nothing is left to do
     assert [row["step"] for row in again] == [1, 2]
+    unsaved = train(tiny_config(folder / "corpus", folder / "unsaved", *_SHORT, "checkpoint.at_end=false"))
+    assert [row["step"] for row in unsaved] == [1, 2]
 
 
 def test_says_what_is_trained_and_when_nothing_is_left(tmp_path):

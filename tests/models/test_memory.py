@@ -71,8 +71,8 @@ def make_model(config, dtype, mesh=None, *, checkpointing="none", compile=False,
     for block in model.blocks:
         block.mlp_tile = options.get("mlp_tile", 0)
     if checkpointing != "none":
-        layers, offloaded = options.get("checkpoint_layers", ()), options.get("offload_activations", False)
-        checkpoint_blocks(model, checkpointing, layers, offloaded)
+        offloaded = offload.Offload() if options.get("offload_activations") else None
+        checkpoint_blocks(model, checkpointing, options.get("checkpoint_layers", ()), offloaded)
     return model
 
 

@@ -1,12 +1,6 @@
-"""The delta rule's kernels for Hopper GPUs, in Gluon: tiles come by TMA while warpgroups multiply."""
+"""Kernels of linear attention for Hopper GPUs, in Gluon: tiles come by TMA while warpgroups multiply."""
 
 from longspan.kernels.sparse import hopper
-
-# Which of them are used where they can be. FORWARD, BACKWARD: modes of the sweeps. GRADIENTS: "sweep" (`reverse`: dS
-# passes through the chunks in the kernel that makes the gradients), "chunks" (`gradients`: after it) or None.
-FORWARD = ("sum", "states", "output")
-BACKWARD = ("sum", "states")
-GRADIENTS = "sweep"
 
 
 def takes(call) -> bool:

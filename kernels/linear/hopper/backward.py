@@ -1,4 +1,4 @@
-"""`delta_backward` for Hopper GPUs, in Gluon, made as `forward`: two warpgroups of 64 columns of dS each."""
+"""The sums of `delta_backward` for Hopper GPUs, in Gluon, as `forward`: two warpgroups of 64 columns of dS each."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,8 +19,6 @@ from longspan.kernels.linear.hopper.tiles import (
     count_remembered,
     fetch_vectors,
     scratch_descriptor,
-    store_columns,
-    store_scratch,
     synchronize,
     tokens_descriptor,
 )
@@ -33,7 +31,7 @@ STAGES = 3
 def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr):
     first, _, tile, head, begin, chunks = place
     q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, rows_ptr = feed
-    vectors, q_tiles, k_tiles, d_outs, inverses, scores, ready, free, _ = tiles_of
+    vectors, q_tiles, k_tiles, d_outs, inverses, scores, ready, free = tiles_of
     n = 0
     for passed in range(begin, chunks):
         chunk = chunks - 1 - passed
@@ -87,22 +85,18 @@ def step(
 
 @gluon.jit
 def _pass(
-    part: gl.constexpr, place, entry_row, exit_at, out, sum_ptr, tiles_of, cleared, MODE: gl.constexpr, scale,
-    H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+    part: gl.constexpr, place, sum_ptr, tiles_of, cleared, scale, H, K: gl.constexpr, V: gl.constexpr,
+    GATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     first, length, tile, head, begin, chunks = place
-    vectors, q_tiles, k_tiles, d_outs, inverses, scores, ready, free, staged = tiles_of
-    d_states_ptr, errors_ptr = out
+    vectors, q_tiles, k_tiles, d_outs, inverses, scores, ready, free = tiles_of
     OUT: gl.constexpr = product_layout(K)
     column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, K, gl.SliceLayout(0, OUT))
-    at_state = part * 64 + column[:, None] + key[None, :] * V
     state = gl.full([64, K], 0.0, gl.float32, OUT)
-    if MODE == "states":
-        state = gl.load(exit_at + at_state, mask=entry_row >= 0, other=0.0)
     n = 0
     for passed in range(begin, chunks):
         chunk = chunks - 1 - passed
-        stage, left, at = n % STAGES, length - chunk * 64, tile + chunk * H
+        stage, left = n % STAGES, length - chunk * 64
         d_out = d_outs.index(stage * 2 + part)
         mbarrier.wait(ready.index(stage), n // STAGES & 1)
         if left < 64:  # the last chunk, which comes first
@@ -115,48 +109,35 @@ def _pass(
             synchronize()
             mbarrier.arrive(cleared.index(0))
             mbarrier.wait(cleared.index(0), 0)
-        if MODE == "states":
-            store_scratch(d_states_ptr, at, part * 64, state.to(k_tiles.dtype), V, K)
         leaving = gl.convert_layout(state.to(k_tiles.dtype), gl.DotOperandLayout(0, product_layout(64), 2))
-        state_pending, operand, errors = step(
+        state_pending, operand, _ = step(
             state, leaving, d_out, q_tiles.index(stage), k_tiles.index(stage), inverses.index(stage),
             scores.index(stage), vectors, stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
-        if MODE == "states":
-            staged.index(part).permute((1, 0)).store(errors.to(staged.dtype))
-            synchronize()
-            store_columns(errors_ptr, at * 64, 64, 0, part * 64, staged.index(part), 1, V)
         state, operand = warpgroup_mma_wait(0, deps=[state_pending, operand])
         synchronize()
         mbarrier.arrive(free.index(stage))
         n += 1
-    if MODE == "sum":
-        gl.store(sum_ptr + at_state, state)
+    gl.store(sum_ptr + part * 64 + column[:, None] + key[None, :] * V, state)
 
 
 @launched
 @gluon.jit(do_not_specialize=["scale"])
 def backward_kernel(
-    q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, rows_ptr, exit_ptr, d_states_ptr, errors_ptr, sum_ptr,
-    list_ptr, first_ptr, length_ptr, split_chunk_ptr, exit_row_ptr, sum_row_ptr, scale,
-    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, MODE: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, rows_ptr, sum_ptr, list_ptr, first_ptr, length_ptr,
+    split_chunk_ptr, sum_row_ptr, scale,
+    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.linear.delta_backward.backward_kernel, for K = V = 128. Grid: (splits * H)."""
+    """As kernels.linear.delta_backward.backward_kernel of MODE "sum", for K = V = 128. Grid: (splits * H)."""
     dtype: gl.constexpr = k_desc.dtype
     shared: gl.constexpr = shared_layout(16)
-    split, head = gl.program_id(0) // H, gl.program_id(0) % H
-    exit_at, exit_row = rows_ptr, 0
-    if MODE == "sum":
-        split = gl.load(list_ptr + split)
-        sum_ptr += (gl.load(sum_row_ptr + split).to(gl.int64) * H + head) * K * V
-    else:
-        exit_row = gl.load(exit_row_ptr + split)
-        exit_at = exit_ptr + (gl.maximum(exit_row, 0).to(gl.int64) * H + head) * K * V
+    split, head = gl.load(list_ptr + gl.program_id(0) // H), gl.program_id(0) % H
+    sum_ptr += (gl.load(sum_row_ptr + split).to(gl.int64) * H + head) * K * V
     first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
     tile = gl.load(split_chunk_ptr + split) * H + head
     chunks = gl.cdiv(length, 64)
     begin = chunks * 0
-    if GATE and MODE == "sum":  # what comes later cannot be felt where the split starts
+    if GATE:  # what comes later cannot be felt where the split starts
         begin = gl.maximum(chunks - 1 - count_remembered(rows_ptr, tile, H, chunks), 0)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [STAGES * VECTORS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])),
@@ -166,28 +147,26 @@ def backward_kernel(
         gl.allocate_shared_memory(dtype, [STAGES, 64, 64], shared),
         gl.allocate_shared_memory(dtype, [STAGES, 64, 64], shared),
         make_barriers(STAGES, 1), make_barriers(STAGES, 2),
-        gl.allocate_shared_memory(dtype, [2, 64, 64], shared),
     )  # fmt: skip
     cleared = make_barriers(1, 2)
     place = first, length, tile, head, begin, chunks
-    out = d_states_ptr, errors_ptr
     feed = q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, rows_ptr
     gl.warp_specialize(
         [
-            (_pass, (0, place, exit_row, exit_at, out, sum_ptr, tiles_of, cleared, MODE, scale, H, K, V, GATE, STAGES)),
-            (_pass, (1, place, exit_row, exit_at, out, sum_ptr, tiles_of, cleared, MODE, scale, H, K, V, GATE, STAGES)),
+            (_pass, (0, place, sum_ptr, tiles_of, cleared, scale, H, K, V, GATE, STAGES)),
+            (_pass, (1, place, sum_ptr, tiles_of, cleared, scale, H, K, V, GATE, STAGES)),
             (_fetch, (place, feed, tiles_of, H, K, V, GATE, STAGES)),
         ],
         [4, 1], [232, 40],
     )  # fmt: skip
 
 
-def launch(mode, call, prepared, d_out, num_splits, exits, states, sums, split_list):
-    """As `delta_backward._launch`."""
+def launch(call, prepared, d_out, num_splits, sums, split_list):
+    """As `delta_backward._launch` of "sum"."""
     splits = call.splits
     backward_kernel[(num_splits * call.heads,)](
         tokens_descriptor(call.q), tokens_descriptor(call.k), tokens_descriptor(d_out, 64),
-        scratch_descriptor(prepared.inverse), scratch_descriptor(prepared.scores), prepared.rows, exits, *states, sums,
-        split_list, splits.first, splits.length, splits.split_chunk, splits.backward.row, splits.sum_row, call.scale,
-        call.heads, call.k.shape[2], call.v.shape[2], mode, call.log_decay is not None, STAGES, num_warps=4,
+        scratch_descriptor(prepared.inverse), scratch_descriptor(prepared.scores), prepared.rows, sums, split_list,
+        splits.first, splits.length, splits.split_chunk, splits.sum_row, call.scale,
+        call.heads, call.k.shape[2], call.v.shape[2], call.log_decay is not None, STAGES, num_warps=4,
     )  # fmt: skip

@@ -143,7 +143,7 @@ def _carry(
 def _gradients(
     place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr
 ):
-    """All other gradients; as the two warpgroups of `gradients`."""
+    """All other gradients."""
     first, length, tile, head, chunks = place
     dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr = out
     (
@@ -153,8 +153,9 @@ def _gradients(
     OUT: gl.constexpr = product_layout(K)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     WIDE: gl.constexpr = gl.SliceLayout(1, OUT)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S)
     dtype: gl.constexpr = k_tiles.dtype
-    i, j = gl.arange(0, 64, ROW), gl.arange(0, 64, gl.SliceLayout(0, S))
+    i, j = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
     nothing_wide = gl.full([64, K], 0.0, gl.float32, OUT)
     for n in range(0, chunks):
@@ -180,7 +181,8 @@ def _gradients(
         dq = warpgroup_mma(d_out_2, states.index(1), dq, is_async=True)
         if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
             pairs = d_scores * squares.index(1).load(S).to(gl.float32)
-            from_queries = gl.sum(pairs, 1) - gl.convert_layout(gl.sum(pairs, 0), ROW)
+            pairs -= d_scores_t * squares.index(1).permute((1, 0)).load(S).to(gl.float32)
+            from_queries = gl.sum(pairs, 1)
         synchronize()
         mbarrier.arrive(free.index(2))
         weights = between * scale
@@ -214,22 +216,22 @@ def _gradients(
         x_t = warpgroup_mma(values_t, errors_t.index(0), nothing, use_acc=False, is_async=True)
         x_t = warpgroup_mma(values_t_2, errors_t.index(1), x_t, is_async=True)
         between = decay_between(vectors, stage, S, GATE)
-        beta_column = vectors.index(stage * VECTORS + BETA).load(gl.SliceLayout(0, S))
+        beta_column = vectors.index(stage * VECTORS + BETA).load(COLUMN)
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
         dk, d_scores_t, x, x_t = warpgroup_mma_wait(0, deps=[dk, d_scores_t, x, x_t])
         kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
         x = gl.where(i[:, None] > j[None, :], x * between, 0.0)
         x_t = gl.where(i[:, None] < j[None, :], x_t * between, 0.0)
-        y = -(x * beta[:, None] + x_t * beta_column[None, :])
+        x_t = x_t * beta_column[None, :]
+        y = -(x * beta[:, None] + x_t)
         y = gl.convert_layout(y.to(dtype), gl.DotOperandLayout(0, OUT, 2))
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
-        kk = warpgroup_mma_wait(0, deps=[kk]) * x
+        kk = warpgroup_mma_wait(0, deps=[kk])
         dkw = warpgroup_mma(errors, states.index(0), nothing_wide, use_acc=False, is_async=True)
         dkw = warpgroup_mma(errors_2, states.index(1), dkw, is_async=True)
-        d_beta = -gl.sum(kk, 1)
-        if D_GATE:
-            pairs = beta[:, None] * kk
-            from_queries += gl.convert_layout(gl.sum(pairs, 0), ROW) - gl.sum(pairs, 1)
+        d_beta = -gl.sum(kk * x, 1)
+        if D_GATE:  # K K^T is its own transpose
+            from_queries += gl.sum(kk * x_t, 1) + beta * d_beta
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
         dkw = warpgroup_mma_wait(0, deps=[dkw])
         if GATE:
@@ -246,9 +248,12 @@ def _gradients(
             through = gl.where(i == 63, sums.index(0).load(ROW), 0.0)
             if GATE:
                 through *= gl.convert_layout(from_start, ROW)
-            from_queries += through - beta * k_dkw
-            d_decay = gl.sum(gl.where(i[:, None] >= j[None, :], from_queries[:, None], from_keys[:, None]), 0)
-            gl.store(d_decay_ptr + at + j * H, d_decay, mask=j < left)
+            sums.index(2).store(from_queries + through - beta * k_dkw)
+            sums.index(3).store(from_keys)
+            synchronize()
+            later, earlier = sums.index(2).load(COLUMN), sums.index(3).load(COLUMN)
+            d_decay = gl.sum(gl.where(i[:, None] <= j[None, :], later[None, :], earlier[None, :]), 1)
+            gl.store(d_decay_ptr + at + i * H, d_decay, mask=i < left)
         mbarrier.wait(ready.index(6), turn)  # passed already, as above
         dk, y = warpgroup_mma_wait(0, deps=[dk, y])
         synchronize()
@@ -292,7 +297,7 @@ def delta_reverse_kernel(
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # V'^T
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # dS^T
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # E^T
-        gl.allocate_shared_memory(gl.float32, [2, 64], plain),  # <S, dS>, sums over rows of E V
+        gl.allocate_shared_memory(gl.float32, [4, 64], plain),  # <S, dS>; E V and pairs summed over rows
         ready, free,
     )  # fmt: skip
     place = first, length, tile, head, gl.cdiv(length, 64)

@@ -97,10 +97,10 @@ def store_scratch(ptr, at, COLUMN: gl.constexpr, x, V: gl.constexpr, WIDTH: gl.c
 
 
 @gluon.jit
-def store_columns(ptr, first, left, head, COLUMN: gl.constexpr, staged, H, V: gl.constexpr):
-    """The tile [64, 64] in shared memory to 64 columns of the tokens from `first` on of [T, H, V]."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    token, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, 64, gl.SliceLayout(0, layout))
+def store_columns(ptr, first, left, head, COLUMN: gl.constexpr, staged, H, V: gl.constexpr, WIDTH: gl.constexpr = 64):
+    """The tile [64, WIDTH] in shared memory to columns of the tokens from `first` on of [T, H, V]."""
+    layout: gl.constexpr = row_layout(WIDTH)
+    token, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     ptr += (first.to(gl.int64) * H + head) * V + COLUMN
     at = ptr + (token[:, None] * (H * V) + column[None, :])
     gl.store(at, staged.load(layout).to(ptr.dtype.element_ty), mask=(token < left)[:, None])

@@ -9,18 +9,23 @@ ROWS = 64  # of a warpgroup
 
 
 def takes(q, plan, rows: int, scale: float) -> bool:
-    """Whether these kernels take a case that the others take: tiles of `rows` = 128 queries, whole blocks."""
+    """Whether what walks lists of query blocks takes a case that the others take: tiles of `rows` = 128 queries."""
     return (
         on_hopper(q)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[2] in (64, 128)
         and rows == 2 * ROWS
         and plan.queries.size % ROWS == 0
-        and plan.keys.size % ROWS == 0
+        and (plan.keys.size % ROWS == 0 or q.shape[2] == 64)  # small blocks beside wide heads have not been measured
         and plan.rule is None
         and scale > 0
         and 0 < len(plan.queries) * plan.queries.size * q.shape[1] < 2**31
     )
+
+
+def takes_keys(plan) -> bool:
+    """Whether gradients of keys take a plan too."""
+    return plan.keys.size % ROWS == 0
 
 
 def on_hopper(x: torch.Tensor) -> bool:
@@ -44,8 +49,15 @@ def forward(q, k, v, out, lse, plan, scale, pack, onto):
     run.forward(q, k, v, out, lse, plan, scale, pack, onto)
 
 
-def backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto):
-    """Writes dq, dk and dv, see kernels.sparse.fused.backward."""
+def query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto):
+    """Writes dq, see kernels.sparse.fused.backward; gives what key_gradients takes of rows."""
     from longspan.kernels.sparse.hopper import run
 
-    run.backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto)
+    return run.query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto)
+
+
+def key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale):
+    """Writes dk and dv."""
+    from longspan.kernels.sparse.hopper import run
+
+    run.key_gradients(d_out, q, k, v, *of_rows, dk, dv, plan, scale)

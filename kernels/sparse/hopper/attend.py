@@ -14,16 +14,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from longspan.kernels.launch import launched
 from longspan.kernels.sparse.hopper.tiles import (
     LOG2E,
-    add_weights,
     block_of,
+    facts_of,
+    feed_on,
     load_rows,
     make_barriers,
-    must_mask,
     product_layout,
+    row_layout,
     seen_keys,
     send_keys,
-    send_tile,
     shared_layout,
+    start_feeding,
     store_rows,
     turns_of,
 )
@@ -47,19 +48,17 @@ def _attend(
     P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     rows: gl.constexpr = gl.SliceLayout(1, S)
     q_tile = q_tiles.index(part)
+    q = load_rows(q_ptr, first, count, part, q_stride_t, q_stride_h, PACK, D, row_layout(D, WARPS), ROWS)
     if WARPS == 8:
-        fence_async_shared()
-        for early in gl.static_range(STAGES):
-            _feed(feed, early, early, begin, stop, row_idx, KEYS, TILE, STAGES)
-    q_tile.store(load_rows(q_ptr, first, count, part, q_stride_t, q_stride_h, PACK, D, WARPS))
+        start_feeding(feed, KEYS, TILE, STAGES)
+    q_tile.store(q)
     fence_async_shared()
     earliest = position + part * 64 // PACK
     position += (part * 64 + gl.arange(0, ROWS, rows)) // PACK
     index = part * 64 + gl.arange(0, ROWS, rows)
     at = first * HEADS + (index // PACK * HEADS + index % PACK)
     if ONTO:
-        seen = load_rows(onto_out_ptr, first, count, part, HEADS * D, D, PACK, D, WARPS).to(gl.float32)
-        out = gl.convert_layout(seen, OUT)
+        out = load_rows(onto_out_ptr, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS).to(gl.float32)
         highest = gl.load(onto_lse_ptr + at, mask=index // PACK < count, other=float("-inf")) * LOG2E
         total = gl.where(highest == float("-inf"), 0.0, 1.0)
     else:
@@ -68,16 +67,17 @@ def _attend(
         total = gl.full([ROWS], 0.0, gl.float32, rows)
     nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
     if begin < stop:
+        masked, weight = facts_of(
+            0, begin, stop, row_idx, k_length, k_position, k_step, weight_ptr, earliest, KEYS, TILE, CAUSAL, WEIGHTED, S
+        )
         mbarrier.wait(k_ready.index(0), 0)
         scores = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False)
         if WARPS == 4:
             mbarrier.arrive(k_free.index(0))
-        scores = _mask(
-            scores, 0, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS, TILE, CAUSAL, S
-        )
-        weights, rescale, highest, total = _softmax(
-            scores, highest, total, 0, begin, stop, row_idx, weight_ptr, scale, KEYS, TILE, WEIGHTED, S
-        )
+        if masked:
+            seen = seen_keys(0, begin, stop, row_idx, k_length, k_position, k_step, position, KEYS, TILE, CAUSAL, S)
+            scores = gl.where(seen, scores, float("-inf"))
+        weights, rescale, highest, total = _softmax(scores, highest, total, weight, scale, WEIGHTED and KEYS < TILE)
         if ONTO:
             out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
         weights = gl.convert_layout(weights.to(k_tiles.dtype), P)
@@ -88,15 +88,20 @@ def _attend(
             mbarrier.wait(k_ready.index(stage), (turn // STAGES) & 1)
             pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             out_pending = warpgroup_mma(weights, v_tiles.index(before), out, is_async=True)
+            masked, weight = facts_of(
+                turn, begin, stop, row_idx, k_length, k_position, k_step, weight_ptr, earliest, KEYS, TILE, CAUSAL,
+                WEIGHTED, S,
+            )  # fmt: skip
             scores = warpgroup_mma_wait(1, deps=[pending])
             if WARPS == 4:
                 mbarrier.arrive(k_free.index(stage))
-            scores = _mask(
-                scores, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS, TILE,
-                CAUSAL, S,
-            )  # fmt: skip
+            if masked:
+                seen = seen_keys(
+                    turn, begin, stop, row_idx, k_length, k_position, k_step, position, KEYS, TILE, CAUSAL, S
+                )
+                scores = gl.where(seen, scores, float("-inf"))
             new_weights, rescale, highest, total = _softmax(
-                scores, highest, total, turn, begin, stop, row_idx, weight_ptr, scale, KEYS, TILE, WEIGHTED, S
+                scores, highest, total, weight, scale, WEIGHTED and KEYS < TILE
             )
             new_weights = gl.convert_layout(new_weights.to(k_tiles.dtype), P)
             mbarrier.wait(v_ready.index(stage), (turn // STAGES) & 1)  # also keeps the next wait behind the softmax
@@ -104,7 +109,7 @@ def _attend(
             if WARPS == 4:
                 mbarrier.arrive(v_free.index(before))
             else:
-                _feed(feed, turn + STAGES, turn - 1 + STAGES, begin, stop, row_idx, KEYS, TILE, STAGES)
+                feed_on(feed, turn - 1, KEYS, TILE, STAGES)
             out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
             weights = new_weights
         last = (turns - 1) % STAGES
@@ -120,50 +125,19 @@ def _attend(
 
 
 @gluon.jit
-def _feed(
-    feed, key_turn, value_turn, begin, stop, row_idx, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr
-):
-    """Starts the transfer of the keys and of the values of a turn each, if there are such, once no warp needs what was
-    there before. They are expected before that: no barrier is complete until all has come."""
-    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_start, at = feed
-    BYTES: gl.constexpr = TILE * k_tiles.shape[2] * 2
-    turns = turns_of(begin, stop, KEYS, TILE)
-    mbarrier.expect(v_ready.index(value_turn % STAGES), BYTES, pred=value_turn < turns)
-    mbarrier.expect(k_ready.index(key_turn % STAGES), BYTES, pred=key_turn < turns)
-    gl.thread_barrier()
-    if value_turn < turns:
-        send_tile(v_desc, v_tiles, v_ready, value_turn, row_idx, begin, stop, k_start, at, KEYS, TILE, STAGES)
-    if key_turn < turns:
-        send_tile(k_desc, k_tiles, k_ready, key_turn, row_idx, begin, stop, k_start, at, KEYS, TILE, STAGES)
-
-
-@gluon.jit
-def _mask(
-    scores, turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, position, KEYS: gl.constexpr,
-    TILE: gl.constexpr, CAUSAL: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    if must_mask(turn, begin, stop, row_idx, k_length, k_position, k_step, earliest, KEYS, TILE, CAUSAL):
-        seen = seen_keys(turn, begin, stop, row_idx, k_length, k_position, k_step, position, KEYS, TILE, CAUSAL, layout)
-        scores = gl.where(seen, scores, float("-inf"))
-    return scores
-
-
-@gluon.jit
-def _softmax(
-    scores, highest, total, turn, begin, stop, row_idx, weight_ptr, scale, KEYS: gl.constexpr, TILE: gl.constexpr,
-    WEIGHTED: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """(weights, what older ones shrink by, highest, total), in base 2."""
+def _softmax(scores, highest, total, weight, scale, OF_KEYS: gl.constexpr):
+    """(weights, what older ones shrink by, highest, total), in base 2; weight: of all keys of the tile, or OF_KEYS."""
     stretch = scale * LOG2E
-    if WEIGHTED:
-        scores = add_weights(scores * stretch, turn, begin, stop, row_idx, weight_ptr, KEYS, TILE, layout)
+    if OF_KEYS:
+        scores = gl.fma(scores, gl.full_like(scores, stretch), gl.zeros_like(scores) + weight[None, :])
         higher = gl.maximum(highest, gl.max(scores, 1))
         shift = gl.where(higher == float("-inf"), 0.0, higher)
         weights = gl.exp2(scores - shift[:, None])
     else:
-        higher = gl.maximum(highest, gl.max(scores, 1) * stretch)
+        higher = gl.maximum(highest, gl.max(scores, 1) * stretch + weight)
         shift = gl.where(higher == float("-inf"), 0.0, higher)
-        weights = gl.exp2(gl.fma(scores, gl.full_like(scores, stretch), gl.zeros_like(scores) - shift[:, None]))
+        added = gl.zeros_like(scores) + (weight - shift)[:, None]
+        weights = gl.exp2(gl.fma(scores, gl.full_like(scores, stretch), added))
     rescale = gl.exp2(highest - shift)
     return weights, rescale, higher, total * rescale + gl.sum(weights, 1)
 
@@ -203,7 +177,7 @@ def forward_kernel(
         weight_ptr, q_stride_t, q_stride_h, scale,
     )  # fmt: skip
     if WARPS == 8:
-        feed = k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_start, key_head * D
+        feed = k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx, begin, stop, k_start, key_head * D
         _attend(0, given, feed, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, WARPS)
     else:
         feed = (

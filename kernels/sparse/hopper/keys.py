@@ -17,6 +17,7 @@ from longspan.kernels.sparse.hopper.tiles import (
     load_rows,
     make_barriers,
     product_layout,
+    row_layout,
     shared_layout,
     store_rows,
 )
@@ -61,8 +62,8 @@ def _attend(
     OUT: gl.constexpr = product_layout(D)
     P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     k_tile, v_tile = k_tiles.index(half), v_tiles.index(half)
-    k_tile.store(load_rows(k_ptr, first, count, half, k_stride_t, 0, 1, D))
-    v_tile.store(load_rows(v_ptr, first, count, half, v_stride_t, 0, 1, D))
+    k_tile.store(load_rows(k_ptr, first, count, half, k_stride_t, 0, 1, D, row_layout(D)))
+    v_tile.store(load_rows(v_ptr, first, count, half, v_stride_t, 0, 1, D, row_layout(D)))
     fence_async_shared()
     inside = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, S))
     last = key_position + (count - 1) * key_step

@@ -7,10 +7,10 @@ from longspan.kernels.sparse.hopper.queries import queries_kernel
 from longspan.kernels.sparse.hopper.rows import rows_kernel
 from longspan.kernels.sparse.hopper.tiles import descriptor
 
-# By width of heads: keys in a tile, how many tiles are under way, warps and the most registers of a thread (of four
-# warps, which others join, what a processor has).
-FORWARD = {64: (128, 2, 4, None), 128: (128, 2, 4, None)}
-QUERIES = {64: (64, 4), 128: (64, 4)}  # tiles of dq
+# By width of heads: keys in a tile, how many tiles are under way, warps (twice four that another one feeds, or eight
+# that feed themselves) and the most registers of a thread: with 128 two programs share a processor.
+FORWARD = {64: (64, 3, 8, 128), 128: (128, 2, 4, None)}
+QUERIES = {64: (64, 3, 8, 128), 128: (64, 4, 4, None)}
 KEY_STAGES = 2
 
 
@@ -24,30 +24,36 @@ def forward(q, k, v, out, lse, plan, scale, pack, onto):
     )  # fmt: skip
 
 
-def backward(d_out, q, k, v, rows, dq, dk, dv, plan, scale, pack, onto):
+def query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto):
+    """Writes dq; gives lse and delta block by block, as `key_gradients` takes them."""
     heads, head_dim = q.shape[1:]
-    size, weighted = plan.keys.size, plan.log_weight is not None
     blocks, length = len(plan.queries), plan.queries.size
     log, delta = (rows.new_empty(heads, blocks, length) for _ in range(2))
     rows_kernel[(blocks * heads,)](rows, log, delta, plan.queries.start, plan.queries.length, blocks, heads, length)
-    tile, stages = QUERIES[head_dim]
+    tile, stages, warps, registers = QUERIES[head_dim]
     queries_kernel[(blocks * heads // pack,)](
-        q, *(_rows_of(x, min(tile, size)) for x in (k, v)), d_out, log, delta, dq,
-        dq if onto is None else onto,
-        *_tables(plan), *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], scale, blocks, plan.row_idx.shape[1],
-        *_heads(q, k, plan), size, pack, tile, plan.causal, weighted, onto is not None, stages,
-        num_warps=4,
+        q, *(_rows_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, log, delta, dq,
+        dq if onto is None else onto, *_tables(plan), *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], scale,
+        blocks, plan.row_idx.shape[1], *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
+        plan.log_weight is not None, onto is not None, stages, num_warps=warps, **_most(registers),
     )  # fmt: skip
+    return log, delta
+
+
+def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale):
+    """Writes dk and dv."""
+    head_dim, size = q.shape[2], plan.keys.size
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
         dk.zero_(), dv.zero_()
         return
-    parts = [rows.new_empty(groups, items, size, head_dim) for _ in range(2)]
+    parts = [log.new_empty(groups, items, size, head_dim) for _ in range(2)]
     keys_kernel[(items * groups,)](
         *(_rows_of(x, 64) for x in (q, d_out)), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
         plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr,
-        plan.item_col, _weight(plan), *k.stride()[:2], *v.stride()[:2], scale, blocks, len(plan.keys), items,
-        plan.col_idx.shape[1], *_heads(q, k, plan), size, length, plan.chunk, plan.causal, weighted, KEY_STAGES,
+        plan.item_col, _weight(plan), *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries), len(plan.keys),
+        items, plan.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk, plan.causal,
+        plan.log_weight is not None, KEY_STAGES,
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)

@@ -4,7 +4,7 @@ from functools import cache
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -55,12 +55,11 @@ def block_of(M, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexp
 
 @gluon.jit
 def load_rows(
-    ptr, first, count, part, stride_t, stride_h, PACK: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr = 4
-):
-    """As many rows as WARPS have, 64 of four, from row 64 * part of a tile [tokens x PACK heads, D] on, zero from token
-    `count` on."""
-    layout: gl.constexpr = row_layout(D, WARPS)
-    index = part * 64 + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))
+    ptr, first, count, part, stride_t, stride_h, PACK: gl.constexpr, D: gl.constexpr, layout: gl.constexpr,
+    ROWS: gl.constexpr = 64,
+):  # fmt: skip
+    """ROWS rows from row 64 * part of a tile [tokens x PACK heads, D] on, zero from token `count` on."""
+    index = part * 64 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     token, column = index // PACK, gl.arange(0, D, gl.SliceLayout(0, layout))
     at = (token * stride_t + index % PACK * stride_h)[:, None] + column[None, :]
     return gl.load(ptr + first * stride_t + at, mask=(token < count)[:, None], other=0.0)
@@ -98,55 +97,107 @@ def place_of(turn, begin, index, KEYS: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _first_row(index, turn, begin, stop, row_idx, k_start, KEYS: gl.constexpr, TILE: gl.constexpr):
-    entry, row = place_of(turn, begin, index, KEYS, TILE)
-    return gl.load(k_start + gl.load(row_idx + gl.minimum(entry, stop - 1))) + row
-
-
-@gluon.jit
 def send_keys(feed, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
-    """Feeds what walks a list, tiles of one block, a part of one or two; an odd last block comes twice."""
+    """Feeds what walks a list, tiles of some blocks or of a part of one."""
     k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, at = feed
     for turn in range(0, turns_of(begin, stop, KEYS, TILE)):
         stage, phase = turn % STAGES, (turn // STAGES) & 1
+        rows = rows_of(turn, begin, stop, row_idx, k_start, KEYS, TILE)
         mbarrier.wait(k_free.index(stage), phase ^ 1)
         mbarrier.expect(k_ready.index(stage), TILE * k_tiles.shape[2] * 2)
-        send_tile(k_desc, k_tiles, k_ready, turn, row_idx, begin, stop, k_start, at, KEYS, TILE, STAGES)
+        send_tile(k_desc, k_tiles.index(stage), k_ready.index(stage), rows, at, KEYS, TILE)
         mbarrier.wait(v_free.index(stage), phase ^ 1)
         mbarrier.expect(v_ready.index(stage), TILE * k_tiles.shape[2] * 2)
-        send_tile(v_desc, v_tiles, v_ready, turn, row_idx, begin, stop, k_start, at, KEYS, TILE, STAGES)
+        send_tile(v_desc, v_tiles.index(stage), v_ready.index(stage), rows, at, KEYS, TILE)
 
 
 @gluon.jit
-def send_tile(
-    desc, tiles, ready, turn, row_idx, begin, stop, k_start, at,
-    KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Starts the transfer of a tile of a list, which is expected already."""
+def rows_of(turn, begin, stop, row_idx, k_start, KEYS: gl.constexpr, TILE: gl.constexpr):
+    """First rows of the blocks in a tile of a list, or of the part of one; the list's last stands for any after it."""
     ROWS: gl.constexpr = KEYS if KEYS < TILE else TILE
-    stage = turn % STAGES
-    first = _first_row(0, turn, begin, stop, row_idx, k_start, KEYS, TILE)
-    async_load(desc, [first, at], ready.index(stage), tiles.index(stage).slice(0, ROWS))
-    if ROWS < TILE:
-        second = _first_row(TILE - ROWS, turn, begin, stop, row_idx, k_start, KEYS, TILE)
-        async_load(desc, [second, at], ready.index(stage), tiles.index(stage).slice(TILE - ROWS, ROWS))
+    columns, rows = (), ()
+    for part in gl.static_range(TILE // ROWS):
+        entry, _ = place_of(turn, begin, part * ROWS, KEYS, TILE)
+        columns += (gl.load(row_idx + gl.minimum(entry, stop - 1)),)
+    for part in gl.static_range(TILE // ROWS):
+        _, row = place_of(turn, begin, part * ROWS, KEYS, TILE)
+        rows += (gl.load(k_start + columns[part]) + row,)
+    return rows
 
 
 @gluon.jit
-def must_mask(
-    turn, begin, stop, row_idx, k_length, k_position, k_step, earliest,
-    KEYS: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr,
-):  # fmt: skip
-    """Whether not all queries of a tile, the first at position `earliest`, see all of its keys."""
+def send_tile(desc, tile, ready, rows, at, KEYS: gl.constexpr, TILE: gl.constexpr):
+    """Starts the transfer of a tile with these `rows_of`, which is expected already."""
     ROWS: gl.constexpr = KEYS if KEYS < TILE else TILE
-    masked = False
+    for part in gl.static_range(TILE // ROWS):
+        async_load(desc, [rows[part], at], ready, tile.slice(part * ROWS, ROWS))
+
+
+@gluon.jit
+def expect_tiles(feed, turn, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
+    """For programs that feed themselves: keys and values of a turn, if there is such, are to come. All threads must
+    meet before they are sent: what was there before is free then, and no barrier is complete until all has come."""
+    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx, begin, stop, k_start, at = feed
+    there = turn < turns_of(begin, stop, KEYS, TILE)
+    mbarrier.expect(k_ready.index(turn % STAGES), TILE * k_tiles.shape[2] * 2, pred=there)
+    mbarrier.expect(v_ready.index(turn % STAGES), TILE * k_tiles.shape[2] * 2, pred=there)
+
+
+@gluon.jit
+def send_tiles(feed, turn, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
+    """Sends them."""
+    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx, begin, stop, k_start, at = feed
+    if turn < turns_of(begin, stop, KEYS, TILE):
+        stage = turn % STAGES
+        rows = rows_of(turn, begin, stop, row_idx, k_start, KEYS, TILE)
+        send_tile(k_desc, k_tiles.index(stage), k_ready.index(stage), rows, at, KEYS, TILE)
+        send_tile(v_desc, v_tiles.index(stage), v_ready.index(stage), rows, at, KEYS, TILE)
+
+
+@gluon.jit
+def start_feeding(feed, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
+    """The first STAGES turns of a program that feeds itself."""
+    fence_async_shared()
+    for turn in gl.static_range(STAGES):
+        expect_tiles(feed, turn, KEYS, TILE, STAGES)
+    gl.thread_barrier()
+    for turn in gl.static_range(STAGES):
+        send_tiles(feed, turn, KEYS, TILE, STAGES)
+
+
+@gluon.jit
+def feed_on(feed, turn, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
+    """Sends what comes in the place of a turn that this thread has done with."""
+    expect_tiles(feed, turn + STAGES, KEYS, TILE, STAGES)
+    gl.thread_barrier()
+    send_tiles(feed, turn + STAGES, KEYS, TILE, STAGES)
+
+
+@gluon.jit
+def facts_of(
+    turn, begin, stop, row_idx, k_length, k_position, k_step, weight_ptr, earliest, KEYS: gl.constexpr,
+    TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """(whether not all queries of a tile, the first at position `earliest`, see all of its keys; the weight of its one
+    block in base 2, or with several blocks those of its keys)."""
+    ROWS: gl.constexpr = KEYS if KEYS < TILE else TILE
+    masked, weight = False, 0.0
+    if WEIGHTED and ROWS < TILE:
+        weight = gl.full([TILE], 0.0, gl.float32, gl.SliceLayout(0, layout))
     for part in gl.static_range(TILE // ROWS):
         entry, row = place_of(turn, begin, part * ROWS + ROWS - 1, KEYS, TILE)
         column = gl.load(row_idx + gl.minimum(entry, stop - 1))
         masked = masked | (row >= gl.load(k_length + column)) | (entry >= stop)
         if CAUSAL:
             masked = masked | (gl.load(k_position + column) + row * gl.load(k_step + column) > earliest)
-    return masked
+        if WEIGHTED:
+            of_part = gl.load(weight_ptr + column).to(gl.float32) * LOG2E
+            if ROWS < TILE:
+                index = gl.arange(0, TILE, gl.SliceLayout(0, layout))
+                weight = gl.where(index // ROWS == part, of_part, weight)
+            else:
+                weight = of_part
+    return masked, weight
 
 
 @gluon.jit
@@ -163,14 +214,3 @@ def seen_keys(
         key_position = gl.load(k_position + column) + row * gl.load(k_step + column)
         seen = seen & (key_position[None, :] <= position[:, None])
     return seen
-
-
-@gluon.jit
-def add_weights(
-    scores, turn, begin, stop, row_idx, weight_ptr, KEYS: gl.constexpr, TILE: gl.constexpr, layout: gl.constexpr
-):
-    index = gl.arange(0, TILE, gl.SliceLayout(0, layout))
-    entry, row = place_of(turn, begin, index, KEYS, TILE)
-    entry += gl.zeros_like(index)
-    weight = gl.load(weight_ptr + gl.load(row_idx + gl.minimum(entry, stop - 1))).to(gl.float32)
-    return scores + (weight * LOG2E)[None, :]

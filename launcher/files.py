@@ -1,0 +1,30 @@
+"""Files of a run directory: replaced whole or left as they were, and one line where the disk refuses."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from longspan.launcher.errors import UserError
+
+
+@contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """UserError in place of an OSError of what is written to `run_dir`."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        raise UserError(
+            f"run.dir={run_dir}: cannot be written ({reason}); free its disk or choose another, then resume"
+        ) from None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes the file anew. Whoever fails or is ended on the way leaves the old one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

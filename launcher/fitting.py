@@ -1,0 +1,108 @@
+"""Whether a job fits: the longest sequence that does, and the settings that make one fit that does not."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from longspan.launcher.errors import UserError
+from longspan.launcher.estimate import Estimate, Job, estimate, memory_at_peak, usable
+from longspan.launcher.gpus import GIB, Cluster
+from longspan.launcher.host_memory import host_memory
+
+
+def largest(job: Job) -> tuple[int, int]:
+    """(the largest data.seq_len that fits, within a hundredth; the largest power of two): 0 if none does."""
+    unit = job.config.data.image_size**2 if job.config.model.task == "images" else 1024
+
+    def spare(units: int) -> float:
+        """The share of memory that is left, of a GPU or of its machine."""
+        changed = job.with_settings(data={"seq_len": units * unit})
+        measured, limit = changed.measure(), usable(job.cluster)
+        device = 1 - sum(memory_at_peak(changed, measured).values()) / limit
+        return min(device, 1 - sum(host_memory(changed, measured).values()) / job.cluster.host_memory)
+
+    # Memory grows nearly linearly: the line through the two points nearest to the limit finds it in a few steps. Host
+    # memory grows in jumps, in front of which the line may stop: then halves do.
+    start = max(2, job.config.data.seq_len // unit)
+    known = {units: spare(units) for units in (start // 2, start)}
+    fitting, failing = 0, math.inf
+    while failing - fitting > max(1, fitting >> 7):
+        (a, at_a), (b, at_b) = sorted(known.items(), key=lambda point: abs(point[1]))[:2]
+        guess = math.floor(a + at_a * (b - a) / (at_a - at_b)) if at_a != at_b else 2 * max(a, b)
+        if failing < math.inf and len(known) % 3 == 0:
+            guess = (fitting + failing) // 2
+        guess = min(max(guess, fitting + max(1, fitting >> 7)), failing - 1)
+        known[guess] = spare(guess)
+        fitting = max((units for units, left in known.items() if left >= 0), default=0)
+        failing = min((units for units, left in known.items() if left < 0), default=math.inf)
+    power = 1 << ((fitting * unit).bit_length() - 1) if fitting else 0
+    doubled = 2 * power // unit
+    if power and 2 * power % unit == 0 and doubled < failing and spare(doubled) >= 0:
+        return 2 * power, 2 * power
+    return fitting * unit, power
+
+
+def refuse(job: Job, found: Estimate) -> None:
+    """Raises UserError for a job that does not fit, in a line that names settings that, each alone, make it fit."""
+    remedies = [text for text, changed in _alternatives(job) if estimate(changed).fits][:2]
+    tokens, _ = largest(job)
+    if tokens:
+        remedies.append(f"data.seq_len={tokens} or less")
+    config, host = job.config, sum(found.host.values()) / GIB
+    short = []
+    if found.peak > found.limit:
+        short.append(
+            f"a rank needs {found.peak / GIB:.1f} GiB, and of {job.cluster.gpu.memory / GIB:.1f} GiB"
+            f" {found.limit / GIB:.1f} can be allocated"
+        )
+    if host * GIB > found.host_limit:
+        largest_part = max(found.host, key=found.host.get)
+        short.append(
+            f"a machine needs {host:.0f} GiB of host memory, {found.host[largest_part] / GIB:.0f} of it for"
+            f" {largest_part}, and has {found.host_limit / GIB:.0f} (--host-memory)"
+        )
+    raise UserError(
+        f"data.seq_len={config.data.seq_len} does not fit on {job.cluster} with train.checkpointing="
+        f"{config.train.checkpointing}: {', and '.join(short)}; what does: {', or '.join(remedies) or NOTHING_FITS}"
+    )
+
+
+NOTHING_FITS = "a smaller model, or more GPUs by more than 64 times"
+
+
+def _alternatives(job: Job) -> Iterator[tuple[str, Job]]:
+    """Settings that take less memory, the cheapest first."""
+    config = job.config
+    if config.model.loss_chunk > 1024:
+        yield "model.loss_chunk=1024", job.with_settings(model={"loss_chunk": 1024})
+    if config.parallel.sharding == "hsdp" and job.cluster.count > job.cluster.per_node:
+        yield "parallel.sharding=fsdp", job.with_settings(parallel={"sharding": "fsdp"})
+    if config.train.checkpointing == "none":
+        yield "train.checkpointing=full", job.with_settings(train={"checkpointing": "full"})
+    if not config.train.mlp_tile:
+        yield "train.mlp_tile=8192", job.with_settings(train={"mlp_tile": 8192})
+    if config.train.checkpointing != "none" and not config.train.offload_activations:
+        yield "train.offload_activations=true", job.with_settings(train={"offload_activations": True})
+    if not job.offload:
+        yield "optim.offload=cpu", job.with_settings(optim={"offload": "cpu"})
+    if config.train.dtype == "float32":
+        yield "train.dtype=bfloat16", job.with_settings(train={"dtype": "bfloat16"})
+    if config.parallel.engine == "ddp":
+        yield "parallel.engine=fsdp2", job.with_settings(parallel={"engine": "fsdp2"})
+    count = job.cluster.count
+    for _ in range(6):
+        count *= 2
+        per_node = count if count <= 8 else max(job.cluster.per_node, 8)
+        more = replace(job.cluster, count=count, per_node=per_node, host_memory=_host(job.cluster, per_node))
+        try:
+            bigger = replace(job, cluster=more)
+        except UserError:
+            continue  # a batch that so many groups cannot share
+        if estimate(bigger).fits:
+            yield f"--gpus {more}", bigger
+            return
+
+
+def _host(cluster: Cluster, per_node: int) -> float:
+    """Of a machine with so many GPUs and as much for each."""
+    return cluster.host_memory / cluster.per_node * per_node

@@ -1,0 +1,23 @@
+"""What a training step holds in the memory of a machine: what layers and the optimizer put there, and the processes.
+
+torch gives out pinned memory in powers of two and keeps what is given back, so that each tensor counts as the next one.
+"""
+
+from longspan.launcher.gpus import PROCESS
+from longspan.models.activations import Measured
+
+PARAMETER, GRADIENT, MOMENTS = 4, 4, 8  # bytes of a parameter with optim.offload=cpu; the moments are not pinned
+
+
+def host_memory(job, measured: Measured) -> dict[str, float]:
+    """Bytes of one machine of the job (an estimate.Job), of all its ranks, by what they are."""
+    found = {"processes": PROCESS, "what layers keep": sum(map(_pinned, measured.put_away))}
+    if job.offload:
+        shares = [size / job.shards for size in measured.parameter_sizes]
+        found["parameters, gradients"] = sum(_pinned(PARAMETER * s) + _pinned(GRADIENT * s) for s in shares)
+        found["optimizer state"] = MOMENTS * sum(shares)
+    return {name: size * job.cluster.per_node for name, size in found.items() if size}
+
+
+def _pinned(size: float) -> int:
+    return 1 << max(0, round(size) - 1).bit_length()

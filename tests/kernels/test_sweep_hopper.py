@@ -1,0 +1,90 @@
+"""No, fixed and scalar decay by their sweeps for Hopper, emulated, against the recurrence in fp64."""
+
+import forms
+import gluon_emulator
+import pytest
+import torch
+
+from longspan.kernels.linear.form import Spans
+from longspan.kernels.linear.splits import Splits
+
+MODULES = "sweep", "sweep_reverse", "sweep_sum"
+SPANS = Spans((0, 1, 2, 66, 67, 690), (1, 3, 4), (3, 4), (1, 3))
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    names = [f"longspan.kernels.linear.hopper.{name}" for name in ("tiles", "decays", *MODULES)]
+    _, _, _, *modules = gluon_emulator.load("longspan.kernels.sparse.hopper.tiles", *names)
+    return dict(zip(MODULES, modules, strict=True))
+
+
+@pytest.fixture
+def launched(emulated, monkeypatch):
+    """Which of the kernels for Hopper, emulated, have run; all others are interpreted."""
+    from longspan.kernels.linear import hopper
+    from longspan.kernels.sparse import hopper as sparse_hopper
+
+    def recording(name, launch):
+        return lambda *args, **options: names.append(name) or launch(*args, **options)
+
+    names = []
+    monkeypatch.setattr(sparse_hopper, "on_hopper", lambda x: True)
+    monkeypatch.setattr(emulated["sweep_sum"], "STAGES", 3)  # fewer than chunks
+    for name, module in emulated.items():
+        monkeypatch.setattr(module, "launch", recording(name, module.launch))
+        monkeypatch.setattr(hopper, name, module, raising=False)
+    return names
+
+
+def run(given):
+    from longspan.kernels.linear.fused import Fused
+
+    return forms.run_form(Fused, Splits.of(SPANS, 384, 64), *given, 0.3)
+
+
+@pytest.mark.parametrize("decay", [None, "fixed", "fixed_closed", "medium", "weak", "strong", "spiky", "closed"])
+def test_equals_the_recurrence(launched, decay):
+    given = forms.random_inputs(SPANS, 1, 128, 128, decay, 0, dtype=torch.bfloat16)
+    found = run(given)
+    assert launched == ["sweep_sum", "sweep", "sweep_sum", "sweep", "sweep_reverse"]
+    wanted = forms.expected(SPANS, *given, 0.3)
+    forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 5e-3))
+
+
+def test_documents_do_not_see_each_other(launched):
+    """TMA fetches what lies beyond the end of a document with its last chunk."""
+    inputs, entry, d_out, exit_grad = forms.random_inputs(SPANS, 1, 128, 128, "medium", 0, dtype=torch.bfloat16)
+    clean = run((inputs, entry, d_out, exit_grad))
+    poison = {name: x if x is None else x.clone() for name, x in inputs.items()} | {"d_out": d_out.clone()}
+    for x in poison.values():
+        if x is not None:
+            x[67:] = torch.nan  # the last document
+    poisoned = run((poison, entry, poison.pop("d_out"), exit_grad))
+    for name in ("out", "dq", "dk", "dv", "dlog_decay"):
+        assert torch.equal(clean[name][:67], poisoned[name][:67]), name
+    for name in ("state", "d_state"):
+        assert torch.equal(clean[name][:2], poisoned[name][:2]), name
+
+
+def test_heads_and_strides(launched, monkeypatch):
+    """Several heads, whose tokens lie apart, and every kernel beside those of Triton."""
+    from longspan.kernels.linear.fused import Fused
+    from longspan.kernels.sparse import hopper
+
+    spans = Spans((0, 70, 80), (0,), (0,), (0,))
+    inputs, *states = forms.random_inputs(spans, 2, 128, 128, "medium", 0, dtype=torch.bfloat16)
+    wide = torch.zeros(80, 2, 3 * 128, dtype=torch.bfloat16)
+    for n, name in enumerate("qkv"):  # heads apart, so that descriptors take a copy
+        wide[:, :, n * 128 : (n + 1) * 128] = inputs[name]
+        inputs[name] = wide[:, :, n * 128 : (n + 1) * 128]
+    tables = Splits.of(spans, 64, 64)
+    found = forms.run_form(Fused, tables, inputs, *states, 0.3)
+    monkeypatch.setattr(hopper, "on_hopper", lambda x: False)
+    launched.clear()
+    others = forms.run_form(Fused, tables, inputs, *states, 0.3)
+    assert not launched
+    for name, x in others.items():
+        if x is not None:
+            assert (found[name] - x).norm() <= 4e-3 * x.norm().clamp(min=1e-3), name
