@@ -29,9 +29,8 @@ def operator(schema: str, *, naive: Callable, fused: str, shapes: Callable) -> C
         return (kernel(fused) if x.is_cuda and x.dtype != torch.float64 else naive)(x, *others)
 
     def call(x, *others):
-        if torch.compiler.is_compiling() or type(x) not in PLAIN or x.is_meta:
-            return registered(x, *others)
-        return compute(x, *others)
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) not in PLAIN
+        return (registered if traced or x.is_meta else compute)(x, *others)
 
     LIBRARY.define(schema)
     for key, function in {"CPU": compute, "CUDA": compute, "Meta": shapes}.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import longspan.kernels
 from longspan.kernels import swiglu
@@ -41,7 +42,17 @@ def test_who_traces_sees_one_operation():
     compiled = torch.compile(lambda x: swiglu.swiglu_forward(x, x), backend=backend, fullgraph=True)
     assert torch.equal(compiled(x), swiglu.swiglu_forward(x, x))
     assert graphs == [[torch.ops.longspan.swiglu.default]]
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        swiglu.swiglu_forward(x, x)
+    assert seen == [torch.ops.longspan.swiglu.default]
     with FakeTensorMode():
         fake = torch.empty(3, 8, device="cuda", dtype=torch.bfloat16)
-        found = swiglu.swiglu_forward(fake, fake)
+    found = swiglu.swiglu_forward(fake, fake)
     assert (found.shape, found.dtype, found.device.type) == ((3, 8), torch.bfloat16, "cuda")
