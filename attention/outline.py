@@ -309,7 +309,8 @@ class _Sparse:
         numbers = max(q.numel(), self.branch.late(own[3], k, v) if self.branch else 0)
         held = [q.new_empty(numbers, dtype=_wide(q)), *self._lists(k)]  # the same again by key blocks
         if self.outline.world_size > 1:
-            held += [x.new_empty(self.outline.num_tokens, *x.shape[1:], dtype=_wide(x)) for x in (k, v)]
+            others = self.outline.num_tokens - self.outline.num_tokens_local  # what is sent back, and what comes back
+            held += [x.new_empty(others, *x.shape[1:]) for x in (k, v, k, v)]
         return held + (self.branch.hold(*own, q, k, v) if self.branch else [])
 
     def _note(self, q, k, backward):

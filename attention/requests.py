@@ -51,7 +51,8 @@ class Request:
         self.wanted, self.keys, self.plans, self.group, self.estimate = wanted, keys, plans, group, estimate
         rank, world_size, lists, width = group_rank(group), group_size(group), wanted.shape[0], keys.width
         asked = torch.zeros(lists, world_size * width + 1, dtype=torch.uint8, device=wanted.device)
-        asked.scatter_(1, (wanted + 1).long().flatten(1), 1)  # what is none has the first column
+        self.columns = (wanted + 1).long().flatten(1)  # what is none has the first
+        asked.scatter_(1, self.columns, 1)
         asked[:, 1 + rank * width : 1 + (rank + 1) * width] = 0
         self.asked, given = asked[:, 1:].unflatten(1, (world_size, width)), asked.flatten()  # [list, owner, piece]
         if estimate is not None:  # how many are listed of every owner's: lists lie one owner after the other
@@ -85,17 +86,16 @@ class Request:
     def _plan(self, count, most):
         """Over the `count` pieces that arrive, at most so many for a list: owner after owner, list after list."""
         keys, (lists, owners, width) = self.keys, self.asked.shape
-        flags = self.asked.transpose(0, 1).flatten()
+        flags, every = self.asked.transpose(0, 1).flatten(), torch.arange(owners * width, device=self.asked.device)
         place = torch.where(flags > 0, flags.cumsum(0) - 1, count)
-        arriving = place.new_empty(count + 1)
-        arriving = arriving.scatter_(0, place, torch.arange(len(flags), device=place.device))[:-1]
-        number = arriving // (lists * width) * width + arriving % width
+        number = place.new_empty(count + 1)
+        number.scatter_(0, place, every.view(owners, 1, width).expand(-1, lists, -1).flatten())
+        number = number[:-1]
         length = keys.lengths[number]
         start = length.cumsum(0, dtype=torch.int32) - length
         blocks = Blocks(keys.size, start, length, keys.positions[number], keys.steps[number], length)
-        place = torch.where(place < count, place, -1).int().view(owners, lists, width).transpose(0, 1).flatten(1)
-        columns = place.gather(1, self.wanted.clamp(min=0).long().flatten(1)).view_as(self.wanted)
-        columns.masked_fill_(self.wanted < 0, -1)
+        place = place.masked_fill_(place == count, -1).int().view(owners, lists, width).transpose(0, 1).flatten(1)
+        columns = torch.nn.functional.pad(place, (1, 0), value=-1).gather(1, self.columns).view_as(self.wanted)
         own = self.plans[group_rank(self.group)]
         options = {"causal": own.causal, "ascending": True, "rule": own.rule, "listed": most}
         return BlockPlan.of(own.queries, blocks, columns, **options)

@@ -99,7 +99,9 @@ def gathered_sums(sums, pieces: Pieces, gather) -> torch.Tensor:
     """Sums of the local pieces -> those of the blocks of all ranks."""
     if pieces.whole:
         return sums
-    return _added(gather(torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, pieces.width - sums.shape[0]))), pieces.of_block)
+    if sums.shape[0] < pieces.width:
+        sums = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, pieces.width - sums.shape[0]))
+    return _added(gather(sums), pieces.of_block)
 
 
 def total_sums(sums, totals: Totals, gather) -> torch.Tensor:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from longspan.parallel.costs import LINK_RATE, REMOTE_RATE
 from longspan.parallel.topology import Topology
 
 # An H200. Operations of the kernels a second (benchmarks/results/sparse_kernels_H200_bsa.json), forward, and how many
-# times as long the backward takes. Bytes a second between GPUs of a node and to others, as in parallel.costs, and of
-# memory. Seconds until a transfer's first byte.
+# times as long the backward takes. Bytes a second of memory. Seconds until a transfer's first byte.
 WORK, BACKWARD = 500e12, 2.9
-LINK, REMOTE_LINK, MEMORY = 300e9, 45e9, 3.5e12
+MEMORY = 3.5e12
 START = 1e-5
 WIDE = 4  # bytes of a sum
 
@@ -64,4 +64,4 @@ class Estimate:
     def _links(self, moved):
         """Seconds of each transfer alone."""
         node = np.arange(len(moved)) // self.topology.ranks_per_node
-        return moved / np.where(node[:, None] == node, LINK, REMOTE_LINK)
+        return moved / np.where(node[:, None] == node, LINK_RATE, REMOTE_RATE)

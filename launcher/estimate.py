@@ -384,7 +384,7 @@ def notes(job: Job) -> Iterator[str]:
     if not job.cluster.gpu.measured:
         yield f"rates of {job.cluster.name} are not measured by longspan"
     if not set(SPARSE_KINDS).isdisjoint(job.config.model.layer_kinds):
-        yield "rates of sparse attention are expectations; it is taken as keeping all keys of other ranks"
+        yield "sparse attention is taken as fetching all keys of other ranks, which is the most that it can keep"
     if job.offload or job.config.train.offload_activations:
         yield "PCIe and the rate of host memory are not measured, but taken from data sheets"
     if job.config.train.compile:

@@ -43,8 +43,9 @@ GPUS = {
     "H100": GPU(
         memory=79.1 * GIB, products=680, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=3.03e12,
         linear=1.17, intra=326e9, inter=45e9, measured=True,
-        source="SXM 80 GB: memory rate and linear attention measured (docs/log.md, linear_kernels_H100.json); attention"
-        " and links as on the H200, which has the same chip and links; products 680 TFLOP/s, assumed",
+        source="SXM 80 GB: memory rate measured, and linear attention with the Triton kernels (docs/log.md,"
+        " linear_kernels_H100.json); attention and links as on the H200, which has the same chip and links;"
+        " products 680 TFLOP/s, assumed",
     ),
     "H200": GPU(
         memory=139.8 * GIB, products=700, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=4.27e12,
@@ -54,13 +55,13 @@ GPUS = {
     ),
     "A100": GPU(
         memory=79.1 * GIB, products=250, products_fp32=17, attention={64: (180, 165), 128: (200, 185)},
-        memory_rate=1.75e12, linear=2.4, intra=230e9, inter=22e9, measured=False,
+        memory_rate=1.75e12, linear=3.2, intra=230e9, inter=22e9, measured=False,
         source="SXM 80 GB, not measured: data sheet (2.04 TB/s, NVLink 600 GB/s), FlashAttention-2 as published"
         " (arXiv 2307.08691), HDR 200 Gb/s",
     ),
     "B200": GPU(
         memory=178.4 * GIB, products=1550, products_fp32=65, attention={64: (1000, 800), 128: (1400, 1100)},
-        memory_rate=7.0e12, linear=0.62, intra=650e9, inter=45e9, measured=False,
+        memory_rate=7.0e12, linear=0.85, intra=650e9, inter=45e9, measured=False,
         source="not measured: data sheet (8 TB/s, NVLink 1.8 TB/s), FlashAttention-4 as published (up to 71 % of peak"
         " forward), 400 Gb/s",
     ),
@@ -68,18 +69,18 @@ GPUS = {
 
 # Linear attention on an H200, K = V = 128, bf16: ns per token and head forward, and backward.
 LINEAR_NS = {
-    "none": (0.469, 1.127),  # taken as fixed
-    "fixed": (0.469, 1.127),  # 131,072 tokens, linear_kernels_H200_fixed.json
-    "scalar": (0.422, 1.544),  # the same
+    "none": (0.398, 0.868),  # 32,768 tokens, linear_hopper_H200.json
+    "fixed": (0.330, 0.786),  # 131,072 tokens, the same
+    "scalar": (0.314, 0.909),  # the same
     "channel": (1.072, 3.031),  # 32,768 tokens, linear_kernels_H200_peers.json
-    "gated_delta": (1.025, 3.615),  # 65,536 tokens, linear_flat_H200.json
-    "delta": (1.331, 4.215),  # 32,768 tokens, linear_kernels_H200_delta.json
-    "kda": (62.0, 922.0),  # plain PyTorch, the same
+    "gated_delta": (0.804, 2.086),  # 32,768 tokens, linear_hopper_H200.json
+    "delta": (0.931, 1.813),  # the same
+    "kda": (62.0, 922.0),  # plain PyTorch, linear_kernels_H200_delta.json
     "whole": (4.0, 8.0),  # plain PyTorch without a causal mask, not measured
 }
-# Block-sparse attention: share of the dense rate forward, and backward. Not measured: expected of the kernels
-# (docs/sparse-attention.md); for blocks of 16 the rate of LLSA's public kernels on an H200.
-SPARSE_SHARE = {"TopBlocks": (0.7, 0.5), "Hierarchical": (0.18, 0.09)}
+# Block-sparse attention on an H200: share of the dense rate forward, and backward, everything included for Hierarchical
+# (llsa layers of a 1B model at 512K tokens, runs_2xH200.json), kernels for TopBlocks (sparse_kernels_H200_sla.json).
+SPARSE_SHARE = {"TopBlocks": (0.75, 0.65), "Hierarchical": (0.15, 0.19)}
 # Bytes per second of a GPU from and to host memory (PCIe 5, 63 by data sheet), and of a host's memory; not measured.
 HOST_LINK, HOST_RATE = 50e9, 400e9
 LAUNCH_S = 8e-6  # for the host to launch one operation; assumed

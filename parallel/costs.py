@@ -15,6 +15,7 @@ from longspan.parallel.topology import Topology
 
 KEY_PASSES = 3  # keys and values travel forward, again backward, and their gradients travel home
 REMAP_PASSES = 2  # q, k, v and o forward, their gradients backward
+LINK_RATE, REMOTE_RATE = 300e9, 45e9  # bytes per second of one H200 to others of its node, and to other nodes
 COPY_RATE = 2.5e12  # bytes per second, of rows gathered on an H200
 
 
@@ -75,7 +76,7 @@ class Costs:
         pair_s = 3.5 * 4 * heads * head_dim / 617e12
         keys = key_bytes(kv_heads, head_dim, bytes_per_number)
         tokens = token_bytes(heads, kv_heads, head_dim, bytes_per_number)
-        intra, inter = 1 / 300e9, 1 / 45e9
+        intra, inter = 1 / LINK_RATE, 1 / REMOTE_RATE
         # Read and written: q, k and v side by side, as sent and as received; o as sent and as received; and backward.
         copies = 2 * (6 * (heads + 2 * kv_heads) + 4 * heads) * head_dim * bytes_per_number
         links = keys * intra, keys * inter, tokens * intra, tokens * inter

@@ -15,6 +15,8 @@ from torch.distributed.rendezvous import rendezvous
 from longspan.parallel.topology import Topology
 
 log = logging.getLogger(__name__)
+# gloo stays beside NCCL: checkpoints and decisions of the host travel without touching the GPU's streams.
+BACKENDS = "cpu:gloo,cuda:nccl"
 STATE_BLOCKS = 6  # of a collective over states; of 132 multiprocessors on Hopper linear attention takes about 128
 
 
@@ -114,9 +116,8 @@ def build_mesh(
 
 
 def _join(device: torch.device, timeout: timedelta) -> None:
-    # gloo stays beside NCCL: checkpoints and decisions of the host travel without touching the GPU's streams.
     on_gpu = device.type == "cuda"
-    options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if on_gpu else {"backend": "gloo"}
+    options = {"backend": BACKENDS, "device_id": device} if on_gpu else {"backend": "gloo"}
     if "RANK" in os.environ:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         # torchrun's store outlives ranks that it starts again (--max-restarts), with the addresses of those before.
@@ -185,7 +186,7 @@ def communicator_options(device: torch.device, blocks: int) -> dict:
     options.is_high_priority_stream = True
     if blocks:
         options.config.max_ctas = blocks
-    return {"backend": "nccl", "pg_options": options}
+    return {"backend": BACKENDS, "pg_options": options}
 
 
 def _connect(groups: list[dist.ProcessGroup], device: torch.device) -> None:

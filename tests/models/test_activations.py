@@ -258,7 +258,8 @@ def test_ranks_of_a_group_keep_what_is_counted_for_them():
         # Of two spans a rank has one into which nothing comes, or none: counted is a rank inside. Of sparse layers the
         # rank that asks for all keys.
         for rank in range(1 if kind in SPARSE_KINDS else 2):
-            assert found[rank][kind] == pytest.approx(counted, rel=0.02), (kind, rank)
+            near = pytest.approx(counted, rel=0.02) if kind.startswith("linear") else counted
+            assert found[rank][kind] == near, (kind, rank)
     counted = kept(shared_config("sla"), [length], world_size=2, dtype=torch.bfloat16, prepare=fully)
     into_first = SIZES["num_layers"] * SIZES["num_kv_heads"] * (8 * 8 + 8) * 4  # of the first rank's two spans
     assert found[0]["checkpointed"] == counted - into_first

@@ -1,14 +1,13 @@
-"""What the delta rule's Hopper kernels share: decays of a chunk, short chunks, how results are stored."""
+"""What the Hopper kernels share: short chunks, descriptors, storing results; of the delta rule, decays of a chunk."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from longspan.kernels.linear.delta_tiles import CHUNK, LEFT_OUT, SEARCHED
-from longspan.kernels.sparse.hopper.tiles import descriptor, row_layout
+from longspan.kernels.sparse.hopper.tiles import descriptor, row_layout, synchronize
 
 BETA, FROM_START, TO_END, G = (gl.constexpr(n) for n in range(4))  # rows 0, 1, 4 and 5 of `delta_tiles.load_row`
 VECTORS = gl.constexpr(4)
-synchronize = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6
 
 
 @gluon.constexpr_function

@@ -9,6 +9,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = gl.constexpr(1.4426950408889634)
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.6
+synchronize = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6
 
 
 def descriptor(x, shape, strides, block, swizzle=128):
@@ -160,7 +161,7 @@ def start_feeding(feed, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.const
     fence_async_shared()
     for turn in gl.static_range(STAGES):
         expect_tiles(feed, turn, KEYS, TILE, STAGES)
-    gl.thread_barrier()
+    synchronize()
     for turn in gl.static_range(STAGES):
         send_tiles(feed, turn, KEYS, TILE, STAGES)
 
@@ -169,7 +170,7 @@ def start_feeding(feed, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.const
 def feed_on(feed, turn, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
     """Sends what comes in the place of a turn that this thread has done with."""
     expect_tiles(feed, turn + STAGES, KEYS, TILE, STAGES)
-    gl.thread_barrier()
+    synchronize()
     send_tiles(feed, turn + STAGES, KEYS, TILE, STAGES)
 
 
