@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -37,6 +38,7 @@ OWN = (
     "scores_kernel",
     "gradient_kernel",
     "channel_gate",
+    "scalar_gate",
 )  # in names of kernels
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk")
 ATTENTION = ("flash", "fmha", "sdpa")
@@ -163,6 +165,15 @@ def as_tuple(outs):
 def layer_times(kind, form, tokens, sizes, dtype, device, seconds) -> dict:
     """ms of a block forward and backward; on a GPU, of what its kernels are and how many there are. `host_ms` is the
     time by the host's clock when the GPU does not wait: where it is more than `ms`, the host is what limits."""
+    step = layer_step(kind, form, tokens, sizes, dtype, device)
+    with eager_layers() if form == "eager" else nullcontext():
+        (found,) = timed(step, device, seconds)
+        row = {"ms": {"forward+backward": found * 1e3}}
+        return row | (profile(step) if device.type == "cuda" else {})
+
+
+def layer_step(kind, form, tokens, sizes, dtype, device):
+    """A function that runs a block of this kind forward and backward."""
     config = ModelConfig(
         vocab_size=257, num_layers=1, hidden_size=sizes.hidden, num_heads=sizes.heads, head_dim=sizes.head_dim,
         mlp_size=sizes.mlp, qk_norm=True, pattern=[kind],
@@ -186,15 +197,7 @@ def layer_times(kind, form, tokens, sizes, dtype, device, seconds) -> dict:
     def step():
         torch.autograd.grad(block(x, rotary, seq), leaves, d_out)
 
-    def run():
-        (found,) = timed(step, device, seconds)
-        row = {"ms": {"forward+backward": found * 1e3}}
-        return row | (profile(step) if device.type == "cuda" else {})
-
-    if form == "eager":
-        with eager_layers():
-            return run()
-    return run()
+    return step
 
 
 def profile(step) -> dict:

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from longspan.kernels import channel_gates, elu, loss, norm, rotation, swiglu
+from longspan.kernels import channel_gates, elu, loss, norm, rotation, scalar_gate, swiglu
 from longspan.models import decay, feature_maps, layers, mixers, rope
 
 EPS = 1e-6
@@ -190,6 +190,7 @@ def eager_layers():
             (mixers, "swiglu", eager_swiglu),
             (decay, "biased_gate", eager_biased_gate),
             (decay, "bounded_gate", eager_bounded_gate),
+            (decay, "scalar_gate", scalar_gate.scalar_gate_naive),
             (feature_maps, "elu1", eager_elu1),
             (feature_maps, "l2_norm", eager_l2_norm),
             (rope.kernel, "rotate", eager_rotate),

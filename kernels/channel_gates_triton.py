@@ -2,7 +2,8 @@
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, tl, triton
+from longspan.kernels.launch import launched
 
 ROWS, BLOCK_CHANNELS = 8, 256  # of a tile
 STEPS = 16  # tiles of a strip
@@ -40,8 +41,8 @@ def _unit_stride(a):
 
 def _strips(a):
     """(programs, strips of tokens)"""
-    strips = triton.cdiv(a.shape[0], ROWS * STEPS)
-    return strips * triton.cdiv(a.shape[1], BLOCK_CHANNELS), strips
+    strips = cdiv(a.shape[0], ROWS * STEPS)
+    return strips * cdiv(a.shape[1], BLOCK_CHANNELS), strips
 
 
 @triton.jit
@@ -60,6 +61,7 @@ def place(step, num_tokens, num_channels, ROWS: tl.constexpr, BLOCK: tl.constexp
     return row[:, None].to(tl.int64), column[None, :], (row < num_tokens)[:, None] & (column < num_channels)[None, :]
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens", "factor"])
 def channel_gate_kernel(
     a_ptr, bias_ptr, log_decay_ptr, keys_ptr, stride, num_tokens, num_channels, factor,
@@ -80,6 +82,7 @@ def channel_gate_kernel(
         tl.store(log_decay_ptr + at, log_decay, mask=mask)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens", "factor"])
 def channel_gate_backward_kernel(
     d_log_decay_ptr, d_keys_ptr, a_ptr, bias_ptr, d_a_ptr, sums_ptr, stride, num_tokens, num_channels, factor,

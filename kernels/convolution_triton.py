@@ -7,7 +7,8 @@ they are used. Backward, the sums over tokens leave as one row per piece and are
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, tl, triton
+from longspan.kernels.launch import launched
 
 AHEAD, BLOCK_CHANNELS, NUM_WARPS = 4, 256, 2
 FORWARD_STEPS = 64  # tokens of a piece
@@ -18,7 +19,7 @@ def convolve_triton(x, weight, bias, activation, reach):
     """See kernels.convolution.convolve. bf16, fp16 or fp32."""
     (num_tokens, num_channels), width = x.shape, weight.shape[1]
     x, out = _unit_stride(x), torch.empty_like(x, memory_format=torch.contiguous_format)
-    grid = triton.cdiv(num_tokens, FORWARD_STEPS) * triton.cdiv(num_channels, BLOCK_CHANNELS)
+    grid = cdiv(num_tokens, FORWARD_STEPS) * cdiv(num_channels, BLOCK_CHANNELS)
     if grid:
         forward_kernel[(grid,)](
             x,
@@ -43,10 +44,10 @@ def convolve_backward_triton(d_out, x, weight, bias, activation, reach, dtype):
     """See kernels.convolution.convolve_backward. bf16, fp16 or fp32."""
     (num_tokens, num_channels), width = x.shape, weight.shape[1]
     x, d_out = _unit_stride(x), _unit_stride(d_out)
-    num_pieces = triton.cdiv(num_tokens, BACKWARD_STEPS - width + 1)
+    num_pieces = cdiv(num_tokens, BACKWARD_STEPS - width + 1)
     dx = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     sums = x.new_empty(num_pieces, width + (bias is not None), num_channels, dtype=torch.float32)
-    grid = num_pieces * triton.cdiv(num_channels, BLOCK_CHANNELS)
+    grid = num_pieces * cdiv(num_channels, BLOCK_CHANNELS)
     if grid:
         backward_kernel[(grid,)](
             d_out,
@@ -75,6 +76,7 @@ def _unit_stride(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def forward_kernel(
     x_ptr,
@@ -147,6 +149,7 @@ def walk(
         window = window[1:]
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def backward_kernel(
     d_out_ptr,

@@ -1,6 +1,7 @@
 """elu(x) + 1 as one Triton kernel each way."""
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 BLOCK = 1024  # elements of a row per program
 
@@ -20,11 +21,12 @@ def _launch(x, d_out):
     rows, out = rows if rows.stride(1) == 1 else rows.contiguous(), x.new_empty(x.shape)
     width = rows.shape[1]
     if x.numel():
-        block = min(BLOCK, triton.next_power_of_2(width))
-        elu1_kernel[(len(x) * triton.cdiv(width, block),)](rows, d_out, out, rows.stride(0), WIDTH=width, BLOCK=block)
+        block = min(BLOCK, next_power_of_2(width))
+        elu1_kernel[(len(x) * cdiv(width, block),)](rows, d_out, out, rows.stride(0), WIDTH=width, BLOCK=block)
     return out
 
 
+@launched
 @triton.jit
 def elu1_kernel(x_ptr, d_out_ptr, out_ptr, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A part of a row: its values, or with d_out its gradient."""

@@ -2,8 +2,9 @@
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.fold import MAX_KEYS
+from longspan.kernels.launch import launched
 
 BLOCK = 1024  # elements of a state per program, where transitions act on them one by one
 BLOCK_V = 16  # columns of a state per program, where transitions are matrices
@@ -29,15 +30,15 @@ def fold_chains_triton(states, transition, chains, initial=None, *, compose=Fals
     if transition is None or transition.ndim < 4:
         decay_strides = () if transition is None else transition.stride()
         decay_strides += (0,) * (3 - len(decay_strides))
-        grid = num_chains * triton.cdiv(keys * values, BLOCK), heads
+        grid = num_chains * cdiv(keys * values, BLOCK), heads
         fold_kernel[grid](
             states, transition, initial, out, composed, *tables, *strides, *decay_strides,
             H=heads, K=keys, V=values, BLOCK=BLOCK, DECAYS=1 if transition is None or transition.ndim < 3 else keys,
         )  # fmt: skip
     else:
         assert keys <= MAX_KEYS, keys
-        block_k = max(16, triton.next_power_of_2(keys))
-        tiles = triton.cdiv(values, BLOCK_V) + (triton.cdiv(keys, BLOCK_V) if compose else 0)
+        block_k = max(16, next_power_of_2(keys))
+        tiles = cdiv(values, BLOCK_V) + (cdiv(keys, BLOCK_V) if compose else 0)
         grid = num_chains * tiles, heads
         fold_matrix_kernel[grid](
             states, transition, initial, out, composed, *tables, *strides, *transition.stride(),
@@ -46,6 +47,7 @@ def fold_chains_triton(states, transition, chains, initial=None, *, compose=Fals
     return out, composed
 
 
+@launched
 @triton.jit(do_not_specialize=["length"])
 def fold_kernel(
     states_ptr, decay_ptr, initial_ptr, out_ptr, composed_ptr, sources_ptr, targets_ptr, first_ptr, length,
@@ -93,6 +95,7 @@ def fold_kernel(
         tl.store(composed_at, passed, mask=writes)
 
 
+@launched
 @triton.jit(do_not_specialize=["length"])
 def fold_matrix_kernel(
     states_ptr, matrix_ptr, initial_ptr, out_ptr, composed_ptr, sources_ptr, targets_ptr, first_ptr, length,

@@ -2,7 +2,8 @@
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 BLOCK = 1024  # elements of a row per program
 
@@ -15,14 +16,15 @@ def gather_add_triton(
     assert total.is_contiguous() and total.dtype == torch.float32 and total.shape[1:] == part.shape[1:], total.shape
     assert places.is_contiguous() and len(places) == (len(rows) if indexed else rows.stop - rows.start), places.shape
     if places.numel() and width:
-        block = min(BLOCK, triton.next_power_of_2(width))
-        grid = (places.shape[0] * triton.cdiv(width, block),)
+        block = min(BLOCK, next_power_of_2(width))
+        grid = (places.shape[0] * cdiv(width, block),)
         first = 0 if indexed else rows.start
         gather_add_kernel[grid](
             total, rows if indexed else places, places, part.contiguous(), first, places.shape[1], width, block, indexed
         )
 
 
+@launched
 @triton.jit(do_not_specialize=["first_row", "most"])
 def gather_add_kernel(
     total_ptr, rows_ptr, places_ptr, part_ptr, first_row, most, width, BLOCK: tl.constexpr, INDEXED: tl.constexpr

@@ -1,6 +1,7 @@
 """Log-sum-exps of logits and their gradient, each as one Triton kernel that reads the logits once."""
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 BLOCK, NUM_WARPS = 4096, 8  # elements of a row at a time, and warps for them
 
@@ -10,7 +11,7 @@ def label_scores_triton(logits, labels):
     num_tokens, vocabulary = logits.shape
     lse, logit = logits.new_empty(num_tokens), logits.new_empty(num_tokens)
     if num_tokens:
-        block = min(BLOCK, triton.next_power_of_2(vocabulary))
+        block = min(BLOCK, next_power_of_2(vocabulary))
         scores_kernel[(num_tokens,)](
             logits.contiguous(), labels.contiguous(), lse, logit, vocabulary, BLOCK=block, num_warps=NUM_WARPS
         )
@@ -22,13 +23,14 @@ def logits_gradient_triton(logits, lse, labels, dtype):
     num_tokens, vocabulary = logits.shape
     gradient = logits.new_empty(logits.shape, dtype=dtype)
     if num_tokens:
-        block = min(BLOCK, triton.next_power_of_2(vocabulary))
-        gradient_kernel[(num_tokens * triton.cdiv(vocabulary, block),)](
+        block = min(BLOCK, next_power_of_2(vocabulary))
+        gradient_kernel[(num_tokens * cdiv(vocabulary, block),)](
             logits.contiguous(), lse, labels.contiguous(), gradient, vocabulary, BLOCK=block, num_warps=NUM_WARPS
         )
     return gradient
 
 
+@launched
 @triton.jit
 def scores_kernel(logits_ptr, labels_ptr, lse_ptr, logit_ptr, vocabulary, BLOCK: tl.constexpr):
     """One token."""
@@ -50,6 +52,7 @@ def scores_kernel(logits_ptr, labels_ptr, lse_ptr, logit_ptr, vocabulary, BLOCK:
     tl.store(logit_ptr + token, tl.where(label == -101, 0.0, logit))
 
 
+@launched
 @triton.jit
 def gradient_kernel(logits_ptr, lse_ptr, labels_ptr, gradient_ptr, vocabulary, BLOCK: tl.constexpr):
     """A block of one token."""

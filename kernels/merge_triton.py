@@ -2,7 +2,8 @@
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 
 def merge_triton(
@@ -22,9 +23,9 @@ def merge_triton(
     assert num_rows == (rows if indexed else out_acc).shape[0] and out_acc.shape[1:] == out.shape[1:]
     if num_rows == 0:
         return
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = next_power_of_2(head_dim)
     block_rows = max(1, 4096 // block_dim)
-    merge_kernel[(triton.cdiv(num_rows, block_rows) * num_heads,)](
+    merge_kernel[(cdiv(num_rows, block_rows) * num_heads,)](
         out_acc,
         lse_acc,
         out,
@@ -47,6 +48,7 @@ def merge_triton(
     )
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows"])
 def merge_kernel(
     out_acc_ptr,

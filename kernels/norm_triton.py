@@ -4,9 +4,13 @@ A tile of rows is in registers, so the backward forms the statistics again. Grad
 over tiles and leaves one row of sums, and these are added up in one order.
 """
 
+from functools import cache
+
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
+from longspan.kernels.sum_rows_triton import sum_rows_triton
 
 TILE = 2048  # elements of a tile of several rows
 PROGRAMS = 528  # of 4 warps, in the backward with a scale: as many as an H200 runs at once, 4 on a multiprocessor
@@ -16,10 +20,10 @@ def norm_triton(x, branch, weight, gate, mean, eps):
     """See kernels.norm.norm_naive. bf16, fp16 or fp32."""
     x, layout = _rows(x)
     branch, gate = (a if a is None else a.contiguous() for a in (branch, gate))
-    out, stream = x.new_empty(x.shape), None if branch is None else x.new_empty(x.shape)
-    if x.numel():
-        launch, num_tiles = _launch(x, mean)
-        norm_kernel[(num_tiles,)](x, branch, weight, gate, stream, out, *layout, eps, **launch)
+    out, stream = _like(x), None if branch is None else _like(x)
+    if layout[0]:
+        launch, block_rows = _launch(x.shape[-1], mean, TILE)
+        norm_kernel[(cdiv(layout[0], block_rows),)](x, branch, weight, gate, stream, out, *layout, eps, **launch)
     return [out] if branch is None else [stream, out]
 
 
@@ -27,20 +31,18 @@ def norm_backward_triton(d_out, d_stream, x, weight, gate, mean, eps):
     """See kernels.norm.norm_backward_naive. bf16, fp16 or fp32."""
     x, layout = _rows(x)
     d_out, d_stream, gate = (a if a is None else a.contiguous() for a in (d_out, d_stream, gate))
-    d_x, d_gate = x.new_empty(x.shape), None if gate is None else gate.new_empty(gate.shape)
-    programs, sums = 0, None
-    if x.numel():
-        launch, num_tiles = _launch(x, mean)
-        programs = num_tiles
-        if weight is not None:
-            programs = min(max(1, 4 * PROGRAMS // launch["num_warps"]), triton.cdiv(num_tiles, 4))
+    d_x, d_gate = _like(x), None if gate is None else _like(gate)
+    launch, block_rows = _launch(x.shape[-1], mean, TILE)
+    programs = num_tiles = cdiv(layout[0], block_rows)
+    sums = None
     if weight is not None:
+        programs = min(max(1, 4 * PROGRAMS // launch["num_warps"]), cdiv(num_tiles, 4))
         sums = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
     if programs:
         norm_backward_kernel[(programs,)](
             d_out, d_stream, x, weight, gate, d_x, sums, d_gate, *layout, num_tiles, programs, eps, **launch
         )
-    d_weight = None if weight is None else sums.sum(0).to(weight.dtype)
+    d_weight = None if weight is None else sum_rows_triton(sums, weight.dtype)
     return [a for a in (d_x, d_weight, d_gate) if a is not None]
 
 
@@ -50,16 +52,21 @@ def _rows(x):
         x = x.contiguous()
     if x.ndim == 3:
         return x, (x.shape[0] * x.shape[1], x.shape[1], x.stride(0), x.stride(1))
-    return x, (x[..., 0].numel(), 1, x.stride(-2) if x.ndim > 1 else 0, 0)
+    return x, (x.numel() // x.shape[-1], 1, x.stride(-2) if x.ndim > 1 else 0, 0)
 
 
-def _launch(x, mean):
-    width = x.shape[-1]
-    block_width = triton.next_power_of_2(width)
-    block_rows = max(1, TILE // block_width)
+def _like(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@cache
+def _launch(width, mean, tile):
+    """(options of a launch, rows of a tile)"""
+    block_width = next_power_of_2(width)
+    block_rows = max(1, tile // block_width)
     warps = min(32, max(4, block_rows * block_width // 512))
     options = dict(WIDTH=width, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, MEAN=mean, num_warps=warps)
-    return options, triton.cdiv(x.numel() // width, block_rows)
+    return options, block_rows
 
 
 @triton.jit
@@ -79,6 +86,7 @@ def inverse_root(x, eps, WIDTH: tl.constexpr, MEAN: tl.constexpr):
     return tl.rsqrt((total / WIDTH if MEAN else total) + eps)[:, None]
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows", "eps"])
 def norm_kernel(
     x_ptr, branch_ptr, weight_ptr, gate_ptr, stream_ptr, out_ptr,
@@ -105,6 +113,7 @@ def norm_kernel(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "num_programs", "eps"])
 def norm_backward_kernel(
     d_out_ptr, d_stream_ptr, x_ptr, weight_ptr, gate_ptr, d_x_ptr, sums_ptr, d_gate_ptr,

@@ -3,10 +3,14 @@
 A tile holds heads of a few tokens, in two halves, so that cosines and sines are read once per token.
 """
 
+from functools import cache
+
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.norm_triton import PROGRAMS
+from longspan.kernels.sum_rows_triton import sum_rows_triton
 
 TILE = 2048  # pairs of numbers
 NORM_TILE = 1024  # of the backward with a norm, which holds the sums for its weight as well
@@ -28,21 +32,22 @@ def rotate_backward_triton(d_out, cos, sin, x, weight, eps):
         _rotate(d_out, cos, sin, None, eps, d_x, back=True)
         return [d_x]
     x = _unit_stride(x)
-    options, num_tiles = _tiles(x, NORM_TILE)
-    programs = min(PROGRAMS, triton.cdiv(num_tiles, 4))
+    options, tokens, head_blocks = _tile(*x.shape[1:], NORM_TILE)
+    num_tiles = cdiv(len(x), tokens) * head_blocks
+    programs = min(PROGRAMS, cdiv(num_tiles, 4))
     sums = x.new_empty(programs, x.shape[2], dtype=torch.float32)
     if programs:
         norm_rotate_backward_kernel[(programs,)](
             d_out, x, cos.contiguous(), sin.contiguous(), weight, d_x, sums, *d_out.stride()[:2], *x.stride()[:2],
             len(x), num_tiles, programs, eps, **options,
         )  # fmt: skip
-    return [d_x, sums.sum(0).to(weight.dtype)]
+    return [d_x, sum_rows_triton(sums, weight.dtype)]
 
 
 def _rotate(x, cos, sin, weight, eps, out, *, back):
-    options, num_tiles = _tiles(x, TILE)
-    if num_tiles:
-        rotate_kernel[(num_tiles,)](
+    options, tokens, head_blocks = _tile(*x.shape[1:], TILE)
+    if len(x):
+        rotate_kernel[(cdiv(len(x), tokens) * head_blocks,)](
             x, cos.contiguous(), sin.contiguous(), weight, out, *x.stride()[:2], len(x), eps, BACK=back, **options
         )
 
@@ -51,13 +56,14 @@ def _unit_stride(x):
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _tiles(x, size):
-    num_tokens, heads, width = x.shape
-    block_half = triton.next_power_of_2(width // 2)
-    block_heads = min(triton.next_power_of_2(heads), max(1, size // block_half))
+@cache
+def _tile(heads, width, size):
+    """(options of a launch, tokens of a tile, tiles beside one another)"""
+    block_half = next_power_of_2(width // 2)
+    block_heads = min(next_power_of_2(heads), max(1, size // block_half))
     block_tokens = max(1, size // (block_half * block_heads))
     options = dict(HEADS=heads, HALF=width // 2, TOKENS=block_tokens, BLOCK_H=block_heads, BLOCK=block_half)
-    return options, triton.cdiv(num_tokens, block_tokens) * triton.cdiv(heads, block_heads)
+    return options, block_tokens, cdiv(heads, block_heads)
 
 
 @triton.jit
@@ -96,6 +102,7 @@ def inverse_root(first, second, eps, HALF: tl.constexpr):
     return tl.rsqrt(tl.sum(first * first + second * second, 2) / (2 * HALF) + eps)[:, :, None]
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens", "eps"])
 def rotate_kernel(
     x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, token_stride, head_stride, num_tokens, eps, BACK: tl.constexpr,
@@ -115,6 +122,7 @@ def rotate_kernel(
     store_pair(out_ptr, at, mask, first * cos - second * sin, second * cos + first * sin, HALF)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_programs", "eps"])
 def norm_rotate_backward_kernel(
     d_out_ptr, x_ptr, cos_ptr, sin_ptr, weight_ptr, d_x_ptr, sums_ptr,

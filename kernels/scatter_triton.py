@@ -3,7 +3,8 @@ element."""
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 BLOCK = 1024  # elements of a row per program
 
@@ -14,10 +15,11 @@ def scatter_rows_triton(total: torch.Tensor, rows: torch.Tensor, part: torch.Ten
     assert total.is_contiguous() and rows.shape == (num_rows,) and total.shape[1:] == part.shape[1:], total.shape
     if num_rows and width:
         part = part.contiguous()
-        block = min(BLOCK, triton.next_power_of_2(width))
-        scatter_kernel[(num_rows * triton.cdiv(width, block),)](total, rows, part, width, BLOCK=block, ADD=add)
+        block = min(BLOCK, next_power_of_2(width))
+        scatter_kernel[(num_rows * cdiv(width, block),)](total, rows, part, width, BLOCK=block, ADD=add)
 
 
+@launched
 @triton.jit
 def scatter_kernel(total_ptr, rows_ptr, part_ptr, width, BLOCK: tl.constexpr, ADD: tl.constexpr):
     blocks = tl.cdiv(width, BLOCK)

@@ -2,7 +2,8 @@
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 BLOCK = 1024  # elements of a row per program
 
@@ -26,9 +27,9 @@ def _launch(kernel, gate, up, *others):
     gate, up = (x if x.ndim == 2 and x.stride(1) == 1 else x.contiguous() for x in (gate, up))
     width = gate.shape[-1]
     if gate.numel():
-        block = min(BLOCK, triton.next_power_of_2(width))
-        grid = gate.numel() // width * triton.cdiv(width, block)
-        kernel[(grid,)](gate, up, *others, gate.stride(-2), up.stride(-2), WIDTH=width, BLOCK=block)
+        block = min(BLOCK, next_power_of_2(width))
+        grid = (gate.numel() // width * cdiv(width, block),)
+        kernel[grid](gate, up, *others, gate.stride(-2), up.stride(-2), WIDTH=width, BLOCK=block)
 
 
 @triton.jit
@@ -40,6 +41,7 @@ def place(gate_stride, up_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     return row * gate_stride + column, row * up_stride + column, row * WIDTH + column, column < WIDTH
 
 
+@launched
 @triton.jit
 def swiglu_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     at_gate, at_up, at, mask = place(gate_stride, up_stride, WIDTH, BLOCK)
@@ -48,6 +50,7 @@ def swiglu_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, WIDTH: tl.c
     tl.store(out_ptr + at, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit
 def swiglu_backward_kernel(
     gate_ptr, up_ptr, d_out_ptr, d_gate_ptr, d_up_ptr, gate_stride, up_stride,

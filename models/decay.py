@@ -7,10 +7,10 @@ Shape letters: T local tokens, D hidden size, H heads, K key channels of a head.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from longspan.kernels.channel_gates import biased_gate, bounded_gate
+from longspan.kernels.scalar_gate import scalar_gate
 
 
 def decay_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,9 +54,7 @@ class ScalarGate(Gate):
             step.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
 
     def forward(self, a_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = decay_dtype(a_TH.dtype)
-        step_TH = F.softplus(a_TH.to(dtype) + self.dt_bias.to(dtype))
-        return -self.A_log.to(dtype).exp() * step_TH, step_TH
+        return scalar_gate(a_TH, self.A_log, self.dt_bias)
 
 
 class ChannelGate(Gate):

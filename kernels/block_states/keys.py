@@ -2,9 +2,11 @@
 
 from longspan.kernels.block_states.tiles import every_16th, load_state, map_gradient, mapped, store_state
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.sparse.tiles import load_tile, store_tile
 
 
+@launched
 @triton.jit
 def sums_kernel(
     x_ptr, y_ptr, weight_ptr, out_ptr, start_ptr, length_ptr, x_stride_t, x_stride_h, y_stride_t, y_stride_h,
@@ -35,6 +37,7 @@ def sums_kernel(
     store_state(out_ptr, tl.program_id(0), tl.trans(state), tl.sum(normalizer, 0), K, V, BLOCK_K, BLOCK_V)
 
 
+@launched
 @triton.jit(do_not_specialize=["count", "capacity"])
 def listed_kernel(
     total_ptr, total_row_ptr, states_ptr, out_ptr, ends_ptr, list_ptr, position_ptr, listed_position_ptr,
@@ -72,6 +75,7 @@ def listed_kernel(
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@launched
 @triton.jit
 def key_gradients_kernel(
     k_ptr, v_ptr, states_ptr, rows_ptr, dk_ptr, dv_ptr, start_ptr, length_ptr,
@@ -110,6 +114,7 @@ def key_gradients_kernel(
         store_tile(dv_ptr, row, HEADS * V, 0, valid, dv, V, BLOCK_V)
 
 
+@launched
 @triton.jit
 def inside_key_gradients_kernel(
     k_ptr, v_ptr, states_ptr, rows_ptr, q_ptr, d_num_ptr, d_den_ptr, dk_ptr, dv_ptr, start_ptr, length_ptr,

@@ -2,9 +2,11 @@
 
 from longspan.kernels.block_states.tiles import map_gradient, mapped, read
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.sparse.tiles import load_tile, store_tile
 
 
+@launched
 @triton.jit
 def output_kernel(
     sparse_ptr, q_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, rows_ptr, weight_ptr, bias_ptr, out_ptr,
@@ -28,6 +30,7 @@ def output_kernel(
     store_tile(out_ptr + at, row, HEADS * V, 0, valid, out, V, BLOCK_V)
 
 
+@launched
 @triton.jit
 def query_gradients_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, rows_ptr, weight_ptr, dq_ptr, d_num_ptr, d_den_ptr,

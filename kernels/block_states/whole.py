@@ -10,9 +10,11 @@ Multiples of phi(q) read the same, so that softmax has the gradient of exp: rows
 
 from longspan.kernels.block_states.tiles import in_columns, load_state, scaled_map, store_state
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.sparse.tiles import load_tile, store_tile
 
 
+@launched
 @triton.jit
 def whole_output_kernel(
     sparse_ptr, q_ptr, states_ptr, rows_ptr, bias_ptr, out_ptr, start_ptr, length_ptr, q_stride_t, q_stride_h,
@@ -44,6 +46,7 @@ def whole_output_kernel(
         store_tile(out_ptr, row, HEADS * V, 0, valid, out, V, BLOCK_V)
 
 
+@launched
 @triton.jit
 def whole_query_gradients_kernel(
     d_out_ptr, q_ptr, states_ptr, rows_ptr, dq_ptr, sums_ptr, d_bias_ptr, start_ptr, length_ptr,

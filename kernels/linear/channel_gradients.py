@@ -6,6 +6,7 @@ taken off again at the key, both from the same rounded factors, so that only rou
 """
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.channel_decay import LOG2E, climb, factor, is_mild, is_second, load_rows, meets, store_rows
 
 # (bytes per number, value columns padded): (key channels per program, per step, per step where gates are strong, warps,
@@ -20,6 +21,7 @@ GRADIENTS = {
 COLUMNS = {2: 256, 4: 128}
 
 
+@launched
 @triton.jit(do_not_specialize=["scale", "first_chunk"])
 def gradients_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, d_out_ptr, total_ptr, state_ptr, d_state_ptr, dq_ptr, dk_ptr, dg_ptr,

@@ -1,6 +1,7 @@
 """What decay per key channel asks of q and k before plain matrix products can take over: all chunks at once."""
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.channel_decay import (
     LOG2E,
     chunk_tokens,
@@ -33,6 +34,7 @@ def _cumulative(x):
     return tl.reshape(tl.cumsum(groups, 0) + before[None, :, :], [C, N])
 
 
+@launched
 @triton.jit(do_not_specialize=["scale"])
 def prepare_kernel(
     q_ptr, k_ptr, g_ptr, read_ptr, write_ptr, scores_ptr, total_ptr, chunk_first_ptr, chunk_length_ptr,

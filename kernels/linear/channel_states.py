@@ -1,6 +1,7 @@
 """States along splits under decay per key channel: a chain of one product and one scaling per chunk."""
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.channel_decay import LOG2E, load_rows
 
 # (bytes per number, key channels padded): (value columns per program, warps, stages).
@@ -10,6 +11,7 @@ STATES = {
 }  # fmt: skip
 
 
+@launched
 @triton.jit(do_not_specialize=["first_split", "first_chunk"])
 def states_kernel(
     x_ptr, y_ptr, total_ptr, entry_ptr, out_ptr, decay_ptr,

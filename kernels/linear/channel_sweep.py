@@ -1,6 +1,7 @@
 """Outputs under decay per key channel, and with time reversed dv: one sweep along each split with the state on chip."""
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.channel_decay import LOG2E, chunk_tokens, load_rows, store_rows
 
 # (bytes per number, key channels padded): (value columns per program, warps, stages) forward and in reverse.
@@ -12,6 +13,7 @@ SWEEP = {
 }  # fmt: skip
 
 
+@launched
 @triton.jit(do_not_specialize=["first_split", "first_chunk"])
 def sweep_kernel(
     x_ptr, y_ptr, scores_ptr, z_ptr, total_ptr, entry_ptr, out_ptr, states_ptr,

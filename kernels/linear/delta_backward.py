@@ -9,6 +9,7 @@ sweep carries S, and for the same reason: no result of a product is ever transpo
 import torch
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear import hopper
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
@@ -32,6 +33,7 @@ SWEEP = {
 }
 
 
+@launched
 @triton.jit
 def backward_kernel(
     q_ptr, k_ptr, d_out_ptr, inverse_ptr, scores_ptr, rows_ptr, exit_ptr, d_states_ptr, errors_ptr, sum_ptr,

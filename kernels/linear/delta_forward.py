@@ -8,7 +8,8 @@ or V'^T on its left and a tile as it lies in memory on its right, and neither is
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear import hopper
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
@@ -35,6 +36,7 @@ CONFIGS = {
 }
 
 
+@launched
 @triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, inverse_ptr, scores_ptr, rows_ptr, entry_ptr, out_ptr, states_ptr, values_ptr,
@@ -158,13 +160,13 @@ def _launch(
     q, k, v = call.q, call.k, call.v
     splits, (block_k, block_v) = call.splits, call.widths
     columns = block_v + block_k if mode == "sum" else block_v
-    block, options = call.columns(CONFIGS[mode], triton.next_power_of_2(columns))
+    block, options = call.columns(CONFIGS[mode], next_power_of_2(columns))
     if num_splits and hopper.takes(call):
         from longspan.kernels.linear.hopper import forward
 
         forward.launch(mode, call, prepared, num_splits, tables, entries, out, states, sums)
     elif num_splits:
-        forward_kernel[(num_splits * call.heads * triton.cdiv(columns, block),)](
+        forward_kernel[(num_splits * call.heads * cdiv(columns, block),)](
             q, k, v, *prepared, entries, out, *states, *sums,
             *((tables.summed, tables.needed) if tables else (None, None)),
             splits.first, splits.length, splits.split_chunk, splits.forward.row, splits.sum_row,

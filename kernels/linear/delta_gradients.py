@@ -17,6 +17,7 @@ dP^T and Y^T are products of their own: no result of a product is ever transpose
 import torch
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear import hopper
 from longspan.kernels.linear.delta_backward import backward_states
 from longspan.kernels.linear.delta_tiles import (
@@ -32,6 +33,7 @@ from longspan.kernels.linear.delta_tiles import (
 INPUTS = {2: (64, 128, 4, 1), 4: (32, 32, 4, 1)}
 
 
+@launched
 @triton.jit
 def inputs_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, scores_ptr, rows_ptr, states_ptr, values_ptr, d_states_ptr, errors_ptr,

@@ -9,6 +9,7 @@ chunk depends on another. Formulas: docs/linear-attention.md.
 import torch
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.delta_tiles import CHUNK, Prepared, load_tokens
 from longspan.kernels.linear.form import CLOSED_FP32
 
@@ -21,6 +22,7 @@ MERGES = {torch.bfloat16: "fp16", torch.float16: "bf16x3", torch.float32: "tf32x
 REGISTERS = {"fp16": 128, "bf16x3": 168, "tf32x3": None}  # per thread; None: left to the compiler
 
 
+@launched
 @triton.jit
 def prepare_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, inverse_ptr, scores_ptr, rows_ptr, chunk_first_ptr, chunk_length_ptr,

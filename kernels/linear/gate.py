@@ -1,12 +1,14 @@
 """The gradient of a scalar gate, from row sums that the sweeps leave. Derivation: docs/linear-attention.md."""
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.sweep import FORGOTTEN
 
 STEP = 32  # chunks at a time
 STATE_STEP = tl.constexpr(4096)  # numbers of the states at a time
 
 
+@launched
 @triton.jit(do_not_specialize=["T", "num_chunks"])
 def gate_kernel(
     reads_ptr, writes_ptr, through_ptr, decay_ptr, entry_ptr, exit_ptr, gate_ptr,

@@ -12,6 +12,7 @@ the order it lies in memory. The state stays on chip for the whole split. Deriva
 """
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.form import CLOSED_FP32
 from longspan.kernels.linear.splits import LEFT_OUT_LOG2
 
@@ -29,6 +30,7 @@ def _program(columns, H):
     return program % columns, (program // columns % H).to(tl.int64), program // columns // H
 
 
+@launched
 @triton.jit(do_not_specialize=["T"])
 def decay_kernel(
     g_ptr, decay_ptr, first_ptr, length_ptr, g_stride_t, g_stride_h, T,
@@ -95,6 +97,7 @@ def _decays(rows, total, index, count, gamma, DECAY: tl.constexpr, CHUNK: tl.con
     return from_start, to_end, total
 
 
+@launched
 @triton.jit(do_not_specialize=["scale", "T"])
 def sum_kernel(
     y_ptr, z_ptr, decay_ptr, sum_ptr, total_ptr,
@@ -278,6 +281,7 @@ def _sweep(
             )  # fmt: skip
 
 
+@launched
 @triton.jit(do_not_specialize=["scale", "T"])
 def sweep_kernel(
     x_ptr, y_ptr, z_ptr, decay_ptr, out_ptr, state_ptr, extra_ptr, rows_ptr,
@@ -304,6 +308,7 @@ def sweep_kernel(
     )  # fmt: skip
 
 
+@launched
 @triton.jit(do_not_specialize=["scale", "inverse_scale", "T", "num_chunks"])
 def reverse_kernel(
     v_ptr, do_ptr, q_ptr, k_ptr, decay_ptr, dk_ptr, dv_ptr, state_ptr, rows_ptr, through_ptr,

@@ -6,7 +6,8 @@ With P = exp(scores - lse) and delta = rowsum(d_out . out) - d_lse:
     dS = P (d_out v^T - delta)      dq = scale dS k      dk = scale dS^T q      dv = P^T d_out
 """
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.sparse.tiles import (
     LOG2E,
     add_share,
@@ -26,6 +27,7 @@ from longspan.kernels.sparse.tiles import (
 SPANS, ADDING = 32, 4096  # most key blocks of a program that adds parts, and so many programs before they get more
 
 
+@launched
 @triton.jit
 def rows_kernel(
     d_out_ptr, out_ptr, lse_ptr, d_lse_ptr, rows_ptr, d_out_stride_t, d_out_stride_h, count,
@@ -51,6 +53,7 @@ def _load_rows(rows_ptr, row, place, valid, HEADS: tl.constexpr):
     return tl.split(tl.load(rows_ptr + at, mask=valid[:, None], other=0.0))
 
 
+@launched
 @triton.jit(do_not_specialize=["M", "capacity", "scale", "guard"])
 def queries_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, dq_ptr, onto_dq,
@@ -104,6 +107,7 @@ def queries_kernel(
     store_tile(dq_ptr + rows_at * D, row, HEADS * D, place * D, valid, dq, D, BLOCK_D)
 
 
+@launched
 @triton.jit(do_not_specialize=["M", "num_columns", "items", "capacity", "scale", "guard"])
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, parts_dk, parts_dv, dk_ptr, dv_ptr,
@@ -199,6 +203,7 @@ def alone(item_ptr, KEY_HEADS: tl.constexpr, GROUPS: tl.constexpr):
     return (GROUPS == KEY_HEADS) & (tl.load(item_ptr + 1) - tl.load(item_ptr) == 1)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_columns", "items", "span"])
 def add_kernel(
     parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, share_k, share_v, share_size, share_up,
@@ -239,7 +244,7 @@ def add_parts(parts, dk, dv, plan, shares, depth, block_d):
     """Launches add_kernel, with more key blocks to a program where there are many. shares: its arguments."""
     columns, (_, heads, head_dim), items = len(plan.keys), dk.shape, plan.item_col.shape[1]
     span = min(SPANS, max(1, columns * heads // ADDING))
-    add_kernel[(triton.cdiv(columns, span) * heads,)](
+    add_kernel[(cdiv(columns, span) * heads,)](
         *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, *shares, columns, items, span,
         heads, plan.heads, head_dim, block_d, depth, plan.keys.size, SPANS, num_warps=plan.keys.size // 8,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile
 from longspan.kernels.sparse.top_triton import LOWEST, halves, ordered_scores
@@ -18,13 +19,14 @@ def descend_triton(means, keys, above, families, keep: int, causal: bool) -> tor
             means, keys, above, families.start, families.length, families.router, families.chooses, families.groups,
             families.group_parent, chosen, *means.stride()[:2], *keys.stride()[:2], *above.stride()[:2],
             len(families.chooses), heads, means.shape[2], block_d, families.block, padded(families.block),
-            above.shape[2], width, keep, triton.next_power_of_2(keep), causal,
+            above.shape[2], width, keep, next_power_of_2(keep), causal,
             keys.dtype == torch.bfloat16,
             num_warps=4 if width * block_d <= 8192 else 8, num_stages=1,
         )  # fmt: skip
     return chosen
 
 
+@launched
 @triton.jit(do_not_specialize=["above_stride_h", "above_stride_r", "num_rows"])
 def descend_kernel(
     means_ptr, keys_ptr, above_ptr, start_ptr, length_ptr, router_ptr, chooses_ptr, groups_ptr, parent_ptr, chosen_ptr,

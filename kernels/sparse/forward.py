@@ -1,6 +1,7 @@
 """Forward: one program per query block and pack of heads walks the block's list with an online softmax in base 2."""
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.sparse.tiles import (
     LOG2E,
     key_rows,
@@ -14,6 +15,7 @@ from longspan.kernels.sparse.tiles import (
 )
 
 
+@launched
 @triton.jit(do_not_specialize=["M", "capacity", "scale", "guard"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, onto_out, onto_lse,

@@ -2,13 +2,14 @@
 
 import torch
 
+from longspan.kernels.compiler import next_power_of_2
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse import hopper
 from longspan.kernels.sparse.backward import add_parts, keys_kernel, queries_kernel, rows_kernel
 from longspan.kernels.sparse.forward import forward_kernel
 from longspan.kernels.sparse.packing_triton import add_shares_triton
 from longspan.kernels.sparse.plan import BlockPlan
-from longspan.kernels.sparse.rules import arguments
+from longspan.kernels.sparse.rules import arguments, constants
 from longspan.kernels.sparse.shares import arguments as shares_arguments
 
 ROWS = 128  # queries in a tile where heads that share keys and lists can fill it
@@ -47,7 +48,7 @@ def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None):
     elif len(plan.queries):
         forward_kernel[(len(plan.queries) * q.shape[1] // tile["PACK"],)](
             q, k, v, out, lse, *given, *_tables(plan), *_strides(q, k, v), scale, len(plan.queries),
-            plan.row_idx.shape[1], **tile, ONTO=onto is not None,
+            plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
             GATHER=_gather("forward", q, tile["ROWS"], plan.keys.size), **_options("forward", q, tile["ROWS"]),
         )  # fmt: skip
     return out, lse
@@ -86,7 +87,7 @@ def backward(
     elif lse.numel():
         queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
             q, k, v, d_out, rows, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out), scale,
-            len(plan.queries), plan.row_idx.shape[1], **tile, ONTO=onto is not None,
+            len(plan.queries), plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
             GATHER=_gather("queries", q, tile["ROWS"], plan.keys.size), **_options("queries", q, tile["ROWS"]),
         )  # fmt: skip
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
@@ -99,8 +100,8 @@ def backward(
     keys_kernel[(items * groups,)](
         q, k, v, d_out, rows, *parts, dk, dv, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col,
         tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1], *given,
-        **(tile | {"ROWS": rows_at_once}), DEPTH=depth, PARTS=tile["ROWS"] // rows_at_once, GATHER=turn // rows_at_once,
-        CHUNK=plan.chunk, **_options("keys", q, plan.keys.size),
+        *arguments(plan), **(tile | {"ROWS": rows_at_once}), DEPTH=depth, PARTS=tile["ROWS"] // rows_at_once,
+        GATHER=turn // rows_at_once, CHUNK=plan.chunk, **_options("keys", q, plan.keys.size),
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, given, depth, tile["BLOCK_D"])
     return dq, dk, dv
@@ -116,6 +117,7 @@ def _tile(q, k, plan):
     """Shapes of the kernels' tiles, and the plan's rule. PACK: query heads that share a list and keys, side by side in
     a tile."""
     heads, key_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+    rule, rule_heads, choices = constants(plan)
     shared, pack = heads // max(key_heads, plan.heads), 1
     while shared % (2 * pack) == 0 and 2 * pack * plan.queries.size <= ROWS:
         pack *= 2
@@ -123,7 +125,7 @@ def _tile(q, k, plan):
         "HEADS": heads, "KEY_HEADS": key_heads, "LISTS": plan.heads, "D": head_dim,
         "BLOCK_D": padded(head_dim), "ROWS": plan.queries.size * pack, "KEYS": plan.keys.size,
         "PACK": pack, "CAUSAL": plan.causal, "WEIGHTED": plan.log_weight is not None,
-        **arguments(plan),
+        "RULE": rule, "RULE_HEADS": rule_heads, "CHOICES": choices, "PADDED": next_power_of_2(choices),
     }  # fmt: skip
 
 

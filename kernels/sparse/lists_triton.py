@@ -8,7 +8,8 @@ its place by how many of the same cell are smaller. So the lists are the same fr
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 
 TILE = 1024  # entries at once
 SCAN, SCAN_WARPS = 8192, 16  # counts at once
@@ -50,9 +51,7 @@ def columns_triton(row_ptr, row_idx, num_cols: int, chunk: int, most_items: int)
     sizes = num_rows, num_cols, num_cells, capacity, heads, shift
     grid, tile = _row_tiles(heads, num_rows, -(-capacity // num_rows))
     mark_kernel[grid](*given, *sizes, bits, *tile)
-    sum_cells_kernel[(triton.cdiv(num_cols, 32) * heads,)](
-        cells, before, counts, num_cells, num_cols, heads, bits, 64, 32
-    )
+    sum_cells_kernel[(cdiv(num_cols, 32) * heads,)](cells, before, counts, num_cells, num_cols, heads, bits, 64, 32)
     scan_kernel[(heads,)](counts, col_ptr, item_ptr, num_cols, SCAN, chunk, num_warps=SCAN_WARPS)
     listed = col_idx if bits else torch.empty_like(row_idx)
     place_kernel[grid](
@@ -60,7 +59,7 @@ def columns_triton(row_ptr, row_idx, num_cols: int, chunk: int, most_items: int)
         bits, *tile, 128,
     )  # fmt: skip
     if not bits:
-        order_kernel[(triton.cdiv(most_items, ORDERED[0]) * heads,)](
+        order_kernel[(cdiv(most_items, ORDERED[0]) * heads,)](
             listed, before, col_ptr, item_ptr, item_col, col_idx, num_cols, num_cells, most_items, capacity, heads,
             shift, chunk, *ORDERED,
         )  # fmt: skip
@@ -77,9 +76,9 @@ def _cell_shift(num_rows, num_cols, capacity):
 
 def _row_tiles(heads, num_rows, most):
     """The grid, and rows and entries of a tile."""
-    entries = min(256, triton.next_power_of_2(max(most, 1)))
-    rows = min(TILE // entries, triton.next_power_of_2(max(num_rows, 1)))
-    return (triton.cdiv(num_rows, rows) * heads,), (rows, entries)
+    entries = min(256, next_power_of_2(max(most, 1)))
+    rows = min(TILE // entries, next_power_of_2(max(num_rows, 1)))
+    return (cdiv(num_rows, rows) * heads,), (rows, entries)
 
 
 @triton.jit
@@ -98,6 +97,7 @@ def _part_of(parts, heads, num_rows, ROWS: tl.constexpr):
     return tl.program_id(0) % parts, (tile % heads).to(tl.int64), row, row < num_rows
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows", "most", "width", "stride_h", "stride_m", "parts", "heads"])
 def count_rows_kernel(
     chosen_ptr, counts_ptr, num_rows, most, width, stride_h, stride_m, parts, heads,
@@ -113,6 +113,7 @@ def count_rows_kernel(
     tl.store(counts_ptr + (head * parts + part) * num_rows + row, total, mask=valid)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows", "most", "width", "stride_h", "stride_m", "parts", "heads"])
 def fill_rows_kernel(
     chosen_ptr, row_ptr, row_idx, num_rows, most, width, stride_h, stride_m, parts, heads,
@@ -131,6 +132,7 @@ def fill_rows_kernel(
         next_slot += tl.sum(there.to(tl.int32), 1)
 
 
+@launched
 @triton.jit(do_not_specialize=["count"])
 def scan_kernel(counts_ptr, ptr, item_ptr, count, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Sums of the counts of one head before each, [count + 1]. With CHUNK the same of counts / CHUNK, rounded up, which
@@ -177,6 +179,7 @@ def _bit_of(row):
     return tl.full(row.shape, 1, tl.uint32) << (row % BITS).to(tl.uint32)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows", "num_cols", "num_cells", "capacity", "heads", "shift"])
 def mark_kernel(
     row_ptr, row_idx, cells_ptr, num_rows, num_cols, num_cells, capacity, heads, shift,
@@ -197,6 +200,7 @@ def mark_kernel(
             tl.atomic_add(cells[:, None] + column, 1, mask=there, sem="relaxed")
 
 
+@launched
 @triton.jit(do_not_specialize=["num_cells", "num_cols", "heads"])
 def sum_cells_kernel(
     cells_ptr, before_ptr, counts_ptr, num_cells, num_cols, heads,
@@ -218,6 +222,7 @@ def sum_cells_kernel(
     tl.store(counts_ptr + head * num_cols + column, total, mask=valid)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows", "num_cols", "num_cells", "capacity", "heads", "shift", "most_items", "half"])
 def place_kernel(
     row_ptr, row_idx, cells_ptr, before_ptr, col_ptr, listed_ptr, item_ptr, item_col,
@@ -256,6 +261,7 @@ def place_kernel(
         tl.store(item_col + head * most_items + item, column, mask=item < most_items)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_cols", "num_cells", "items", "capacity", "heads", "shift"])
 def order_kernel(
     listed_ptr, ends_ptr, col_ptr, item_ptr, item_col, col_idx, num_cols, num_cells, items, capacity, heads, shift,

@@ -1,6 +1,7 @@
 """packing as Triton kernels: a program copies a block for a rank and head, or adds up what all ranks return for one."""
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.shares import arguments
 from longspan.kernels.sparse.tiles import add_share, load_tile, store_tile
@@ -43,9 +44,10 @@ def _add(totals, blocks, places, several, shares):
 
 
 def _rows(blocks):
-    return min(ROWS, triton.next_power_of_2(blocks.size))
+    return min(ROWS, next_power_of_2(blocks.size))
 
 
+@launched
 @triton.jit(do_not_specialize=["count", "lists"])
 def pack_kernel(
     x_ptr, second_ptr, out_ptr, second_out_ptr, start_ptr, length_ptr, places_ptr, stride_t, stride_h, count, lists,
@@ -68,6 +70,7 @@ def pack_kernel(
                 store_tile(out_ptr + head * D, row, HEADS * D, 0, there, tile, D, BLOCK_D)
 
 
+@launched
 @triton.jit(do_not_specialize=["count", "ranks"])
 def add_packed_kernel(
     total_ptr, second_total_ptr, x_ptr, second_ptr, start_ptr, length_ptr, places_ptr, share_k, share_v, share_size,

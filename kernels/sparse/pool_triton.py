@@ -2,7 +2,8 @@
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.plan import Blocks
 
@@ -42,9 +43,9 @@ def spread_triton(grad: torch.Tensor, blocks: Blocks, shape, dtype, mean: bool) 
 def _tile(blocks, heads, head_dim):
     """The grid, and columns of a head, heads and blocks of a program, and most rows of a block."""
     block_d = padded(head_dim)
-    together = max(1, min(ELEMENTS // block_d, triton.next_power_of_2(heads)))
+    together = max(1, min(ELEMENTS // block_d, next_power_of_2(heads)))
     count = max(1, ELEMENTS // (block_d * together))
-    grid = (triton.cdiv(len(blocks), count) * triton.cdiv(heads, together),)
+    grid = (cdiv(len(blocks), count) * cdiv(heads, together),)
     return grid, (block_d, together, count, blocks.size, min(STEP, blocks.size))
 
 
@@ -64,6 +65,7 @@ def _place(
     return block.to(tl.int64), first, length, head, dim, valid & (head < HEADS) & (dim < D)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_blocks"])
 def pool_kernel(
     x_ptr, second_ptr, out_ptr, means_ptr, start_ptr, length_ptr, size_ptr, stride_t, stride_h, out_stride, num_blocks,
@@ -95,6 +97,7 @@ def pool_kernel(
         tl.store(means_ptr + to, (total / size).to(means_ptr.dtype.element_ty), mask=there)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_blocks"])
 def spread_kernel(
     grad_ptr, out_ptr, start_ptr, length_ptr, stride_b, stride_h, num_blocks,

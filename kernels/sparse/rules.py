@@ -16,10 +16,15 @@ class Picks:
     blocks: torch.Tensor
 
     @property
-    def arguments(self) -> dict:
+    def arguments(self) -> tuple:
         """What the kernels take."""
-        heads, choices = self.blocks.shape[1:]
-        return _arguments(self.blocks, self.blocks, 0, PICKS, heads, choices)
+        blocks = self.blocks.contiguous()
+        return blocks, blocks, 0
+
+    @property
+    def constants(self) -> tuple:
+        """What they are compiled for: the rule, heads, choices."""
+        return PICKS, *self.blocks.shape[1:]
 
     def seen(self, rows, positions, size):
         """bool [..., Hp, rows, keys]: rows int64 [..., rows], positions [..., keys] of keys in blocks of `size`."""
@@ -43,9 +48,14 @@ class Boxes:
     guard: int
 
     @property
-    def arguments(self) -> dict:
+    def arguments(self) -> tuple:
         """What the kernels take."""
-        return _arguments(self.bounds, self.coordinates, self.guard, BOXES, 1, 1)
+        return self.bounds.contiguous(), self.coordinates, self.guard
+
+    @property
+    def constants(self) -> tuple:
+        """What they are compiled for: the rule, heads, choices."""
+        return BOXES, 1, 1
 
     def seen(self, rows, positions, size):
         """bool [..., 1, rows, keys]: rows int64 [..., rows], positions [..., keys]."""
@@ -55,15 +65,12 @@ class Boxes:
         return inside & self.guard == self.guard
 
 
-def arguments(plan) -> dict:
-    """What the kernels take for the rule of a plan."""
+def arguments(plan) -> tuple:
+    """What the kernels take for the rule of a plan: rule_rows, rule_keys, guard."""
     start = plan.queries.start
-    return _arguments(start, start, 0, NONE, 1, 1) if plan.rule is None else plan.rule.arguments
+    return (start, start, 0) if plan.rule is None else plan.rule.arguments
 
 
-def _arguments(rows, keys, guard, rule, heads, choices):
-    padded = 1 << (choices - 1).bit_length()
-    return {
-        "rule_rows": rows.contiguous(), "rule_keys": keys, "guard": guard,
-        "RULE": rule, "RULE_HEADS": heads, "CHOICES": choices, "PADDED": padded,
-    }  # fmt: skip
+def constants(plan) -> tuple:
+    """What the kernels are compiled for by the rule of a plan: the rule, heads, choices."""
+    return (NONE, 1, 1) if plan.rule is None else plan.rule.constants

@@ -9,7 +9,8 @@ the numbers of all scores above `low` in order; those in the band are kept, and 
 
 import torch
 
-from longspan.kernels.compiler import tl, triton
+from longspan.kernels.compiler import cdiv, tl, triton
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile, store_tile
 
@@ -29,7 +30,7 @@ def top_triton(means, keys, router, ranges, first: int, recent: int, always) -> 
     chosen, band = router.new_empty(heads, rows, width), router.new_empty(heads, rows, BAND, 2)
     if rows:
         tile = FEW_ROWS if rows * heads < FEW_LISTS else ROWS
-        top_kernel[(triton.cdiv(rows, tile) * heads,)](
+        top_kernel[(cdiv(rows, tile) * heads,)](
             means, keys, router, ranges.first, ranges.stop, ranges.most, router if always is None else always,
             band, chosen, *means.stride()[:2], keys.shape[1], rows, width, first, recent, more,
             heads, head_dim, block_d, tile, KEYS, BAND, num_warps=4, num_stages=2,
@@ -40,10 +41,11 @@ def top_triton(means, keys, router, ranges, first: int, recent: int, always) -> 
 def split_halves(x: torch.Tensor) -> torch.Tensor:
     """[T, H, D] -> bf16 [2, T, H, D] whose sum it is, to 2^-17."""
     x, out, count = unit_stride(x), x.new_empty(2, *x.shape, dtype=torch.bfloat16), x.shape[0] * x.shape[1]
-    split_kernel[(triton.cdiv(count, ROWS),)](x, out, *x.stride()[:2], count, *x.shape[1:], padded(x.shape[2]), ROWS)
+    split_kernel[(cdiv(count, ROWS),)](x, out, *x.stride()[:2], count, *x.shape[1:], padded(x.shape[2]), ROWS)
     return out
 
 
+@launched
 @triton.jit(do_not_specialize=["count"])
 def split_kernel(
     x_ptr, out_ptr, stride_t, stride_h, count,
@@ -156,6 +158,7 @@ def _close_gaps(chosen_ptr, list_at, written, ROWS: tl.constexpr, STEP: tl.const
     return kept
 
 
+@launched
 @triton.jit(do_not_specialize=["num_keys", "rows", "width", "forced_first", "forced_recent", "more"])
 def top_kernel(
     means_ptr, keys_ptr, router_ptr, first_ptr, stop_ptr, most_ptr, always_ptr, band_ptr, chosen_ptr,

@@ -28,6 +28,8 @@ def install() -> list:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from longspan.kernels.launch import Launcher
+
     class Absent:
         def get_current_device(self):
             return 0
@@ -51,6 +53,7 @@ def install() -> list:
         return kernel
 
     JITFunction.run = run
+    Launcher.__getitem__ = lambda self, grid: self.kernel[grid]
     return compiled
 
 
@@ -247,6 +250,7 @@ def compile_layer(width):
     from longspan.kernels.loss_triton import label_scores_triton, logits_gradient_triton
     from longspan.kernels.norm_triton import norm_backward_triton, norm_triton
     from longspan.kernels.rotation_triton import rotate_backward_triton, rotate_triton
+    from longspan.kernels.scalar_gate_triton import scalar_gate_backward_triton, scalar_gate_triton
     from longspan.kernels.swiglu_triton import swiglu_backward_triton, swiglu_triton
 
     def zeros(*shape, dtype=torch.bfloat16):
@@ -264,6 +268,10 @@ def compile_layer(width):
     for bias in (None, zeros(width, dtype=torch.float32)):
         channel_gate_triton(stream, bias, 0.5)
         channel_gate_backward_triton(stream.float(), stream, stream, bias, 0.5)
+    rates = zeros(16, dtype=torch.float32)
+    for d_step in (None, stream[:, :16].float()):
+        scalar_gate_triton(stream[:, :16], rates, rates)
+        scalar_gate_backward_triton(stream[:, :16].float(), d_step, stream[:, :16], rates, rates)
     elu1_triton(heads)
     elu1_backward_triton(heads, heads)
     swiglu_triton(stream, stream)

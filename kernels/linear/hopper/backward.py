@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.hopper.tiles import (
     BETA,
     FROM_START,
@@ -120,6 +121,7 @@ def _pass(
     gl.store(sum_ptr + part * 64 + column[:, None] + key[None, :] * V, state)
 
 
+@launched
 @gluon.jit(do_not_specialize=["scale"])
 def backward_kernel(
     q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, rows_ptr, sum_ptr, list_ptr, first_ptr, length_ptr,

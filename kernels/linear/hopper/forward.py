@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.hopper.tiles import (
     BETA,
     FROM_START,
@@ -185,6 +186,7 @@ def _pass(
             gl.store(transition_ptr + 64 + at_state, second)
 
 
+@launched
 @gluon.jit(do_not_specialize=["scale"])
 def forward_kernel(
     q_desc, k_desc, v_desc, inverse_desc, scores_desc, rows_ptr, entry_ptr, out_ptr, states_ptr, values_ptr, sum_ptr,

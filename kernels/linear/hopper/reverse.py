@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.hopper.backward import step
 from longspan.kernels.linear.hopper.tiles import (
     BETA,
@@ -262,6 +263,7 @@ def _gradients(
         store_tokens(dk_ptr, token, head, left, H, dk, K)
 
 
+@launched
 @gluon.jit(do_not_specialize=["scale"])
 def delta_reverse_kernel(
     q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr, v_ptr, exit_ptr,

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.hopper.decays import (
     FROM_START,
     ROWS,
@@ -124,6 +125,7 @@ def _pass(
         mbarrier.arrive(free.index(stage))
 
 
+@launched
 @gluon.jit(do_not_specialize=["scale", "T"])
 def hopper_sweep_kernel(
     x_desc, y_desc, z_desc, extra_desc, decay_ptr, out_ptr, state_ptr, rows_ptr, first_ptr, length_ptr, row_ptr,

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.hopper.decays import (
     FROM_START,
     LOG,
@@ -137,6 +138,7 @@ def _pass(
         mbarrier.arrive(free.index(stage))
 
 
+@launched
 @gluon.jit(do_not_specialize=["scale", "inverse_scale", "T"])
 def hopper_reverse_kernel(
     v_desc, d_out_desc, q_desc, k_desc, decay_ptr, dk_ptr, dv_ptr, state_ptr, rows_ptr, through_ptr,

@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
+from longspan.kernels.launch import launched
 from longspan.kernels.linear.hopper.decays import load_log_decays, log_decay_per_token
 from longspan.kernels.linear.hopper.tiles import clear_rows, synchronize, tokens_descriptor
 from longspan.kernels.linear.sweep import LEFT_OUT, LOG2E, SEARCHED
@@ -99,6 +100,7 @@ def _pass(
     gl.store(sum_ptr + part * 64 + column[:, None] + key[None, :] * D, state * scale)
 
 
+@launched
 @gluon.jit(do_not_specialize=["scale", "T"])
 def hopper_sum_kernel(
     y_desc, z_desc, decay_ptr, sum_ptr, total_ptr, list_ptr, first_ptr, length_ptr, row_ptr, scale, T,

@@ -2,10 +2,9 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longspan.kernels.linear.delta_tiles import CHUNK, LEFT_OUT, SEARCHED
-from longspan.kernels.sparse.hopper.tiles import row_layout, synchronize
+from longspan.kernels.sparse.hopper.tiles import descriptor, row_layout, synchronize
 
 BETA, FROM_START, TO_END, G = (gl.constexpr(n) for n in range(4))  # rows 0, 1, 4 and 5 of `delta_tiles.load_row`
 VECTORS = gl.constexpr(4)
@@ -129,5 +128,4 @@ def scratch_descriptor(x, rows=None):
 
 
 def _descriptor(x, rows, columns):
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, columns], layout)
+    return descriptor(x, list(x.shape), [x.stride(0), 1], [rows, columns])

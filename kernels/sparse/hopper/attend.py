@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.launch import launched
 from longspan.kernels.sparse.hopper.tiles import (
     LOG2E,
     block_of,
@@ -141,6 +142,7 @@ def _softmax(scores, highest, total, weight, scale, OF_KEYS: gl.constexpr):
     return weights, rescale, higher, total * rescale + gl.sum(weights, 1)
 
 
+@launched
 @gluon.jit(do_not_specialize=["M", "capacity", "scale"])
 def forward_kernel(
     q_ptr, k_desc, v_desc, out_ptr, lse_ptr, onto_out_ptr, onto_lse_ptr,

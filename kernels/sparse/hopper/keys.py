@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.launch import launched
 from longspan.kernels.sparse.hopper.tiles import (
     LOG2E,
     async_load,
@@ -113,6 +114,7 @@ def _attend(
         store_rows(parts_dv, 0, KEYS, half, 1, 1, D, dv)
 
 
+@launched
 @gluon.jit(do_not_specialize=["num_columns", "items", "capacity", "scale", "M"])
 def keys_kernel(
     q_desc, d_out_desc, lse_desc, delta_desc, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, q_start, q_position,

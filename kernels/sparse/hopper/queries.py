@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.launch import launched
 from longspan.kernels.sparse.hopper.tiles import (
     LOG2E,
     block_of,
@@ -149,6 +150,7 @@ def _weights(scores, lse, weight, scale, OF_KEYS: gl.constexpr):
         return gl.exp2(gl.fma(scores, stretch, gl.zeros_like(scores) + (weight - lse)[:, None]))
 
 
+@launched
 @gluon.jit(do_not_specialize=["M", "capacity", "scale"])
 def queries_kernel(
     q_ptr, k_desc, v_desc, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr,

@@ -2,8 +2,10 @@
 bytes only."""
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.launch import launched
 
 
+@launched
 @triton.jit(do_not_specialize=["M"])
 def rows_kernel(
     rows_ptr, log_ptr, delta_ptr, q_start, q_length, M, HEADS: tl.constexpr, SIZE: tl.constexpr

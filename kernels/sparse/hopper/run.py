@@ -1,13 +1,11 @@
 """Launches of the Hopper kernels."""
 
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
 from longspan.kernels.sparse.backward import add_parts
 from longspan.kernels.sparse.hopper.attend import forward_kernel
 from longspan.kernels.sparse.hopper.keys import keys_kernel
 from longspan.kernels.sparse.hopper.queries import queries_kernel
 from longspan.kernels.sparse.hopper.rows import rows_kernel
+from longspan.kernels.sparse.hopper.tiles import descriptor
 
 # By width of heads: keys in a tile, how many tiles are under way, warps (twice four that another one feeds, or eight
 # that feed themselves) and the most registers of a thread: with 128 two programs share a processor.
@@ -70,13 +68,11 @@ def _rows_of(x, rows):
     if x.stride(1) != x.shape[2] or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
         x = x.contiguous()
     tokens, heads, head_dim = x.shape
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim], layout)
+    return descriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim])
 
 
 def _flat(x, count):
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(x, [x.numel()], [1], [count], layout)
+    return descriptor(x, [x.numel()], [1], [count], swizzle=0)
 
 
 def _tables(plan):
