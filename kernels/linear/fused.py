@@ -1,7 +1,7 @@
 """None, fixed and scalar decay in fused Triton kernels: a sum per split, a fold along the splits, one sweep per split.
 
 No state of a chunk goes to memory. Launches: 3 forward and 4 backward (5 if widths or token strides differ), with a
-scalar gate 4 and 7, and 2 more each where spans are linked to other ranks.
+scalar gate 4 (with kernels for Hopper 3) and 6, and 2 more each where spans are linked to other ranks.
 """
 
 import torch
@@ -47,26 +47,37 @@ class Fused:
         self.precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
         self.sums = None
         # Kernels compute addresses from every pointer they get, so what a variant does not read is some other tensor.
-        self.decays = q if log_decay is None else log_decay.contiguous()
-        if self.decay == "scalar":
-            self.decays = self._chunk_decays(log_decay)
+        self.decays = q if log_decay is None else log_decay
+        if self.decay == "fixed":
+            self.decays = log_decay.contiguous()
 
     def summary(self):
-        self.sums = self._sum(self.k, self.v, 1.0, self.splits.forward, reverse=False)
+        self.ahead()
         return summarize(*self.sums, self.splits.forward.summary)
 
     def ahead(self):
-        if self.sums is None:
-            self.sums = self._sum(self.k, self.v, 1.0, self.splits.forward, reverse=False)
+        """Where the gate is scalar, its decays inside chunks, too; the backward pass gets them from here."""
+        if self.sums is not None:
+            return
+        gate, direction = None, self.splits.forward
+        if self.decay == "scalar":
+            gate, self.decays = self.decays, self._empty_decays()
+            if not self._sum_makes_decays():
+                self._make_decays(gate)
+                gate = None
+        self.sums = self._sum(self.k, self.v, 1.0, direction, reverse=False, gate=gate)
 
     def output(self, entry, dtype):
         entries = fold_chains(*self.sums, self.splits.forward.inner, entry)
         out = self.v.new_empty(self.v.shape, dtype=dtype)
         self._sweep(self.q, self.k, self.v, out, entries, self.q, transposed=False)
-        return out, (entries,)
+        return out, (entries, self.decays) if self.decay == "scalar" else (entries,)
 
     def start_backward(self, saved, d_out, gate):
-        (self.entries,), self.gate = saved, gate
+        self.entries, *decays = saved
+        if decays:
+            (self.decays,) = decays
+        self.gate = gate
         self.d_out = unit_stride(d_out.to(self.q.dtype))
 
     def gradient_summary(self):
@@ -136,20 +147,27 @@ class Fused:
     def _config(self, table, width):
         return table[self.q.dtype.itemsize, padded(width)]
 
-    def _chunk_decays(self, log_decay):
+    def _empty_decays(self):
         """[H, T, 2], see decay_kernel: fp64 for fp32 tensors, whose weights are differences of these, else fp32."""
-        splits, heads_per_program = self.splits, 16
         dtype = torch.float64 if self.q.dtype == torch.float32 else torch.float32
-        decays = log_decay.new_empty(self.heads, self.num_tokens, 2, dtype=dtype)
+        return self.q.new_empty(self.heads, self.num_tokens, 2, dtype=dtype)
+
+    def _make_decays(self, gate):
+        splits, heads_per_program = self.splits, 16
         if splits.num_chunks:
             decay_kernel[(splits.num_chunks, -(-self.heads // heads_per_program))](
-                log_decay, decays, splits.chunk_first, splits.chunk_length, *log_decay.stride(),
+                gate, self.decays, splits.chunk_first, splits.chunk_length, *gate.stride(),
                 self.num_tokens, self.heads, heads_per_program, CHUNK,
             )  # fmt: skip
-        return decays
 
-    def _sum(self, y, z, scale, direction, *, reverse):
-        """(states [num_sums, H, K, V], log decays [num_sums, H] or None) of the splits the direction needs."""
+    def _sum_makes_decays(self) -> bool:
+        """Whether the launch that sums splits makes their decays, too. Not where it would hold a multiprocessor for
+        each of many short documents that need no sum."""
+        return hopper.takes(self) and 2 * len(self.splits.forward.splits) >= max(1, self.splits.num_splits)
+
+    def _sum(self, y, z, scale, direction, *, reverse, gate=None):
+        """(states [num_sums, H, K, V], log decays [num_sums, H] or None) of the splits the direction needs. gate: one
+        whose decays are made by the way."""
         splits = self.splits
         states = y.new_empty(splits.num_sums, self.heads, y.shape[2], z.shape[2], dtype=torch.float32)
         totals = states.new_empty(splits.num_sums, self.heads)
@@ -157,7 +175,7 @@ class Fused:
         if len(direction.splits) and hopper.takes(self):
             from longspan.kernels.linear.hopper import sweep_sum
 
-            sweep_sum.launch(self, y, z, scale, direction, states, totals, reverse=reverse)
+            sweep_sum.launch(self, y, z, scale, direction, states, totals, reverse=reverse, gate=gate)
         elif len(direction.splits):
             sum_kernel[(-(-z.shape[2] // block) * self.heads * len(direction.splits),)](
                 y, z, self.decays, states, totals, direction.splits, splits.first, splits.length, splits.sum_row,

@@ -10,34 +10,81 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from longspan.kernels.linear.hopper.decays import load_log_decays, log_decay_per_token
 from longspan.kernels.linear.hopper.tiles import clear_rows, synchronize, tokens_descriptor
-from longspan.kernels.linear.sweep import LEFT_OUT, LOG2E, SEARCHED
+from longspan.kernels.linear.sweep import CLOSED, LEFT_OUT, LOG2E, SEARCHED
 from longspan.kernels.sparse.hopper.tiles import async_load, make_barriers, product_layout, shared_layout
 
 STAGES = 6
+MADE = gl.constexpr(32)  # chunks whose decays are made at once
 
 
 @gluon.jit
-def _remembered(decay_ptr, length, chunks, gamma, DECAY: gl.constexpr, REVERSE: gl.constexpr):
-    """As kernels.linear.sweep._remembered; decay_ptr: at the first token of the split."""
+def _add(x, y):
+    return x + y
+
+
+@gluon.jit
+def _make_decays(gate_ptr, gate_stride_t, decay_ptr, nth, chunks, length, layout: gl.constexpr):
+    """What `decay_kernel` of kernels.linear.sweep makes, of the chunks nth [N] from the end of a split; pointers stand at
+    its first token. Gives their log2 decays [N]."""
+    token = (chunks - 1 - nth)[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, layout))[None, :]
+    inside = (nth < chunks)[:, None] & (token < length)
+    g = gl.load(gate_ptr + token * gate_stride_t, mask=inside, other=0.0)
+    g = gl.where(g < CLOSED, CLOSED, g).to(gl.float64) * LOG2E
+    gl.store(decay_ptr + token * 2, gl.associative_scan(g, 1, _add).to(gl.float32), mask=inside)
+    to_end = gl.associative_scan(g, 1, _add, reverse=True) - g
+    gl.store(decay_ptr + (token * 2 + 1), to_end.to(gl.float32), mask=inside)
+    return gl.sum(g, 1).to(gl.float32)
+
+
+@gluon.jit
+def _remembered(
+    decay_ptr, gate_ptr, gate_stride_t, length, chunks, gamma, DECAY: gl.constexpr, REVERSE: gl.constexpr,
+    MAKE: gl.constexpr,
+):  # fmt: skip
+    """As kernels.linear.sweep._remembered; decay_ptr: at the first token of the split. MAKE: also makes what is there."""
     kept, passed = chunks, 0.0
     if DECAY == "fixed":
         passed = gamma * length.to(gl.float32)
         if passed < LEFT_OUT:
             kept = gl.minimum(chunks, (1.0 / gamma * (LEFT_OUT / 64)).to(gl.int32) + 2)
     if DECAY == "scalar":
+        BLOCK: gl.constexpr = MADE if MAKE else SEARCHED
         layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-        i, j = gl.arange(0, SEARCHED, gl.SliceLayout(1, layout)), gl.arange(0, SEARCHED, gl.SliceLayout(0, layout))
+        tokens: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+        i, j = gl.arange(0, BLOCK, gl.SliceLayout(1, layout)), gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
         kept = chunks * 0
-        for block in range(0, gl.cdiv(chunks, SEARCHED)):
-            left = chunks - block * SEARCHED
-            nth = block * SEARCHED + j
-            chunk = nth if REVERSE else chunks - 1 - nth
-            last = gl.minimum(chunk * 64 + 64, length) - 1
-            total = gl.load(decay_ptr + last * 2, mask=j < left, other=0.0)
+        for block in range(0, gl.cdiv(chunks, BLOCK)):
+            left = chunks - block * BLOCK
+            if MAKE:
+                nth = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, tokens))
+                total = _make_decays(gate_ptr, gate_stride_t, decay_ptr, nth, chunks, length, tokens)
+                total = gl.convert_layout(total, gl.SliceLayout(0, layout))
+            else:
+                nth = block * BLOCK + j
+                chunk = nth if REVERSE else chunks - 1 - nth
+                last = gl.minimum(chunk * 64 + 64, length) - 1
+                total = gl.load(decay_ptr + last * 2, mask=j < left, other=0.0)
             before = passed + gl.sum(gl.where(j[None, :] < i[:, None], total[None, :], 0.0), 1)
             kept += gl.sum(gl.where((i < left) & (before >= LEFT_OUT), 1, 0), 0)
             passed += gl.sum(total, 0)
+        if MAKE:
+            synchronize()
     return kept, passed
+
+
+@gluon.jit
+def _decays(decay_ptr, n, chunks, length, gamma, DECAY: gl.constexpr, REVERSE: gl.constexpr):
+    """log2 decays of chunk n that is added: of its tokens to the end that weights count to, and in all."""
+    n = gl.minimum(n, chunks - 1)
+    at = (n if REVERSE else chunks - 1 - n) * 64
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    from_start, to_end = load_log_decays(decay_ptr, at, length - at, gamma, layout, DECAY)
+    count = gl.minimum(length - at, 64)
+    if DECAY == "fixed":
+        total = gamma * count.to(gl.float32)
+    else:
+        total = gl.load(decay_ptr + (at + count - 1) * 2)
+    return (from_start if REVERSE else to_end), total
 
 
 @gluon.jit
@@ -47,31 +94,30 @@ def _fetch(
     first, length, head, chunks, kept = place
     y_desc, z_desc, decay_ptr, gamma = feed
     weights, y_tiles, z_tiles, ready, free, _ = tiles_of
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     passed = 0.0  # log2 decay between this chunk and the end that weights count to
+    if DECAY != "none":
+        decays, total = _decays(decay_ptr, 0, chunks, length, gamma, DECAY, REVERSE)
     for n in range(0, kept):
-        stage, at = n % STAGES, (n if REVERSE else chunks - 1 - n) * 64
+        stage, token = n % STAGES, first + (n if REVERSE else chunks - 1 - n) * 64
         mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
         mbarrier.expect(ready.index(stage), 2 * 64 * D * 2)
-        async_load(y_desc, [first + at, head * D], ready.index(stage), y_tiles.index(stage))
-        async_load(z_desc, [first + at, head * D], ready.index(stage), z_tiles.index(stage))
-        if DECAY != "none":
-            count = gl.minimum(length - at, 64)
-            from_start, to_end = load_log_decays(decay_ptr, at, length - at, gamma, layout, DECAY)
-            weights.index(stage).store(gl.exp2((from_start if REVERSE else to_end) + passed))
-            if DECAY == "fixed":
-                passed += gamma * count.to(gl.float32)
-            else:
-                passed += gl.load(decay_ptr + (at + count - 1) * 2)
+        async_load(y_desc, [token, head * D], ready.index(stage), y_tiles.index(stage))
+        async_load(z_desc, [token, head * D], ready.index(stage), z_tiles.index(stage))
+        if DECAY != "none":  # those of the next chunk are on their way meanwhile
+            next_decays, next_total = _decays(decay_ptr, n + 1, chunks, length, gamma, DECAY, REVERSE)
+            weights.index(stage).store(gl.exp2(decays + passed))
+            passed += total
+            decays, total = next_decays, next_total
             synchronize()
             mbarrier.arrive(ready.index(stage))
 
 
 @gluon.jit
 def _pass(
-    part: gl.constexpr, place, sum_ptr, tiles_of, scale, D: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr,
+    part: gl.constexpr, place, to, tiles_of, scale, D: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
+    sum_ptr, row = to
     _, length, _, chunks, kept = place
     weights, y_tiles, z_tiles, ready, free, cleared = tiles_of
     S: gl.constexpr = product_layout(64)
@@ -96,50 +142,57 @@ def _pass(
         synchronize()
         mbarrier.arrive(free.index(stage))
     column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, D, gl.SliceLayout(0, OUT))
-    gl.store(sum_ptr + part * 64 + column[:, None] + key[None, :] * D, state * scale)
+    gl.store(sum_ptr + part * 64 + column[:, None] + key[None, :] * D, state * scale, mask=row >= 0)
 
 
 @gluon.jit(do_not_specialize=["scale", "T"])
 def hopper_sum_kernel(
-    y_desc, z_desc, decay_ptr, sum_ptr, total_ptr, list_ptr, first_ptr, length_ptr, row_ptr, scale, T,
-    H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr,
+    y_desc, z_desc, decay_ptr, gate_ptr, sum_ptr, total_ptr, list_ptr, first_ptr, length_ptr, row_ptr,
+    gate_stride_t, gate_stride_h, scale, T,
+    H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, MAKE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.linear.sweep.sum_kernel, for K = V = D = 128. Grid: (listed splits * H)."""
+    """As kernels.linear.sweep.sum_kernel, for K = V = D = 128. Grid: (listed splits * H). MAKE: from all splits, listed or
+    not, also makes the decays, of the scalar gate [T, H]; then row is -1 where no sum is wanted. Grid: (splits * H)."""
     dtype: gl.constexpr = y_desc.dtype
     shared: gl.constexpr = shared_layout(16)
-    split, head = gl.load(list_ptr + gl.program_id(0) // H), gl.program_id(0) % H
-    first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
-    row = gl.load(row_ptr + split).to(gl.int64) * H + head
+    split, head = gl.program_id(0) // H, gl.program_id(0) % H
+    if not MAKE:
+        split = gl.load(list_ptr + split)
+    first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
     gamma = log_decay_per_token(decay_ptr, head, DECAY)
     if DECAY == "scalar":
         decay_ptr += (gl.to_tensor(head).to(gl.int64) * T + first) * 2
+        gate_ptr += gl.to_tensor(first).to(gl.int64) * gate_stride_t + head * gate_stride_h
     chunks = gl.cdiv(length, 64)
-    kept, total = _remembered(decay_ptr, length, chunks, gamma, DECAY, REVERSE)
+    kept, total = _remembered(decay_ptr, gate_ptr, gate_stride_t, length, chunks, gamma, DECAY, REVERSE, MAKE)
+    at = gl.maximum(row, 0).to(gl.int64) * H + head
     if DECAY != "none":
-        gl.store(total_ptr + row, total / LOG2E)
+        gl.store(total_ptr + at, total / LOG2E, mask=row >= 0)
+    kept = gl.where(row >= 0, kept, 0)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [STAGES, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared),
         gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared),
         make_barriers(STAGES, 1 if DECAY == "none" else 2), make_barriers(STAGES, 2), make_barriers(1, 2),
     )  # fmt: skip
-    place = first, length, head, chunks, kept
-    sum_ptr += row * D * D
+    place, to = (first, length, head, chunks, kept), (sum_ptr + at * D * D, row)
     gl.warp_specialize(
         [
-            (_pass, (0, place, sum_ptr, tiles_of, scale, D, DECAY, REVERSE, STAGES)),
-            (_pass, (1, place, sum_ptr, tiles_of, scale, D, DECAY, REVERSE, STAGES)),
+            (_pass, (0, place, to, tiles_of, scale, D, DECAY, REVERSE, STAGES)),
+            (_pass, (1, place, to, tiles_of, scale, D, DECAY, REVERSE, STAGES)),
             (_fetch, (place, (y_desc, z_desc, decay_ptr, gamma), tiles_of, D, DECAY, REVERSE, STAGES)),
         ],
         [4, 1], [232, 40],
     )  # fmt: skip
 
 
-def launch(call, y, z, scale, direction, states, totals, *, reverse):
-    """As the launch of `Fused._sum`."""
+def launch(call, y, z, scale, direction, states, totals, *, reverse, gate=None):
+    """As the launch of `Fused._sum`; with a gate [T, H] it fills `call.decays`, too."""
     splits = call.splits
-    hopper_sum_kernel[(len(direction.splits) * call.heads,)](
-        tokens_descriptor(y), tokens_descriptor(z), call.decays, states, totals, direction.splits, splits.first,
-        splits.length, splits.sum_row, scale, call.num_tokens,
-        call.heads, call.key_size, call.decay, reverse, STAGES, num_warps=4,
+    hopper_sum_kernel[((len(direction.splits) if gate is None else splits.num_splits) * call.heads,)](
+        tokens_descriptor(y), tokens_descriptor(z), call.decays, call.decays if gate is None else gate, states, totals,
+        direction.splits, splits.first, splits.length, direction.sum_row,
+        *((0, 0) if gate is None else gate.stride()), scale, call.num_tokens,
+        call.heads, call.key_size, call.decay, reverse, gate is not None, STAGES, num_warps=4,
     )  # fmt: skip
