@@ -4,7 +4,7 @@ from longspan.kernels.compiler import tl, triton
 from longspan.kernels.linear.sweep import FORGOTTEN
 
 STEP = 32  # chunks at a time
-STATE_STEP = tl.constexpr(4096)  # numbers of the states at a time
+STATE_STEP = tl.constexpr(8192)  # numbers of the states at a time
 
 
 @triton.jit(do_not_specialize=["T", "num_chunks"])

@@ -168,7 +168,8 @@ def _init(barrier, count):
 def _allocate(dtype, shape, layout):
     if isinstance(layout, BarrierLayout):
         return Barriers(shape[0])
-    return Shared(torch.full(shape, float("nan"), dtype=dtype))
+    undefined = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+    return Shared(torch.full(shape, undefined, dtype=dtype))
 
 
 class BarrierLayout:

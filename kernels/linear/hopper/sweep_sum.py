@@ -1,7 +1,8 @@
 """`sum_kernel` of kernels.linear.sweep for Hopper GPUs, in Gluon: one warp fetches chunks by TMA for two warpgroups.
 
 A warpgroup owns 64 columns of z and of the sum, which it carries transposed in registers. The warp that fetches weighs
-decays, too: whole chunks are added, never scaled.
+decays, too: whole chunks are added, never scaled. It fetches the first chunks while a warpgroup finds how many are
+remembered.
 """
 
 from triton.experimental import gluon
@@ -37,11 +38,9 @@ def _make_decays(gate_ptr, gate_stride_t, decay_ptr, nth, chunks, length, layout
 
 
 @gluon.jit
-def _remembered(
-    decay_ptr, gate_ptr, gate_stride_t, length, chunks, gamma, DECAY: gl.constexpr, REVERSE: gl.constexpr,
-    MAKE: gl.constexpr,
-):  # fmt: skip
+def _remembered(decays_of, length, chunks, DECAY: gl.constexpr, REVERSE: gl.constexpr, MAKE: gl.constexpr):
     """As kernels.linear.sweep._remembered; decay_ptr: at the first token of the split. MAKE: also makes what is there."""
+    decay_ptr, gamma, gate_ptr, gate_stride_t = decays_of
     kept, passed = chunks, 0.0
     if DECAY == "fixed":
         passed = gamma * length.to(gl.float32)
@@ -67,8 +66,6 @@ def _remembered(
             before = passed + gl.sum(gl.where(j[None, :] < i[:, None], total[None, :], 0.0), 1)
             kept += gl.sum(gl.where((i < left) & (before >= LEFT_OUT), 1, 0), 0)
             passed += gl.sum(total, 0)
-        if MAKE:
-            synchronize()
     return kept, passed
 
 
@@ -88,21 +85,36 @@ def _decays(decay_ptr, n, chunks, length, gamma, DECAY: gl.constexpr, REVERSE: g
 
 
 @gluon.jit
+def _load_chunk(place, feed, tiles_of, n, D: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr):
+    first, length, row, head, chunks = place
+    y_desc, z_desc, _, _ = feed
+    _, y_tiles, z_tiles, ready, _, _, _, _ = tiles_of
+    stage, token = n % STAGES, first + (n if REVERSE else chunks - 1 - n) * 64
+    mbarrier.expect(ready.index(stage), 2 * 64 * D * 2)
+    async_load(y_desc, [token, head * D], ready.index(stage), y_tiles.index(stage))
+    async_load(z_desc, [token, head * D], ready.index(stage), z_tiles.index(stage))
+
+
+@gluon.jit
 def _fetch(
     place, feed, tiles_of, D: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    first, length, head, chunks, kept = place
-    y_desc, z_desc, decay_ptr, gamma = feed
-    weights, y_tiles, z_tiles, ready, free, _ = tiles_of
+    first, length, row, head, chunks = place
+    _, _, decay_ptr, gamma = feed
+    weights, _, _, ready, free, _, kept_tile, known = tiles_of
+    early = gl.where(row >= 0, gl.minimum(chunks, STAGES), 0)  # before it is known how many are needed
+    for n in range(0, early):
+        _load_chunk(place, feed, tiles_of, n, D, REVERSE, STAGES)
+    mbarrier.wait(known.index(0), 0)
+    kept = gl.sum(kept_tile.load(gl.BlockedLayout([1], [32], [1], [0])), 0)
     passed = 0.0  # log2 decay between this chunk and the end that weights count to
     if DECAY != "none":
         decays, total = _decays(decay_ptr, 0, chunks, length, gamma, DECAY, REVERSE)
     for n in range(0, kept):
-        stage, token = n % STAGES, first + (n if REVERSE else chunks - 1 - n) * 64
-        mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
-        mbarrier.expect(ready.index(stage), 2 * 64 * D * 2)
-        async_load(y_desc, [token, head * D], ready.index(stage), y_tiles.index(stage))
-        async_load(z_desc, [token, head * D], ready.index(stage), z_tiles.index(stage))
+        stage = n % STAGES
+        if n >= early:
+            mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
+            _load_chunk(place, feed, tiles_of, n, D, REVERSE, STAGES)
         if DECAY != "none":  # those of the next chunk are on their way meanwhile
             next_decays, next_total = _decays(decay_ptr, n + 1, chunks, length, gamma, DECAY, REVERSE)
             weights.index(stage).store(gl.exp2(decays + passed))
@@ -110,16 +122,31 @@ def _fetch(
             decays, total = next_decays, next_total
             synchronize()
             mbarrier.arrive(ready.index(stage))
+    for n in range(kept, early):  # nobody else waits for what was fetched in vain
+        if DECAY != "none":
+            mbarrier.arrive(ready.index(n))
+        mbarrier.wait(ready.index(n), 0)
 
 
 @gluon.jit
 def _pass(
-    part: gl.constexpr, place, to, tiles_of, scale, D: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr,
-    STAGES: gl.constexpr,
+    part: gl.constexpr, place, to, decays_of, tiles_of, scale, D: gl.constexpr, DECAY: gl.constexpr,
+    REVERSE: gl.constexpr, MAKE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    sum_ptr, row = to
-    _, length, _, chunks, kept = place
-    weights, y_tiles, z_tiles, ready, free, cleared = tiles_of
+    first, length, row, head, chunks = place
+    sum_ptr, total_ptr = to
+    weights, y_tiles, z_tiles, ready, free, cleared, kept_tile, known = tiles_of
+    if part == 0:
+        kept, total = _remembered(decays_of, length, chunks, DECAY, REVERSE, MAKE)
+        if DECAY != "none":
+            gl.store(total_ptr, total / LOG2E, mask=row >= 0)
+        kept = gl.where(row >= 0, kept, 0)
+        kept_tile.store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0])) + kept)
+        synchronize()
+        mbarrier.arrive(known.index(0))
+    else:
+        mbarrier.wait(known.index(0), 0)
+        kept = gl.sum(kept_tile.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(D)
     dtype: gl.constexpr = y_tiles.dtype
@@ -165,22 +192,20 @@ def hopper_sum_kernel(
         decay_ptr += (gl.to_tensor(head).to(gl.int64) * T + first) * 2
         gate_ptr += gl.to_tensor(first).to(gl.int64) * gate_stride_t + head * gate_stride_h
     chunks = gl.cdiv(length, 64)
-    kept, total = _remembered(decay_ptr, gate_ptr, gate_stride_t, length, chunks, gamma, DECAY, REVERSE, MAKE)
     at = gl.maximum(row, 0).to(gl.int64) * H + head
-    if DECAY != "none":
-        gl.store(total_ptr + at, total / LOG2E, mask=row >= 0)
-    kept = gl.where(row >= 0, kept, 0)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [STAGES, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared),
         gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared),
         make_barriers(STAGES, 1 if DECAY == "none" else 2), make_barriers(STAGES, 2), make_barriers(1, 2),
+        gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0])), make_barriers(1, 1),
     )  # fmt: skip
-    place, to = (first, length, head, chunks, kept), (sum_ptr + at * D * D, row)
+    place, to = (first, length, row, head, chunks), (sum_ptr + at * D * D, total_ptr + at)
+    decays_of = decay_ptr, gamma, gate_ptr, gate_stride_t
     gl.warp_specialize(
         [
-            (_pass, (0, place, to, tiles_of, scale, D, DECAY, REVERSE, STAGES)),
-            (_pass, (1, place, to, tiles_of, scale, D, DECAY, REVERSE, STAGES)),
+            (_pass, (0, place, to, decays_of, tiles_of, scale, D, DECAY, REVERSE, MAKE, STAGES)),
+            (_pass, (1, place, to, decays_of, tiles_of, scale, D, DECAY, REVERSE, MAKE, STAGES)),
             (_fetch, (place, (y_desc, z_desc, decay_ptr, gamma), tiles_of, D, DECAY, REVERSE, STAGES)),
         ],
         [4, 1], [232, 40],
