@@ -59,8 +59,8 @@ class Chains:
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction of time. splits: int32, the splits whose sums are needed; sum_row: int32 [S], the rows of these sums,
-    -1 for the others. summary: folds the sums of a linked span into one, row n for linked span n. inner: gives every
+    """One direction of time. splits: int32, the splits whose sums are needed; sum_row: int32 [S], the rows of these,
+    -1 for all others. summary: folds the sums of a linked span into one, row n for linked span n. inner: gives every
     split what enters it, from what enters its span (`initial`).
     row: int32 [S], where `inner` puts what enters each split, -1 for nothing; next_row: what leaves it, if that is the
     entry of another split or (going forward) the span is `left`."""

@@ -25,8 +25,8 @@ def _add(x, y):
 
 @gluon.jit
 def _make_decays(gate_ptr, gate_stride_t, decay_ptr, nth, chunks, length, layout: gl.constexpr):
-    """What `decay_kernel` of kernels.linear.sweep makes, of the chunks nth [N] from the end of a split; pointers stand at
-    its first token. Gives their log2 decays [N]."""
+    """What `decay_kernel` of kernels.linear.sweep makes, of the chunks nth [N] from the end of a split, at whose first
+    token pointers stand. Gives their log2 decays [N]."""
     token = (chunks - 1 - nth)[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, layout))[None, :]
     inside = (nth < chunks)[:, None] & (token < length)
     g = gl.load(gate_ptr + token * gate_stride_t, mask=inside, other=0.0)
@@ -39,7 +39,8 @@ def _make_decays(gate_ptr, gate_stride_t, decay_ptr, nth, chunks, length, layout
 
 @gluon.jit
 def _remembered(decays_of, length, chunks, DECAY: gl.constexpr, REVERSE: gl.constexpr, MAKE: gl.constexpr):
-    """As kernels.linear.sweep._remembered; decay_ptr: at the first token of the split. MAKE: also makes what is there."""
+    """As kernels.linear.sweep._remembered; pointers stand at the first token of the split. MAKE: also makes what is at
+    decay_ptr."""
     decay_ptr, gamma, gate_ptr, gate_stride_t = decays_of
     kept, passed = chunks, 0.0
     if DECAY == "fixed":
@@ -179,8 +180,8 @@ def hopper_sum_kernel(
     H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, MAKE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.linear.sweep.sum_kernel, for K = V = D = 128. Grid: (listed splits * H). MAKE: from all splits, listed or
-    not, also makes the decays, of the scalar gate [T, H]; then row is -1 where no sum is wanted. Grid: (splits * H)."""
+    """As kernels.linear.sweep.sum_kernel, for K = V = D = 128. Grid: (listed splits * H). MAKE: also makes decays, of
+    the gate [T, H] and of all splits: row is -1 for those whose sum nobody wants. Grid: (splits * H)."""
     dtype: gl.constexpr = y_desc.dtype
     shared: gl.constexpr = shared_layout(16)
     split, head = gl.program_id(0) // H, gl.program_id(0) % H
