@@ -1,7 +1,7 @@
 """None, fixed and scalar decay in fused Triton kernels: a sum per split, a fold along the splits, one sweep per split.
 
 No state of a chunk goes to memory. Launches: 3 forward and 4 backward (5 if widths or token strides differ), with a
-scalar gate 4 (with kernels for Hopper 3) and 6, and 2 more each where spans are linked to other ranks.
+scalar gate 4 and 6 (kernels for Hopper: 3 and 5), and 2 more each where spans are linked to other ranks.
 """
 
 import torch
