@@ -2,7 +2,6 @@
 
 import torch
 
-from longspan.kernels import dependent
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.fold import MAX_KEYS
 
@@ -31,11 +30,11 @@ def fold_chains_triton(states, transition, chains, initial=None, *, compose=Fals
     if transition is None or transition.ndim < 4:
         decay_strides = () if transition is None else transition.stride()
         decay_strides += (0,) * (3 - len(decay_strides))
-        grid, options = (num_chains * triton.cdiv(keys * values, BLOCK), heads), dependent.options(out)
+        grid = num_chains * triton.cdiv(keys * values, BLOCK), heads
         fold_kernel[grid](
             states, transition, initial, out, composed, *tables, *strides, *decay_strides,
             H=heads, K=keys, V=values, BLOCK=BLOCK, DECAYS=1 if transition is None or transition.ndim < 3 else keys,
-            AHEAD=min(AHEAD, triton.next_power_of_2(length)), DEPENDENT=bool(options), **options,
+            AHEAD=min(AHEAD, triton.next_power_of_2(length)),
         )  # fmt: skip
     else:
         assert keys <= MAX_KEYS, keys
@@ -54,12 +53,9 @@ def fold_kernel(
     states_ptr, decay_ptr, initial_ptr, out_ptr, composed_ptr, sources_ptr, targets_ptr, first_ptr, length,
     states_stride_row, initial_stride_row, decay_stride_row, decay_stride_head, decay_stride_k,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr,
-    AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """No decay, or a log decay of the head (DECAYS = 1, decay_stride_k = 0) or of its key rows (K)."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     tiles: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
     chain, head = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
     element = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)

@@ -6,7 +6,6 @@ scalar gate 4 and 6 (kernels for Hopper: 3 and 5), and 2 more each where spans a
 
 import torch
 
-from longspan.kernels import dependent
 from longspan.kernels.fold import fold_chains, summarize
 from longspan.kernels.linear import hopper
 from longspan.kernels.linear.gate import STEP, gate_kernel
@@ -134,15 +133,14 @@ class Fused:
         return self.k.new_empty(columns, self.heads, self.num_tokens, dtype=torch.float32)
 
     def _gate_gradient(self, writes, through, exits):
-        splits, reads, options = self.splits, self.reads, dependent.options(self.reads)
+        splits, reads = self.splits, self.reads
         gradient = reads.new_empty(self.heads, self.num_tokens)
         if splits.num_splits:
             gate_kernel[(splits.num_splits * self.heads,)](
                 reads, writes, through, self.decays, self.entries, exits, gradient,
                 splits.first, splits.length, splits.split_chunk, splits.forward.next_row, splits.backward.row,
                 self.num_tokens, splits.num_chunks, self.heads,
-                self.key_size * self.value_size, len(reads), len(writes), CHUNK, STEP, bool(options),
-                num_warps=8, **options,
+                self.key_size * self.value_size, len(reads), len(writes), CHUNK, STEP, num_warps=8,
             )  # fmt: skip
         return gradient.t()
 

@@ -12,7 +12,6 @@ def gate_kernel(
     reads_ptr, writes_ptr, through_ptr, decay_ptr, entry_ptr, exit_ptr, gate_ptr,
     first_ptr, length_ptr, split_chunk_ptr, leaving_row_ptr, exit_row_ptr, T, num_chunks, H,
     SIZE: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """d_log_decay -> gate [H, T] of one split and head, from reads a = rowsum(q . dq) [READS, H, T] and writes
     b = rowsum(k . dk) [WRITES, H, T]: the sum of a - b from the token to the end of its chunk, and <S, dS> there.
@@ -21,9 +20,6 @@ def gate_kernel(
     chunk to chunk as the sum of a - b. A chunk that forgets all (`FORGOTTEN`) starts it anew: what passes its end is
     what it has written itself, through [WRITES, num_chunks, H]. Grid: splits x H.
     """
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     split, head = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     first, length = tl.load(first_ptr + split).to(tl.int64), tl.load(length_ptr + split)
     leaving_row, exit_row = tl.load(leaving_row_ptr + split).to(tl.int64), tl.load(exit_row_ptr + split).to(tl.int64)

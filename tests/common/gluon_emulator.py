@@ -291,7 +291,6 @@ def _modules() -> dict[str, ModuleType]:
         f"{root}.language.nvidia.hopper": _module("hopper", hopper),
         f"{root}.nvidia": _module("nvidia", {}),
         f"{root}.nvidia.hopper": _module("hopper", host),
-        "triton.language.extra.cuda": _module("cuda", dict.fromkeys(("gdc_wait", "gdc_launch_dependents"), _anything)),
     }
 
 

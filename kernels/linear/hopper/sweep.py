@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from longspan.kernels import dependent
 from longspan.kernels.linear.hopper.decays import (
     FROM_START,
     ROWS,
@@ -24,13 +23,7 @@ from longspan.kernels.linear.hopper.decays import (
     pair_weights,
     total_decay,
 )
-from longspan.kernels.linear.hopper.tiles import (
-    clear_rows,
-    store_columns,
-    synchronize,
-    tokens_descriptor,
-    wait_for_earlier_kernels,
-)
+from longspan.kernels.linear.hopper.tiles import clear_rows, store_columns, synchronize, tokens_descriptor
 from longspan.kernels.sparse.hopper.tiles import async_load, make_barriers, product_layout, shared_layout
 
 STAGES = 3
@@ -141,7 +134,6 @@ def hopper_sweep_kernel(
     Grid: (splits * H)."""
     dtype: gl.constexpr = x_desc.dtype
     shared: gl.constexpr = shared_layout(16)
-    wait_for_earlier_kernels()
     split, head = gl.program_id(0) // H, gl.program_id(0) % H
     first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
     state_at = state_ptr + (gl.maximum(row, 0).to(gl.int64) * H + head) * D * D
@@ -177,5 +169,4 @@ def launch(call, x, y, z, out, entries, reads, *, transposed):
         *(tokens_descriptor(t) for t in (x, y, z, call.q)), call.decays, out, entries, reads,
         splits.first, splits.length, splits.forward.row, call.scale, call.num_tokens,
         call.heads, call.key_size, transposed, call.decay, gate, STAGES, num_warps=4,
-        **dependent.options(call.q),
     )  # fmt: skip

@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from longspan.kernels import dependent
 from longspan.kernels.linear.hopper.decays import (
     FROM_START,
     LOG,
@@ -25,13 +24,7 @@ from longspan.kernels.linear.hopper.decays import (
     pair_weights,
     total_decay,
 )
-from longspan.kernels.linear.hopper.tiles import (
-    clear_rows,
-    store_columns,
-    synchronize,
-    tokens_descriptor,
-    wait_for_earlier_kernels,
-)
+from longspan.kernels.linear.hopper.tiles import clear_rows, store_columns, synchronize, tokens_descriptor
 from longspan.kernels.linear.sweep import FORGOTTEN
 from longspan.kernels.sparse.hopper.tiles import async_load, make_barriers, product_layout, shared_layout
 
@@ -154,7 +147,6 @@ def hopper_reverse_kernel(
     [1, chunks, H] too. Grid: (splits * H)."""
     dtype: gl.constexpr = q_desc.dtype
     shared: gl.constexpr = shared_layout(16)
-    wait_for_earlier_kernels()
     split, head = gl.program_id(0) // H, gl.program_id(0) % H
     first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
     state_at = state_ptr + (gl.maximum(row, 0).to(gl.int64) * H + head) * D * D
@@ -195,5 +187,4 @@ def launch(call, dk, dv, exits, writes, through):
         through, splits.first, splits.length, splits.backward.row, splits.split_chunk,
         call.scale, 1.0 / call.scale if call.scale else 0.0, call.num_tokens,
         call.heads, call.key_size, call.decay, call.gate, STAGES, num_warps=4,
-        **dependent.options(call.q),
     )  # fmt: skip

@@ -9,9 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
-from longspan.kernels import dependent
 from longspan.kernels.linear.hopper.decays import load_log_decays, log_decay_per_token
-from longspan.kernels.linear.hopper.tiles import clear_rows, synchronize, tokens_descriptor, wait_for_earlier_kernels
+from longspan.kernels.linear.hopper.tiles import clear_rows, synchronize, tokens_descriptor
 from longspan.kernels.linear.sweep import CLOSED, LEFT_OUT, LOG2E, SEARCHED
 from longspan.kernels.sparse.hopper.tiles import async_load, make_barriers, product_layout, shared_layout
 
@@ -185,7 +184,6 @@ def hopper_sum_kernel(
     the gate [T, H] and of all splits: row is -1 for those whose sum nobody wants. Grid: (splits * H)."""
     dtype: gl.constexpr = y_desc.dtype
     shared: gl.constexpr = shared_layout(16)
-    wait_for_earlier_kernels()
     split, head = gl.program_id(0) // H, gl.program_id(0) % H
     if not MAKE:
         split = gl.load(list_ptr + split)
@@ -223,5 +221,4 @@ def launch(call, y, z, scale, direction, states, totals, *, reverse, gate=None):
         direction.splits, splits.first, splits.length, direction.sum_row,
         *((0, 0) if gate is None else gate.stride()), scale, call.num_tokens,
         call.heads, call.key_size, call.decay, reverse, gate is not None, STAGES, num_warps=4,
-        **dependent.options(call.q),
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # noqa: TID251
 
 from longspan.kernels.linear.delta_tiles import CHUNK, LEFT_OUT, SEARCHED
 from longspan.kernels.sparse.hopper.tiles import row_layout, synchronize
@@ -21,13 +20,6 @@ def stored_layout(D):
         column *= 2
     lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, D])
-
-
-@gluon.jit
-def wait_for_earlier_kernels():
-    """See kernels.dependent."""
-    gdc_wait()
-    gdc_launch_dependents()
 
 
 @gluon.jit
