@@ -1,7 +1,7 @@
 """None, fixed and scalar decay in fused Triton kernels: a sum per split, a fold along the splits, one sweep per split.
 
 No state of a chunk goes to memory. Launches: 3 forward and 4 backward (5 if widths or token strides differ), with a
-scalar gate 4 and 6 (kernels for Hopper: 3 and 5), and 2 more each where spans are linked to other ranks.
+scalar gate 4 and 6, and 2 more each where spans are linked to other ranks.
 """
 
 import torch
@@ -59,13 +59,9 @@ class Fused:
         """Where the gate is scalar, its decays inside chunks, too; the backward pass gets them from here."""
         if self.sums is not None:
             return
-        gate, direction = None, self.splits.forward
         if self.decay == "scalar":
-            gate, self.decays = self.decays, self._empty_decays()
-            if not self._sum_makes_decays():
-                self._make_decays(gate)
-                gate = None
-        self.sums = self._sum(self.k, self.v, 1.0, direction, reverse=False, gate=gate)
+            self.decays = self._chunk_decays(self.decays)
+        self.sums = self._sum(self.k, self.v, 1.0, self.splits.forward, reverse=False)
 
     def output(self, entry, dtype):
         entries = fold_chains(*self.sums, self.splits.forward.inner, entry)
@@ -147,27 +143,20 @@ class Fused:
     def _config(self, table, width):
         return table[self.q.dtype.itemsize, padded(width)]
 
-    def _empty_decays(self):
+    def _chunk_decays(self, gate):
         """[H, T, 2], see decay_kernel: fp64 for fp32 tensors, whose weights are differences of these, else fp32."""
-        dtype = torch.float64 if self.q.dtype == torch.float32 else torch.float32
-        return self.q.new_empty(self.heads, self.num_tokens, 2, dtype=dtype)
-
-    def _make_decays(self, gate):
         splits, heads_per_program = self.splits, 16
+        dtype = torch.float64 if self.q.dtype == torch.float32 else torch.float32
+        decays = gate.new_empty(self.heads, self.num_tokens, 2, dtype=dtype)
         if splits.num_chunks:
             decay_kernel[(splits.num_chunks, -(-self.heads // heads_per_program))](
-                gate, self.decays, splits.chunk_first, splits.chunk_length, *gate.stride(),
+                gate, decays, splits.chunk_first, splits.chunk_length, *gate.stride(),
                 self.num_tokens, self.heads, heads_per_program, CHUNK,
             )  # fmt: skip
+        return decays
 
-    def _sum_makes_decays(self) -> bool:
-        """Whether the launch that sums splits makes their decays, too. Not where it would hold a multiprocessor for
-        each of many short documents that need no sum."""
-        return hopper.takes(self) and 2 * len(self.splits.forward.splits) >= max(1, self.splits.num_splits)
-
-    def _sum(self, y, z, scale, direction, *, reverse, gate=None):
-        """(states [num_sums, H, K, V], log decays [num_sums, H] or None) of the splits the direction needs. gate: one
-        whose decays are made by the way."""
+    def _sum(self, y, z, scale, direction, *, reverse):
+        """(states [num_sums, H, K, V], log decays [num_sums, H] or None) of the splits the direction needs."""
         splits = self.splits
         states = y.new_empty(splits.num_sums, self.heads, y.shape[2], z.shape[2], dtype=torch.float32)
         totals = states.new_empty(splits.num_sums, self.heads)
@@ -175,7 +164,7 @@ class Fused:
         if len(direction.splits) and hopper.takes(self):
             from longspan.kernels.linear.hopper import sweep_sum
 
-            sweep_sum.launch(self, y, z, scale, direction, states, totals, reverse=reverse, gate=gate)
+            sweep_sum.launch(self, y, z, scale, direction, states, totals, reverse=reverse)
         elif len(direction.splits):
             sum_kernel[(-(-z.shape[2] // block) * self.heads * len(direction.splits),)](
                 y, z, self.decays, states, totals, direction.splits, splits.first, splits.length, splits.sum_row,

@@ -59,14 +59,12 @@ class Chains:
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction of time. splits: int32, the splits whose sums are needed; sum_row: int32 [S], the rows of these,
-    -1 for all others. summary: folds the sums of a linked span into one, row n for linked span n. inner: gives every
-    split what enters it, from what enters its span (`initial`).
+    """One direction of time. splits: int32, the splits whose sums are needed. summary: folds the sums of a linked span
+    into one, row n for linked span n. inner: gives every split what enters it, from what enters its span (`initial`).
     row: int32 [S], where `inner` puts what enters each split, -1 for nothing; next_row: what leaves it, if that is the
     entry of another split or (going forward) the span is `left`."""
 
     splits: torch.Tensor
-    sum_row: torch.Tensor
     summary: Chains
     inner: Chains
     row: torch.Tensor
@@ -163,12 +161,10 @@ def _direction(members, sum_row, linked, entered, left) -> Direction:
     totals = [(-1, [(sum_row[split], -1) for split in members[span]] + [(-1, n)]) for n, span in enumerate(linked)]
     needed |= {split for span in linked for split in members[span]}
     num_splits = sum(map(len, members))
-    row, next_row, needed_row = (np.full(num_splits, -1, np.int32) for _ in range(3))
-    needed_row[sorted(needed)] = sum_row[sorted(needed)]
+    row, next_row = (np.full(num_splits, -1, np.int32) for _ in range(2))
     row[list(rows)], next_row[list(next_rows)] = list(rows.values()), list(next_rows.values())
     return Direction(
         _int32(sorted(needed)),
-        torch.from_numpy(needed_row),
         Chains.of(totals, len(linked)),
         Chains.of(chains, num_rows),
         torch.from_numpy(row),

@@ -168,8 +168,7 @@ def _init(barrier, count):
 def _allocate(dtype, shape, layout):
     if isinstance(layout, BarrierLayout):
         return Barriers(shape[0])
-    undefined = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
-    return Shared(torch.full(shape, undefined, dtype=dtype))
+    return Shared(torch.full(shape, float("nan"), dtype=dtype))
 
 
 class BarrierLayout:
@@ -234,16 +233,6 @@ def _store(pointer, value, mask=None):
     pointer.memory[at[keep]] = value.expand(at.shape)[keep].to(pointer.memory.dtype)
 
 
-def _scan(x, axis, combine, reverse=False):
-    """Along the last axis."""
-    assert axis == x.ndim - 1
-    columns = list((x.flip(-1) if reverse else x).unbind(-1))
-    for n in range(1, len(columns)):
-        columns[n] = combine(columns[n - 1], columns[n])
-    x = torch.stack(columns, -1)
-    return x.flip(-1) if reverse else x
-
-
 def _two(function):
     return lambda x, y: function(_tensor(x), _tensor(y))
 
@@ -264,7 +253,6 @@ def _modules() -> dict[str, ModuleType]:
         exp=torch.exp, abs=torch.abs, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
         max=lambda x, axis: x.amax(axis),
         fma=lambda x, y, z: x * y + z, log2=torch.log2, full_like=lambda x, value: torch.zeros_like(x) + value,
-        associative_scan=_scan, float64=torch.float64,
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
         float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
