@@ -34,7 +34,7 @@ class Step:
 
 def _prepare(step: Step) -> dict:
     for direction in ("forward", "forward+backward"):
-        _calls(step, direction, 1)[0]()
+        calls_of(step, direction, 1)[0]()
     return {}
 
 
@@ -56,7 +56,7 @@ def _check(step: Step) -> dict:
 
 
 def _eager(step: Step) -> dict:
-    calls = _calls(step, step.direction, _num_sets(step.problem))
+    calls = calls_of(step, step.direction, _num_sets(step.problem))
     result = time_calls(calls, step.problem.device, step.seconds)
     if step.problem.device.type == "cuda":
         try:
@@ -69,7 +69,7 @@ def _eager(step: Step) -> dict:
 
 def _graph(step: Step) -> dict:
     """The same calls inside CUDA graphs, one for each input set: no host in the way."""
-    calls = captured(_calls(step, step.direction, min(4, _num_sets(step.problem))))
+    calls = captured(calls_of(step, step.direction, min(4, _num_sets(step.problem))))
     return time_calls(calls, step.problem.device, step.seconds)
 
 
@@ -96,7 +96,7 @@ def _num_sets(problem: Problem) -> int:
     return min(16, max(2 if size < 8 * ROTATED_BYTES else 1, math.ceil(ROTATED_BYTES / size)))
 
 
-def _calls(step: Step, direction: str, num_sets: int):
+def calls_of(step: Step, direction: str, num_sets: int):
     """One call for each of several input sets."""
     implementation = IMPLEMENTATIONS[step.by]
     attend = implementation.make(step.problem)

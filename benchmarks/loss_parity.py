@@ -127,7 +127,7 @@ class Planned:
         text = Config.load(self.runs.config).model.task == "text"  # images are generated
         self.data = [f"data.corpora=[{{path: {arguments.corpus}}}]"] if text else []
         self.config = Config.load(self.runs.config, [*self.settings, *self.data])
-        self.ranks = self.about.ranks or self.runs.ranks
+        self.ranks = self.about.ranks or arguments.ranks or self.runs.ranks
 
     def execute(self, devices: Devices, end: End) -> dict:
         """Its steps, as far as they went, with a note where that is not to the end."""
@@ -239,6 +239,7 @@ def parse_arguments(argv=None):
     add("--corpus", default="data/stdlib", help=f"of `longspan prepare`, without .bin {default}")
     add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu", help=f"cpu: small sizes {default}")
     add("--jobs", type=int, help="runs at a time; more than GPUs share them (default: one per 2 GPUs)")
+    add("--ranks", type=int, help="of a run whose number is not what a variant is about (default: 2, of some sets 1)")
     add("--limit", type=float, default=600.0, help=f"seconds of a run, from its first step {default}")
     add("--budget", type=float, default=3600.0, help=f"seconds after which all that runs is stopped {default}")
     add("settings", nargs="*", metavar="key=value", help="settings of all runs, after a set's, such as train.steps=20")
@@ -247,8 +248,8 @@ def parse_arguments(argv=None):
     for name in set(arguments.variants or ()) - set(names):
         parser.error(f"--variants {name}: these sets have {', '.join(dict.fromkeys(names))}")
     arguments.jobs = arguments.jobs or max(1, torch.cuda.device_count() // 2)
-    for name in ("jobs", "limit", "budget"):
-        if getattr(arguments, name) <= 0:
+    for name in ("jobs", "ranks", "limit", "budget"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
             parser.error(f"--{name} {getattr(arguments, name)} must be greater than 0")
     return arguments
 

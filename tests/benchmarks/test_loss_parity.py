@@ -18,7 +18,7 @@ from longspan.models.flops import num_parameters
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", list(SETS))
 def test_variants_of_a_set_differ_from_one_another_and_see_the_same_data(name, device):
-    arguments = SimpleNamespace(device=device, corpus="data/stdlib", settings=[])
+    arguments = SimpleNamespace(device=device, corpus="data/stdlib", settings=[], ranks=None)
     runs = [Planned(name, variant, arguments) for variant in SETS[name].variants]
     for run in runs:
         run.config.validate(run.ranks)
