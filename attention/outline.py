@@ -213,7 +213,7 @@ class _Linear:
     def output(self, kept, q, k, v, log_decay, beta):
         form = self._note(q, v, log_decay, beta, backward=False)
         out = v.new_empty(v.shape, dtype=self.dtype)
-        _scratch = self._scratch(form, q, v, log_decay)
+        scratch = self._scratch(form, q, v, log_decay)
         if form in ("whole", "chunked"):
             return out, (kept,)
         if form == "general":
@@ -222,11 +222,15 @@ class _Linear:
         saved = [self._states(splits, q, v)]
         if form == "delta":
             saved += [self._states(splits, q, q), q.new_empty(len(q), q.shape[1], DELTA_CHUNK_NUMBERS)]
+        if form == "fused":
+            saved += scratch
         return out, tuple(saved)
 
     def hold(self, d_out, q, k, v, log_decay, beta):
         form = self._note(q, v, log_decay, beta, backward=True)
-        held = [self._states(self._splits(q, v), q, v), *self._scratch(form, q, v, log_decay)]
+        held = [self._states(self._splits(q, v), q, v)]
+        if form != "fused":  # its decays are saved
+            held += self._scratch(form, q, v, log_decay)
         if form == "fused" and log_decay is not None and log_decay.requires_grad:
             columns = -(-q.shape[2] // COLUMNS)  # sums of rows, of the reading and of the writing side
             held += [q.new_empty(columns, q.shape[1], len(q), dtype=torch.float32) for _ in range(3)]

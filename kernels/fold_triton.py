@@ -6,7 +6,8 @@ from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.fold import MAX_KEYS
 from longspan.kernels.launch import launched
 
-BLOCK = 1024  # elements of a state per program, where transitions act on them one by one
+BLOCK = 512  # elements of a state per program, where transitions act on them one by one
+AHEAD = 16  # states of a chain on their way at once
 BLOCK_V = 16  # columns of a state per program, where transitions are matrices
 
 
@@ -34,6 +35,7 @@ def fold_chains_triton(states, transition, chains, initial=None, *, compose=Fals
         fold_kernel[grid](
             states, transition, initial, out, composed, *tables, *strides, *decay_strides,
             H=heads, K=keys, V=values, BLOCK=BLOCK, DECAYS=1 if transition is None or transition.ndim < 3 else keys,
+            AHEAD=min(AHEAD, triton.next_power_of_2(length)),
         )  # fmt: skip
     else:
         assert keys <= MAX_KEYS, keys
@@ -53,6 +55,7 @@ def fold_kernel(
     states_ptr, decay_ptr, initial_ptr, out_ptr, composed_ptr, sources_ptr, targets_ptr, first_ptr, length,
     states_stride_row, initial_stride_row, decay_stride_row, decay_stride_head, decay_stride_k,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """No decay, or a log decay of the head (DECAYS = 1, decay_stride_k = 0) or of its key rows (K)."""
     tiles: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
@@ -60,7 +63,9 @@ def fold_kernel(
     element = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     inside = element < K * V
     if decay_ptr is not None:
-        decay_at = decay_ptr + head * decay_stride_head + element // V * decay_stride_k
+        decay_at = decay_ptr + head * decay_stride_head
+        if DECAYS > 1:
+            decay_at += element // V * decay_stride_k
     if composed_ptr is not None:
         passed = tl.zeros([BLOCK], dtype=tl.float32)
         composed_at = composed_ptr + (chain * H + head) * DECAYS + element // V
@@ -75,22 +80,26 @@ def fold_kernel(
         first = tl.load(first_ptr + chain).to(tl.int64)
         initial_at = initial_ptr + first * initial_stride_row + element
         reached = tl.load(initial_at, mask=inside & (first >= 0), other=0.0)
-    source = tl.load(sources_ptr).to(tl.int64)
-    state = tl.load(states_at + source * states_stride_row, mask=inside & (source >= 0), other=0.0)
-    for column in range(0, length):
-        # The next state is on its way while this one is added.
-        next_source = tl.load(sources_ptr + column + 1, mask=column + 1 < length, other=-1).to(tl.int64)
-        next_at = states_at + next_source * states_stride_row
-        next_state = tl.load(next_at, mask=inside & (next_source >= 0), other=0.0)
-        target = tl.load(targets_ptr + column).to(tl.int64)
-        tl.store(out_at + target * H * K * V, reached, mask=inside & (target >= 0))
-        if decay_ptr is not None:
-            decay = tl.load(decay_at + source * decay_stride_row, mask=inside & (source >= 0), other=0.0)
-            reached *= tl.exp(decay)
-            if composed_ptr is not None:
-                passed += decay
-        reached += state.to(tl.float32)
-        source, state = next_source, next_state
+    for start in range(0, length, AHEAD):
+        # A chain waits for memory, not for arithmetic: one state at a time took 0.4 to 0.65 us a state on H200.
+        sources, targets, states, decays = (), (), (), ()
+        for column in tl.static_range(AHEAD):
+            at, inside_chain = start + column, start + column < length
+            sources += (tl.load(sources_ptr + at, mask=inside_chain, other=-1).to(tl.int64),)
+            targets += (tl.load(targets_ptr + at, mask=inside_chain, other=-1).to(tl.int64),)
+        for column in tl.static_range(AHEAD):
+            passes = inside & (sources[column] >= 0)
+            states += (tl.load(states_at + sources[column] * states_stride_row, mask=passes, other=0.0),)
+            if decay_ptr is not None:
+                reads = passes if DECAYS > 1 else sources[column] >= 0
+                decays += (tl.load(decay_at + sources[column] * decay_stride_row, mask=reads, other=0.0),)
+        for column in tl.static_range(AHEAD):
+            tl.store(out_at + targets[column] * H * K * V, reached, mask=inside & (targets[column] >= 0))
+            if decay_ptr is not None:
+                reached *= tl.exp(decays[column])
+                if composed_ptr is not None:
+                    passed += decays[column]
+            reached += states[column].to(tl.float32)
     if composed_ptr is not None:
         tl.store(composed_at, passed, mask=writes)
 

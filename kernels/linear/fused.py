@@ -1,7 +1,7 @@
 """None, fixed and scalar decay in fused Triton kernels: a sum per split, a fold along the splits, one sweep per split.
 
 No state of a chunk goes to memory. Launches: 3 forward and 4 backward (5 if widths or token strides differ), with a
-scalar gate 4 and 7, and 2 more each where spans are linked to other ranks.
+scalar gate 4 and 6, and 2 more each where spans are linked to other ranks.
 """
 
 import torch
@@ -47,26 +47,33 @@ class Fused:
         self.precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
         self.sums = None
         # Kernels compute addresses from every pointer they get, so what a variant does not read is some other tensor.
-        self.decays = q if log_decay is None else log_decay.contiguous()
-        if self.decay == "scalar":
-            self.decays = self._chunk_decays(log_decay)
+        self.decays = q if log_decay is None else log_decay
+        if self.decay == "fixed":
+            self.decays = log_decay.contiguous()
 
     def summary(self):
-        self.sums = self._sum(self.k, self.v, 1.0, self.splits.forward, reverse=False)
+        self.ahead()
         return summarize(*self.sums, self.splits.forward.summary)
 
     def ahead(self):
-        if self.sums is None:
-            self.sums = self._sum(self.k, self.v, 1.0, self.splits.forward, reverse=False)
+        """Where the gate is scalar, its decays inside chunks, too; the backward pass gets them from here."""
+        if self.sums is not None:
+            return
+        if self.decay == "scalar":
+            self.decays = self._chunk_decays(self.decays)
+        self.sums = self._sum(self.k, self.v, 1.0, self.splits.forward, reverse=False)
 
     def output(self, entry, dtype):
         entries = fold_chains(*self.sums, self.splits.forward.inner, entry)
         out = self.v.new_empty(self.v.shape, dtype=dtype)
         self._sweep(self.q, self.k, self.v, out, entries, self.q, transposed=False)
-        return out, (entries,)
+        return out, (entries, self.decays) if self.decay == "scalar" else (entries,)
 
     def start_backward(self, saved, d_out, gate):
-        (self.entries,), self.gate = saved, gate
+        self.entries, *decays = saved
+        if decays:
+            (self.decays,) = decays
+        self.gate = gate
         self.d_out = unit_stride(d_out.to(self.q.dtype))
 
     def gradient_summary(self):
@@ -136,14 +143,14 @@ class Fused:
     def _config(self, table, width):
         return table[self.q.dtype.itemsize, padded(width)]
 
-    def _chunk_decays(self, log_decay):
+    def _chunk_decays(self, gate):
         """[H, T, 2], see decay_kernel: fp64 for fp32 tensors, whose weights are differences of these, else fp32."""
         splits, heads_per_program = self.splits, 16
         dtype = torch.float64 if self.q.dtype == torch.float32 else torch.float32
-        decays = log_decay.new_empty(self.heads, self.num_tokens, 2, dtype=dtype)
+        decays = gate.new_empty(self.heads, self.num_tokens, 2, dtype=dtype)
         if splits.num_chunks:
             decay_kernel[(splits.num_chunks, -(-self.heads // heads_per_program))](
-                log_decay, decays, splits.chunk_first, splits.chunk_length, *log_decay.stride(),
+                gate, decays, splits.chunk_first, splits.chunk_length, *gate.stride(),
                 self.num_tokens, self.heads, heads_per_program, CHUNK,
             )  # fmt: skip
         return decays

@@ -5,7 +5,7 @@ from longspan.kernels.launch import launched
 from longspan.kernels.linear.sweep import FORGOTTEN
 
 STEP = 32  # chunks at a time
-STATE_STEP = tl.constexpr(4096)  # numbers of the states at a time
+STATE_STEP = tl.constexpr(8192)  # numbers of the states at a time
 
 
 @launched
