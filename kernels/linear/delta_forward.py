@@ -40,8 +40,8 @@ CONFIGS = {
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, write_ptr, total_ptr, inverse_ptr, scores_ptr, rows_ptr, entry_ptr, out_ptr, states_ptr, values_ptr,
-    sum_ptr, transition_ptr,
+    q_ptr, k_ptr, v_ptr, write_ptr, total_ptr, inverse_ptr, scores_ptr, rows_ptr, entry_ptr, out_ptr,
+    states_ptr, values_ptr, sum_ptr, transition_ptr,
     summed_ptr, needed_ptr, first_ptr, length_ptr, split_chunk_ptr, entry_row_ptr, sum_row_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,

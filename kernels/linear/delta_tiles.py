@@ -82,7 +82,9 @@ class Call:
         """Columns per program and launch options from {element size: {padded K: (columns, warps, stages, registers)}},
         where registers may be left to the compiler; not more columns than `limit`. Rows of (element size, "channel") go
         before with a decay per key channel."""
-        columns, warps, stages, *registers = config(table, self.q.element_size(), self.widths[0], self.write is not None)
+        columns, warps, stages, *registers = config(
+            table, self.q.element_size(), self.widths[0], self.write is not None
+        )
         fitting = min(columns, limit)
         return fitting, launch_options(max(4, warps * fitting // columns), stages, *registers)
 
