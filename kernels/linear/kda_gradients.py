@@ -107,23 +107,27 @@ def kda_gradients_kernel(
             half = total * (0.5 * LOG2E)
             rise = running_sum(g * LOG2E, row >= column, work) - half[None, :]
             rise, fall, edge = tl.exp2(rise), tl.exp2(-rise), tl.exp2(half)[None, :]
-            q = load_rows(q_ptr, q_stride_t, token, key, length, K).to(tl.float32)
+            # In an order in which little has to be kept in registers.
             k = load_rows(k_ptr, k_stride_t, token, key, length, K).to(tl.float32)
             risen = k * rise
-            q = factor(q * (rise * scale), work, PRECISION)
             r = factor(risen * -beta[:, None], work, PRECISION)
             k = factor(k * fall, work, PRECISION)
-            dq, dr, dk = dq * edge, dr * edge, dk * edge
-            gate = through * tl.exp(total) + tl.sum(k * dk, 0)
-            dq = tl.dot(tl.where(from_before, d_pairs, 0.0).to(work), k, dq, input_precision=PRECISION)
-            dr = tl.dot(tl.where(from_before, x_pairs, 0.0).to(work), k, dr, input_precision=PRECISION)
+            dr = tl.dot(tl.where(from_before, x_pairs, 0.0).to(work), k, dr * edge, input_precision=PRECISION)
+            d_beta -= tl.sum(risen * dr, 1)
+            gate = r * dr
+            dr *= rise * beta[:, None]
+            q = load_rows(q_ptr, q_stride_t, token, key, length, K).to(tl.float32)
+            q = factor(q * (rise * scale), work, PRECISION)
+            dq = tl.dot(tl.where(from_before, d_pairs, 0.0).to(work), k, dq * edge, input_precision=PRECISION)
+            store_rows(dq_ptr, H * K, token, key, length, dq * (rise * scale), K)
+            gate += q * dq
+            dk *= edge
+            all_through = through * tl.exp(total) + tl.sum(k * dk, 0)
             dk = tl.dot(tl.where(from_after, d_pairs, 0.0).to(work), q, dk, input_precision=PRECISION)
             dk = tl.dot(tl.where(from_after, x_pairs, 0.0).to(work), r, dk, input_precision=PRECISION)
-            d_beta -= tl.sum(risen * dr, 1)
-            store_rows(dq_ptr, H * K, token, key, length, dq * (rise * scale), K)
-            store_rows(dk_ptr, H * K, token, key, length, dk * fall - dr * (rise * beta[:, None]), K)
+            store_rows(dk_ptr, H * K, token, key, length, dk * fall - dr, K)
             if D_GATE:
-                gate = gate[None, :] + running_sum(q * dq + r * dr - k * dk, from_after, work)
+                gate = running_sum(gate - k * dk, from_after, work) + all_through[None, :]
                 store_rows(dg_ptr, H * K, token, key, length, gate, K)
         else:
             for part in tl.range(0, STEP_K, STRONG_K, disable_licm=True):

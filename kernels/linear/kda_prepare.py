@@ -19,7 +19,6 @@ from longspan.kernels.linear.channel_decay import (
     is_second,
     load_rows,
     meets,
-    running_sum,
     store_rows,
 )
 from longspan.kernels.linear.delta_prepare import MERGES, SUBSTITUTED, invert_unit_lower
@@ -71,7 +70,7 @@ def kda_prepare_kernel(
         largest = tl.maximum(largest, tl.max(tl.where((key < K)[None, :], g, float("-inf")), 1))
         if is_mild(total):
             half = total * (0.5 * LOG2E)
-            rise = running_sum(g * LOG2E, row >= column, work) - half[None, :]
+            rise = tl.cumsum(g, 0) * LOG2E - half[None, :]  # no product: what comes of it is transposed below
             edge = tl.exp2(half)
             k = load_rows(k_ptr, k_stride_t, token, key, length, K).to(tl.float32)
             k_fallen = k * tl.exp2(-rise)
