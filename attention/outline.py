@@ -220,7 +220,7 @@ class _Linear:
             return out, (kept, *(self._states(rows, q, v) for rows in self._blocks(len(q))))
         splits = self._splits(q, v)
         saved = [self._states(splits, q, v)]
-        if form == "delta":
+        if form in ("delta", "kda"):
             saved += [self._states(splits, q, q), q.new_empty(len(q), q.shape[1], DELTA_CHUNK_NUMBERS)]
         if form == "fused":
             saved += scratch
@@ -244,6 +244,8 @@ class _Linear:
             return [log_decay.new_empty(*log_decay.shape, 2, dtype=torch.float32)]
         if form == "channel":
             return [torch.empty_like(q), torch.empty_like(q), q.new_empty(*q.shape[:2], CHANNEL_SCORES)]
+        if form == "kda":  # q and k with their decays
+            return [torch.empty_like(q) for _ in range(3)]
         if form == "whole":
             return [torch.empty_like(v, dtype=_wide(v))]
         return []
@@ -259,9 +261,10 @@ class _Linear:
         name = {"none": "delta", "scalar": "gated_delta"}.get(decay, "kda") if beta is not None else decay
         if not self.causal:
             return "whole", "whole"
-        if not self.outline.gpu or name == "kda":
+        if not self.outline.gpu:
             return "general" if decay == "channel" or beta is not None else "chunked", name
-        return {"delta": "delta", "gated_delta": "delta", "channel": "channel"}.get(name, "fused"), name
+        forms = {"delta": "delta", "gated_delta": "delta", "kda": "kda", "channel": "channel"}
+        return forms.get(name, "fused"), name
 
     def _splits(self, q, v):
         programs = q.shape[1] * -(-v.shape[2] // COLUMNS)

@@ -224,8 +224,7 @@ def parse_arguments(argv=None):
     on_gpu = torch.cuda.is_available()
     peers = [name for name in IMPLEMENTATIONS if name != "longspan"]
     parser.add_argument("--output", help="JSON file, saved again after every measurement")
-    default = [name for name in FAMILIES if name != "kda"]
-    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=default)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--tokens", type=parse_tokens, nargs="+", default=[1 << 15, 1 << 17])
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)

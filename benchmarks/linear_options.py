@@ -116,7 +116,7 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--try", dest="tried", nargs="+", action="append", required=True, metavar="NAME VALUE", help="may be repeated")
-    add("--families", nargs="+", choices=[name for name in FAMILIES if name != "kda"], default=["fixed"], help=default)
+    add("--families", nargs="+", choices=list(FAMILIES), default=["fixed"], help=default)
     add("--output", help="JSON file, saved again after every measurement")
     add("--tokens", type=parse_tokens, default=1 << 15 if on_gpu else 256, help=default)
     add("--heads", type=int, default=16 if on_gpu else 2, help=default)

@@ -27,7 +27,7 @@ from longspan.models import mixers
 from longspan.parallel.scan import TRANSPORTS
 
 LAYOUTS = ("contiguous", "zigzag")
-LAYER_KINDS = {name: f"linear:{name}" for name in FAMILIES if name != "kda"} | {"channel": "linear:gla"}
+LAYER_KINDS = {name: f"linear:{name}" for name in FAMILIES} | {"channel": "linear:gla"}
 
 
 def operator_step(problem: Problem, attend):
@@ -190,7 +190,7 @@ def parse_arguments(argv=None):
     strategies = [*TRANSPORTS, HEAD_PARALLEL]
     parser.add_argument("--output", help="JSON file, saved again after every measurement")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES),
-                        help="default: fixed scalar gated_delta; with --parity all but kda")  # fmt: skip
+                        help="default: fixed scalar gated_delta; with --parity all")  # fmt: skip
     parser.add_argument("--strategies", nargs="+", choices=strategies, default=strategies)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--tokens", type=parse_tokens, nargs="+", help="per GPU; default 32K 128K 512K, layer 32K 128K")
@@ -211,9 +211,7 @@ def parse_arguments(argv=None):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
     if arguments.families is None:
-        arguments.families = [*LAYER_KINDS] if arguments.parity else ["fixed", "scalar", "gated_delta"]
-    if arguments.layer and "kda" in arguments.families:
-        parser.error("--layer: there is no layer of family kda; leave it out")
+        arguments.families = [*FAMILIES] if arguments.parity else ["fixed", "scalar", "gated_delta"]
     arguments.tokens = arguments.tokens or [1 << 15, 1 << 17] + ([] if arguments.layer else [1 << 19])
     return arguments
 

@@ -95,7 +95,7 @@ class ModelConfig:
     output_gate: Literal["auto", "silu", "none"] = setting(
         "auto", "gate of the output of linear layers: silu of a projection of their input; auto: the family's"
     )
-    gate_rank: int = setting(16, "rank of the projection that gives linear:gla its decay")
+    gate_rank: int = setting(16, "rank of the projection that gives linear:gla and linear:kda their decay")
     rope_base: float = setting(500_000.0, "rotary base of softmax layers; larger turns the slow dimensions more slowly")
     rope_scaling: float = setting(
         1.0, "stretch the rotary base for contexts this many times longer than trained before (NTK-aware); 1 = none"

@@ -32,4 +32,5 @@ LINEAR_FAMILIES = {
         "none", delta_rule=True, normalizer=False, feature_map="l2norm", conv_width=4, output_gate="none"
     ),
     "gated_delta": LinearFamily("scalar", delta_rule=True, normalizer=False, feature_map="l2norm", conv_width=4),
+    "kda": LinearFamily("channel", delta_rule=True, normalizer=False, feature_map="l2norm", conv_width=4),
 }

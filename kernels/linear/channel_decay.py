@@ -49,6 +49,16 @@ def factor(x, work: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def running_sum(x, reads, work: tl.constexpr):
+    """Row i of the result is the sum of the rows that i reads, [C, C]. For bf16 x is taken to 16 bits."""
+    if work == tl.bfloat16:
+        high = x.to(tl.bfloat16)
+        result = tl.dot(reads.to(tl.bfloat16), (x - high.to(tl.float32)).to(tl.bfloat16))
+        return tl.dot(reads.to(tl.bfloat16), high, result)
+    return tl.dot(reads.to(tl.float32), x, input_precision="tf32x3")
+
+
+@triton.jit
 def is_mild(total):
     """total [channels]: log decay of a whole chunk. One answer for all channels; no for -inf."""
     return tl.min(total, 0) >= -MILD

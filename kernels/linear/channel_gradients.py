@@ -7,7 +7,17 @@ taken off again at the key, both from the same rounded factors, so that only rou
 
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.launch import launched
-from longspan.kernels.linear.channel_decay import LOG2E, climb, factor, is_mild, is_second, load_rows, meets, store_rows
+from longspan.kernels.linear.channel_decay import (
+    LOG2E,
+    climb,
+    factor,
+    is_mild,
+    is_second,
+    load_rows,
+    meets,
+    running_sum,
+    store_rows,
+)
 
 # (bytes per number, value columns padded): (key channels per program, per step, per step where gates are strong, warps,
 # stages).
@@ -70,7 +80,7 @@ def gradients_kernel(
             g = load_rows(g_ptr, g_stride_t, token, channel, length, K).to(tl.float32)
             total = tl.load(total_ptr + channel, mask=channel < K, other=0.0)
             half = total * (0.5 * LOG2E)
-            rise = _running_sum(g * LOG2E, from_before, work) - half[None, :]
+            rise = running_sum(g * LOG2E, from_before, work) - half[None, :]
             rise, fall, edge = tl.exp2(rise), tl.exp2(-rise), tl.exp2(half)
             q = factor(load_rows(q_ptr, q_stride_t, token, channel, length, K) * (rise * scale), work, PRECISION)
             k = factor(load_rows(k_ptr, k_stride_t, token, channel, length, K) * fall, work, PRECISION)
@@ -84,7 +94,7 @@ def gradients_kernel(
             _store(dq_ptr, H * K, token, channel, length, dq * (rise * scale), K, FIRST_COLUMN > 0)
             _store(dk_ptr, H * K, token, channel, length, dk * fall, K, FIRST_COLUMN > 0)
             if GATE:
-                gate = gate[None, :] + _running_sum(q * dq - k * dk, from_after, work)
+                gate = gate[None, :] + running_sum(q * dq - k * dk, from_after, work)
                 _store(dg_ptr, H * K, token, channel, length, gate, K, FIRST_COLUMN > 0)
     else:
         d_self = tl.sum(d_out.to(tl.float32) * v, 1)[:, None]
@@ -114,8 +124,8 @@ def gradients_kernel(
             _store(dk_ptr, H * K, token, channel, length, dk + dk_exit, K, FIRST_COLUMN > 0)
             if GATE:
                 # Next to strong gates even fp32 would drown in keys counted and taken off again: these are not.
-                gate = _running_sum(change + q * dq_entry, from_after, work)
-                gate += _running_sum(k * dk_exit, token[:, None] > token[None, :], work)
+                gate = running_sum(change + q * dq_entry, from_after, work)
+                gate += running_sum(k * dk_exit, token[:, None] > token[None, :], work)
                 gate += _through(state, d_state, total)[None, :]
                 _store(dg_ptr, H * K, token, channel, length, gate, K, FIRST_COLUMN > 0)
 
@@ -125,16 +135,6 @@ def _store(ptr, stride, token, channel, length, value, K: tl.constexpr, ADD: tl.
     if ADD:
         value += load_rows(ptr, stride, token, channel, length, K)
     store_rows(ptr, stride, token, channel, length, value, K)
-
-
-@triton.jit
-def _running_sum(x, reads, work: tl.constexpr):
-    """Row i of the result is the sum of the rows that i reads, [C, C]. For bf16 x is taken to 16 bits."""
-    if work == tl.bfloat16:
-        high = x.to(tl.bfloat16)
-        result = tl.dot(reads.to(tl.bfloat16), (x - high.to(tl.float32)).to(tl.bfloat16))
-        return tl.dot(reads.to(tl.bfloat16), high, result)
-    return tl.dot(reads.to(tl.float32), x, input_precision="tf32x3")
 
 
 @triton.jit

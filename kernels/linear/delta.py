@@ -15,7 +15,7 @@ from longspan.kernels.linear.delta_backward import backward_sums
 from longspan.kernels.linear.delta_forward import CONFIGS, forward_output, forward_states, forward_sums
 from longspan.kernels.linear.delta_gradients import input_gradients
 from longspan.kernels.linear.delta_prepare import prepare
-from longspan.kernels.linear.delta_tiles import CHUNK, Call, Prepared
+from longspan.kernels.linear.delta_tiles import CHUNK, Call, Prepared, config
 from longspan.kernels.linear.splits import Splits, padded, split_size, unit_stride
 
 
@@ -46,16 +46,18 @@ class Delta:
     """The Form (kernels.linear.form) of the delta rule on CUDA: K, V up to 256 (fp32: 128); no decay of single key
     channels."""
 
-    @staticmethod
-    def tables(spans, heads, key_size, value_size) -> DeltaTables:
-        columns, warps, *_ = CONFIGS["output"][2][padded(key_size)]
+    per_channel = False
+
+    @classmethod
+    def tables(cls, spans, heads, key_size, value_size) -> DeltaTables:
+        columns, warps, *_ = config(CONFIGS["output"], 2, padded(key_size), cls.per_channel)
         size = split_size(spans, heads * -(-value_size // columns), CHUNK, rounds=max(1, 8 // warps))
         return DeltaTables.of(Splits.of(spans, size, CHUNK))
 
     def __init__(self, tables, q, k, v, log_decay, beta, scale):
         assert beta is not None and max(k.shape[2], v.shape[2]) <= 256, (k.shape, v.shape)
         q, k, v = (unit_stride(x) for x in (q, k, v))
-        self.call = Call(tables.splits, q, k, v, log_decay, beta, scale)
+        self.inputs = self.call = Call(tables.splits, q, k, v, log_decay, beta, scale)
         self.tables, self.splits = tables, tables.splits
         self.prepared = self.sums = None
 
@@ -65,7 +67,7 @@ class Delta:
 
     def ahead(self):
         if self.sums is None:
-            self.prepared = prepare(self.call)
+            self._prepare()
             self.sums = forward_sums(self.call, self.prepared, self.tables)
 
     def output(self, entry, dtype):
@@ -89,7 +91,11 @@ class Delta:
 
     def gradients(self, exit_grad):
         exits = fold_chains(self.sums, self.transitions, self.splits.backward.inner, exit_grad)
-        dq, dk, dv, d_beta, d_decay = input_gradients(
-            self.call, self.prepared, self.d_out, self.entering, exits, self.gate
-        )
+        dq, dk, dv, d_beta, d_decay = self._input_gradients(exits)
         return dq, dk, dv, d_decay, d_beta
+
+    def _prepare(self):
+        self.prepared = prepare(self.call)
+
+    def _input_gradients(self, exits):
+        return input_gradients(self.call, self.prepared, self.d_out, self.entering, exits, self.gate)

@@ -2,7 +2,8 @@
 
     E = T^T (P^T dO + exp(G_C - G) K dS)      dS <- exp(G_C) dS + scale (exp(G) Q)^T dO - (beta exp(G) K)^T E
 
-with T and P of `delta_prepare`; E is the gradient of beta (V - exp(G) K S). dS is carried transposed, as the forward
+with T and P of `delta_prepare`; E is the gradient of beta (V - exp(G) K S). With a decay per key channel the decays are
+in the operands already (`delta_tiles.Call`). dS is carried transposed, as the forward
 sweep carries S, and for the same reason: no result of a product is ever transposed.
 """
 
@@ -14,6 +15,7 @@ from longspan.kernels.linear import hopper
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
     count_remembered,
+    load_channel_decays,
     load_rows,
     load_tokens,
     load_tokens_transposed,
@@ -24,10 +26,12 @@ from longspan.kernels.linear.delta_tiles import (
 SWEEP = {
     "sum": {
         2: {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (128, 8, 3), 256: (32, 8, 2)},
+        (2, "channel"): {128: (128, 8, 2)},
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (16, 8, 2)},
     },
     "states": {
         2: {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (128, 8, 3), 256: (32, 8, 2)},
+        (2, "channel"): {128: (128, 8, 2)},
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (16, 8, 2)},
     },
 }
@@ -36,11 +40,11 @@ SWEEP = {
 @launched
 @triton.jit
 def backward_kernel(
-    q_ptr, k_ptr, d_out_ptr, inverse_ptr, scores_ptr, rows_ptr, exit_ptr, d_states_ptr, errors_ptr, sum_ptr,
-    list_ptr, first_ptr, length_ptr, split_chunk_ptr, exit_row_ptr, sum_row_ptr,
+    q_ptr, k_ptr, d_out_ptr, write_ptr, total_ptr, inverse_ptr, scores_ptr, rows_ptr, exit_ptr, d_states_ptr,
+    errors_ptr, sum_ptr, list_ptr, first_ptr, length_ptr, split_chunk_ptr, exit_row_ptr, sum_row_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, d_out_stride_t, d_out_stride_h, scale, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, MODE: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, MODE: tl.constexpr, GATE: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """inverse, scores, rows: `Prepared`. Grid: (splits * H * blocks). MODE:
 
@@ -63,6 +67,8 @@ def backward_kernel(
     inside = (column < V)[:, None] & (key < K)[None, :]
     q_ptr += head * q_stride_h
     k_ptr += head * k_stride_h
+    if CHANNEL:
+        write_ptr += head * k_stride_h
     d_out_ptr += head * d_out_stride_h
 
     if MODE == "sum":
@@ -84,11 +90,16 @@ def backward_kernel(
         inverse, scores = tl.load(inverse_ptr + square), tl.load(scores_ptr + square)
         weight = tl.full([CHUNK], 1.0, tl.float32) * scale
         leaving = state.to(k.dtype)
-        d_values = tl.dot(leaving, tl.trans(k), input_precision=PRECISION)
-        if GATE:
-            state *= load_total_decay(rows_ptr, tile, CHUNK)
-            to_end, _, _ = load_rows(rows_ptr, tile, 4, CHUNK)
-            d_values *= to_end[None, :]
+        if CHANNEL:
+            write = load_tokens(write_ptr + start * k_stride_t, k_stride_t, left, key, CHUNK, K, K == BLOCK_K)
+            d_values = tl.dot(leaving, tl.trans(write), input_precision=PRECISION)
+            state *= load_channel_decays(total_ptr, tile, key, BLOCK_K)[None, :]
+        else:
+            d_values = tl.dot(leaving, tl.trans(k), input_precision=PRECISION)
+            if GATE:
+                state *= load_total_decay(rows_ptr, tile, CHUNK)
+                to_end, _, _ = load_rows(rows_ptr, tile, 4, CHUNK)
+                d_values *= to_end[None, :]
         d_values = tl.dot(d_out, scores, d_values, input_precision=PRECISION)
         errors = tl.dot(d_values.to(k.dtype), inverse, input_precision=PRECISION)
         if MODE == "states":
@@ -96,7 +107,7 @@ def backward_kernel(
             errors_at = errors_ptr + tile * BLOCK_V * CHUNK + column[:, None] + token[None, :] * BLOCK_V
             tl.store(errors_at, errors.to(k.dtype))
         read, from_start, decayed_read = load_rows(rows_ptr, tile, 0, CHUNK)
-        if GATE:
+        if GATE and not CHANNEL:
             read = decayed_read
             weight *= from_start
         state = tl.dot((d_out * weight[None, :]).to(k.dtype), q, state, input_precision=PRECISION)
@@ -127,14 +138,14 @@ def backward_states(call, prepared, d_out, exits):
 def _launch(mode, call, prepared, d_out, num_splits, *, exits=None, states=(None,) * 2, sums=None, split_list=None):
     q, k, splits, block_v = call.q, call.k, call.splits, call.widths[1]
     block, options = call.columns(SWEEP[mode], block_v)
-    if num_splits and mode == "sum" and hopper.takes(call):
+    if num_splits and mode == "sum" and call.write is None and hopper.takes(call):
         from longspan.kernels.linear.hopper import backward
 
         backward.launch(call, prepared, d_out, num_splits, sums, split_list)
     elif num_splits:
         backward_kernel[(num_splits * call.heads * (block_v // block),)](
-            q, k, d_out, *prepared, exits, *states, sums,
+            q, k, d_out, call.write, call.total, *prepared, exits, *states, sums,
             split_list, splits.first, splits.length, splits.split_chunk, splits.backward.row, splits.sum_row,
             *q.stride()[:2], *k.stride()[:2], *d_out.stride()[:2], call.scale, call.heads,
-            **call.constants, BLOCK=block, MODE=mode, **options,
+            **call.constants, BLOCK=block, MODE=mode, CHANNEL=call.write is not None, **options,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
     V' = T beta (V - exp(G) K S)     O = scale exp(G) (Q S) + P V'     S <- exp(G_C) S + (exp(G_C - G) K)^T V'
 
+With a decay per key channel the decays are in the operands already (`delta_tiles.Call`); exp(G_C) scales rows of S.
 A program owns a block of columns of S and carries it transposed, [BLOCK, K]: then every product has the carried state
 or V'^T on its left and a tile as it lies in memory on its right, and neither is ever transposed.
 """
@@ -14,6 +15,7 @@ from longspan.kernels.linear import hopper
 from longspan.kernels.linear.delta_tiles import (
     CHUNK,
     count_remembered,
+    load_channel_decays,
     load_rows,
     load_tokens,
     load_total_decay,
@@ -31,6 +33,7 @@ CONFIGS = {
     },
     "output": {
         2: {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 8, 1)},
+        (2, "channel"): {128: (128, 8, 3)},
         4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 1)},
     },
 }
@@ -39,12 +42,12 @@ CONFIGS = {
 @launched
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, inverse_ptr, scores_ptr, rows_ptr, entry_ptr, out_ptr, states_ptr, values_ptr,
-    sum_ptr, transition_ptr,
+    q_ptr, k_ptr, v_ptr, write_ptr, total_ptr, inverse_ptr, scores_ptr, rows_ptr, entry_ptr, out_ptr,
+    states_ptr, values_ptr, sum_ptr, transition_ptr,
     summed_ptr, needed_ptr, first_ptr, length_ptr, split_chunk_ptr, entry_row_ptr, sum_row_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, MODE: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, MODE: tl.constexpr, GATE: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """inverse, scores, rows: `Prepared`. Grid: (splits * H * blocks). MODE:
 
@@ -68,6 +71,8 @@ def forward_kernel(
     begin, chunks = 0, tl.cdiv(length, CHUNK)
     q_ptr += head * q_stride_h
     k_ptr += head * k_stride_h
+    if CHANNEL:
+        write_ptr += head * k_stride_h
     v_ptr += head * v_stride_h
 
     if MODE == "sum":
@@ -93,12 +98,15 @@ def forward_kernel(
         v = tl.trans(load_tokens(v_ptr + start * v_stride_t, v_stride_t, left, column, CHUNK, V, V == columns))
         square = tile * CHUNK * CHUNK + token[:, None] * CHUNK + token[None, :]
         inverse = tl.load(inverse_ptr + square)
-        if GATE:
+        if CHANNEL:
+            write = load_tokens(write_ptr + start * k_stride_t, k_stride_t, left, key, CHUNK, K, K == BLOCK_K)
+            total = load_channel_decays(total_ptr, tile, key, BLOCK_K)[None, :]
+        elif GATE:
             total = load_total_decay(rows_ptr, tile, CHUNK)  # early: scalars are not fetched ahead
         entering = state.to(k.dtype)
         read = tl.dot(entering, tl.trans(k), input_precision=PRECISION)
         beta, from_start, _ = load_rows(rows_ptr, tile, 0, CHUNK)
-        if GATE:
+        if GATE and not CHANNEL:
             read *= from_start[None, :]
         right = (v.to(tl.float32) - read) * beta[None, :]
         values = tl.dot(right.to(k.dtype), tl.trans(inverse), input_precision=PRECISION)
@@ -110,17 +118,21 @@ def forward_kernel(
             q = load_tokens(q_ptr + start * q_stride_t, q_stride_t, left, key, CHUNK, K, K == BLOCK_K)
             scores = tl.load(scores_ptr + square)
             out = tl.dot(entering, tl.trans(q), input_precision=PRECISION) * scale
-            if GATE:
+            if GATE and not CHANNEL:
                 out *= from_start[None, :]
             out = tl.dot(values.to(k.dtype), tl.trans(scores), out, input_precision=PRECISION)
             out_at = out_ptr + (start * H + head) * V + (token[None, :] * (H * V) + column[:, None])
             written = (token < left)[None, :] & (column < V)[:, None]
             tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=written)
         if GATE:
-            to_end, _, _ = load_rows(rows_ptr, tile, 4, CHUNK)
-            values *= to_end[None, :]
             state *= total
-        state = tl.dot(values.to(k.dtype), k, state, input_precision=PRECISION)
+        if CHANNEL:
+            state = tl.dot(values.to(k.dtype), write, state, input_precision=PRECISION)
+        else:
+            if GATE:
+                to_end, _, _ = load_rows(rows_ptr, tile, 4, CHUNK)
+                values *= to_end[None, :]
+            state = tl.dot(values.to(k.dtype), k, state, input_precision=PRECISION)
         tile += H
 
     if MODE == "sum":
@@ -161,15 +173,20 @@ def _launch(
     splits, (block_k, block_v) = call.splits, call.widths
     columns = block_v + block_k if mode == "sum" else block_v
     block, options = call.columns(CONFIGS[mode], next_power_of_2(columns))
-    if num_splits and hopper.takes(call):
+    if num_splits and call.write is None and hopper.takes(call):
         from longspan.kernels.linear.hopper import forward
 
         forward.launch(mode, call, prepared, num_splits, tables, entries, out, states, sums)
     elif num_splits:
+<<<<<<< HEAD
         forward_kernel[(num_splits * call.heads * cdiv(columns, block),)](
             q, k, v, *prepared, entries, out, *states, *sums,
+=======
+        forward_kernel[(num_splits * call.heads * triton.cdiv(columns, block),)](
+            q, k, v, call.write, call.total, *prepared, entries, out, *states, *sums,
+>>>>>>> h-kda
             *((tables.summed, tables.needed) if tables else (None, None)),
             splits.first, splits.length, splits.split_chunk, splits.forward.row, splits.sum_row,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], call.scale, call.heads,
-            **call.constants, BLOCK=block, MODE=mode, **options,
+            **call.constants, BLOCK=block, MODE=mode, CHANNEL=call.write is not None, **options,
         )  # fmt: skip

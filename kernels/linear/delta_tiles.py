@@ -28,8 +28,12 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """q, k: [T, H, K]; v: [T, H, V], one dtype, unit stride in the last dimension; log_decay: None, [H] or [T, H];
-    beta: [T, H]."""
+    """q, k: [T, H, K]; v: [T, H, V], one dtype, unit stride in the last dimension; log_decay: None, [H], [T, H] or
+    [T, H, K]; beta: [T, H].
+
+    With a decay per key channel the sweeps take another call, made by `kda_prepare.decayed`, whose q and k have decayed
+    from the start of their chunk (q also scaled: `scale` is 1), and which has `write`, k decayed to the end of the
+    chunk, with the strides of k, and `total`, log decays of whole chunks, fp32 [tiles, padded K]."""
 
     splits: Splits
     q: torch.Tensor
@@ -38,6 +42,8 @@ class Call:
     log_decay: torch.Tensor | None
     beta: torch.Tensor
     scale: float
+    write: torch.Tensor | None = None
+    total: torch.Tensor | None = None
 
     @property
     def num_tiles(self) -> int:
@@ -58,9 +64,9 @@ class Call:
 
     @property
     def decay_strides(self):
-        """Of log_decay as [T, H]."""
+        """Of tokens and heads in log_decay."""
         g = self.log_decay
-        return (0, 0) if g is None else (0, g.stride(0)) if g.ndim == 1 else g.stride()
+        return (0, 0) if g is None else (0, g.stride(0)) if g.ndim == 1 else g.stride()[:2]
 
     @property
     def constants(self) -> dict:
@@ -74,13 +80,22 @@ class Call:
 
     def columns(self, table, limit):
         """Columns per program and launch options from {element size: {padded K: (columns, warps, stages, registers)}},
-        where registers may be left to the compiler; not more columns than `limit`."""
-        columns, warps, stages, *registers = table[self.q.element_size()][self.widths[0]]
+        where registers may be left to the compiler; not more columns than `limit`. Rows of (element size, "channel") go
+        before with a decay per key channel."""
+        columns, warps, stages, *registers = config(
+            table, self.q.element_size(), self.widths[0], self.write is not None
+        )
         fitting = min(columns, limit)
         return fitting, launch_options(max(4, warps * fitting // columns), stages, *registers)
 
     def scratch(self, *shape, dtype=None):
         return self.q.new_empty(self.splits.num_chunks, self.heads, *shape, dtype=dtype or self.q.dtype)
+
+
+def config(table, size, width, per_channel):
+    """The row of such a table."""
+    special = table.get((size, "channel"), {}) if per_channel else {}
+    return special.get(width) or table[size][width]
 
 
 def launch_options(warps, stages, registers=None) -> dict:
@@ -138,6 +153,12 @@ def load_rows(rows_ptr, tile, FIRST: tl.constexpr, CHUNK: tl.constexpr):
 def load_total_decay(rows_ptr, tile, CHUNK: tl.constexpr):
     """exp(G_C)."""
     return tl.load(rows_ptr + tile * (8 * CHUNK) + (4 * CHUNK - 3))
+
+
+@triton.jit
+def load_channel_decays(total_ptr, tile, key, BLOCK_K: tl.constexpr):
+    """exp(G_C) of every key channel."""
+    return tl.exp(tl.load(total_ptr + tile * BLOCK_K + key))
 
 
 @triton.jit

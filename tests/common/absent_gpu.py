@@ -100,10 +100,12 @@ def compile_linear(dtype, sizes, few):
     from longspan.kernels.linear.delta import Delta
     from longspan.kernels.linear.form import Spans
     from longspan.kernels.linear.fused import Fused
+    from longspan.kernels.linear.kda import KDA
 
     spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
     cases = [(Fused, "fixed", 0), (Fused, "medium", 0), (Delta, "medium", 1), (Channel, "channel_medium", 0)]
     cases += [] if few else [(Fused, None, 0), (Delta, None, 1), (Delta, "fixed", 1)]
+    cases += [(KDA, "channel_medium", 1)] if max(sizes) <= 128 else []
     for form, decay, beta in cases:
         inputs, *states = forms.random_inputs(spans, 2, *sizes, decay, beta, dtype=dtype)
         forms.run_form(form, form.tables(spans, 2, *sizes), inputs, *states, 0.3)

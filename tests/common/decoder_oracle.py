@@ -19,7 +19,9 @@ FAMILIES = {
     "hgrn2": ("silu", 0, False),
     "delta": ("l2norm", 4, False),
     "gated_delta": ("l2norm", 4, True),
+    "kda": ("l2norm", 4, True),
 }
+DELTA_RULE = ("delta", "gated_delta", "kda")
 
 
 def reference_logits(model, tokens, lengths):
@@ -185,7 +187,7 @@ def settings(c, family):
     """Feature map, convolution width and output gate of a layer."""
     own_map, own_width, own_gate = FAMILIES[family]
     name = own_map if c.feature_map == "auto" else c.feature_map
-    if "delta" in family and name != "l2norm":
+    if family in DELTA_RULE and name != "l2norm":
         name += "+l2norm"
     width = own_width if c.conv_width == -1 else c.conv_width
     return name, width, own_gate if c.output_gate == "auto" else c.output_gate == "silu"
@@ -206,10 +208,10 @@ def linear_mixer(c, p, x, lengths, family, layer):
         decay = torch.tensor([math.log(1 - 2.0 ** (-5 - h)) for h in range(number)]).double()
     elif family in ("scalar", "gated_delta"):
         decay, _ = scalar_decay(gate, x @ p["decay.a_proj.weight"].T)
-    elif family == "gla":
+    elif family in ("gla", "kda"):
         decay = x @ p["decay.in_proj.weight"].T @ p["decay.out_proj.weight"].T + gate["bias"]
         decay = heads(torch.log(sigmoid(decay)) / 16, number)
-    if "delta" in family:
+    if family in DELTA_RULE:
         beta = sigmoid(x @ p["b_proj.weight"].T)
     projected = [x @ p[f"{n}_proj.weight"].T for n in "qkv"]
     if width:

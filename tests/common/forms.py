@@ -1,8 +1,11 @@
 """Drive a linear-attention Form as attention/linear.py does, with states that enter and leave; the same by autograd."""
 
+import itertools
+
 import torch
 
 from longspan.kernels.linear.form import Spans
+from longspan.kernels.linear.general import General
 
 # name: (spans' offsets, linked, entered, left)
 SPANS = {
@@ -106,6 +109,28 @@ def expected(spans, inputs, entry, d_out, exit_grad, scale):
         if transitions[0] is not None:
             result["transition"] = torch.stack(transitions).detach()
     return result
+
+
+def by_general(spans, given, scale):
+    """What the Form should give, from the plain PyTorch form in fp64."""
+    inputs, *states = given
+    heads, sizes = inputs["q"].shape[1], (inputs["q"].shape[2], inputs["v"].shape[2])
+    exact = {name: None if x is None else x.double() for name, x in inputs.items()}
+    table = General.tables(spans, heads, *sizes).map(lambda x: x.to(inputs["q"].device))
+    wanted = run_form(General, table, exact, *(x.double() for x in states), scale)
+    return {name: x.cpu() for name, x in wanted.items() if x is not None}
+
+
+def documents(num_tokens):
+    """Mixed lengths with single tokens and a long rest, and the same tokens as one span in the middle of a document."""
+    lengths, left = [], num_tokens
+    for length in (1, 130, 1, 64, 500):
+        if left > length:
+            lengths.append(length)
+            left -= length
+    offsets = (0, *itertools.accumulate([*lengths, left]))
+    last = len(offsets) - 2
+    return [Spans(offsets, tuple(sorted({0, last})), (last,), (0,)), Spans((0, num_tokens), (0,), (0,), (0,))]
 
 
 def errors(actual, wanted):

@@ -36,7 +36,9 @@ def test_kernels_compile(tmp_path):
     """Of the widest heads that both linear and sparse attention take: what needs most shared memory."""
     kernels = compiled(tmp_path, "--few", "bfloat16", "128")
     check(kernels)
-    assert {"forward_kernel", "queries_kernel", "keys_kernel", "add_kernel"} <= {kernel["name"] for kernel in kernels}
+    names = {kernel["name"] for kernel in kernels}
+    assert {"forward_kernel", "queries_kernel", "keys_kernel", "add_kernel"} <= names
+    assert {"kda_prepare_kernel", "kda_gradients_kernel"} <= names
 
 
 def test_kernels_that_choose_blocks_compile(tmp_path):

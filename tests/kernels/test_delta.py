@@ -1,14 +1,12 @@
 """The delta rule's kernels against the recurrence in fp64: outputs, states in and out, every gradient, any cut."""
 
 import functools
-import itertools
 
 import forms
 import pytest
 import torch
 
 from longspan.kernels.linear.form import Spans
-from longspan.kernels.linear.general import General
 from longspan.kernels.linear.splits import Splits
 
 SCALE = 0.3
@@ -132,16 +130,6 @@ def test_needed_parts_of_splits(delta):
     assert tables.needed.tolist() == [0, 2, 2, 2, 2, 2]
 
 
-def by_general(spans, given):
-    """What the Form should give, from the plain PyTorch form in fp64."""
-    inputs, *states = given
-    heads, sizes = inputs["q"].shape[1], (inputs["q"].shape[2], inputs["v"].shape[2])
-    exact = {name: None if x is None else x.double() for name, x in inputs.items()}
-    table = General.tables(spans, heads, *sizes).map(lambda x: x.to(inputs["q"].device))
-    wanted = forms.run_form(General, table, exact, *(x.double() for x in states), SCALE)
-    return {name: x.cpu() for name, x in wanted.items() if x is not None}
-
-
 LONG, STEP = 10 * 64 - 5, 8  # tokens of a split whose chunks take two steps of the search for what is remembered
 
 
@@ -173,7 +161,7 @@ def test_forgetting(delta, split, short_search):
     inputs, *states = make(spans, "medium", heads, 16, 16)
     inputs["log_decay"] = forgetting_heads(LONG)[:, -heads:]
     given = inputs, *states
-    check(delta, spans, given, 1e-5, split=split, wanted=by_general(spans, given))
+    check(delta, spans, given, 1e-5, split=split, wanted=forms.by_general(spans, given, SCALE))
 
 
 def test_what_is_forgotten_is_not_read(delta, short_search):
@@ -195,18 +183,6 @@ def test_what_is_forgotten_is_not_read(delta, short_search):
             work.start_backward((None, torch.zeros(1, 7, 16, 16), *work.prepared), torn["v"], True)
             state = work.gradient_summary()
         assert torch.equal(state[0].flatten(1).isfinite().all(1), finite)
-
-
-def documents(num_tokens):
-    """Mixed lengths with single tokens and a long rest, and the same tokens as one span in the middle of a document."""
-    lengths, left = [], num_tokens
-    for length in (1, 130, 1, 64, 500):
-        if left > length:
-            lengths.append(length)
-            left -= length
-    offsets = (0, *itertools.accumulate([*lengths, left]))
-    last = len(offsets) - 2
-    return [Spans(offsets, tuple(sorted({0, last})), (last,), (0,)), Spans((0, num_tokens), (0,), (0,), (0,))]
 
 
 # Outputs and gradients are rounded to the inputs' dtype; so are the states and V' between the kernels.
@@ -231,7 +207,9 @@ CASES += [(torch.float32, size, size) for size in (16, 32, 64, 128)]
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}".removeprefix("torch."))
 def test_on_a_gpu(delta, case, num_tokens):
     dtype, *sizes = case
-    for spans, family in zip(documents(num_tokens) * 3, ["delta", "medium", "spiky", "closed", "fixed"]):
+    for spans, family in zip(forms.documents(num_tokens) * 3, ["delta", "medium", "spiky", "closed", "fixed"]):
         given = make(spans, family, 2, *sizes, dtype, "cuda")
         given[0]["beta"] = given[0]["beta"].to(dtype)
-        check(delta, spans, given, LIMITS[dtype], split=512, wanted=by_general(spans, given), same_again=True)
+        check(
+            delta, spans, given, LIMITS[dtype], split=512, wanted=forms.by_general(spans, given, SCALE), same_again=True
+        )

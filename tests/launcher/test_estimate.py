@@ -208,9 +208,9 @@ def test_time_follows_the_work():
 
 
 def test_every_gpu_and_kind_of_layer_has_rates():
-    kinds = "[softmax, llsa, sla, linear:none, linear:gla, linear:hgrn2, linear:mamba2, linear:gated_delta]"
+    kinds = "[softmax, llsa, sla, linear:none, linear:gla, linear:hgrn2, linear:mamba2, linear:gated_delta, linear:kda]"
     for name in GPUS:
-        found = estimate(job_of("model.num_layers=8", f"model.pattern={kinds}", "data.seq_len=32K", gpus=f"4x{name}"))
+        found = estimate(job_of("model.num_layers=9", f"model.pattern={kinds}", "data.seq_len=32K", gpus=f"4x{name}"))
         assert 0 < found.mfu < 1 and sum(found.seconds.values()) == found.step_s
         assert {"softmax attention", "sparse attention", "linear attention", "short convolutions"} <= {*found.seconds}
 

@@ -9,11 +9,12 @@ from longspan.models.flops import num_parameters
 
 IMAGES = ["diffusion-tiny", "diffusion-128", "diffusion-256"]
 PRESETS = [
-    "hybrid-0.4b", "hybrid-1b", "hybrid-8b", "hybrid-gdn", "hybrid-hgrn2", "hybrid-lightning", "mamba2-hybrid",
+    "hybrid-0.4b", "hybrid-1b", "hybrid-8b", "hybrid-gdn", "hybrid-hgrn2", "hybrid-kda", "hybrid-lightning",
+    "mamba2-hybrid",
 ]  # fmt: skip
 FAMILIES = {
     "hybrid-0.4b": "scalar", "hybrid-1b": "scalar", "hybrid-8b": "scalar", "hybrid-gdn": "gated_delta",
-    "hybrid-hgrn2": "hgrn2", "hybrid-lightning": "fixed", "mamba2-hybrid": "mamba2",
+    "hybrid-hgrn2": "hgrn2", "hybrid-kda": "kda", "hybrid-lightning": "fixed", "mamba2-hybrid": "mamba2",
 }  # fmt: skip
 TINY = (
     "model.hidden_size=32", "model.num_heads=2", "model.num_kv_heads=1", "model.mlp_size=48",

@@ -143,18 +143,18 @@ def test_pattern_repeats_and_is_cut():
             {"pattern": ["linear:fixd"]},
             "model.pattern entry 'linear:fixd' is unknown; did you mean 'linear:fixed'? allowed: softmax,"
             " softmax:window, sla, llsa, sparse, linear, linear:none, linear:fixed, linear:scalar, linear:mamba2,"
-            " linear:gla, linear:hgrn2, linear:delta, linear:gated_delta",
+            " linear:gla, linear:hgrn2, linear:delta, linear:gated_delta, linear:kda",
         ),
         (
             {"pattern": ["attention"]},
             "model.pattern entry 'attention' is unknown; allowed: softmax, softmax:window, sla, llsa, sparse,"
             " linear, linear:none, linear:fixed, linear:scalar, linear:mamba2, linear:gla, linear:hgrn2, linear:delta,"
-            " linear:gated_delta",
+            " linear:gated_delta, linear:kda",
         ),
         (
             {"linear_family": "scaler"},
             "model.linear_family 'scaler' is unknown; did you mean 'scalar'? allowed: none, fixed, scalar, mamba2, gla,"
-            " hgrn2, delta, gated_delta",
+            " hgrn2, delta, gated_delta, kda",
         ),
         (
             {"linear_normalize": True, "feature_map": "relu"},
@@ -248,7 +248,7 @@ def test_settings_change_what_families_are_made_of():
     config = ModelConfig(feature_map="relu", conv_width=0, output_gate="none")
     for kind in LINEAR_KINDS:
         family = config.family(kind)
-        delta = "delta" in kind
+        delta = kind.removeprefix("linear:") in ("delta", "gated_delta", "kda")
         assert family.feature_map == ("relu+l2norm" if delta else "relu"), "the delta rule needs keys of unit length"
         assert (family.conv_width, family.output_gate, family.delta_rule) == (0, "none", delta)
 

@@ -47,6 +47,7 @@ CONFIGS = {
     "gated_delta": dict(
         pattern=["linear:gated_delta"], num_layers=2, linear_num_heads=3, linear_head_dim=5, linear_value_dim=7,
     ),
+    "kda": dict(pattern=["linear:kda"], num_layers=2, linear_num_heads=3, linear_head_dim=5, linear_value_dim=7),
     "own_sizes": dict(
         pattern=["linear:none", "linear:fixed", "linear:scalar", "linear:gla", "linear:hgrn2"], num_layers=5,
         linear_num_heads=3, linear_head_dim=5, linear_value_dim=7, conv_width=3,

@@ -64,6 +64,7 @@ BY_HAND = {
     "hgrn2": (QKVO, 2 * 3 * 5 * 7),  # the gate has no projection of its own
     "delta": (QKVO + CONVOLUTION + 16 * 3, 3 * 3 * 5 * 7),
     "gated_delta": (QKVO + 16 * 21 + CONVOLUTION + 2 * 16 * 3, 3 * 3 * 5 * 7),
+    "kda": (QKVO + 16 * 21 + CONVOLUTION + 16 * 2 + 2 * 15 + 16 * 3, 3 * 3 * 5 * 7),
 }
 
 

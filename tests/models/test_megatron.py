@@ -13,7 +13,7 @@ pytest.importorskip("megatron.core")
 
 VOCAB, SEQUENCE, BATCH = 20, 24, 2
 ALL = ["softmax", "softmax:window", "sla", "llsa", "sparse"]
-ALL += [f"linear:{family}" for family in ("none", "fixed", "scalar", "gla", "hgrn2", "delta", "gated_delta")]
+ALL += [f"linear:{family}" for family in ("none", "fixed", "scalar", "gla", "hgrn2", "delta", "gated_delta", "kda")]
 SMALL = {
     "window": 5, "sla_keep": 1, "sla_query_block": 4, "sla_key_block": 2, "llsa_block": 2, "llsa_keep": 1,
     "sparse_selection": {"name": "window", "window": 4, "query_block": 2, "key_block": 2},

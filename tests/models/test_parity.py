@@ -29,7 +29,8 @@ MODELS = {
         num_layers=4, decay_slopes="retention", num_kv_heads=1, qk_norm=True,
     ),
     "gates": dict(
-        pattern=["linear:mamba2", "linear:gla", "linear:hgrn2", "linear:delta", "linear:gated_delta"], num_layers=5,
+        pattern=["linear:mamba2", "linear:gla", "linear:hgrn2", "linear:delta", "linear:gated_delta",
+                 "linear:kda"], num_layers=6,
         linear_value_dim=5,
     ),
     "normalized": dict(
