@@ -9,6 +9,7 @@ chunk depends on another. Formulas: docs/linear-attention.md.
 import torch
 
 from longspan.kernels.compiler import tl, triton
+from longspan.kernels.linear import hopper
 from longspan.kernels.linear.delta_tiles import CHUNK, Prepared, load_tokens
 from longspan.kernels.linear.form import CLOSED_FP32
 
@@ -126,7 +127,11 @@ def prepare(call) -> Prepared:
     )
     q, k, g, beta = call.q, call.k, call.log_decay, call.beta
     width, merges = call.widths[0], MERGES[q.dtype]
-    if call.num_tiles:
+    if call.num_tiles and hopper.takes(call) and merges == "fp16":
+        from longspan.kernels.linear.hopper import prepare as prepare_hopper
+
+        prepare_hopper.launch(call, prepared)
+    elif call.num_tiles:
         prepare_kernel[(call.num_tiles,)](
             q, k, g, beta, *prepared, *call.chunks,
             *q.stride()[:2], *k.stride()[:2], *call.decay_strides, *beta.stride(), call.scale, call.heads,

@@ -8,7 +8,7 @@ import torch
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.linear.splits import Splits
 
-MODULES = "forward", "backward", "reverse"
+MODULES = "prepare", "forward", "backward", "reverse"
 SPANS = Spans((0, 1, 2, 66, 67, 690), (1, 2, 4), (2, 4), (1, 2))
 
 
@@ -45,7 +45,7 @@ def test_everything(delta, emulated, monkeypatch, decay):
         monkeypatch.setattr(module, "launch", launch)
     given = forms.random_inputs(SPANS, 1, 128, 128, decay, 1, dtype=torch.bfloat16)
     found = run(delta, given)
-    assert launched == ["forward", "forward", "backward", "forward", "reverse"]
+    assert launched == ["prepare", "forward", "forward", "backward", "forward", "reverse"]
     wanted = forms.expected(SPANS, *given, 0.3)
     forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 1e-2))
 
