@@ -72,7 +72,12 @@ def invert_blocks(a, i, j):
         for earlier in gl.static_range(row):
             x -= numbers.slice(row * 16 + earlier, 1, 1).load(columns) * rows[earlier]
         rows += (x,)
-        solved.slice(row, 1).store(x.reshape([1, 64]))
+    for level in gl.static_range(4):  # to [4, 16, 2, 2, 2, 2], the highest bit of the row first
+        joined = ()
+        for row in gl.static_range(8 >> level):
+            joined += (gl.join(rows[row], rows[row + (8 >> level)]),)
+        rows = joined
+    solved.store(rows[0].reshape([64, 16]).permute([1, 0]))
     synchronize()
     x = gl.full([4, 16, 64], 0.0, gl.float32, REPEATED) + solved.load(gl.SliceLayout(0, REPEATED))[None, :, :]
     return gl.where(inside, gl.convert_layout(x.reshape([64, 64]), product_layout(64)), 0.0)
