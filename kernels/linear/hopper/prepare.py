@@ -9,11 +9,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from longspan.kernels.linear.delta_tiles import SMALLEST_BETA
 from longspan.kernels.linear.form import CLOSED_FP32
 from longspan.kernels.linear.hopper.tiles import clear_rows, store_scratch, synchronize, tokens_descriptor
 from longspan.kernels.sparse.hopper.tiles import LOG2E, async_load, make_barriers, product_layout, shared_layout
 
-CLOSED = gl.constexpr(CLOSED_FP32)
+CLOSED, SMALLEST = gl.constexpr(CLOSED_FP32), gl.constexpr(SMALLEST_BETA)
 REGISTERS = 128  # per thread: four programs on a multiprocessor
 
 
@@ -41,6 +42,7 @@ def fill_rows(
     at = rows_ptr + tile.to(gl.int64) * (8 * 64) + token * 4
     beta_ptr += first.to(gl.int64) * beta_stride_t + head * beta_stride_h
     beta = gl.load(beta_ptr + token * beta_stride_t, mask=token < length, other=0.0).to(gl.float32)
+    beta = gl.where(gl.abs(beta) < SMALLEST, SMALLEST, beta)
     vectors.index(0).store(beta)
     gl.store(at, beta)
     if GATE:

@@ -23,6 +23,7 @@ from longspan.kernels.linear.hopper.tiles import (
     clear_rows,
     decay_between,
     fetch_vectors,
+    group_layout,
     scratch_descriptor,
     store_half,
     store_tokens,
@@ -30,6 +31,8 @@ from longspan.kernels.linear.hopper.tiles import (
     tokens_descriptor,
 )
 from longspan.kernels.sparse.hopper.tiles import async_load, product_layout, row_layout, shared_layout
+
+WARPS = 8  # that make gradients: 4 or 8
 
 
 @gluon.jit
@@ -60,20 +63,18 @@ def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.
 
 @gluon.jit
 def _carry(
-    place, exit_row, exit_at, given, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
-    D_GATE: gl.constexpr,
+    place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
+    THROUGH: gl.constexpr,
 ):  # fmt: skip
-    """dS and E of every chunk, dv, <S, dS> and what d_beta has of E V."""
+    """dS and E of every chunk, dv and, if THROUGH, <S, dS>."""
     first, length, _, head, chunks = place
-    v_ptr, v_stride_t, v_stride_h = given
     (
         vectors, q_tiles, k_tiles, d_outs, squares, states, _, d_states, errors_t, sums, ready, free,
     ) = tiles_of  # fmt: skip
     OUT: gl.constexpr = product_layout(K)
-    PART: gl.constexpr = row_layout(K)
     S: gl.constexpr = product_layout(64)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
-    i, j = gl.arange(0, 64, ROW), gl.arange(0, 64, gl.SliceLayout(0, S))
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S)
     dtype: gl.constexpr = k_tiles.dtype
     column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, K, gl.SliceLayout(0, OUT))
     at_state = column[:, None] + key[None, :] * V
@@ -112,44 +113,46 @@ def _carry(
         mbarrier.arrive(ready.index(5))
         second, operand = warpgroup_mma_wait(0, deps=[pending, operand])
         token, beta = first + (chunks - 1 - n) * 64, vectors.index(stage * VECTORS + BETA).load(ROW)
-        from_values = gl.full([64], 0.0, gl.float32, ROW)
         for part in gl.static_range(2):
             error = errors_t.index(part).permute((1, 0)).load(S).to(gl.float32)
-            at = v_ptr + token.to(gl.int64) * v_stride_t + head * v_stride_h + part * 64
-            at += i[:, None] * v_stride_t + j[None, :]
-            v = gl.load(at, mask=(i < left)[:, None], other=0.0)
-            from_values += gl.sum(error * v.to(gl.float32), 1)
             store_half(dv_ptr, token, head, left, H, part * 64, error * beta[:, None], V)
-        sums.index(1).store(from_values)
         synchronize()
         mbarrier.arrive(free.index(stage))
         mbarrier.arrive(free.index(2))
-        mbarrier.wait(ready.index(3), turn)
-        if D_GATE:
-            product = gl.full([16, K], 0.0, gl.float32, PART)
-            for part in gl.static_range(V // 16):
-                s = states.index(part // 4).slice(part % 4 * 16, 16).load(PART)
-                d_s = d_states.index(part // 4).slice(part % 4 * 16, 16).load(PART)
-                product += s.to(gl.float32) * d_s.to(gl.float32)
-            through = gl.sum(gl.sum(product, 1), 0)
-            sums.index(0).store(gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, PART)) + through)
-        synchronize()
-        mbarrier.arrive(ready.index(6))
-        mbarrier.arrive(free.index(3))
+        if THROUGH:
+            mbarrier.wait(ready.index(3), turn)
+            sums.index(0).store(gl.full([64], 0.0, gl.float32, COLUMN) + product_of(states, d_states, K, V, 4))
+            synchronize()
+            mbarrier.arrive(ready.index(6))
+            mbarrier.arrive(free.index(3))
+
+
+@gluon.jit
+def product_of(states, d_states, K: gl.constexpr, V: gl.constexpr, WARPS: gl.constexpr):
+    """<S, dS>."""
+    PART: gl.constexpr = row_layout(K, WARPS)
+    ROWS: gl.constexpr = 4 * WARPS
+    product = gl.full([ROWS, K], 0.0, gl.float32, PART)
+    for part in gl.static_range(V // ROWS):
+        s = states.index(part * ROWS // 64).slice(part * ROWS % 64, ROWS).load(PART)
+        d_s = d_states.index(part * ROWS // 64).slice(part * ROWS % 64, ROWS).load(PART)
+        product += s.to(gl.float32) * d_s.to(gl.float32)
+    return gl.sum(gl.sum(product, 1), 0)
 
 
 @gluon.jit
 def _gradients(
-    place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr
-):
+    place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
     """All other gradients."""
     first, length, tile, head, chunks = place
     dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr = out
     (
         vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, ready, free,
     ) = tiles_of  # fmt: skip
-    S: gl.constexpr = product_layout(64)
-    OUT: gl.constexpr = product_layout(K)
+    S: gl.constexpr = group_layout(64, WARPS)
+    OUT: gl.constexpr = group_layout(K, WARPS)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     WIDE: gl.constexpr = gl.SliceLayout(1, OUT)
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
@@ -200,10 +203,12 @@ def _gradients(
         if D_GATE:
             from_queries += gl.convert_layout(gl.sum(q_tile.load(OUT).to(gl.float32) * dq, 1), ROW)
         dq = warpgroup_mma(d_scores, k_tile, dq, is_async=True)
+        if D_GATE and WARPS == 8:
+            through = product_of(states, d_states, K, V, WARPS)
         dq, dk, d_scores = warpgroup_mma_wait(0, deps=[dq, dk, d_scores])
         synchronize()
         mbarrier.arrive(free.index(4))
-        store_tokens(dq_ptr, token, head, left, H, dq, K)
+        store_tokens(dq_ptr, token, head, left, H, dq, K, WARPS)
         if GATE:
             dk = dk * vectors.index(stage * VECTORS + TO_END).load(WIDE)[:, None]
         if D_GATE:
@@ -219,6 +224,8 @@ def _gradients(
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
         dk, d_scores_t, x, x_t = warpgroup_mma_wait(0, deps=[dk, d_scores_t, x, x_t])
         kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        # E V = d(beta V') / beta: beta is not zero (`delta_prepare`)
+        d_beta = gl.sum(gl.where(i[:, None] == j[None, :], x, 0.0), 1) / beta
         x = gl.where(i[:, None] > j[None, :], x * between, 0.0)
         x_t = gl.where(i[:, None] < j[None, :], x_t * between, 0.0)
         x_t = x_t * beta_column[None, :]
@@ -228,46 +235,46 @@ def _gradients(
         kk = warpgroup_mma_wait(0, deps=[kk])
         dkw = warpgroup_mma(errors, states.index(0), nothing_wide, use_acc=False, is_async=True)
         dkw = warpgroup_mma(errors_2, states.index(1), dkw, is_async=True)
-        d_beta = -gl.sum(kk * x, 1)
         if D_GATE:  # K K^T is its own transpose
-            from_queries += gl.sum(kk * x_t, 1) + beta * d_beta
+            from_queries += gl.sum(kk * (x_t - beta[:, None] * x), 1)
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
         dkw = warpgroup_mma_wait(0, deps=[dkw])
+        if D_GATE and WARPS == 4:
+            mbarrier.wait(ready.index(6), turn)
+            through = sums.index(0).load(ROW)
+        synchronize()
+        mbarrier.arrive(free.index(3))
+        mbarrier.arrive(free.index(5))
+        dkw = dkw * gl.convert_layout(beta, WIDE)[:, None]
         if GATE:
             dkw = dkw * from_start[:, None]
-        k_dkw = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dkw, 1), ROW)
-        d_beta -= k_dkw
-        dk = dk - gl.convert_layout(beta, WIDE)[:, None] * dkw
-        dk = warpgroup_mma(y, k_tile, dk, is_async=True)
-        mbarrier.wait(ready.index(6), turn)
-        d_beta += sums.index(1).load(ROW)
+        if D_GATE:
+            from_queries -= gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dkw, 1), ROW)
+        dk = warpgroup_mma(y, k_tile, dk - dkw, is_async=True)
         at = token.to(gl.int64) * H + head
         gl.store(d_beta_ptr + at + i * H, d_beta, mask=i < left)
         if D_GATE:
-            through = gl.where(i == 63, sums.index(0).load(ROW), 0.0)
             if GATE:
                 through *= gl.convert_layout(from_start, ROW)
-            sums.index(2).store(from_queries + through - beta * k_dkw)
-            sums.index(3).store(from_keys)
+            sums.index(1).store(from_queries + gl.where(i == 63, through, 0.0))
+            sums.index(2).store(from_keys)
             synchronize()
-            later, earlier = sums.index(2).load(COLUMN), sums.index(3).load(COLUMN)
+            later, earlier = sums.index(1).load(COLUMN), sums.index(2).load(COLUMN)
             d_decay = gl.sum(gl.where(i[:, None] <= j[None, :], later[None, :], earlier[None, :]), 1)
             gl.store(d_decay_ptr + at + i * H, d_decay, mask=i < left)
-        mbarrier.wait(ready.index(6), turn)  # passed already, as above
+        mbarrier.wait(ready.index(stage), n // 2 & 1)  # as above; E may be that of the next chunk by now
         dk, y = warpgroup_mma_wait(0, deps=[dk, y])
         synchronize()
         mbarrier.arrive(free.index(stage))
-        mbarrier.arrive(free.index(3))
-        mbarrier.arrive(free.index(5))
-        store_tokens(dk_ptr, token, head, left, H, dk, K)
+        store_tokens(dk_ptr, token, head, left, H, dk, K, WARPS)
 
 
 @gluon.jit(do_not_specialize=["scale"])
 def delta_reverse_kernel(
-    q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr, v_ptr, exit_ptr,
+    q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr, exit_ptr,
     dq_ptr, dk_ptr, dv_ptr, d_beta_ptr, d_decay_ptr, first_ptr, length_ptr, split_chunk_ptr, exit_row_ptr,
-    v_stride_t, v_stride_h, scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
-    D_GATE: gl.constexpr,
+    scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """Grid: (splits * H). Pointers and tables as in `delta_backward` and `delta_gradients`."""
     dtype: gl.constexpr = k_desc.dtype
@@ -278,13 +285,14 @@ def delta_reverse_kernel(
     exit_at = exit_ptr + (gl.maximum(exit_row, 0).to(gl.int64) * H + head) * K * V
     first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
     tile = gl.load(split_chunk_ptr + split) * H + head
+    THROUGH: gl.constexpr = D_GATE and WARPS == 4
     # Barriers: 0, 1 tokens and decays of a chunk; 2 T and P; 3 S and V'; 4 dS; 5 E; 6 sums.
     ready = gl.allocate_shared_memory(gl.int64, [7, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(7):
         mbarrier.init(ready.index(n), count=1)
     for n in gl.static_range(6):
-        mbarrier.init(free.index(n), count=2 if n < 4 else 1)
+        mbarrier.init(free.index(n), count=2 if n < 3 or (n == 3 and THROUGH) else 1)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [2 * VECTORS, 64], plain),
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # Q
@@ -295,17 +303,16 @@ def delta_reverse_kernel(
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # V'^T
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # dS^T
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # E^T
-        gl.allocate_shared_memory(gl.float32, [4, 64], plain),  # <S, dS>; E V and pairs summed over rows
+        gl.allocate_shared_memory(gl.float32, [3, 64], plain),  # <S, dS>; what decays have of queries and keys
         ready, free,
     )  # fmt: skip
     place = first, length, tile, head, gl.cdiv(length, 64)
-    given = v_ptr, v_stride_t, v_stride_h
     out = dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr
     feed = q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr
     gl.warp_specialize(
         [
-            (_gradients, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
-            (_carry, (place, exit_row, exit_at, given, dv_ptr, tiles_of, scale, H, K, V, GATE, D_GATE)),
+            (_gradients, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE, WARPS)),
+            (_carry, (place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K, V, GATE, THROUGH)),
             (_fetch, (place, feed, tiles_of, H, K, V, GATE)),
         ],
         [4, 1], [232, 24],
@@ -318,7 +325,8 @@ def launch(call, prepared, d_out, entering, exits, dq, dk, dv, d_beta, d_decay):
     delta_reverse_kernel[(splits.num_splits * call.heads,)](
         tokens_descriptor(call.q), tokens_descriptor(call.k), tokens_descriptor(d_out, 64),
         *(scratch_descriptor(x) for x in (prepared.inverse, prepared.scores)),
-        *(scratch_descriptor(x, 64) for x in entering), prepared.rows, call.v, exits, dq, dk, dv, d_beta, d_decay,
-        splits.first, splits.length, splits.split_chunk, splits.backward.row, *call.v.stride()[:2], call.scale,
-        call.heads, call.k.shape[2], call.v.shape[2], call.log_decay is not None, d_decay is not None, num_warps=4,
+        *(scratch_descriptor(x, 64) for x in entering), prepared.rows, exits, dq, dk, dv, d_beta, d_decay,
+        splits.first, splits.length, splits.split_chunk, splits.backward.row, call.scale,
+        call.heads, call.k.shape[2], call.v.shape[2], call.log_decay is not None, d_decay is not None, WARPS,
+        num_warps=WARPS,
     )  # fmt: skip

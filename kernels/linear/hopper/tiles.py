@@ -12,14 +12,22 @@ VECTORS = gl.constexpr(4)
 
 
 @gluon.constexpr_function
-def stored_layout(D):
-    """Of [64, D] results to be stored: 64 bytes of a row in four threads, by exchanges inside such fours."""
+def group_layout(N, WARPS):
+    """Of results [64, N] of one or two warpgroups, which have half of the columns each."""
+    return gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, N * 4 // WARPS, 16])
+
+
+@gluon.constexpr_function
+def stored_layout(D, WARPS=4):
+    """Of [64, D] results in `group_layout` to be stored: 64 bytes of a row in four threads, by exchanges inside such
+    fours."""
     registers, column = [[0, 1], [0, 2], [0, 4], [8, 0]], 32
-    while column < D:
+    while column < D * 4 // WARPS:
         registers.append([0, column])
         column *= 2
     lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, D])
+    warps = [[16, 0], [32, 0], [0, D // 2]]
+    return gl.DistributedLinearLayout(registers, lanes, warps[: 1 + WARPS // 4], [], [64, D])
 
 
 @gluon.jit
@@ -59,9 +67,9 @@ def decay_between(vectors, stage, layout: gl.constexpr, GATE: gl.constexpr):
 
 
 @gluon.jit
-def store_tokens(ptr, first, head, length, H, x, D: gl.constexpr):
+def store_tokens(ptr, first, head, length, H, x, D: gl.constexpr, WARPS: gl.constexpr):
     """x [64, D] to the tokens from `first` on of [T, H, D]."""
-    layout: gl.constexpr = stored_layout(D)
+    layout: gl.constexpr = stored_layout(D, WARPS)
     x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
     token, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, D, gl.SliceLayout(0, layout))
     ptr += (first.to(gl.int64) * H + head) * D
