@@ -39,7 +39,7 @@ WARPS = 8  # that make gradients: 4 or 8
 def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr):
     first, _, tile, head, chunks = place
     q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr = feed
-    vectors, q_tiles, k_tiles, d_outs, squares, states, values, _, _, _, ready, free = tiles_of
+    vectors, q_tiles, k_tiles, d_outs, squares, states, values, _, _, _, _, ready, free = tiles_of
     for n in range(0, chunks):
         chunk = chunks - 1 - n
         stage, at, token = n % 2, tile + chunk * H, first + chunk * 64
@@ -69,7 +69,7 @@ def _carry(
     """dS and E of every chunk, dv and, if THROUGH, <S, dS>."""
     first, length, _, head, chunks = place
     (
-        vectors, q_tiles, k_tiles, d_outs, squares, states, _, d_states, errors_t, sums, ready, free,
+        vectors, q_tiles, k_tiles, d_outs, squares, states, _, d_states, errors_t, sums, _, ready, free,
     ) = tiles_of  # fmt: skip
     OUT: gl.constexpr = product_layout(K)
     S: gl.constexpr = product_layout(64)
@@ -141,6 +141,18 @@ def product_of(states, d_states, K: gl.constexpr, V: gl.constexpr, WARPS: gl.con
 
 
 @gluon.jit
+def as_operand(x, staged, OUT: gl.constexpr, WARPS: gl.constexpr):
+    """x [64, 64] as the first operand of a product: of two warpgroups, which have half of it each, in shared memory once
+    they have met."""
+    if WARPS == 4:
+        return gl.convert_layout(x, gl.DotOperandLayout(0, OUT, 2))
+    else:
+        staged.store(x)
+        fence_async_shared()
+        return staged
+
+
+@gluon.jit
 def _gradients(
     place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr,
     WARPS: gl.constexpr,
@@ -149,7 +161,7 @@ def _gradients(
     first, length, tile, head, chunks = place
     dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr = out
     (
-        vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, ready, free,
+        vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, staged, ready, free,
     ) = tiles_of  # fmt: skip
     S: gl.constexpr = group_layout(64, WARPS)
     OUT: gl.constexpr = group_layout(K, WARPS)
@@ -185,13 +197,12 @@ def _gradients(
             pairs = d_scores * squares.index(1).load(S).to(gl.float32)
             pairs -= d_scores_t * squares.index(1).permute((1, 0)).load(S).to(gl.float32)
             from_queries = gl.sum(pairs, 1)
-        synchronize()
-        mbarrier.arrive(free.index(2))
         weights = between * scale
         d_scores = gl.where(i[:, None] >= j[None, :], d_scores * weights, 0.0)
-        d_scores = gl.convert_layout(d_scores.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-        d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0)
-        d_scores_t = gl.convert_layout(d_scores_t.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+        d_scores = as_operand(d_scores.to(dtype), staged, OUT, WARPS)
+        d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0).to(dtype)
+        synchronize()
+        mbarrier.arrive(free.index(2))
         weight = gl.full([64], 1.0, gl.float32, WIDE) * scale
         if GATE:
             from_start = vectors.index(stage * VECTORS + FROM_START).load(WIDE)
@@ -206,6 +217,7 @@ def _gradients(
         if D_GATE and WARPS == 8:
             through = product_of(states, d_states, K, V, WARPS)
         dq, dk, d_scores = warpgroup_mma_wait(0, deps=[dq, dk, d_scores])
+        d_scores_t = as_operand(d_scores_t, staged, OUT, WARPS)
         synchronize()
         mbarrier.arrive(free.index(4))
         store_tokens(dq_ptr, token, head, left, H, dq, K, WARPS)
@@ -229,8 +241,7 @@ def _gradients(
         x = gl.where(i[:, None] > j[None, :], x * between, 0.0)
         x_t = gl.where(i[:, None] < j[None, :], x_t * between, 0.0)
         x_t = x_t * beta_column[None, :]
-        y = -(x * beta[:, None] + x_t)
-        y = gl.convert_layout(y.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+        y = as_operand(-(x * beta[:, None] + x_t).to(dtype), staged, OUT, WARPS)
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
         kk = warpgroup_mma_wait(0, deps=[kk])
         dkw = warpgroup_mma(errors, states.index(0), nothing_wide, use_acc=False, is_async=True)
@@ -304,6 +315,7 @@ def delta_reverse_kernel(
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # dS^T
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # E^T
         gl.allocate_shared_memory(gl.float32, [3, 64], plain),  # <S, dS>; what decays have of queries and keys
+        gl.allocate_shared_memory(dtype, [64, 64] if WARPS == 8 else [8, 64], shared),
         ready, free,
     )  # fmt: skip
     place = first, length, tile, head, gl.cdiv(length, 64)
