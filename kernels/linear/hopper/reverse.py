@@ -1,7 +1,7 @@
 """The sweep of `delta_backward` that writes dS of every chunk, and `delta_gradients`, in one for Hopper GPUs, in Gluon.
 
 A program passes through the chunks of a split from the last one down. One warp fetches them by TMA. One warpgroup
-carries dS^T in registers, and leaves dS and E of each chunk in shared memory, where another takes them for all
+carries dS^T in registers, and leaves dS and beta E of each chunk in shared memory, where another takes them for all
 gradients of that chunk: neither goes to memory. V is cut into two halves, of which every tile has its own.
 """
 
@@ -101,21 +101,23 @@ def _carry(
             vectors, stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
         mbarrier.wait(free.index(5), turn ^ 1)
-        errors_t.index(0).store(errors.to(dtype))
+        beta = vectors.index(stage * VECTORS + BETA).load(COLUMN)[None, :]
+        errors_t.index(0).store((errors * beta).to(dtype))
         state, operand = warpgroup_mma_wait(0, deps=[pending, operand])
         pending, operand, errors = step(
             second, d_states.index(1), d_outs.index(stage * 2 + 1), q_tile, k_tile, squares.index(0), squares.index(1),
             vectors, stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
-        errors_t.index(1).store(errors.to(dtype))
+        beta = vectors.index(stage * VECTORS + BETA).load(COLUMN)[None, :]
+        errors_t.index(1).store((errors * beta).to(dtype))
         fence_async_shared()
         synchronize()
         mbarrier.arrive(ready.index(5))
         second, operand = warpgroup_mma_wait(0, deps=[pending, operand])
-        token, beta = first + (chunks - 1 - n) * 64, vectors.index(stage * VECTORS + BETA).load(ROW)
+        token = first + (chunks - 1 - n) * 64
         for part in gl.static_range(2):
-            error = errors_t.index(part).permute((1, 0)).load(S).to(gl.float32)
-            store_half(dv_ptr, token, head, left, H, part * 64, error * beta[:, None], V)
+            d_v = errors_t.index(part).permute((1, 0)).load(S)
+            store_half(dv_ptr, token, head, left, H, part * 64, d_v, V)
         synchronize()
         mbarrier.arrive(free.index(stage))
         mbarrier.arrive(free.index(2))
@@ -232,22 +234,21 @@ def _gradients(
         x_t = warpgroup_mma(values_t, errors_t.index(0), nothing, use_acc=False, is_async=True)
         x_t = warpgroup_mma(values_t_2, errors_t.index(1), x_t, is_async=True)
         between = decay_between(vectors, stage, S, GATE)
-        beta_column = vectors.index(stage * VECTORS + BETA).load(COLUMN)
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
         dk, d_scores_t, x, x_t = warpgroup_mma_wait(0, deps=[dk, d_scores_t, x, x_t])
         kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        # E V = d(beta V') / beta: beta is not zero (`delta_prepare`)
-        d_beta = gl.sum(gl.where(i[:, None] == j[None, :], x, 0.0), 1) / beta
-        x = gl.where(i[:, None] > j[None, :], x * between, 0.0)
+        x = gl.where(i[:, None] >= j[None, :], x * between, 0.0)
         x_t = gl.where(i[:, None] < j[None, :], x_t * between, 0.0)
-        x_t = x_t * beta_column[None, :]
-        y = as_operand(-(x * beta[:, None] + x_t).to(dtype), staged, OUT, WARPS)
+        # d_beta = <E, V'> / beta, with what T has of it. beta is not zero: `SMALLEST_BETA`
+        d_beta = gl.sum(gl.where(i[:, None] == j[None, :], x, 0.0), 1) / (beta * beta)
+        x = gl.where(i[:, None] == j[None, :], 0.0, x)
+        y = as_operand(-(x + x_t).to(dtype), staged, OUT, WARPS)
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
         kk = warpgroup_mma_wait(0, deps=[kk])
         dkw = warpgroup_mma(errors, states.index(0), nothing_wide, use_acc=False, is_async=True)
         dkw = warpgroup_mma(errors_2, states.index(1), dkw, is_async=True)
         if D_GATE:  # K K^T is its own transpose
-            from_queries += gl.sum(kk * (x_t - beta[:, None] * x), 1)
+            from_queries += gl.sum(kk * (x_t - x), 1)
         mbarrier.wait(ready.index(5), turn)  # passed already, as above
         dkw = warpgroup_mma_wait(0, deps=[dkw])
         if D_GATE and WARPS == 4:
@@ -256,7 +257,6 @@ def _gradients(
         synchronize()
         mbarrier.arrive(free.index(3))
         mbarrier.arrive(free.index(5))
-        dkw = dkw * gl.convert_layout(beta, WIDE)[:, None]
         if GATE:
             dkw = dkw * from_start[:, None]
         if D_GATE:
@@ -313,7 +313,7 @@ def delta_reverse_kernel(
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # S^T
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # V'^T
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # dS^T
-        gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # E^T
+        gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # beta E^T, which is dv^T
         gl.allocate_shared_memory(gl.float32, [3, 64], plain),  # <S, dS>; what decays have of queries and keys
         gl.allocate_shared_memory(dtype, [64, 64] if WARPS == 8 else [8, 64], shared),
         ready, free,

@@ -5,9 +5,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longspan.kernels.linear.delta_tiles import CHUNK, LEFT_OUT, SEARCHED
-from longspan.kernels.sparse.hopper.tiles import row_layout, synchronize
+from longspan.kernels.sparse.hopper.tiles import LOG2E, row_layout, synchronize
 
-BETA, FROM_START, TO_END, G = (gl.constexpr(n) for n in range(4))  # rows 0, 1, 4 and 5 of `delta_tiles.load_row`
+BETA, FROM_START, TO_END, G = (gl.constexpr(n) for n in range(4))  # rows 0, 1, 4 and 5 (in base 2) of `delta_tiles.load_row`
 VECTORS = gl.constexpr(4)
 
 
@@ -50,7 +50,7 @@ def fetch_vectors(rows_ptr, tile, vectors, stage, GATE: gl.constexpr):
     if GATE:
         vectors.index(stage * VECTORS + FROM_START).store(gl.load(at + 1))
         vectors.index(stage * VECTORS + TO_END).store(gl.load(at + 4 * 64))
-        vectors.index(stage * VECTORS + G).store(gl.load(at + 4 * 64 + 1))
+        vectors.index(stage * VECTORS + G).store(gl.load(at + 4 * 64 + 1) * LOG2E)
     synchronize()
 
 
@@ -60,8 +60,7 @@ def decay_between(vectors, stage, layout: gl.constexpr, GATE: gl.constexpr):
     if GATE:
         row = vectors.index(stage * VECTORS + G).load(gl.SliceLayout(1, layout))
         column = vectors.index(stage * VECTORS + G).load(gl.SliceLayout(0, layout))
-        log = row[:, None] - column[None, :]
-        return gl.exp(-gl.abs(log))
+        return gl.exp2(-gl.abs(row[:, None] - column[None, :]))
     else:
         return gl.full([64, 64], 1.0, gl.float32, layout)
 
