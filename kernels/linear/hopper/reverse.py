@@ -23,7 +23,6 @@ from longspan.kernels.linear.hopper.tiles import (
     clear_rows,
     decay_between,
     fetch_vectors,
-    group_layout,
     scratch_descriptor,
     store_half,
     store_tokens,
@@ -31,8 +30,6 @@ from longspan.kernels.linear.hopper.tiles import (
     tokens_descriptor,
 )
 from longspan.kernels.sparse.hopper.tiles import async_load, product_layout, row_layout, shared_layout
-
-WARPS = 8  # that make gradients: 4 or 8
 
 
 @gluon.jit
@@ -64,9 +61,9 @@ def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.
 @gluon.jit
 def _carry(
     place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
-    THROUGH: gl.constexpr,
+    D_GATE: gl.constexpr,
 ):  # fmt: skip
-    """dS and E of every chunk, dv and, if THROUGH, <S, dS>."""
+    """dS and E of every chunk, dv and, with D_GATE <S, dS>."""
     first, length, _, head, chunks = place
     (
         vectors, q_tiles, k_tiles, d_outs, squares, states, _, d_states, errors_t, sums, _, ready, free,
@@ -121,19 +118,19 @@ def _carry(
         synchronize()
         mbarrier.arrive(free.index(stage))
         mbarrier.arrive(free.index(2))
-        if THROUGH:
+        if D_GATE:
             mbarrier.wait(ready.index(3), turn)
-            sums.index(0).store(gl.full([64], 0.0, gl.float32, COLUMN) + product_of(states, d_states, K, V, 4))
+            sums.index(0).store(gl.full([64], 0.0, gl.float32, COLUMN) + product_of(states, d_states, K, V))
             synchronize()
             mbarrier.arrive(ready.index(6))
             mbarrier.arrive(free.index(3))
 
 
 @gluon.jit
-def product_of(states, d_states, K: gl.constexpr, V: gl.constexpr, WARPS: gl.constexpr):
+def product_of(states, d_states, K: gl.constexpr, V: gl.constexpr):
     """<S, dS>."""
-    PART: gl.constexpr = row_layout(K, WARPS)
-    ROWS: gl.constexpr = 4 * WARPS
+    PART: gl.constexpr = row_layout(K)
+    ROWS: gl.constexpr = 16
     product = gl.full([ROWS, K], 0.0, gl.float32, PART)
     for part in gl.static_range(V // ROWS):
         s = states.index(part * ROWS // 64).slice(part * ROWS % 64, ROWS).load(PART)
@@ -143,30 +140,98 @@ def product_of(states, d_states, K: gl.constexpr, V: gl.constexpr, WARPS: gl.con
 
 
 @gluon.jit
-def as_operand(x, staged, OUT: gl.constexpr, WARPS: gl.constexpr):
-    """x [64, 64] as the first operand of a product: of two warpgroups, which have half of it each, in shared memory once
-    they have met."""
-    if WARPS == 4:
-        return gl.convert_layout(x, gl.DotOperandLayout(0, OUT, 2))
-    else:
-        staged.store(x)
+def _queries(
+    place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr
+):
+    """dq, d_beta, and for `_keys` Y, the gradient of K K^T, and what decays have of queries and pairs of keys."""
+    first, length, _, head, chunks = place
+    dq_ptr, _, d_beta_ptr, _ = out
+    vectors, q_tiles, k_tiles, d_outs, squares, states, values, _, errors_t, sums, pairs, ready, free = tiles_of
+    S: gl.constexpr = product_layout(64)
+    OUT: gl.constexpr = product_layout(K)
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
+    WIDE: gl.constexpr = gl.SliceLayout(1, OUT)
+    dtype: gl.constexpr = k_tiles.dtype
+    i, j = gl.arange(0, 64, ROW), gl.arange(0, 64, gl.SliceLayout(0, S))
+    nothing = gl.full([64, 64], 0.0, gl.float32, S)
+    nothing_wide = gl.full([64, K], 0.0, gl.float32, OUT)
+    for n in range(0, chunks):
+        chunk = chunks - 1 - n
+        stage, left, turn, token = n % 2, length - chunk * 64, n & 1, first + chunk * 64
+        q_tile, k_tile, d_out, d_out_2 = (
+            q_tiles.index(stage), k_tiles.index(stage), d_outs.index(stage * 2), d_outs.index(stage * 2 + 1),
+        )  # fmt: skip
+        mbarrier.wait(ready.index(stage), n // 2 & 1)
+        mbarrier.wait(ready.index(3), turn)
+        mbarrier.wait(ready.index(4), turn)  # what is beyond the last token is cleared
+        d_scores = warpgroup_mma(d_out, values.index(0), nothing, use_acc=False, is_async=True)
+        d_scores = warpgroup_mma(d_out_2, values.index(1), d_scores, is_async=True)
+        weights = decay_between(vectors, stage, S, GATE) * scale
+        mbarrier.wait(ready.index(2), turn)  # also keeps the next wait behind the arithmetic
+        d_scores = warpgroup_mma_wait(0, deps=[d_scores])
+        dq = warpgroup_mma(d_out, states.index(0), nothing_wide, use_acc=False, is_async=True)
+        dq = warpgroup_mma(d_out_2, states.index(1), dq, is_async=True)
+        if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
+            later = gl.sum(d_scores * squares.index(1).load(S).to(gl.float32), 1)
+        synchronize()
+        mbarrier.arrive(free.index(2))
+        mbarrier.arrive(free.index(4))
+        d_scores = gl.where(i[:, None] >= j[None, :], d_scores * weights, 0.0)
+        d_scores = gl.convert_layout(d_scores.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+        weight = gl.full([64], 1.0, gl.float32, WIDE) * scale
+        if GATE:
+            weight *= vectors.index(stage * VECTORS + FROM_START).load(WIDE)
+        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already: keeps the next wait behind the arithmetic
+        dq = warpgroup_mma_wait(0, deps=[dq]) * weight[:, None]
+        if D_GATE:
+            later += gl.convert_layout(gl.sum(q_tile.load(OUT).to(gl.float32) * dq, 1), ROW)
+        dq = warpgroup_mma(d_scores, k_tile, dq, is_async=True)
+        dq, d_scores = warpgroup_mma_wait(0, deps=[dq, d_scores])
+        store_tokens(dq_ptr, token, head, left, H, dq, K)
+        mbarrier.wait(ready.index(5), turn)
+        values_t, values_t_2 = values.index(0).permute((1, 0)), values.index(1).permute((1, 0))
+        errors, errors_2 = errors_t.index(0).permute((1, 0)), errors_t.index(1).permute((1, 0))
+        x = warpgroup_mma(errors, values.index(0), nothing, use_acc=False, is_async=True)
+        x = warpgroup_mma(errors_2, values.index(1), x, is_async=True)
+        x_t = warpgroup_mma(values_t, errors_t.index(0), nothing, use_acc=False, is_async=True)
+        x_t = warpgroup_mma(values_t_2, errors_t.index(1), x_t, is_async=True)
+        between = decay_between(vectors, stage, S, GATE)
+        beta = vectors.index(stage * VECTORS + BETA).load(ROW)
+        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already, as above
+        x, x_t = warpgroup_mma_wait(0, deps=[x, x_t])
+        synchronize()
+        mbarrier.arrive(free.index(3))
+        mbarrier.arrive(free.index(5))
+        x = gl.where(i[:, None] >= j[None, :], x * between, 0.0)
+        x_t = gl.where(i[:, None] < j[None, :], x_t * between, 0.0)
+        # d_beta = <E, V'> / beta, with what T has of it. beta is not zero: `SMALLEST_BETA`
+        d_beta = gl.sum(gl.where(i[:, None] == j[None, :], x, 0.0), 1) / (beta * beta)
+        x = gl.where(i[:, None] == j[None, :], 0.0, x)
+        if D_GATE:
+            kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(free.index(6), turn ^ 1)
+        pairs.store(-(x + x_t).to(dtype))
+        if D_GATE:  # K K^T is its own transpose
+            kk = warpgroup_mma_wait(0, deps=[kk])
+            later += gl.sum(kk * (x_t - x), 1)
+            sums.index(1).store(later)
         fence_async_shared()
-        return staged
+        synchronize()
+        mbarrier.arrive(ready.index(7))
+        mbarrier.arrive(free.index(stage))
+        gl.store(d_beta_ptr + token.to(gl.int64) * H + head + i * H, d_beta, mask=i < left)
 
 
 @gluon.jit
-def _gradients(
-    place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr,
-    WARPS: gl.constexpr,
-):  # fmt: skip
-    """All other gradients."""
-    first, length, tile, head, chunks = place
-    dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr = out
-    (
-        vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, staged, ready, free,
-    ) = tiles_of  # fmt: skip
-    S: gl.constexpr = group_layout(64, WARPS)
-    OUT: gl.constexpr = group_layout(K, WARPS)
+def _keys(
+    place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr
+):
+    """dk and d_decay."""
+    first, length, _, head, chunks = place
+    _, dk_ptr, _, d_decay_ptr = out
+    vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, pairs, ready, free = tiles_of
+    S: gl.constexpr = product_layout(64)
+    OUT: gl.constexpr = product_layout(K)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     WIDE: gl.constexpr = gl.SliceLayout(1, OUT)
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
@@ -177,81 +242,42 @@ def _gradients(
     for n in range(0, chunks):
         chunk = chunks - 1 - n
         stage, left, turn, token = n % 2, length - chunk * 64, n & 1, first + chunk * 64
-        q_tile, k_tile, d_out, d_out_2 = (
-            q_tiles.index(stage), k_tiles.index(stage), d_outs.index(stage * 2), d_outs.index(stage * 2 + 1),
-        )  # fmt: skip
+        q_tile, k_tile = q_tiles.index(stage), k_tiles.index(stage)
         values_t, values_t_2 = values.index(0).permute((1, 0)), values.index(1).permute((1, 0))
         errors, errors_2 = errors_t.index(0).permute((1, 0)), errors_t.index(1).permute((1, 0))
         mbarrier.wait(ready.index(stage), n // 2 & 1)
         mbarrier.wait(ready.index(3), turn)
         mbarrier.wait(ready.index(4), turn)  # dS is there, and what is beyond the last token is cleared
-        d_scores = warpgroup_mma(d_out, values.index(0), nothing, use_acc=False, is_async=True)
-        d_scores = warpgroup_mma(d_out_2, values.index(1), d_scores, is_async=True)
-        d_scores_t = warpgroup_mma(values_t, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        d_scores_t = warpgroup_mma(values_t_2, d_out_2.permute((1, 0)), d_scores_t, is_async=True)
-        beta = vectors.index(stage * VECTORS + BETA).load(ROW)
-        between = decay_between(vectors, stage, S, GATE)
+        d_scores_t = warpgroup_mma(
+            values_t, d_outs.index(stage * 2).permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
+        d_scores_t = warpgroup_mma(values_t_2, d_outs.index(stage * 2 + 1).permute((1, 0)), d_scores_t, is_async=True)
+        weights = decay_between(vectors, stage, S, GATE) * scale
         mbarrier.wait(ready.index(2), turn)  # also keeps the next wait behind the arithmetic
-        d_scores, d_scores_t = warpgroup_mma_wait(0, deps=[d_scores, d_scores_t])
-        dq = warpgroup_mma(d_out, states.index(0), nothing_wide, use_acc=False, is_async=True)
-        dq = warpgroup_mma(d_out_2, states.index(1), dq, is_async=True)
-        if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
-            pairs = d_scores * squares.index(1).load(S).to(gl.float32)
-            pairs -= d_scores_t * squares.index(1).permute((1, 0)).load(S).to(gl.float32)
-            from_queries = gl.sum(pairs, 1)
-        weights = between * scale
-        d_scores = gl.where(i[:, None] >= j[None, :], d_scores * weights, 0.0)
-        d_scores = as_operand(d_scores.to(dtype), staged, OUT, WARPS)
-        d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0).to(dtype)
-        synchronize()
-        mbarrier.arrive(free.index(2))
-        weight = gl.full([64], 1.0, gl.float32, WIDE) * scale
-        if GATE:
-            from_start = vectors.index(stage * VECTORS + FROM_START).load(WIDE)
-            weight *= from_start
-        mbarrier.wait(ready.index(4), turn)  # passed already: keeps the next wait behind the arithmetic
-        dq = warpgroup_mma_wait(0, deps=[dq]) * weight[:, None]
+        d_scores_t = warpgroup_mma_wait(0, deps=[d_scores_t])
         dk = warpgroup_mma(values_t, d_states.index(0), nothing_wide, use_acc=False, is_async=True)
         dk = warpgroup_mma(values_t_2, d_states.index(1), dk, is_async=True)
         if D_GATE:
-            from_queries += gl.convert_layout(gl.sum(q_tile.load(OUT).to(gl.float32) * dq, 1), ROW)
-        dq = warpgroup_mma(d_scores, k_tile, dq, is_async=True)
-        if D_GATE and WARPS == 8:
-            through = product_of(states, d_states, K, V, WARPS)
-        dq, dk, d_scores = warpgroup_mma_wait(0, deps=[dq, dk, d_scores])
-        d_scores_t = as_operand(d_scores_t, staged, OUT, WARPS)
+            later = -gl.sum(d_scores_t * squares.index(1).permute((1, 0)).load(S).to(gl.float32), 1)
+        d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0)
+        d_scores_t = gl.convert_layout(d_scores_t.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already: keeps the next wait behind the arithmetic
+        dk = warpgroup_mma_wait(0, deps=[dk])
         synchronize()
+        mbarrier.arrive(free.index(2))
         mbarrier.arrive(free.index(4))
-        store_tokens(dq_ptr, token, head, left, H, dq, K, WARPS)
         if GATE:
             dk = dk * vectors.index(stage * VECTORS + TO_END).load(WIDE)[:, None]
         if D_GATE:
-            from_keys = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW)
+            earlier = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW)
         dk = warpgroup_mma(d_scores_t, q_tile, dk, is_async=True)
         mbarrier.wait(ready.index(5), turn)
-        x = warpgroup_mma(errors, values.index(0), nothing, use_acc=False, is_async=True)
-        x = warpgroup_mma(errors_2, values.index(1), x, is_async=True)
-        x_t = warpgroup_mma(values_t, errors_t.index(0), nothing, use_acc=False, is_async=True)
-        x_t = warpgroup_mma(values_t_2, errors_t.index(1), x_t, is_async=True)
-        between = decay_between(vectors, stage, S, GATE)
-        mbarrier.wait(ready.index(5), turn)  # passed already, as above
-        dk, d_scores_t, x, x_t = warpgroup_mma_wait(0, deps=[dk, d_scores_t, x, x_t])
-        kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        x = gl.where(i[:, None] >= j[None, :], x * between, 0.0)
-        x_t = gl.where(i[:, None] < j[None, :], x_t * between, 0.0)
-        # d_beta = <E, V'> / beta, with what T has of it. beta is not zero: `SMALLEST_BETA`
-        d_beta = gl.sum(gl.where(i[:, None] == j[None, :], x, 0.0), 1) / (beta * beta)
-        x = gl.where(i[:, None] == j[None, :], 0.0, x)
-        y = as_operand(-(x + x_t).to(dtype), staged, OUT, WARPS)
-        mbarrier.wait(ready.index(5), turn)  # passed already, as above
-        kk = warpgroup_mma_wait(0, deps=[kk])
         dkw = warpgroup_mma(errors, states.index(0), nothing_wide, use_acc=False, is_async=True)
         dkw = warpgroup_mma(errors_2, states.index(1), dkw, is_async=True)
-        if D_GATE:  # K K^T is its own transpose
-            from_queries += gl.sum(kk * (x_t - x), 1)
-        mbarrier.wait(ready.index(5), turn)  # passed already, as above
-        dkw = warpgroup_mma_wait(0, deps=[dkw])
-        if D_GATE and WARPS == 4:
+        if GATE:
+            from_start = vectors.index(stage * VECTORS + FROM_START).load(WIDE)
+        dk, d_scores_t, dkw = warpgroup_mma_wait(0, deps=[dk, d_scores_t, dkw])
+        if D_GATE:
             mbarrier.wait(ready.index(6), turn)
             through = sums.index(0).load(ROW)
         synchronize()
@@ -260,24 +286,25 @@ def _gradients(
         if GATE:
             dkw = dkw * from_start[:, None]
         if D_GATE:
-            from_queries -= gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dkw, 1), ROW)
-        dk = warpgroup_mma(y, k_tile, dk - dkw, is_async=True)
-        at = token.to(gl.int64) * H + head
-        gl.store(d_beta_ptr + at + i * H, d_beta, mask=i < left)
+            later -= gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dkw, 1), ROW)
+        mbarrier.wait(ready.index(7), turn)
+        dk = warpgroup_mma(pairs, k_tile, dk - dkw, is_async=True)
         if D_GATE:
             if GATE:
                 through *= gl.convert_layout(from_start, ROW)
-            sums.index(1).store(from_queries + gl.where(i == 63, through, 0.0))
-            sums.index(2).store(from_keys)
+            sums.index(2).store(later + gl.where(i == 63, through, 0.0))
+            sums.index(3).store(earlier)
             synchronize()
-            later, earlier = sums.index(1).load(COLUMN), sums.index(2).load(COLUMN)
-            d_decay = gl.sum(gl.where(i[:, None] <= j[None, :], later[None, :], earlier[None, :]), 1)
-            gl.store(d_decay_ptr + at + i * H, d_decay, mask=i < left)
-        mbarrier.wait(ready.index(stage), n // 2 & 1)  # as above; E may be that of the next chunk by now
-        dk, y = warpgroup_mma_wait(0, deps=[dk, y])
+            below = sums.index(1).load(COLUMN) + sums.index(2).load(COLUMN)
+            above = sums.index(3).load(COLUMN)
+            d_decay = gl.sum(gl.where(i[:, None] <= j[None, :], below[None, :], above[None, :]), 1)
+            gl.store(d_decay_ptr + token.to(gl.int64) * H + head + i * H, d_decay, mask=i < left)
+        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already, as above
+        dk = warpgroup_mma_wait(0, deps=[dk])
         synchronize()
         mbarrier.arrive(free.index(stage))
-        store_tokens(dk_ptr, token, head, left, H, dk, K, WARPS)
+        mbarrier.arrive(free.index(6))
+        store_tokens(dk_ptr, token, head, left, H, dk, K)
 
 
 @gluon.jit(do_not_specialize=["scale"])
@@ -285,7 +312,6 @@ def delta_reverse_kernel(
     q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr, exit_ptr,
     dq_ptr, dk_ptr, dv_ptr, d_beta_ptr, d_decay_ptr, first_ptr, length_ptr, split_chunk_ptr, exit_row_ptr,
     scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr,
-    WARPS: gl.constexpr,
 ):  # fmt: skip
     """Grid: (splits * H). Pointers and tables as in `delta_backward` and `delta_gradients`."""
     dtype: gl.constexpr = k_desc.dtype
@@ -296,14 +322,13 @@ def delta_reverse_kernel(
     exit_at = exit_ptr + (gl.maximum(exit_row, 0).to(gl.int64) * H + head) * K * V
     first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
     tile = gl.load(split_chunk_ptr + split) * H + head
-    THROUGH: gl.constexpr = D_GATE and WARPS == 4
-    # Barriers: 0, 1 tokens and decays of a chunk; 2 T and P; 3 S and V'; 4 dS; 5 E; 6 sums.
-    ready = gl.allocate_shared_memory(gl.int64, [7, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(7):
+    # Barriers: 0, 1 tokens and decays of a chunk; 2 T and P; 3 S and V'; 4 dS; 5 beta E; ready 6 <S, dS>, 7 Y; free 6 Y.
+    ready = gl.allocate_shared_memory(gl.int64, [8, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [7, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(8):
         mbarrier.init(ready.index(n), count=1)
-    for n in gl.static_range(6):
-        mbarrier.init(free.index(n), count=2 if n < 3 or (n == 3 and THROUGH) else 1)
+    for n in gl.static_range(7):
+        mbarrier.init(free.index(n), count=3 if n < 3 else 2 + D_GATE if n == 3 else 2 if n < 6 else 1)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [2 * VECTORS, 64], plain),
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # Q
@@ -314,8 +339,8 @@ def delta_reverse_kernel(
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # V'^T
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # dS^T
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # beta E^T, which is dv^T
-        gl.allocate_shared_memory(gl.float32, [3, 64], plain),  # <S, dS>; what decays have of queries and keys
-        gl.allocate_shared_memory(dtype, [64, 64] if WARPS == 8 else [8, 64], shared),
+        gl.allocate_shared_memory(gl.float32, [4, 64], plain),  # <S, dS>; what decays have of tokens
+        gl.allocate_shared_memory(dtype, [64, 64], shared),  # Y
         ready, free,
     )  # fmt: skip
     place = first, length, tile, head, gl.cdiv(length, 64)
@@ -323,11 +348,12 @@ def delta_reverse_kernel(
     feed = q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr
     gl.warp_specialize(
         [
-            (_gradients, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE, WARPS)),
-            (_carry, (place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K, V, GATE, THROUGH)),
+            (_keys, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
+            (_carry, (place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K, V, GATE, D_GATE)),
+            (_queries, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
             (_fetch, (place, feed, tiles_of, H, K, V, GATE)),
         ],
-        [4, 1], [232, 24],
+        [4, 4, 1], [208, 128, 24],
     )  # fmt: skip
 
 
@@ -339,6 +365,5 @@ def launch(call, prepared, d_out, entering, exits, dq, dk, dv, d_beta, d_decay):
         *(scratch_descriptor(x) for x in (prepared.inverse, prepared.scores)),
         *(scratch_descriptor(x, 64) for x in entering), prepared.rows, exits, dq, dk, dv, d_beta, d_decay,
         splits.first, splits.length, splits.split_chunk, splits.backward.row, call.scale,
-        call.heads, call.k.shape[2], call.v.shape[2], call.log_decay is not None, d_decay is not None, WARPS,
-        num_warps=WARPS,
+        call.heads, call.k.shape[2], call.v.shape[2], call.log_decay is not None, d_decay is not None, num_warps=4,
     )  # fmt: skip

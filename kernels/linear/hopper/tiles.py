@@ -66,7 +66,7 @@ def decay_between(vectors, stage, layout: gl.constexpr, GATE: gl.constexpr):
 
 
 @gluon.jit
-def store_tokens(ptr, first, head, length, H, x, D: gl.constexpr, WARPS: gl.constexpr):
+def store_tokens(ptr, first, head, length, H, x, D: gl.constexpr, WARPS: gl.constexpr = 4):
     """x [64, D] to the tokens from `first` on of [T, H, D]."""
     layout: gl.constexpr = stored_layout(D, WARPS)
     x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
