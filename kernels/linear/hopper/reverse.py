@@ -143,7 +143,7 @@ def product_of(states, d_states, K: gl.constexpr, V: gl.constexpr):
 def _queries(
     place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr
 ):
-    """dq, d_beta, and for `_keys` Y, the gradient of K K^T, and what decays have of queries and pairs of keys."""
+    """dq, d_beta, and for `_keys` Y, from the gradient of K K^T, and what decays have of queries and pairs of keys."""
     first, length, _, head, chunks = place
     dq_ptr, _, d_beta_ptr, _ = out
     vectors, q_tiles, k_tiles, d_outs, squares, states, values, _, errors_t, sums, pairs, ready, free = tiles_of
@@ -210,7 +210,7 @@ def _queries(
         if D_GATE:
             kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
         mbarrier.wait(free.index(6), turn ^ 1)
-        pairs.store(-(x + x_t).to(dtype))
+        pairs.store((x + x_t).to(dtype))
         if D_GATE:  # K K^T is its own transpose
             kk = warpgroup_mma_wait(0, deps=[kk])
             later += gl.sum(kk * (x_t - x), 1)
@@ -252,7 +252,7 @@ def _keys(
             values_t, d_outs.index(stage * 2).permute((1, 0)), nothing, use_acc=False, is_async=True
         )
         d_scores_t = warpgroup_mma(values_t_2, d_outs.index(stage * 2 + 1).permute((1, 0)), d_scores_t, is_async=True)
-        weights = decay_between(vectors, stage, S, GATE) * scale
+        weights = decay_between(vectors, stage, S, GATE) * -scale
         mbarrier.wait(ready.index(2), turn)  # also keeps the next wait behind the arithmetic
         d_scores_t = warpgroup_mma_wait(0, deps=[d_scores_t])
         dk = warpgroup_mma(values_t, d_states.index(0), nothing_wide, use_acc=False, is_async=True)
@@ -262,37 +262,43 @@ def _keys(
         d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0)
         d_scores_t = gl.convert_layout(d_scores_t.to(dtype), gl.DotOperandLayout(0, OUT, 2))
         mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already: keeps the next wait behind the arithmetic
-        dk = warpgroup_mma_wait(0, deps=[dk])
+        dk = -warpgroup_mma_wait(0, deps=[dk])  # from here on -dk: what beta E has of it is added as it is
         synchronize()
         mbarrier.arrive(free.index(2))
         mbarrier.arrive(free.index(4))
         if GATE:
             dk = dk * vectors.index(stage * VECTORS + TO_END).load(WIDE)[:, None]
         if D_GATE:
-            earlier = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW)
-        dk = warpgroup_mma(d_scores_t, q_tile, dk, is_async=True)
+            earlier = -gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW)
         mbarrier.wait(ready.index(5), turn)
-        dkw = warpgroup_mma(errors, states.index(0), nothing_wide, use_acc=False, is_async=True)
-        dkw = warpgroup_mma(errors_2, states.index(1), dkw, is_async=True)
         if GATE:
-            from_start = vectors.index(stage * VECTORS + FROM_START).load(WIDE)
-        dk, d_scores_t, dkw = warpgroup_mma_wait(0, deps=[dk, d_scores_t, dkw])
+            from_start = vectors.index(stage * VECTORS + FROM_START).load(ROW)
+            error = (errors.load(S).to(gl.float32) * from_start[:, None]).to(dtype)
+            error = gl.convert_layout(error, gl.DotOperandLayout(0, OUT, 2))
+            dk = warpgroup_mma(error, states.index(0), dk, is_async=True)
+            error_2 = (errors_2.load(S).to(gl.float32) * from_start[:, None]).to(dtype)
+            error_2 = gl.convert_layout(error_2, gl.DotOperandLayout(0, OUT, 2))
+            dk = warpgroup_mma(error_2, states.index(1), dk, is_async=True)
+            dk, error, error_2 = warpgroup_mma_wait(0, deps=[dk, error, error_2])
+        else:
+            dk = warpgroup_mma(errors, states.index(0), dk, is_async=True)
+            dk = warpgroup_mma(errors_2, states.index(1), dk, is_async=True)
+            dk = warpgroup_mma_wait(0, deps=[dk])
         if D_GATE:
             mbarrier.wait(ready.index(6), turn)
             through = sums.index(0).load(ROW)
         synchronize()
         mbarrier.arrive(free.index(3))
         mbarrier.arrive(free.index(5))
-        if GATE:
-            dkw = dkw * from_start[:, None]
         if D_GATE:
-            later -= gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dkw, 1), ROW)
+            read = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW) + earlier
+        dk = warpgroup_mma(d_scores_t, q_tile, dk, is_async=True)
         mbarrier.wait(ready.index(7), turn)
-        dk = warpgroup_mma(pairs, k_tile, dk - dkw, is_async=True)
+        dk = warpgroup_mma(pairs, k_tile, dk, is_async=True)
         if D_GATE:
             if GATE:
-                through *= gl.convert_layout(from_start, ROW)
-            sums.index(2).store(later + gl.where(i == 63, through, 0.0))
+                through *= from_start
+            sums.index(2).store(later - read + gl.where(i == 63, through, 0.0))
             sums.index(3).store(earlier)
             synchronize()
             below = sums.index(1).load(COLUMN) + sums.index(2).load(COLUMN)
@@ -300,11 +306,11 @@ def _keys(
             d_decay = gl.sum(gl.where(i[:, None] <= j[None, :], below[None, :], above[None, :]), 1)
             gl.store(d_decay_ptr + token.to(gl.int64) * H + head + i * H, d_decay, mask=i < left)
         mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already, as above
-        dk = warpgroup_mma_wait(0, deps=[dk])
+        dk, d_scores_t = warpgroup_mma_wait(0, deps=[dk, d_scores_t])
         synchronize()
         mbarrier.arrive(free.index(stage))
         mbarrier.arrive(free.index(6))
-        store_tokens(dk_ptr, token, head, left, H, dk, K)
+        store_tokens(dk_ptr, token, head, left, H, -dk, K)
 
 
 @gluon.jit(do_not_specialize=["scale"])
