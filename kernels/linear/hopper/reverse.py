@@ -60,13 +60,12 @@ def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.
 
 @gluon.jit
 def _carry(
-    place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
-    D_GATE: gl.constexpr,
-):  # fmt: skip
-    """dS and E of every chunk, dv and, with D_GATE <S, dS>."""
+    place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr
+):
+    """dS and beta E of every chunk, and dv."""
     first, length, _, head, chunks = place
     (
-        vectors, q_tiles, k_tiles, d_outs, squares, states, _, d_states, errors_t, sums, _, ready, free,
+        vectors, q_tiles, k_tiles, d_outs, squares, _, _, d_states, errors_t, _, _, ready, free,
     ) = tiles_of  # fmt: skip
     OUT: gl.constexpr = product_layout(K)
     S: gl.constexpr = product_layout(64)
@@ -118,25 +117,17 @@ def _carry(
         synchronize()
         mbarrier.arrive(free.index(stage))
         mbarrier.arrive(free.index(2))
-        if D_GATE:
-            mbarrier.wait(ready.index(3), turn)
-            sums.index(0).store(gl.full([64], 0.0, gl.float32, COLUMN) + product_of(states, d_states, K, V))
-            synchronize()
-            mbarrier.arrive(ready.index(6))
-            mbarrier.arrive(free.index(3))
 
 
 @gluon.jit
-def product_of(states, d_states, K: gl.constexpr, V: gl.constexpr):
-    """<S, dS>."""
+def sum_products(state, d_state, K: gl.constexpr):
+    """<S, dS> of 64 columns of V, summed over all but 16 rows."""
     PART: gl.constexpr = row_layout(K)
-    ROWS: gl.constexpr = 16
-    product = gl.full([ROWS, K], 0.0, gl.float32, PART)
-    for part in gl.static_range(V // ROWS):
-        s = states.index(part * ROWS // 64).slice(part * ROWS % 64, ROWS).load(PART)
-        d_s = d_states.index(part * ROWS // 64).slice(part * ROWS % 64, ROWS).load(PART)
+    product = gl.full([16, K], 0.0, gl.float32, PART)
+    for part in gl.static_range(4):
+        s, d_s = state.slice(part * 16, 16).load(PART), d_state.slice(part * 16, 16).load(PART)
         product += s.to(gl.float32) * d_s.to(gl.float32)
-    return gl.sum(gl.sum(product, 1), 0)
+    return gl.sum(product, 1)
 
 
 @gluon.jit
@@ -146,7 +137,7 @@ def _queries(
     """dq, d_beta, and for `_keys` Y, from the gradient of K K^T, and what decays have of queries and pairs of keys."""
     first, length, _, head, chunks = place
     dq_ptr, _, d_beta_ptr, _ = out
-    vectors, q_tiles, k_tiles, d_outs, squares, states, values, _, errors_t, sums, pairs, ready, free = tiles_of
+    vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, pairs, ready, free = tiles_of
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(K)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
@@ -163,7 +154,7 @@ def _queries(
         )  # fmt: skip
         mbarrier.wait(ready.index(stage), n // 2 & 1)
         mbarrier.wait(ready.index(3), turn)
-        mbarrier.wait(ready.index(4), turn)  # what is beyond the last token is cleared
+        mbarrier.wait(ready.index(4), turn)  # dS is there, and what is beyond the last token is cleared
         d_scores = warpgroup_mma(d_out, values.index(0), nothing, use_acc=False, is_async=True)
         d_scores = warpgroup_mma(d_out_2, values.index(1), d_scores, is_async=True)
         weights = decay_between(vectors, stage, S, GATE) * scale
@@ -173,6 +164,7 @@ def _queries(
         dq = warpgroup_mma(d_out_2, states.index(1), dq, is_async=True)
         if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
             later = gl.sum(d_scores * squares.index(1).load(S).to(gl.float32), 1)
+            through = sum_products(states.index(0), d_states.index(0), K)
         synchronize()
         mbarrier.arrive(free.index(2))
         mbarrier.arrive(free.index(4))
@@ -214,10 +206,11 @@ def _queries(
         if D_GATE:  # K K^T is its own transpose
             kk = warpgroup_mma_wait(0, deps=[kk])
             later += gl.sum(kk * (x_t - x), 1)
+            sums.index(0).slice(0, 16).store(through)
             sums.index(1).store(later)
         fence_async_shared()
         synchronize()
-        mbarrier.arrive(ready.index(7))
+        mbarrier.arrive(ready.index(6))
         mbarrier.arrive(free.index(stage))
         gl.store(d_beta_ptr + token.to(gl.int64) * H + head + i * H, d_beta, mask=i < left)
 
@@ -259,6 +252,7 @@ def _keys(
         dk = warpgroup_mma(values_t_2, d_states.index(1), dk, is_async=True)
         if D_GATE:
             later = -gl.sum(d_scores_t * squares.index(1).permute((1, 0)).load(S).to(gl.float32), 1)
+            through = sum_products(states.index(1), d_states.index(1), K)
         d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0)
         d_scores_t = gl.convert_layout(d_scores_t.to(dtype), gl.DotOperandLayout(0, OUT, 2))
         mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already: keeps the next wait behind the arithmetic
@@ -273,6 +267,7 @@ def _keys(
         mbarrier.wait(ready.index(5), turn)
         if GATE:
             from_start = vectors.index(stage * VECTORS + FROM_START).load(ROW)
+            total = vectors.index(stage * VECTORS + FROM_START).slice(63, 1).load(ROW)
             error = (errors.load(S).to(gl.float32) * from_start[:, None]).to(dtype)
             error = gl.convert_layout(error, gl.DotOperandLayout(0, OUT, 2))
             dk = warpgroup_mma(error, states.index(0), dk, is_async=True)
@@ -284,26 +279,23 @@ def _keys(
             dk = warpgroup_mma(errors, states.index(0), dk, is_async=True)
             dk = warpgroup_mma(errors_2, states.index(1), dk, is_async=True)
             dk = warpgroup_mma_wait(0, deps=[dk])
-        if D_GATE:
-            mbarrier.wait(ready.index(6), turn)
-            through = sums.index(0).load(ROW)
         synchronize()
         mbarrier.arrive(free.index(3))
         mbarrier.arrive(free.index(5))
         if D_GATE:
             read = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW) + earlier
         dk = warpgroup_mma(d_scores_t, q_tile, dk, is_async=True)
-        mbarrier.wait(ready.index(7), turn)
+        mbarrier.wait(ready.index(6), turn)
         dk = warpgroup_mma(pairs, k_tile, dk, is_async=True)
         if D_GATE:
-            if GATE:
-                through *= from_start
-            sums.index(2).store(later - read + gl.where(i == 63, through, 0.0))
+            sums.index(0).slice(16, 16).store(through)
+            sums.index(2).store(later - read)
             sums.index(3).store(earlier)
             synchronize()
             below = sums.index(1).load(COLUMN) + sums.index(2).load(COLUMN)
             above = sums.index(3).load(COLUMN)
-            d_decay = gl.sum(gl.where(i[:, None] <= j[None, :], below[None, :], above[None, :]), 1)
+            through = gl.sum(sums.index(0).slice(0, 32).load(COLUMN), 0) * total
+            d_decay = gl.sum(gl.where(i[:, None] <= j[None, :], below[None, :], above[None, :]), 1) + through
             gl.store(d_decay_ptr + token.to(gl.int64) * H + head + i * H, d_decay, mask=i < left)
         mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already, as above
         dk, d_scores_t = warpgroup_mma_wait(0, deps=[dk, d_scores_t])
@@ -328,13 +320,13 @@ def delta_reverse_kernel(
     exit_at = exit_ptr + (gl.maximum(exit_row, 0).to(gl.int64) * H + head) * K * V
     first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
     tile = gl.load(split_chunk_ptr + split) * H + head
-    # Barriers: 0, 1 tokens and decays of a chunk; 2 T and P; 3 S and V'; 4 dS; 5 beta E; ready 6 <S, dS>, 7 Y; free 6 Y.
-    ready = gl.allocate_shared_memory(gl.int64, [8, 1], mbarrier.MBarrierLayout())
+    # Barriers: 0, 1 tokens and decays of a chunk; 2 T and P; 3 S and V'; 4 dS; 5 beta E; 6 Y.
+    ready = gl.allocate_shared_memory(gl.int64, [7, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [7, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(8):
+    for n in gl.static_range(7):
         mbarrier.init(ready.index(n), count=1)
     for n in gl.static_range(7):
-        mbarrier.init(free.index(n), count=3 if n < 3 else 2 + D_GATE if n == 3 else 2 if n < 6 else 1)
+        mbarrier.init(free.index(n), count=3 if n < 3 else 2 if n < 6 else 1)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [2 * VECTORS, 64], plain),
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # Q
@@ -355,11 +347,11 @@ def delta_reverse_kernel(
     gl.warp_specialize(
         [
             (_keys, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
-            (_carry, (place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K, V, GATE, D_GATE)),
+            (_carry, (place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K, V, GATE)),
             (_queries, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
             (_fetch, (place, feed, tiles_of, H, K, V, GATE)),
         ],
-        [4, 4, 1], [208, 128, 24],
+        [4, 4, 1], [208, 136, 24],
     )  # fmt: skip
 
 
