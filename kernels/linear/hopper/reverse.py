@@ -157,6 +157,8 @@ def _queries(
         mbarrier.wait(ready.index(4), turn)  # dS is there, and what is beyond the last token is cleared
         d_scores = warpgroup_mma(d_out, values.index(0), nothing, use_acc=False, is_async=True)
         d_scores = warpgroup_mma(d_out_2, values.index(1), d_scores, is_async=True)
+        if D_GATE:
+            through = sum_products(states.index(0), d_states.index(0), K)
         weights = decay_between(vectors, stage, S, GATE) * scale
         mbarrier.wait(ready.index(2), turn)  # also keeps the next wait behind the arithmetic
         d_scores = warpgroup_mma_wait(0, deps=[d_scores])
@@ -164,7 +166,6 @@ def _queries(
         dq = warpgroup_mma(d_out_2, states.index(1), dq, is_async=True)
         if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
             later = gl.sum(d_scores * squares.index(1).load(S).to(gl.float32), 1)
-            through = sum_products(states.index(0), d_states.index(0), K)
         synchronize()
         mbarrier.arrive(free.index(2))
         mbarrier.arrive(free.index(4))
@@ -245,6 +246,8 @@ def _keys(
             values_t, d_outs.index(stage * 2).permute((1, 0)), nothing, use_acc=False, is_async=True
         )
         d_scores_t = warpgroup_mma(values_t_2, d_outs.index(stage * 2 + 1).permute((1, 0)), d_scores_t, is_async=True)
+        if D_GATE:
+            through = sum_products(states.index(1), d_states.index(1), K)
         weights = decay_between(vectors, stage, S, GATE) * -scale
         mbarrier.wait(ready.index(2), turn)  # also keeps the next wait behind the arithmetic
         d_scores_t = warpgroup_mma_wait(0, deps=[d_scores_t])
@@ -252,7 +255,6 @@ def _keys(
         dk = warpgroup_mma(values_t_2, d_states.index(1), dk, is_async=True)
         if D_GATE:
             later = -gl.sum(d_scores_t * squares.index(1).permute((1, 0)).load(S).to(gl.float32), 1)
-            through = sum_products(states.index(1), d_states.index(1), K)
         d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0)
         d_scores_t = gl.convert_layout(d_scores_t.to(dtype), gl.DotOperandLayout(0, OUT, 2))
         mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already: keeps the next wait behind the arithmetic
