@@ -250,7 +250,7 @@ def _modules() -> dict[str, ModuleType]:
         arange=lambda start, stop, layout: _tensor(torch.arange(start, stop)),
         full=lambda shape, value, dtype, layout: _tensor(torch.full(shape, value, dtype=dtype)),
         where=lambda c, x, y: torch.where(_tensor(c), x, y), minimum=_two(torch.minimum), maximum=_two(torch.maximum),
-        exp=torch.exp, abs=torch.abs, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
+        exp=torch.exp, abs=torch.abs, sqrt=torch.sqrt, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
         max=lambda x, axis: x.amax(axis),
         fma=lambda x, y, z: x * y + z, log2=torch.log2, full_like=lambda x, value: torch.zeros_like(x) + value,
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),

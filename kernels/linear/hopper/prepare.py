@@ -36,21 +36,24 @@ def fill_rows(
     g_ptr, beta_ptr, rows_ptr, vectors, first, head, tile, length, g_stride_t, g_stride_h, beta_stride_t,
     beta_stride_h, GATE: gl.constexpr,
 ):  # fmt: skip
-    """Rows 0, 1, 4 and 5 of `delta_tiles.load_row`, which are all that the Hopper kernels read; beta and log2 of the
-    decay from the start of the chunk also to `vectors`."""
+    """Rows 0, 1, 4 and 5 of `delta_tiles.load_row`, which are all that the Hopper kernels read. To `vectors`: the root of
+    |beta|, beta over it, 1 over it, log2 of the decay from the start of the chunk."""
     token = gl.arange(0, 64, gl.BlockedLayout([2], [32], [4], [0]))
     at = rows_ptr + tile.to(gl.int64) * (8 * 64) + token * 4
     beta_ptr += first.to(gl.int64) * beta_stride_t + head * beta_stride_h
     beta = gl.load(beta_ptr + token * beta_stride_t, mask=token < length, other=0.0).to(gl.float32)
     beta = gl.where(gl.abs(beta) < SMALLEST, SMALLEST, beta)
-    vectors.index(0).store(beta)
+    root = gl.sqrt(gl.abs(beta))
+    vectors.index(0).store(root)
+    vectors.index(1).store(beta / root)
+    vectors.index(2).store(1 / root)
     gl.store(at, beta)
     if GATE:
         g_ptr += first.to(gl.int64) * g_stride_t + head * g_stride_h
         g = gl.load(g_ptr + token * g_stride_t, mask=token < length, other=0.0).to(gl.float32)
         g = gl.where(g < CLOSED, CLOSED, g).to(gl.float64)  # NaN stays
         cumulative = gl.associative_scan(g, 0, _add)
-        vectors.index(1).store((cumulative * LOG2E).to(gl.float32))
+        vectors.index(3).store((cumulative * LOG2E).to(gl.float32))
         gl.store(at + 1, gl.exp(cumulative.to(gl.float32)))
         gl.store(at + 4 * 64, gl.exp((gl.sum(g, 0) - cumulative).to(gl.float32)))
         gl.store(at + 4 * 64 + 1, cumulative.to(gl.float32))
@@ -103,7 +106,7 @@ def delta_prepare_kernel(
     ready = make_barriers(1, 1)
     q_tile = gl.allocate_shared_memory(dtype, [64, K], shared_layout(16))
     k_tile = gl.allocate_shared_memory(dtype, [64, K], shared_layout(16))
-    vectors = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    vectors = gl.allocate_shared_memory(gl.float32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     fence_async_shared()
     mbarrier.expect(ready.index(0), 2 * K * 64 * 2)
     synchronize()
@@ -125,13 +128,15 @@ def delta_prepare_kernel(
     scores = warpgroup_mma(q_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
     a = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
     if GATE:
-        between = vectors.index(1).load(ROW)[:, None] - vectors.index(1).load(COLUMN)[None, :]
+        between = vectors.index(3).load(ROW)[:, None] - vectors.index(3).load(COLUMN)[None, :]
         decay = gl.exp2(gl.where(i[:, None] >= j[None, :], between, float("-inf")))
     else:
         decay = gl.where(i[:, None] >= j[None, :], gl.full([64, 64], 1.0, gl.float32, S), 0.0)
     scores, a, q_tile, k_tile = warpgroup_mma_wait(0, deps=[scores, a, q_tile, k_tile])
     store_scratch(scores_ptr, tile, 0, (scores * decay * scale).to(dtype), 64, 64)
-    a = gl.where(i[:, None] > j[None, :], a * decay * vectors.index(0).load(ROW)[:, None], 0.0)
+    # With D the roots of |beta|, D^-1 A D, whose rows and columns of small beta keep their digits in fp16.
+    a *= vectors.index(1).load(ROW)[:, None] * vectors.index(0).load(COLUMN)[None, :]
+    a = gl.where(i[:, None] > j[None, :], a * decay, 0.0)
     inverse = invert_blocks(a, i, j)
     # Neighbours are merged as in `delta_prepare.invert_unit_lower`, in fp16, which keeps T within bf16's rounding.
     below = gl.allocate_shared_memory(gl.float16, [2, 64, 64], shared_layout(16))
@@ -148,6 +153,7 @@ def delta_prepare_kernel(
         product = warpgroup_mma(rounded, below.index(level), nothing, use_acc=False)
         product = gl.convert_layout((-product).to(gl.float16), OPERAND)
         inverse = warpgroup_mma(product, diagonal.index(level), inverse)
+    inverse *= vectors.index(0).load(ROW)[:, None] * vectors.index(2).load(COLUMN)[None, :]
     store_scratch(inverse_ptr, tile, 0, inverse.to(dtype), 64, 64)
 
 
