@@ -132,8 +132,9 @@ def delta_prepare_kernel(
         decay = gl.exp2(gl.where(i[:, None] >= j[None, :], between, float("-inf")))
     else:
         decay = gl.where(i[:, None] >= j[None, :], gl.full([64, 64], 1.0, gl.float32, S), 0.0)
-    scores, a, q_tile, k_tile = warpgroup_mma_wait(0, deps=[scores, a, q_tile, k_tile])
+    scores = warpgroup_mma_wait(1, deps=[scores])
     store_scratch(scores_ptr, tile, 0, (scores * decay * scale).to(dtype), 64, 64)
+    a, q_tile, k_tile = warpgroup_mma_wait(0, deps=[a, q_tile, k_tile])
     # With D the roots of |beta|, D^-1 A D, whose rows and columns of small beta keep their digits in fp16.
     a *= vectors.index(1).load(ROW)[:, None] * vectors.index(0).load(COLUMN)[None, :]
     a = gl.where(i[:, None] > j[None, :], a * decay, 0.0)
