@@ -1,8 +1,13 @@
 """The sweep of `delta_backward` that writes dS of every chunk, and `delta_gradients`, in one for Hopper GPUs, in Gluon.
 
 A program passes through the chunks of a split from the last one down. One warp fetches them by TMA. One warpgroup
-carries dS^T in registers, and leaves dS and beta E of each chunk in shared memory, where another takes them for all
+carries dS^T in registers, and leaves dS and beta E of each chunk in shared memory, where two others take them for all
 gradients of that chunk: neither goes to memory. V is cut into two halves, of which every tile has its own.
+
+With x = Lambda . (beta E V'^T), whose diagonal is beta^2 times d_beta, and P of the chunk:
+
+    dQ = s exp(G) . (dO S^T) + s ((dO V'^T) . Lambda) K        Y = x without its diagonal + its transpose
+    dK = exp(G_C - G) . (V' dS^T) + s ((dO V'^T) . Lambda)^T Q - exp(G) . (beta E S^T) - Y K
 """
 
 from triton.experimental import gluon
@@ -159,7 +164,6 @@ def _queries(
         d_scores = warpgroup_mma(d_out_2, values.index(1), d_scores, is_async=True)
         if D_GATE:
             through = sum_products(states.index(0), d_states.index(0), K)
-        weights = decay_between(vectors, stage, S, GATE) * scale
         mbarrier.wait(ready.index(2), turn)  # also keeps the next wait behind the arithmetic
         d_scores = warpgroup_mma_wait(0, deps=[d_scores])
         dq = warpgroup_mma(d_out, states.index(0), nothing_wide, use_acc=False, is_async=True)
@@ -169,6 +173,7 @@ def _queries(
         synchronize()
         mbarrier.arrive(free.index(2))
         mbarrier.arrive(free.index(4))
+        weights = decay_between(vectors, stage, S, GATE) * scale
         d_scores = gl.where(i[:, None] >= j[None, :], d_scores * weights, 0.0)
         d_scores = gl.convert_layout(d_scores.to(dtype), gl.DotOperandLayout(0, OUT, 2))
         weight = gl.full([64], 1.0, gl.float32, WIDE) * scale
@@ -248,13 +253,13 @@ def _keys(
         d_scores_t = warpgroup_mma(values_t_2, d_outs.index(stage * 2 + 1).permute((1, 0)), d_scores_t, is_async=True)
         if D_GATE:
             through = sum_products(states.index(1), d_states.index(1), K)
-        weights = decay_between(vectors, stage, S, GATE) * -scale
         mbarrier.wait(ready.index(2), turn)  # also keeps the next wait behind the arithmetic
         d_scores_t = warpgroup_mma_wait(0, deps=[d_scores_t])
         dk = warpgroup_mma(values_t, d_states.index(0), nothing_wide, use_acc=False, is_async=True)
         dk = warpgroup_mma(values_t_2, d_states.index(1), dk, is_async=True)
         if D_GATE:
             later = -gl.sum(d_scores_t * squares.index(1).permute((1, 0)).load(S).to(gl.float32), 1)
+        weights = decay_between(vectors, stage, S, GATE) * -scale
         d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0)
         d_scores_t = gl.convert_layout(d_scores_t.to(dtype), gl.DotOperandLayout(0, OUT, 2))
         mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already: keeps the next wait behind the arithmetic

@@ -144,8 +144,7 @@ def product_of(states, d_states, K: gl.constexpr, V: gl.constexpr, WARPS: gl.con
 
 @gluon.jit
 def as_operand(x, staged, OUT: gl.constexpr, WARPS: gl.constexpr):
-    """x [64, 64] as the first operand of a product: of two warpgroups, which have half of it each, in shared memory once
-    they have met."""
+    """x [64, 64] as the first operand of a product: of two warpgroups, which have half of it each, in shared memory."""
     if WARPS == 4:
         return gl.convert_layout(x, gl.DotOperandLayout(0, OUT, 2))
     else:

@@ -7,7 +7,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from longspan.kernels.linear.delta_tiles import CHUNK, LEFT_OUT, SEARCHED
 from longspan.kernels.sparse.hopper.tiles import LOG2E, row_layout, synchronize
 
-BETA, FROM_START, TO_END, G = (gl.constexpr(n) for n in range(4))  # rows 0, 1, 4 and 5 (in base 2) of `delta_tiles.load_row`
+# Rows 0, 1, 4 and, in base 2, 5 of `delta_tiles.load_row`.
+BETA, FROM_START, TO_END, G = (gl.constexpr(n) for n in range(4))
 VECTORS = gl.constexpr(4)
 
 
