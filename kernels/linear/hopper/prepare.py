@@ -36,8 +36,8 @@ def fill_rows(
     g_ptr, beta_ptr, rows_ptr, vectors, first, head, tile, length, g_stride_t, g_stride_h, beta_stride_t,
     beta_stride_h, GATE: gl.constexpr,
 ):  # fmt: skip
-    """Rows 0, 1, 4 and 5 of `delta_tiles.load_row`, which are all that the Hopper kernels read. To `vectors`: the root of
-    |beta|, beta over it, 1 over it, log2 of the decay from the start of the chunk."""
+    """Rows 0, 1, 4 and 5 of `delta_tiles.load_row`, which are all that the Hopper kernels read. To `vectors`: the root
+    of |beta|, beta over it, 1 over it, log2 of the decay from the start of the chunk."""
     token = gl.arange(0, 64, gl.BlockedLayout([2], [32], [4], [0]))
     at = rows_ptr + tile.to(gl.int64) * (8 * 64) + token * 4
     beta_ptr += first.to(gl.int64) * beta_stride_t + head * beta_stride_h

@@ -64,9 +64,7 @@ def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.
 
 
 @gluon.jit
-def _carry(
-    place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr
-):
+def _carry(place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr):
     """dS and beta E of every chunk, and dv."""
     first, length, _, head, chunks = place
     (
@@ -74,7 +72,6 @@ def _carry(
     ) = tiles_of  # fmt: skip
     OUT: gl.constexpr = product_layout(K)
     S: gl.constexpr = product_layout(64)
-    ROW: gl.constexpr = gl.SliceLayout(1, S)
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
     dtype: gl.constexpr = k_tiles.dtype
     column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, K, gl.SliceLayout(0, OUT))
@@ -222,9 +219,7 @@ def _queries(
 
 
 @gluon.jit
-def _keys(
-    place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr
-):
+def _keys(place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr):
     """dk and d_decay."""
     first, length, _, head, chunks = place
     _, dk_ptr, _, d_decay_ptr = out

@@ -73,7 +73,6 @@ def _carry(
     ) = tiles_of  # fmt: skip
     OUT: gl.constexpr = product_layout(K)
     S: gl.constexpr = product_layout(64)
-    ROW: gl.constexpr = gl.SliceLayout(1, S)
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
     dtype: gl.constexpr = k_tiles.dtype
     column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, K, gl.SliceLayout(0, OUT))
