@@ -178,13 +178,8 @@ def _launch(
 
         forward.launch(mode, call, prepared, num_splits, tables, entries, out, states, sums)
     elif num_splits:
-<<<<<<< HEAD
         forward_kernel[(num_splits * call.heads * cdiv(columns, block),)](
-            q, k, v, *prepared, entries, out, *states, *sums,
-=======
-        forward_kernel[(num_splits * call.heads * triton.cdiv(columns, block),)](
             q, k, v, call.write, call.total, *prepared, entries, out, *states, *sums,
->>>>>>> h-kda
             *((tables.summed, tables.needed) if tables else (None, None)),
             splits.first, splits.length, splits.split_chunk, splits.forward.row, splits.sum_row,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], call.scale, call.heads,

@@ -10,7 +10,8 @@ import torch
 
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.launch import launched
-from longspan.kernels.linear.delta_tiles import CHUNK, Prepared, load_tokens
+from longspan.kernels.linear import hopper
+from longspan.kernels.linear.delta_tiles import CHUNK, SMALLEST_BETA, Prepared, load_tokens
 from longspan.kernels.linear.form import CLOSED_FP32
 
 CLOSED = tl.constexpr(CLOSED_FP32)
@@ -29,6 +30,7 @@ def prepare_kernel(
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, g_stride_t, g_stride_h, beta_stride_t, beta_stride_h, scale, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GATE: tl.constexpr, FIRST: tl.constexpr, INVERSE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+    SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head. Writes T and P [CHUNK, CHUNK] and the rows of `load_row` [2, CHUNK, 4]."""
     tile = tl.program_id(0).to(tl.int64)
@@ -42,6 +44,7 @@ def prepare_kernel(
     k = load_tokens(k_ptr, k_stride_t, length, key, CHUNK, K, K == BLOCK_K)
     beta_at = beta_ptr + first * beta_stride_t + head * beta_stride_h + token * beta_stride_t
     beta = tl.load(beta_at, mask=token < length, other=0.0).to(tl.float32)
+    beta = tl.where(tl.abs(beta) < SMALLEST, SMALLEST, beta)
     rows_at = rows_ptr + tile * (8 * CHUNK) + token * 4
     tl.store(rows_at, beta)
 
@@ -128,11 +131,16 @@ def prepare(call) -> Prepared:
     )
     q, k, g, beta = call.q, call.k, call.log_decay, call.beta
     width, merges = call.widths[0], MERGES[q.dtype]
-    if call.num_tiles:
+    if call.num_tiles and hopper.takes(call) and merges == "fp16":
+        from longspan.kernels.linear.hopper import prepare as prepare_hopper
+
+        prepare_hopper.launch(call, prepared)
+    elif call.num_tiles:
         prepare_kernel[(call.num_tiles,)](
             q, k, g, beta, *prepared, *call.chunks,
             *q.stride()[:2], *k.stride()[:2], *call.decay_strides, *beta.stride(), call.scale, call.heads,
             **call.constants, FIRST=SUBSTITUTED, INVERSE_PRECISION=merges,
+            SMALLEST=SMALLEST_BETA if hopper.takes(call) else 0.0,
             num_warps=WARPS[q.element_size()][width], maxnreg=REGISTERS[merges] if width <= 128 else None,
         )  # fmt: skip
     return prepared

@@ -15,6 +15,7 @@ from longspan.kernels.linear.splits import LEFT_OUT_LOG2, Splits, padded
 
 CHUNK = 64
 LEFT_OUT = tl.constexpr(LEFT_OUT_LOG2 * math.log(2))
+SMALLEST_BETA = 2.0**-20  # of the Hopper kernels, which divide by it; lost in the rounding of 16-bit numbers
 SEARCHED = tl.constexpr(32)  # chunks whose decays are read at once
 
 

@@ -115,7 +115,7 @@ class Product:
         )
         a, b = (x.float() for x in self.seen)
         acc = self.acc.result if isinstance(self.acc, Product) else self.acc
-        assert a.shape[0] == 16 * _here.warps and a.dtype == b.dtype and acc.dtype == torch.float32
+        assert a.shape[0] == 16 * min(_here.warps, 4) and a.dtype == b.dtype and acc.dtype == torch.float32
         self.result = _tensor(a @ b + acc if self.use_acc else a @ b)
 
 
@@ -250,11 +250,13 @@ def _modules() -> dict[str, ModuleType]:
         arange=lambda start, stop, layout: _tensor(torch.arange(start, stop)),
         full=lambda shape, value, dtype, layout: _tensor(torch.full(shape, value, dtype=dtype)),
         where=lambda c, x, y: torch.where(_tensor(c), x, y), minimum=_two(torch.minimum), maximum=_two(torch.maximum),
-        exp=torch.exp, abs=torch.abs, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
+        exp=torch.exp, abs=torch.abs, sqrt=torch.sqrt, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
         max=lambda x, axis: x.amax(axis),
         fma=lambda x, y, z: x * y + z, log2=torch.log2, full_like=lambda x, value: torch.zeros_like(x) + value,
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
+        associative_scan=lambda x, axis, combine: x.cumsum(axis), join=lambda x, y: torch.stack((x, y), -1),
+        float64=torch.float64,
         float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
         SliceLayout=_anything, BlockedLayout=_anything, NVMMADistributedLayout=_anything, DotOperandLayout=_anything,
         NVMMASharedLayout=_anything, SwizzledSharedLayout=_anything, DistributedLinearLayout=_anything,

@@ -8,7 +8,7 @@ import torch
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.linear.splits import Splits
 
-MODULES = "forward", "backward", "reverse"
+MODULES = "prepare", "forward", "backward", "reverse"
 SPANS = Spans((0, 1, 2, 66, 67, 690), (1, 2, 4), (2, 4), (1, 2))
 
 
@@ -45,9 +45,17 @@ def test_everything(delta, emulated, monkeypatch, decay):
         monkeypatch.setattr(module, "launch", launch)
     given = forms.random_inputs(SPANS, 1, 128, 128, decay, 1, dtype=torch.bfloat16)
     found = run(delta, given)
-    assert launched == ["forward", "forward", "backward", "forward", "reverse"]
+    assert launched == ["prepare", "forward", "forward", "backward", "forward", "reverse"]
     wanted = forms.expected(SPANS, *given, 0.3)
     forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 1e-2))
+
+
+def test_tokens_that_write_nothing(delta):
+    """beta is not zero to the kernels, which divide by it."""
+    given = forms.random_inputs(SPANS, 1, 128, 128, "medium", 1, dtype=torch.bfloat16)
+    given[0]["beta"][::3] = 0
+    wanted = forms.expected(SPANS, *given, 0.3)
+    forms.assert_within(forms.errors(run(delta, given), wanted), dict.fromkeys(wanted, 1e-2))
 
 
 def test_documents_do_not_see_each_other(delta):

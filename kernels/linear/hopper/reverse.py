@@ -1,8 +1,13 @@
 """The sweep of `delta_backward` that writes dS of every chunk, and `delta_gradients`, in one for Hopper GPUs, in Gluon.
 
 A program passes through the chunks of a split from the last one down. One warp fetches them by TMA. One warpgroup
-carries dS^T in registers, and leaves dS and E of each chunk in shared memory, where another takes them for all
+carries dS^T in registers, and leaves dS and beta E of each chunk in shared memory, where two others take them for all
 gradients of that chunk: neither goes to memory. V is cut into two halves, of which every tile has its own.
+
+With x = Lambda . (beta E V'^T), whose diagonal is beta^2 times d_beta, and P of the chunk:
+
+    dQ = s exp(G) . (dO S^T) + s ((dO V'^T) . Lambda) K        Y = x without its diagonal + its transpose
+    dK = exp(G_C - G) . (V' dS^T) + s ((dO V'^T) . Lambda)^T Q - exp(G) . (beta E S^T) - Y K
 """
 
 from triton.experimental import gluon
@@ -37,7 +42,7 @@ from longspan.kernels.sparse.hopper.tiles import async_load, product_layout, row
 def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr):
     first, _, tile, head, chunks = place
     q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr = feed
-    vectors, q_tiles, k_tiles, d_outs, squares, states, values, _, _, _, ready, free = tiles_of
+    vectors, q_tiles, k_tiles, d_outs, squares, states, values, _, _, _, _, ready, free = tiles_of
     for n in range(0, chunks):
         chunk = chunks - 1 - n
         stage, at, token = n % 2, tile + chunk * H, first + chunk * 64
@@ -60,21 +65,15 @@ def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.
 
 
 @gluon.jit
-def _carry(
-    place, exit_row, exit_at, given, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
-    D_GATE: gl.constexpr,
-):  # fmt: skip
-    """dS and E of every chunk, dv, <S, dS> and what d_beta has of E V."""
+def _carry(place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr):
+    """dS and beta E of every chunk, and dv."""
     first, length, _, head, chunks = place
-    v_ptr, v_stride_t, v_stride_h = given
     (
-        vectors, q_tiles, k_tiles, d_outs, squares, states, _, d_states, errors_t, sums, ready, free,
+        vectors, q_tiles, k_tiles, d_outs, squares, _, _, d_states, errors_t, _, _, ready, free,
     ) = tiles_of  # fmt: skip
     OUT: gl.constexpr = product_layout(K)
-    PART: gl.constexpr = row_layout(K)
     S: gl.constexpr = product_layout(64)
-    ROW: gl.constexpr = gl.SliceLayout(1, S)
-    i, j = gl.arange(0, 64, ROW), gl.arange(0, 64, gl.SliceLayout(0, S))
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S)
     dtype: gl.constexpr = k_tiles.dtype
     column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, K, gl.SliceLayout(0, OUT))
     at_state = column[:, None] + key[None, :] * V
@@ -101,54 +100,131 @@ def _carry(
             vectors, stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
         mbarrier.wait(free.index(5), turn ^ 1)
-        errors_t.index(0).store(errors.to(dtype))
+        beta = vectors.index(stage * VECTORS + BETA).load(COLUMN)[None, :]
+        errors_t.index(0).store((errors * beta).to(dtype))
         state, operand = warpgroup_mma_wait(0, deps=[pending, operand])
         pending, operand, errors = step(
             second, d_states.index(1), d_outs.index(stage * 2 + 1), q_tile, k_tile, squares.index(0), squares.index(1),
             vectors, stage * VECTORS, scale, K, GATE,
         )  # fmt: skip
-        errors_t.index(1).store(errors.to(dtype))
+        beta = vectors.index(stage * VECTORS + BETA).load(COLUMN)[None, :]
+        errors_t.index(1).store((errors * beta).to(dtype))
         fence_async_shared()
         synchronize()
         mbarrier.arrive(ready.index(5))
         second, operand = warpgroup_mma_wait(0, deps=[pending, operand])
-        token, beta = first + (chunks - 1 - n) * 64, vectors.index(stage * VECTORS + BETA).load(ROW)
-        from_values = gl.full([64], 0.0, gl.float32, ROW)
+        token = first + (chunks - 1 - n) * 64
         for part in gl.static_range(2):
-            error = errors_t.index(part).permute((1, 0)).load(S).to(gl.float32)
-            at = v_ptr + token.to(gl.int64) * v_stride_t + head * v_stride_h + part * 64
-            at += i[:, None] * v_stride_t + j[None, :]
-            v = gl.load(at, mask=(i < left)[:, None], other=0.0)
-            from_values += gl.sum(error * v.to(gl.float32), 1)
-            store_half(dv_ptr, token, head, left, H, part * 64, error * beta[:, None], V)
-        sums.index(1).store(from_values)
+            d_v = errors_t.index(part).permute((1, 0)).load(S)
+            store_half(dv_ptr, token, head, left, H, part * 64, d_v, V)
         synchronize()
         mbarrier.arrive(free.index(stage))
         mbarrier.arrive(free.index(2))
-        mbarrier.wait(ready.index(3), turn)
-        if D_GATE:
-            product = gl.full([16, K], 0.0, gl.float32, PART)
-            for part in gl.static_range(V // 16):
-                s = states.index(part // 4).slice(part % 4 * 16, 16).load(PART)
-                d_s = d_states.index(part // 4).slice(part % 4 * 16, 16).load(PART)
-                product += s.to(gl.float32) * d_s.to(gl.float32)
-            through = gl.sum(gl.sum(product, 1), 0)
-            sums.index(0).store(gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, PART)) + through)
-        synchronize()
-        mbarrier.arrive(ready.index(6))
-        mbarrier.arrive(free.index(3))
 
 
 @gluon.jit
-def _gradients(
+def sum_products(state, d_state, K: gl.constexpr):
+    """<S, dS> of 64 columns of V, summed over all but 16 rows."""
+    PART: gl.constexpr = row_layout(K)
+    product = gl.full([16, K], 0.0, gl.float32, PART)
+    for part in gl.static_range(4):
+        s, d_s = state.slice(part * 16, 16).load(PART), d_state.slice(part * 16, 16).load(PART)
+        product += s.to(gl.float32) * d_s.to(gl.float32)
+    return gl.sum(product, 1)
+
+
+@gluon.jit
+def _queries(
     place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr
 ):
-    """All other gradients."""
-    first, length, tile, head, chunks = place
-    dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr = out
-    (
-        vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, ready, free,
-    ) = tiles_of  # fmt: skip
+    """dq, d_beta, and for `_keys` Y, from the gradient of K K^T, and what decays have of queries and pairs of keys."""
+    first, length, _, head, chunks = place
+    dq_ptr, _, d_beta_ptr, _ = out
+    vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, pairs, ready, free = tiles_of
+    S: gl.constexpr = product_layout(64)
+    OUT: gl.constexpr = product_layout(K)
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
+    WIDE: gl.constexpr = gl.SliceLayout(1, OUT)
+    dtype: gl.constexpr = k_tiles.dtype
+    i, j = gl.arange(0, 64, ROW), gl.arange(0, 64, gl.SliceLayout(0, S))
+    nothing = gl.full([64, 64], 0.0, gl.float32, S)
+    nothing_wide = gl.full([64, K], 0.0, gl.float32, OUT)
+    for n in range(0, chunks):
+        chunk = chunks - 1 - n
+        stage, left, turn, token = n % 2, length - chunk * 64, n & 1, first + chunk * 64
+        q_tile, k_tile, d_out, d_out_2 = (
+            q_tiles.index(stage), k_tiles.index(stage), d_outs.index(stage * 2), d_outs.index(stage * 2 + 1),
+        )  # fmt: skip
+        mbarrier.wait(ready.index(stage), n // 2 & 1)
+        mbarrier.wait(ready.index(3), turn)
+        mbarrier.wait(ready.index(4), turn)  # dS is there, and what is beyond the last token is cleared
+        d_scores = warpgroup_mma(d_out, values.index(0), nothing, use_acc=False, is_async=True)
+        d_scores = warpgroup_mma(d_out_2, values.index(1), d_scores, is_async=True)
+        if D_GATE:
+            through = sum_products(states.index(0), d_states.index(0), K)
+        mbarrier.wait(ready.index(2), turn)  # also keeps the next wait behind the arithmetic
+        d_scores = warpgroup_mma_wait(0, deps=[d_scores])
+        dq = warpgroup_mma(d_out, states.index(0), nothing_wide, use_acc=False, is_async=True)
+        dq = warpgroup_mma(d_out_2, states.index(1), dq, is_async=True)
+        if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
+            later = gl.sum(d_scores * squares.index(1).load(S).to(gl.float32), 1)
+        synchronize()
+        mbarrier.arrive(free.index(2))
+        mbarrier.arrive(free.index(4))
+        weights = decay_between(vectors, stage, S, GATE) * scale
+        d_scores = gl.where(i[:, None] >= j[None, :], d_scores * weights, 0.0)
+        d_scores = gl.convert_layout(d_scores.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+        weight = gl.full([64], 1.0, gl.float32, WIDE) * scale
+        if GATE:
+            weight *= vectors.index(stage * VECTORS + FROM_START).load(WIDE)
+        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already: keeps the next wait behind the arithmetic
+        dq = warpgroup_mma_wait(0, deps=[dq]) * weight[:, None]
+        if D_GATE:
+            later += gl.convert_layout(gl.sum(q_tile.load(OUT).to(gl.float32) * dq, 1), ROW)
+        dq = warpgroup_mma(d_scores, k_tile, dq, is_async=True)
+        dq, d_scores = warpgroup_mma_wait(0, deps=[dq, d_scores])
+        store_tokens(dq_ptr, token, head, left, H, dq, K)
+        mbarrier.wait(ready.index(5), turn)
+        values_t, values_t_2 = values.index(0).permute((1, 0)), values.index(1).permute((1, 0))
+        errors, errors_2 = errors_t.index(0).permute((1, 0)), errors_t.index(1).permute((1, 0))
+        x = warpgroup_mma(errors, values.index(0), nothing, use_acc=False, is_async=True)
+        x = warpgroup_mma(errors_2, values.index(1), x, is_async=True)
+        x_t = warpgroup_mma(values_t, errors_t.index(0), nothing, use_acc=False, is_async=True)
+        x_t = warpgroup_mma(values_t_2, errors_t.index(1), x_t, is_async=True)
+        between = decay_between(vectors, stage, S, GATE)
+        beta = vectors.index(stage * VECTORS + BETA).load(ROW)
+        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already, as above
+        x, x_t = warpgroup_mma_wait(0, deps=[x, x_t])
+        synchronize()
+        mbarrier.arrive(free.index(3))
+        mbarrier.arrive(free.index(5))
+        x = gl.where(i[:, None] >= j[None, :], x * between, 0.0)
+        x_t = gl.where(i[:, None] < j[None, :], x_t * between, 0.0)
+        # d_beta = <E, V'> / beta, with what T has of it. beta is not zero: `SMALLEST_BETA`
+        d_beta = gl.sum(gl.where(i[:, None] == j[None, :], x, 0.0), 1) / (beta * beta)
+        x = gl.where(i[:, None] == j[None, :], 0.0, x)
+        if D_GATE:
+            kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(free.index(6), turn ^ 1)
+        pairs.store((x + x_t).to(dtype))
+        if D_GATE:  # K K^T is its own transpose
+            kk = warpgroup_mma_wait(0, deps=[kk])
+            later += gl.sum(kk * (x_t - x), 1)
+            sums.index(0).slice(0, 16).store(through)
+            sums.index(1).store(later)
+        fence_async_shared()
+        synchronize()
+        mbarrier.arrive(ready.index(6))
+        mbarrier.arrive(free.index(stage))
+        gl.store(d_beta_ptr + token.to(gl.int64) * H + head + i * H, d_beta, mask=i < left)
+
+
+@gluon.jit
+def _keys(place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr):
+    """dk and d_decay."""
+    first, length, _, head, chunks = place
+    _, dk_ptr, _, d_decay_ptr = out
+    vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, pairs, ready, free = tiles_of
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(K)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
@@ -161,115 +237,83 @@ def _gradients(
     for n in range(0, chunks):
         chunk = chunks - 1 - n
         stage, left, turn, token = n % 2, length - chunk * 64, n & 1, first + chunk * 64
-        q_tile, k_tile, d_out, d_out_2 = (
-            q_tiles.index(stage), k_tiles.index(stage), d_outs.index(stage * 2), d_outs.index(stage * 2 + 1),
-        )  # fmt: skip
+        q_tile, k_tile = q_tiles.index(stage), k_tiles.index(stage)
         values_t, values_t_2 = values.index(0).permute((1, 0)), values.index(1).permute((1, 0))
         errors, errors_2 = errors_t.index(0).permute((1, 0)), errors_t.index(1).permute((1, 0))
         mbarrier.wait(ready.index(stage), n // 2 & 1)
         mbarrier.wait(ready.index(3), turn)
         mbarrier.wait(ready.index(4), turn)  # dS is there, and what is beyond the last token is cleared
-        d_scores = warpgroup_mma(d_out, values.index(0), nothing, use_acc=False, is_async=True)
-        d_scores = warpgroup_mma(d_out_2, values.index(1), d_scores, is_async=True)
-        d_scores_t = warpgroup_mma(values_t, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        d_scores_t = warpgroup_mma(values_t_2, d_out_2.permute((1, 0)), d_scores_t, is_async=True)
-        beta = vectors.index(stage * VECTORS + BETA).load(ROW)
-        between = decay_between(vectors, stage, S, GATE)
+        d_scores_t = warpgroup_mma(
+            values_t, d_outs.index(stage * 2).permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
+        d_scores_t = warpgroup_mma(values_t_2, d_outs.index(stage * 2 + 1).permute((1, 0)), d_scores_t, is_async=True)
+        if D_GATE:
+            through = sum_products(states.index(1), d_states.index(1), K)
         mbarrier.wait(ready.index(2), turn)  # also keeps the next wait behind the arithmetic
-        d_scores, d_scores_t = warpgroup_mma_wait(0, deps=[d_scores, d_scores_t])
-        dq = warpgroup_mma(d_out, states.index(0), nothing_wide, use_acc=False, is_async=True)
-        dq = warpgroup_mma(d_out_2, states.index(1), dq, is_async=True)
-        if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
-            pairs = d_scores * squares.index(1).load(S).to(gl.float32)
-            pairs -= d_scores_t * squares.index(1).permute((1, 0)).load(S).to(gl.float32)
-            from_queries = gl.sum(pairs, 1)
-        synchronize()
-        mbarrier.arrive(free.index(2))
-        weights = between * scale
-        d_scores = gl.where(i[:, None] >= j[None, :], d_scores * weights, 0.0)
-        d_scores = gl.convert_layout(d_scores.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-        d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0)
-        d_scores_t = gl.convert_layout(d_scores_t.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-        weight = gl.full([64], 1.0, gl.float32, WIDE) * scale
-        if GATE:
-            from_start = vectors.index(stage * VECTORS + FROM_START).load(WIDE)
-            weight *= from_start
-        mbarrier.wait(ready.index(4), turn)  # passed already: keeps the next wait behind the arithmetic
-        dq = warpgroup_mma_wait(0, deps=[dq]) * weight[:, None]
+        d_scores_t = warpgroup_mma_wait(0, deps=[d_scores_t])
         dk = warpgroup_mma(values_t, d_states.index(0), nothing_wide, use_acc=False, is_async=True)
         dk = warpgroup_mma(values_t_2, d_states.index(1), dk, is_async=True)
         if D_GATE:
-            from_queries += gl.convert_layout(gl.sum(q_tile.load(OUT).to(gl.float32) * dq, 1), ROW)
-        dq = warpgroup_mma(d_scores, k_tile, dq, is_async=True)
-        dq, dk, d_scores = warpgroup_mma_wait(0, deps=[dq, dk, d_scores])
+            later = -gl.sum(d_scores_t * squares.index(1).permute((1, 0)).load(S).to(gl.float32), 1)
+        weights = decay_between(vectors, stage, S, GATE) * -scale
+        d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0)
+        d_scores_t = gl.convert_layout(d_scores_t.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already: keeps the next wait behind the arithmetic
+        dk = -warpgroup_mma_wait(0, deps=[dk])  # from here on -dk: what beta E has of it is added as it is
         synchronize()
+        mbarrier.arrive(free.index(2))
         mbarrier.arrive(free.index(4))
-        store_tokens(dq_ptr, token, head, left, H, dq, K)
         if GATE:
             dk = dk * vectors.index(stage * VECTORS + TO_END).load(WIDE)[:, None]
         if D_GATE:
-            from_keys = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW)
-        dk = warpgroup_mma(d_scores_t, q_tile, dk, is_async=True)
+            earlier = -gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW)
         mbarrier.wait(ready.index(5), turn)
-        x = warpgroup_mma(errors, values.index(0), nothing, use_acc=False, is_async=True)
-        x = warpgroup_mma(errors_2, values.index(1), x, is_async=True)
-        x_t = warpgroup_mma(values_t, errors_t.index(0), nothing, use_acc=False, is_async=True)
-        x_t = warpgroup_mma(values_t_2, errors_t.index(1), x_t, is_async=True)
-        between = decay_between(vectors, stage, S, GATE)
-        beta_column = vectors.index(stage * VECTORS + BETA).load(COLUMN)
-        mbarrier.wait(ready.index(5), turn)  # passed already, as above
-        dk, d_scores_t, x, x_t = warpgroup_mma_wait(0, deps=[dk, d_scores_t, x, x_t])
-        kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        x = gl.where(i[:, None] > j[None, :], x * between, 0.0)
-        x_t = gl.where(i[:, None] < j[None, :], x_t * between, 0.0)
-        x_t = x_t * beta_column[None, :]
-        y = -(x * beta[:, None] + x_t)
-        y = gl.convert_layout(y.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-        mbarrier.wait(ready.index(5), turn)  # passed already, as above
-        kk = warpgroup_mma_wait(0, deps=[kk])
-        dkw = warpgroup_mma(errors, states.index(0), nothing_wide, use_acc=False, is_async=True)
-        dkw = warpgroup_mma(errors_2, states.index(1), dkw, is_async=True)
-        d_beta = -gl.sum(kk * x, 1)
-        if D_GATE:  # K K^T is its own transpose
-            from_queries += gl.sum(kk * x_t, 1) + beta * d_beta
-        mbarrier.wait(ready.index(5), turn)  # passed already, as above
-        dkw = warpgroup_mma_wait(0, deps=[dkw])
         if GATE:
-            dkw = dkw * from_start[:, None]
-        k_dkw = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dkw, 1), ROW)
-        d_beta -= k_dkw
-        dk = dk - gl.convert_layout(beta, WIDE)[:, None] * dkw
-        dk = warpgroup_mma(y, k_tile, dk, is_async=True)
-        mbarrier.wait(ready.index(6), turn)
-        d_beta += sums.index(1).load(ROW)
-        at = token.to(gl.int64) * H + head
-        gl.store(d_beta_ptr + at + i * H, d_beta, mask=i < left)
-        if D_GATE:
-            through = gl.where(i == 63, sums.index(0).load(ROW), 0.0)
-            if GATE:
-                through *= gl.convert_layout(from_start, ROW)
-            sums.index(2).store(from_queries + through - beta * k_dkw)
-            sums.index(3).store(from_keys)
-            synchronize()
-            later, earlier = sums.index(2).load(COLUMN), sums.index(3).load(COLUMN)
-            d_decay = gl.sum(gl.where(i[:, None] <= j[None, :], later[None, :], earlier[None, :]), 1)
-            gl.store(d_decay_ptr + at + i * H, d_decay, mask=i < left)
-        mbarrier.wait(ready.index(6), turn)  # passed already, as above
-        dk, y = warpgroup_mma_wait(0, deps=[dk, y])
+            from_start = vectors.index(stage * VECTORS + FROM_START).load(ROW)
+            total = vectors.index(stage * VECTORS + FROM_START).slice(63, 1).load(ROW)
+            error = (errors.load(S).to(gl.float32) * from_start[:, None]).to(dtype)
+            error = gl.convert_layout(error, gl.DotOperandLayout(0, OUT, 2))
+            dk = warpgroup_mma(error, states.index(0), dk, is_async=True)
+            error_2 = (errors_2.load(S).to(gl.float32) * from_start[:, None]).to(dtype)
+            error_2 = gl.convert_layout(error_2, gl.DotOperandLayout(0, OUT, 2))
+            dk = warpgroup_mma(error_2, states.index(1), dk, is_async=True)
+            dk, error, error_2 = warpgroup_mma_wait(0, deps=[dk, error, error_2])
+        else:
+            dk = warpgroup_mma(errors, states.index(0), dk, is_async=True)
+            dk = warpgroup_mma(errors_2, states.index(1), dk, is_async=True)
+            dk = warpgroup_mma_wait(0, deps=[dk])
         synchronize()
-        mbarrier.arrive(free.index(stage))
         mbarrier.arrive(free.index(3))
         mbarrier.arrive(free.index(5))
-        store_tokens(dk_ptr, token, head, left, H, dk, K)
+        if D_GATE:
+            read = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW) + earlier
+        dk = warpgroup_mma(d_scores_t, q_tile, dk, is_async=True)
+        mbarrier.wait(ready.index(6), turn)
+        dk = warpgroup_mma(pairs, k_tile, dk, is_async=True)
+        if D_GATE:
+            sums.index(0).slice(16, 16).store(through)
+            sums.index(2).store(later - read)
+            sums.index(3).store(earlier)
+            synchronize()
+            below = sums.index(1).load(COLUMN) + sums.index(2).load(COLUMN)
+            above = sums.index(3).load(COLUMN)
+            through = gl.sum(sums.index(0).slice(0, 32).load(COLUMN), 0) * total
+            d_decay = gl.sum(gl.where(i[:, None] <= j[None, :], below[None, :], above[None, :]), 1) + through
+            gl.store(d_decay_ptr + token.to(gl.int64) * H + head + i * H, d_decay, mask=i < left)
+        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already, as above
+        dk, d_scores_t = warpgroup_mma_wait(0, deps=[dk, d_scores_t])
+        synchronize()
+        mbarrier.arrive(free.index(stage))
+        mbarrier.arrive(free.index(6))
+        store_tokens(dk_ptr, token, head, left, H, -dk, K)
 
 
 @launched
 @gluon.jit(do_not_specialize=["scale"])
 def delta_reverse_kernel(
-    q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr, v_ptr, exit_ptr,
+    q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr, exit_ptr,
     dq_ptr, dk_ptr, dv_ptr, d_beta_ptr, d_decay_ptr, first_ptr, length_ptr, split_chunk_ptr, exit_row_ptr,
-    v_stride_t, v_stride_h, scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
-    D_GATE: gl.constexpr,
+    scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr,
 ):  # fmt: skip
     """Grid: (splits * H). Pointers and tables as in `delta_backward` and `delta_gradients`."""
     dtype: gl.constexpr = k_desc.dtype
@@ -280,13 +324,13 @@ def delta_reverse_kernel(
     exit_at = exit_ptr + (gl.maximum(exit_row, 0).to(gl.int64) * H + head) * K * V
     first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
     tile = gl.load(split_chunk_ptr + split) * H + head
-    # Barriers: 0, 1 tokens and decays of a chunk; 2 T and P; 3 S and V'; 4 dS; 5 E; 6 sums.
+    # Barriers: 0, 1 tokens and decays of a chunk; 2 T and P; 3 S and V'; 4 dS; 5 beta E; 6 Y.
     ready = gl.allocate_shared_memory(gl.int64, [7, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [7, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(7):
         mbarrier.init(ready.index(n), count=1)
-    for n in gl.static_range(6):
-        mbarrier.init(free.index(n), count=2 if n < 4 else 1)
+    for n in gl.static_range(7):
+        mbarrier.init(free.index(n), count=3 if n < 3 else 2 if n < 6 else 1)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [2 * VECTORS, 64], plain),
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # Q
@@ -296,21 +340,22 @@ def delta_reverse_kernel(
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # S^T
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # V'^T
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # dS^T
-        gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # E^T
-        gl.allocate_shared_memory(gl.float32, [4, 64], plain),  # <S, dS>; E V and pairs summed over rows
+        gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # beta E^T, which is dv^T
+        gl.allocate_shared_memory(gl.float32, [4, 64], plain),  # <S, dS>; what decays have of tokens
+        gl.allocate_shared_memory(dtype, [64, 64], shared),  # Y
         ready, free,
     )  # fmt: skip
     place = first, length, tile, head, gl.cdiv(length, 64)
-    given = v_ptr, v_stride_t, v_stride_h
     out = dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr
     feed = q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr
     gl.warp_specialize(
         [
-            (_gradients, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
-            (_carry, (place, exit_row, exit_at, given, dv_ptr, tiles_of, scale, H, K, V, GATE, D_GATE)),
+            (_keys, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
+            (_carry, (place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K, V, GATE)),
+            (_queries, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
             (_fetch, (place, feed, tiles_of, H, K, V, GATE)),
         ],
-        [4, 1], [232, 24],
+        [4, 4, 1], [208, 136, 24],
     )  # fmt: skip
 
 
@@ -320,7 +365,7 @@ def launch(call, prepared, d_out, entering, exits, dq, dk, dv, d_beta, d_decay):
     delta_reverse_kernel[(splits.num_splits * call.heads,)](
         tokens_descriptor(call.q), tokens_descriptor(call.k), tokens_descriptor(d_out, 64),
         *(scratch_descriptor(x) for x in (prepared.inverse, prepared.scores)),
-        *(scratch_descriptor(x, 64) for x in entering), prepared.rows, call.v, exits, dq, dk, dv, d_beta, d_decay,
-        splits.first, splits.length, splits.split_chunk, splits.backward.row, *call.v.stride()[:2], call.scale,
+        *(scratch_descriptor(x, 64) for x in entering), prepared.rows, exits, dq, dk, dv, d_beta, d_decay,
+        splits.first, splits.length, splits.split_chunk, splits.backward.row, call.scale,
         call.heads, call.k.shape[2], call.v.shape[2], call.log_decay is not None, d_decay is not None, num_warps=4,
     )  # fmt: skip

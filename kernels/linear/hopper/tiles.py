@@ -4,21 +4,30 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from longspan.kernels.linear.delta_tiles import CHUNK, LEFT_OUT, SEARCHED
-from longspan.kernels.sparse.hopper.tiles import descriptor, row_layout, synchronize
+from longspan.kernels.sparse.hopper.tiles import LOG2E, descriptor, row_layout, synchronize
 
-BETA, FROM_START, TO_END, G = (gl.constexpr(n) for n in range(4))  # rows 0, 1, 4 and 5 of `delta_tiles.load_row`
+# Rows 0, 1, 4 and, in base 2, 5 of `delta_tiles.load_row`.
+BETA, FROM_START, TO_END, G = (gl.constexpr(n) for n in range(4))
 VECTORS = gl.constexpr(4)
 
 
 @gluon.constexpr_function
-def stored_layout(D):
-    """Of [64, D] results to be stored: 64 bytes of a row in four threads, by exchanges inside such fours."""
+def group_layout(N, WARPS):
+    """Of results [64, N] of one or two warpgroups, which have half of the columns each."""
+    return gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, N * 4 // WARPS, 16])
+
+
+@gluon.constexpr_function
+def stored_layout(D, WARPS=4):
+    """Of [64, D] results in `group_layout` to be stored: 64 bytes of a row in four threads, by exchanges inside such
+    fours."""
     registers, column = [[0, 1], [0, 2], [0, 4], [8, 0]], 32
-    while column < D:
+    while column < D * 4 // WARPS:
         registers.append([0, column])
         column *= 2
     lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, D])
+    warps = [[16, 0], [32, 0], [0, D // 2]]
+    return gl.DistributedLinearLayout(registers, lanes, warps[: 1 + WARPS // 4], [], [64, D])
 
 
 @gluon.jit
@@ -41,7 +50,7 @@ def fetch_vectors(rows_ptr, tile, vectors, stage, GATE: gl.constexpr):
     if GATE:
         vectors.index(stage * VECTORS + FROM_START).store(gl.load(at + 1))
         vectors.index(stage * VECTORS + TO_END).store(gl.load(at + 4 * 64))
-        vectors.index(stage * VECTORS + G).store(gl.load(at + 4 * 64 + 1))
+        vectors.index(stage * VECTORS + G).store(gl.load(at + 4 * 64 + 1) * LOG2E)
     synchronize()
 
 
@@ -51,16 +60,15 @@ def decay_between(vectors, stage, layout: gl.constexpr, GATE: gl.constexpr):
     if GATE:
         row = vectors.index(stage * VECTORS + G).load(gl.SliceLayout(1, layout))
         column = vectors.index(stage * VECTORS + G).load(gl.SliceLayout(0, layout))
-        log = row[:, None] - column[None, :]
-        return gl.exp(-gl.abs(log))
+        return gl.exp2(-gl.abs(row[:, None] - column[None, :]))
     else:
         return gl.full([64, 64], 1.0, gl.float32, layout)
 
 
 @gluon.jit
-def store_tokens(ptr, first, head, length, H, x, D: gl.constexpr):
+def store_tokens(ptr, first, head, length, H, x, D: gl.constexpr, WARPS: gl.constexpr = 4):
     """x [64, D] to the tokens from `first` on of [T, H, D]."""
-    layout: gl.constexpr = stored_layout(D)
+    layout: gl.constexpr = stored_layout(D, WARPS)
     x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
     token, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, D, gl.SliceLayout(0, layout))
     ptr += (first.to(gl.int64) * H + head) * D

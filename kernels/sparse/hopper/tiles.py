@@ -1,19 +1,25 @@
 """What the Hopper kernels share: layouts, the pipeline that feeds warpgroups, rows of tiles in registers."""
 
+import threading
 from functools import cache
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = gl.constexpr(1.4426950408889634)
+_thread = threading.local()
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.6
 synchronize = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6
 
 
 def descriptor(x, shape, strides, block, swizzle=128):
     """Of the numbers of x as an array of this shape and these strides, of which blocks are fetched by TMA."""
+    if not hasattr(_thread, "ready") and torch.cuda.is_initialized():
+        torch.cuda.Event().record()  # to describe memory needs a context, which a thread of autograd may not have yet
+        _thread.ready = True
     return TensorDescriptor(x, shape, strides, block, _layout(swizzle, 8 * x.element_size(), len(shape)))
 
 
