@@ -134,21 +134,16 @@ def fold_matrix_kernel(
         column = v - tiles * BLOCK_V
         if not is_state:
             reached = (k[:, None] == column[None, :]).to(tl.float32)
-    source = tl.load(sources_ptr).to(tl.int64)
-    matrix = tl.load(matrix_ptr + source * matrix_stride_row, mask=inside_matrix & (source >= 0), other=0.0)
     for step in range(0, length):
-        # The next matrix is on its way while this one is multiplied.
-        next_source = tl.load(sources_ptr + step + 1, mask=step + 1 < length, other=-1).to(tl.int64)
-        next_at = matrix_ptr + next_source * matrix_stride_row
-        next_matrix = tl.load(next_at, mask=inside_matrix & (next_source >= 0), other=0.0)
         target = tl.load(targets_ptr + step).to(tl.int64)
         tl.store(out_ptr + target * H * K * V + element, reached, mask=inside & (target >= 0) & is_state)
+        source = tl.load(sources_ptr + step).to(tl.int64)
         if source >= 0:
             state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
             if states_ptr is not None:
                 state = tl.load(states_ptr + source * states_stride_row + element, mask=inside & is_state, other=0.0)
+            matrix = tl.load(matrix_ptr + source * matrix_stride_row, mask=inside_matrix, other=0.0)
             reached = tl.dot(matrix, reached, state, input_precision="tf32x3")
-        source, matrix = next_source, next_matrix
     if composed_ptr is not None:
         at = composed_ptr + (chain * H + head) * K * K + k[:, None] * K + column[None, :]
         tl.store(at, reached, mask=(k < K)[:, None] & ((column >= 0) & (column < K))[None, :])
