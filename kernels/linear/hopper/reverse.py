@@ -1,13 +1,8 @@
 """The sweep of `delta_backward` that writes dS of every chunk, and `delta_gradients`, in one for Hopper GPUs, in Gluon.
 
 A program passes through the chunks of a split from the last one down. One warp fetches them by TMA. One warpgroup
-carries dS^T in registers, and leaves dS and beta E of each chunk in shared memory, where two others take them for all
+carries dS^T in registers, and leaves dS and beta E of each chunk in shared memory, where another takes them for all
 gradients of that chunk: neither goes to memory. V is cut into two halves, of which every tile has its own.
-
-With x = Lambda . (beta E V'^T), whose diagonal is beta^2 times d_beta, and P of the chunk:
-
-    dQ = s exp(G) . (dO S^T) + s ((dO V'^T) . Lambda) K        Y = x without its diagonal + its transpose
-    dK = exp(G_C - G) . (V' dS^T) + s ((dO V'^T) . Lambda)^T Q - exp(G) . (beta E S^T) - Y K
 """
 
 from triton.experimental import gluon
@@ -42,7 +37,7 @@ from longspan.kernels.sparse.hopper.tiles import async_load, product_layout, row
 def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr):
     first, _, tile, head, chunks = place
     q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr = feed
-    vectors, q_tiles, k_tiles, d_outs, squares, states, values, _, _, _, _, ready, free = tiles_of
+    vectors, q_tiles, k_tiles, d_outs, squares, states, values, _, _, _, ready, free = tiles_of
     for n in range(0, chunks):
         chunk = chunks - 1 - n
         stage, at, token = n % 2, tile + chunk * H, first + chunk * 64
@@ -65,11 +60,14 @@ def _fetch(place, feed, tiles_of, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.
 
 
 @gluon.jit
-def _carry(place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr):
-    """dS and beta E of every chunk, and dv."""
+def _carry(
+    place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
+    D_GATE: gl.constexpr,
+):  # fmt: skip
+    """dS and E of every chunk, dv and, if D_GATE, <S, dS>."""
     first, length, _, head, chunks = place
     (
-        vectors, q_tiles, k_tiles, d_outs, squares, _, _, d_states, errors_t, _, _, ready, free,
+        vectors, q_tiles, k_tiles, d_outs, squares, states, _, d_states, errors_t, sums, ready, free,
     ) = tiles_of  # fmt: skip
     OUT: gl.constexpr = product_layout(K)
     S: gl.constexpr = product_layout(64)
@@ -120,113 +118,39 @@ def _carry(place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K: gl.constexpr
         synchronize()
         mbarrier.arrive(free.index(stage))
         mbarrier.arrive(free.index(2))
+        if D_GATE:
+            mbarrier.wait(ready.index(3), turn)
+            sums.index(0).store(gl.full([64], 0.0, gl.float32, COLUMN) + product_of(states, d_states, K, V))
+            synchronize()
+            mbarrier.arrive(ready.index(6))
+            mbarrier.arrive(free.index(3))
 
 
 @gluon.jit
-def sum_products(state, d_state, K: gl.constexpr):
-    """<S, dS> of 64 columns of V, summed over all but 16 rows."""
+def product_of(states, d_states, K: gl.constexpr, V: gl.constexpr):
+    """<S, dS>."""
     PART: gl.constexpr = row_layout(K)
     product = gl.full([16, K], 0.0, gl.float32, PART)
-    for part in gl.static_range(4):
-        s, d_s = state.slice(part * 16, 16).load(PART), d_state.slice(part * 16, 16).load(PART)
+    for part in gl.static_range(V // 16):
+        s = states.index(part // 4).slice(part % 4 * 16, 16).load(PART)
+        d_s = d_states.index(part // 4).slice(part % 4 * 16, 16).load(PART)
         product += s.to(gl.float32) * d_s.to(gl.float32)
-    return gl.sum(product, 1)
+    return gl.sum(gl.sum(product, 1), 0)
 
 
 @gluon.jit
-def _queries(
-    place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr
-):
-    """dq, d_beta, and for `_keys` Y, from the gradient of K K^T, and what decays have of queries and pairs of keys."""
-    first, length, _, head, chunks = place
-    dq_ptr, _, d_beta_ptr, _ = out
-    vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, pairs, ready, free = tiles_of
+def _gradients(
+    place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr,
+):  # fmt: skip
+    """All other gradients."""
+    first, length, tile, head, chunks = place
+    dq_ptr, dk_ptr, d_beta_ptr, d_decay_ptr = out
+    (
+        vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, ready, free,
+    ) = tiles_of  # fmt: skip
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(K)
-    ROW: gl.constexpr = gl.SliceLayout(1, S)
-    WIDE: gl.constexpr = gl.SliceLayout(1, OUT)
-    dtype: gl.constexpr = k_tiles.dtype
-    i, j = gl.arange(0, 64, ROW), gl.arange(0, 64, gl.SliceLayout(0, S))
-    nothing = gl.full([64, 64], 0.0, gl.float32, S)
-    nothing_wide = gl.full([64, K], 0.0, gl.float32, OUT)
-    for n in range(0, chunks):
-        chunk = chunks - 1 - n
-        stage, left, turn, token = n % 2, length - chunk * 64, n & 1, first + chunk * 64
-        q_tile, k_tile, d_out, d_out_2 = (
-            q_tiles.index(stage), k_tiles.index(stage), d_outs.index(stage * 2), d_outs.index(stage * 2 + 1),
-        )  # fmt: skip
-        mbarrier.wait(ready.index(stage), n // 2 & 1)
-        mbarrier.wait(ready.index(3), turn)
-        mbarrier.wait(ready.index(4), turn)  # dS is there, and what is beyond the last token is cleared
-        d_scores = warpgroup_mma(d_out, values.index(0), nothing, use_acc=False, is_async=True)
-        d_scores = warpgroup_mma(d_out_2, values.index(1), d_scores, is_async=True)
-        if D_GATE:
-            through = sum_products(states.index(0), d_states.index(0), K)
-        mbarrier.wait(ready.index(2), turn)  # also keeps the next wait behind the arithmetic
-        d_scores = warpgroup_mma_wait(0, deps=[d_scores])
-        dq = warpgroup_mma(d_out, states.index(0), nothing_wide, use_acc=False, is_async=True)
-        dq = warpgroup_mma(d_out_2, states.index(1), dq, is_async=True)
-        if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
-            later = gl.sum(d_scores * squares.index(1).load(S).to(gl.float32), 1)
-        synchronize()
-        mbarrier.arrive(free.index(2))
-        mbarrier.arrive(free.index(4))
-        weights = decay_between(vectors, stage, S, GATE) * scale
-        d_scores = gl.where(i[:, None] >= j[None, :], d_scores * weights, 0.0)
-        d_scores = gl.convert_layout(d_scores.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-        weight = gl.full([64], 1.0, gl.float32, WIDE) * scale
-        if GATE:
-            weight *= vectors.index(stage * VECTORS + FROM_START).load(WIDE)
-        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already: keeps the next wait behind the arithmetic
-        dq = warpgroup_mma_wait(0, deps=[dq]) * weight[:, None]
-        if D_GATE:
-            later += gl.convert_layout(gl.sum(q_tile.load(OUT).to(gl.float32) * dq, 1), ROW)
-        dq = warpgroup_mma(d_scores, k_tile, dq, is_async=True)
-        dq, d_scores = warpgroup_mma_wait(0, deps=[dq, d_scores])
-        store_tokens(dq_ptr, token, head, left, H, dq, K)
-        mbarrier.wait(ready.index(5), turn)
-        values_t, values_t_2 = values.index(0).permute((1, 0)), values.index(1).permute((1, 0))
-        errors, errors_2 = errors_t.index(0).permute((1, 0)), errors_t.index(1).permute((1, 0))
-        x = warpgroup_mma(errors, values.index(0), nothing, use_acc=False, is_async=True)
-        x = warpgroup_mma(errors_2, values.index(1), x, is_async=True)
-        x_t = warpgroup_mma(values_t, errors_t.index(0), nothing, use_acc=False, is_async=True)
-        x_t = warpgroup_mma(values_t_2, errors_t.index(1), x_t, is_async=True)
-        between = decay_between(vectors, stage, S, GATE)
-        beta = vectors.index(stage * VECTORS + BETA).load(ROW)
-        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already, as above
-        x, x_t = warpgroup_mma_wait(0, deps=[x, x_t])
-        synchronize()
-        mbarrier.arrive(free.index(3))
-        mbarrier.arrive(free.index(5))
-        x = gl.where(i[:, None] >= j[None, :], x * between, 0.0)
-        x_t = gl.where(i[:, None] < j[None, :], x_t * between, 0.0)
-        # d_beta = <E, V'> / beta, with what T has of it. beta is not zero: `SMALLEST_BETA`
-        d_beta = gl.sum(gl.where(i[:, None] == j[None, :], x, 0.0), 1) / (beta * beta)
-        x = gl.where(i[:, None] == j[None, :], 0.0, x)
-        if D_GATE:
-            kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        mbarrier.wait(free.index(6), turn ^ 1)
-        pairs.store((x + x_t).to(dtype))
-        if D_GATE:  # K K^T is its own transpose
-            kk = warpgroup_mma_wait(0, deps=[kk])
-            later += gl.sum(kk * (x_t - x), 1)
-            sums.index(0).slice(0, 16).store(through)
-            sums.index(1).store(later)
-        fence_async_shared()
-        synchronize()
-        mbarrier.arrive(ready.index(6))
-        mbarrier.arrive(free.index(stage))
-        gl.store(d_beta_ptr + token.to(gl.int64) * H + head + i * H, d_beta, mask=i < left)
-
-
-@gluon.jit
-def _keys(place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, D_GATE: gl.constexpr):
-    """dk and d_decay."""
-    first, length, _, head, chunks = place
-    _, dk_ptr, _, d_decay_ptr = out
-    vectors, q_tiles, k_tiles, d_outs, squares, states, values, d_states, errors_t, sums, pairs, ready, free = tiles_of
-    S: gl.constexpr = product_layout(64)
-    OUT: gl.constexpr = product_layout(K)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     WIDE: gl.constexpr = gl.SliceLayout(1, OUT)
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
@@ -237,75 +161,105 @@ def _keys(place, out, tiles_of, scale, H, K: gl.constexpr, V: gl.constexpr, GATE
     for n in range(0, chunks):
         chunk = chunks - 1 - n
         stage, left, turn, token = n % 2, length - chunk * 64, n & 1, first + chunk * 64
-        q_tile, k_tile = q_tiles.index(stage), k_tiles.index(stage)
+        q_tile, k_tile, d_out, d_out_2 = (
+            q_tiles.index(stage), k_tiles.index(stage), d_outs.index(stage * 2), d_outs.index(stage * 2 + 1),
+        )  # fmt: skip
         values_t, values_t_2 = values.index(0).permute((1, 0)), values.index(1).permute((1, 0))
         errors, errors_2 = errors_t.index(0).permute((1, 0)), errors_t.index(1).permute((1, 0))
         mbarrier.wait(ready.index(stage), n // 2 & 1)
         mbarrier.wait(ready.index(3), turn)
         mbarrier.wait(ready.index(4), turn)  # dS is there, and what is beyond the last token is cleared
-        d_scores_t = warpgroup_mma(
-            values_t, d_outs.index(stage * 2).permute((1, 0)), nothing, use_acc=False, is_async=True
-        )
-        d_scores_t = warpgroup_mma(values_t_2, d_outs.index(stage * 2 + 1).permute((1, 0)), d_scores_t, is_async=True)
-        if D_GATE:
-            through = sum_products(states.index(1), d_states.index(1), K)
+        d_scores = warpgroup_mma(d_out, values.index(0), nothing, use_acc=False, is_async=True)
+        d_scores = warpgroup_mma(d_out_2, values.index(1), d_scores, is_async=True)
+        d_scores_t = warpgroup_mma(values_t, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        d_scores_t = warpgroup_mma(values_t_2, d_out_2.permute((1, 0)), d_scores_t, is_async=True)
+        beta = vectors.index(stage * VECTORS + BETA).load(ROW)
+        between = decay_between(vectors, stage, S, GATE)
         mbarrier.wait(ready.index(2), turn)  # also keeps the next wait behind the arithmetic
-        d_scores_t = warpgroup_mma_wait(0, deps=[d_scores_t])
+        d_scores, d_scores_t = warpgroup_mma_wait(0, deps=[d_scores, d_scores_t])
+        dq = warpgroup_mma(d_out, states.index(0), nothing_wide, use_acc=False, is_async=True)
+        dq = warpgroup_mma(d_out_2, states.index(1), dq, is_async=True)
+        if D_GATE:  # P is zero above its diagonal, and on it, sums over rows and columns are the same
+            pairs = d_scores * squares.index(1).load(S).to(gl.float32)
+            pairs -= d_scores_t * squares.index(1).permute((1, 0)).load(S).to(gl.float32)
+            from_queries = gl.sum(pairs, 1)
+        weights = between * scale
+        d_scores = gl.where(i[:, None] >= j[None, :], d_scores * weights, 0.0)
+        d_scores = gl.convert_layout(d_scores.to(dtype), OPERAND)
+        d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0).to(dtype)
+        synchronize()
+        mbarrier.arrive(free.index(2))
+        weight = gl.full([64], 1.0, gl.float32, WIDE) * scale
+        if GATE:
+            from_start = vectors.index(stage * VECTORS + FROM_START).load(WIDE)
+            weight *= from_start
+        mbarrier.wait(ready.index(4), turn)  # passed already: keeps the next wait behind the arithmetic
+        dq = warpgroup_mma_wait(0, deps=[dq]) * weight[:, None]
         dk = warpgroup_mma(values_t, d_states.index(0), nothing_wide, use_acc=False, is_async=True)
         dk = warpgroup_mma(values_t_2, d_states.index(1), dk, is_async=True)
         if D_GATE:
-            later = -gl.sum(d_scores_t * squares.index(1).permute((1, 0)).load(S).to(gl.float32), 1)
-        weights = decay_between(vectors, stage, S, GATE) * -scale
-        d_scores_t = gl.where(i[:, None] <= j[None, :], d_scores_t * weights, 0.0)
-        d_scores_t = gl.convert_layout(d_scores_t.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already: keeps the next wait behind the arithmetic
-        dk = -warpgroup_mma_wait(0, deps=[dk])  # from here on -dk: what beta E has of it is added as it is
+            from_queries += gl.convert_layout(gl.sum(q_tile.load(OUT).to(gl.float32) * dq, 1), ROW)
+        dq = warpgroup_mma(d_scores, k_tile, dq, is_async=True)
+        dq, dk, d_scores = warpgroup_mma_wait(0, deps=[dq, dk, d_scores])
+        d_scores_t = gl.convert_layout(d_scores_t, OPERAND)
         synchronize()
-        mbarrier.arrive(free.index(2))
         mbarrier.arrive(free.index(4))
+        store_tokens(dq_ptr, token, head, left, H, dq, K)
         if GATE:
             dk = dk * vectors.index(stage * VECTORS + TO_END).load(WIDE)[:, None]
         if D_GATE:
-            earlier = -gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW)
+            from_keys = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW)
+        dk = warpgroup_mma(d_scores_t, q_tile, dk, is_async=True)
         mbarrier.wait(ready.index(5), turn)
-        if GATE:
-            from_start = vectors.index(stage * VECTORS + FROM_START).load(ROW)
-            total = vectors.index(stage * VECTORS + FROM_START).slice(63, 1).load(ROW)
-            error = (errors.load(S).to(gl.float32) * from_start[:, None]).to(dtype)
-            error = gl.convert_layout(error, gl.DotOperandLayout(0, OUT, 2))
-            dk = warpgroup_mma(error, states.index(0), dk, is_async=True)
-            error_2 = (errors_2.load(S).to(gl.float32) * from_start[:, None]).to(dtype)
-            error_2 = gl.convert_layout(error_2, gl.DotOperandLayout(0, OUT, 2))
-            dk = warpgroup_mma(error_2, states.index(1), dk, is_async=True)
-            dk, error, error_2 = warpgroup_mma_wait(0, deps=[dk, error, error_2])
-        else:
-            dk = warpgroup_mma(errors, states.index(0), dk, is_async=True)
-            dk = warpgroup_mma(errors_2, states.index(1), dk, is_async=True)
-            dk = warpgroup_mma_wait(0, deps=[dk])
+        x = warpgroup_mma(errors, values.index(0), nothing, use_acc=False, is_async=True)
+        x = warpgroup_mma(errors_2, values.index(1), x, is_async=True)
+        x_t = warpgroup_mma(values_t, errors_t.index(0), nothing, use_acc=False, is_async=True)
+        x_t = warpgroup_mma(values_t_2, errors_t.index(1), x_t, is_async=True)
+        between = decay_between(vectors, stage, S, GATE)
+        mbarrier.wait(ready.index(5), turn)  # passed already, as above
+        dk, d_scores_t, x, x_t = warpgroup_mma_wait(0, deps=[dk, d_scores_t, x, x_t])
+        kk = warpgroup_mma(k_tile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        x = gl.where(i[:, None] >= j[None, :], x * between, 0.0)
+        x_t = gl.where(i[:, None] < j[None, :], x_t * between, 0.0)
+        # d_beta = <E, V'> / beta, with what T has of it. beta is not zero: `SMALLEST_BETA`
+        d_beta = gl.sum(gl.where(i[:, None] == j[None, :], x, 0.0), 1) / (beta * beta)
+        x = gl.where(i[:, None] == j[None, :], 0.0, x)
+        y = gl.convert_layout(-(x + x_t).to(dtype), OPERAND)
+        mbarrier.wait(ready.index(5), turn)  # passed already, as above
+        kk = warpgroup_mma_wait(0, deps=[kk])
+        dkw = warpgroup_mma(errors, states.index(0), nothing_wide, use_acc=False, is_async=True)
+        dkw = warpgroup_mma(errors_2, states.index(1), dkw, is_async=True)
+        if D_GATE:  # K K^T is its own transpose
+            from_queries += gl.sum(kk * (x_t - x), 1)
+        mbarrier.wait(ready.index(5), turn)  # passed already, as above
+        dkw = warpgroup_mma_wait(0, deps=[dkw])
+        if D_GATE:
+            mbarrier.wait(ready.index(6), turn)
+            through = sums.index(0).load(ROW)
         synchronize()
         mbarrier.arrive(free.index(3))
         mbarrier.arrive(free.index(5))
+        if GATE:
+            dkw = dkw * from_start[:, None]
         if D_GATE:
-            read = gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dk, 1), ROW) + earlier
-        dk = warpgroup_mma(d_scores_t, q_tile, dk, is_async=True)
-        mbarrier.wait(ready.index(6), turn)
-        dk = warpgroup_mma(pairs, k_tile, dk, is_async=True)
+            from_queries -= gl.convert_layout(gl.sum(k_tile.load(OUT).to(gl.float32) * dkw, 1), ROW)
+        dk = warpgroup_mma(y, k_tile, dk - dkw, is_async=True)
+        at = token.to(gl.int64) * H + head
+        gl.store(d_beta_ptr + at + i * H, d_beta, mask=i < left)
         if D_GATE:
-            sums.index(0).slice(16, 16).store(through)
-            sums.index(2).store(later - read)
-            sums.index(3).store(earlier)
+            if GATE:
+                through *= gl.convert_layout(from_start, ROW)
+            sums.index(1).store(from_queries + gl.where(i == 63, through, 0.0))
+            sums.index(2).store(from_keys)
             synchronize()
-            below = sums.index(1).load(COLUMN) + sums.index(2).load(COLUMN)
-            above = sums.index(3).load(COLUMN)
-            through = gl.sum(sums.index(0).slice(0, 32).load(COLUMN), 0) * total
-            d_decay = gl.sum(gl.where(i[:, None] <= j[None, :], below[None, :], above[None, :]), 1) + through
-            gl.store(d_decay_ptr + token.to(gl.int64) * H + head + i * H, d_decay, mask=i < left)
-        mbarrier.wait(ready.index(stage), n // 2 & 1)  # passed already, as above
-        dk, d_scores_t = warpgroup_mma_wait(0, deps=[dk, d_scores_t])
+            later, earlier = sums.index(1).load(COLUMN), sums.index(2).load(COLUMN)
+            d_decay = gl.sum(gl.where(i[:, None] <= j[None, :], later[None, :], earlier[None, :]), 1)
+            gl.store(d_decay_ptr + at + i * H, d_decay, mask=i < left)
+        mbarrier.wait(ready.index(stage), n // 2 & 1)  # as above; E may be that of the next chunk by now
+        dk, y = warpgroup_mma_wait(0, deps=[dk, y])
         synchronize()
         mbarrier.arrive(free.index(stage))
-        mbarrier.arrive(free.index(6))
-        store_tokens(dk_ptr, token, head, left, H, -dk, K)
+        store_tokens(dk_ptr, token, head, left, H, dk, K)
 
 
 @launched
@@ -324,13 +278,13 @@ def delta_reverse_kernel(
     exit_at = exit_ptr + (gl.maximum(exit_row, 0).to(gl.int64) * H + head) * K * V
     first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
     tile = gl.load(split_chunk_ptr + split) * H + head
-    # Barriers: 0, 1 tokens and decays of a chunk; 2 T and P; 3 S and V'; 4 dS; 5 beta E; 6 Y.
+    # Barriers: 0, 1 tokens and decays of a chunk; 2 T and P; 3 S and V'; 4 dS; 5 E; 6 sums.
     ready = gl.allocate_shared_memory(gl.int64, [7, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [7, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(7):
         mbarrier.init(ready.index(n), count=1)
-    for n in gl.static_range(7):
-        mbarrier.init(free.index(n), count=3 if n < 3 else 2 if n < 6 else 1)
+    for n in gl.static_range(6):
+        mbarrier.init(free.index(n), count=2 if n < 3 or (n == 3 and D_GATE) else 1)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [2 * VECTORS, 64], plain),
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # Q
@@ -341,8 +295,7 @@ def delta_reverse_kernel(
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # V'^T
         gl.allocate_shared_memory(dtype, [2, 64, K], shared),  # dS^T
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),  # beta E^T, which is dv^T
-        gl.allocate_shared_memory(gl.float32, [4, 64], plain),  # <S, dS>; what decays have of tokens
-        gl.allocate_shared_memory(dtype, [64, 64], shared),  # Y
+        gl.allocate_shared_memory(gl.float32, [3, 64], plain),  # <S, dS>; what decays have of queries and keys
         ready, free,
     )  # fmt: skip
     place = first, length, tile, head, gl.cdiv(length, 64)
@@ -350,12 +303,11 @@ def delta_reverse_kernel(
     feed = q_desc, k_desc, d_out_desc, inverse_desc, scores_desc, states_desc, values_desc, rows_ptr
     gl.warp_specialize(
         [
-            (_keys, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
-            (_carry, (place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K, V, GATE)),
-            (_queries, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
+            (_gradients, (place, out, tiles_of, scale, H, K, V, GATE, D_GATE)),
+            (_carry, (place, exit_row, exit_at, dv_ptr, tiles_of, scale, H, K, V, GATE, D_GATE)),
             (_fetch, (place, feed, tiles_of, H, K, V, GATE)),
         ],
-        [4, 4, 1], [208, 136, 24],
+        [4, 1], [232, 24],
     )  # fmt: skip
 
 

@@ -12,22 +12,14 @@ VECTORS = gl.constexpr(4)
 
 
 @gluon.constexpr_function
-def group_layout(N, WARPS):
-    """Of results [64, N] of one or two warpgroups, which have half of the columns each."""
-    return gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, N * 4 // WARPS, 16])
-
-
-@gluon.constexpr_function
-def stored_layout(D, WARPS=4):
-    """Of [64, D] results in `group_layout` to be stored: 64 bytes of a row in four threads, by exchanges inside such
-    fours."""
+def stored_layout(D):
+    """Of [64, D] results to be stored: 64 bytes of a row in four threads, by exchanges inside such fours."""
     registers, column = [[0, 1], [0, 2], [0, 4], [8, 0]], 32
-    while column < D * 4 // WARPS:
+    while column < D:
         registers.append([0, column])
         column *= 2
     lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    warps = [[16, 0], [32, 0], [0, D // 2]]
-    return gl.DistributedLinearLayout(registers, lanes, warps[: 1 + WARPS // 4], [], [64, D])
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, D])
 
 
 @gluon.jit
@@ -66,9 +58,9 @@ def decay_between(vectors, stage, layout: gl.constexpr, GATE: gl.constexpr):
 
 
 @gluon.jit
-def store_tokens(ptr, first, head, length, H, x, D: gl.constexpr, WARPS: gl.constexpr = 4):
+def store_tokens(ptr, first, head, length, H, x, D: gl.constexpr):
     """x [64, D] to the tokens from `first` on of [T, H, D]."""
-    layout: gl.constexpr = stored_layout(D, WARPS)
+    layout: gl.constexpr = stored_layout(D)
     x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
     token, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, D, gl.SliceLayout(0, layout))
     ptr += (first.to(gl.int64) * H + head) * D
