@@ -238,7 +238,7 @@ def test_run_directory(tmp_path):
     run_ranks(_write_a_run, 2, tmp_path, timeout=120)
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "tensorboard",
     ]  # fmt: skip
     assert len(list((run / "tensorboard").glob("events.*"))) == 1
     assert Config.load(run / "config.yaml") == tiny_config(tmp_path / "corpus", run, *_SHORT)
