@@ -1,11 +1,14 @@
 """What ranks are expected to ask for, against what selections choose of random queries and keys."""
 
+import json
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import longspan
 from longspan.attention.expected_requests import expected_requests
 from longspan.attention.hierarchy import Hierarchical
 from longspan.attention.selections import TopBlocks
@@ -115,3 +118,15 @@ def test_where_all_are_chosen_all_that_a_mask_shows_are_asked_for():
     for selection in (TopBlocks(1000, 32, 16), Hierarchical(4, 1000, 2)):
         assert expected_requests(selection, layout, True)[0] == pytest.approx(np.array([[0, 256], [128, 0]]))
         assert expected_requests(selection, layout, False)[0] == pytest.approx(np.array([[0, 256], [256, 0]]))
+
+
+def test_what_was_fetched_on_gpus_is_near():
+    """Unique rows that lists of random inputs named, keys and values and their gradients of 4 heads, over 4 ranks."""
+    path = Path(longspan.__file__).parent / "benchmarks" / "results" / "sparse_ranks_4xH200.json"
+    selections = {"sla_ratio": TopBlocks(), "sla_top16": TopBlocks(16), "llsa2": Hierarchical()}
+    selections["llsa3"] = Hierarchical(levels=3)
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["strategy"] == "fetch"]
+    assert {row["case"] for row in rows} == selections.keys()
+    for row in rows:
+        tokens, _ = expected_requests(selections[row["case"]], zigzag([row["tokens"]], 4), False)
+        assert tokens.sum() / 4 * 4 * 4 * 128 * 2 / 2**20 == pytest.approx(row["blocks_mib"], rel=0.1)
