@@ -34,12 +34,21 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def deterministic():
+    """torch's switch for deterministic algorithms is on."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_collection_modifyitems(items):
     tested = defaultdict(set)  # world sizes of every test
     for item in items:
         tested[item.path, item.originalname].add(_world_size(item))
     for item in items:  # also what says so itself
         world_size = _world_size(item)
+        # What two ranks show, three and four show as well.
         between = world_size == 2 and {1, 3, 4} <= tested[item.path, item.originalname]
         if world_size == 8 or between or item.path.parent.name == "benchmarks":
             item.add_marker(pytest.mark.slow)
