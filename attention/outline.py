@@ -296,8 +296,8 @@ class _Sparse:
         self._note(q, k, backward=False)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
         asked, _ = self._asked_and_given(q, k)
-        arrived = [x.new_empty(asked, *x.shape[1:]) for x in (k, v)] if asked else []
-        if asked and self._coarse_rows():
+        arrived = [x.new_empty(asked, *x.shape[1:]) for x in (k, v)] if self.outline.world_size > 1 else []
+        if arrived and self._coarse_rows():
             arrived.append(self._means(k))
         entry = self.branch.entry(*own, k, v) if self.branch else None
         return out, lse, self._lists(q, k), arrived, entry
@@ -326,11 +326,13 @@ class _Sparse:
 
     def _asked_and_given(self, q, k):
         """Tokens whose keys this rank gets of others, and others of it, for every key head: of the rank that holds
-        most. All of them in a ring."""
+        most. All of them in a ring, and of selections that are not known."""
         outline = self.outline
         if outline.world_size == 1:
             return 0, 0
         others, strategy = outline.num_tokens - outline.num_tokens_local, outline.sparse_strategy
+        if strategy == "ring" or not isinstance(self.selection, (Hierarchical, TopBlocks)):
+            return others, others
         layout = _layout(outline.lengths, outline.world_size)
         tokens, listed = expected_requests(self.selection, layout, self.causal)
         if strategy == "auto":
@@ -338,9 +340,8 @@ class _Sparse:
             way = Estimate(q.shape[1], lists, k.shape[2], k.itemsize, topology)
             selection, sizes = self.selection, layout.tokens_per_rank
             block = selection.block**2 if self._coarse_rows() else selection.query_block * selection.key_block
-            strategy = "ring" if way.ring_is_faster(tokens * lists, listed * lists, sizes, lists, block) else "fetch"
-        if strategy == "ring":
-            return others, others
+            if way.ring_is_faster(tokens * lists, listed * lists, sizes, lists, block):
+                return others, others
         rank = (2 * tokens.sum(1) + tokens.sum(0)).argmax()
         return ceil(tokens[rank].sum() - 1e-6), ceil(tokens[:, rank].sum() - 1e-6)
 
