@@ -8,12 +8,15 @@ keeps for it is kept here as well.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from math import ceil
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
+from longspan.attention.expected_requests import expected_requests
 from longspan.attention.hierarchy import Hierarchical
 from longspan.attention.hierarchy_tables import tile_rows
 from longspan.attention.linear_branch import WHOLE_BLOCK
@@ -21,11 +24,14 @@ from longspan.attention.offload import Offload
 from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import ranks_at_once
 from longspan.attention.selections import TopBlocks
+from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.block_states import state_dtype
 from longspan.kernels.linear.chunked import accumulation_dtype
 from longspan.kernels.linear.groups import CHUNK, ROWS
 from longspan.kernels.sparse import kept_of
+from longspan.parallel.balanced import balanced
 from longspan.parallel.geometry import Mask
+from longspan.parallel.topology import Topology
 
 # Of the fused kernels of linear attention (kernels.linear): multiprocessors that splits are made for, programs per one,
 # columns of a program, fewest tokens of a split; bytes per number, token and head that the delta rule keeps of chunks;
@@ -54,6 +60,7 @@ class Outline:
 
     gpu: whether kernels are those of GPUs. positions: int64 [num_tokens_local]. record: gets every Call. derived: what
     `derive` answers, by function. softmax_strategy: by which keys travel, one of schedules.STRATEGIES.
+    sparse_strategy: parallel.sparse; topology: which ranks share a machine (default: all).
     """
 
     lengths: tuple[int, ...]
@@ -64,6 +71,8 @@ class Outline:
     record: Callable[[Call], None]
     derived: dict = field(default_factory=dict)
     softmax_strategy: str = "ring"
+    sparse_strategy: str = "auto"
+    topology: Topology | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -283,7 +292,7 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Sparse:
-    """Taken as if all keys and means of other ranks were asked for: they come once and stay for the backward pass."""
+    """Keys of other ranks that are asked for, and all means, come once and stay for the backward pass."""
 
     outline: Outline
     selection: Any
@@ -293,12 +302,12 @@ class _Sparse:
     def travels(self, q, k, v, *own):
         self._note(q, k, backward=False)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
-        others = self.outline.num_tokens - self.outline.num_tokens_local
-        arrived = [x.new_empty(others, *x.shape[1:]) for x in (k, v)] if others else []
-        if others and self._coarse_rows():
+        asked, _ = self._asked_and_given(q, k)
+        arrived = [x.new_empty(asked, *x.shape[1:]) for x in (k, v)] if self.outline.world_size > 1 else []
+        if arrived and self._coarse_rows():
             arrived.append(self._means(k))
         entry = self.branch.entry(*own, k, v) if self.branch else None
-        return out, lse, self._lists(k), arrived, entry
+        return out, lse, self._lists(q, k), arrived, entry
 
     def output(self, kept, q, k, v, *own):
         out, lse, lists, arrived, _ = kept
@@ -314,14 +323,34 @@ class _Sparse:
         self._note(q, k, backward=True)
         # dq is made in fp32; when it is done come the states from which the branch's dk and dv follow.
         numbers = max(q.numel(), self.branch.late(own[3], k, v) if self.branch else 0)
-        held = [q.new_empty(numbers, dtype=_wide(q)), *self._lists(k)]  # the same again by key blocks
-        if self.outline.world_size > 1:
-            others = self.outline.num_tokens - self.outline.num_tokens_local  # what is sent back, and what comes back
-            held += [x.new_empty(others, *x.shape[1:]) for x in (k, v, k, v)]
+        held = [q.new_empty(numbers, dtype=_wide(q)), *self._lists(q, k)]  # the same again by key blocks
+        # What is sent back, and what comes back.
+        held += [x.new_empty(rows, *x.shape[1:]) for rows in self._asked_and_given(q, k) for x in (k, v)]
         return held + (self.branch.hold(*own, q, k, v) if self.branch else [])
 
     def _note(self, q, k, backward):
         self.outline.record(Call("sparse", self.selection, backward, q.shape[1], k.shape[1], q.shape[2], k.shape[2]))
+
+    def _asked_and_given(self, q, k):
+        """Tokens whose keys this rank gets of others, and others of it, for every key head: of the rank that holds
+        most. All of them in a ring, and of selections that are not known."""
+        outline = self.outline
+        if outline.world_size == 1:
+            return 0, 0
+        others, strategy = outline.num_tokens - outline.num_tokens_local, outline.sparse_strategy
+        if strategy == "ring" or not isinstance(self.selection, (Hierarchical, TopBlocks)):
+            return others, others
+        layout = _layout(outline.lengths, outline.world_size)
+        tokens, listed = expected_requests(self.selection, layout, self.causal)
+        if strategy == "auto":
+            topology, lists = outline.topology or Topology(1, outline.world_size), k.shape[1]
+            way = Estimate(q.shape[1], lists, k.shape[2], k.itemsize, topology)
+            selection, sizes = self.selection, layout.tokens_per_rank
+            block = selection.block**2 if self._coarse_rows() else selection.query_block * selection.key_block
+            if way.ring_is_faster(tokens * lists, listed * lists, sizes, lists, block):
+                return others, others
+        rank = (2 * tokens.sum(1) + tokens.sum(0)).argmax()
+        return ceil(tokens[rank].sum() - 1e-6), ceil(tokens[:, rank].sum() - 1e-6)
 
     def _coarse_rows(self):
         """Rows of every level of means."""
@@ -330,7 +359,7 @@ class _Sparse:
         block, levels = self.selection.block, range(1, self.selection.levels + 1)
         return [sum(-(-length // block**level) for length in self.outline.lengths) for level in levels]
 
-    def _lists(self, k):
+    def _lists(self, q, k):
         """Int32 tables of this rank's plans: lists have the same room for every block. Over ranks those of blocks that
         arrive are beside those of all, with where each of them lies here, and where this rank's went."""
         outline, selection, heads = self.outline, self.selection, k.shape[1]
@@ -350,7 +379,7 @@ class _Sparse:
             rows = outline.blocks(size)
             shapes += [(heads, rows * width), (heads, rows + 1)]
         if outline.world_size > 1:
-            arriving = -(-(outline.num_tokens - outline.num_tokens_local) // keys)
+            arriving = -(-self._asked_and_given(q, k)[0] // keys)
             shapes += [(heads, arriving)] * 4 + [(outline.world_size, heads, outline.blocks(keys))]
         return [k.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
@@ -448,6 +477,11 @@ class _Convolution:
 
     def _note(self, x, weight, backward):
         self.outline.record(Call("convolution", weight.shape[1], backward, 1, 1, x.shape[1], x.shape[1]))
+
+
+@lru_cache(maxsize=4)
+def _layout(lengths, world_size):
+    return balanced(lengths, world_size)
 
 
 def _wide(x):

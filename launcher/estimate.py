@@ -8,6 +8,7 @@ busy, which the layouts see to for one long document.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import gcd
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ from longspan.models.flops import model_flops, num_parameters
 from longspan.parallel.costs import KEY_PASSES, token_bytes, visible_share
 from longspan.parallel.geometry import Mask
 from longspan.parallel.layout import Span
+from longspan.parallel.topology import Topology
 
 MASTER, MOMENTS = 4, 8  # bytes of a parameter in fp32, and of Adam's two moments
 OPTIMIZER_TRAFFIC = 40  # bytes per parameter: norm, clipping, and an update that reads four numbers and writes three
@@ -131,6 +133,12 @@ class Job:
         """GPUs of a machine with the same part of layers."""
         return self.cluster.per_node // self.tp
 
+    @property
+    def topology(self) -> Topology:
+        """Of the ranks that share a sequence."""
+        shared = gcd(self.sp, self.per_node)
+        return Topology(self.sp // shared, shared)
+
     def _refuse_what_is_not_counted(self) -> None:
         config, selection = self.config, self.config.model.sparse_selection.get("name")
         for setting, given, remedy in (
@@ -198,6 +206,7 @@ class Job:
             prepare=self.prepare,
             gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
             softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
+            sparse=self.config.parallel.sparse, topology=self.topology,
         )  # fmt: skip
 
 
@@ -383,8 +392,8 @@ def notes(job: Job) -> Iterator[str]:
     """What the numbers leave out."""
     if not job.cluster.gpu.measured:
         yield f"rates of {job.cluster.name} are not measured by longspan"
-    if not set(SPARSE_KINDS).isdisjoint(job.config.model.layer_kinds):
-        yield "sparse attention is taken as fetching all keys of other ranks, which is the most that it can keep"
+    if job.sp > 1 and not set(SPARSE_KINDS).isdisjoint(job.config.model.layer_kinds):
+        yield "blocks of sparse attention are taken as chosen evenly: where choices agree, ranks fetch fewer"
     if job.offload or job.config.train.offload_activations:
         yield "PCIe and the rate of host memory are not measured, but taken from data sheets"
     if job.config.train.compile:

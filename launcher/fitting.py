@@ -28,7 +28,8 @@ def largest(job: Job) -> tuple[int, int]:
     fitting, failing = 0, math.inf
     while failing - fitting > max(1, fitting >> 7):
         (a, at_a), (b, at_b) = sorted(known.items(), key=lambda point: abs(point[1]))[:2]
-        guess = math.floor(a + at_a * (b - a) / (at_a - at_b)) if at_a != at_b else 2 * max(a, b)
+        falls = (at_a - at_b) / (b - a)  # short sequences, beside what does not depend on length, may show none of it
+        guess = math.floor(a + at_a / falls) if falls > 0 else 2 * max(known)
         if failing < math.inf and len(known) % 3 == 0:
             guess = (fitting + failing) // 2
         guess = min(max(guess, fitting + max(1, fitting >> 7)), failing - 1)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from longspan.attention.moved import pairs_per_rank
 from longspan.launcher.batches import Batch
 from longspan.launcher.errors import UserError
+from longspan.launcher.event_file import EventFile
 from longspan.launcher.files import replace_text, writing
 from longspan.launcher.gpus import PEAK_TFLOPS
 from longspan.models.config import ModelConfig
@@ -195,34 +196,29 @@ def _peak_memory(device: torch.device) -> float:
 
 
 class MetricsWriter:
-    """metrics.jsonl and, where wanted, TensorBoard files of a run directory. Only rank 0 has one. UserError where the
-    disk refuses."""
+    """metrics.jsonl and, where wanted, TensorBoard's file of a run directory. Only rank 0 has one. UserError where the
+    disk refuses metrics.jsonl."""
 
     def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool):
         """first_step: steps from here on are (again) to come; what an earlier start wrote about them is dropped."""
         path = run_dir / "metrics.jsonl"
-        self._run_dir, self._tensorboard = run_dir, None
+        self._run_dir = run_dir
         with writing(run_dir):
             replace_text(path, "".join(_rows_before(path, first_step)))
             self._file = open(path, "a", buffering=1)
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-
-                self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._events = EventFile(run_dir / "tensorboard", first_step) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
         with writing(self._run_dir):
             self._file.write(json.dumps(row) + "\n")
-            if self._tensorboard:
-                for name, value in row.items():
-                    if name != "step" and value is not None:
-                        self._tensorboard.add_scalar(name, value, row["step"])
+        if self._events:
+            self._events.write(row)
 
     def close(self) -> None:
         with writing(self._run_dir):
             self._file.close()
-            if self._tensorboard:
-                self._tensorboard.close()
+        if self._events:
+            self._events.close()
 
 
 def _rows_before(path: Path, first_step: int) -> list[str]:

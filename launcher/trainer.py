@@ -18,6 +18,7 @@ from longspan.launcher.allocator import allocator_setting
 from longspan.launcher.batches import BatchLoader
 from longspan.launcher.breakdown import DATA, OPTIMIZER, OUTSIDE
 from longspan.launcher.calibration import load_costs
+from longspan.launcher.claim import claim
 from longspan.launcher.config import Config
 from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
@@ -73,7 +74,8 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self._stop_asked, self._stop = stop_asked, False
         self.run_dir = Path(config.run.dir)
-        start = decide(lambda: checkpoint.find(self.run_dir, config.checkpoint.resume))
+        self._claimed, self._metrics = None, None
+        start = decide(self._claim)
         if start is not None:
             checkpoint.check_model(start, config.model)
         shard = find_engine(config, mesh)
@@ -118,7 +120,12 @@ class Trainer:
         self._pending: deque[PendingStep] = deque()
         # On a GPU the host prepares the next step while this one runs and reads its numbers one step late.
         self._steps_in_flight = 1 if mesh.device.type == "cuda" else 0
-        self._start, self._metrics, self._progress = start, None, None
+        self._start, self._progress = start, None
+
+    def _claim(self) -> checkpoint.Info | None:
+        """Where to start, in a run directory that no other run is in."""
+        self._claimed = claim(self.run_dir)
+        return checkpoint.find(self.run_dir, self.config.checkpoint.resume)
 
     def _open_data(self) -> None:
         config = self.config
@@ -199,8 +206,9 @@ class Trainer:
     def close(self) -> None:
         """Ends threads and files of this rank."""
         self.loader.close()
-        if self._metrics:
-            self._metrics.close()
+        for file in (self._metrics, self._claimed):
+            if file:
+                file.close()
 
     def _due(self, interval: int) -> bool:
         """Whether a thing done every `interval` steps (0: never) is due; the last step is when it is done at all."""

@@ -26,6 +26,7 @@ from longspan.models.decay import Gate
 from longspan.models.diffusion import Pixels, pixels
 from longspan.models.tensor_parallel import split_model
 from longspan.parallel.tensor import OutlinedRanks
+from longspan.parallel.topology import Topology
 
 # What storages and work are booked under.
 BATCH, EMBEDDING, RESIDUAL, MLP, NORMS, LOSS = "batch", "embedding, angles", "residual stream", "MLP", "norms", "loss"
@@ -80,6 +81,8 @@ def measure(
     gradient_bytes: float = 0.0,
     tp: int = 1,
     softmax: str = "ring",
+    sparse: str = "auto",
+    topology: Topology | None = None,
 ) -> Measured:
     """A step over documents with these lengths, of which this rank has its share of `world_size`.
 
@@ -87,7 +90,8 @@ def measure(
     GPUs. prepare: does to the model what training does to it before it is sharded, such as checkpointing, for which it
     gets an Offload without data; it is not compiled. gradient_bytes: what stays of the gradient of one parameter once
     its block is done. tp: ranks that share layers; parameters are then those of one of them. softmax: the strategy by
-    which keys travel, one of longspan.attention.schedules.
+    which keys travel, one of longspan.attention.schedules. sparse, topology: parallel.sparse, and which of the ranks
+    share a machine (default: all), which "auto" goes by.
     """
     lengths, meter = tuple(lengths), _Meter(gradient_bytes)
     with torch.device("meta"):
@@ -107,7 +111,7 @@ def measure(
     tokens = -(-sum(lengths) // world_size)
     with meter:
         with _Kernels(gpu), meter.booked(EMBEDDING):
-            inputs, seq = _inputs(config, lengths, tokens, world_size, gpu, meter, softmax)
+            inputs, seq = _inputs(config, lengths, tokens, world_size, gpu, meter, (softmax, sparse, topology))
             loss = model(*inputs, seq)
         kept = {name: count for name, count in meter.live.items() if count}
         with meter.booked(BACKWARD):
@@ -262,7 +266,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, nn.Parameter(parameter.detach().to("meta", kept)))
 
 
-def _inputs(config, lengths, tokens, world_size, gpu, meter, softmax):
+def _inputs(config, lengths, tokens, world_size, gpu, meter, ways):
     """What a model takes in training, for this rank's tokens."""
 
     def numbers(*shape, dtype=torch.int64):
@@ -275,4 +279,4 @@ def _inputs(config, lengths, tokens, world_size, gpu, meter, softmax):
         else:
             inputs = [numbers(*shape, dtype=torch.float32) for shape in 2 * [(tokens, CHANNELS)] + [(len(lengths),)]]
             derived[pixels] = Pixels(*(numbers(tokens) for _ in range(3)))
-    return inputs, Outline(lengths, tokens, world_size, gpu, positions, meter.record, derived, softmax)
+    return inputs, Outline(lengths, tokens, world_size, gpu, positions, meter.record, derived, *ways)

@@ -36,11 +36,23 @@ def split_model(model: nn.Module, ranks) -> None:
         for module in (block.mixer, block.mlp):
             module.register_forward_hook(partial(_scatter, ranks))
     for path, module in model.named_modules():
-        name = path.rpartition(".")[2]
-        _place(module, ranks, 0 if name in BY_ROWS else 1 if name in BY_COLUMNS else None, parts.get(module, {}))
+        _place(module, ranks, split_dim(path), parts.get(module, {}))
     model.embedding.forward = partial(_embed, model.embedding, ranks)
     model.cross_entropy = partial(_cross_entropy, ranks, model.config.vocab_size)
     model.logits = partial(_logits, model, ranks)
+
+
+def split_dim(path: str) -> int | None:
+    """The dimension in which ranks share the weight of the module with this path; None where it is no projection."""
+    name = path.rpartition(".")[2]
+    return 0 if name in BY_ROWS else 1 if name in BY_COLUMNS else None
+
+
+def streams(mixer: nn.Module) -> list[int]:
+    """Channels of queries, keys and values of all heads, which a mixer's convolution has end to end; none without."""
+    if not isinstance(mixer, LinearMixer) or mixer.conv is None:
+        return []
+    return [project.out_features for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
 
 
 def _parts_of_heads(mixer: nn.Module, ranks) -> dict[nn.Module, dict[str, Sequence[tuple[int, int]]]]:
@@ -56,9 +68,8 @@ def _parts_of_heads(mixer: nn.Module, ranks) -> dict[nn.Module, dict[str, Sequen
             module.register_forward_hook(partial(_own, ranks.share(module.num_heads)))
         elif hasattr(module, "num_heads"):
             module.num_heads //= ranks.size
-    if isinstance(mixer, LinearMixer) and mixer.conv is not None:
-        streams = [project.out_features for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
-        parts[mixer.conv] = dict.fromkeys(("weight", "bias"), _shares(ranks, streams))
+    if channels := streams(mixer):
+        parts[mixer.conv] = dict.fromkeys(("weight", "bias"), _shares(ranks, channels))
     if isinstance(mixer, Mamba2Mixer):
         parts |= _parts_of_mamba2(mixer, ranks)
     return parts

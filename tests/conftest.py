@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections import defaultdict
 
 import interpreter_bf16
 import poison
@@ -14,6 +15,10 @@ if not torch.cuda.is_available():  # before any kernel is defined: Triton's inte
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):
         interpreter_bf16.install()
+
+
+def _world_size(item):
+    return item.callspec.params.get("world_size") if hasattr(item, "callspec") else None
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,10 +34,23 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def deterministic():
+    """torch's switch for deterministic algorithms is on."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_collection_modifyitems(items):
+    tested = defaultdict(set)  # world sizes of every test
+    for item in items:
+        tested[item.path, item.originalname].add(_world_size(item))
     for item in items:  # also what says so itself
-        world_size = item.callspec.params.get("world_size") if hasattr(item, "callspec") else None
-        if world_size == 8 or item.path.parent.name == "benchmarks":
+        world_size = _world_size(item)
+        # What two ranks show, three and four show as well.
+        between = world_size == 2 and {1, 3, 4} <= tested[item.path, item.originalname]
+        if world_size == 8 or between or item.path.parent.name == "benchmarks":
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return

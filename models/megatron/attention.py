@@ -14,8 +14,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from longspan.models.megatron.contexts import Contexts, is_packed, pack, unpack
-from longspan.models.megatron.own_heads import own_dim, own_mixer, streams
+from longspan.models.megatron.own_heads import own_dim, own_mixer
 from longspan.models.rope import rotate
+from longspan.models.tensor_parallel import streams
 
 
 class _Mixing(MegatronModule):

@@ -12,7 +12,8 @@ from torch import nn
 
 from longspan.models.config import LINEAR_KINDS
 from longspan.models.layers import init_weights
-from longspan.models.mixers import Mamba2Mixer, build_mixer
+from longspan.models.mixers import build_mixer
+from longspan.models.tensor_parallel import split_dim, streams
 
 SHARED = ("o_norm.weight", "decay.in_proj.weight", "linear_weight", "linear_bias")  # by the heads of all ranks
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")  # of softmax and sparse mixers
@@ -57,24 +58,18 @@ def own_mixer(model, layer: int, kind: str, group, *, projections: bool, device,
 
 
 def own_dim(name: str) -> int | None:
-    """The dimension of a mixer's parameter in which ranks have parts; None where all have the whole."""
-    return None if name in SHARED else int(name == "o_proj.weight")
+    """The dimension of a mixer's parameter in which ranks have parts; None where all have the whole. What is no
+    projection has heads first."""
+    return None if name in SHARED else split_dim(name.rpartition(".")[0]) or 0
 
 
 def own_part(name: str, whole: torch.Tensor, rank: int, ranks: int, streams) -> torch.Tensor:
-    """A rank's part of a mixer's parameter. streams: channels of q, k and v, which the convolution has end to end."""
+    """A rank's part of a mixer's parameter. streams: as models.tensor_parallel has them."""
     dim = own_dim(name)
     if dim is None:
         return whole.clone()
     pieces = whole.split(streams) if name.startswith("conv.") else (whole,)
     return torch.cat([piece.chunk(ranks, dim)[rank] for piece in pieces], dim)
-
-
-def streams(mixer) -> list[int]:
-    """Channels of queries, keys and values in the convolution of a mixer; nothing where ranks have no parts of one."""
-    if getattr(mixer, "conv", None) is None or isinstance(mixer, Mamba2Mixer):
-        return []
-    return [getattr(mixer, name).out_features for name in ("q_proj", "k_proj", "v_proj")]
 
 
 def check_heads(model, kind: str, ranks: int) -> None:

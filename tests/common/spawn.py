@@ -9,6 +9,7 @@ import importlib.util
 import multiprocessing as mp
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,9 +20,10 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
-# Imported once, in the process that ranks are forked from: torch and what longspan and test modules import of it takes
-# seconds. longspan itself is left to the ranks, where an error in it has a traceback.
+# Imported once, in the process that ranks are forked from: torch, megatron-core and what longspan and test modules
+# import of them takes seconds. longspan itself is left to the ranks, where an error in it has a traceback.
 PRELOAD = ["torch", "torch._dynamo", "torch.distributed.fsdp", "numpy", "pytest", "hypothesis"]
+PRELOAD += [] if shutil.which("nvidia-smi") else ["megatron.core"]  # it might start CUDA: no fork may come after
 # What is left to the other ranks after the first failure: gloo notices a closed peer at once.
 GRACE_SECONDS = 2.0
 

@@ -15,7 +15,7 @@ SETTINGS = (
     "model.num_layers=2", "model.hidden_size=16", "model.num_heads=2", "model.num_kv_heads=1",
     "model.pattern=[linear:scalar, softmax]", "model.loss_chunk=32", "data.seq_len=96", "data.validation_fraction=0.2",
     "optim.lr=0.01", "optim.warmup_steps=2", "train.steps=6", "train.global_batch=4", "train.timeout_s=60",
-    "checkpoint.interval=3", "checkpoint.keep_last=9", "log.tensorboard=false",
+    "checkpoint.interval=3", "checkpoint.keep_last=9", "log.tensorboard=false", "log.validation_samples=4",
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ def check(kernels):
         assert not kernel["undefined"], kernel
 
 
+@pytest.mark.slow  # a minute; those of the two below are compiled in any case
 def test_kernels_compile(tmp_path):
     """Of the widest heads that both linear and sparse attention take: what needs most shared memory."""
     kernels = compiled(tmp_path, "--few", "bfloat16", "128")

@@ -130,7 +130,7 @@ def test_needed_parts_of_splits(delta):
     assert tables.needed.tolist() == [0, 2, 2, 2, 2, 2]
 
 
-LONG, STEP = 10 * 64 - 5, 8  # tokens of a split whose chunks take two steps of the search for what is remembered
+LONG, STEP = 7 * 64 - 5, 4  # tokens of a split whose chunks take two steps of the search for what is remembered
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def forgetting_heads(num_tokens):
     """[T, 7]: log decays of which all, a part or nothing is forgotten, with the border in every place that matters."""
     decay = torch.zeros(num_tokens, 7)
     decay[:, 0] = -20.0
-    decay[:, 1] = -0.2
+    decay[:, 1] = -0.4
     decay[:, 2] = -44.4 / num_tokens  # just below the threshold from end to end
     decay[:, 3] = -44.3 / num_tokens  # just above
     decay[70::64, 4] = -44.5 / STEP  # the chunks of one step of the search pass it at its last one
@@ -170,8 +170,9 @@ def test_what_is_forgotten_is_not_read(delta, short_search):
     inputs, *_ = make(spans, "medium", 7, 16, 16)
     inputs["log_decay"] = forgetting_heads(LONG)
     finite = torch.tensor([True, True, False, False, False, True, False])
+    before = finite | torch.tensor([False] * 4 + [True, False, False])  # the fifth has forgotten three chunks, not four
     tables = delta.DeltaTables.of(Splits.of(spans, LONG + 5, 64))
-    for part in (slice(0, 4 * 64), slice(6 * 64, LONG)):
+    for part in (slice(0, 3 * 64), slice(4 * 64, LONG)):
         torn = inputs | {"v": inputs["v"].clone()}
         torn["v"][part] = float("nan")
         work = delta.Delta(tables, *(torn[name] for name in ("q", "k", "v", "log_decay", "beta")), SCALE)
@@ -182,7 +183,7 @@ def test_what_is_forgotten_is_not_read(delta, short_search):
             work.ahead()
             work.start_backward((None, torch.zeros(1, 7, 16, 16), *work.prepared), torn["v"], True)
             state = work.gradient_summary()
-        assert torch.equal(state[0].flatten(1).isfinite().all(1), finite)
+        assert torch.equal(state[0].flatten(1).isfinite().all(1), finite if part.start else before)
 
 
 # Outputs and gradients are rounded to the inputs' dtype; so are the states and V' between the kernels.

@@ -57,7 +57,7 @@ def test_gates_that_close_in_plain_pytorch(decay, dtype):
     assert all(error < (1e-10 if dtype == torch.float64 else 1e-5) for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("decay", DECAYS, ids=str)
+@pytest.mark.parametrize("decay", [None, "fixed", "medium", "spiky", "closed"], ids=str)
 def test_bfloat16(decay):
     check("mixed", (32, 16), decay, split=128, dtype=torch.bfloat16, limit=6e-3)
 
@@ -67,16 +67,16 @@ def test_split_sizes_agree():
     check("one", (16, 16), "spiky", split=256)
 
 
-LONG = 10 * 64 - 5  # tokens of a split whose chunks take two steps of the search for what is remembered
+LONG = 6 * 64 - 5  # tokens of a split whose chunks take two steps of the search for what is remembered
 
 
 @pytest.fixture
 def short_search(monkeypatch):
-    """8 chunks in a step of the search, for which splits of two steps would be long in the interpreter."""
+    """4 chunks in a step of the search, for which splits of two steps would be long in the interpreter."""
     from longspan.kernels.compiler import tl
     from longspan.kernels.linear import sweep
 
-    monkeypatch.setattr(sweep, "SEARCHED", tl.constexpr(8))
+    monkeypatch.setattr(sweep, "SEARCHED", tl.constexpr(4))
 
 
 def check_forgetting(decay, length, split, sizes=(16, 16), device="cpu", dtype=torch.float32, limit=1e-5):
@@ -109,10 +109,10 @@ def test_what_is_forgotten_is_not_read(decay, short_search):
     form, chunk = fused()
     spans = Spans((0, LONG), (0,))
     inputs, entry, *_ = forms.random_inputs(spans, 3, 16, 16, None, 0)
-    log_decay = torch.tensor([-20.0, -0.2, -0.001])
+    log_decay = torch.tensor([-20.0, -0.4, -0.001])
     log_decay = log_decay if decay == "fixed" else log_decay.expand(LONG, -1).clone()
     tables = Splits.of(spans, LONG + 5, chunk)
-    for part in (slice(0, 4 * 64), slice(6 * 64, LONG)):
+    for part in (slice(0, 2 * 64), slice(4 * 64, LONG)):
         v = inputs["v"].clone()
         v[part] = float("nan")
         work = form(tables, inputs["q"], inputs["k"], v, log_decay, None, SCALE)

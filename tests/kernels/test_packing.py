@@ -31,9 +31,8 @@ def make(size, lists):
     return blocks, flags.to(torch.uint8), rows
 
 
-@pytest.mark.parametrize("size", [4, 7, 80])
+@pytest.mark.parametrize("size, dim", [(4, 8), (4, 20), (7, 8), (7, 20), (80, 20)])
 @pytest.mark.parametrize("lists", [1, HEADS])
-@pytest.mark.parametrize("dim", [8, 20])
 def test_there_and_back(size, lists, dim, form):
     blocks, flags, rows = make(size, lists)
     packing, total = Packing.of(blocks, flags), 5 * size

@@ -133,7 +133,7 @@ def test_top_of_forced_keys_that_no_sample_sees(form, small_tiles, monkeypatch):
 
 
 @pytest.mark.parametrize("clustered", [False, True])
-@pytest.mark.parametrize("documents, causal", [((500,), False), ((500,), True), ((200, 90, 7, 300), True)])
+@pytest.mark.parametrize("documents, causal", [((300,), False), ((300,), True), ((100, 70, 7, 150), True)])
 def test_top_of_normal_numbers_is_right_but_for_near_ties(documents, causal, clustered):
     generator = torch.Generator().manual_seed(0)
     ranges = make_ranges(documents, 128 // len(documents), 0.1, causal)

@@ -47,7 +47,6 @@ RUNS = {
     "zero 3": ZERO[3],
     "zero 3, sp 1, offload": (*ZERO[3], "parallel.sp=1", *OFFLOAD, "parallel.zero_offload_parameters=true"),
     "fsdp2, bf16": BF16,
-    "ddp, bf16": (*DDP, *BF16),
     "zero 3, bf16": (*ZERO[3], *BF16),
     "fsdp2, tied": TIED,
     "zero 3, tied, recompute": (*ZERO[3], *TIED, "train.checkpointing=full"),

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import longspan
+from longspan.attention.expected_requests import expected_requests
+from longspan.attention.selections import TopBlocks
 from longspan.launcher import cli
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
@@ -14,6 +16,7 @@ from longspan.launcher.estimate import Job, activations_exposed, estimate
 from longspan.launcher.fitting import largest, refuse
 from longspan.launcher.gpus import GIB, GPUS, Cluster, parse_gpus
 from longspan.models.flops import num_parameters
+from longspan.parallel.balanced import balanced
 
 RESULTS = Path(longspan.__file__).parent / "benchmarks" / "results"
 SMALL = [
@@ -282,3 +285,19 @@ def test_strategies_that_bring_more_keys_at_once_take_more_memory():
     assert peaks["auto"] == peaks["ring"]
     assert peaks["grouped_ring"] - peaks["ring"] == (7 - 2 + 4 - 1) * keys
     assert peaks["all_gather"] - peaks["grouped_ring"] == (7 - 4) * keys
+
+
+def test_sparse_layers_keep_what_their_way_brings():
+    """By request what is expected of the rank with most of it, in a ring all keys of others; `auto` takes, as training
+    does, the ring for long lists and requests for short ones."""
+    for selection, auto in (("keep: 0.3", "ring"), ("keep: 2", "fetch")):
+        kept = {}
+        for way in ("fetch", "ring", "auto"):
+            settings = ["model.pattern=[sparse]", "data.seq_len=64K", f"parallel.sparse={way}"]
+            selected = f"model.sparse_selection={{name: top, {selection}}}"
+            kept[way] = job_of(selected, *settings, gpus="8xH200").measure().kept["sparse"]
+        assert kept["auto"] == kept[auto] and kept["fetch"] <= kept["ring"]
+    arrived, tables = 4 * 2 * 256 * 2, 4 * 4 * 4 * 4 / 64  # of 4 layers: bytes of a token of others, and of its block's
+    asked = expected_requests(TopBlocks(2), balanced([2**16], 8), True)[0]
+    fewer = 2**16 * 7 / 8 - asked[(2 * asked.sum(1) + asked.sum(0)).argmax()].sum()
+    assert fewer > 2**14 and kept["ring"] - kept["fetch"] == pytest.approx(fewer * (arrived + tables), rel=1e-3)

@@ -172,3 +172,50 @@ def test_a_full_disk_is_one_line_and_costs_no_row_that_was_there(tmp_path, room)
         with files_of_at_most(20 if room == "none" else len(kept)):
             metrics.MetricsWriter(tmp_path, first_step=50, tensorboard=False).write({"step": 50})
     assert path.read_text().startswith(kept) and os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def _events(folder):
+    """[(step, what it is, values)] of all files, as TensorBoard's own reader gives them."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            values = {value.tag: value.simple_value for value in event.summary.value}
+            found.append((event.step, event.WhichOneof("what"), values))
+    return found
+
+
+def test_tensorboard_reads_the_steps_and_what_a_resumed_run_drops(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first in (1, 3):
+        writer = metrics.MetricsWriter(tmp_path, first_step=first, tensorboard=True)
+        for step in range(first, first + 3):
+            writer.write({"step": step, "loss": first + step / 4, "mfu": None, "tokens": 2**20})
+        writer.close()
+    shown = EventAccumulator(str(tmp_path / "tensorboard"))
+    shown.Reload()
+    assert sorted(shown.Tags()["scalars"]) == ["loss", "tokens"]
+    found = [(event.step, event.value) for event in shown.Scalars("loss")]
+    assert found == [(1, 1.25), (2, 1.5), (3, 3.75), (4, 4.0), (5, 4.25)]
+    assert {event.value for event in shown.Scalars("tokens")} == {2.0**20}
+
+
+@pytest.mark.parametrize("room", [10, 300])
+def test_tensorboards_full_disk_is_one_warning_and_the_run_goes_on(tmp_path, caplog, capfd, room):
+    rows = [{"step": step, "loss": 0.5, "lr": 0.25, "mfu": None} for step in range(1, 6)]
+    with caplog.at_level("WARNING", logger="longspan"), files_of_at_most(room):
+        writer = metrics.MetricsWriter(tmp_path, first_step=1, tensorboard=True)
+        if room > 10:
+            for row in rows:
+                writer.write(row)
+        writer.close()
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith(f"{tmp_path}/tensorboard cannot be written (File too large): TensorBoard gets no more")
+    assert "log.tensorboard=false" in said and "Traceback" not in "".join(capfd.readouterr())
+    if room > 10:
+        assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows
+        steps = [step for step, kind, _ in _events(tmp_path) if kind == "summary"]
+        assert 0 < len(steps) < 5 and steps == list(range(1, len(steps) + 1))

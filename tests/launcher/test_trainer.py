@@ -19,6 +19,8 @@ from longspan.launcher.errors import UserError
 from longspan.launcher.schedule import learning_rate
 
 TOLERANCE = 1e-5
+SPLITS = {1: (1,), 2: (1, 2), 4: (2, 4)}  # ranks per sequence, by ranks
+NAMES = [f"{n} ranks, sp {sp}" for n in SPLITS for sp in SPLITS[n]]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def runs(tmp_path_factory):
 
 def _runs_on(rank, world_size, folder, corpus):
     results = {}
-    for sp in (n for n in (1, 2, 4) if world_size % n == 0):
+    for sp in SPLITS[world_size]:
         name = f"{world_size} ranks, sp {sp}"
         results[name] = _observe(tiny_config(corpus, folder / name, f"parallel.sp={sp}", "log.validation_interval=4"))
     if world_size == 2:
@@ -113,12 +115,9 @@ def _imbalance(run):
     return [max(keys) * len(keys) / sum(keys) for keys in run["keys"]]
 
 
-SPLITS = [f"{n} ranks, sp {sp}" for n in (1, 2, 4) for sp in (1, 2, 4) if n % sp == 0]
-
-
-@pytest.mark.parametrize("split", [*SPLITS[1:], "recompute", "hsdp"])
+@pytest.mark.parametrize("split", [*NAMES[1:], "recompute", "hsdp"])
 def test_every_split_trains_the_same_run(runs, split):
-    one, other = runs[SPLITS[0]], runs[split]
+    one, other = runs[NAMES[0]], runs[split]
     assert other["samples"] == one["samples"]
     assert [row["tokens"] for row in other["rows"]] == [row["tokens"] for row in one["rows"]] == [4 * 96] * 6
     for key in ("loss", "grad_norm", "lr"):
@@ -130,7 +129,7 @@ def test_every_split_trains_the_same_run(runs, split):
 
 
 def test_loss_falls(runs):
-    losses = _losses(runs[SPLITS[0]])
+    losses = _losses(runs[NAMES[0]])
     assert losses[-1] < losses[0] - 0.3, losses
     assert losses[0] == pytest.approx(math.log(257), abs=0.2)
 
@@ -170,7 +169,7 @@ def test_resumed_equals_uninterrupted_bitwise(runs):
 
 @pytest.mark.parametrize("change", ["1 -> 2", "2 -> 1", "2 -> 4", "2, sp 1 -> 2"])
 def test_resumes_on_another_split(runs, change):
-    resumed, straight = runs[change], runs[SPLITS[0]]
+    resumed, straight = runs[change], runs[NAMES[0]]
     assert resumed["samples"] == straight["samples"][3:]
     assert [row["step"] for row in resumed["rows"]] == [1, 2, 3, 4, 5, 6]
     assert _losses(resumed) == pytest.approx(_losses(straight), rel=TOLERANCE)
@@ -238,7 +237,7 @@ def test_run_directory(tmp_path):
     run_ranks(_write_a_run, 2, tmp_path, timeout=120)
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "tensorboard",
     ]  # fmt: skip
     assert len(list((run / "tensorboard").glob("events.*"))) == 1
     assert Config.load(run / "config.yaml") == tiny_config(tmp_path / "corpus", run, *_SHORT)

@@ -74,13 +74,16 @@ LIMITS = {torch.float64: (1e-12, worst), torch.bfloat16: (0.15, overall)}
 
 
 def run_combinations(rank, world_size):
-    for name, (axes, dtype, kwargs) in COMBINATIONS.items():
-        if name == "hsdp" and world_size == 1:
-            continue
+    wanted = {}
+    for dtype in (torch.float64, torch.float32):
         plain = make_model(dtype)
         losses = [plain(*make_batch(data_rank)) for data_rank in range(world_size)]
         sum(losses).backward()
-
+        wanted[dtype] = plain, losses
+    for name, (axes, dtype, kwargs) in COMBINATIONS.items():
+        if name == "hsdp" and world_size == 1:
+            continue
+        plain, losses = wanted[dtype]
         model = make_model(dtype)
         names = [n for n, _ in model.named_parameters()]
         apply(model, make_mesh(axes, world_size), **kwargs)
