@@ -24,6 +24,7 @@ def launched(monkeypatch):
     names = [f"longspan.kernels.sparse.hopper.{name}" for name in ("tiles", "attend", "queries", "keys", "run")]
     *_, attend, queries, keys, run = gluon_emulator.load(*names)
     monkeypatch.setattr(hopper, "on_hopper", lambda x: True)
+    monkeypatch.setattr(hopper, "processors", lambda device: 3)  # programs take several tiles
     monkeypatch.setattr(hopper, "run", run, raising=False)
     monkeypatch.setattr(gluon_emulator, "SECONDS", 2.0)
     found = []

@@ -42,6 +42,11 @@ def _runs(device_index: int) -> bool:
         return False
 
 
+@cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def forward(q, k, v, out, lse, plan, scale, pack, onto):
     """Writes out and lse, see kernels.sparse.fused.forward; pack: heads side by side in a tile of queries."""
     from longspan.kernels.sparse.hopper import run

@@ -13,154 +13,172 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from longspan.kernels.sparse.hopper.tiles import (
     LOG2E,
-    block_of,
     facts_of,
+    feed_of,
     feed_on,
     load_rows,
     make_barriers,
     product_layout,
     row_layout,
-    seen_keys,
+    only_seen,
     send_keys,
     shared_layout,
     start_feeding,
     store_rows,
+    tile_of,
     turns_of,
 )
 
 
 @gluon.jit
 def _attend(
-    part: gl.constexpr, given, feed, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
-    TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr,
-    WARPS: gl.constexpr,
+    part: gl.constexpr, given, feed, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
+    KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    WEIGHTED: gl.constexpr, ONTO: gl.constexpr, IN_TURN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """dq of the rows of WARPS warps from 64 * part on. feed: what eight warps feed themselves with."""
+    """dq of the rows of WARPS warps from 64 * part on, of tile after tile. feed, IN_TURN: as in attend.py."""
     (
-        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr, delta_ptr,
-        dq_ptr, onto_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr,
-        q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, row_stride, scale,
+        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, lse_ptr,
+        delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h,
+        d_out_stride_t, d_out_stride_h, scale, lists,
     ) = given  # fmt: skip
     ROWS: gl.constexpr = 16 * WARPS
+    SIZE: gl.constexpr = 128 // PACK
     S: gl.constexpr = product_layout(TILE, WARPS)
     OUT: gl.constexpr = product_layout(D, WARPS)
     P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     layout: gl.constexpr = row_layout(D, WARPS)
     q_tile, d_out_tile = q_tiles.index(part), d_out_tiles.index(part)
-    q = load_rows(q_ptr, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
-    d_out = load_rows(d_out_ptr, first, count, part, d_out_stride_t, d_out_stride_h, PACK, D, layout, ROWS)
+    index = part * 64 + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+    token, M = index // PACK, lists[4]
+    nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    block, head, _, listed, begin, stop, first, count, position = tile_of(program, lists, HEADS, KEY_HEADS, LISTS, PACK)
+    q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
+    d_out_at = d_out_ptr + head * d_out_stride_h
+    d_out = load_rows(d_out_at, first, count, part, d_out_stride_t, d_out_stride_h, PACK, D, layout, ROWS)
     if WARPS == 8:
         start_feeding(feed, KEYS, TILE, STAGES)
-    q_tile.store(q)
-    d_out_tile.store(d_out)
-    fence_async_shared()
-    index = part * 64 + gl.arange(0, ROWS, gl.SliceLayout(1, S))
-    token = index // PACK
-    lse = gl.load(lse_ptr + index % PACK * row_stride + token)
-    delta = gl.load(delta_ptr + index % PACK * row_stride + token)
-    earliest = position + part * 64 // PACK
-    position += token
-    nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
-    if ONTO:
-        dq = load_rows(onto_ptr, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS).to(gl.float32) * (1 / scale)
-    else:
-        dq = gl.full([ROWS, D], 0.0, gl.float32, OUT)
-    turns = turns_of(begin, stop, KEYS, TILE)
-    if WARPS == 8:
-        for turn in range(0, turns):
-            stage, phase = turn % STAGES, (turn // STAGES) & 1
+    number = 0  # of a turn, since the program began
+    for tile in range(program, lists[6], programs):
+        q_tile.store(q)
+        d_out_tile.store(d_out)
+        fence_async_shared()
+        at = (head.to(gl.int64) * M + block) * SIZE + (index % PACK * (M * SIZE) + token)
+        lse, delta = gl.load(lse_ptr + at), gl.load(delta_ptr + at)
+        keys = row_idx + listed, begin, stop, k_length, k_position, k_step, weight_ptr
+        queries = lse, scale, position + part * 64 // PACK, position + token
+        if ONTO:
+            dq = load_rows(onto_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS)
+            dq = dq.to(gl.float32) * (1 / scale)
+        else:
+            dq = gl.full([ROWS, D], 0.0, gl.float32, OUT)
+        turns = turns_of(begin, stop, KEYS, TILE)
+        if WARPS == 8:
+            for turn in range(0, turns):
+                stage, phase = turn % STAGES, (turn // STAGES) & 1
+                mbarrier.wait(k_ready.index(stage), phase)
+                pending = warpgroup_mma(
+                    q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+                )
+                mbarrier.wait(v_ready.index(stage), phase)
+                d_pending = warpgroup_mma(
+                    d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+                )
+                weights = _weights(pending, 1, turn, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
+                mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
+                d_weights, weights = warpgroup_mma_wait(0, deps=[d_pending, weights])
+                d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
+                dq = warpgroup_mma(d_scores, k_tiles.index(stage), dq)
+                feed_on(feed, turn, KEYS, TILE, STAGES)
+        elif turns > 0:
+            stage, phase = number % STAGES, (number // STAGES) & 1
             mbarrier.wait(k_ready.index(stage), phase)
+            if IN_TURN:
+                mbarrier.wait(in_turn.index(part), (number & 1) ^ (1 - part))
             pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             mbarrier.wait(v_ready.index(stage), phase)
             d_pending = warpgroup_mma(
                 d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
-            masked, weight = facts_of(
-                turn, begin, stop, row_idx, k_length, k_position, k_step, weight_ptr, earliest, KEYS, TILE, CAUSAL,
-                WEIGHTED, S,
-            )  # fmt: skip
-            scores = warpgroup_mma_wait(1, deps=[pending])
-            weights = _weights(scores, lse, weight, scale, WEIGHTED and KEYS < TILE)
-            if masked:
-                seen = seen_keys(
-                    turn, begin, stop, row_idx, k_length, k_position, k_step, position, KEYS, TILE, CAUSAL, S
-                )
-                weights = gl.where(seen, weights, 0.0)
-            mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
-            d_weights, weights = warpgroup_mma_wait(0, deps=[d_pending, weights])
-            d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
-            dq = warpgroup_mma(d_scores, k_tiles.index(stage), dq)
-            feed_on(feed, turn, KEYS, TILE, STAGES)
-    elif begin < stop:
-        masked, weight = facts_of(
-            0, begin, stop, row_idx, k_length, k_position, k_step, weight_ptr, earliest, KEYS, TILE, CAUSAL, WEIGHTED, S
-        )
-        mbarrier.wait(k_ready.index(0), 0)
-        pending = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        mbarrier.wait(v_ready.index(0), 0)
-        d_pending = warpgroup_mma(d_out_tile, v_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=[pending])
-        weights = _weights(scores, lse, weight, scale, WEIGHTED and KEYS < TILE)
-        if masked:
-            seen = seen_keys(0, begin, stop, row_idx, k_length, k_position, k_step, position, KEYS, TILE, CAUSAL, S)
-            weights = gl.where(seen, weights, 0.0)
-        d_weights = warpgroup_mma_wait(0, deps=[d_pending])
-        mbarrier.arrive(v_free.index(0))
-        d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
-        for turn in range(1, turns):
-            stage, before, phase = turn % STAGES, (turn - 1) % STAGES, (turn // STAGES) & 1
-            mbarrier.wait(k_ready.index(stage), phase)
-            pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_ready.index(stage), phase)
-            d_pending = warpgroup_mma(
-                d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-            )
-            dq_pending = warpgroup_mma(d_scores, k_tiles.index(before), dq, is_async=True)
-            masked, weight = facts_of(
-                turn, begin, stop, row_idx, k_length, k_position, k_step, weight_ptr, earliest, KEYS, TILE, CAUSAL,
-                WEIGHTED, S,
-            )  # fmt: skip
-            scores = warpgroup_mma_wait(2, deps=[pending])
-            weights = _weights(scores, lse, weight, scale, WEIGHTED and KEYS < TILE)
-            if masked:
-                seen = seen_keys(
-                    turn, begin, stop, row_idx, k_length, k_position, k_step, position, KEYS, TILE, CAUSAL, S
-                )
-                weights = gl.where(seen, weights, 0.0)
-            mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
-            d_weights, weights = warpgroup_mma_wait(1, deps=[d_pending, weights])
+            if IN_TURN:
+                mbarrier.arrive(in_turn.index(1 - part))
+            weights = _weights(pending, 1, 0, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
+            d_weights = warpgroup_mma_wait(0, deps=[d_pending])
             mbarrier.arrive(v_free.index(stage))
-            new = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
-            mbarrier.wait(k_ready.index(stage), phase)
-            dq, d_scores, new = warpgroup_mma_wait(0, deps=[dq_pending, d_scores, new])
-            mbarrier.arrive(k_free.index(before))
-            d_scores = new
-        dq = warpgroup_mma(d_scores, k_tiles.index((turns - 1) % STAGES), dq)
-    store_rows(dq_ptr, first, count, part, HEADS, PACK, D, dq * scale, WARPS)
+            d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
+            for turn in range(1, turns):
+                before = stage
+                number += 1
+                stage, phase = number % STAGES, (number // STAGES) & 1
+                mbarrier.wait(k_ready.index(stage), phase)
+                if IN_TURN:
+                    mbarrier.wait(in_turn.index(part), (number & 1) ^ (1 - part))
+                pending = warpgroup_mma(
+                    q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+                )
+                mbarrier.wait(v_ready.index(stage), phase)
+                d_pending = warpgroup_mma(
+                    d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+                )
+                dq_pending = warpgroup_mma(d_scores, k_tiles.index(before), dq, is_async=True)
+                if IN_TURN:
+                    mbarrier.arrive(in_turn.index(1 - part))
+                weights = _weights(pending, 2, turn, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
+                mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
+                d_weights, weights = warpgroup_mma_wait(1, deps=[d_pending, weights])
+                mbarrier.arrive(v_free.index(stage))
+                new = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
+                mbarrier.wait(k_ready.index(stage), phase)
+                dq, d_scores, new = warpgroup_mma_wait(0, deps=[dq_pending, d_scores, new])
+                mbarrier.arrive(k_free.index(before))
+                d_scores = new
+            number += 1
+            dq = warpgroup_mma(d_scores, k_tiles.index(stage), dq)
+            mbarrier.arrive(k_free.index(stage))
+        to = dq_ptr + head * D, first, count
+        if WARPS == 4:  # the next tile's queries, on their way while this one is written
+            following = gl.minimum(tile + programs, lists[6] - 1)
+            block, head, _, listed, begin, stop, first, count, position = tile_of(
+                following, lists, HEADS, KEY_HEADS, LISTS, PACK
+            )
+            q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
+            d_out_at = d_out_ptr + head * d_out_stride_h
+            d_out = load_rows(d_out_at, first, count, part, d_out_stride_t, d_out_stride_h, PACK, D, layout, ROWS)
+        store_rows(*to, part, HEADS, PACK, D, dq * scale, WARPS)
 
 
 @gluon.jit
-def _weights(scores, lse, weight, scale, OF_KEYS: gl.constexpr):
-    """weight: of all keys of the tile, or OF_KEYS."""
+def _weights(
+    pending, LATER: gl.constexpr, turn, keys, queries, KEYS: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr,
+    WEIGHTED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """exp(scores - lse) of a tile of keys, 0 where a query does not see one. pending: the scores' product, with LATER
+    ones behind it; queries: lse, scale, the first one's position, all positions."""
+    lse, scale, earliest, positions = queries
+    masked, weight = facts_of(turn, keys, earliest, KEYS, TILE, CAUSAL, WEIGHTED, layout)
+    scores = warpgroup_mma_wait(LATER, deps=[pending])
     stretch = gl.full_like(scores, scale * LOG2E)
-    if OF_KEYS:
-        return gl.exp2(gl.fma(scores, stretch, weight[None, :] - lse[:, None]))
+    if WEIGHTED and KEYS < TILE:
+        weights = gl.exp2(gl.fma(scores, stretch, weight[None, :] - lse[:, None]))
     else:
-        return gl.exp2(gl.fma(scores, stretch, gl.zeros_like(scores) + (weight - lse)[:, None]))
+        weights = gl.exp2(gl.fma(scores, stretch, gl.zeros_like(scores) + (weight - lse)[:, None]))
+    if masked:
+        weights = only_seen(weights, 0.0, turn, keys, positions, KEYS, TILE, CAUSAL, layout)
+    return weights
 
 
-@gluon.jit(do_not_specialize=["M", "capacity", "scale"])
+@gluon.jit(do_not_specialize=["M", "capacity", "tiles", "scale"])
 def queries_kernel(
     q_ptr, k_desc, v_desc, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step,
     row_ptr, row_idx, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale,
-    M, capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
+    M, capacity, tiles, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
     KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
-    ONTO: gl.constexpr, STAGES: gl.constexpr,
+    ONTO: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows; lse (base 2) and delta as rows_kernel
-    makes them."""
-    block, head, key_head, listed = block_of(M, HEADS, KEY_HEADS, LISTS, PACK)
+    """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows, which go to programs as those of attend.py; lse
+    (base 2) and delta as rows_kernel makes them."""
     dtype: gl.constexpr = k_desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
     q_tiles = gl.allocate_shared_memory(dtype, [8 // WARPS, 16 * WARPS, D], shared_layout(16))
@@ -168,38 +186,31 @@ def queries_kernel(
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))
     k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
-    k_free, v_free = k_ready, v_ready
+    k_free, v_free, in_turn = k_ready, v_ready, k_ready
     if WARPS == 4:
-        k_free, v_free = make_barriers(STAGES, 2), make_barriers(STAGES, 2)
-    row_idx += listed * capacity
-    begin, stop = gl.load(row_ptr + listed * (M + 1) + block), gl.load(row_ptr + listed * (M + 1) + block + 1)
-    first, count = gl.load(q_start + block).to(gl.int64), gl.load(q_length + block)
-    position = gl.load(q_position + block)
-    q_ptr += head * q_stride_h
-    d_out_ptr += head * d_out_stride_h
-    dq_ptr += head * D
-    onto_ptr += head * D
-    size = 128 // PACK
-    lse_ptr += (gl.to_tensor(head).to(gl.int64) * M + block) * size
-    delta_ptr += (gl.to_tensor(head).to(gl.int64) * M + block) * size
+        k_free, v_free, in_turn = make_barriers(STAGES, 2), make_barriers(STAGES, 2), make_barriers(2, 1)
+    lists = row_ptr, q_start, q_length, q_position, M, capacity, tiles
     given = (
-        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr,
-        delta_ptr, dq_ptr, onto_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step,
-        weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, M * size, scale,
+        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, lse_ptr,
+        delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h,
+        d_out_stride_t, d_out_stride_h, scale, lists,
     )  # fmt: skip
     if WARPS == 8:
-        feed = k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx, begin, stop, k_start, key_head * D
-        _attend(0, given, feed, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, WARPS)
+        feed = feed_of(
+            k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx, k_start, lists, HEADS, KEY_HEADS, LISTS, PACK
+        )
+        _attend(
+            0, given, feed, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, False, WARPS
+        )
     else:
-        feed = (
-            k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start,
-            key_head * D,
-        )  # fmt: skip
+        feed = k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, k_start, lists
         gl.warp_specialize(
             [
-                (_attend, (0, given, 0, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, WARPS)),
-                (_attend, (1, given, 0, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, WARPS)),
-                (send_keys, (feed, KEYS, TILE, STAGES)),
+                (_attend, (0, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,
+                           IN_TURN, WARPS)),
+                (_attend, (1, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,
+                           IN_TURN, WARPS)),
+                (send_keys, (feed, HEADS, KEY_HEADS, LISTS, PACK, KEYS, TILE, STAGES)),
             ],
             [4, 1], [240, 24],
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from longspan.kernels.sparse import hopper
 from longspan.kernels.sparse.backward import add_parts
 from longspan.kernels.sparse.hopper.attend import forward_kernel
 from longspan.kernels.sparse.hopper.keys import keys_kernel
@@ -14,15 +15,18 @@ from longspan.kernels.sparse.hopper.rows import rows_kernel
 FORWARD = {64: (64, 3, 8, 128), 128: (128, 2, 4, None)}
 QUERIES = {64: (64, 3, 8, 128), 128: (64, 4, 4, None)}
 KEY_STAGES = 2
+PERSISTENT = True  # programs that are fed take tile after tile: one on a processor
+IN_TURN = {"forward": True, "queries": False}  # whether warpgroups start their products one after the other
 
 
 def forward(q, k, v, out, lse, plan, scale, pack, onto):
     tile, stages, warps, registers = FORWARD[q.shape[2]]
-    forward_kernel[(len(plan.queries) * q.shape[1] // pack,)](
+    tiles, programs = _programs(q, plan, pack, warps)
+    forward_kernel[(programs,)](
         q, *(_rows_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
-        *_lists(plan), *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], *_heads(q, k, plan),
-        plan.keys.size, pack, tile, plan.causal, plan.log_weight is not None, onto is not None, stages,
-        num_warps=warps, **_most(registers),
+        *_lists(plan), *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles,
+        *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal, plan.log_weight is not None, onto is not None,
+        stages, IN_TURN["forward"], num_warps=warps, **_most(registers),
     )  # fmt: skip
 
 
@@ -33,11 +37,13 @@ def query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto):
     log, delta = (rows.new_empty(heads, blocks, length) for _ in range(2))
     rows_kernel[(blocks * heads,)](rows, log, delta, plan.queries.start, plan.queries.length, blocks, heads, length)
     tile, stages, warps, registers = QUERIES[head_dim]
-    queries_kernel[(blocks * heads // pack,)](
+    tiles, programs = _programs(q, plan, pack, warps)
+    queries_kernel[(programs,)](
         q, *(_rows_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, log, delta, dq,
         dq if onto is None else onto, *_tables(plan), *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], scale,
-        blocks, plan.row_idx.shape[1], *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
-        plan.log_weight is not None, onto is not None, stages, num_warps=warps, **_most(registers),
+        blocks, plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
+        plan.log_weight is not None, onto is not None, stages, IN_TURN["queries"], num_warps=warps,
+        **_most(registers),
     )  # fmt: skip
     return log, delta
 
@@ -59,6 +65,12 @@ def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale):
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)
+
+
+def _programs(q, plan, pack, warps):
+    """(tiles of queries, programs that take them)."""
+    tiles = len(plan.queries) * q.shape[1] // pack
+    return tiles, min(tiles, hopper.processors(q.device)) if PERSISTENT and warps == 4 else tiles
 
 
 def _most(registers):
