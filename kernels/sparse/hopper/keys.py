@@ -23,21 +23,24 @@ from longspan.kernels.sparse.hopper.tiles import (
 
 
 @gluon.jit
-def _send(feed, TURNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr):
+def _send(
+    feed, TURNS: gl.constexpr, PARTS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr
+):
     (
         q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready,
         d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M,
     ) = feed  # fmt: skip
     turn = 0
     for step in range(begin * TURNS, stop * TURNS):
-        stage, phase = turn % STAGES, (turn // STAGES) & 1
         block, part, at = gl.load(col_idx + step // TURNS), step % PARTS, head + step % TURNS // PARTS
         first, row = gl.load(q_start + block) + part * 64, ((at * M + block) * PARTS + part) * 64
-        mbarrier.wait(q_free.index(stage), phase ^ 1)
+        stage = turn % Q_STAGES
+        mbarrier.wait(q_free.index(stage), (turn // Q_STAGES) & 1 ^ 1)
         mbarrier.expect(q_ready.index(stage), 64 * D * 2 + 64 * 4)
         async_load(q_desc, [first, at * D], q_ready.index(stage), q_tiles.index(stage))
         async_load(lse_desc, [row], q_ready.index(stage), lse_tiles.index(stage))
-        mbarrier.wait(d_out_free.index(stage), phase ^ 1)
+        stage = turn % STAGES
+        mbarrier.wait(d_out_free.index(stage), (turn // STAGES) & 1 ^ 1)
         mbarrier.expect(d_out_ready.index(stage), 64 * D * 2 + 64 * 4)
         async_load(d_out_desc, [first, at * D], d_out_ready.index(stage), d_out_tiles.index(stage))
         async_load(delta_desc, [row], d_out_ready.index(stage), delta_tiles.index(stage))
@@ -47,11 +50,12 @@ def _send(feed, TURNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, 
 @gluon.jit
 def _attend(
     half: gl.constexpr, given, KEY_HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr,
-    TURNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, SUMMED: gl.constexpr, CAUSAL: gl.constexpr,
-    WEIGHTED: gl.constexpr,
+    TURNS: gl.constexpr, PARTS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    SUMMED: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of the key block's rows 64 * half on; alone: the block has no other part; SUMMED: several heads'
-    parts make one."""
+    """dk and dv of the key block's rows 64 * half on; alone: the block has no other part; AHEAD: scores of a turn come
+    before the last one's product with queries, which takes a stage more of them; SUMMED: several heads' parts make
+    one."""
     (
         k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr,
         v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, key_position,
@@ -60,6 +64,7 @@ def _attend(
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(D)
     P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    LATER: gl.constexpr = 2 if AHEAD else 1  # products behind one that is waited for
     k_tile, v_tile = k_tiles.index(half), v_tiles.index(half)
     k_tile.store(load_rows(k_ptr, first, count, half, k_stride_t, 0, 1, D, row_layout(D)))
     v_tile.store(load_rows(v_ptr, first, count, half, v_stride_t, 0, 1, D, row_layout(D)))
@@ -70,16 +75,20 @@ def _attend(
     stretch = scale * LOG2E
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
     dk, dv = gl.full([64, D], 0.0, gl.float32, OUT), gl.full([64, D], 0.0, gl.float32, OUT)
-    turn = 0
+    turn, before = 0, 0
+    d_scores = gl.full([64, 64], 0.0, k_tiles.dtype, P)  # of the turn before, which no product has taken yet
     for step in range(begin * TURNS, stop * TURNS):
-        stage, phase = turn % STAGES, (turn // STAGES) & 1
-        q_tile, d_out_tile = q_tiles.index(stage), d_out_tiles.index(stage)
-        mbarrier.wait(q_ready.index(stage), phase)
+        stage, q_stage = turn % STAGES, turn % Q_STAGES
+        phase, q_phase = (turn // STAGES) & 1, (turn // Q_STAGES) & 1
+        q_tile, d_out_tile = q_tiles.index(q_stage), d_out_tiles.index(stage)
+        mbarrier.wait(q_ready.index(q_stage), q_phase)
         pending = warpgroup_mma(k_tile, q_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
         mbarrier.wait(d_out_ready.index(stage), phase)
         d_pending = warpgroup_mma(v_tile, d_out_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        lse = lse_tiles.index(stage).load(gl.SliceLayout(0, S))
-        scores = warpgroup_mma_wait(1, deps=[pending])
+        if AHEAD:
+            dk_pending = warpgroup_mma(d_scores, q_tiles.index(before), dk, is_async=True)
+        lse = lse_tiles.index(q_stage).load(gl.SliceLayout(0, S))
+        scores = warpgroup_mma_wait(LATER, deps=[pending])
         if WEIGHTED:
             scores = scores * stretch + (weight - lse)[None, :]
         else:
@@ -92,15 +101,25 @@ def _attend(
                 weights = gl.where(key_position[:, None] <= (position + index)[None, :], weights, 0.0)
         operand = gl.convert_layout(weights.to(k_tiles.dtype), P)
         dv_pending = warpgroup_mma(operand, d_out_tile, dv, is_async=True)
+        d_weights = warpgroup_mma_wait(LATER, deps=[d_pending])
         delta = delta_tiles.index(stage).load(gl.SliceLayout(0, S))
-        d_weights = warpgroup_mma_wait(1, deps=[d_pending])
-        d_scores = gl.convert_layout((weights * (d_weights - delta[None, :])).to(k_tiles.dtype), P)
-        mbarrier.wait(q_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
-        dv, operand, d_scores = warpgroup_mma_wait(0, deps=[dv_pending, operand, d_scores])
-        mbarrier.arrive(d_out_free.index(stage))
-        dk = warpgroup_mma(d_scores, q_tile, dk)
-        mbarrier.arrive(q_free.index(stage))
+        new = gl.convert_layout((weights * (d_weights - delta[None, :])).to(k_tiles.dtype), P)
+        mbarrier.wait(q_ready.index(q_stage), q_phase)  # passed already: keeps the next wait behind the arithmetic
+        if AHEAD:
+            dk, d_scores, dv, operand, new = warpgroup_mma_wait(0, deps=[dk_pending, d_scores, dv_pending, operand, new])
+            mbarrier.arrive(d_out_free.index(stage))
+            if turn > 0:
+                mbarrier.arrive(q_free.index(before))
+            d_scores, before = new, q_stage
+        else:
+            dv, operand, new = warpgroup_mma_wait(0, deps=[dv_pending, operand, new])
+            mbarrier.arrive(d_out_free.index(stage))
+            dk = warpgroup_mma(new, q_tile, dk)
+            mbarrier.arrive(q_free.index(q_stage))
         turn += 1
+    if AHEAD:
+        if turn > 0:
+            dk = warpgroup_mma(d_scores, q_tiles.index(before), dk)
     dk = dk * scale
     if SUMMED:
         store_rows(parts_dk, 0, KEYS, half, 1, 1, D, dk)
@@ -119,7 +138,7 @@ def keys_kernel(
     k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col, weight_ptr, k_stride_t, k_stride_h,
     v_stride_t, v_stride_h, scale, M, num_columns, items, capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr,
     LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr, CHUNK: gl.constexpr,
-    CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.backward.keys_kernel, for query blocks of SIZE rows, a multiple of 64; what has one part goes
     to dk and dv at once."""
@@ -134,12 +153,12 @@ def keys_kernel(
         flat: gl.constexpr = lse_desc.layout
         k_tiles = gl.allocate_shared_memory(dtype, [KEYS // 64, 64, D], shared_layout(16))
         v_tiles = gl.allocate_shared_memory(dtype, [KEYS // 64, 64, D], shared_layout(16))
-        q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared_layout(16))
+        q_tiles = gl.allocate_shared_memory(dtype, [Q_STAGES, 64, D], shared_layout(16))
         d_out_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared_layout(16))
-        lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 64], flat)
+        lse_tiles = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 64], flat)
         delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 64], flat)
-        q_ready, d_out_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
-        q_free, d_out_free = make_barriers(STAGES, KEYS // 64), make_barriers(STAGES, KEYS // 64)
+        q_ready, d_out_ready = make_barriers(Q_STAGES, 1), make_barriers(STAGES, 1)
+        q_free, d_out_free = make_barriers(Q_STAGES, KEYS // 64), make_barriers(STAGES, KEYS // 64)
         first, count = gl.load(k_start + column).to(gl.int64), gl.load(k_length + column)
         position, step = gl.load(k_position + column), gl.load(k_step + column)
         weight = 0.0
@@ -172,17 +191,20 @@ def keys_kernel(
         if KEYS == 128:
             gl.warp_specialize(
                 [
-                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, SUMMED, CAUSAL, WEIGHTED)),
-                    (_attend, (1, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, SUMMED, CAUSAL, WEIGHTED)),
-                    (_send, (feed, TURNS, PARTS, STAGES, D)),
+                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, AHEAD, SUMMED,
+                               CAUSAL, WEIGHTED)),
+                    (_attend, (1, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, AHEAD, SUMMED,
+                               CAUSAL, WEIGHTED)),
+                    (_send, (feed, TURNS, PARTS, Q_STAGES, STAGES, D)),
                 ],
                 [4, 1], [240, 24],
             )  # fmt: skip
         else:
             gl.warp_specialize(
                 [
-                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, STAGES, SUMMED, CAUSAL, WEIGHTED)),
-                    (_send, (feed, TURNS, PARTS, STAGES, D)),
+                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, AHEAD, SUMMED,
+                               CAUSAL, WEIGHTED)),
+                    (_send, (feed, TURNS, PARTS, Q_STAGES, STAGES, D)),
                 ],
                 [1], [24],
             )  # fmt: skip
