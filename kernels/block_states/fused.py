@@ -11,6 +11,7 @@ from longspan.kernels.block_states.keys import (
 from longspan.kernels.block_states.queries import output_kernel, query_gradients_kernel
 from longspan.kernels.block_states.whole import whole_output_kernel, whole_query_gradients_kernel
 from longspan.kernels.linear.splits import padded, unit_stride
+from longspan.kernels.sparse import hopper
 
 STEP = 64  # rows that gradients of keys that queries of their block see take at once: with more, registers spill
 # Kernels that go through a block: (rows at once, warps, tiles under way and at work, registers), the fastest of
@@ -21,6 +22,7 @@ LOOPS = {
     "query_gradients": (128, 8, 2, 255),
     "key_gradients": (64, 4, 2, 255),
 }
+HOPPER = True  # gradients of queries of whole documents by hopper.py where it takes a case
 TILE, TAKE = 1024, 8  # numbers of a state, and states of a list, that are added at once
 
 
@@ -104,6 +106,12 @@ def whole_query_gradients(d_out, q, states, rows, blocks, feature_map, dtype):
     d_out, q = unit_stride(d_out), unit_stride(q)
     dq, heads = q.new_empty(q.shape), states.shape[1]
     sums = states.new_empty(len(blocks), *states.shape[1:], dtype=dtype)
+    if len(blocks) and HOPPER and hopper.on_hopper(q) and _on_hopper(q, d_out):
+        from longspan.kernels.block_states.hopper import whole_query_gradients as on_hopper
+
+        d_bias = states.new_empty(len(blocks), heads, 2, d_out.shape[2])
+        on_hopper(d_out, q, states, rows, dq, sums, d_bias, blocks, feature_map)
+        return dq, sums, d_bias.sum((0, 1, 2))
     d_bias = states.new_empty(len(blocks), heads, d_out.shape[2])
     if len(blocks):
         whole_query_gradients_kernel[(len(blocks) * heads,)](
@@ -134,6 +142,10 @@ def key_gradients(k, v, states, rows, blocks, feature_map, inside=None, onto=(No
         **_options(k, at_once) | {"num_stages": 1},  # the loop is short
     )  # fmt: skip
     return dk, dv
+
+
+def _on_hopper(*tensors):
+    return all(x.dtype == torch.bfloat16 and x.shape[2] in (64, 128) for x in tensors)
 
 
 def _loop(name, x, blocks):

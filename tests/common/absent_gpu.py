@@ -154,8 +154,9 @@ def compile_branch(width):
     import torch
 
     from longspan.kernels.block_states import fused
-    from longspan.kernels.sparse import Blocks
+    from longspan.kernels.sparse import Blocks, hopper
 
+    hopper.on_hopper = lambda x: True
     q, k = (torch.zeros(300, heads, width, dtype=torch.bfloat16) for heads in (4, 2))
     states, rows = torch.zeros(1, 2, 1, width * width + width), torch.zeros(8, dtype=torch.int32)
     for feature_map in ("softmax", "elu1"):

@@ -9,6 +9,7 @@ from longspan.kernels.sparse.hopper.attend import forward_kernel
 from longspan.kernels.sparse.hopper.keys import keys_kernel
 from longspan.kernels.sparse.hopper.queries import queries_kernel
 from longspan.kernels.sparse.hopper.rows import rows_kernel
+from longspan.kernels.sparse.hopper.tiles import matrix_of
 
 # By width of heads: keys in a tile, how many tiles are under way, warps (twice four that another one feeds, or eight
 # that feed themselves) and the most registers of a thread: with 128 two programs share a processor.
@@ -26,7 +27,7 @@ def forward(q, k, v, out, lse, plan, scale, pack, onto):
     tile, stages, warps, registers = FORWARD[q.shape[2]]
     tiles, programs = _programs(q, plan, pack, warps)
     forward_kernel[(programs,)](
-        q, *(_rows_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
+        q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
         *_lists(plan), *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles,
         *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal, plan.log_weight is not None, onto is not None,
         stages, IN_TURN["forward"], num_warps=warps, **_most(registers),
@@ -42,7 +43,7 @@ def query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto):
     tile, stages, warps, registers = QUERIES[head_dim]
     tiles, programs = _programs(q, plan, pack, warps)
     queries_kernel[(programs,)](
-        q, *(_rows_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, log, delta, dq,
+        q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, log, delta, dq,
         dq if onto is None else onto, *_tables(plan), *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], scale,
         blocks, plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
         plan.log_weight is not None, onto is not None, stages, IN_TURN["queries"], num_warps=warps,
@@ -60,7 +61,7 @@ def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale):
         return
     parts = [log.new_empty(groups, items, size, head_dim) for _ in range(2)]
     keys_kernel[(items * groups,)](
-        *(_rows_of(x, 64) for x in (q, d_out)), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
+        *(matrix_of(x, 64) for x in (q, d_out)), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
         plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr,
         plan.item_col, _weight(plan), *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries), len(plan.keys),
         items, plan.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk, plan.causal,
@@ -78,15 +79,6 @@ def _programs(q, plan, pack, warps):
 
 def _most(registers):
     return {} if registers is None else {"maxnreg": registers}
-
-
-def _rows_of(x, rows):
-    """x [T, H, D] as a matrix of heads beside one another, fetched so many rows of one head at a time."""
-    if x.stride(1) != x.shape[2] or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
-        x = x.contiguous()
-    tokens, heads, head_dim = x.shape
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim], layout)
 
 
 def _flat(x, count):

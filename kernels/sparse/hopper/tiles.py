@@ -3,6 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = gl.constexpr(1.4426950408889634)
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.6
@@ -24,6 +25,15 @@ def product_layout(N, WARPS=4):
 @gluon.constexpr_function
 def shared_layout(bits):
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+
+
+def matrix_of(x, rows):
+    """x [T, H, D] as a matrix of heads beside one another, fetched so many rows of one head at a time."""
+    if x.stride(1) != x.shape[2] or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+        x = x.contiguous()
+    tokens, heads, head_dim = x.shape
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim], layout)
 
 
 @gluon.jit
