@@ -6,6 +6,7 @@ from longspan.kernels.block_states.keys import (
     inside_key_gradients_kernel,
     key_gradients_kernel,
     listed_kernel,
+    lonely_key_gradients_kernel,
     sums_kernel,
 )
 from longspan.kernels.block_states.queries import output_kernel, query_gradients_kernel
@@ -22,6 +23,7 @@ LOOPS = {
     "query_gradients": (128, 8, 2, 255),
     "key_gradients": (64, 4, 2, 255),
 }
+LONELY = 512  # programs that look for key blocks that no query chose
 HOPPER = True  # gradients of queries of whole documents by hopper.py where it takes a case
 TILE, TAKE = 1024, 8  # numbers of a state, and states of a list, that are added at once
 
@@ -142,6 +144,18 @@ def key_gradients(k, v, states, rows, blocks, feature_map, inside=None, onto=(No
         **_options(k, at_once) | {"num_stages": 1},  # the loop is short
     )  # fmt: skip
     return dk, dv
+
+
+def lonely_key_gradients(k, v, states, plan, onto):
+    """Adds to dk and dv in `onto`, contiguous, what kernels.sparse.fused.backward leaves out of `states`, KeyStates."""
+    k, v = unit_stride(k), unit_stride(v)
+    columns, heads = len(plan.keys), k.shape[1]
+    span = max(1, columns * heads // LONELY)
+    lonely_key_gradients_kernel[(-(-columns // span) * heads,)](
+        k, v, states.states, states.rows, *onto, plan.keys.start, plan.keys.length, plan.item_ptr, columns, span,
+        *_strides(k, v), heads, plan.heads, *_sizes(k, v), MAP=states.feature_map,
+        **_loop("key_gradients", k, plan.keys),
+    )  # fmt: skip
 
 
 def _on_hopper(*tensors):

@@ -11,13 +11,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longspan.kernels.sparse.hopper.tiles import (
-    LOG2E,
     async_load,
     load_rows,
     make_barriers,
     matrix_of,
     product_layout,
     row_layout,
+    scaled_map,
     shared_layout,
     store_rows,
 )
@@ -38,16 +38,6 @@ def _send(q_desc, d_out_desc, tiles, walk, GROUP: gl.constexpr, STAGES: gl.const
         mbarrier.expect(ready.index(stage), 64 * (K + V) * 2)
         async_load(q_desc, [row, at * K], ready.index(stage), q_tiles.index(stage))
         async_load(d_out_desc, [row, at * V], ready.index(stage), d_out_tiles.index(stage))
-
-
-@gluon.jit
-def _scaled_map(x, MAP: gl.constexpr):
-    """As kernels.block_states.tiles.scaled_map."""
-    if MAP == "softmax":
-        x = gl.exp2(gl.fma(x, gl.full_like(x, LOG2E), gl.zeros_like(x) - (gl.max(x, 1) * LOG2E)[:, None]))
-    if MAP == "elu1":
-        x = gl.where(x < 0, gl.exp2(gl.minimum(x, gl.zeros_like(x)) * LOG2E), x + 1)
-    return x
 
 
 @gluon.jit
@@ -86,7 +76,7 @@ def _rows(
             d_out_tiles.index(stage), projected.permute((1, 0)), nothing, use_acc=False, is_async=True
         )
         x = q_tiles.index(stage).load(L).to(gl.float32)
-        phi = _scaled_map(x, MAP)
+        phi = scaled_map(x, MAP)
         weight = gl.sum(phi * normalizer[None, :], 1)
         valid = turn // GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, L)) < count
         weighs = valid & (weight > 0)
@@ -117,7 +107,7 @@ def _rows(
         for turn in range(0, turns):
             member, part = head + turn % GROUP, turn // GROUP
             q = load_rows(q_ptr + member * q_stride_h, first, count, part, q_stride_t, 0, 1, K, row_layout(K))
-            lost = gl.sum(_scaled_map(q.to(gl.float32), MAP) * once_more[None, :], 1) <= 0
+            lost = gl.sum(scaled_map(q.to(gl.float32), MAP) * once_more[None, :], 1) <= 0
             lost = gl.convert_layout(lost.to(gl.float32), gl.SliceLayout(1, WIDE))
             d_out = load_rows(d_out_ptr + member * d_out_stride_h, first, count, part, d_out_stride_t, 0, 1, V, WIDE)
             d_bias += gl.sum(d_out.to(gl.float32) * lost[:, None], 0)

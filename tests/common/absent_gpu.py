@@ -135,6 +135,7 @@ def compile_hopper(head_dim):
     import torch
 
     from longspan.kernels.sparse import BlockPlan, Blocks, fused, hopper
+    from longspan.kernels.sparse.states import KeyStates
 
     hopper.on_hopper, hopper.processors = lambda x: True, lambda device: 132
     # query block, key block, query heads, key heads, list heads, causal and weighted
@@ -147,6 +148,10 @@ def compile_hopper(head_dim):
         q, k, v = (torch.zeros(300, n, head_dim, dtype=torch.bfloat16) for n in (heads, key_heads, key_heads))
         out, lse = fused.forward(q, k, v, plan, 0.3)
         fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
+        if key_block >= 64 and not masked:
+            states = torch.zeros(1, key_heads, 1, head_dim**2 + head_dim)
+            states = KeyStates(states, torch.zeros(len(keys), dtype=torch.int32), "softmax")
+            fused.backward(q, lse, q, k, v, out, lse, plan, 0.3, states=states)
 
 
 def compile_branch(width):

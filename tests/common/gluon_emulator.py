@@ -201,7 +201,8 @@ def _specialize(parts, warps, registers):
     def run(function, args):
         _here.program, _here.programs, _here.warps, _here.products = *place, []
         try:
-            function(*args)
+            with torch.no_grad():  # each thread has a setting of its own
+                function(*args)
             assert not _here.products, "a product is never waited for"
         except BaseException as error:
             failed.append(error)
@@ -253,6 +254,7 @@ def _modules() -> dict[str, ModuleType]:
         exp=torch.exp, abs=torch.abs, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
         max=lambda x, axis: x.amax(axis),
         fma=lambda x, y, z: x * y + z, log2=torch.log2, full_like=lambda x, value: torch.zeros_like(x) + value,
+        join=lambda x, y: torch.stack([x, y], -1), permute=torch.permute, reshape=torch.reshape,
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
         float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,

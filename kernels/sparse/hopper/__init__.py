@@ -61,8 +61,8 @@ def query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto):
     return run.query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto)
 
 
-def key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale):
-    """Writes dk and dv."""
+def key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale, states=None):
+    """Writes dk and dv. states: see kernels.sparse.fused.backward."""
     from longspan.kernels.sparse.hopper import run
 
-    run.key_gradients(d_out, q, k, v, *of_rows, dk, dv, plan, scale)
+    run.key_gradients(d_out, q, k, v, *of_rows, dk, dv, plan, scale, states)

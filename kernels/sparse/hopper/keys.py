@@ -1,5 +1,6 @@
 """Gradients of keys and values: a warpgroup for every 64 rows of a key block walks a part of the block's list, in tiles
-of 64 queries that come by TMA."""
+of 64 queries that come by TMA. Where keys are also part of states of linear attention (states.py), the gradients that
+these have for them are added before any is written: keys and values are here, and dk and dv are not read again."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -17,6 +18,7 @@ from longspan.kernels.sparse.hopper.tiles import (
     make_barriers,
     product_layout,
     row_layout,
+    scaled_map,
     shared_layout,
     store_rows,
 )
@@ -24,11 +26,13 @@ from longspan.kernels.sparse.hopper.tiles import (
 
 @gluon.jit
 def _send(
-    feed, TURNS: gl.constexpr, PARTS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr
-):
+    feed, TURNS: gl.constexpr, PARTS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
+    MAP: gl.constexpr,
+):  # fmt: skip
     (
         q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready,
         d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M,
+        state_desc, state_at, adds_states,
     ) = feed  # fmt: skip
     turn = 0
     for step in range(begin * TURNS, stop * TURNS):
@@ -45,13 +49,20 @@ def _send(
         async_load(d_out_desc, [first, at * D], d_out_ready.index(stage), d_out_tiles.index(stage))
         async_load(delta_desc, [row], d_out_ready.index(stage), delta_tiles.index(stage))
         turn += 1
+    if MAP != "":
+        if adds_states:  # the state's matrix in the place of gradients of outputs, 64 rows in that of a tile
+            for half in gl.static_range(D // 64):
+                stage = (turn + half) % STAGES
+                mbarrier.wait(d_out_free.index(stage), ((turn + half) // STAGES) & 1 ^ 1)
+                mbarrier.expect(d_out_ready.index(stage), 64 * D * 2)
+                async_load(state_desc, [state_at + half * 64, 0], d_out_ready.index(stage), d_out_tiles.index(stage))
 
 
 @gluon.jit
 def _attend(
     half: gl.constexpr, given, KEY_HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr,
     TURNS: gl.constexpr, PARTS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
-    SUMMED: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
+    SUMMED: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the key block's rows 64 * half on; alone: the block has no other part; AHEAD: scores of a turn come
     before the last one's product with queries, which takes a stage more of them; SUMMED: several heads' parts make
@@ -59,7 +70,7 @@ def _attend(
     (
         k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr,
         v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, key_position,
-        key_step, weight, k_stride_t, v_stride_t, alone, scale,
+        key_step, weight, k_stride_t, v_stride_t, alone, scale, normalizer_ptr, adds_states,
     ) = given  # fmt: skip
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(D)
@@ -121,27 +132,60 @@ def _attend(
         if turn > 0:
             dk = warpgroup_mma(d_scores, q_tiles.index(before), dk)
     dk = dk * scale
+    if MAP != "":
+        if adds_states:
+            phi = scaled_map(k_tile.load(OUT).to(gl.float32), MAP)
+            if MAP == "softmax":
+                phi = phi * (1.0 / gl.sum(phi, 1))[:, None]
+            k_tile.store(phi.to(k_tiles.dtype))
+            fence_async_shared()
+            for part in gl.static_range(D // 64):
+                stage = (turn + part) % STAGES
+                mbarrier.wait(d_out_ready.index(stage), ((turn + part) // STAGES) & 1)
+                dv = warpgroup_mma(k_tile.slice(part * 64, 64, 1), d_out_tiles.index(stage), dv)
+    _write(dv, dv_ptr, parts_dv, alone, first, count, half, KEY_HEADS, D, KEYS, SUMMED)
+    if MAP != "":
+        if adds_states:
+            d_phi = warpgroup_mma(v_tile, d_out_tiles.index(turn % STAGES).permute((1, 0)), nothing, use_acc=False)
+            if D == 128:
+                other = d_out_tiles.index((turn + 1) % STAGES).permute((1, 0))
+                other = warpgroup_mma(v_tile, other, nothing, use_acc=False)
+                d_phi = gl.reshape(gl.permute(gl.join(d_phi, other), (0, 2, 1)), (64, D))
+            d_phi = gl.convert_layout(d_phi, OUT) + gl.load(normalizer_ptr + gl.arange(0, D, gl.SliceLayout(0, OUT)))[None, :]
+            phi = k_tile.load(OUT).to(gl.float32)
+            if MAP == "softmax":
+                dk += phi * (d_phi - gl.sum(phi * d_phi, 1)[:, None])
+            else:
+                dk += d_phi * gl.minimum(phi, gl.full_like(phi, 1.0))  # phi is its own gradient below 1, as k is below 0
+    _write(dk, dk_ptr, parts_dk, alone, first, count, half, KEY_HEADS, D, KEYS, SUMMED)
+
+
+@gluon.jit
+def _write(
+    x, ptr, parts_ptr, alone, first, count, half: gl.constexpr, KEY_HEADS: gl.constexpr, D: gl.constexpr,
+    KEYS: gl.constexpr, SUMMED: gl.constexpr,
+):  # fmt: skip
+    """A gradient, or this part of it."""
     if SUMMED:
-        store_rows(parts_dk, 0, KEYS, half, 1, 1, D, dk)
-        store_rows(parts_dv, 0, KEYS, half, 1, 1, D, dv)
+        store_rows(parts_ptr, 0, KEYS, half, 1, 1, D, x)
     elif alone:
-        store_rows(dk_ptr, first, count, half, KEY_HEADS, 1, D, dk)
-        store_rows(dv_ptr, first, count, half, KEY_HEADS, 1, D, dv)
+        store_rows(ptr, first, count, half, KEY_HEADS, 1, D, x)
     else:
-        store_rows(parts_dk, 0, KEYS, half, 1, 1, D, dk)
-        store_rows(parts_dv, 0, KEYS, half, 1, 1, D, dv)
+        store_rows(parts_ptr, 0, KEYS, half, 1, 1, D, x)
 
 
 @gluon.jit(do_not_specialize=["num_columns", "items", "capacity", "scale", "M"])
 def keys_kernel(
     q_desc, d_out_desc, lse_desc, delta_desc, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, q_start, q_position,
-    k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col, weight_ptr, k_stride_t, k_stride_h,
-    v_stride_t, v_stride_h, scale, M, num_columns, items, capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr,
+    k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col, weight_ptr, state_desc,
+    normalizers_ptr, state_rows, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, M, num_columns, items, capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr,
     LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr, CHUNK: gl.constexpr,
     CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    MAP: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.backward.keys_kernel, for query blocks of SIZE rows, a multiple of 64; what has one part goes
-    to dk and dv at once."""
+    to dk and dv at once. MAP: of keys that are part of states, each of a block's first part, or ""; state_desc [n *
+    KEY_HEADS * D, D], normalizers [n, KEY_HEADS, D] and state_rows: of KeyStates."""
     GROUPS: gl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     PARTS: gl.constexpr = SIZE // 64
     TURNS: gl.constexpr = HEADS // GROUPS * PARTS
@@ -178,24 +222,30 @@ def keys_kernel(
         parts_dk += at
         parts_dv += at
         head = group * (HEADS // GROUPS)
+        normalizer_ptr, state_at, adds_states = normalizers_ptr, 0, False
+        if MAP != "":
+            adds_states = (number == 0) & (group % (GROUPS // KEY_HEADS) == 0)
+            state_at = (gl.load(state_rows + column) * KEY_HEADS + key_head) * D
+            normalizer_ptr += state_at
         given = (
             k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free,
             k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count,
-            position, step, weight, k_stride_t, v_stride_t, alone, scale,
+            position, step, weight, k_stride_t, v_stride_t, alone, scale, normalizer_ptr, adds_states,
         )  # fmt: skip
         feed = (
             q_desc, d_out_desc, lse_desc, delta_desc, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready,
-            d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M,
+            d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M, state_desc, state_at,
+            adds_states,
         )  # fmt: skip
         SUMMED: gl.constexpr = GROUPS != KEY_HEADS
         if KEYS == 128:
             gl.warp_specialize(
                 [
                     (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, AHEAD, SUMMED,
-                               CAUSAL, WEIGHTED)),
+                               CAUSAL, WEIGHTED, MAP)),
                     (_attend, (1, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, AHEAD, SUMMED,
-                               CAUSAL, WEIGHTED)),
-                    (_send, (feed, TURNS, PARTS, Q_STAGES, STAGES, D)),
+                               CAUSAL, WEIGHTED, MAP)),
+                    (_send, (feed, TURNS, PARTS, Q_STAGES, STAGES, D, MAP)),
                 ],
                 [4, 1], [240, 24],
             )  # fmt: skip
@@ -203,8 +253,8 @@ def keys_kernel(
             gl.warp_specialize(
                 [
                     (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, AHEAD, SUMMED,
-                               CAUSAL, WEIGHTED)),
-                    (_send, (feed, TURNS, PARTS, Q_STAGES, STAGES, D)),
+                               CAUSAL, WEIGHTED, MAP)),
+                    (_send, (feed, TURNS, PARTS, Q_STAGES, STAGES, D, MAP)),
                 ],
                 [1], [24],
             )  # fmt: skip

@@ -52,20 +52,26 @@ def query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto):
     return log, delta
 
 
-def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale):
-    """Writes dk and dv."""
+def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
+    """Writes dk and dv. states: KeyStates that the keys are part of, or None."""
     head_dim, size = q.shape[2], plan.keys.size
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
         dk.zero_(), dv.zero_()
         return
     parts = [log.new_empty(groups, items, size, head_dim) for _ in range(2)]
+    rows, feature_map = matrix_of(q, 64), ""
+    of_states = rows, log, plan.keys.start
+    if states is not None:
+        matrices, normalizers = states.states[:, :, 0].split([head_dim**2, head_dim], 2)
+        matrices = matrices.to(q.dtype).reshape(-1, 1, head_dim)
+        of_states, feature_map = (matrix_of(matrices, 64), normalizers.contiguous(), states.rows), states.feature_map
     keys_kernel[(items * groups,)](
-        *(matrix_of(x, 64) for x in (q, d_out)), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
+        rows, matrix_of(d_out, 64), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
         plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr,
-        plan.item_col, _weight(plan), *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries), len(plan.keys),
+        plan.item_col, _weight(plan), *of_states, *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries), len(plan.keys),
         items, plan.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk, plan.causal,
-        plan.log_weight is not None, *KEY_GRADIENTS[size],
+        plan.log_weight is not None, *KEY_GRADIENTS[size], feature_map,
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)

@@ -37,6 +37,16 @@ def matrix_of(x, rows):
 
 
 @gluon.jit
+def scaled_map(x, MAP: gl.constexpr):
+    """As kernels.block_states.tiles.scaled_map."""
+    if MAP == "softmax":
+        x = gl.exp2(gl.fma(x, gl.full_like(x, LOG2E), gl.zeros_like(x) - (gl.max(x, 1) * LOG2E)[:, None]))
+    if MAP == "elu1":
+        x = gl.where(x < 0, gl.exp2(gl.minimum(x, gl.zeros_like(x)) * LOG2E), x + 1)
+    return x
+
+
+@gluon.jit
 def make_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
     barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
