@@ -168,7 +168,7 @@ def _init(barrier, count):
 def _allocate(dtype, shape, layout):
     if isinstance(layout, BarrierLayout):
         return Barriers(shape[0])
-    return Shared(torch.full(shape, float("nan"), dtype=dtype))
+    return Shared(torch.full(shape, float("nan") if dtype.is_floating_point else -(2**31), dtype=dtype))
 
 
 class BarrierLayout:
@@ -234,6 +234,12 @@ def _store(pointer, value, mask=None):
     pointer.memory[at[keep]] = value.expand(at.shape)[keep].to(pointer.memory.dtype)
 
 
+def _atomic_add(pointer, value):
+    before = pointer.memory[int(pointer.offset)].clone()
+    pointer.memory[int(pointer.offset)] += value
+    return _tensor(before)
+
+
 def _two(function):
     return lambda x, y: function(_tensor(x), _tensor(y))
 
@@ -254,7 +260,7 @@ def _modules() -> dict[str, ModuleType]:
         exp=torch.exp, abs=torch.abs, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
         max=lambda x, axis: x.amax(axis),
         fma=lambda x, y, z: x * y + z, log2=torch.log2, full_like=lambda x, value: torch.zeros_like(x) + value,
-        join=lambda x, y: torch.stack([x, y], -1), permute=torch.permute, reshape=torch.reshape,
+        atomic_add=_atomic_add, join=lambda x, y: torch.stack([x, y], -1), permute=torch.permute, reshape=torch.reshape,
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
         float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,

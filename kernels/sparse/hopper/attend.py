@@ -19,6 +19,7 @@ from longspan.kernels.sparse.hopper.tiles import (
     feed_on,
     load_rows,
     make_barriers,
+    next_tile,
     product_layout,
     row_layout,
     only_seen,
@@ -42,7 +43,7 @@ def _attend(
     beside the softmax of the other."""
     (
         q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, out_ptr, lse_ptr, onto_out_ptr,
-        onto_lse_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale, lists,
+        onto_lse_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale, lists, later,
     ) = given  # fmt: skip
     ROWS: gl.constexpr = 16 * WARPS
     S: gl.constexpr = product_layout(TILE, WARPS)
@@ -54,13 +55,13 @@ def _attend(
     q_tile = q_tiles.index(part)
     index = part * 64 + gl.arange(0, ROWS, rows)
     nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    _, head, _, listed, begin, stop, first, count, position = tile_of(program, lists, HEADS, KEY_HEADS, LISTS, PACK)
+    tile, tiles, done = gl.program_id(0), lists[6], 0
+    _, head, _, listed, begin, stop, first, count, position = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
     q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
     if WARPS == 8:
         start_feeding(feed, KEYS, TILE, STAGES)
     number = 0  # of a turn, since the program began
-    for tile in range(program, lists[6], programs):
+    while tile < tiles:
         q_tile.store(q)
         fence_async_shared()
         keys = row_idx + listed, begin, stop, k_length, k_position, k_step, weight_ptr
@@ -129,8 +130,12 @@ def _attend(
             if WARPS == 4:
                 mbarrier.arrive(v_free.index(stage))
         to = out_ptr + head * D, first, count
-        if WARPS == 4:  # the next tile's queries, on their way while this one is written
-            following = gl.minimum(tile + programs, lists[6] - 1)
+        if WARPS == 8:
+            tile = tiles
+        else:  # the next tile's queries, on their way while this one is written
+            tile = next_tile(done, later)
+            done += 1
+            following = gl.minimum(tile, tiles - 1)
             _, head, _, listed, begin, stop, first, count, position = tile_of(
                 following, lists, HEADS, KEY_HEADS, LISTS, PACK
             )
@@ -164,7 +169,7 @@ def _softmax(scores, highest, total, weight, scale, BY_KEY: gl.constexpr):
 def forward_kernel(
     q_ptr, k_desc, v_desc, out_ptr, lse_ptr, onto_out_ptr, onto_lse_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step,
-    row_ptr, row_idx, weight_ptr, q_stride_t, q_stride_h, scale, M, capacity, tiles, HEADS: gl.constexpr,
+    row_ptr, row_idx, weight_ptr, taken_ptr, q_stride_t, q_stride_h, scale, M, capacity, tiles, HEADS: gl.constexpr,
     KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
     TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr, STAGES: gl.constexpr,
     IN_TURN: gl.constexpr,
@@ -177,13 +182,15 @@ def forward_kernel(
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))
     k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
-    k_free, v_free, in_turn = k_ready, v_ready, k_ready
+    k_free, v_free, in_turn, later = k_ready, v_ready, k_ready, (q_tiles, k_ready, k_ready)
+    numbers: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     if WARPS == 4:
         k_free, v_free, in_turn = make_barriers(STAGES, 2), make_barriers(STAGES, 2), make_barriers(2, 1)
+        later = gl.allocate_shared_memory(gl.int32, [2, 1], numbers), make_barriers(2, 1), make_barriers(2, 2)
     lists = row_ptr, q_start, q_length, q_position, M, capacity, tiles
     given = (
         q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, out_ptr, lse_ptr, onto_out_ptr,
-        onto_lse_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale, lists,
+        onto_lse_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale, lists, later,
     )  # fmt: skip
     if WARPS == 8:
         feed = feed_of(
@@ -193,7 +200,7 @@ def forward_kernel(
             0, given, feed, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, False, WARPS
         )
     else:
-        feed = k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, k_start, lists
+        feed = k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, k_start, lists, later, taken_ptr
         gl.warp_specialize(
             [
                 (_attend, (0, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,

@@ -1,5 +1,6 @@
 """Launches of the Hopper kernels."""
 
+import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -25,10 +26,10 @@ IN_TURN = {"forward": True, "queries": False}  # whether warpgroups start their 
 
 def forward(q, k, v, out, lse, plan, scale, pack, onto):
     tile, stages, warps, registers = FORWARD[q.shape[2]]
-    tiles, programs = _programs(q, plan, pack, warps)
+    tiles, programs, taken = _programs(q, plan, pack, warps)
     forward_kernel[(programs,)](
         q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
-        *_lists(plan), *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles,
+        *_lists(plan), taken, *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles,
         *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal, plan.log_weight is not None, onto is not None,
         stages, IN_TURN["forward"], num_warps=warps, **_most(registers),
     )  # fmt: skip
@@ -41,10 +42,10 @@ def query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto):
     log, delta = (rows.new_empty(heads, blocks, length) for _ in range(2))
     rows_kernel[(blocks * heads,)](rows, log, delta, plan.queries.start, plan.queries.length, blocks, heads, length)
     tile, stages, warps, registers = QUERIES[head_dim]
-    tiles, programs = _programs(q, plan, pack, warps)
+    tiles, programs, taken = _programs(q, plan, pack, warps)
     queries_kernel[(programs,)](
         q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, log, delta, dq,
-        dq if onto is None else onto, *_tables(plan), *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], scale,
+        dq if onto is None else onto, *_tables(plan), *_lists(plan), taken, *q.stride()[:2], *d_out.stride()[:2], scale,
         blocks, plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
         plan.log_weight is not None, onto is not None, stages, IN_TURN["queries"], num_warps=warps,
         **_most(registers),
@@ -78,9 +79,11 @@ def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
 
 
 def _programs(q, plan, pack, warps):
-    """(tiles of queries, programs that take them)."""
+    """(number of tiles of queries, of programs that take them, and a counter of those that are taken)."""
     tiles = len(plan.queries) * q.shape[1] // pack
-    return tiles, min(tiles, hopper.processors(q.device)) if PERSISTENT and warps == 4 else tiles
+    if warps == 8 or not PERSISTENT:  # a program for each
+        return tiles, tiles, plan.queries.start if warps == 8 else q.new_zeros(1, dtype=torch.int32)
+    return tiles, min(tiles, hopper.processors(q.device)), q.new_zeros(1, dtype=torch.int32)
 
 
 def _most(registers):

@@ -114,15 +114,35 @@ def place_of(turn, begin, index, KEYS: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
+def next_tile(number, later):
+    """The tile that a program takes after its number-th one, as its feeding warp says."""
+    tiles, told, heard = later
+    place = number % 2
+    mbarrier.wait(told.index(place), (number // 2) & 1)
+    tile = gl.max(tiles.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(heard.index(place))
+    return tile
+
+
+@gluon.jit
 def send_keys(
     feed, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, PACK: gl.constexpr, KEYS: gl.constexpr,
     TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Feeds what walks the lists of tile after tile of queries, with tiles of some key blocks or of a part of one."""
-    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, k_start, lists = feed
+    """Feeds what walks the lists of tile after tile of queries, with tiles of some key blocks or of a part of one. The
+    first tile has the program's number, the others are those that no program has taken yet (`taken` counts them): lists
+    differ in length."""
+    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, k_start, lists, later, taken = feed
+    later_tiles, told, heard = later
     D: gl.constexpr = k_tiles.shape[2]
-    number = 0
-    for tile in range(gl.program_id(0), lists[6], gl.num_programs(0)):
+    number, count, tile = 0, 0, gl.program_id(0)
+    while tile < lists[6]:
+        following = gl.num_programs(0) + gl.atomic_add(taken, 1)
+        place = count % 2
+        mbarrier.wait(heard.index(place), (count // 2) & 1 ^ 1)
+        later_tiles.index(place).store(gl.full([1], following, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+        mbarrier.arrive(told.index(place))
+        count += 1
         _, _, key_head, at, begin, stop, _, _, _ = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
         for turn in range(0, turns_of(begin, stop, KEYS, TILE)):
             stage, phase = number % STAGES, (number // STAGES) & 1
@@ -134,6 +154,7 @@ def send_keys(
             mbarrier.expect(v_ready.index(stage), TILE * D * 2)
             send_tile(v_desc, v_tiles.index(stage), v_ready.index(stage), rows, key_head * D, KEYS, TILE)
             number += 1
+        tile = following
 
 
 @gluon.jit
