@@ -78,8 +78,8 @@ def test_gradients_from_states(name, chunk, feature_map, launched):
     block_states.lonely_key_gradients(k, v, given, plan, both[1:])
     wanted = block_states_plain.key_gradients(k.double(), v.double(), states.double(), given.rows, keys, feature_map)
     assert torch.equal(both[0], alone[0])
-    for found, attention, more in zip(both[1:], alone[1:], wanted, strict=True):
-        total = attention.double() + more
+    for found, of_lists, more in zip(both[1:], alone[1:], wanted, strict=True):
+        total = of_lists.double() + more
         assert ((found.double() - total).norm() / total.norm()).item() < 1e-2
         few = plan.keys.start[1], plan.keys.start[1] + plan.keys.length[1]  # of the block that no query chose
         found, total = (x[slice(*few)].double() for x in (found, total))

@@ -117,7 +117,9 @@ def _attend(
         new = gl.convert_layout((weights * (d_weights - delta[None, :])).to(k_tiles.dtype), P)
         mbarrier.wait(q_ready.index(q_stage), q_phase)  # passed already: keeps the next wait behind the arithmetic
         if AHEAD:
-            dk, d_scores, dv, operand, new = warpgroup_mma_wait(0, deps=[dk_pending, d_scores, dv_pending, operand, new])
+            dk, d_scores, dv, operand, new = warpgroup_mma_wait(
+                0, deps=[dk_pending, d_scores, dv_pending, operand, new]
+            )
             mbarrier.arrive(d_out_free.index(stage))
             if turn > 0:
                 mbarrier.arrive(q_free.index(before))
@@ -151,12 +153,13 @@ def _attend(
                 other = d_out_tiles.index((turn + 1) % STAGES).permute((1, 0))
                 other = warpgroup_mma(v_tile, other, nothing, use_acc=False)
                 d_phi = gl.reshape(gl.permute(gl.join(d_phi, other), (0, 2, 1)), (64, D))
-            d_phi = gl.convert_layout(d_phi, OUT) + gl.load(normalizer_ptr + gl.arange(0, D, gl.SliceLayout(0, OUT)))[None, :]
+            normalizer = gl.load(normalizer_ptr + gl.arange(0, D, gl.SliceLayout(0, OUT)))
+            d_phi = gl.convert_layout(d_phi, OUT) + normalizer[None, :]
             phi = k_tile.load(OUT).to(gl.float32)
             if MAP == "softmax":
                 dk += phi * (d_phi - gl.sum(phi * d_phi, 1)[:, None])
-            else:
-                dk += d_phi * gl.minimum(phi, gl.full_like(phi, 1.0))  # phi is its own gradient below 1, as k is below 0
+            else:  # where k is below 0, phi is below 1 and its own gradient
+                dk += d_phi * gl.minimum(phi, gl.full_like(phi, 1.0))
     _write(dk, dk_ptr, parts_dk, alone, first, count, half, KEY_HEADS, D, KEYS, SUMMED)
 
 
@@ -178,10 +181,10 @@ def _write(
 def keys_kernel(
     q_desc, d_out_desc, lse_desc, delta_desc, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, q_start, q_position,
     k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col, weight_ptr, state_desc,
-    normalizers_ptr, state_rows, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, M, num_columns, items, capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr,
-    LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr, CHUNK: gl.constexpr,
-    CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
-    MAP: gl.constexpr,
+    normalizers_ptr, state_rows, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, M, num_columns, items, capacity,
+    HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
+    SIZE: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, Q_STAGES: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.backward.keys_kernel, for query blocks of SIZE rows, a multiple of 64; what has one part goes
     to dk and dv at once. MAP: of keys that are part of states, each of a block's first part, or ""; state_desc [n *

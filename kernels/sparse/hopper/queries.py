@@ -19,9 +19,9 @@ from longspan.kernels.sparse.hopper.tiles import (
     load_rows,
     make_barriers,
     next_tile,
+    only_seen,
     product_layout,
     row_layout,
-    only_seen,
     send_keys,
     shared_layout,
     start_feeding,
@@ -210,7 +210,10 @@ def queries_kernel(
             0, given, feed, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, False, WARPS
         )
     else:
-        feed = k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, k_start, lists, later, taken_ptr
+        feed = (
+            k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, k_start, lists, later,
+            taken_ptr,
+        )  # fmt: skip
         gl.warp_specialize(
             [
                 (_attend, (0, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,

@@ -70,9 +70,9 @@ def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
     keys_kernel[(items * groups,)](
         rows, matrix_of(d_out, 64), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
         plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr,
-        plan.item_col, _weight(plan), *of_states, *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries), len(plan.keys),
-        items, plan.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk, plan.causal,
-        plan.log_weight is not None, *KEY_GRADIENTS[size], feature_map,
+        plan.item_col, _weight(plan), *of_states, *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries),
+        len(plan.keys), items, plan.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk,
+        plan.causal, plan.log_weight is not None, *KEY_GRADIENTS[size], feature_map,
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)

@@ -63,10 +63,10 @@ def tile_of(tile, lists, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl
     block, head = tile % M, tile // M * PACK
     listed = (head * LISTS // HEADS).to(gl.int64)
     ends = row_ptr + listed * (M + 1) + block
-    first, count, position = gl.load(q_start + block).to(gl.int64), gl.load(q_length + block), gl.load(q_position + block)
+    first, count = gl.load(q_start + block).to(gl.int64), gl.load(q_length + block)
     return (
         block, head, head // (HEADS // KEY_HEADS), listed * capacity, gl.load(ends), gl.load(ends + 1), first, count,
-        position,
+        gl.load(q_position + block),
     )  # fmt: skip
 
 
