@@ -218,9 +218,9 @@ def gradients_of(
                 add_shares(gradients, part.plan.keys, shares)
         else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
-            if form not in sums:
+            if len(parts) > 1 and form not in sums:
                 sums[form] = form.row_sums(d_out, None, out, lse)
-            more = {"rows": sums[form], "onto": dq, "into": into, "shares": shares}
+            more = {"rows": sums.get(form), "onto": dq, "into": into, "shares": shares}
             given = None
             if states and not (part.remote or part.coarse) and form.takes_states(q, keys, part.plan, scale):
                 more["states"] = given = branch.key_states(work)

@@ -18,6 +18,7 @@ ONE_WARP = 16, 128  # rows, and bytes of each, of a tile that one warp has: no w
 # What such a warp takes at once in place of KEYS or TURN, and the most registers of a thread: a processor has 65,536,
 # and the more warps share them, the less it waits for any. With fewer they spill.
 NARROW = {"forward": (32, 128), "queries": (16, 96), "keys": (16, 128)}
+OWN_ROWS = True  # sums of rows where gradients of queries are made, where nothing else takes them
 FUSES = True  # gradients from states with those of attention, where that can be
 STAGES = {2: (3, 2), 4: (1, 1)}  # by bytes of an element: over lists of query blocks, of key blocks
 
@@ -79,9 +80,13 @@ def backward(
     dtype = dtype or q.dtype
     dq = onto if onto is not None and onto.dtype == dtype else q.new_empty(q.shape, dtype=dtype)
     tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
-    rows = row_sums(d_out, d_lse, out, lse) if rows is None else rows
-    if hopper.takes(q, plan, tile["ROWS"], scale):
-        of_rows = hopper.query_gradients(d_out, q, k, v, rows, dq, plan, scale, tile["PACK"], onto)
+    here = hopper.takes(q, plan, tile["ROWS"], scale)
+    alone = OWN_ROWS and here and hopper.takes_keys(plan) and d_lse is None  # then they are made where dq is
+    if rows is None and not alone:
+        rows = row_sums(d_out, d_lse, out, lse)
+    if here:
+        given = d_out, q, k, v, out.contiguous(), lse.contiguous(), rows
+        of_rows = hopper.query_gradients(*given, dq, plan, scale, tile["PACK"], onto)
         if hopper.takes_keys(plan):
             hopper.key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale, states)
             return dq, *_with_shares(dk, dv, plan.keys, shares)

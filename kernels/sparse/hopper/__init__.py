@@ -54,11 +54,11 @@ def forward(q, k, v, out, lse, plan, scale, pack, onto):
     run.forward(q, k, v, out, lse, plan, scale, pack, onto)
 
 
-def query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto):
+def query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto):
     """Writes dq, see kernels.sparse.fused.backward; gives what key_gradients takes of rows."""
     from longspan.kernels.sparse.hopper import run
 
-    return run.query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto)
+    return run.query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto)
 
 
 def key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale, states=None):

@@ -35,12 +35,13 @@ from longspan.kernels.sparse.hopper.tiles import (
 def _attend(
     part: gl.constexpr, given, feed, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
     KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    WEIGHTED: gl.constexpr, ONTO: gl.constexpr, IN_TURN: gl.constexpr, WARPS: gl.constexpr,
+    WEIGHTED: gl.constexpr, ONTO: gl.constexpr, GIVEN: gl.constexpr, IN_TURN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """dq of the rows of WARPS warps from 64 * part on, of tile after tile. feed, IN_TURN: as in attend.py."""
+    """dq of the rows of WARPS warps from 64 * part on, of tile after tile. feed, IN_TURN: as in attend.py.
+    GIVEN: lse and delta, which are made here otherwise."""
     (
-        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, lse_ptr,
-        delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h,
+        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, out_ptr,
+        logs_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h,
         d_out_stride_t, d_out_stride_h, scale, lists, later,
     ) = given  # fmt: skip
     ROWS: gl.constexpr = 16 * WARPS
@@ -58,6 +59,9 @@ def _attend(
     q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
     d_out_at = d_out_ptr + head * d_out_stride_h
     d_out = load_rows(d_out_at, first, count, part, d_out_stride_t, d_out_stride_h, PACK, D, layout, ROWS)
+    out = q
+    if not GIVEN:
+        out = load_rows(out_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, layout, ROWS)
     if WARPS == 8:
         start_feeding(feed, KEYS, TILE, STAGES)
     number = 0  # of a turn, since the program began
@@ -65,15 +69,20 @@ def _attend(
         q_tile.store(q)
         d_out_tile.store(d_out)
         fence_async_shared()
-        at = (head.to(gl.int64) * M + block) * SIZE + (index % PACK * (M * SIZE) + token)
-        lse, delta = gl.load(lse_ptr + at), gl.load(delta_ptr + at)
+        at = (head.to(gl.int64) * M + block) * SIZE
+        rows_at = at + (index % PACK * (M * SIZE) + token)
+        if GIVEN:
+            lse, delta = gl.load(lse_ptr + rows_at), gl.load(delta_ptr + rows_at)
+        else:
+            log_at = first * HEADS + head + (token * HEADS + index % PACK)
+            lse = gl.load(logs_ptr + log_at, mask=token < count, other=float("-inf")) * LOG2E
+            lse = gl.where(lse == float("-inf"), float("inf"), lse)  # sees no key: its weights are 0
+            delta = gl.convert_layout(gl.sum(d_out.to(gl.float32) * out.to(gl.float32), 1), gl.SliceLayout(1, S))
+            gl.store(lse_ptr + rows_at, lse)
+            gl.store(delta_ptr + rows_at, delta)
         keys = row_idx + listed, begin, stop, k_length, k_position, k_step, weight_ptr
         queries = lse, scale, position + part * 64 // PACK, position + token
-        if ONTO:
-            dq = load_rows(onto_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS)
-            dq = dq.to(gl.float32) * (1 / scale)
-        else:
-            dq = gl.full([ROWS, D], 0.0, gl.float32, OUT)
+        dq = gl.full([ROWS, D], 0.0, gl.float32, OUT)
         turns = turns_of(begin, stop, KEYS, TILE)
         if WARPS == 8:
             for turn in range(0, turns):
@@ -138,6 +147,9 @@ def _attend(
             dq = warpgroup_mma(d_scores, k_tiles.index(stage), dq)
             mbarrier.arrive(k_free.index(stage))
         to = dq_ptr + head * D, first, count
+        onto = dq
+        if ONTO:
+            onto = load_rows(onto_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS)
         if WARPS == 8:
             tile = tiles
         else:  # the next tile's queries, on their way while this one is written
@@ -150,7 +162,12 @@ def _attend(
             q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
             d_out_at = d_out_ptr + head * d_out_stride_h
             d_out = load_rows(d_out_at, first, count, part, d_out_stride_t, d_out_stride_h, PACK, D, layout, ROWS)
-        store_rows(*to, part, HEADS, PACK, D, dq * scale, WARPS)
+            if not GIVEN:
+                out = load_rows(out_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, layout, ROWS)
+        dq = dq * scale
+        if ONTO:
+            dq += onto.to(gl.float32)
+        store_rows(*to, part, HEADS, PACK, D, dq, WARPS)
 
 
 @gluon.jit
@@ -175,15 +192,16 @@ def _weights(
 
 @gluon.jit(do_not_specialize=["M", "capacity", "tiles", "scale"])
 def queries_kernel(
-    q_ptr, k_desc, v_desc, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr,
+    q_ptr, k_desc, v_desc, d_out_ptr, out_ptr, logs_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step,
     row_ptr, row_idx, weight_ptr, taken_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale,
     M, capacity, tiles, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
     KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
-    ONTO: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr,
+    ONTO: gl.constexpr, GIVEN: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows, which go to programs as those of attend.py; lse
-    (base 2) and delta as rows_kernel makes them."""
+    (base 2) and delta [HEADS, M, SIZE] as rows_kernel makes them if they are GIVEN, else as they are made here of out
+    [T, HEADS, D] and logs, lse [T, HEADS]."""
     dtype: gl.constexpr = k_desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
     q_tiles = gl.allocate_shared_memory(dtype, [8 // WARPS, 16 * WARPS, D], shared_layout(16))
@@ -198,16 +216,32 @@ def queries_kernel(
         later = gl.allocate_shared_memory(gl.int32, [2, 1], numbers), make_barriers(2, 1), make_barriers(2, 2)
     lists = row_ptr, q_start, q_length, q_position, M, capacity, tiles
     given = (
-        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, lse_ptr,
-        delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h,
-        d_out_stride_t, d_out_stride_h, scale, lists, later,
+        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, out_ptr,
+        logs_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t,
+        q_stride_h, d_out_stride_t, d_out_stride_h, scale, lists, later,
     )  # fmt: skip
     if WARPS == 8:
         feed = feed_of(
             k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx, k_start, lists, HEADS, KEY_HEADS, LISTS, PACK
         )
         _attend(
-            0, given, feed, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, False, WARPS
+            0,
+            given,
+            feed,
+            HEADS,
+            KEY_HEADS,
+            LISTS,
+            D,
+            KEYS,
+            PACK,
+            TILE,
+            STAGES,
+            CAUSAL,
+            WEIGHTED,
+            ONTO,
+            GIVEN,
+            False,
+            WARPS,
         )
     else:
         feed = (
@@ -217,9 +251,9 @@ def queries_kernel(
         gl.warp_specialize(
             [
                 (_attend, (0, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,
-                           IN_TURN, WARPS)),
+                           GIVEN, IN_TURN, WARPS)),
                 (_attend, (1, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,
-                           IN_TURN, WARPS)),
+                           GIVEN, IN_TURN, WARPS)),
                 (send_keys, (feed, HEADS, KEY_HEADS, LISTS, PACK, KEYS, TILE, STAGES)),
             ],
             [4, 1], [240, 24],
