@@ -41,6 +41,37 @@ def _attend(
     """out and lse of the rows of WARPS warps from 64 * part on, of tile after tile. feed: what eight warps feed
     themselves with, for one tile. IN_TURN: warpgroups start products one after the other, so that those of one run
     beside the softmax of the other."""
+    tile, lists, q_ptr, q_stride_t, q_stride_h = gl.program_id(0), given[-2], given[8], given[18], given[19]
+    _, head, _, listed, begin, stop, first, count, position = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
+    layout: gl.constexpr = row_layout(D, WARPS)
+    q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, 16 * WARPS)
+    done, number = 0, 0  # tiles, and turns, since the program began
+    if WARPS == 8:
+        start_feeding(feed, KEYS, TILE, STAGES)
+        here = head, listed, begin, stop, first, count, position, q
+        _one(
+            part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
+            WEIGHTED, ONTO, IN_TURN, WARPS,
+        )  # fmt: skip
+    else:
+        while tile < lists[6]:
+            here = head, listed, begin, stop, first, count, position, q
+            tile, number, head, listed, begin, stop, first, count, position, q = _one(
+                part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
+                WEIGHTED, ONTO, IN_TURN, WARPS,
+            )  # fmt: skip
+            done += 1
+
+
+@gluon.jit
+def _one(
+    part: gl.constexpr, given, feed, here, done, number, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr,
+    LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr, IN_TURN: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """One tile, the one after `done` others and `number` turns. Gives the next tile, the number of turns then, and
+    what is `here` of the next tile: what tile_of says, and its queries."""
     (
         q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, out_ptr, lse_ptr, onto_out_ptr,
         onto_lse_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale, lists, later,
@@ -55,96 +86,88 @@ def _attend(
     q_tile = q_tiles.index(part)
     index = part * 64 + gl.arange(0, ROWS, rows)
     nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
-    tile, tiles, done = gl.program_id(0), lists[6], 0
-    _, head, _, listed, begin, stop, first, count, position = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
-    q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
-    if WARPS == 8:
-        start_feeding(feed, KEYS, TILE, STAGES)
-    number = 0  # of a turn, since the program began
-    while tile < tiles:
-        q_tile.store(q)
-        fence_async_shared()
-        keys = row_idx + listed, begin, stop, k_length, k_position, k_step, weight_ptr
-        earliest, positions = position + part * 64 // PACK, position + index // PACK
-        at, there = first * HEADS + head + (index // PACK * HEADS + index % PACK), index // PACK < count
+    tiles = lists[6]
+    tile = tiles
+    head, listed, begin, stop, first, count, position, q = here
+    q_tile.store(q)
+    fence_async_shared()
+    keys = row_idx + listed, begin, stop, k_length, k_position, k_step, weight_ptr
+    earliest, positions = position + part * 64 // PACK, position + index // PACK
+    at, there = first * HEADS + head + (index // PACK * HEADS + index % PACK), index // PACK < count
+    if ONTO:
+        out = load_rows(onto_out_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS)
+        out = out.to(gl.float32)
+        highest = gl.load(onto_lse_ptr + at, mask=there, other=float("-inf")) * LOG2E
+        total = gl.where(highest == float("-inf"), 0.0, 1.0)
+    else:
+        out = gl.full([ROWS, D], 0.0, gl.float32, OUT)
+        highest = gl.full([ROWS], float("-inf"), gl.float32, rows)
+        total = gl.full([ROWS], 0.0, gl.float32, rows)
+    turns = turns_of(begin, stop, KEYS, TILE)
+    if turns > 0:
+        stage, phase = number % STAGES, (number // STAGES) & 1
+        masked, weight = facts_of(0, keys, earliest, KEYS, TILE, CAUSAL, WEIGHTED, S)
+        mbarrier.wait(k_ready.index(stage), phase)
+        if IN_TURN:
+            mbarrier.wait(in_turn.index(part), (number & 1) ^ (1 - part))
+        pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        if IN_TURN:
+            mbarrier.arrive(in_turn.index(1 - part))
+        scores = warpgroup_mma_wait(0, deps=[pending])
+        if WARPS == 4:
+            mbarrier.arrive(k_free.index(stage))
+        if masked:
+            scores = only_seen(scores, float("-inf"), 0, keys, positions, KEYS, TILE, CAUSAL, S)
+        weights, rescale, highest, total = _softmax(scores, highest, total, weight, scale, BY_KEY)
         if ONTO:
-            out = load_rows(onto_out_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS)
-            out = out.to(gl.float32)
-            highest = gl.load(onto_lse_ptr + at, mask=there, other=float("-inf")) * LOG2E
-            total = gl.where(highest == float("-inf"), 0.0, 1.0)
-        else:
-            out = gl.full([ROWS, D], 0.0, gl.float32, OUT)
-            highest = gl.full([ROWS], float("-inf"), gl.float32, rows)
-            total = gl.full([ROWS], 0.0, gl.float32, rows)
-        turns = turns_of(begin, stop, KEYS, TILE)
-        if turns > 0:
+            out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+        weights = gl.convert_layout(weights.to(k_tiles.dtype), P)
+        mbarrier.wait(v_ready.index(stage), phase)
+        for turn in range(1, turns):
+            before = stage
+            number += 1
             stage, phase = number % STAGES, (number // STAGES) & 1
-            masked, weight = facts_of(0, keys, earliest, KEYS, TILE, CAUSAL, WEIGHTED, S)
             mbarrier.wait(k_ready.index(stage), phase)
             if IN_TURN:
                 mbarrier.wait(in_turn.index(part), (number & 1) ^ (1 - part))
             pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            out_pending = warpgroup_mma(weights, v_tiles.index(before), out, is_async=True)
             if IN_TURN:
                 mbarrier.arrive(in_turn.index(1 - part))
-            scores = warpgroup_mma_wait(0, deps=[pending])
+            masked, weight = facts_of(turn, keys, earliest, KEYS, TILE, CAUSAL, WEIGHTED, S)
+            scores = warpgroup_mma_wait(1, deps=[pending])
             if WARPS == 4:
                 mbarrier.arrive(k_free.index(stage))
             if masked:
-                scores = only_seen(scores, float("-inf"), 0, keys, positions, KEYS, TILE, CAUSAL, S)
-            weights, rescale, highest, total = _softmax(scores, highest, total, weight, scale, BY_KEY)
-            if ONTO:
-                out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-            weights = gl.convert_layout(weights.to(k_tiles.dtype), P)
-            mbarrier.wait(v_ready.index(stage), phase)
-            for turn in range(1, turns):
-                before = stage
-                number += 1
-                stage, phase = number % STAGES, (number // STAGES) & 1
-                mbarrier.wait(k_ready.index(stage), phase)
-                if IN_TURN:
-                    mbarrier.wait(in_turn.index(part), (number & 1) ^ (1 - part))
-                pending = warpgroup_mma(
-                    q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-                )
-                out_pending = warpgroup_mma(weights, v_tiles.index(before), out, is_async=True)
-                if IN_TURN:
-                    mbarrier.arrive(in_turn.index(1 - part))
-                masked, weight = facts_of(turn, keys, earliest, KEYS, TILE, CAUSAL, WEIGHTED, S)
-                scores = warpgroup_mma_wait(1, deps=[pending])
-                if WARPS == 4:
-                    mbarrier.arrive(k_free.index(stage))
-                if masked:
-                    scores = only_seen(scores, float("-inf"), turn, keys, positions, KEYS, TILE, CAUSAL, S)
-                new_weights, rescale, highest, total = _softmax(scores, highest, total, weight, scale, BY_KEY)
-                new_weights = gl.convert_layout(new_weights.to(k_tiles.dtype), P)
-                mbarrier.wait(v_ready.index(stage), phase)  # also keeps the next wait behind the softmax
-                out, weights, new_weights = warpgroup_mma_wait(0, deps=[out_pending, weights, new_weights])
-                if WARPS == 4:
-                    mbarrier.arrive(v_free.index(before))
-                else:
-                    feed_on(feed, turn - 1, KEYS, TILE, STAGES)
-                out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                weights = new_weights
-            number += 1
-            out = warpgroup_mma(weights, v_tiles.index(stage), out)
+                scores = only_seen(scores, float("-inf"), turn, keys, positions, KEYS, TILE, CAUSAL, S)
+            new_weights, rescale, highest, total = _softmax(scores, highest, total, weight, scale, BY_KEY)
+            new_weights = gl.convert_layout(new_weights.to(k_tiles.dtype), P)
+            mbarrier.wait(v_ready.index(stage), phase)  # also keeps the next wait behind the softmax
+            out, weights, new_weights = warpgroup_mma_wait(0, deps=[out_pending, weights, new_weights])
             if WARPS == 4:
-                mbarrier.arrive(v_free.index(stage))
-        to = out_ptr + head * D, first, count
-        if WARPS == 8:
-            tile = tiles
-        else:  # the next tile's queries, on their way while this one is written
-            tile = next_tile(done, later)
-            done += 1
-            following = gl.minimum(tile, tiles - 1)
-            _, head, _, listed, begin, stop, first, count, position = tile_of(
-                following, lists, HEADS, KEY_HEADS, LISTS, PACK
-            )
-            q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
-        empty = total == 0.0
-        total = gl.where(empty, 1.0, total)
-        out = out / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
-        store_rows(*to, part, HEADS, PACK, D, out, WARPS)
-        gl.store(lse_ptr + at, gl.where(empty, float("-inf"), (highest + gl.log2(total)) / LOG2E), mask=there)
+                mbarrier.arrive(v_free.index(before))
+            else:
+                feed_on(feed, turn - 1, KEYS, TILE, STAGES)
+            out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+            weights = new_weights
+        number += 1
+        out = warpgroup_mma(weights, v_tiles.index(stage), out)
+        if WARPS == 4:
+            mbarrier.arrive(v_free.index(stage))
+    to = out_ptr + head * D, first, count
+    if WARPS == 4:  # the next tile's queries, on their way while this one is written
+        tile = next_tile(done, later)
+        following = gl.minimum(tile, tiles - 1)
+        _, head, _, listed, begin, stop, first, count, position = tile_of(
+            following, lists, HEADS, KEY_HEADS, LISTS, PACK
+        )
+        q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
+    empty = total == 0.0
+    total = gl.where(empty, 1.0, total)
+    out = out / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
+    store_rows(*to, part, HEADS, PACK, D, out, WARPS)
+    gl.store(lse_ptr + at, gl.where(empty, float("-inf"), (highest + gl.log2(total)) / LOG2E), mask=there)
+    return tile, number, head, listed, begin, stop, first, count, position, q
 
 
 @gluon.jit

@@ -37,71 +37,127 @@ def _attend(
     KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     WEIGHTED: gl.constexpr, ONTO: gl.constexpr, GIVEN: gl.constexpr, IN_TURN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """dq of the rows of WARPS warps from 64 * part on, of tile after tile. feed, IN_TURN: as in attend.py.
-    GIVEN: lse and delta, which are made here otherwise."""
-    (
-        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, out_ptr,
-        logs_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h,
-        d_out_stride_t, d_out_stride_h, scale, lists, later,
-    ) = given  # fmt: skip
+    """dq of the rows of WARPS warps from 64 * part on, of tile after tile. feed, IN_TURN: as in attend.py. GIVEN: lse
+    and delta, which are made here otherwise."""
+    tile, lists = gl.program_id(0), given[-2]
+    initial = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
+    block, head, _, listed, begin, stop, first, count, position = initial
+    q, d_out, out = _load(part, given, initial, HEADS, D, PACK, GIVEN, WARPS)
+    done, number = 0, 0  # tiles, and turns, since the program began
+    if WARPS == 8:
+        start_feeding(feed, KEYS, TILE, STAGES)
+        here = block, head, listed, begin, stop, first, count, position, q, d_out, out
+        _one(
+            part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
+            WEIGHTED, ONTO, GIVEN, IN_TURN, WARPS,
+        )  # fmt: skip
+    else:
+        while tile < lists[6]:
+            here = block, head, listed, begin, stop, first, count, position, q, d_out, out
+            tile, number, block, head, listed, begin, stop, first, count, position, q, d_out, out = _one(
+                part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
+                WEIGHTED, ONTO, GIVEN, IN_TURN, WARPS,
+            )  # fmt: skip
+            done += 1
+
+
+@gluon.jit
+def _load(
+    part: gl.constexpr, given, here, HEADS: gl.constexpr, D: gl.constexpr, PACK: gl.constexpr, GIVEN: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Rows of q, d_out and, where it is needed, out of a tile, `here` as tile_of says."""
+    q_ptr, d_out_ptr, out_ptr = given[9], given[10], given[11]
+    q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h = given[-7], given[-6], given[-5], given[-4]
+    _, head, _, _, _, _, first, count, _ = here
     ROWS: gl.constexpr = 16 * WARPS
-    SIZE: gl.constexpr = 128 // PACK
-    S: gl.constexpr = product_layout(TILE, WARPS)
-    OUT: gl.constexpr = product_layout(D, WARPS)
-    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     layout: gl.constexpr = row_layout(D, WARPS)
-    q_tile, d_out_tile = q_tiles.index(part), d_out_tiles.index(part)
-    index = part * 64 + gl.arange(0, ROWS, gl.SliceLayout(1, S))
-    token, M = index // PACK, lists[4]
-    nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
-    tile, tiles, done = gl.program_id(0), lists[6], 0
-    block, head, _, listed, begin, stop, first, count, position = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
     q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
     d_out_at = d_out_ptr + head * d_out_stride_h
     d_out = load_rows(d_out_at, first, count, part, d_out_stride_t, d_out_stride_h, PACK, D, layout, ROWS)
     out = q
     if not GIVEN:
         out = load_rows(out_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, layout, ROWS)
+    return q, d_out, out
+
+
+@gluon.jit
+def _one(
+    part: gl.constexpr, given, feed, here, done, number, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr,
+    LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr, GIVEN: gl.constexpr,
+    IN_TURN: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """One tile, see attend.py; `here`: what tile_of says, without the key head, and what _load gives."""
+    (
+        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, out_ptr,
+        logs_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t,
+        q_stride_h, d_out_stride_t, d_out_stride_h, scale, lists, later,
+    ) = given  # fmt: skip
+    ROWS: gl.constexpr = 16 * WARPS
+    SIZE: gl.constexpr = 128 // PACK
+    S: gl.constexpr = product_layout(TILE, WARPS)
+    OUT: gl.constexpr = product_layout(D, WARPS)
+    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    q_tile, d_out_tile = q_tiles.index(part), d_out_tiles.index(part)
+    index = part * 64 + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+    token, M = index // PACK, lists[4]
+    nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
+    tiles = lists[6]
+    tile = tiles
+    block, head, listed, begin, stop, first, count, position, q, d_out, out = here
+    q_tile.store(q)
+    d_out_tile.store(d_out)
+    fence_async_shared()
+    at = (head.to(gl.int64) * M + block) * SIZE
+    rows_at = at + (index % PACK * (M * SIZE) + token)
+    if GIVEN:
+        lse, delta = gl.load(lse_ptr + rows_at), gl.load(delta_ptr + rows_at)
+    else:
+        log_at = first * HEADS + head + (token * HEADS + index % PACK)
+        lse = gl.load(logs_ptr + log_at, mask=token < count, other=float("-inf")) * LOG2E
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)  # sees no key: its weights are 0
+        delta = gl.convert_layout(gl.sum(d_out.to(gl.float32) * out.to(gl.float32), 1), gl.SliceLayout(1, S))
+        gl.store(lse_ptr + rows_at, lse)
+        gl.store(delta_ptr + rows_at, delta)
+    keys = row_idx + listed, begin, stop, k_length, k_position, k_step, weight_ptr
+    queries = lse, scale, position + part * 64 // PACK, position + token
+    dq = gl.full([ROWS, D], 0.0, gl.float32, OUT)
+    turns = turns_of(begin, stop, KEYS, TILE)
     if WARPS == 8:
-        start_feeding(feed, KEYS, TILE, STAGES)
-    number = 0  # of a turn, since the program began
-    while tile < tiles:
-        q_tile.store(q)
-        d_out_tile.store(d_out)
-        fence_async_shared()
-        at = (head.to(gl.int64) * M + block) * SIZE
-        rows_at = at + (index % PACK * (M * SIZE) + token)
-        if GIVEN:
-            lse, delta = gl.load(lse_ptr + rows_at), gl.load(delta_ptr + rows_at)
-        else:
-            log_at = first * HEADS + head + (token * HEADS + index % PACK)
-            lse = gl.load(logs_ptr + log_at, mask=token < count, other=float("-inf")) * LOG2E
-            lse = gl.where(lse == float("-inf"), float("inf"), lse)  # sees no key: its weights are 0
-            delta = gl.convert_layout(gl.sum(d_out.to(gl.float32) * out.to(gl.float32), 1), gl.SliceLayout(1, S))
-            gl.store(lse_ptr + rows_at, lse)
-            gl.store(delta_ptr + rows_at, delta)
-        keys = row_idx + listed, begin, stop, k_length, k_position, k_step, weight_ptr
-        queries = lse, scale, position + part * 64 // PACK, position + token
-        dq = gl.full([ROWS, D], 0.0, gl.float32, OUT)
-        turns = turns_of(begin, stop, KEYS, TILE)
-        if WARPS == 8:
-            for turn in range(0, turns):
-                stage, phase = turn % STAGES, (turn // STAGES) & 1
-                mbarrier.wait(k_ready.index(stage), phase)
-                pending = warpgroup_mma(
-                    q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-                )
-                mbarrier.wait(v_ready.index(stage), phase)
-                d_pending = warpgroup_mma(
-                    d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-                )
-                weights = _weights(pending, 1, turn, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
-                mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
-                d_weights, weights = warpgroup_mma_wait(0, deps=[d_pending, weights])
-                d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
-                dq = warpgroup_mma(d_scores, k_tiles.index(stage), dq)
-                feed_on(feed, turn, KEYS, TILE, STAGES)
-        elif turns > 0:
+        for turn in range(0, turns):
+            stage, phase = turn % STAGES, (turn // STAGES) & 1
+            mbarrier.wait(k_ready.index(stage), phase)
+            pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            mbarrier.wait(v_ready.index(stage), phase)
+            d_pending = warpgroup_mma(
+                d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+            )
+            weights = _weights(pending, 1, turn, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
+            mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
+            d_weights, weights = warpgroup_mma_wait(0, deps=[d_pending, weights])
+            d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
+            dq = warpgroup_mma(d_scores, k_tiles.index(stage), dq)
+            feed_on(feed, turn, KEYS, TILE, STAGES)
+    elif turns > 0:
+        stage, phase = number % STAGES, (number // STAGES) & 1
+        mbarrier.wait(k_ready.index(stage), phase)
+        if IN_TURN:
+            mbarrier.wait(in_turn.index(part), (number & 1) ^ (1 - part))
+        pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(v_ready.index(stage), phase)
+        d_pending = warpgroup_mma(
+            d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
+        if IN_TURN:
+            mbarrier.arrive(in_turn.index(1 - part))
+        weights = _weights(pending, 1, 0, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
+        d_weights = warpgroup_mma_wait(0, deps=[d_pending])
+        mbarrier.arrive(v_free.index(stage))
+        d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
+        for turn in range(1, turns):
+            before = stage
+            number += 1
             stage, phase = number % STAGES, (number // STAGES) & 1
             mbarrier.wait(k_ready.index(stage), phase)
             if IN_TURN:
@@ -111,63 +167,35 @@ def _attend(
             d_pending = warpgroup_mma(
                 d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
+            dq_pending = warpgroup_mma(d_scores, k_tiles.index(before), dq, is_async=True)
             if IN_TURN:
                 mbarrier.arrive(in_turn.index(1 - part))
-            weights = _weights(pending, 1, 0, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
-            d_weights = warpgroup_mma_wait(0, deps=[d_pending])
+            weights = _weights(pending, 2, turn, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
+            mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
+            d_weights, weights = warpgroup_mma_wait(1, deps=[d_pending, weights])
             mbarrier.arrive(v_free.index(stage))
-            d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
-            for turn in range(1, turns):
-                before = stage
-                number += 1
-                stage, phase = number % STAGES, (number // STAGES) & 1
-                mbarrier.wait(k_ready.index(stage), phase)
-                if IN_TURN:
-                    mbarrier.wait(in_turn.index(part), (number & 1) ^ (1 - part))
-                pending = warpgroup_mma(
-                    q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-                )
-                mbarrier.wait(v_ready.index(stage), phase)
-                d_pending = warpgroup_mma(
-                    d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-                )
-                dq_pending = warpgroup_mma(d_scores, k_tiles.index(before), dq, is_async=True)
-                if IN_TURN:
-                    mbarrier.arrive(in_turn.index(1 - part))
-                weights = _weights(pending, 2, turn, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
-                mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
-                d_weights, weights = warpgroup_mma_wait(1, deps=[d_pending, weights])
-                mbarrier.arrive(v_free.index(stage))
-                new = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
-                mbarrier.wait(k_ready.index(stage), phase)
-                dq, d_scores, new = warpgroup_mma_wait(0, deps=[dq_pending, d_scores, new])
-                mbarrier.arrive(k_free.index(before))
-                d_scores = new
-            number += 1
-            dq = warpgroup_mma(d_scores, k_tiles.index(stage), dq)
-            mbarrier.arrive(k_free.index(stage))
-        to = dq_ptr + head * D, first, count
-        onto = dq
-        if ONTO:
-            onto = load_rows(onto_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS)
-        if WARPS == 8:
-            tile = tiles
-        else:  # the next tile's queries, on their way while this one is written
-            tile = next_tile(done, later)
-            done += 1
-            following = gl.minimum(tile, tiles - 1)
-            block, head, _, listed, begin, stop, first, count, position = tile_of(
-                following, lists, HEADS, KEY_HEADS, LISTS, PACK
-            )
-            q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
-            d_out_at = d_out_ptr + head * d_out_stride_h
-            d_out = load_rows(d_out_at, first, count, part, d_out_stride_t, d_out_stride_h, PACK, D, layout, ROWS)
-            if not GIVEN:
-                out = load_rows(out_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, layout, ROWS)
-        dq = dq * scale
-        if ONTO:
-            dq += onto.to(gl.float32)
-        store_rows(*to, part, HEADS, PACK, D, dq, WARPS)
+            new = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
+            mbarrier.wait(k_ready.index(stage), phase)
+            dq, d_scores, new = warpgroup_mma_wait(0, deps=[dq_pending, d_scores, new])
+            mbarrier.arrive(k_free.index(before))
+            d_scores = new
+        number += 1
+        dq = warpgroup_mma(d_scores, k_tiles.index(stage), dq)
+        mbarrier.arrive(k_free.index(stage))
+    to = dq_ptr + head * D, first, count
+    onto = dq
+    if ONTO:
+        onto = load_rows(onto_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS)
+    if WARPS == 4:  # the next tile's queries, on their way while this one is written
+        tile = next_tile(done, later)
+        following = tile_of(gl.minimum(tile, tiles - 1), lists, HEADS, KEY_HEADS, LISTS, PACK)
+        block, head, _, listed, begin, stop, first, count, position = following
+        q, d_out, out = _load(part, given, following, HEADS, D, PACK, GIVEN, WARPS)
+    dq = dq * scale
+    if ONTO:
+        dq += onto.to(gl.float32)
+    store_rows(*to, part, HEADS, PACK, D, dq, WARPS)
+    return tile, number, block, head, listed, begin, stop, first, count, position, q, d_out, out
 
 
 @gluon.jit
