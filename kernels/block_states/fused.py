@@ -24,7 +24,8 @@ LOOPS = {
     "key_gradients": (64, 4, 2, 255),
 }
 LONELY = 512  # programs that look for key blocks that no query chose
-HOPPER = True  # gradients of queries of whole documents by hopper.py where it takes a case
+HOPPER, HOPPER_SUMS = True, True  # gradients of queries of whole documents, and sums of LONG blocks, by hopper.py
+LONG = 512
 TILE, TAKE = 1024, 8  # numbers of a state, and states of a list, that are added at once
 
 
@@ -45,7 +46,12 @@ def sums(x, y, weight, blocks, feature_map, heads, dtype):
     x, y = unit_stride(x), unit_stride(y)
     key_size, value_size = x.shape[2], y.shape[2]
     out = x.new_empty(len(blocks), heads, 1, key_size * value_size + key_size, dtype=dtype)
-    if out.numel():
+    if weight is None and blocks.size >= LONG and HOPPER_SUMS and _on_hopper(x, y):
+        if out.numel():
+            from longspan.kernels.block_states import hopper as by_tma
+
+            by_tma.sums(x, y, out, blocks, feature_map)
+    elif out.numel():
         sums_kernel[(len(blocks) * heads,)](
             x, y, out if weight is None else weight, out, blocks.start, blocks.length, *_strides(x, y), heads,
             x.shape[1] // heads, *_sizes(x, y), MAP=feature_map, WEIGHTED=weight is not None,
@@ -108,11 +114,11 @@ def whole_query_gradients(d_out, q, states, rows, blocks, feature_map, dtype):
     d_out, q = unit_stride(d_out), unit_stride(q)
     dq, heads = q.new_empty(q.shape), states.shape[1]
     sums = states.new_empty(len(blocks), *states.shape[1:], dtype=dtype)
-    if len(blocks) and HOPPER and hopper.on_hopper(q) and _on_hopper(q, d_out):
-        from longspan.kernels.block_states.hopper import whole_query_gradients as on_hopper
+    if len(blocks) and HOPPER and _on_hopper(q, d_out):
+        from longspan.kernels.block_states import hopper as by_tma
 
         d_bias = states.new_empty(len(blocks), heads, 2, d_out.shape[2])
-        on_hopper(d_out, q, states, rows, dq, sums, d_bias, blocks, feature_map)
+        by_tma.whole_query_gradients(d_out, q, states, rows, dq, sums, d_bias, blocks, feature_map)
         return dq, sums, d_bias.sum((0, 1, 2))
     d_bias = states.new_empty(len(blocks), heads, d_out.shape[2])
     if len(blocks):
@@ -159,7 +165,7 @@ def lonely_key_gradients(k, v, states, plan, onto):
 
 
 def _on_hopper(*tensors):
-    return all(x.dtype == torch.bfloat16 and x.shape[2] in (64, 128) for x in tensors)
+    return hopper.on_hopper(tensors[0]) and all(x.dtype == torch.bfloat16 and x.shape[2] in (64, 128) for x in tensors)
 
 
 def _loop(name, x, blocks):

@@ -1,5 +1,5 @@
-"""Gradients of the queries' side of whole.py on Hopper GPUs: a warpgroup goes through the rows, another one adds up the
-states that follows from them, and a warp fetches what they take by TMA."""
+"""Sums of long blocks and gradients of the queries' side of whole.py on Hopper GPUs: a warpgroup goes through the rows,
+another one adds up the state that follows from them, and a warp fetches what they take by TMA."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,18 +26,18 @@ STAGES = 3
 
 
 @gluon.jit
-def _send(q_desc, d_out_desc, tiles, walk, GROUP: gl.constexpr, STAGES: gl.constexpr):
-    q_tiles, d_out_tiles, ready, free = tiles
+def _send(x_desc, y_desc, tiles, walk, GROUP: gl.constexpr, STAGES: gl.constexpr):
+    x_tiles, y_tiles, ready, free = tiles
     first, count, head = walk
-    K: gl.constexpr = q_tiles.shape[2]
-    V: gl.constexpr = d_out_tiles.shape[2]
+    K: gl.constexpr = x_tiles.shape[2]
+    V: gl.constexpr = y_tiles.shape[2]
     for turn in range(0, gl.cdiv(count, 64) * GROUP):
         stage, phase = turn % STAGES, (turn // STAGES) & 1
         row, at = first + turn // GROUP * 64, head + turn % GROUP
         mbarrier.wait(free.index(stage), phase ^ 1)
         mbarrier.expect(ready.index(stage), 64 * (K + V) * 2)
-        async_load(q_desc, [row, at * K], ready.index(stage), q_tiles.index(stage))
-        async_load(d_out_desc, [row, at * V], ready.index(stage), d_out_tiles.index(stage))
+        async_load(x_desc, [row, at * K], ready.index(stage), x_tiles.index(stage))
+        async_load(y_desc, [row, at * V], ready.index(stage), y_tiles.index(stage))
 
 
 @gluon.jit
@@ -115,34 +115,89 @@ def _rows(
 
 
 @gluon.jit
-def _sums(tiles, between, turns, states_ptr, there, sums_ptr, d_bias_ptr, STAGES: gl.constexpr):
-    """G = sum u^T d_out, dz = -sum u^T rowsum(u * D) and G^T z."""
-    q_tiles, d_out_tiles, ready, free = tiles
+def _features(tiles, between, walk, GROUP: gl.constexpr, MAP: gl.constexpr, STAGES: gl.constexpr):
+    """phi(x) for the other warpgroup."""
+    x_tiles, y_tiles, ready, free = tiles
     units, alongs, units_ready, units_free, projected = between
-    K: gl.constexpr = q_tiles.shape[2]
-    V: gl.constexpr = d_out_tiles.shape[2]
+    first, count, head = walk
+    L: gl.constexpr = product_layout(x_tiles.shape[2])
+    for turn in range(0, gl.cdiv(count, 64) * GROUP):
+        stage, place = turn % STAGES, turn % 2
+        mbarrier.wait(ready.index(stage), (turn // STAGES) & 1)
+        phi = scaled_map(x_tiles.index(stage).load(L).to(gl.float32), MAP)
+        valid = turn // GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, L)) < count
+        if MAP == "softmax":
+            phi = phi * gl.where(valid, 1.0 / gl.sum(phi, 1), 0.0)[:, None]
+        else:
+            phi = gl.where(valid[:, None], phi, gl.zeros_like(phi))
+        mbarrier.wait(units_free.index(place), (turn // 2) & 1 ^ 1)
+        units.index(place).store(phi.to(x_tiles.dtype))
+        fence_async_shared()
+        mbarrier.arrive(units_ready.index(place))
+        mbarrier.arrive(free.index(stage))
+
+
+@gluon.jit
+def _sums(
+    tiles, between, turns, states_ptr, there, sums_ptr, d_bias_ptr, GRADIENTS: gl.constexpr, STAGES: gl.constexpr
+):
+    """G = sum u^T d_out, dz = -sum u^T rowsum(u * D) and G^T z; or without GRADIENTS sums of phi(x) y^T and phi(x)."""
+    x_tiles, y_tiles, ready, free = tiles
+    units, alongs, units_ready, units_free, projected = between
+    K: gl.constexpr = x_tiles.shape[2]
+    V: gl.constexpr = y_tiles.shape[2]
     L: gl.constexpr = product_layout(K)
     SUMS: gl.constexpr = product_layout(V)
     sums = gl.full([K, V], 0.0, gl.float32, SUMS)
-    d_normalizer = gl.full([64, K], 0.0, gl.float32, L)
+    normalizer = gl.full([64, K], 0.0, gl.float32, L)
     for turn in range(0, turns):
         stage, phase, place = turn % STAGES, (turn // STAGES) & 1, turn % 2
         mbarrier.wait(ready.index(stage), phase)
         mbarrier.wait(units_ready.index(place), (turn // 2) & 1)
-        pending = warpgroup_mma(units.index(place).permute((1, 0)), d_out_tiles.index(stage), sums, is_async=True)
+        pending = warpgroup_mma(units.index(place).permute((1, 0)), y_tiles.index(stage), sums, is_async=True)
         unit = units.index(place).load(L).to(gl.float32)
-        d_normalizer -= unit * alongs.index(place).load(gl.SliceLayout(1, L))[:, None]
+        if GRADIENTS:
+            normalizer -= unit * alongs.index(place).load(gl.SliceLayout(1, L))[:, None]
+        else:
+            normalizer += unit
         mbarrier.wait(ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
         sums = warpgroup_mma_wait(0, deps=[pending])
         mbarrier.arrive(units_free.index(place))
         mbarrier.arrive(free.index(stage))
     key, value = gl.arange(0, K, gl.SliceLayout(1, SUMS)), gl.arange(0, V, gl.SliceLayout(0, SUMS))
-    normalizer = gl.load(states_ptr + K * V + key)
-    normalizer = gl.where(there, normalizer, gl.zeros_like(normalizer))
-    gl.store(d_bias_ptr + value, gl.sum(sums * normalizer[:, None], 0))
+    if GRADIENTS:
+        of_state = gl.load(states_ptr + K * V + key)
+        of_state = gl.where(there, of_state, gl.zeros_like(of_state))
+        gl.store(d_bias_ptr + value, gl.sum(sums * of_state[:, None], 0))
     gl.store(sums_ptr + key[:, None] * V + value[None, :], sums.to(sums_ptr.dtype.element_ty))
-    d_normalizer = gl.sum(d_normalizer, 0).to(sums_ptr.dtype.element_ty)
-    gl.store(sums_ptr + K * V + gl.arange(0, K, gl.SliceLayout(0, L)), d_normalizer)
+    normalizer = gl.sum(normalizer, 0).to(sums_ptr.dtype.element_ty)
+    gl.store(sums_ptr + K * V + gl.arange(0, K, gl.SliceLayout(0, L)), normalizer)
+
+
+@gluon.jit
+def sums_kernel(
+    x_desc, y_desc, sums_ptr, start_ptr, length_ptr, HEADS: gl.constexpr, GROUP: gl.constexpr, K: gl.constexpr,
+    V: gl.constexpr, MAP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As kernels.block_states.keys.sums_kernel, without weights."""
+    block, head = gl.program_id(0) // HEADS, gl.program_id(0) % HEADS * GROUP
+    dtype: gl.constexpr = x_desc.dtype
+    x_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, K], shared_layout(16))
+    y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, V], shared_layout(16))
+    units = gl.allocate_shared_memory(dtype, [2, 64, K], shared_layout(16))
+    first, count = gl.load(start_ptr + block), gl.load(length_ptr + block)
+    sums_ptr += gl.program_id(0).to(gl.int64) * (K * V + K)
+    tiles = x_tiles, y_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    between = units, 0, make_barriers(2, 1), make_barriers(2, 1), 0
+    walk, turns = (first, count, head), gl.cdiv(count, 64) * GROUP
+    gl.warp_specialize(
+        [
+            (_features, (tiles, between, walk, GROUP, MAP, STAGES)),
+            (_sums, (tiles, between, turns, 0, 0, sums_ptr, 0, False, STAGES)),
+            (_send, (x_desc, y_desc, tiles, walk, GROUP, STAGES)),
+        ],
+        [4, 1], [240, 24],
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -176,7 +231,7 @@ def whole_query_gradients_kernel(
     gl.warp_specialize(
         [
             (_rows, (tiles, between, walk, given, GROUP, HEADS, MAP, STAGES)),
-            (_sums, (tiles, between, turns, states_ptr, there, sums_ptr, d_bias_ptr + V, STAGES)),
+            (_sums, (tiles, between, turns, states_ptr, there, sums_ptr, d_bias_ptr + V, True, STAGES)),
             (_send, (q_desc, d_out_desc, tiles, walk, GROUP, STAGES)),
         ],
         [4, 1], [240, 24],
@@ -189,4 +244,13 @@ def whole_query_gradients(d_out, q, states, rows, dq, sums, d_bias, blocks, feat
         matrix_of(q, 64), matrix_of(d_out, 64), d_out, q, states, rows, dq, sums, d_bias, blocks.start, blocks.length,
         *d_out.stride()[:2], *q.stride()[:2], q.shape[1], states.shape[1], q.shape[2], d_out.shape[2], feature_map,
         STAGES, num_warps=4,
+    )  # fmt: skip
+
+
+def sums(x, y, out, blocks, feature_map):
+    """Writes out."""
+    heads = out.shape[1]
+    sums_kernel[(len(blocks) * heads,)](
+        matrix_of(x, 64), matrix_of(y, 64), out, blocks.start, blocks.length, heads, x.shape[1] // heads, x.shape[2],
+        y.shape[2], feature_map, STAGES, num_warps=4,
     )  # fmt: skip

@@ -121,8 +121,8 @@ def test_whole_documents_in_bfloat16():
 
 
 @pytest.mark.parametrize("feature_map, K, V", [("softmax", 128, 64), ("elu1", 64, 64), ("identity", 64, 128)])
-def test_query_gradients_on_hopper(feature_map, K, V, monkeypatch):
-    """The kernel in Gluon, emulated: blocks of some tiles, several heads, rows that weigh nothing and no state."""
+def test_kernels_for_hopper(feature_map, K, V, monkeypatch):
+    """Those in Gluon, emulated: blocks of some tiles, several heads, rows that weigh nothing and no state."""
     names = "longspan.kernels.sparse.hopper.tiles", "longspan.kernels.block_states.hopper"
     kernel = gluon_emulator.load(*names)[1]
     monkeypatch.setattr(gluon_emulator, "SECONDS", 5.0)
@@ -137,8 +137,10 @@ def test_query_gradients_on_hopper(feature_map, K, V, monkeypatch):
     wide = (x.double() for x in (d_out, q, states))
     wanted = plain.whole_query_gradients(*wide, rows, blocks, feature_map, torch.float64)
     check((dq, sums, d_bias.sum((0, 1, 2))), wanted, torch.bfloat16, ["dq", "sums", "d_bias"])
-    K = q.shape[2]
     check((sums[..., -K:],), (wanted[1][..., -K:],), torch.bfloat16, ["dz"])
+    kernel.sums(q, d_out, sums, blocks, feature_map)
+    wanted = plain.sums(q.double(), d_out.double(), None, blocks, feature_map, 2, torch.float64)
+    check((sums, sums[..., -K:]), (wanted, wanted[..., -K:]), torch.bfloat16, ["sums", "z"])
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
