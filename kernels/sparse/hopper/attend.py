@@ -19,6 +19,7 @@ from longspan.kernels.sparse.hopper.tiles import (
     feed_on,
     load_rows,
     make_barriers,
+    make_later,
     next_tile,
     only_seen,
     product_layout,
@@ -206,10 +207,9 @@ def forward_kernel(
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))
     k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     k_free, v_free, in_turn, later = k_ready, v_ready, k_ready, (q_tiles, k_ready, k_ready)
-    numbers: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     if WARPS == 4:
         k_free, v_free, in_turn = make_barriers(STAGES, 2), make_barriers(STAGES, 2), make_barriers(2, 1)
-        later = gl.allocate_shared_memory(gl.int32, [2, 1], numbers), make_barriers(2, 1), make_barriers(2, 2)
+        later = make_later(2)
     lists = row_ptr, q_start, q_length, q_position, M, capacity, tiles
     given = (
         q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, out_ptr, lse_ptr, onto_out_ptr,

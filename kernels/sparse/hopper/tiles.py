@@ -114,8 +114,28 @@ def place_of(turn, begin, index, KEYS: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
+def make_later(READERS: gl.constexpr):
+    """Where take_tile tells so many warpgroups of the next tile."""
+    numbers: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.int32, [2, 1], numbers), make_barriers(2, 1), make_barriers(2, READERS)
+
+
+@gluon.jit
+def take_tile(number, later, taken):
+    """The feeding warp's: the tile that the program takes after its number-th one, which it tells the others. The first
+    has the program's number, the others are those that no program has taken yet (`taken` counts them): lists differ in
+    length."""
+    tiles, told, heard = later
+    place, tile = number % 2, gl.num_programs(0) + gl.atomic_add(taken, 1)
+    mbarrier.wait(heard.index(place), (number // 2) & 1 ^ 1)
+    tiles.index(place).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(told.index(place))
+    return tile
+
+
+@gluon.jit
 def next_tile(number, later):
-    """The tile that a program takes after its number-th one, as its feeding warp says."""
+    """The same tile, as it is told."""
     tiles, told, heard = later
     place = number % 2
     mbarrier.wait(told.index(place), (number // 2) & 1)
@@ -129,19 +149,12 @@ def send_keys(
     feed, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, PACK: gl.constexpr, KEYS: gl.constexpr,
     TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Feeds what walks the lists of tile after tile of queries, with tiles of some key blocks or of a part of one. The
-    first tile has the program's number, the others are those that no program has taken yet (`taken` counts them): lists
-    differ in length."""
+    """Feeds what walks the lists of tile after tile of queries, with tiles of some key blocks or of a part of one."""
     k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, k_start, lists, later, taken = feed
-    later_tiles, told, heard = later
     D: gl.constexpr = k_tiles.shape[2]
     number, count, tile = 0, 0, gl.program_id(0)
     while tile < lists[6]:
-        following = gl.num_programs(0) + gl.atomic_add(taken, 1)
-        place = count % 2
-        mbarrier.wait(heard.index(place), (count // 2) & 1 ^ 1)
-        later_tiles.index(place).store(gl.full([1], following, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-        mbarrier.arrive(told.index(place))
+        following = take_tile(count, later, taken)
         count += 1
         _, _, key_head, at, begin, stop, _, _, _ = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
         for turn in range(0, turns_of(begin, stop, KEYS, TILE)):
