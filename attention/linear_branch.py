@@ -18,6 +18,7 @@ from longspan.kernels.block_states import LOST, MAPS, choose, state_dtype
 from longspan.kernels.fold import fold_chains, step, summarize
 from longspan.kernels.linear.splits import Chains
 from longspan.kernels.sparse import Blocks, kept_of
+from longspan.kernels.sparse.states import KeyStates
 from longspan.parallel.layout import Layout
 from longspan.parallel.scan import scan_plan, start_scan
 
@@ -95,7 +96,7 @@ class Way:
 class BranchTables:
     """queries: the blocks that read states; keys: those that get their gradients. reads: int32, like forward.rows, also
     -1 where all blocks are chosen. spans: where all queries of a document read the same, folds gradients of blocks to
-    those of spans, from which `backward` goes on."""
+    those of spans, from which `backward` goes on. owners: int32, the span of every key block of the selection."""
 
     queries: Blocks
     keys: Blocks
@@ -103,19 +104,20 @@ class BranchTables:
     backward: Way
     reads: torch.Tensor
     spans: Chains | None
+    owners: torch.Tensor
 
     def map(self, move) -> "BranchTables":
         """The same with every tensor passed through `move`."""
         ways = (x.map(move) for x in list(vars(self).values())[:4])
-        return BranchTables(*ways, move(self.reads), self.spans and self.spans.map(move))
+        return BranchTables(*ways, move(self.reads), self.spans and self.spans.map(move), move(self.owners))
 
 
 def branch_tables(layout: Layout, rank, query_block, key_block, keep, causal: bool, over: str) -> BranchTables:
     plan, offsets = scan_plan(layout, rank), np.array(layout.local_offsets(rank))
     queries = pieces(layout, rank, query_block).local
-    keys, sums, spans = queries, (queries, queries), None
+    keys, sums, spans, listed = queries, (queries, queries), None, pieces(layout, rank, key_block).local
     if over == "rest":
-        keys = pieces(layout, rank, key_block).local
+        keys = listed
         sums = keys, queries
     elif not causal:
         queries = keys = Blocks.of(offsets, WHOLE_BLOCK)
@@ -138,7 +140,8 @@ def branch_tables(layout: Layout, rank, query_block, key_block, keep, causal: bo
         candidates = start // key_block if causal else -(-length // key_block)
         some = torch.from_numpy(candidates > kept_of(candidates, keep))
         reads = torch.where(some, torch.arange(len(queries), dtype=torch.int32), -1)
-    return BranchTables(queries, keys, forward, backward, reads, spans)
+    owners = np.searchsorted(offsets, listed.start.numpy(), side="right") - 1
+    return BranchTables(queries, keys, forward, backward, reads, spans, torch.from_numpy(owners).int())
 
 
 def _summary(members, linked):
@@ -255,6 +258,16 @@ class Branch:
         rows = torch.arange(len(part.plan.keys), dtype=torch.int32, device=keys.device)
         return form.key_gradients(keys, values, states, rows, part.plan.keys, self.feature_map, onto=onto)
 
+    def gives_states(self, k, v) -> bool:
+        """Whether there are `key_states`: where all queries of a document read the same, in Triton."""
+        return self.whole and choose(k.device.type, k.dtype, k.shape[2], v.shape[2], ())[1] is None
+
+    def key_states(self, going) -> KeyStates:
+        """What gradients of local keys come from, as kernels.sparse takes it."""
+        sums, pending = going[3:]
+        states = fold_chains(sums, None, self.tables.backward.inner, self.finish(pending, sums))
+        return KeyStates(states, self.tables.owners, self.feature_map)
+
     def gradients(self, part, k, v, going, onto):
         """(dk, dv) of the local keys, added to those in `onto` that are not None. part: what is attended to of them."""
         q, d_num, d_den, sums, pending = going
@@ -267,6 +280,10 @@ class Branch:
             rows = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
         inside = (q, d_num, d_den) if self.inside else None
         return form.key_gradients(k, v, states, rows, self.tables.keys, self.feature_map, inside, onto)
+
+    def lonely_gradients(self, part, k, v, states, onto):
+        """Adds to the gradients in `onto` those of keys in blocks that no query chose, which `states` left out."""
+        self._form(k, v).lonely_key_gradients(k, v, states, part.plan, onto)
 
     def finish(self, pending, sums):
         """What enters spans, [n, Hkv, 1, K * V + K] in at least fp32."""

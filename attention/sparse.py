@@ -126,7 +126,8 @@ class _Attention(torch.autograd.Function):
 
         given = q, (k, v), (coarse_k, coarse_v), out, lse, arrived, parts, group, scale
         onto = d_own_q if branch and own_q is None else None
-        gradients = gradients_of(d_out, *given, owned, branch, work, onto, meanwhile)
+        states = branch is not None and own_k is None and branch.gives_states(k, v)
+        gradients = gradients_of(d_out, *given, owned, branch, work, onto, meanwhile, states)
         inputs = q, k, v, coarse_k, coarse_v
         gradients = [x if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)]
         return *gradients, *d_branch, *[None] * 7
@@ -189,13 +190,14 @@ def attend(q, local, coarse, here, remote, group, scale):
 
 def gradients_of(
     d_out, q, local, coarse, out, lse, arrived, parts, group, scale, owned=None, branch=None, work=None, dq=None,
-    meanwhile=None,
+    meanwhile=None, states=False,
 ):  # fmt: skip
     """Gradients of q, local keys and values, in at least fp32 where several are added, and of coarse keys and values.
     What arrived comes first: its gradients are on their way back while those of what is here are made. owned: of
     coarse rows whose gradients go on to the local keys and values, which come last; None where they are returned. work:
     of the branch, or None; its gradients of what arrived go back with the others. dq: what gradients of queries are
-    added to, or None; meanwhile: adds to those of local keys and values while others are on their way back, or None."""
+    added to, or None; meanwhile: adds to those of local keys and values while others are on their way back, or None.
+    states: whether the branch's own may be added where attention's are made, instead."""
     here, remote = ([part for part in parts if part.remote == there] for there in (False, True))
     if coarse[0] is not None:  # owned ones are all of parts that are here
         d_coarse = [x.new_zeros(x.shape) if owned is None else x.new_empty(x.shape) for x in coarse]
@@ -216,11 +218,17 @@ def gradients_of(
                 add_shares(gradients, part.plan.keys, shares)
         else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
-            if form not in sums:
+            if len(parts) > 1 and form not in sums:
                 sums[form] = form.row_sums(d_out, None, out, lse)
-            more = {"rows": sums[form], "onto": dq, "into": into, "shares": shares}
+            more = {"rows": sums.get(form), "onto": dq, "into": into, "shares": shares}
+            given = None
+            if states and not (part.remote or part.coarse) and form.takes_states(q, keys, part.plan, scale):
+                more["states"] = given = branch.key_states(work)
+                meanwhile = None
             more["dtype"] = q.dtype if number == len(parts) else _sum_dtype(q, len(parts))
             dq, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale, **more)
+            if given is not None:
+                branch.lonely_gradients(part, keys, values, given, gradients)
         if part.remote:
             if work is not None and branch.rest and keys.shape[0]:
                 gradients = branch.part_gradients(part, keys, values, work, gradients)

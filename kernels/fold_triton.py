@@ -35,7 +35,7 @@ def fold_chains_triton(states, transition, chains, initial=None, *, compose=Fals
         fold_kernel[grid](
             states, transition, initial, out, composed, *tables, *strides, *decay_strides,
             H=heads, K=keys, V=values, BLOCK=BLOCK, DECAYS=1 if transition is None or transition.ndim < 3 else keys,
-            AHEAD=min(AHEAD, triton.next_power_of_2(length)),
+            AHEAD=min(AHEAD, next_power_of_2(length)),
         )  # fmt: skip
     else:
         assert keys <= MAX_KEYS, keys

@@ -6,11 +6,13 @@ from longspan.kernels.block_states.keys import (
     inside_key_gradients_kernel,
     key_gradients_kernel,
     listed_kernel,
+    lonely_key_gradients_kernel,
     sums_kernel,
 )
 from longspan.kernels.block_states.queries import output_kernel, query_gradients_kernel
 from longspan.kernels.block_states.whole import whole_output_kernel, whole_query_gradients_kernel
 from longspan.kernels.linear.splits import padded, unit_stride
+from longspan.kernels.sparse import hopper
 
 STEP = 64  # rows that gradients of keys that queries of their block see take at once: with more, registers spill
 # Kernels that go through a block: (rows at once, warps, tiles under way and at work, registers), the fastest of
@@ -21,6 +23,9 @@ LOOPS = {
     "query_gradients": (128, 8, 2, 255),
     "key_gradients": (64, 4, 2, 255),
 }
+LONELY = 512  # programs that look for key blocks that no query chose
+HOPPER, HOPPER_SUMS = True, True  # gradients of queries of whole documents, and sums of LONG blocks, by hopper.py
+LONG = 512
 TILE, TAKE = 1024, 8  # numbers of a state, and states of a list, that are added at once
 
 
@@ -41,7 +46,12 @@ def sums(x, y, weight, blocks, feature_map, heads, dtype):
     x, y = unit_stride(x), unit_stride(y)
     key_size, value_size = x.shape[2], y.shape[2]
     out = x.new_empty(len(blocks), heads, 1, key_size * value_size + key_size, dtype=dtype)
-    if out.numel():
+    if weight is None and blocks.size >= LONG and HOPPER_SUMS and _on_hopper(x, y):
+        if out.numel():
+            from longspan.kernels.block_states import hopper as by_tma
+
+            by_tma.sums(x, y, out, blocks, feature_map)
+    elif out.numel():
         sums_kernel[(len(blocks) * heads,)](
             x, y, out if weight is None else weight, out, blocks.start, blocks.length, *_strides(x, y), heads,
             x.shape[1] // heads, *_sizes(x, y), MAP=feature_map, WEIGHTED=weight is not None,
@@ -104,6 +114,12 @@ def whole_query_gradients(d_out, q, states, rows, blocks, feature_map, dtype):
     d_out, q = unit_stride(d_out), unit_stride(q)
     dq, heads = q.new_empty(q.shape), states.shape[1]
     sums = states.new_empty(len(blocks), *states.shape[1:], dtype=dtype)
+    if len(blocks) and HOPPER and _on_hopper(q, d_out):
+        from longspan.kernels.block_states import hopper as by_tma
+
+        d_bias = states.new_empty(len(blocks), heads, 2, d_out.shape[2])
+        by_tma.whole_query_gradients(d_out, q, states, rows, dq, sums, d_bias, blocks, feature_map)
+        return dq, sums, d_bias.sum((0, 1, 2))
     d_bias = states.new_empty(len(blocks), heads, d_out.shape[2])
     if len(blocks):
         whole_query_gradients_kernel[(len(blocks) * heads,)](
@@ -134,6 +150,22 @@ def key_gradients(k, v, states, rows, blocks, feature_map, inside=None, onto=(No
         **_options(k, at_once) | {"num_stages": 1},  # the loop is short
     )  # fmt: skip
     return dk, dv
+
+
+def lonely_key_gradients(k, v, states, plan, onto):
+    """Adds to dk and dv in `onto`, contiguous, what kernels.sparse.fused.backward leaves out of `states`, KeyStates."""
+    k, v = unit_stride(k), unit_stride(v)
+    columns, heads = len(plan.keys), k.shape[1]
+    span = max(1, columns * heads // LONELY)
+    lonely_key_gradients_kernel[(-(-columns // span) * heads,)](
+        k, v, states.states, states.rows, *onto, plan.keys.start, plan.keys.length, plan.item_ptr, columns, span,
+        *_strides(k, v), heads, plan.heads, *_sizes(k, v), MAP=states.feature_map,
+        **_loop("key_gradients", k, plan.keys),
+    )  # fmt: skip
+
+
+def _on_hopper(*tensors):
+    return hopper.on_hopper(tensors[0]) and all(x.dtype == torch.bfloat16 and x.shape[2] in (64, 128) for x in tensors)
 
 
 def _loop(name, x, blocks):

@@ -86,6 +86,38 @@ def key_gradients_kernel(
     """dk [T, HEADS, K] and dv [T, HEADS, V] of a block and head, ROWS at once, from the gradient of the state that they
     are in. ADD_K, ADD_V: added to what is there."""
     block, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    _key_gradients(
+        block, head, k_ptr, v_ptr, states_ptr, rows_ptr, dk_ptr, dv_ptr, start_ptr, length_ptr, k_stride_t, k_stride_h,
+        v_stride_t, v_stride_h, HEADS, K, V, BLOCK_K, BLOCK_V, ROWS, MAP, ADD_K, ADD_V, PRECISION,
+    )  # fmt: skip
+
+
+@launched
+@triton.jit(do_not_specialize=["count", "span"])
+def lonely_key_gradients_kernel(
+    k_ptr, v_ptr, states_ptr, rows_ptr, dk_ptr, dv_ptr, start_ptr, length_ptr, ends_ptr, count, span,
+    k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    HEADS: tl.constexpr, LISTS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds them for those of `span` key blocks that no query chose: ends_ptr, a plan's item_ptr."""
+    begin, head = tl.program_id(0) // HEADS * span, tl.program_id(0) % HEADS
+    ends_ptr += (head * LISTS // HEADS).to(tl.int64) * (count + 1)
+    for block in range(begin, tl.minimum(begin + span, count)):
+        if tl.load(ends_ptr + block) == tl.load(ends_ptr + block + 1):
+            _key_gradients(
+                block, head, k_ptr, v_ptr, states_ptr, rows_ptr, dk_ptr, dv_ptr, start_ptr, length_ptr, k_stride_t,
+                k_stride_h, v_stride_t, v_stride_h, HEADS, K, V, BLOCK_K, BLOCK_V, ROWS, MAP, True, True, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _key_gradients(
+    block, head, k_ptr, v_ptr, states_ptr, rows_ptr, dk_ptr, dv_ptr, start_ptr, length_ptr,
+    k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr, MAP: tl.constexpr, ADD_K: tl.constexpr, ADD_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     first, count = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
     k_ptr += first * k_stride_t + head * k_stride_h
     v_ptr += first * v_stride_t + head * v_stride_h

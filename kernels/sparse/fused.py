@@ -19,6 +19,8 @@ ONE_WARP = 16, 128  # rows, and bytes of each, of a tile that one warp has: no w
 # What such a warp takes at once in place of KEYS or TURN, and the most registers of a thread: a processor has 65,536,
 # and the more warps share them, the less it waits for any. With fewer they spill.
 NARROW = {"forward": (32, 128), "queries": (16, 96), "keys": (16, 128)}
+OWN_ROWS = True  # sums of rows where gradients of queries are made, where nothing else takes them
+FUSES = True  # gradients from states with those of attention, where that can be
 STAGES = {2: (3, 2), 4: (1, 1)}  # by bytes of an element: over lists of query blocks, of key blocks
 
 
@@ -67,22 +69,27 @@ def row_sums(d_out, d_lse, out, lse) -> torch.Tensor:
 
 def backward(
     d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None, into=None,
-    shares=None,
+    shares=None, states=None,
 ):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv in those of k and v); d_lse: [Tq, Hq] or None. out and lse: of all keys that
     the queries see, also where the plan lists some of them. rows: their row_sums, if known; onto: dq of other keys, to
     which that of the plan is added; it may be overwritten. into: contiguous tensors for dk and dv. shares: Shares of
-    the keys and values in gradients of their means, to be added to dk and dv."""
+    the keys and values in gradients of their means, to be added to dk and dv. states: KeyStates that the keys are part
+    of; what keys get from these is added for blocks that some query chose, where `takes_states`."""
     d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
     dk, dv = into or (k.new_empty(k.shape), v.new_empty(v.shape))
     dtype = dtype or q.dtype
     dq = onto if onto is not None and onto.dtype == dtype else q.new_empty(q.shape, dtype=dtype)
     tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
-    rows = row_sums(d_out, d_lse, out, lse) if rows is None else rows
-    if hopper.takes(q, plan, tile["ROWS"], scale):
-        of_rows = hopper.query_gradients(d_out, q, k, v, rows, dq, plan, scale, tile["PACK"], onto)
+    here = hopper.takes(q, plan, tile["ROWS"], scale)
+    alone = OWN_ROWS and here and hopper.takes_keys(plan) and d_lse is None  # then they are made where dq is
+    if rows is None and not alone:
+        rows = row_sums(d_out, d_lse, out, lse)
+    if here:
+        given = d_out, q, k, v, out.contiguous(), lse.contiguous(), rows
+        of_rows = hopper.query_gradients(*given, dq, plan, scale, tile["PACK"], onto)
         if hopper.takes_keys(plan):
-            hopper.key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale)
+            hopper.key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale, states)
             return dq, *_with_shares(dk, dv, plan.keys, shares)
     elif lse.numel():
         queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
@@ -105,6 +112,11 @@ def backward(
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, given, depth, tile["BLOCK_D"])
     return dq, dk, dv
+
+
+def takes_states(q, k, plan: BlockPlan, scale: float) -> bool:
+    """Whether `backward` takes states."""
+    return FUSES and hopper.takes(q, plan, _tile(q, k, plan)["ROWS"], scale) and hopper.takes_keys(plan)
 
 
 def _with_shares(dk, dv, blocks, shares):

@@ -29,6 +29,11 @@ def row_sums(d_out, d_lse, out, lse):
     """Nothing that backward would not make by itself."""
 
 
+def takes_states(q, k, plan: BlockPlan, scale: float) -> bool:
+    """Whether `backward` takes states of linear attention, see kernels.sparse.fused."""
+    return False
+
+
 def backward(
     d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None, into=None,
     shares=None,

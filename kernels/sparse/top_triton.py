@@ -14,8 +14,9 @@ from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile, store_tile
 
-ROWS, KEYS = 64, 64  # of a tile of scores
-FEW_ROWS, FEW_LISTS = 16, 1 << 14  # rows of a tile where there are fewer lists, which cannot fill a GPU with more
+MANY, FEW = (64, 64, 4), (16, 64, 4)  # rows and keys of a tile of scores, warps
+FEW_LISTS = 1 << 14  # with fewer, tiles of many rows cannot fill a GPU
+SPLIT_ROWS = 64
 BAND = 64
 BINS = tl.constexpr(32)
 LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
@@ -29,11 +30,11 @@ def top_triton(means, keys, router, ranges, first: int, recent: int, always) -> 
     width, block_d = ranges.kept + max(BAND, more), padded(head_dim)
     chosen, band = router.new_empty(heads, rows, width), router.new_empty(heads, rows, BAND, 2)
     if rows:
-        tile = FEW_ROWS if rows * heads < FEW_LISTS else ROWS
+        tile, at_once, warps = FEW if rows * heads < FEW_LISTS else MANY
         top_kernel[(cdiv(rows, tile) * heads,)](
             means, keys, router, ranges.first, ranges.stop, ranges.most, router if always is None else always,
             band, chosen, *means.stride()[:2], keys.shape[1], rows, width, first, recent, more,
-            heads, head_dim, block_d, tile, KEYS, BAND, num_warps=4, num_stages=2,
+            heads, head_dim, block_d, tile, at_once, BAND, num_warps=warps, num_stages=2,
         )  # fmt: skip
     return chosen[..., : ranges.kept + more]
 
@@ -41,7 +42,9 @@ def top_triton(means, keys, router, ranges, first: int, recent: int, always) -> 
 def split_halves(x: torch.Tensor) -> torch.Tensor:
     """[T, H, D] -> bf16 [2, T, H, D] whose sum it is, to 2^-17."""
     x, out, count = unit_stride(x), x.new_empty(2, *x.shape, dtype=torch.bfloat16), x.shape[0] * x.shape[1]
-    split_kernel[(cdiv(count, ROWS),)](x, out, *x.stride()[:2], count, *x.shape[1:], padded(x.shape[2]), ROWS)
+    split_kernel[(cdiv(count, SPLIT_ROWS),)](
+        x, out, *x.stride()[:2], count, *x.shape[1:], padded(x.shape[2]), SPLIT_ROWS
+    )
     return out
 
 

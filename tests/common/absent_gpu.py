@@ -140,8 +140,9 @@ def compile_hopper(head_dim):
     import torch
 
     from longspan.kernels.sparse import BlockPlan, Blocks, fused, hopper
+    from longspan.kernels.sparse.states import KeyStates
 
-    hopper.on_hopper = lambda x: True
+    hopper.on_hopper, hopper.processors = lambda x: True, lambda device: 132
     # query block, key block, query heads, key heads, list heads, causal and weighted
     cases = [(128, 64, 2, 2, 2, False), (64, 128, 4, 2, 1, True), (128, 64, 4, 1, 2, True), (128, 16, 2, 2, 2, True)]
     for query_block, key_block, heads, key_heads, lists, masked in cases:
@@ -152,6 +153,10 @@ def compile_hopper(head_dim):
         q, k, v = (torch.zeros(300, n, head_dim, dtype=torch.bfloat16) for n in (heads, key_heads, key_heads))
         out, lse = fused.forward(q, k, v, plan, 0.3)
         fused.backward(q, lse, q, k, v, out, lse, plan, 0.3)
+        if key_block >= 64 and not masked:
+            states = torch.zeros(1, key_heads, 1, head_dim**2 + head_dim)
+            states = KeyStates(states, torch.zeros(len(keys), dtype=torch.int32), "softmax")
+            fused.backward(q, lse, q, k, v, out, lse, plan, 0.3, states=states)
 
 
 def compile_branch(width):
@@ -159,8 +164,9 @@ def compile_branch(width):
     import torch
 
     from longspan.kernels.block_states import fused
-    from longspan.kernels.sparse import Blocks
+    from longspan.kernels.sparse import Blocks, hopper
 
+    hopper.on_hopper = lambda x: True
     q, k = (torch.zeros(300, heads, width, dtype=torch.bfloat16) for heads in (4, 2))
     states, rows = torch.zeros(1, 2, 1, width * width + width), torch.zeros(8, dtype=torch.int32)
     for feature_map in ("softmax", "elu1"):

@@ -115,7 +115,7 @@ class Product:
         )
         a, b = (x.float() for x in self.seen)
         acc = self.acc.result if isinstance(self.acc, Product) else self.acc
-        assert a.shape[0] == 16 * min(_here.warps, 4) and a.dtype == b.dtype and acc.dtype == torch.float32
+        assert a.shape[0] % (16 * _here.warps) == 0 and a.dtype == b.dtype and acc.dtype == torch.float32
         self.result = _tensor(a @ b + acc if self.use_acc else a @ b)
 
 
@@ -168,7 +168,7 @@ def _init(barrier, count):
 def _allocate(dtype, shape, layout):
     if isinstance(layout, BarrierLayout):
         return Barriers(shape[0])
-    return Shared(torch.full(shape, float("nan"), dtype=dtype))
+    return Shared(torch.full(shape, float("nan") if dtype.is_floating_point else -(2**31), dtype=dtype))
 
 
 class BarrierLayout:
@@ -201,7 +201,8 @@ def _specialize(parts, warps, registers):
     def run(function, args):
         _here.program, _here.programs, _here.warps, _here.products = *place, []
         try:
-            function(*args)
+            with torch.no_grad():  # each thread has a setting of its own
+                function(*args)
             assert not _here.products, "a product is never waited for"
         except BaseException as error:
             failed.append(error)
@@ -233,6 +234,12 @@ def _store(pointer, value, mask=None):
     pointer.memory[at[keep]] = value.expand(at.shape)[keep].to(pointer.memory.dtype)
 
 
+def _atomic_add(pointer, value):
+    before = pointer.memory[int(pointer.offset)].clone()
+    pointer.memory[int(pointer.offset)] += value
+    return _tensor(before)
+
+
 def _two(function):
     return lambda x, y: function(_tensor(x), _tensor(y))
 
@@ -253,10 +260,9 @@ def _modules() -> dict[str, ModuleType]:
         exp=torch.exp, abs=torch.abs, sqrt=torch.sqrt, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
         max=lambda x, axis: x.amax(axis),
         fma=lambda x, y, z: x * y + z, log2=torch.log2, full_like=lambda x, value: torch.zeros_like(x) + value,
+        atomic_add=_atomic_add, join=lambda x, y: torch.stack([x, y], -1), permute=torch.permute, reshape=torch.reshape,
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
-        associative_scan=lambda x, axis, combine: x.cumsum(axis), join=lambda x, y: torch.stack((x, y), -1),
-        float64=torch.float64,
         float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
         SliceLayout=_anything, BlockedLayout=_anything, NVMMADistributedLayout=_anything, DotOperandLayout=_anything,
         NVMMASharedLayout=_anything, SwizzledSharedLayout=_anything, DistributedLinearLayout=_anything,

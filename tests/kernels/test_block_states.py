@@ -1,5 +1,6 @@
 """States of blocks: the Triton kernels against plain PyTorch in fp64, which the tests of the layer check."""
 
+import gluon_emulator
 import pytest
 import torch
 from sparse_oracle import random_lists
@@ -117,6 +118,29 @@ def test_whole_documents(name, monkeypatch):
 
 def test_whole_documents_in_bfloat16():
     check_whole("softmax", torch.bfloat16)
+
+
+@pytest.mark.parametrize("feature_map, K, V", [("softmax", 128, 64), ("elu1", 64, 64), ("identity", 64, 128)])
+def test_kernels_for_hopper(feature_map, K, V, monkeypatch):
+    """Those in Gluon, emulated: blocks of some tiles, several heads, rows that weigh nothing and no state."""
+    names = "longspan.kernels.sparse.hopper.tiles", "longspan.kernels.block_states.hopper"
+    kernel = gluon_emulator.load(*names)[1]
+    monkeypatch.setattr(gluon_emulator, "SECONDS", 5.0)
+    case = 4, 2, K, V, feature_map, False
+    _, q, _, _, _, states, normal, _ = make("hopper", torch.bfloat16, case=case, offsets=(0, 470))
+    blocks, d_out = Blocks.of((0, 300, 301, 470), 250), normal(470, 4, V)
+    rows = torch.arange(len(blocks)).int() % 4 - 1
+    q[[260, 320], 1] = -1e4 if feature_map == "elu1" else 0.0
+    dq, sums = torch.empty_like(q), states.new_empty(len(blocks), *states.shape[1:])
+    d_bias = states.new_empty(len(blocks), 2, 2, V)
+    kernel.whole_query_gradients(d_out, q, states, rows, dq, sums, d_bias, blocks, feature_map)
+    wide = (x.double() for x in (d_out, q, states))
+    wanted = plain.whole_query_gradients(*wide, rows, blocks, feature_map, torch.float64)
+    check((dq, sums, d_bias.sum((0, 1, 2))), wanted, torch.bfloat16, ["dq", "sums", "d_bias"])
+    check((sums[..., -K:],), (wanted[1][..., -K:],), torch.bfloat16, ["dz"])
+    kernel.sums(q, d_out, sums, blocks, feature_map)
+    wanted = plain.sums(q.double(), d_out.double(), None, blocks, feature_map, 2, torch.float64)
+    check((sums, sums[..., -K:]), (wanted, wanted[..., -K:]), torch.bfloat16, ["sums", "z"])
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])

@@ -69,8 +69,7 @@ TOP = {
 @pytest.fixture
 def small_tiles(monkeypatch):
     """So that a few hundred keys take several tiles and passes."""
-    monkeypatch.setattr(top_triton, "ROWS", 32)
-    monkeypatch.setattr(top_triton, "KEYS", 64)
+    monkeypatch.setattr(top_triton, "FEW", (16, 64, 4))
     monkeypatch.setattr(top_triton, "BAND", 8)
 
 

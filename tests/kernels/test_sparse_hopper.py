@@ -1,11 +1,20 @@
 """Block lists by the kernels for Hopper, emulated, against the definition in fp64."""
 
+import sys
+
 import gluon_emulator
 import pytest
+import sparse_oracle
 import torch
 from plan_cases import check, make
 
+from longspan.attention import LinearBranch, TopBlocks, linear_branch
+from longspan.attention import sparse as attention
+from longspan.kernels.block_states import fused as block_states
+from longspan.kernels.block_states import plain as block_states_plain
 from longspan.kernels.sparse import BlockPlan, Blocks, fused, hopper, naive
+from longspan.kernels.sparse.states import KeyStates
+from longspan.parallel import SequenceParallel
 
 # offsets, query block, key block, list heads, query heads, key heads, head dim, causal, weighted, keys a row
 CASES = {
@@ -15,6 +24,7 @@ CASES = {
     "parts of a block": ((0, 500), 128, 128, 2, 2, 1, 64, False, True, 4),
     "wide": ((0, 400, 650), 128, 64, 1, 1, 1, 128, True, True, 7),
 }
+STATES = {"lists of queries": ((0, 300, 390), 128, 64, 4, 4, 2, 64)}
 FORMS = {"fed": (128, 2, 4, None), "feeds itself": (64, 3, 8, 128)}
 
 
@@ -22,8 +32,11 @@ FORMS = {"fed": (128, 2, 4, None), "feeds itself": (64, 3, 8, 128)}
 def launched(monkeypatch):
     """The names of kernels as they are launched; those for Hopper are emulated."""
     names = [f"longspan.kernels.sparse.hopper.{name}" for name in ("tiles", "attend", "queries", "keys", "run")]
-    *_, attend, queries, keys, run = gluon_emulator.load(*names)
+    branch = "longspan.kernels.block_states.hopper"
+    *_, run, of_branch = gluon_emulator.load(*names, branch)
+    monkeypatch.setitem(sys.modules, branch, of_branch)
     monkeypatch.setattr(hopper, "on_hopper", lambda x: True)
+    monkeypatch.setattr(hopper, "processors", lambda device: 3)  # programs take several tiles
     monkeypatch.setattr(hopper, "run", run, raising=False)
     monkeypatch.setattr(gluon_emulator, "SECONDS", 2.0)
     found = []
@@ -43,6 +56,34 @@ def test_kernels_equal_the_definition(name, form, launched, monkeypatch):
     assert name != "long lists" or given[0].row_ptr.diff().max() > 2 * 3 * 2
     check(fused, *given)
     assert launched == ["forward_kernel", "queries_kernel", *["keys_kernel"] * (name != "small keys")]
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "elu1"])
+@pytest.mark.parametrize("name, chunk", [("parts of a block", 1), ("wide", 64), ("lists of queries", 2)])
+def test_gradients_from_states(name, chunk, feature_map, launched):
+    """Added to those of attention: for lists in one and in several parts, and for blocks that no query chose."""
+    offsets, query_block, key_block, lists, heads, key_heads, dim, *_ = STATES.get(name) or CASES[name]
+    q, k, v, d_out = torch.randn(4, offsets[-1], heads, dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    k, v = k[:, :key_heads], v[:, :key_heads].contiguous()
+    queries, keys = Blocks.of(offsets, query_block), Blocks.of(offsets, key_block)
+    chosen = torch.tensor([0, 2]).expand(lists, len(queries), 2)
+    plan = BlockPlan.of(queries, keys, chosen, causal=False, chunk=chunk)
+    assert plan.item_ptr[:, 1:].eq(plan.item_ptr[:, :-1]).any()
+    states = torch.randn(3, key_heads, 1, dim * dim + dim, generator=torch.Generator().manual_seed(1))
+    given = KeyStates(states, (torch.arange(len(keys)) % 3).int(), feature_map)
+    assert fused.takes_states(q, k, plan, 0.3)
+    out, lse = fused.forward(q, k, v, plan, 0.3)
+    alone = fused.backward(d_out, None, q, k, v, out, lse, plan, 0.3)
+    both = fused.backward(d_out, None, q, k, v, out, lse, plan, 0.3, states=given)
+    block_states.lonely_key_gradients(k, v, given, plan, both[1:])
+    wanted = block_states_plain.key_gradients(k.double(), v.double(), states.double(), given.rows, keys, feature_map)
+    assert torch.equal(both[0], alone[0])
+    for found, of_lists, more in zip(both[1:], alone[1:], wanted, strict=True):
+        total = of_lists.double() + more
+        assert ((found.double() - total).norm() / total.norm()).item() < 1e-2
+        few = plan.keys.start[1], plan.keys.start[1] + plan.keys.length[1]  # of the block that no query chose
+        found, total = (x[slice(*few)].double() for x in (found, total))
+        assert ((found - total).norm() / total.norm()).item() < 1e-2
 
 
 @pytest.mark.parametrize("form", ["fed", "feeds itself"])
@@ -73,3 +114,30 @@ def test_parts_continue_one_another(form, launched, monkeypatch):
     for found, exact in ((out, wanted), (dq, wanted_dq)):
         assert (found.double() - exact).norm() <= 1e-2 * exact.norm()
     assert not out[256:].any() and not dq[256:].any()
+
+
+def test_branch_beside_attention(launched, monkeypatch):
+    """A whole call with SLA's branch, whose gradients of keys are made where attention's are; a block that no query
+    chooses among them."""
+    for module, form in ((attention, fused), (linear_branch, block_states)):
+        monkeypatch.setattr(module, "choose", lambda *arguments, form=form: (form, None))
+    lengths, generator = (200, 330), torch.Generator().manual_seed(2)
+    shapes = ((530, 2, 64),) * 4 + ((64, 64), (64,))
+    q, k, v, d_out, weight, bias = (torch.randn(x, generator=generator).bfloat16() for x in shapes)
+    selection, given = TopBlocks(2, query_block=128, key_block=64), (q, k, v, weight / 8, bias)
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in given]
+        if dtype == torch.float64:
+            out = sparse_oracle.sparse_attention(*leaves[:3], lengths, selection=selection, causal=False)
+            out = out + sparse_oracle.linear_branch(
+                *leaves, lengths, over="all", feature_map="softmax", selection=selection, causal=False
+            )
+        else:
+            seq = SequenceParallel(device=torch.device("cpu")).context(lengths)
+            linear = LinearBranch(*leaves[3:])
+            out = attention.sparse_attention(*leaves[:3], selection=selection, linear=linear, causal=False, seq=seq)
+        found.append([out, *torch.autograd.grad(out, leaves, d_out.to(dtype))])
+    for actual, wanted in zip(*found, strict=True):
+        assert ((actual.double() - wanted).norm() / wanted.norm()).item() < 2e-2
+    assert launched == ["forward_kernel", "queries_kernel", "keys_kernel"]

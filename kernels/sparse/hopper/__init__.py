@@ -42,6 +42,11 @@ def _runs(device_index: int) -> bool:
         return False
 
 
+@cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def forward(q, k, v, out, lse, plan, scale, pack, onto):
     """Writes out and lse, see kernels.sparse.fused.forward; pack: heads side by side in a tile of queries."""
     from longspan.kernels.sparse.hopper import run
@@ -49,15 +54,15 @@ def forward(q, k, v, out, lse, plan, scale, pack, onto):
     run.forward(q, k, v, out, lse, plan, scale, pack, onto)
 
 
-def query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto):
+def query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto):
     """Writes dq, see kernels.sparse.fused.backward; gives what key_gradients takes of rows."""
     from longspan.kernels.sparse.hopper import run
 
-    return run.query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto)
+    return run.query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto)
 
 
-def key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale):
-    """Writes dk and dv."""
+def key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale, states=None):
+    """Writes dk and dv. states: see kernels.sparse.fused.backward."""
     from longspan.kernels.sparse.hopper import run
 
-    run.key_gradients(d_out, q, k, v, *of_rows, dk, dv, plan, scale)
+    run.key_gradients(d_out, q, k, v, *of_rows, dk, dv, plan, scale, states)

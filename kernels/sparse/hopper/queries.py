@@ -14,58 +14,117 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from longspan.kernels.launch import launched
 from longspan.kernels.sparse.hopper.tiles import (
     LOG2E,
-    block_of,
     facts_of,
+    feed_of,
     feed_on,
     load_rows,
     make_barriers,
+    make_later,
+    next_tile,
+    only_seen,
     product_layout,
     row_layout,
-    seen_keys,
     send_keys,
     shared_layout,
     start_feeding,
     store_rows,
+    tile_of,
     turns_of,
 )
 
 
 @gluon.jit
 def _attend(
-    part: gl.constexpr, given, feed, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
-    TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr,
+    part: gl.constexpr, given, feed, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
+    KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    WEIGHTED: gl.constexpr, ONTO: gl.constexpr, GIVEN: gl.constexpr, IN_TURN: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """dq of the rows of WARPS warps from 64 * part on, of tile after tile. feed, IN_TURN: as in attend.py. GIVEN: lse
+    and delta, which are made here otherwise."""
+    tile, lists = gl.program_id(0), given[-2]
+    initial = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
+    block, head, _, listed, begin, stop, first, count, position = initial
+    q, d_out, out = _load(part, given, initial, HEADS, D, PACK, GIVEN, WARPS)
+    done, number = 0, 0  # tiles, and turns, since the program began
+    if WARPS == 8:
+        start_feeding(feed, KEYS, TILE, STAGES)
+        here = block, head, listed, begin, stop, first, count, position, q, d_out, out
+        _one(
+            part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
+            WEIGHTED, ONTO, GIVEN, IN_TURN, WARPS,
+        )  # fmt: skip
+    else:
+        while tile < lists[6]:
+            here = block, head, listed, begin, stop, first, count, position, q, d_out, out
+            tile, number, block, head, listed, begin, stop, first, count, position, q, d_out, out = _one(
+                part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
+                WEIGHTED, ONTO, GIVEN, IN_TURN, WARPS,
+            )  # fmt: skip
+            done += 1
+
+
+@gluon.jit
+def _load(
+    part: gl.constexpr, given, here, HEADS: gl.constexpr, D: gl.constexpr, PACK: gl.constexpr, GIVEN: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """dq of the rows of WARPS warps from 64 * part on. feed: what eight warps feed themselves with."""
+    """Rows of q, d_out and, where it is needed, out of a tile, `here` as tile_of says."""
+    q_ptr, d_out_ptr, out_ptr = given[9], given[10], given[11]
+    q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h = given[-7], given[-6], given[-5], given[-4]
+    _, head, _, _, _, _, first, count, _ = here
+    ROWS: gl.constexpr = 16 * WARPS
+    layout: gl.constexpr = row_layout(D, WARPS)
+    q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
+    d_out_at = d_out_ptr + head * d_out_stride_h
+    d_out = load_rows(d_out_at, first, count, part, d_out_stride_t, d_out_stride_h, PACK, D, layout, ROWS)
+    out = q
+    if not GIVEN:
+        out = load_rows(out_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, layout, ROWS)
+    return q, d_out, out
+
+
+@gluon.jit
+def _one(
+    part: gl.constexpr, given, feed, here, done, number, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr,
+    LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr, GIVEN: gl.constexpr,
+    IN_TURN: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """One tile, see attend.py; `here`: what tile_of says, without the key head, and what _load gives."""
     (
-        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr, delta_ptr,
-        dq_ptr, onto_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step, weight_ptr,
-        q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, row_stride, scale,
+        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, out_ptr,
+        logs_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t,
+        q_stride_h, d_out_stride_t, d_out_stride_h, scale, lists, later,
     ) = given  # fmt: skip
     ROWS: gl.constexpr = 16 * WARPS
+    SIZE: gl.constexpr = 128 // PACK
     S: gl.constexpr = product_layout(TILE, WARPS)
     OUT: gl.constexpr = product_layout(D, WARPS)
     P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    layout: gl.constexpr = row_layout(D, WARPS)
     q_tile, d_out_tile = q_tiles.index(part), d_out_tiles.index(part)
-    q = load_rows(q_ptr, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
-    d_out = load_rows(d_out_ptr, first, count, part, d_out_stride_t, d_out_stride_h, PACK, D, layout, ROWS)
-    if WARPS == 8:
-        start_feeding(feed, KEYS, TILE, STAGES)
+    index = part * 64 + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+    token, M = index // PACK, lists[4]
+    nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
+    tiles = lists[6]
+    tile = tiles
+    block, head, listed, begin, stop, first, count, position, q, d_out, out = here
     q_tile.store(q)
     d_out_tile.store(d_out)
     fence_async_shared()
-    index = part * 64 + gl.arange(0, ROWS, gl.SliceLayout(1, S))
-    token = index // PACK
-    lse = gl.load(lse_ptr + index % PACK * row_stride + token)
-    delta = gl.load(delta_ptr + index % PACK * row_stride + token)
-    earliest = position + part * 64 // PACK
-    position += token
-    nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
-    if ONTO:
-        dq = load_rows(onto_ptr, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS).to(gl.float32) * (1 / scale)
+    at = (head.to(gl.int64) * M + block) * SIZE
+    rows_at = at + (index % PACK * (M * SIZE) + token)
+    if GIVEN:
+        lse, delta = gl.load(lse_ptr + rows_at), gl.load(delta_ptr + rows_at)
     else:
-        dq = gl.full([ROWS, D], 0.0, gl.float32, OUT)
+        log_at = first * HEADS + head + (token * HEADS + index % PACK)
+        lse = gl.load(logs_ptr + log_at, mask=token < count, other=float("-inf")) * LOG2E
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)  # sees no key: its weights are 0
+        delta = gl.convert_layout(gl.sum(d_out.to(gl.float32) * out.to(gl.float32), 1), gl.SliceLayout(1, S))
+        gl.store(lse_ptr + rows_at, lse)
+        gl.store(delta_ptr + rows_at, delta)
+    keys = row_idx + listed, begin, stop, k_length, k_position, k_step, weight_ptr
+    queries = lse, scale, position + part * 64 // PACK, position + token
+    dq = gl.full([ROWS, D], 0.0, gl.float32, OUT)
     turns = turns_of(begin, stop, KEYS, TILE)
     if WARPS == 8:
         for turn in range(0, turns):
@@ -76,58 +135,44 @@ def _attend(
             d_pending = warpgroup_mma(
                 d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
-            masked, weight = facts_of(
-                turn, begin, stop, row_idx, k_length, k_position, k_step, weight_ptr, earliest, KEYS, TILE, CAUSAL,
-                WEIGHTED, S,
-            )  # fmt: skip
-            scores = warpgroup_mma_wait(1, deps=[pending])
-            weights = _weights(scores, lse, weight, scale, WEIGHTED and KEYS < TILE)
-            if masked:
-                seen = seen_keys(
-                    turn, begin, stop, row_idx, k_length, k_position, k_step, position, KEYS, TILE, CAUSAL, S
-                )
-                weights = gl.where(seen, weights, 0.0)
+            weights = _weights(pending, 1, turn, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
             mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
             d_weights, weights = warpgroup_mma_wait(0, deps=[d_pending, weights])
             d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
             dq = warpgroup_mma(d_scores, k_tiles.index(stage), dq)
             feed_on(feed, turn, KEYS, TILE, STAGES)
-    elif begin < stop:
-        masked, weight = facts_of(
-            0, begin, stop, row_idx, k_length, k_position, k_step, weight_ptr, earliest, KEYS, TILE, CAUSAL, WEIGHTED, S
+    elif turns > 0:
+        stage, phase = number % STAGES, (number // STAGES) & 1
+        mbarrier.wait(k_ready.index(stage), phase)
+        if IN_TURN:
+            mbarrier.wait(in_turn.index(part), (number & 1) ^ (1 - part))
+        pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(v_ready.index(stage), phase)
+        d_pending = warpgroup_mma(
+            d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
         )
-        mbarrier.wait(k_ready.index(0), 0)
-        pending = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        mbarrier.wait(v_ready.index(0), 0)
-        d_pending = warpgroup_mma(d_out_tile, v_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=[pending])
-        weights = _weights(scores, lse, weight, scale, WEIGHTED and KEYS < TILE)
-        if masked:
-            seen = seen_keys(0, begin, stop, row_idx, k_length, k_position, k_step, position, KEYS, TILE, CAUSAL, S)
-            weights = gl.where(seen, weights, 0.0)
+        if IN_TURN:
+            mbarrier.arrive(in_turn.index(1 - part))
+        weights = _weights(pending, 1, 0, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
         d_weights = warpgroup_mma_wait(0, deps=[d_pending])
-        mbarrier.arrive(v_free.index(0))
+        mbarrier.arrive(v_free.index(stage))
         d_scores = gl.convert_layout((weights * (d_weights - delta[:, None])).to(k_tiles.dtype), P)
         for turn in range(1, turns):
-            stage, before, phase = turn % STAGES, (turn - 1) % STAGES, (turn // STAGES) & 1
+            before = stage
+            number += 1
+            stage, phase = number % STAGES, (number // STAGES) & 1
             mbarrier.wait(k_ready.index(stage), phase)
+            if IN_TURN:
+                mbarrier.wait(in_turn.index(part), (number & 1) ^ (1 - part))
             pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             mbarrier.wait(v_ready.index(stage), phase)
             d_pending = warpgroup_mma(
                 d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
             dq_pending = warpgroup_mma(d_scores, k_tiles.index(before), dq, is_async=True)
-            masked, weight = facts_of(
-                turn, begin, stop, row_idx, k_length, k_position, k_step, weight_ptr, earliest, KEYS, TILE, CAUSAL,
-                WEIGHTED, S,
-            )  # fmt: skip
-            scores = warpgroup_mma_wait(2, deps=[pending])
-            weights = _weights(scores, lse, weight, scale, WEIGHTED and KEYS < TILE)
-            if masked:
-                seen = seen_keys(
-                    turn, begin, stop, row_idx, k_length, k_position, k_step, position, KEYS, TILE, CAUSAL, S
-                )
-                weights = gl.where(seen, weights, 0.0)
+            if IN_TURN:
+                mbarrier.arrive(in_turn.index(1 - part))
+            weights = _weights(pending, 2, turn, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
             mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
             d_weights, weights = warpgroup_mma_wait(1, deps=[d_pending, weights])
             mbarrier.arrive(v_free.index(stage))
@@ -136,33 +181,58 @@ def _attend(
             dq, d_scores, new = warpgroup_mma_wait(0, deps=[dq_pending, d_scores, new])
             mbarrier.arrive(k_free.index(before))
             d_scores = new
-        dq = warpgroup_mma(d_scores, k_tiles.index((turns - 1) % STAGES), dq)
-    store_rows(dq_ptr, first, count, part, HEADS, PACK, D, dq * scale, WARPS)
+        number += 1
+        dq = warpgroup_mma(d_scores, k_tiles.index(stage), dq)
+        mbarrier.arrive(k_free.index(stage))
+    to = dq_ptr + head * D, first, count
+    onto = dq
+    if ONTO:
+        onto = load_rows(onto_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS)
+    if WARPS == 4:  # the next tile's queries, on their way while this one is written
+        tile = next_tile(done, later)
+        following = tile_of(gl.minimum(tile, tiles - 1), lists, HEADS, KEY_HEADS, LISTS, PACK)
+        block, head, _, listed, begin, stop, first, count, position = following
+        q, d_out, out = _load(part, given, following, HEADS, D, PACK, GIVEN, WARPS)
+    dq = dq * scale
+    if ONTO:
+        dq += onto.to(gl.float32)
+    store_rows(*to, part, HEADS, PACK, D, dq, WARPS)
+    return tile, number, block, head, listed, begin, stop, first, count, position, q, d_out, out
 
 
 @gluon.jit
-def _weights(scores, lse, weight, scale, OF_KEYS: gl.constexpr):
-    """weight: of all keys of the tile, or OF_KEYS."""
+def _weights(
+    pending, LATER: gl.constexpr, turn, keys, queries, KEYS: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr,
+    WEIGHTED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """exp(scores - lse) of a tile of keys, 0 where a query does not see one. pending: the scores' product, with LATER
+    ones behind it; queries: lse, scale, the first one's position, all positions."""
+    lse, scale, earliest, positions = queries
+    masked, weight = facts_of(turn, keys, earliest, KEYS, TILE, CAUSAL, WEIGHTED, layout)
+    scores = warpgroup_mma_wait(LATER, deps=[pending])
     stretch = gl.full_like(scores, scale * LOG2E)
-    if OF_KEYS:
-        return gl.exp2(gl.fma(scores, stretch, weight[None, :] - lse[:, None]))
+    if WEIGHTED and KEYS < TILE:
+        weights = gl.exp2(gl.fma(scores, stretch, weight[None, :] - lse[:, None]))
     else:
-        return gl.exp2(gl.fma(scores, stretch, gl.zeros_like(scores) + (weight - lse)[:, None]))
+        weights = gl.exp2(gl.fma(scores, stretch, gl.zeros_like(scores) + (weight - lse)[:, None]))
+    if masked:
+        weights = only_seen(weights, 0.0, turn, keys, positions, KEYS, TILE, CAUSAL, layout)
+    return weights
 
 
 @launched
-@gluon.jit(do_not_specialize=["M", "capacity", "scale"])
+@gluon.jit(do_not_specialize=["M", "capacity", "tiles", "scale"])
 def queries_kernel(
-    q_ptr, k_desc, v_desc, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr,
+    q_ptr, k_desc, v_desc, d_out_ptr, out_ptr, logs_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step,
-    row_ptr, row_idx, weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale,
-    M, capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
+    row_ptr, row_idx, weight_ptr, taken_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale,
+    M, capacity, tiles, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
     KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
-    ONTO: gl.constexpr, STAGES: gl.constexpr,
+    ONTO: gl.constexpr, GIVEN: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows; lse (base 2) and delta as rows_kernel
-    makes them."""
-    block, head, key_head, listed = block_of(M, HEADS, KEY_HEADS, LISTS, PACK)
+    """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows, which go to programs as those of attend.py; lse
+    (base 2) and delta [HEADS, M, SIZE] as rows_kernel makes them if they are GIVEN, else as they are made here of out
+    [T, HEADS, D] and logs, lse [T, HEADS]."""
     dtype: gl.constexpr = k_desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
     q_tiles = gl.allocate_shared_memory(dtype, [8 // WARPS, 16 * WARPS, D], shared_layout(16))
@@ -170,38 +240,51 @@ def queries_kernel(
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))
     k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
-    k_free, v_free = k_ready, v_ready
+    k_free, v_free, in_turn, later = k_ready, v_ready, k_ready, (q_tiles, k_ready, k_ready)
     if WARPS == 4:
-        k_free, v_free = make_barriers(STAGES, 2), make_barriers(STAGES, 2)
-    row_idx += listed * capacity
-    begin, stop = gl.load(row_ptr + listed * (M + 1) + block), gl.load(row_ptr + listed * (M + 1) + block + 1)
-    first, count = gl.load(q_start + block).to(gl.int64), gl.load(q_length + block)
-    position = gl.load(q_position + block)
-    q_ptr += head * q_stride_h
-    d_out_ptr += head * d_out_stride_h
-    dq_ptr += head * D
-    onto_ptr += head * D
-    size = 128 // PACK
-    lse_ptr += (gl.to_tensor(head).to(gl.int64) * M + block) * size
-    delta_ptr += (gl.to_tensor(head).to(gl.int64) * M + block) * size
+        k_free, v_free, in_turn = make_barriers(STAGES, 2), make_barriers(STAGES, 2), make_barriers(2, 1)
+        later = make_later(2)
+    lists = row_ptr, q_start, q_length, q_position, M, capacity, tiles
     given = (
-        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, lse_ptr,
-        delta_ptr, dq_ptr, onto_ptr, row_idx, begin, stop, first, count, position, k_length, k_position, k_step,
-        weight_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, M * size, scale,
+        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, out_ptr,
+        logs_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t,
+        q_stride_h, d_out_stride_t, d_out_stride_h, scale, lists, later,
     )  # fmt: skip
     if WARPS == 8:
-        feed = k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx, begin, stop, k_start, key_head * D
-        _attend(0, given, feed, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, WARPS)
+        feed = feed_of(
+            k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx, k_start, lists, HEADS, KEY_HEADS, LISTS, PACK
+        )
+        _attend(
+            0,
+            given,
+            feed,
+            HEADS,
+            KEY_HEADS,
+            LISTS,
+            D,
+            KEYS,
+            PACK,
+            TILE,
+            STAGES,
+            CAUSAL,
+            WEIGHTED,
+            ONTO,
+            GIVEN,
+            False,
+            WARPS,
+        )
     else:
         feed = (
-            k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start,
-            key_head * D,
+            k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, k_start, lists, later,
+            taken_ptr,
         )  # fmt: skip
         gl.warp_specialize(
             [
-                (_attend, (0, given, 0, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, WARPS)),
-                (_attend, (1, given, 0, HEADS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, WARPS)),
-                (send_keys, (feed, KEYS, TILE, STAGES)),
+                (_attend, (0, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,
+                           GIVEN, IN_TURN, WARPS)),
+                (_attend, (1, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,
+                           GIVEN, IN_TURN, WARPS)),
+                (send_keys, (feed, HEADS, KEY_HEADS, LISTS, PACK, KEYS, TILE, STAGES)),
             ],
             [4, 1], [240, 24],
         )  # fmt: skip

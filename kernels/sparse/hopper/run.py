@@ -1,74 +1,92 @@
 """Launches of the Hopper kernels."""
 
+import torch
+
+from longspan.kernels.sparse import hopper
 from longspan.kernels.sparse.backward import add_parts
 from longspan.kernels.sparse.hopper.attend import forward_kernel
 from longspan.kernels.sparse.hopper.keys import keys_kernel
 from longspan.kernels.sparse.hopper.queries import queries_kernel
 from longspan.kernels.sparse.hopper.rows import rows_kernel
-from longspan.kernels.sparse.hopper.tiles import descriptor
+from longspan.kernels.sparse.hopper.tiles import descriptor, matrix_of
 
 # By width of heads: keys in a tile, how many tiles are under way, warps (twice four that another one feeds, or eight
 # that feed themselves) and the most registers of a thread: with 128 two programs share a processor.
 FORWARD = {64: (64, 3, 8, 128), 128: (128, 2, 4, None)}
 QUERIES = {64: (64, 3, 8, 128), 128: (64, 4, 4, None)}
-KEY_STAGES = 2
+# By rows of a key block: tiles of queries and of their gradients that are under way, and whether scores of a turn come
+# before the last one's product with queries, which takes a tile more of them. Two programs of small blocks share a
+# processor, whose memory has no place for that.
+KEY_GRADIENTS = {64: (2, 2, False), 128: (3, 2, True)}
+PERSISTENT = True  # programs that are fed take tile after tile: one on a processor
+IN_TURN = {"forward": True, "queries": False}  # whether warpgroups start their products one after the other
 
 
 def forward(q, k, v, out, lse, plan, scale, pack, onto):
     tile, stages, warps, registers = FORWARD[q.shape[2]]
-    forward_kernel[(len(plan.queries) * q.shape[1] // pack,)](
-        q, *(_rows_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
-        *_lists(plan), *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], *_heads(q, k, plan),
-        plan.keys.size, pack, tile, plan.causal, plan.log_weight is not None, onto is not None, stages,
-        num_warps=warps, **_most(registers),
+    tiles, programs, taken = _programs(q, plan, pack, warps)
+    forward_kernel[(programs,)](
+        q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
+        *_lists(plan), taken, *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles,
+        *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal, plan.log_weight is not None, onto is not None,
+        stages, IN_TURN["forward"], num_warps=warps, **_most(registers),
     )  # fmt: skip
 
 
-def query_gradients(d_out, q, k, v, rows, dq, plan, scale, pack, onto):
-    """Writes dq; gives lse and delta block by block, as `key_gradients` takes them."""
+def query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto):
+    """Writes dq; gives lse and delta block by block, as `key_gradients` takes them. rows: row_sums, or None."""
     heads, head_dim = q.shape[1:]
     blocks, length = len(plan.queries), plan.queries.size
-    log, delta = (rows.new_empty(heads, blocks, length) for _ in range(2))
-    rows_kernel[(blocks * heads,)](rows, log, delta, plan.queries.start, plan.queries.length, blocks, heads, length)
+    log, delta = (lse.new_empty(heads, blocks, length) for _ in range(2))
+    if rows is not None:
+        rows_kernel[(blocks * heads,)](rows, log, delta, plan.queries.start, plan.queries.length, blocks, heads, length)
     tile, stages, warps, registers = QUERIES[head_dim]
-    queries_kernel[(blocks * heads // pack,)](
-        q, *(_rows_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, log, delta, dq,
-        dq if onto is None else onto, *_tables(plan), *_lists(plan), *q.stride()[:2], *d_out.stride()[:2], scale,
-        blocks, plan.row_idx.shape[1], *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
-        plan.log_weight is not None, onto is not None, stages, num_warps=warps, **_most(registers),
+    tiles, programs, taken = _programs(q, plan, pack, warps)
+    queries_kernel[(programs,)](
+        q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, out, lse, log, delta, dq,
+        dq if onto is None else onto, *_tables(plan), *_lists(plan), taken, *q.stride()[:2], *d_out.stride()[:2], scale,
+        blocks, plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
+        plan.log_weight is not None, onto is not None, rows is not None, stages, IN_TURN["queries"], num_warps=warps,
+        **_most(registers),
     )  # fmt: skip
     return log, delta
 
 
-def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale):
-    """Writes dk and dv."""
+def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
+    """Writes dk and dv. states: KeyStates that the keys are part of, or None."""
     head_dim, size = q.shape[2], plan.keys.size
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
         dk.zero_(), dv.zero_()
         return
     parts = [log.new_empty(groups, items, size, head_dim) for _ in range(2)]
+    rows, feature_map = matrix_of(q, 64), ""
+    of_states = rows, log, plan.keys.start
+    if states is not None:
+        matrices, normalizers = states.states[:, :, 0].split([head_dim**2, head_dim], 2)
+        matrices = matrices.to(q.dtype).reshape(-1, 1, head_dim)
+        of_states, feature_map = (matrix_of(matrices, 64), normalizers.contiguous(), states.rows), states.feature_map
     keys_kernel[(items * groups,)](
-        *(_rows_of(x, 64) for x in (q, d_out)), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
+        rows, matrix_of(d_out, 64), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
         plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr,
-        plan.item_col, _weight(plan), *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries), len(plan.keys),
-        items, plan.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk, plan.causal,
-        plan.log_weight is not None, KEY_STAGES,
+        plan.item_col, _weight(plan), *of_states, *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries),
+        len(plan.keys), items, plan.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk,
+        plan.causal, plan.log_weight is not None, *KEY_GRADIENTS[size], feature_map,
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)
 
 
+def _programs(q, plan, pack, warps):
+    """(number of tiles of queries, of programs that take them, and a counter of those that are taken)."""
+    tiles = len(plan.queries) * q.shape[1] // pack
+    if warps == 8 or not PERSISTENT:  # a program for each
+        return tiles, tiles, plan.queries.start if warps == 8 else q.new_zeros(1, dtype=torch.int32)
+    return tiles, min(tiles, hopper.processors(q.device)), q.new_zeros(1, dtype=torch.int32)
+
+
 def _most(registers):
     return {} if registers is None else {"maxnreg": registers}
-
-
-def _rows_of(x, rows):
-    """x [T, H, D] as a matrix of heads beside one another, fetched so many rows of one head at a time."""
-    if x.stride(1) != x.shape[2] or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
-        x = x.contiguous()
-    tokens, heads, head_dim = x.shape
-    return descriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim])
 
 
 def _flat(x, count):

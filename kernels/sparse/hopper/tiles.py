@@ -45,6 +45,24 @@ def shared_layout(bits):
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
 
 
+def matrix_of(x, rows):
+    """x [T, H, D] as a matrix of heads beside one another, fetched so many rows of one head at a time."""
+    if x.stride(1) != x.shape[2] or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+        x = x.contiguous()
+    tokens, heads, head_dim = x.shape
+    return descriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim])
+
+
+@gluon.jit
+def scaled_map(x, MAP: gl.constexpr):
+    """As kernels.block_states.tiles.scaled_map."""
+    if MAP == "softmax":
+        x = gl.exp2(gl.fma(x, gl.full_like(x, LOG2E), gl.zeros_like(x) - (gl.max(x, 1) * LOG2E)[:, None]))
+    if MAP == "elu1":
+        x = gl.where(x < 0, gl.exp2(gl.minimum(x, gl.zeros_like(x)) * LOG2E), x + 1)
+    return x
+
+
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
     barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -54,10 +72,19 @@ def make_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def block_of(M, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, PACK: gl.constexpr):
-    """As kernels.sparse.tiles.program_of."""
-    block, head = gl.program_id(0) % M, gl.program_id(0) // M * PACK
-    return block, head, head // (HEADS // KEY_HEADS), (head * LISTS // HEADS).to(gl.int64)
+def tile_of(tile, lists, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, PACK: gl.constexpr):
+    """(block, head, key head, beginning of its list's column numbers; begin and stop of its entries; first row, rows
+    and position of the queries) of a tile, see kernels.sparse.tiles.program_of."""
+    row_ptr, q_start, q_length, q_position, M, capacity, tiles = lists
+    tile = gl.to_tensor(tile)
+    block, head = tile % M, tile // M * PACK
+    listed = (head * LISTS // HEADS).to(gl.int64)
+    ends = row_ptr + listed * (M + 1) + block
+    first, count = gl.load(q_start + block).to(gl.int64), gl.load(q_length + block)
+    return (
+        block, head, head // (HEADS // KEY_HEADS), listed * capacity, gl.load(ends), gl.load(ends + 1), first, count,
+        gl.load(q_position + block),
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -104,18 +131,73 @@ def place_of(turn, begin, index, KEYS: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def send_keys(feed, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
-    """Feeds what walks a list, tiles of some blocks or of a part of one."""
-    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, begin, stop, k_start, at = feed
-    for turn in range(0, turns_of(begin, stop, KEYS, TILE)):
-        stage, phase = turn % STAGES, (turn // STAGES) & 1
-        rows = rows_of(turn, begin, stop, row_idx, k_start, KEYS, TILE)
-        mbarrier.wait(k_free.index(stage), phase ^ 1)
-        mbarrier.expect(k_ready.index(stage), TILE * k_tiles.shape[2] * 2)
-        send_tile(k_desc, k_tiles.index(stage), k_ready.index(stage), rows, at, KEYS, TILE)
-        mbarrier.wait(v_free.index(stage), phase ^ 1)
-        mbarrier.expect(v_ready.index(stage), TILE * k_tiles.shape[2] * 2)
-        send_tile(v_desc, v_tiles.index(stage), v_ready.index(stage), rows, at, KEYS, TILE)
+def make_later(READERS: gl.constexpr):
+    """Where take_tile tells so many warpgroups of the next tile."""
+    numbers: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.int32, [2, 1], numbers), make_barriers(2, 1), make_barriers(2, READERS)
+
+
+@gluon.jit
+def take_tile(number, later, taken):
+    """The feeding warp's: the tile that the program takes after its number-th one, which it tells the others. The first
+    has the program's number, the others are those that no program has taken yet (`taken` counts them): lists differ in
+    length."""
+    tiles, told, heard = later
+    place, tile = number % 2, gl.num_programs(0) + gl.atomic_add(taken, 1)
+    mbarrier.wait(heard.index(place), (number // 2) & 1 ^ 1)
+    tiles.index(place).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(told.index(place))
+    return tile
+
+
+@gluon.jit
+def next_tile(number, later):
+    """The same tile, as it is told."""
+    tiles, told, heard = later
+    place = number % 2
+    mbarrier.wait(told.index(place), (number // 2) & 1)
+    tile = gl.max(tiles.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(heard.index(place))
+    return tile
+
+
+@gluon.jit
+def send_keys(
+    feed, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, PACK: gl.constexpr, KEYS: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Feeds what walks the lists of tile after tile of queries, with tiles of some key blocks or of a part of one."""
+    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, k_start, lists, later, taken = feed
+    D: gl.constexpr = k_tiles.shape[2]
+    number, count, tile = 0, 0, gl.program_id(0)
+    while tile < lists[6]:
+        following = take_tile(count, later, taken)
+        count += 1
+        _, _, key_head, at, begin, stop, _, _, _ = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
+        for turn in range(0, turns_of(begin, stop, KEYS, TILE)):
+            stage, phase = number % STAGES, (number // STAGES) & 1
+            rows = rows_of(turn, begin, stop, row_idx + at, k_start, KEYS, TILE)
+            mbarrier.wait(k_free.index(stage), phase ^ 1)
+            mbarrier.expect(k_ready.index(stage), TILE * D * 2)
+            send_tile(k_desc, k_tiles.index(stage), k_ready.index(stage), rows, key_head * D, KEYS, TILE)
+            mbarrier.wait(v_free.index(stage), phase ^ 1)
+            mbarrier.expect(v_ready.index(stage), TILE * D * 2)
+            send_tile(v_desc, v_tiles.index(stage), v_ready.index(stage), rows, key_head * D, KEYS, TILE)
+            number += 1
+        tile = following
+
+
+@gluon.jit
+def feed_of(
+    k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx, k_start, lists, HEADS: gl.constexpr,
+    KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, PACK: gl.constexpr,
+):  # fmt: skip
+    """What a program that feeds itself, for one tile, does that with."""
+    _, _, key_head, at, begin, stop, _, _, _ = tile_of(gl.program_id(0), lists, HEADS, KEY_HEADS, LISTS, PACK)
+    return (
+        k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx + at, begin, stop, k_start,
+        key_head * k_tiles.shape[2],
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -182,11 +264,12 @@ def feed_on(feed, turn, KEYS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.const
 
 @gluon.jit
 def facts_of(
-    turn, begin, stop, row_idx, k_length, k_position, k_step, weight_ptr, earliest, KEYS: gl.constexpr,
-    TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, layout: gl.constexpr,
+    turn, keys, earliest, KEYS: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
+    layout: gl.constexpr,
 ):  # fmt: skip
     """(whether not all queries of a tile, the first at position `earliest`, see all of its keys; the weight of its one
     block in base 2, or with several blocks those of its keys)."""
+    row_idx, begin, stop, k_length, k_position, k_step, weight_ptr = keys
     ROWS: gl.constexpr = KEYS if KEYS < TILE else TILE
     masked, weight = False, 0.0
     if WEIGHTED and ROWS < TILE:
@@ -208,11 +291,12 @@ def facts_of(
 
 
 @gluon.jit
-def seen_keys(
-    turn, begin, stop, row_idx, k_length, k_position, k_step, position,
-    KEYS: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, layout: gl.constexpr,
+def only_seen(
+    x, otherwise: gl.constexpr, turn, keys, position, KEYS: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr,
+    layout: gl.constexpr,
 ):  # fmt: skip
-    """[queries, keys of a tile]: what is seen; position: of the queries."""
+    """x [queries, keys of a tile] where a query sees the key, else `otherwise`; position: of the queries."""
+    row_idx, begin, stop, k_length, k_position, k_step, _ = keys
     index = gl.arange(0, TILE, gl.SliceLayout(0, layout))
     entry, row = place_of(turn, begin, index, KEYS, TILE)
     column = gl.load(row_idx + gl.minimum(entry, stop - 1))
@@ -220,4 +304,4 @@ def seen_keys(
     if CAUSAL:
         key_position = gl.load(k_position + column) + row * gl.load(k_step + column)
         seen = seen & (key_position[None, :] <= position[:, None])
-    return seen
+    return gl.where(seen, x, otherwise)
