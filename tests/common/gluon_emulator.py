@@ -263,7 +263,8 @@ def _modules() -> dict[str, ModuleType]:
         atomic_add=_atomic_add, join=lambda x, y: torch.stack([x, y], -1), permute=torch.permute, reshape=torch.reshape,
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
-        float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
+        float64=torch.float64, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16,
+        int64=torch.int64, int32=torch.int32, associative_scan=lambda x, axis, combine: x.cumsum(axis),
         SliceLayout=_anything, BlockedLayout=_anything, NVMMADistributedLayout=_anything, DotOperandLayout=_anything,
         NVMMASharedLayout=_anything, SwizzledSharedLayout=_anything, DistributedLinearLayout=_anything,
     )  # fmt: skip
