@@ -25,7 +25,7 @@ CASES = {
     "wide": ((0, 400, 650), 128, 64, 1, 1, 1, 128, True, True, 7),
 }
 STATES = {"lists of queries": ((0, 300, 390), 128, 64, 4, 4, 2, 64)}
-FORMS = {"fed": (128, 2, 4, None), "feeds itself": (64, 3, 8, 128)}
+FORMS = {"fed": (128, 2, 4, None), "fed, tile after tile": (128, 2, 4, None), "feeds itself": (64, 3, 8, 128)}
 
 
 @pytest.fixture
@@ -52,6 +52,7 @@ def launched(monkeypatch):
 def test_kernels_equal_the_definition(name, form, launched, monkeypatch):
     for table in ("FORWARD", "QUERIES"):
         monkeypatch.setitem(getattr(hopper.run, table), CASES[name][6], FORMS[form])
+    monkeypatch.setattr(hopper.run, "PERSISTENT", form == "fed, tile after tile")
     given = make(name, dtype=torch.bfloat16, case=CASES[name])
     assert name != "long lists" or given[0].row_ptr.diff().max() > 2 * 3 * 2
     check(fused, *given)

@@ -62,12 +62,11 @@ def _send(
 @gluon.jit
 def _attend(
     half: gl.constexpr, given, KEY_HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr,
-    TURNS: gl.constexpr, PARTS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
-    SUMMED: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, MAP: gl.constexpr,
+    TURNS: gl.constexpr, PARTS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, SUMMED: gl.constexpr,
+    CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of the key block's rows 64 * half on; alone: the block has no other part; AHEAD: scores of a turn come
-    before the last one's product with queries, which takes a stage more of them; SUMMED: several heads' parts make
-    one."""
+    """dk and dv of the key block's rows 64 * half on; alone: the block has no other part; SUMMED: several heads' parts
+    make one."""
     (
         k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr,
         v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, key_position,
@@ -76,7 +75,6 @@ def _attend(
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(D)
     P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    LATER: gl.constexpr = 2 if AHEAD else 1  # products behind one that is waited for
     k_tile, v_tile = k_tiles.index(half), v_tiles.index(half)
     k_tile.store(load_rows(k_ptr, first, count, half, k_stride_t, 0, 1, D, row_layout(D)))
     v_tile.store(load_rows(v_ptr, first, count, half, v_stride_t, 0, 1, D, row_layout(D)))
@@ -87,8 +85,7 @@ def _attend(
     stretch = scale * LOG2E
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
     dk, dv = gl.full([64, D], 0.0, gl.float32, OUT), gl.full([64, D], 0.0, gl.float32, OUT)
-    turn, before = 0, 0
-    d_scores = gl.full([64, 64], 0.0, k_tiles.dtype, P)  # of the turn before, which no product has taken yet
+    turn = 0
     for step in range(begin * TURNS, stop * TURNS):
         stage, q_stage = turn % STAGES, turn % Q_STAGES
         phase, q_phase = (turn // STAGES) & 1, (turn // Q_STAGES) & 1
@@ -97,10 +94,8 @@ def _attend(
         pending = warpgroup_mma(k_tile, q_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
         mbarrier.wait(d_out_ready.index(stage), phase)
         d_pending = warpgroup_mma(v_tile, d_out_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        if AHEAD:
-            dk_pending = warpgroup_mma(d_scores, q_tiles.index(before), dk, is_async=True)
         lse = lse_tiles.index(q_stage).load(gl.SliceLayout(0, S))
-        scores = warpgroup_mma_wait(LATER, deps=[pending])
+        scores = warpgroup_mma_wait(1, deps=[pending])
         if WEIGHTED:
             scores = scores * stretch + (weight - lse)[None, :]
         else:
@@ -112,28 +107,17 @@ def _attend(
                 index = gl.arange(0, 64, gl.SliceLayout(0, S))
                 weights = gl.where(key_position[:, None] <= (position + index)[None, :], weights, 0.0)
         operand = gl.convert_layout(weights.to(k_tiles.dtype), P)
-        dv_pending = warpgroup_mma(operand, d_out_tile, dv, is_async=True)
-        d_weights = warpgroup_mma_wait(LATER, deps=[d_pending])
+        # Read before a product that all warps start together: when that is done, none reads any more.
         delta = delta_tiles.index(stage).load(gl.SliceLayout(0, S))
+        dv_pending = warpgroup_mma(operand, d_out_tile, dv, is_async=True)
+        d_weights = warpgroup_mma_wait(1, deps=[d_pending])
         new = gl.convert_layout((weights * (d_weights - delta[None, :])).to(k_tiles.dtype), P)
         mbarrier.wait(q_ready.index(q_stage), q_phase)  # passed already: keeps the next wait behind the arithmetic
-        if AHEAD:
-            dk, d_scores, dv, operand, new = warpgroup_mma_wait(
-                0, deps=[dk_pending, d_scores, dv_pending, operand, new]
-            )
-            mbarrier.arrive(d_out_free.index(stage))
-            if turn > 0:
-                mbarrier.arrive(q_free.index(before))
-            d_scores, before = new, q_stage
-        else:
-            dv, operand, new = warpgroup_mma_wait(0, deps=[dv_pending, operand, new])
-            mbarrier.arrive(d_out_free.index(stage))
-            dk = warpgroup_mma(new, q_tile, dk)
-            mbarrier.arrive(q_free.index(q_stage))
+        dv, operand, new = warpgroup_mma_wait(0, deps=[dv_pending, operand, new])
+        mbarrier.arrive(d_out_free.index(stage))
+        dk = warpgroup_mma(new, q_tile, dk)
+        mbarrier.arrive(q_free.index(q_stage))
         turn += 1
-    if AHEAD:
-        if turn > 0:
-            dk = warpgroup_mma(d_scores, q_tiles.index(before), dk)
     dk = dk * scale
     if MAP != "":
         if adds_states:
@@ -186,7 +170,7 @@ def keys_kernel(
     normalizers_ptr, state_rows, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, M, num_columns, items, capacity,
     HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
     SIZE: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr, MAP: gl.constexpr,
+    STAGES: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.backward.keys_kernel, for query blocks of SIZE rows, a multiple of 64; what has one part goes
     to dk and dv at once. MAP: of keys that are part of states, each of a block's first part, or ""; state_desc [n *
@@ -246,9 +230,9 @@ def keys_kernel(
         if KEYS == 128:
             gl.warp_specialize(
                 [
-                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, AHEAD, SUMMED,
+                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, SUMMED,
                                CAUSAL, WEIGHTED, MAP)),
-                    (_attend, (1, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, AHEAD, SUMMED,
+                    (_attend, (1, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, SUMMED,
                                CAUSAL, WEIGHTED, MAP)),
                     (_send, (feed, TURNS, PARTS, Q_STAGES, STAGES, D, MAP)),
                 ],
@@ -257,7 +241,7 @@ def keys_kernel(
         else:
             gl.warp_specialize(
                 [
-                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, AHEAD, SUMMED,
+                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, SUMMED,
                                CAUSAL, WEIGHTED, MAP)),
                     (_send, (feed, TURNS, PARTS, Q_STAGES, STAGES, D, MAP)),
                 ],

@@ -14,11 +14,8 @@ from longspan.kernels.sparse.hopper.tiles import descriptor, matrix_of
 # that feed themselves) and the most registers of a thread: with 128 two programs share a processor.
 FORWARD = {64: (64, 3, 8, 128), 128: (128, 2, 4, None)}
 QUERIES = {64: (64, 3, 8, 128), 128: (64, 4, 4, None)}
-# By rows of a key block: tiles of queries and of their gradients that are under way, and whether scores of a turn come
-# before the last one's product with queries, which takes a tile more of them. Two programs of small blocks share a
-# processor, whose memory has no place for that.
-KEY_GRADIENTS = {64: (2, 2, False), 128: (3, 2, True)}
-PERSISTENT = True  # programs that are fed take tile after tile: one on a processor
+KEY_GRADIENTS = 2, 2  # tiles of queries and of their gradients that are under way
+PERSISTENT = False  # whether programs that are fed take tile after tile, one on a processor
 IN_TURN = {"forward": True, "queries": False}  # whether warpgroups start their products one after the other
 
 
@@ -71,7 +68,7 @@ def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
         plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr,
         plan.item_col, _weight(plan), *of_states, *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries),
         len(plan.keys), items, plan.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk,
-        plan.causal, plan.log_weight is not None, *KEY_GRADIENTS[size], feature_map,
+        plan.causal, plan.log_weight is not None, *KEY_GRADIENTS, feature_map,
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)

@@ -146,6 +146,7 @@ def take_tile(number, later, taken):
     place, tile = number % 2, gl.num_programs(0) + gl.atomic_add(taken, 1)
     mbarrier.wait(heard.index(place), (number // 2) & 1 ^ 1)
     tiles.index(place).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    synchronize()
     mbarrier.arrive(told.index(place))
     return tile
 
@@ -157,6 +158,7 @@ def next_tile(number, later):
     place = number % 2
     mbarrier.wait(told.index(place), (number // 2) & 1)
     tile = gl.max(tiles.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    synchronize()  # one thread arrives for all: none may read any more
     mbarrier.arrive(heard.index(place))
     return tile
 
