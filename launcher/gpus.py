@@ -73,9 +73,9 @@ LINEAR_NS = {
     "fixed": (0.330, 0.786),  # 131,072 tokens, the same
     "scalar": (0.314, 0.909),  # the same
     "channel": (1.072, 3.031),  # 32,768 tokens, linear_kernels_H200_peers.json
-    "gated_delta": (0.804, 2.086),  # 32,768 tokens, linear_hopper_H200.json
-    "delta": (0.931, 1.813),  # the same
-    "kda": (62.0, 922.0),  # plain PyTorch, linear_kernels_H200_delta.json
+    "gated_delta": (0.775, 1.808),  # 32,768 tokens, linear_kernels_H200_gated_delta.json
+    "delta": (0.931, 1.813),  # linear_hopper_H200.json
+    "kda": (2.35, 6.14),  # linear_kernels_H200_kda.json
     "whole": (4.0, 8.0),  # plain PyTorch without a causal mask, not measured
 }
 # Block-sparse attention on an H200: share of the dense rate forward, and backward, everything included for Hierarchical

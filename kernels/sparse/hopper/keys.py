@@ -107,10 +107,9 @@ def _attend(
                 index = gl.arange(0, 64, gl.SliceLayout(0, S))
                 weights = gl.where(key_position[:, None] <= (position + index)[None, :], weights, 0.0)
         operand = gl.convert_layout(weights.to(k_tiles.dtype), P)
-        # Read before a product that all warps start together: when that is done, none reads any more.
-        delta = delta_tiles.index(stage).load(gl.SliceLayout(0, S))
         dv_pending = warpgroup_mma(operand, d_out_tile, dv, is_async=True)
         d_weights = warpgroup_mma_wait(1, deps=[d_pending])
+        delta = delta_tiles.index(stage).load(gl.SliceLayout(0, S))
         new = gl.convert_layout((weights * (d_weights - delta[None, :])).to(k_tiles.dtype), P)
         mbarrier.wait(q_ready.index(q_stage), q_phase)  # passed already: keeps the next wait behind the arithmetic
         dv, operand, new = warpgroup_mma_wait(0, deps=[dv_pending, operand, new])

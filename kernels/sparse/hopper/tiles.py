@@ -158,7 +158,7 @@ def next_tile(number, later):
     place = number % 2
     mbarrier.wait(told.index(place), (number // 2) & 1)
     tile = gl.max(tiles.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    synchronize()  # one thread arrives for all: none may read any more
+    synchronize()
     mbarrier.arrive(heard.index(place))
     return tile
 
