@@ -1,6 +1,7 @@
 """The delta rule's kernels against the recurrence in fp64: outputs, states in and out, every gradient, any cut."""
 
 import functools
+import threading
 
 import forms
 import pytest
@@ -214,3 +215,15 @@ def test_on_a_gpu(delta, case, num_tokens):
         check(
             delta, spans, given, LIMITS[dtype], split=512, wanted=forms.by_general(spans, given, SCALE), same_again=True
         )
+
+
+@pytest.mark.gpu
+def test_first_call_of_a_thread_on_a_gpu(delta):
+    """A new thread has no CUDA context before a call of CUDA's runtime, and memory that is kept asks for none."""
+    found, given = [], make(MIXED, "medium", 2, 128, 128, torch.bfloat16, "cuda")
+    tables = delta.DeltaTables.of(Splits.of(MIXED, 128, 64)).map(lambda x: x.cuda())
+    run = functools.partial(forms.run_form, delta.Delta, tables, *given, SCALE)
+    wanted, thread = run(), threading.Thread(target=lambda: found.append(run()))
+    thread.start()
+    thread.join()
+    assert found and all(x is None or torch.equal(x, wanted[name]) for name, x in found[0].items())

@@ -11,18 +11,24 @@ from longspan.models.rope import rotary_angles
 from longspan.parallel import SequenceParallel
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", [kind for kind in LAYER_KINDS if kind not in SPARSE_KINDS])
-@pytest.mark.parametrize("tile", [0, 128], ids=["whole", "tiled"])
-def test_a_step_waits_for_nothing(kind, tile):
-    window = 256 if kind == "softmax:window" else 0
-    config = ModelConfig(num_layers=2, hidden_size=128, num_heads=2, pattern=[kind], window=window, qk_norm=True)
+def in_bf16(config):
+    """A model on the GPU, all but its gates in bf16."""
     with torch.device("cuda"):
         model = build_model(config)
     for module in model.modules():
         if not isinstance(module, Gate):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.bfloat16()
+    return model
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [kind for kind in LAYER_KINDS if kind not in SPARSE_KINDS])
+@pytest.mark.parametrize("tile", [0, 128], ids=["whole", "tiled"])
+def test_a_step_waits_for_nothing(kind, tile):
+    window = 256 if kind == "softmax:window" else 0
+    config = ModelConfig(num_layers=2, hidden_size=128, num_heads=2, pattern=[kind], window=window, qk_norm=True)
+    model = in_bf16(config)
     for block in model.blocks:
         block.mlp_tile = tile
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -53,12 +59,7 @@ def test_a_step_waits_for_nothing(kind, tile):
 def test_a_layer_is_captured(kind):
     """Forward and backward, replayed with other inputs."""
     config = ModelConfig(num_layers=1, hidden_size=256, num_heads=2, pattern=[kind], qk_norm=True)
-    with torch.device("cuda"):
-        model = build_model(config)
-    for module in model.modules():
-        if not isinstance(module, Gate):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.bfloat16()
+    model = in_bf16(config)
     seq = SequenceParallel(device="cuda").context([300, 724])
     rotary = rotary_angles(seq.positions, 128, base=1e4, scaling=1.0, dtype=torch.float32)
     x = torch.randn(1024, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)

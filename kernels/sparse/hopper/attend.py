@@ -198,10 +198,10 @@ def forward_kernel(
     row_ptr, row_idx, weight_ptr, taken_ptr, q_stride_t, q_stride_h, scale, M, capacity, tiles, HEADS: gl.constexpr,
     KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr,
     TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr, STAGES: gl.constexpr,
-    IN_TURN: gl.constexpr,
+    IN_TURN: gl.constexpr, SEVERAL: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.sparse.forward.forward_kernel, for tiles of 128 rows; programs that are fed take several, in steps of
-    the number of programs."""
+    """As kernels.sparse.forward.forward_kernel, for tiles of 128 rows. SEVERAL: programs that are fed take more than
+    one, as they become free."""
     dtype: gl.constexpr = k_desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
     q_tiles = gl.allocate_shared_memory(dtype, [8 // WARPS, 16 * WARPS, D], shared_layout(16))
@@ -235,7 +235,7 @@ def forward_kernel(
                            IN_TURN, WARPS)),
                 (_attend, (1, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,
                            IN_TURN, WARPS)),
-                (send_keys, (feed, HEADS, KEY_HEADS, LISTS, PACK, KEYS, TILE, STAGES)),
+                (send_keys, (feed, HEADS, KEY_HEADS, LISTS, PACK, KEYS, TILE, STAGES, SEVERAL)),
             ],
             [4, 1], [240, 24],
         )  # fmt: skip

@@ -228,7 +228,7 @@ def queries_kernel(
     row_ptr, row_idx, weight_ptr, taken_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale,
     M, capacity, tiles, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
     KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
-    ONTO: gl.constexpr, GIVEN: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr,
+    ONTO: gl.constexpr, GIVEN: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr, SEVERAL: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows, which go to programs as those of attend.py; lse
     (base 2) and delta [HEADS, M, SIZE] as rows_kernel makes them if they are GIVEN, else as they are made here of out
@@ -284,7 +284,7 @@ def queries_kernel(
                            GIVEN, IN_TURN, WARPS)),
                 (_attend, (1, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,
                            GIVEN, IN_TURN, WARPS)),
-                (send_keys, (feed, HEADS, KEY_HEADS, LISTS, PACK, KEYS, TILE, STAGES)),
+                (send_keys, (feed, HEADS, KEY_HEADS, LISTS, PACK, KEYS, TILE, STAGES, SEVERAL)),
             ],
             [4, 1], [240, 24],
         )  # fmt: skip

@@ -26,7 +26,7 @@ def forward(q, k, v, out, lse, plan, scale, pack, onto):
         q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
         *_lists(plan), taken, *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles,
         *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal, plan.log_weight is not None, onto is not None,
-        stages, IN_TURN["forward"], num_warps=warps, **_most(registers),
+        stages, IN_TURN["forward"], PERSISTENT, num_warps=warps, **_most(registers),
     )  # fmt: skip
 
 
@@ -43,8 +43,8 @@ def query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto)
         q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, out, lse, log, delta, dq,
         dq if onto is None else onto, *_tables(plan), *_lists(plan), taken, *q.stride()[:2], *d_out.stride()[:2], scale,
         blocks, plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
-        plan.log_weight is not None, onto is not None, rows is not None, stages, IN_TURN["queries"], num_warps=warps,
-        **_most(registers),
+        plan.log_weight is not None, onto is not None, rows is not None, stages, IN_TURN["queries"], PERSISTENT,
+        num_warps=warps, **_most(registers),
     )  # fmt: skip
     return log, delta
 
@@ -75,11 +75,11 @@ def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
 
 
 def _programs(q, plan, pack, warps):
-    """(number of tiles of queries, of programs that take them, and a counter of those that are taken)."""
+    """(number of tiles of queries, of programs that take them, and a counter of those taken, where it is used)."""
     tiles = len(plan.queries) * q.shape[1] // pack
-    if warps == 8 or not PERSISTENT:  # a program for each
-        return tiles, tiles, plan.queries.start if warps == 8 else q.new_zeros(1, dtype=torch.int32)
-    return tiles, min(tiles, hopper.processors(q.device)), q.new_zeros(1, dtype=torch.int32)
+    if PERSISTENT and warps == 4:
+        return tiles, min(tiles, hopper.processors(q.device)), q.new_zeros(1, dtype=torch.int32)
+    return tiles, tiles, plan.queries.start
 
 
 def _most(registers):

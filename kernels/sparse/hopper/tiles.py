@@ -138,12 +138,14 @@ def make_later(READERS: gl.constexpr):
 
 
 @gluon.jit
-def take_tile(number, later, taken):
+def take_tile(number, later, taken, SEVERAL: gl.constexpr):
     """The feeding warp's: the tile that the program takes after its number-th one, which it tells the others. The first
-    has the program's number, the others are those that no program has taken yet (`taken` counts them): lists differ in
-    length."""
+    has the program's number, the others, if it takes SEVERAL, are those that no program has taken yet (`taken` counts
+    them): lists differ in length."""
     tiles, told, heard = later
-    place, tile = number % 2, gl.num_programs(0) + gl.atomic_add(taken, 1)
+    place, tile = number % 2, gl.num_programs(0)
+    if SEVERAL:
+        tile += gl.atomic_add(taken, 1)
     mbarrier.wait(heard.index(place), (number // 2) & 1 ^ 1)
     tiles.index(place).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
     synchronize()
@@ -166,14 +168,14 @@ def next_tile(number, later):
 @gluon.jit
 def send_keys(
     feed, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, PACK: gl.constexpr, KEYS: gl.constexpr,
-    TILE: gl.constexpr, STAGES: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, SEVERAL: gl.constexpr,
 ):  # fmt: skip
     """Feeds what walks the lists of tile after tile of queries, with tiles of some key blocks or of a part of one."""
     k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, row_idx, k_start, lists, later, taken = feed
     D: gl.constexpr = k_tiles.shape[2]
     number, count, tile = 0, 0, gl.program_id(0)
     while tile < lists[6]:
-        following = take_tile(count, later, taken)
+        following = take_tile(count, later, taken, SEVERAL)
         count += 1
         _, _, key_head, at, begin, stop, _, _, _ = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
         for turn in range(0, turns_of(begin, stop, KEYS, TILE)):
