@@ -37,9 +37,9 @@ from longspan.kernels.sparse.hopper.tiles import (
 def _attend(
     part: gl.constexpr, given, feed, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
     KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    WEIGHTED: gl.constexpr, ONTO: gl.constexpr, GIVEN: gl.constexpr, IN_TURN: gl.constexpr, WARPS: gl.constexpr,
+    WEIGHTED: gl.constexpr, ONTO: gl.constexpr, GIVEN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """dq of the rows of WARPS warps from 64 * part on, of tile after tile. feed, IN_TURN: as in attend.py. GIVEN: lse
+    """dq of the rows of WARPS warps from 64 * part on, of tile after tile. feed: as in attend.py. GIVEN: lse
     and delta, which are made here otherwise."""
     tile, lists = gl.program_id(0), given[-2]
     initial = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
@@ -51,14 +51,14 @@ def _attend(
         here = block, head, listed, begin, stop, first, count, position, q, d_out, out
         _one(
             part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
-            WEIGHTED, ONTO, GIVEN, IN_TURN, WARPS,
+            WEIGHTED, ONTO, GIVEN, WARPS,
         )  # fmt: skip
     else:
         while tile < lists[6]:
             here = block, head, listed, begin, stop, first, count, position, q, d_out, out
             tile, number, block, head, listed, begin, stop, first, count, position, q, d_out, out = _one(
                 part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
-                WEIGHTED, ONTO, GIVEN, IN_TURN, WARPS,
+                WEIGHTED, ONTO, GIVEN, WARPS,
             )  # fmt: skip
             done += 1
 
@@ -69,7 +69,7 @@ def _load(
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """Rows of q, d_out and, where it is needed, out of a tile, `here` as tile_of says."""
-    q_ptr, d_out_ptr, out_ptr = given[9], given[10], given[11]
+    q_ptr, d_out_ptr, out_ptr = given[8], given[9], given[10]
     q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h = given[-7], given[-6], given[-5], given[-4]
     _, head, _, _, _, _, first, count, _ = here
     ROWS: gl.constexpr = 16 * WARPS
@@ -88,11 +88,11 @@ def _one(
     part: gl.constexpr, given, feed, here, done, number, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr,
     LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr, GIVEN: gl.constexpr,
-    IN_TURN: gl.constexpr, WARPS: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """One tile, see attend.py; `here`: what tile_of says, without the key head, and what _load gives."""
     (
-        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, out_ptr,
+        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, out_ptr,
         logs_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t,
         q_stride_h, d_out_stride_t, d_out_stride_h, scale, lists, later,
     ) = given  # fmt: skip
@@ -125,16 +125,11 @@ def _one(
     keys = row_idx + listed, begin, stop, k_length, k_position, k_step, weight_ptr
     queries = lse, scale, position + part * 64 // PACK, position + token
     dq = gl.full([ROWS, D], 0.0, gl.float32, OUT)
-    turns = turns_of(begin, stop, KEYS, TILE)
+    turns, tiles_of = turns_of(begin, stop, KEYS, TILE), (q_tile, d_out_tile, k_tiles, v_tiles, k_ready, v_ready)
     if WARPS == 8:
         for turn in range(0, turns):
             stage, phase = turn % STAGES, (turn // STAGES) & 1
-            mbarrier.wait(k_ready.index(stage), phase)
-            pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_ready.index(stage), phase)
-            d_pending = warpgroup_mma(
-                d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-            )
+            pending, d_pending = _start(tiles_of, stage, phase, nothing)
             weights = _weights(pending, 1, turn, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
             mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
             d_weights, weights = warpgroup_mma_wait(0, deps=[d_pending, weights])
@@ -143,16 +138,7 @@ def _one(
             feed_on(feed, turn, KEYS, TILE, STAGES)
     elif turns > 0:
         stage, phase = number % STAGES, (number // STAGES) & 1
-        mbarrier.wait(k_ready.index(stage), phase)
-        if IN_TURN:
-            mbarrier.wait(in_turn.index(part), (number & 1) ^ (1 - part))
-        pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        mbarrier.wait(v_ready.index(stage), phase)
-        d_pending = warpgroup_mma(
-            d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-        )
-        if IN_TURN:
-            mbarrier.arrive(in_turn.index(1 - part))
+        pending, d_pending = _start(tiles_of, stage, phase, nothing)
         weights = _weights(pending, 1, 0, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
         d_weights = warpgroup_mma_wait(0, deps=[d_pending])
         mbarrier.arrive(v_free.index(stage))
@@ -161,17 +147,8 @@ def _one(
             before = stage
             number += 1
             stage, phase = number % STAGES, (number // STAGES) & 1
-            mbarrier.wait(k_ready.index(stage), phase)
-            if IN_TURN:
-                mbarrier.wait(in_turn.index(part), (number & 1) ^ (1 - part))
-            pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_ready.index(stage), phase)
-            d_pending = warpgroup_mma(
-                d_out_tile, v_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-            )
+            pending, d_pending = _start(tiles_of, stage, phase, nothing)
             dq_pending = warpgroup_mma(d_scores, k_tiles.index(before), dq, is_async=True)
-            if IN_TURN:
-                mbarrier.arrive(in_turn.index(1 - part))
             weights = _weights(pending, 2, turn, keys, queries, KEYS, TILE, CAUSAL, WEIGHTED, S)
             mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the next wait behind the arithmetic
             d_weights, weights = warpgroup_mma_wait(1, deps=[d_pending, weights])
@@ -198,6 +175,17 @@ def _one(
         dq += onto.to(gl.float32)
     store_rows(*to, part, HEADS, PACK, D, dq, WARPS)
     return tile, number, block, head, listed, begin, stop, first, count, position, q, d_out, out
+
+
+@gluon.jit
+def _start(tiles_of, stage, phase, nothing):
+    """Products of a turn's keys with queries and of its values with d_out, as they arrive."""
+    q_tile, d_out_tile, k_tiles, v_tiles, k_ready, v_ready = tiles_of
+    mbarrier.wait(k_ready.index(stage), phase)
+    pending = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(stage), phase)
+    values = v_tiles.index(stage).permute((1, 0))
+    return pending, warpgroup_mma(d_out_tile, values, nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -228,7 +216,7 @@ def queries_kernel(
     row_ptr, row_idx, weight_ptr, taken_ptr, q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h, scale,
     M, capacity, tiles, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr,
     KEYS: gl.constexpr, PACK: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
-    ONTO: gl.constexpr, GIVEN: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr, SEVERAL: gl.constexpr,
+    ONTO: gl.constexpr, GIVEN: gl.constexpr, STAGES: gl.constexpr, SEVERAL: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.backward.queries_kernel, for tiles of 128 rows, which go to programs as those of attend.py; lse
     (base 2) and delta [HEADS, M, SIZE] as rows_kernel makes them if they are GIVEN, else as they are made here of out
@@ -240,13 +228,12 @@ def queries_kernel(
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared_layout(16))
     k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
-    k_free, v_free, in_turn, later = k_ready, v_ready, k_ready, (q_tiles, k_ready, k_ready)
+    k_free, v_free, later = k_ready, v_ready, (q_tiles, k_ready, k_ready)
     if WARPS == 4:
-        k_free, v_free, in_turn = make_barriers(STAGES, 2), make_barriers(STAGES, 2), make_barriers(2, 1)
-        later = make_later(2)
+        k_free, v_free, later = make_barriers(STAGES, 2), make_barriers(STAGES, 2), make_later(2)
     lists = row_ptr, q_start, q_length, q_position, M, capacity, tiles
     given = (
-        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, d_out_ptr, out_ptr,
+        q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, out_ptr,
         logs_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t,
         q_stride_h, d_out_stride_t, d_out_stride_h, scale, lists, later,
     )  # fmt: skip
@@ -270,7 +257,6 @@ def queries_kernel(
             WEIGHTED,
             ONTO,
             GIVEN,
-            False,
             WARPS,
         )
     else:
@@ -281,9 +267,9 @@ def queries_kernel(
         gl.warp_specialize(
             [
                 (_attend, (0, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,
-                           GIVEN, IN_TURN, WARPS)),
+                           GIVEN, WARPS)),
                 (_attend, (1, given, 0, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO,
-                           GIVEN, IN_TURN, WARPS)),
+                           GIVEN, WARPS)),
                 (send_keys, (feed, HEADS, KEY_HEADS, LISTS, PACK, KEYS, TILE, STAGES, SEVERAL)),
             ],
             [4, 1], [240, 24],

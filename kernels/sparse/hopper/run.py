@@ -16,7 +16,7 @@ FORWARD = {64: (64, 3, 8, 128), 128: (128, 2, 4, None)}
 QUERIES = {64: (64, 3, 8, 128), 128: (64, 4, 4, None)}
 KEY_GRADIENTS = 2, 2  # tiles of queries and of their gradients that are under way
 PERSISTENT = False  # whether programs that are fed take tile after tile, one on a processor
-IN_TURN = {"forward": True, "queries": False}  # whether warpgroups start their products one after the other
+IN_TURN = True  # whether warpgroups start their products one after the other, forward
 
 
 def forward(q, k, v, out, lse, plan, scale, pack, onto):
@@ -26,7 +26,7 @@ def forward(q, k, v, out, lse, plan, scale, pack, onto):
         q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
         *_lists(plan), taken, *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles,
         *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal, plan.log_weight is not None, onto is not None,
-        stages, IN_TURN["forward"], PERSISTENT, num_warps=warps, **_most(registers),
+        stages, IN_TURN, PERSISTENT, num_warps=warps, **_most(registers),
     )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto)
         q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, out, lse, log, delta, dq,
         dq if onto is None else onto, *_tables(plan), *_lists(plan), taken, *q.stride()[:2], *d_out.stride()[:2], scale,
         blocks, plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
-        plan.log_weight is not None, onto is not None, rows is not None, stages, IN_TURN["queries"], PERSISTENT,
+        plan.log_weight is not None, onto is not None, rows is not None, stages, PERSISTENT,
         num_warps=warps, **_most(registers),
     )  # fmt: skip
     return log, delta
