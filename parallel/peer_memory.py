@@ -5,7 +5,7 @@ is two launches on the caller's stream, one that writes to all ranks and one tha
 """
 
 import logging
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -35,22 +35,33 @@ class PeerMemory:
         """Whether `start_gather` takes tensors of so many bytes; the same on all ranks if those are."""
         return all(n % 4 == 0 for n in num_bytes) and sum(self._kernels.words_of(*num_bytes)) <= self._capacity
 
-    def start_gather(self, x: torch.Tensor, y: torch.Tensor | None) -> Callable:
+    def start_gather(self, x: torch.Tensor, y: torch.Tensor | None = None) -> "Gathering":
         """Starts gathering x, and y unless it is None: on every rank of equal shapes, and in the same order with other
-        gathers. Calling the result, on the same stream and once, gives both as [ranks, *shape]."""
+        gathers. `wait()`, on the same stream and once, gives both as [ranks, *shape]."""
         if self._under_way == self._kernels.SLOTS:
             raise RuntimeError(f"{self._under_way} gathers through shared memory are under way; finish one first")
         self._under_way += 1
         self.received += (self._world_size - 1) * sum(t.numel() * t.element_size() for t in (x, y) if t is not None)
         self._kernels.push(x.contiguous(), None if y is None else y.contiguous(), *self._given)
+        return Gathering(self, x, y)
 
-        def finish():
-            self._under_way -= 1
-            out, out_y = (None if t is None else t.new_empty(self._world_size, *t.shape) for t in (x, y))
-            self._kernels.collect(out, out_y, *self._given)
-            return out, out_y
+    def _collect(self, x, y):
+        self._under_way -= 1
+        out, out_y = (None if t is None else t.new_empty(self._world_size, *t.shape) for t in (x, y))
+        self._kernels.collect(out, out_y, *self._given)
+        return out, out_y
 
-        return finish
+
+@dataclass(frozen=True)
+class Gathering:
+    """A gather under way. x, y: what this rank gave."""
+
+    memory: PeerMemory
+    x: torch.Tensor
+    y: torch.Tensor | None
+
+    def wait(self):
+        return self.memory._collect(self.x, self.y)
 
 
 def open_peer_memory(
@@ -58,21 +69,15 @@ def open_peer_memory(
 ) -> PeerMemory | None:
     """Shared memory for the ranks of a group, or None where it is not wanted, or with "auto" where there is none.
     Collective. Raises ValueError, on all ranks, if `wanted` is "on" and it cannot be had."""
-    if wanted == "off" or group_size(group) == 1 and wanted == "auto":
+    if wanted == "off" or wanted == "auto" and group_size(group) == 1:
         return None
-    refusal = _refusal(group, topology, device)
-    found = None
-    if refusal is None:
+    refusal, found = _first(_refusal(group, topology, device), group), None
+    if refusal is None:  # then all ranks try
         try:
             found = _open(group, device, kernels)
         except Exception as problem:  # what torch raises where memory cannot be shared is not documented
-            refusal = f"memory cannot be shared: {str(problem).splitlines()[0]}"
-    refusals = [None] * group_size(group)
-    if group_size(group) > 1:
-        dist.all_gather_object(refusals, refusal, group=group)
-    else:
-        refusals = [refusal]
-    refusal = next((f"rank {rank}: {text}" for rank, text in enumerate(refusals) if text is not None), None)
+            refusal = f"memory cannot be shared: {type(problem).__name__}: {problem}".splitlines()[0]
+        refusal = _first(refusal, group)
     if refusal is None:
         return found
     if wanted == "on":
@@ -82,6 +87,15 @@ def open_peer_memory(
     return None
 
 
+def _first(refusal: str | None, group) -> str | None:
+    """What the first rank that refuses says."""
+    refusals = [refusal]
+    if group_size(group) > 1:
+        refusals *= group_size(group)
+        dist.all_gather_object(refusals, refusal, group=group)
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(refusals) if text is not None), None)
+
+
 def _refusal(group, topology, device) -> str | None:
     if device.type != "cuda":
         return f"device {device} shares no memory with other ranks' devices"
@@ -89,6 +103,9 @@ def _refusal(group, topology, device) -> str | None:
         return f"the ranks that share a sequence are on {topology.nodes} machines"
     if not 2 <= group_size(group) <= MOST_RANKS:
         return f"{group_size(group)} ranks share a sequence; it takes 2 to {MOST_RANKS}"
+    others = set(range(torch.cuda.device_count())) - {device.index}
+    if not all(torch.cuda.can_device_access_peer(device.index, other) for other in others):
+        return f"{device} cannot address the memory of all other GPUs"
     return None
 
 

@@ -22,7 +22,7 @@ def hierarchical(plan, direction, state, transition, group, *, fold, summarize, 
     return (yield from _gather_scan(plan, plan.nodes, direction, state, transition, group, fold, summarize))
 
 
-def published(plan, state, transition):
+def _published(plan, state, transition):
     """What this rank sends of both, [num_slots, ...]; transition may be None."""
     payload = [x for x in (state, transition) if x is not None]
     if len(plan.published) < len(state):
@@ -34,13 +34,13 @@ def published(plan, state, transition):
 def _gather_scan(plan, table, direction, state, transition, group, fold, summarize, peers=None):
     """Transitions travel with the forward states; the backward scan is given all rows of their table."""
     sent = transition if direction != "backward" else None
-    finish, parts = None, []  # parts: (states, transitions) of the table's rows
+    pending, parts = None, []  # parts: (states, transitions) of the table's rows
     if plan.num_slots:
-        start = peers.start_gather if peers else partial(_gather_packed, table.peers, plan.rank, group)
-        finish = start(*published(plan, state, sent))
+        start = peers.start_gather if peers else partial(_Packed, table.peers, plan.rank, group)
+        pending = start(*_published(plan, state, sent))
     yield
-    if finish:
-        states, transitions = (None if x is None else x.flatten(0, 1) for x in finish())
+    if pending:
+        states, transitions = (None if x is None else x.flatten(0, 1) for x in pending.wait())
         parts.append((states, transitions))
         if table.num_totals:
             chains = table.total_backward if direction == "backward" else table.total_forward
@@ -59,17 +59,17 @@ def _gather_scan(plan, table, direction, state, transition, group, fold, summari
     return fold(states, transition, getattr(table, direction)), transition
 
 
-def _gather_packed(ranks, rank: int, group, x, y):
-    """Starts gathering x [n, ...], and y [n, ...] unless it is None, among these ranks; calling the result gives both
-    as [len(ranks), n, ...]."""
-    pending = _start_gather(_packed([x, y]), ranks, rank, group)
+class _Packed:
+    """A gather of x [n, ...], and of y [n, ...] unless it is None, in one tensor; `wait()` gives both as
+    [len(ranks), n, ...]."""
 
-    def finish():
-        gathered = pending.wait()
-        parts = _unpacked(gathered.flatten(0, 1), x, y)
+    def __init__(self, ranks, rank: int, group, x, y):
+        self._pending, self._given = _start_gather(_packed([x, y]), ranks, rank, group), (x, y)
+
+    def wait(self):
+        gathered = self._pending.wait()
+        parts = _unpacked(gathered.flatten(0, 1), *self._given)
         return [None if part is None else part.unflatten(0, gathered.shape[:2]) for part in parts]
-
-    return finish
 
 
 def _packed(tensors):
