@@ -53,7 +53,7 @@ class Fused:
 
     def summary(self):
         self.ahead()
-        return summarize(*self.sums, self.splits.forward.summary)
+        return summarize(*self.sums, self.splits.forward.summary, self.parts)
 
     def ahead(self):
         """Where the gate is scalar, its decays inside chunks, too; the backward pass gets them from here."""
@@ -64,7 +64,7 @@ class Fused:
         self.sums = self._sum(self.k, self.v, 1.0, self.splits.forward, reverse=False)
 
     def output(self, entry, dtype):
-        entries = fold_chains(*self.sums, self.splits.forward.inner, entry)
+        entries = fold_chains(*self.sums, self.splits.forward.inner, entry, self.parts)
         out = self.v.new_empty(self.v.shape, dtype=dtype)
         self._sweep(self.q, self.k, self.v, out, entries, self.q, transposed=False)
         return out, (entries, self.decays) if self.decay == "scalar" else (entries,)
@@ -78,7 +78,7 @@ class Fused:
 
     def gradient_summary(self):
         self.sums = self._sum(self.q, self.d_out, self.scale, self.splits.backward, reverse=True)
-        return fold_chains(*self.sums, self.splits.backward.summary)
+        return fold_chains(*self.sums, self.splits.backward.summary, parts=self.parts)
 
     def gradient_ahead(self):
         if self.sums is None:
@@ -90,7 +90,7 @@ class Fused:
 
     def gradients(self, exit_grad):
         splits, (q, k, v, d_out) = self.splits, (self.q, self.k, self.v, self.d_out)
-        exits = fold_chains(*self.sums, splits.backward.inner, exit_grad)
+        exits = fold_chains(*self.sums, splits.backward.inner, exit_grad, self.parts)
         dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
         writes = through = dk
         if self.gate:
@@ -156,16 +156,25 @@ class Fused:
         return decays
 
     def _sum(self, y, z, scale, direction, *, reverse):
-        """(states [num_sums, H, K, V], log decays [num_sums, H] or None) of the splits the direction needs."""
-        splits = self.splits
-        states = y.new_empty(splits.num_sums, self.heads, y.shape[2], z.shape[2], dtype=torch.float32)
-        totals = states.new_empty(splits.num_sums, self.heads)
-        block, warps, stages = self._config(SUM, y.shape[2])
-        if len(direction.splits) and hopper.takes(self):
+        """(states [num_sums, H, K, V], log decays [num_sums, H] or None) of the splits the direction needs. Where
+        `self.parts` [num_sums, H] is not None, a state is the sum of so many [num_sums, parts, H, K, V]."""
+        splits, shape = self.splits, (self.heads, y.shape[2], z.shape[2])
+        totals = y.new_empty(splits.num_sums, self.heads, dtype=torch.float32)
+        self.parts = None
+        if hopper.takes(self):
             from longspan.kernels.linear.hopper import sweep_sum
 
-            sweep_sum.launch(self, y, z, scale, direction, states, totals, reverse=reverse)
-        elif len(direction.splits):
+            parts = sweep_sum.PARTS[self.decay]
+            if parts > 1:
+                shape = parts, *shape
+                self.parts = totals.new_empty(totals.shape, dtype=torch.int32)
+            states = totals.new_empty(splits.num_sums, *shape)
+            if len(direction.splits):
+                sweep_sum.launch(self, y, z, scale, direction, states, totals, self.parts, reverse=reverse)
+            return states, None if self.decay == "none" else totals
+        states = totals.new_empty(splits.num_sums, *shape)
+        block, warps, stages = self._config(SUM, y.shape[2])
+        if len(direction.splits):
             sum_kernel[(-(-z.shape[2] // block) * self.heads * len(direction.splits),)](
                 y, z, self.decays, states, totals, direction.splits, splits.first, splits.length, splits.sum_row,
                 *y.stride()[:2], *z.stride()[:2], scale, self.num_tokens,
