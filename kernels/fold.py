@@ -40,7 +40,7 @@ def fold_chains(states, transition, chains, initial=None, parts=None):
 
 def summarize(states, transition, chains, parts=None):
     """What each whole chain amounts to: (fold_chains(states, transition, chains, parts=parts),
-    compose(transition, chains.sources)), with Triton in one launch. Every chain writes at its end, row n for chain n."""
+    compose(transition, chains.sources)), with Triton in one launch. Chain n writes row n, at its end."""
     if transition is not None and _fits_triton(states, transition):
         from longspan.kernels.fold_triton import fold_chains_triton
 
