@@ -50,16 +50,18 @@ class Fused:
         self.decays = q if log_decay is None else log_decay
         if self.decay == "fixed":
             self.decays = log_decay.contiguous()
+        self.decay_strides = log_decay.stride() if self.decay == "scalar" else (0, 0)
 
     def summary(self):
         self.ahead()
         return summarize(*self.sums, self.splits.forward.summary, self.parts)
 
     def ahead(self):
-        """Where the gate is scalar, its decays inside chunks, too; the backward pass gets them from here."""
+        """Where the gate is scalar, its decays inside chunks, too, which the backward pass gets from here; the kernels
+        for Hopper form them where they are used."""
         if self.sums is not None:
             return
-        if self.decay == "scalar":
+        if self.decay == "scalar" and not hopper.takes(self):
             self.decays = self._chunk_decays(self.decays)
         self.sums = self._sum(self.k, self.v, 1.0, self.splits.forward, reverse=False)
 
@@ -67,7 +69,7 @@ class Fused:
         entries = fold_chains(*self.sums, self.splits.forward.inner, entry, self.parts)
         out = self.v.new_empty(self.v.shape, dtype=dtype)
         self._sweep(self.q, self.k, self.v, out, entries, self.q, transposed=False)
-        return out, (entries, self.decays) if self.decay == "scalar" else (entries,)
+        return out, (entries, self.decays) if self.decay == "scalar" and not hopper.takes(self) else (entries,)
 
     def start_backward(self, saved, d_out, gate):
         self.entries, *decays = saved
@@ -114,7 +116,7 @@ class Fused:
             from longspan.kernels.linear.hopper import sweep_reverse
 
             if self.gate:
-                writes, through = writes[:1], through[:1]
+                writes = writes[:1]
             sweep_reverse.launch(self, dk, dv, exits, writes, through)
         elif splits.num_splits and alike and not self.gate:
             launch("both", self.key_size, self.key_size)
@@ -133,7 +135,7 @@ class Fused:
         gradient = reads.new_empty(self.heads, self.num_tokens)
         if splits.num_splits:
             gate_kernel[(splits.num_splits * self.heads,)](
-                reads, writes, through, self.decays, self.entries, exits, gradient,
+                reads, writes, through, None if hopper.takes(self) else self.decays, self.entries, exits, gradient,
                 splits.first, splits.length, splits.split_chunk, splits.forward.next_row, splits.backward.row,
                 self.num_tokens, splits.num_chunks, self.heads,
                 self.key_size * self.value_size, len(reads), len(writes), CHUNK, STEP, num_warps=8,

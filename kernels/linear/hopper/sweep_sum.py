@@ -1,7 +1,7 @@
 """`sum_kernel` of kernels.linear.sweep for Hopper GPUs, in Gluon: one warp fetches chunks by TMA for two warpgroups.
 
 A warpgroup owns 64 columns of z and of the sum, which it carries transposed in registers; while a product is under way
-it weighs the next chunk. The warp that fetches weighs decays, too: whole chunks are added, never scaled.
+it weighs the next chunk. The warp that fetches weighs decays, too: whole chunks are added, never scaled. With a gate it finds out as it goes how many are remembered.
 
 Heads of a fixed decay remember unlike numbers of chunks, and a program for each would wait for the one that forgets
 nothing. So one that remembers more than most is summed in parts, by the programs of heads that are further on.
@@ -17,10 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longspan.kernels.launch import launched
-from longspan.kernels.linear.hopper.decays import load_log_decays, log_decay_per_token
+from longspan.kernels.linear.hopper.decays import gates_of, load_gates, log_decay_per_token, log_decays
 from longspan.kernels.linear.hopper.tiles import clear_rows, synchronize, tokens_descriptor
 from longspan.kernels.linear.splits import LEFT_OUT_LOG2_SHORT, padded
-from longspan.kernels.linear.sweep import LOG2E, SEARCHED
+from longspan.kernels.linear.sweep import LOG2E
 from longspan.kernels.sparse.hopper.tiles import async_load, make_barriers, product_layout, shared_layout
 
 STAGES = 6
@@ -31,29 +31,11 @@ _power_of_two = gluon.constexpr_function(padded)
 
 
 @gluon.jit
-def _remembered_fixed(gamma, length, chunks):
+def _remembered(gamma, length, chunks):
     """Chunks of a split that are remembered at its end under a log2 decay `gamma` per token, or several."""
     forgets = gamma * length.to(gl.float32) < LEFT_OUT
     reach = (1.0 / gl.where(forgets, gamma, -1.0) * (LEFT_OUT / 64)).to(gl.int32) + 2
     return gl.where(forgets, gl.minimum(reach, chunks), chunks)
-
-
-@gluon.jit
-def _remembered_scalar(decay_ptr, length, chunks, REVERSE: gl.constexpr):
-    """As kernels.linear.sweep._remembered; decay_ptr: at the first token of the split."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    i, j = gl.arange(0, SEARCHED, gl.SliceLayout(1, layout)), gl.arange(0, SEARCHED, gl.SliceLayout(0, layout))
-    kept, passed = chunks * 0, 0.0
-    for block in range(0, gl.cdiv(chunks, SEARCHED)):
-        left = chunks - block * SEARCHED
-        nth = block * SEARCHED + j
-        chunk = nth if REVERSE else chunks - 1 - nth
-        last = gl.minimum(chunk * 64 + 64, length) - 1
-        total = gl.load(decay_ptr + last * 2, mask=j < left, other=0.0)
-        before = passed + gl.sum(gl.where(j[None, :] < i[:, None], total[None, :], 0.0), 1)
-        kept += gl.sum(gl.where((i < left) & (before >= LEFT_OUT), 1, 0), 0)
-        passed += gl.sum(total, 0)
-    return kept, passed
 
 
 @gluon.jit
@@ -64,17 +46,38 @@ def _num_parts(kept, mean, PARTS: gl.constexpr):
 
 @gluon.jit
 def _item(part, place, decay_ptr, H: gl.constexpr, DECAY: gl.constexpr, PARTS: gl.constexpr):
-    """(head, its fixed decay, first chunk and end in the order of summing) of what this program sums as `part`."""
-    _, length, _, head, chunks, kept, mean = place
-    if PARTS == 1:
-        return head, log_decay_per_token(decay_ptr, head, DECAY), chunks * 0, kept
+    """(head, its fixed decay, first chunk and end in the order of summing) of what this program sums as `part`. With a
+    gate the end may come before."""
+    _, length, _, head, chunks, mean = place
+    if DECAY != "fixed":
+        return head, 0.0, chunks * 0, chunks
     else:
-        head = (head + part * (max(H // PARTS, 1))) % H
+        head = (head + part * max(H // PARTS, 1)) % H
         gamma = log_decay_per_token(decay_ptr, head, DECAY)
-        kept = _remembered_fixed(gamma, length, chunks)
+        kept = _remembered(gamma, length, chunks)
         parts = _num_parts(kept, mean, PARTS)
         begin = kept * part // parts
         return head, gamma, begin, gl.where(part < parts, kept * (part + 1) // parts, begin)
+
+
+@gluon.jit
+def _start_of(n, chunks, REVERSE: gl.constexpr):
+    """The first token of the n-th chunk in the order of summing, or of the last."""
+    n = gl.minimum(n, chunks - 1)
+    return (n if REVERSE else chunks - 1 - n) * 64
+
+
+@gluon.jit
+def _send(place, head, n, number, feed, tiles_of, D: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr):
+    first, _, _, _, chunks, _ = place
+    y_desc, z_desc = feed[0], feed[1]
+    y_tiles, z_tiles, ready, free = tiles_of[2], tiles_of[3], tiles_of[4], tiles_of[5]
+    stage, token = number % STAGES, first + _start_of(n, chunks, REVERSE)
+    if number > 0:  # the first is on its way, and may be done with by now
+        mbarrier.wait(free.index(stage), (number // STAGES & 1) ^ 1)
+        mbarrier.expect(ready.index(stage), 2 * 64 * D * 2)
+        async_load(y_desc, [token, head * D], ready.index(stage), y_tiles.index(stage))
+        async_load(z_desc, [token, head * D], ready.index(stage), z_tiles.index(stage))
 
 
 @gluon.jit
@@ -82,59 +85,68 @@ def _fetch(
     place, feed, tiles_of, H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr,
     PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    first, length, _, _, chunks, _, _ = place
-    y_desc, z_desc, decay_ptr = feed
-    weights, y_tiles, z_tiles, ready, free, _ = tiles_of
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    _, length, _, _, chunks, _ = place
+    decay_ptr = feed[2]
+    weights, ready = tiles_of[0], tiles_of[4]
     number = 0
     for part in range(0, PARTS):
         head, gamma, begin, stop = _item(part, place, decay_ptr, H, DECAY, PARTS)
         # log2 decay between a chunk and the end that weights count to.
         passed = gl.maximum(begin * 64 if REVERSE else length - (chunks - begin) * 64, 0).to(gl.float32) * gamma
-        at = (begin if REVERSE else chunks - 1 - begin) * 64
-        from_start, to_end = load_log_decays(decay_ptr, at, length - at, gamma, layout, DECAY)
-        total = _chunk_decay(decay_ptr, at, length, gamma, DECAY)
         for n in range(begin, stop):
-            stage = number % STAGES
-            if number > 0:  # the first is on its way, and may be done with by now
-                mbarrier.wait(free.index(stage), (number // STAGES & 1) ^ 1)
-                mbarrier.expect(ready.index(stage), 2 * 64 * D * 2)
-                async_load(y_desc, [first + at, head * D], ready.index(stage), y_tiles.index(stage))
-                async_load(z_desc, [first + at, head * D], ready.index(stage), z_tiles.index(stage))
-            if DECAY != "none":
+            _send(place, head, n, number, feed, tiles_of, D, REVERSE, STAGES)
+            if DECAY == "fixed":
+                left, stage = length - _start_of(n, chunks, REVERSE), number % STAGES
+                from_start, to_end, total = log_decays(0.0, left, gamma, gl.BlockedLayout([2], [32], [1], [0]), DECAY)
                 weights.index(stage).store(gl.exp2((from_start if REVERSE else to_end) + passed))
-                passed += total
                 synchronize()
                 mbarrier.arrive(ready.index(stage))
-            following = gl.minimum(n + 1, stop - 1)
-            at = (following if REVERSE else chunks - 1 - following) * 64
-            from_start, to_end = load_log_decays(decay_ptr, at, length - at, gamma, layout, DECAY)
-            total = _chunk_decay(decay_ptr, at, length, gamma, DECAY)
+                passed += total
             number += 1
 
 
 @gluon.jit
-def _chunk_decay(decay_ptr, at, length, gamma, DECAY: gl.constexpr):
-    count = gl.minimum(length - at, 64)
-    if DECAY == "scalar":
-        return gl.load(decay_ptr + (at + count - 1) * 2)
-    else:
-        return gamma * count.to(gl.float32)
+def _fetch_gated(place, feed, tiles_of, total_ptr, D: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr):
+    """Until nothing is remembered. Stores the decay of the split, or of as much of it as was looked at."""
+    _, length, _, head, chunks, _ = place
+    _, _, decay_ptr, stride_t = feed
+    weights, more, ready = tiles_of[0], tiles_of[1], tiles_of[4]
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    # Gates of this chunk and of the next are there or on their way.
+    at, following_at = _start_of(0, chunks, REVERSE), _start_of(1, chunks, REVERSE)
+    gates = load_gates(decay_ptr, at, length - at, stride_t, layout, "scalar")
+    following = load_gates(decay_ptr, following_at, length - following_at, stride_t, layout, "scalar")
+    n, passed, going = chunks * 0, chunks.to(gl.float32) * 0.0, chunks > 0
+    while going:
+        stage, at = n % STAGES, _start_of(n + 2, chunks, REVERSE)
+        later = load_gates(decay_ptr, at, length - at, stride_t, layout, "scalar")
+        _send(place, head, n, n, feed, tiles_of, D, REVERSE, STAGES)
+        from_start, to_end, total = log_decays(gates, 64, 0.0, layout, "scalar")
+        weights.index(stage).store(gl.exp2((from_start if REVERSE else to_end) + passed))
+        passed += total
+        n += 1
+        going = (n < chunks) & (passed >= LEFT_OUT)
+        more.index(stage).store(gl.full([1], gl.where(going, 1, 0), gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+        synchronize()
+        mbarrier.arrive(ready.index(stage))
+        gates, following = following, later
+    gl.store(total_ptr, passed / LOG2E)
 
 
 @gluon.jit
 def _operand(
-    half: gl.constexpr, n, number, part, place, tiles_of, D: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr,
-    SHORT: gl.constexpr, STAGES: gl.constexpr,
+    half: gl.constexpr, n, number, part, stop, place, tiles_of, D: gl.constexpr, DECAY: gl.constexpr,
+    REVERSE: gl.constexpr, SHORT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The n-th chunk's 64 columns of z, weighed and transposed, once it is there. SHORT: it may be the last chunk."""
-    _, length, _, _, chunks, _, _ = place
-    weights, y_tiles, z_tiles, ready, _, cleared = tiles_of
+    """The n-th chunk's 64 columns of z, weighed and transposed, once it is there, and whether another one follows.
+    SHORT: it may be the last chunk of the split."""
+    _, length, _, _, chunks, _ = place
+    weights, more, y_tiles, z_tiles, ready, _, cleared = tiles_of
     S: gl.constexpr = product_layout(64)
     stage = number % STAGES
     mbarrier.wait(ready.index(stage), number // STAGES & 1)
     if SHORT:
-        left = length - (n if REVERSE else chunks - 1 - n) * 64
+        left = length - _start_of(n, chunks, REVERSE)
         if left < 64:  # TMA has brought tokens of the next span
             clear_rows(y_tiles.index(stage) if half == 0 else z_tiles.index(stage), left, D)
             fence_async_shared()
@@ -144,7 +156,11 @@ def _operand(
     z = z_tiles.index(stage).slice(half * 64, 64, 1).permute((1, 0)).load(S)
     if DECAY != "none":
         z = (z.to(gl.float32) * weights.index(stage).load(gl.SliceLayout(0, S))[None, :]).to(z.dtype)
-    return gl.convert_layout(z, gl.DotOperandLayout(0, product_layout(D), 2))
+    z = gl.convert_layout(z, gl.DotOperandLayout(0, product_layout(D), 2))
+    if DECAY == "scalar":
+        return z, gl.max(more.index(stage).load(gl.BlockedLayout([1], [32], [4], [0])), 0) > 0
+    else:
+        return z, n + 1 < stop
 
 
 @gluon.jit
@@ -153,21 +169,24 @@ def _pass(
     DECAY: gl.constexpr, REVERSE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     row = place[2]
-    y_tiles, ready, free = tiles_of[1], tiles_of[3], tiles_of[4]
+    y_tiles, ready, free = tiles_of[2], tiles_of[4], tiles_of[5]
     OUT: gl.constexpr = product_layout(D)
     column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, D, gl.SliceLayout(0, OUT))
     number = 0
     for part in range(0, PARTS):
-        head, gamma, begin, stop = _item(part, place, decay_ptr, H, DECAY, PARTS)
-        if begin < stop:
+        head, gamma, n, stop = _item(part, place, decay_ptr, H, DECAY, PARTS)
+        if n < stop:
             state = gl.full([64, D], 0.0, gl.float32, OUT)
-            z = _operand(half, begin, number, part, place, tiles_of, D, DECAY, REVERSE, True, STAGES)
-            for n in range(begin + 1, stop):
-                pending = warpgroup_mma(z, y_tiles.index(number % STAGES), state, is_async=True)
-                # Forward the last chunk is the first to be summed.
-                following = _operand(half, n, number + 1, part, place, tiles_of, D, DECAY, REVERSE, REVERSE, STAGES)
+            z, more = _operand(half, n, number, part, stop, place, tiles_of, D, DECAY, REVERSE, True, STAGES)
+            while more:
                 done = number % STAGES
+                pending = warpgroup_mma(z, y_tiles.index(done), state, is_async=True)
                 number += 1
+                n += 1
+                # Forward the last chunk is the first to be summed.
+                following, more = _operand(
+                    half, n, number, part, stop, place, tiles_of, D, DECAY, REVERSE, REVERSE, STAGES
+                )  # fmt: skip
                 # Passed already: keeps the next wait behind the arithmetic.
                 mbarrier.wait(ready.index(number % STAGES), number // STAGES & 1)
                 state, z = warpgroup_mma_wait(0, deps=[pending, z])
@@ -183,63 +202,73 @@ def _pass(
 
 
 @launched
-@gluon.jit(do_not_specialize=["scale", "T"])
+@gluon.jit(do_not_specialize=["scale"])
 def hopper_sum_kernel(
-    y_desc, z_desc, decay_ptr, sum_ptr, total_ptr, parts_ptr, list_ptr, first_ptr, length_ptr, row_ptr, scale, T,
-    H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr,
+    y_desc, z_desc, decay_ptr, sum_ptr, total_ptr, parts_ptr, list_ptr, first_ptr, length_ptr, row_ptr,
+    decay_stride_t, decay_stride_h, scale, H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr,
+    REVERSE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As kernels.linear.sweep.sum_kernel, for K = V = D = 128; if PARTS > 1, sums [rows, PARTS, H, D, D] of which the
     first `parts` [rows, H] are to be added. Grid: (listed splits * H)."""
     dtype: gl.constexpr = y_desc.dtype
     shared: gl.constexpr = shared_layout(16)
+    numbers: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     split, head = gl.load(list_ptr + gl.program_id(0) // H), gl.program_id(0) % H
     first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
     row = gl.load(row_ptr + split).to(gl.int64)
     chunks = gl.cdiv(length, 64)
     tiles_of = (
-        gl.allocate_shared_memory(gl.float32, [STAGES, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 64], numbers),
+        gl.allocate_shared_memory(gl.int32, [STAGES, 1], numbers),
         gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared),
         gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared),
         make_barriers(STAGES, 1 if DECAY == "none" else 2), make_barriers(STAGES, 2), make_barriers(PARTS, 2),
     )  # fmt: skip
-    # The first chunk is remembered in any case, so that it can come while the others are counted.
-    at = first + (chunks * 0 if REVERSE else (chunks - 1) * 64)
+    # The first chunk is remembered in any case, so that it comes before anything else is known.
+    token, ready = first + _start_of(0, chunks, REVERSE), tiles_of[4].index(0)
     fence_async_shared()
-    mbarrier.expect(tiles_of[3].index(0), 2 * 64 * D * 2)
+    mbarrier.expect(ready, 2 * 64 * D * 2)
     synchronize()
-    async_load(y_desc, [at, head * D], tiles_of[3].index(0), tiles_of[1].index(0))
-    async_load(z_desc, [at, head * D], tiles_of[3].index(0), tiles_of[2].index(0))
-    kept, mean = chunks, chunks
+    async_load(y_desc, [token, head * D], ready, tiles_of[2].index(0))
+    async_load(z_desc, [token, head * D], ready, tiles_of[3].index(0))
+    total_ptr += row * H + head
+    mean = chunks
     if DECAY == "fixed":
         gamma = log_decay_per_token(decay_ptr, head, DECAY)
-        kept = _remembered_fixed(gamma, length, chunks)
-        gl.store(total_ptr + row * H + head, gamma * length.to(gl.float32) / LOG2E)
+        gl.store(total_ptr, gamma * length.to(gl.float32) / LOG2E)
         if PARTS > 1:
             heads = gl.arange(0, _power_of_two(H), gl.BlockedLayout([1], [32], [4], [0]))
             gammas = log_decay_per_token(decay_ptr, gl.minimum(heads, H - 1), DECAY)
-            mean = gl.sum(gl.where(heads < H, _remembered_fixed(gammas, length, chunks), 0), 0) // H
-            gl.store(parts_ptr + row * H + head, _num_parts(kept, mean, PARTS))
+            mean = gl.sum(gl.where(heads < H, _remembered(gammas, length, chunks), 0), 0) // H
+            gl.store(parts_ptr + row * H + head, _num_parts(_remembered(gamma, length, chunks), mean, PARTS))
+    decay_ptr = gates_of(decay_ptr, first, head, decay_stride_t, decay_stride_h, DECAY)
+    place, feed = (first, length, row, head, chunks, mean), (y_desc, z_desc, decay_ptr, decay_stride_t)
     if DECAY == "scalar":
-        decay_ptr += (gl.to_tensor(head).to(gl.int64) * T + first) * 2
-        kept, total = _remembered_scalar(decay_ptr, length, chunks, REVERSE)
-        gl.store(total_ptr + row * H + head, total / LOG2E)
-    place = first, length, row, head, chunks, kept, mean
-    gl.warp_specialize(
-        [
-            (_pass, (0, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES)),
-            (_pass, (1, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES)),
-            (_fetch, (place, (y_desc, z_desc, decay_ptr), tiles_of, H, D, DECAY, REVERSE, PARTS, STAGES)),
-        ],
-        [4, 1], [232, 40],
-    )  # fmt: skip
+        gl.warp_specialize(
+            [
+                (_pass, (0, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES)),
+                (_pass, (1, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES)),
+                (_fetch_gated, (place, feed, tiles_of, total_ptr, D, REVERSE, STAGES)),
+            ],
+            [4, 1], [216, 56],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_pass, (0, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES)),
+                (_pass, (1, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES)),
+                (_fetch, (place, feed, tiles_of, H, D, DECAY, REVERSE, PARTS, STAGES)),
+            ],
+            [4, 1], [232, 40],
+        )  # fmt: skip
 
 
 def launch(call, y, z, scale, direction, states, totals, parts, *, reverse):
-    """As the launch of `Fused._sum`; parts: int32 [num_sums, H], or None where `PARTS` of the decay is 1."""
+    """As the launch of `Fused._sum`; parts: int32 [num_sums, H], or None where `PARTS` of the decay is 1. Log decays of
+    gated splits that forget count as far as they are remembered."""
     splits = call.splits
     hopper_sum_kernel[(len(direction.splits) * call.heads,)](
         tokens_descriptor(y), tokens_descriptor(z), call.decays, states, totals, totals if parts is None else parts,
-        direction.splits, splits.first, splits.length, splits.sum_row, scale, call.num_tokens,
+        direction.splits, splits.first, splits.length, splits.sum_row, *call.decay_strides, scale,
         call.heads, call.key_size, call.decay, reverse, PARTS[call.decay], STAGES, num_warps=4,
     )  # fmt: skip
