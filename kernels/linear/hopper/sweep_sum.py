@@ -1,7 +1,8 @@
 """`sum_kernel` of kernels.linear.sweep for Hopper GPUs, in Gluon: one warp fetches chunks by TMA for two warpgroups.
 
 A warpgroup owns 64 columns of z and of the sum, which it carries transposed in registers; while a product is under way
-it weighs the next chunk. The warp that fetches weighs decays, too: whole chunks are added, never scaled. With a gate it finds out as it goes how many are remembered.
+it weighs the next chunk. The warp that fetches weighs decays, too: whole chunks are added, never scaled. With a gate it
+finds out as it goes how many are remembered.
 
 Heads of a fixed decay remember unlike numbers of chunks, and a program for each would wait for the one that forgets
 nothing. So one that remembers more than most is summed in parts, by the programs of heads that are further on.
