@@ -1,7 +1,7 @@
 """None, fixed and scalar decay in fused Triton kernels: a sum per split, a fold along the splits, one sweep per split.
 
 No state of a chunk goes to memory. Launches: 3 forward and 4 backward (5 if widths or token strides differ), with a
-scalar gate 4 and 6, and 2 more each where spans are linked to other ranks.
+scalar gate 4 and 6 (on Hopper 3 and 5), and 2 more each where spans are linked to other ranks.
 """
 
 import torch
@@ -115,8 +115,8 @@ class Fused:
         if splits.num_splits and hopper.takes(self):
             from longspan.kernels.linear.hopper import sweep_reverse
 
-            if self.gate:
-                writes = writes[:1]
+            if self.gate:  # all columns at once; beside what passes the end of a chunk, its decay
+                writes, through = writes[:1], through[:2]
             sweep_reverse.launch(self, dk, dv, exits, writes, through)
         elif splits.num_splits and alike and not self.gate:
             launch("both", self.key_size, self.key_size)

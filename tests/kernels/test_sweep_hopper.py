@@ -109,6 +109,25 @@ def test_a_head_that_remembers_more_is_summed_in_parts(emulated, launched, monke
     forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 5e-3))
 
 
+def test_the_first_chunk_may_be_done_with_before_the_warp_that_fetches_begins(emulated, launched, monkeypatch):
+    """It is sent before warps part."""
+    module = emulated["sweep_sum"]
+    fetch = module._fetch
+
+    def late(place, feed, tiles_of, *sizes):
+        _, _, _, _, _, free, _ = tiles_of
+        free.index(0).memory.wait(0)  # both warpgroups have freed its place
+        fetch(place, feed, tiles_of, *sizes)
+
+    monkeypatch.setattr(module, "_fetch", late)
+    monkeypatch.setattr(gluon_emulator, "SECONDS", 2.0)
+    spans = Spans((0, 50), (0,), (0,), (0,))
+    given = forms.random_inputs(spans, 1, 128, 128, None, 0, dtype=torch.bfloat16)
+    found = forms.run_form(_fused(), Splits.of(spans, 64, 64), *given, 0.3)
+    wanted = forms.expected(spans, *given, 0.3)
+    forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 5e-3))
+
+
 def _fused():
     from longspan.kernels.linear.fused import Fused
 
