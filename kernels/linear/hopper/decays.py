@@ -36,11 +36,11 @@ def gates_of(decay_ptr, first, head, stride_t, stride_h, DECAY: gl.constexpr):
 
 @gluon.jit
 def load_gates(decay_ptr, at, left, stride_t, layout: gl.constexpr, DECAY: gl.constexpr):
-    """log decays of the 64 tokens from `at` on, of which `left` are there; decay_ptr: `gates_of` a split."""
+    """Gates of the 64 tokens from `at` on, of which `left` are there; decay_ptr: `gates_of` a split. Nothing is done
+    with them here, so that nothing waits for them."""
     if DECAY == "scalar":
         index = gl.arange(0, 64, layout)
-        gates = gl.load(decay_ptr + (at + index) * stride_t, mask=index < left, other=0.0).to(gl.float32)
-        return gl.where(gates < CLOSED, CLOSED, gates)  # NaN stays
+        return gl.load(decay_ptr + (at + index) * stride_t, mask=index < left, other=0.0)
     else:
         return 0.0
 
@@ -50,7 +50,8 @@ def log_decays(gates, left, gamma, layout: gl.constexpr, DECAY: gl.constexpr):
     """log2 decays of a chunk with `left` tokens or more: from its start to each token, inclusive, from after the token
     to the end, and of all. Sums of gates in fp64."""
     if DECAY == "scalar":
-        gates = gates.to(gl.float64) * LOG2E
+        gates = gates.to(gl.float32)
+        gates = gl.where(gates < CLOSED, CLOSED, gates).to(gl.float64) * LOG2E  # NaN stays
         from_start, total = gl.associative_scan(gates, 0, _add), gl.sum(gates, 0)
         return from_start.to(gl.float32), (total - from_start).to(gl.float32), total.to(gl.float32)
     else:
