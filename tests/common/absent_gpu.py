@@ -80,6 +80,8 @@ def undefined_registers(sass: str) -> dict[str, str]:
         ):
             first = int(operands.pop(0)[2:])
             written |= set(range(first, first + wide))
+        if operation == "ELECT":  # what it gives comes second
+            written |= {int(number) for _, number in _UNIFORM.findall(operands.pop(1))}
         for operand in operands:
             for kind, number in _UNIFORM.findall(operand):
                 first, count = int(number), 1
