@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from longspan.kernels.sparse import Blocks, Families, Ranges, descend, forms, mean_levels, pool, top
 
 top_triton = pytest.importorskip("longspan.kernels.sparse.top_triton", reason="Triton is not installed")
+top_few_triton = pytest.importorskip("longspan.kernels.sparse.top_few_triton", reason="Triton is not installed")
 FORMS = ["plain", "triton"]
 
 
@@ -16,6 +17,15 @@ FORMS = ["plain", "triton"]
 def form(request, monkeypatch):
     """Both forms on the CPU."""
     monkeypatch.setattr(forms, "takes", lambda x: request.param == "triton")
+    return request.param
+
+
+@pytest.fixture(params=[*FORMS, "few"])
+def top_form(request, monkeypatch):
+    """All forms of `top` on the CPU."""
+    monkeypatch.setattr(forms, "takes", lambda x: request.param != "plain")
+    if request.param == "triton":
+        monkeypatch.setattr(top_few_triton, "SCORES", 0)
     return request.param
 
 
@@ -90,7 +100,7 @@ def make_top(name, device="cpu"):
 
 
 @pytest.mark.parametrize("name", TOP)
-def test_top_is_what_sorting_gives(name, form, small_tiles):
+def test_top_is_what_sorting_gives(name, top_form, small_tiles):
     given, options = make_top(name)
     assert unpadded(top(*given, **options)) == expected_top(*given, **options)
 
@@ -109,7 +119,7 @@ def scattered(generator, count=260):
     }
 
 
-def test_top_of_any_distribution(form, small_tiles):
+def test_top_of_any_distribution(top_form, small_tiles):
     """A line per head, each upside down as well, and lists of all lengths side by side in a tile."""
     lines = torch.stack(list(scattered(torch.Generator().manual_seed(1)).values()), 1).to(torch.bfloat16).float()
     keys = torch.nn.functional.pad(lines[..., None], (0, 15))  # exact in halves
@@ -122,7 +132,7 @@ def test_top_of_any_distribution(form, small_tiles):
     assert unpadded(top(*given)) == expected_top(*given)
 
 
-def test_top_of_forced_keys_that_no_sample_sees(form, small_tiles, monkeypatch):
+def test_top_of_forced_keys_that_no_sample_sees(top_form, small_tiles, monkeypatch):
     """The search then goes on up to the highest number there is."""
     monkeypatch.setattr(top_triton, "BAND", 2)
     generator = torch.Generator().manual_seed(0)
