@@ -14,7 +14,7 @@ import torch
 from longspan.attention.hierarchy_tables import HierarchyTables, hierarchy_tables
 from longspan.attention.recompute import keep, recall
 from longspan.attention.selections import gathered_sums, piece_sums, total_sums
-from longspan.kernels.sparse import descend, mean_levels, pool, top
+from longspan.kernels.sparse import descend, mean_levels, pool, sum_levels, top
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,16 @@ class Hierarchical:
         """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens, and [Hkv, local tiles, m], blocks of coarse
         rows, -1 for none; None where there is one level."""
         # Sums in place of means: a factor for each query changes no order.
-        here = piece_sums((q,), tables.keys, k.shape[1])
-        queries = [total_sums(here, tables.routers, ranks)]
-        if self.levels > 1:
-            runs = pool(here, tables.runs) if len(tables.runs) else here
-            queries.append(gathered_sums(runs, tables.second, ranks))
-        for under in tables.under[2:]:
-            queries.append(pool(queries[-1], under))
+        if tables.keys.whole:
+            here, *queries = sum_levels(q, tables.under, k.shape[1])
+        else:
+            here, queries = piece_sums((q,), tables.keys, k.shape[1]), []
+            if self.levels > 1:
+                runs = pool(here, tables.runs) if len(tables.runs) else here
+                queries.append(gathered_sums(runs, tables.second, ranks))
+            for under in tables.under[2:]:
+                queries.append(pool(queries[-1], under))
+        queries.insert(0, total_sums(here, tables.routers, ranks))
         keys = coarse_k.split(tables.rows)
         last, heads = tables.levels[-1], k.shape[1]
         found = top(queries[-1], keys[-1], last.router, last.candidates)

@@ -6,7 +6,7 @@ from longspan.kernels.sparse import gathered
 from longspan.kernels.sparse.descend import Families, descend
 from longspan.kernels.sparse.packing import Packing, add_packed, add_shares, pack
 from longspan.kernels.sparse.plan import BlockPlan, Blocks
-from longspan.kernels.sparse.pool import mean_levels, pool
+from longspan.kernels.sparse.pool import mean_levels, pool, sum_levels
 from longspan.kernels.sparse.rules import Boxes, Picks
 from longspan.kernels.sparse.shares import Shares, Tree
 from longspan.kernels.sparse.top import Ranges, kept_of, top
@@ -29,6 +29,7 @@ __all__ = [
     "mean_levels",
     "pack",
     "pool",
+    "sum_levels",
     "top",
 ]
 

@@ -14,6 +14,7 @@ from longspan.kernels.sparse.top_triton import HIGHEST, LOWEST, halves, list_res
 
 WIDTHS = 256, 512, 1024, 2048  # keys that the rows of a tile reach, at most
 WARP_SCORES, WARP_KEYS = 1 << 11, 16  # scores that a warp holds, and keys that it multiplies at once
+KEY_NUMBERS = 1 << 15  # most numbers of these keys
 SCORES = 1 << 24  # most that are kept: 64 MB
 
 
@@ -32,11 +33,13 @@ def top_few_triton(means, keys, router, ranges, first: int, recent: int, always)
         return chosen
     width = next(width for width in WIDTHS if ranges.widest <= width)
     tiles, warps = cdiv(rows, TOGETHER) * heads, max(4, width * TOGETHER // WARP_SCORES)
+    block_d = padded(head_dim)
     scores = router.new_empty(tiles, width, TOGETHER)
     top_few_kernel[(tiles,)](
         means, keys, router, ranges.first, ranges.stop, ranges.most, router if always is None else always, scores,
         chosen, *means.stride()[:2], *keys.stride()[:2], rows, chosen.shape[2], first, recent, more,
-        heads, head_dim, padded(head_dim), TOGETHER, width, warps * WARP_KEYS, keys.dtype == torch.bfloat16,
+        heads, head_dim, block_d, TOGETHER, width, min(warps * WARP_KEYS, KEY_NUMBERS // block_d),
+        keys.dtype == torch.bfloat16,
         num_warps=warps, num_stages=1,
     )  # fmt: skip
     return chosen

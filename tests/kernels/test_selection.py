@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longspan.kernels.sparse import Blocks, Families, Ranges, descend, forms, mean_levels, pool, top
+from longspan.kernels.sparse import Blocks, Families, Ranges, descend, forms, mean_levels, pool, sum_levels, top
 
 top_triton = pytest.importorskip("longspan.kernels.sparse.top_triton", reason="Triton is not installed")
 top_few_triton = pytest.importorskip("longspan.kernels.sparse.top_few_triton", reason="Triton is not installed")
@@ -148,7 +148,8 @@ def test_top_of_normal_numbers_is_right_but_for_near_ties(documents, causal, clu
     ranges = make_ranges(documents, 128 // len(documents), 0.1, causal)
     means, keys = (torch.randn(n, 1, 32, generator=generator) for n in (len(ranges), sum(documents)))
     keys = keys.cumsum(0) if clustered else keys
-    check_near(means, keys, torch.arange(len(ranges)).int(), ranges, top_triton.top_triton)
+    for function in (top_triton.top_triton, top_few_triton.top_few_triton):
+        check_near(means, keys, torch.arange(len(ranges)).int(), ranges, function)
 
 
 def check_near(means, keys, router, ranges, function):
@@ -197,24 +198,35 @@ def check_pool(name, mean, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_means_of_levels(dtype, form):
-    """Of two tensors side by side, the second with other strides; every level against its tokens."""
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_means_and_sums_of_levels(count, dtype, form):
+    """Means of two tensors side by side, the second with other strides, and sums of one, over heads that belong
+    together; every level against its tokens."""
+    check_levels(count, dtype, "cpu")
+
+
+def check_levels(count, dtype, device):
     generator, offsets = torch.Generator().manual_seed(0), (0, 70, 71, 200)
-    x, y = (torch.randn(200, 2, 20, generator=generator).to(dtype) for _ in range(2))
+    x, y = (torch.randn(200, 6, 20, generator=generator).to(device, dtype) for _ in range(2))
     y = y.mT.contiguous().mT
     levels, starts = [Blocks.of(offsets, 4)], [Blocks.of(offsets, 4).start.numpy()]
     rows = np.searchsorted(starts[0], offsets)
-    for _ in range(2):
+    for _ in range(count - 1):
         levels.append(Blocks.of(tuple(rows), 4))
         starts.append(starts[-1][levels[-1].start.numpy()])
         rows = np.searchsorted(starts[-1], offsets)
     ends = [np.append(at[1:], 200) for at in starts]
-    size = torch.from_numpy(np.concatenate([b - a for a, b in zip(starts, ends)])).int()
+    size = torch.from_numpy(np.concatenate([b - a for a, b in zip(starts, ends)])).int().to(device)
+    levels = [blocks.map(lambda t: t.to(device)) for blocks in levels]
     means = mean_levels((x, y), levels, size, x.dtype)
     spans = [(a, b) for start, stop in zip(starts, ends) for a, b in zip(start, stop)]
     wanted = torch.stack([torch.cat([t[a:b].double().mean(0) for t in (x, y)]) for a, b in spans])
     assert means.dtype == dtype and len(spans) == len(size)
     torch.testing.assert_close(means.double(), wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    sums = sum_levels(y, levels, 2)
+    wanted = torch.stack([y[a:b].double().sum(0).unflatten(0, (2, 3)).sum(1) for a, b in spans])
+    assert [len(x) for x in sums] == list(map(len, starts)) and sums[0].dtype == torch.float32
+    torch.testing.assert_close(torch.cat(sums).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def make_families(seed, documents, block, chosen, device="cpu"):
@@ -279,7 +291,9 @@ class TestOnGpu:
     pytestmark = pytest.mark.gpu
 
     @pytest.mark.parametrize("name", TOP)
-    def test_top_is_what_sorting_gives(self, name):
+    @pytest.mark.parametrize("kept", [1 << 24, 0])
+    def test_top_is_what_sorting_gives(self, name, kept, monkeypatch):
+        monkeypatch.setattr(top_few_triton, "SCORES", kept)
         given, options = make_top(name, "cuda")
         assert forms.takes(given[0])
         chosen = top(*given, **options)
@@ -294,12 +308,19 @@ class TestOnGpu:
         ranges = make_ranges(documents, 300, keep, causal).map(lambda x: x.cuda())
         means = torch.randn(len(ranges), 2, dim, device="cuda", generator=generator)
         keys = torch.randn(sum(documents), 2, dim, device="cuda", generator=generator).cumsum(0) / 30  # clustered
-        check_near(means, keys, torch.arange(len(ranges), device="cuda").int(), ranges, top_triton.top_triton)
+        given = means, keys, torch.arange(len(ranges), device="cuda").int(), ranges
+        check_near(*given, top_triton.top_triton)
+        if top_few_triton.takes(ranges, 2):
+            check_near(*given, top_few_triton.top_few_triton)
 
     @pytest.mark.parametrize("name", POOL)
     @pytest.mark.parametrize("mean", [False, True])
     def test_pool_and_its_gradient(self, name, mean):
         check_pool(name, mean, torch.bfloat16, "cuda")
+
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    def test_means_and_sums_of_levels(self, count):
+        check_levels(count, torch.bfloat16, "cuda")
 
     @pytest.mark.parametrize("causal", [False, True])
     @pytest.mark.parametrize("dim", [64, 128])
