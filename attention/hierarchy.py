@@ -14,7 +14,7 @@ import torch
 from longspan.attention.hierarchy_tables import HierarchyTables, hierarchy_tables
 from longspan.attention.recompute import keep, recall
 from longspan.attention.selections import gathered_sums, piece_sums, total_sums
-from longspan.kernels.sparse import descend, mean_levels, pool, sum_levels, top
+from longspan.kernels.sparse import blocks_below, descend, mean_levels, pool, sum_levels, top
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Hierarchical:
         causal = tables.diagonal.shape[1] > 0
         listed = []
         for depth in range(self.levels - 2, -1, -1):  # found: rows of the level above, for each of its rows
-            level, above = tables.levels[depth], found
-            if causal:  # the children of the row above which are past, as the mask says
-                own = torch.arange(found.shape[1], dtype=found.dtype, device=found.device)
-                above = torch.cat([found, own[:, None].expand(heads, -1, 1)], 2)
-            listed.append(level.blocks[above].flatten(2)[:, level.above])
+            level = tables.levels[depth]
+            # Under a causal mask the children of the row above as well: those which are past, as the mask says.
+            listed.append(blocks_below(found, level.above, level.blocks, causal))
             found = descend(queries[depth], keys[depth], found, level.families, self.keep, causal)
         fine = torch.cat([found, tables.diagonal.expand(heads, -1, -1)], 2) if causal else found
-        return fine, torch.cat(listed[::-1], 2) if listed else None
+        if len(listed) > 1:
+            listed = [torch.cat(listed[::-1], 2)]
+        return fine, listed[0] if listed else None

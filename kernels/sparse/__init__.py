@@ -3,7 +3,7 @@
 import torch
 
 from longspan.kernels.sparse import gathered
-from longspan.kernels.sparse.descend import Families, descend
+from longspan.kernels.sparse.descend import Families, blocks_below, descend
 from longspan.kernels.sparse.packing import Packing, add_packed, add_shares, pack
 from longspan.kernels.sparse.plan import BlockPlan, Blocks
 from longspan.kernels.sparse.pool import mean_levels, pool, sum_levels
@@ -23,6 +23,7 @@ __all__ = [
     "Tree",
     "add_packed",
     "add_shares",
+    "blocks_below",
     "choose",
     "descend",
     "kept_of",

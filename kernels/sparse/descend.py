@@ -33,6 +33,19 @@ class Families:
         return replace(self, **{name: move(x) for name, x in vars(self).items() if isinstance(x, torch.Tensor)})
 
 
+def blocks_below(found, rows, blocks, causal: bool) -> torch.Tensor:
+    """int32 [H, len(rows), n]: what `blocks` [rows above + 1, w], int32, says of each in found [H, rows above, m] at
+    `rows`, int64, one after the other; its last line of -1. causal: and of the row itself."""
+    if forms.takes(found):
+        from longspan.kernels.sparse.descend_triton import blocks_below_triton
+
+        return blocks_below_triton(found, rows, blocks, causal)
+    found = found[:, rows]
+    if causal:
+        found = torch.cat([found, rows[:, None].expand(found.shape[0], -1, 1)], 2)
+    return blocks[found].flatten(2)
+
+
 def descend(means, keys, above, families: Families, keep: int, causal: bool) -> torch.Tensor:
     """int32 [H, R, keep]: of the children of above [H, rows above, m] (-1 for none) at a row's parent, those with the
     highest products with the row's mean, ascending, -1 after the last. causal: the row's siblings before it are

@@ -2,11 +2,13 @@
 
 import torch
 
-from longspan.kernels.compiler import next_power_of_2, tl, triton
+from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile
 from longspan.kernels.sparse.top_triton import LOWEST, halves, ordered_scores
+
+LISTED = 1024  # entries of lists that a program writes
 
 
 def descend_triton(means, keys, above, families, keep: int, causal: bool) -> torch.Tensor:
@@ -24,6 +26,37 @@ def descend_triton(means, keys, above, families, keep: int, causal: bool) -> tor
             num_warps=4 if width * block_d <= 8192 else 8, num_stages=1,
         )  # fmt: skip
     return chosen
+
+
+def blocks_below_triton(found, rows, blocks, causal: bool):
+    """See kernels.sparse.descend.blocks_below."""
+    found, (heads, _, most), width = unit_stride(found), found.shape, blocks.shape[1]
+    listed = found.new_empty(heads, len(rows), (most + causal) * width)
+    count = listed.shape[1] * listed.shape[2]
+    if listed.numel():
+        blocks_below_kernel[(cdiv(count, LISTED), heads)](
+            found, rows, blocks, listed, *found.stride()[:2], count, len(blocks) - 1, most, width, causal, LISTED
+        )
+    return listed
+
+
+@launched
+@triton.jit(do_not_specialize=["stride_h", "stride_r", "count", "none"])
+def blocks_below_kernel(
+    found_ptr, rows_ptr, blocks_ptr, listed_ptr, stride_h, stride_r, count, none,
+    MOST: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """TILE entries of the lists of one head; none: the last line of blocks."""
+    entry, head = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1).to(tl.int64)
+    there, place = entry < count, entry // WIDTH % (MOST + CAUSAL)
+    row = tl.load(rows_ptr + entry // (WIDTH * (MOST + CAUSAL)), mask=there, other=0)
+    found_ptr += head * stride_h
+    found = tl.load(found_ptr + row * stride_r + place, mask=there & (place < MOST), other=-1)
+    if CAUSAL:
+        found = tl.where(place == MOST, row.to(tl.int32), found)
+    found = tl.where(found < 0, none, found)
+    listed = tl.load(blocks_ptr + found * WIDTH + entry % WIDTH, mask=there, other=-1)
+    tl.store(listed_ptr + head * count + entry, listed, mask=there)
 
 
 @launched

@@ -63,7 +63,8 @@ def top_few_kernel(
     router = tl.load(router_ptr + row, mask=most > 0, other=0).to(tl.int64)
     q = load_tile(means_ptr + head * means_stride_h, router, means_stride_t, 0, most > 0, D, BLOCK_D).to(tl.float32)
     q_high, q_low = halves(q)
-    begin, end = tl.min(tl.where(most > 0, first, HIGHEST)), tl.max(tl.where(most > 0, stop, 0))
+    end = tl.max(tl.where(most > 0, stop, 0))
+    begin = tl.minimum(tl.min(tl.where(most > 0, first, HIGHEST)), end)  # of a tile that chooses nothing too
     keys_ptr += head * keys_stride_h
     scores_ptr += tl.program_id(0).to(tl.int64) * WIDTH * ROWS
     beside = tl.arange(0, ROWS)[None, :]

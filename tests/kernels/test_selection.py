@@ -72,6 +72,7 @@ TOP = {
     "documents": ((40, 1, 90, 3, 70), 4, 1, 20, 12, True, 1, 0, 3),
     "more forced than kept": ((100, 5), 6, 1, 16, 0.02, True, 3, 2, 0),
     "many more forced": ((120,), 5, 1, 16, 12, False, 20, 10, 0),
+    "nothing but what always is": ((1,), 20, 1, 16, 2, True, 0, 0, 2),
     "all": ((80,), 3, 1, 16, 80, False, 0, 0, 1),
 }
 
