@@ -68,11 +68,11 @@ class HierarchyTables:
     rows of all levels, level after level, so many in each: rows. under: per level what its rows are made of, in blocks,
     one for each: rows of the level before, on level 1 tokens or, where ranks add up their sums, one sum each. second:
     blocks of tokens, one for each row of level 2, and runs: local pieces of keys in each local piece of those; None
-    where there is one level. tiles: this rank's queries in blocks for which coarse rows are listed: all under one row
-    of level 2 see the same, in larger tiles than those of fine blocks. coarse_blocks, coarse_weight: blocks of the rows
-    but those of the last level, coarse_rows; chunk: of their plans. dense: the plan over all rows of the last level,
-    dense_rows, which follows from the layout alone. diagonal: int32 [local pieces, 1 or 0]. owned: where gradients of
-    means go. full: no list of blocks will have a -1: there is enough to choose from everywhere, and no row has two
+    where there is one level. coarse_blocks, coarse_weight: blocks of the rows but those of the last level, coarse_rows;
+    chunk: of their plans. dense: the plan over all rows of the last level, dense_rows, which follows from the layout
+    alone. Its queries, this rank's, are in blocks for which coarse rows are listed as well: all under one row of level 2
+    see the same, in larger tiles than those of fine blocks. diagonal: int32 [local pieces, 1 or 0]. owned: where
+    gradients of means go. full: no list of blocks will have a -1: there is enough to choose from everywhere, and no row has two
     blocks under it."""
 
     queries: Pieces
@@ -84,7 +84,6 @@ class HierarchyTables:
     under: tuple[Blocks, ...]
     second: Pieces | None
     runs: Blocks | None
-    tiles: Blocks
     coarse_blocks: Blocks
     coarse_weight: torch.Tensor
     coarse_rows: slice
@@ -149,7 +148,6 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         under=(fine.local if fine.whole else _alone(len(rows[0].place)), *(_blocks_under(x, block) for x in rows[:-1])),
         second=second,
         runs=None if second is None else _runs(fine.local, second.local),
-        tiles=tiles,
         coarse_blocks=Blocks(block, *map(_int32, blocks)),
         coarse_weight=torch.from_numpy(weight),
         coarse_rows=slice(0, dense_from),

@@ -152,7 +152,7 @@ def parts_of(chosen, tables, causal, strategy, group):
         here.append(Part(dense, tables.dense_rows))
     if coarse is not None:
         options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "chunk": tables.chunk}
-        plan = BlockPlan.of(tables.tiles, tables.coarse_blocks, coarse, full=full, **options)
+        plan = BlockPlan.of(tables.dense.queries, tables.coarse_blocks, coarse, full=full, **options)
         here.append(Part(plan, tables.coarse_rows))
     return [*here, local], remote
 
