@@ -70,10 +70,10 @@ class HierarchyTables:
     blocks of tokens, one for each row of level 2, and runs: local pieces of keys in each local piece of those; None
     where there is one level. coarse_blocks, coarse_weight: blocks of the rows but those of the last level, coarse_rows;
     chunk: of their plans. dense: the plan over all rows of the last level, dense_rows, which follows from the layout
-    alone. Its queries, this rank's, are in blocks for which coarse rows are listed as well: all under one row of level 2
-    see the same, in larger tiles than those of fine blocks. diagonal: int32 [local pieces, 1 or 0]. owned: where
-    gradients of means go. full: no list of blocks will have a -1: there is enough to choose from everywhere, and no row has two
-    blocks under it."""
+    alone. Its queries, this rank's, are in blocks for which coarse rows are listed as well: all under one row of
+    level 2 see the same, in larger tiles than those of fine blocks. diagonal: int32 [local pieces, 1 or 0]. owned:
+    where gradients of means go. full: no list of blocks will have a -1: there is enough to choose from everywhere, and
+    no row has two blocks under it."""
 
     queries: Pieces
     keys: Pieces
