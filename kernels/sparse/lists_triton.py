@@ -28,7 +28,7 @@ def rows_triton(chosen: torch.Tensor, width: int, parts: int = 1, full: bool = F
         return chosen.new_zeros(heads, parts * num_rows + 1), row_idx
     row_ptr, tile = chosen.new_empty(heads, parts * num_rows + 1), _tile(num_rows, most)
     span = _span(num_rows, heads * parts, tile[0])
-    rows_kernel[(cdiv(num_rows, span) * heads * parts,)](
+    list_rows_kernel[(cdiv(num_rows, span) * heads * parts,)](
         chosen, row_ptr, row_idx, num_rows, most, width, *chosen.stride()[:2], parts, heads, span, full, *tile,
         num_warps=WARPS,
     )  # fmt: skip
@@ -46,7 +46,7 @@ def columns_triton(row_ptr, row_idx, num_cols: int, chunk: int, most_items: int)
 
     def items_of(col_ptr):
         item_ptr, item_col = torch.empty_like(col_ptr), row_ptr.new_empty(heads, most_items)
-        items_kernel[(cdiv(num_cols, ITEM_COLUMNS) * heads,)](
+        list_items_kernel[(cdiv(num_cols, ITEM_COLUMNS) * heads,)](
             col_ptr, item_ptr, item_col, num_cols, most_items, heads, chunk, ITEM_COLUMNS, num_warps=WARPS
         )
         return item_ptr, item_col
@@ -54,7 +54,7 @@ def columns_triton(row_ptr, row_idx, num_cols: int, chunk: int, most_items: int)
     if words * num_cols > WORDS * capacity:
         return col_ptr, col_idx, *sorted_columns(row_ptr, row_idx, col_ptr, col_idx, items_of, chunk)
     bits, span = row_ptr.new_empty(heads, num_cols, words), _span(num_cols, heads, 1)
-    columns_kernel[(cdiv(num_cols, span) * heads,)](
+    list_columns_kernel[(cdiv(num_cols, span) * heads,)](
         row_ptr, row_idx, bits, col_ptr, col_idx, num_rows, num_cols, words, capacity, span, heads,
         *_tile(num_rows, -(-capacity // num_rows)), TILE, num_warps=WARPS,
     )  # fmt: skip
@@ -74,7 +74,7 @@ def _span(count, programs, least):
 
 @launched
 @triton.jit(do_not_specialize=["num_rows", "most", "width", "stride_h", "stride_m", "parts", "heads", "span"])
-def rows_kernel(
+def list_rows_kernel(
     chosen_ptr, row_ptr, row_idx, num_rows, most, width, stride_h, stride_m, parts, heads, span,
     FULL: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +132,7 @@ def _ones(bits):
 
 @launched
 @triton.jit(do_not_specialize=["num_rows", "num_cols", "num_words", "capacity", "span", "heads"])
-def columns_kernel(
+def list_columns_kernel(
     row_ptr, row_idx, bits_ptr, col_ptr, col_idx, num_rows, num_cols, num_words, capacity, span, heads,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +182,7 @@ def columns_kernel(
 
 @launched
 @triton.jit(do_not_specialize=["num_cols", "items", "heads"])
-def items_kernel(
+def list_items_kernel(
     col_ptr, item_ptr, item_col, num_cols, items, heads, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Items of COLUMNS columns of a head: first item of each, and the column of each item, num_cols past the last."""
