@@ -414,7 +414,7 @@ class _Branch:
         return self._states(self.outline.linked, own_k, k, v, _wide(k))
 
     def states(self, weight, bias, own_q, own_k, q, k, v):
-        """(states, normalizers), saved, or where all queries of a document read the same these states times weight; sums
+        """(states, normalizers), saved, or where all queries of a document read the same these states times weight. Sums
         of blocks exist meanwhile."""
         self._note(own_k, q, k, v, backward=False)
         _sums = self._sums(own_k, k, v, forward=True)
