@@ -414,8 +414,8 @@ class _Branch:
         return self._states(self.outline.linked, own_k, k, v, _wide(k))
 
     def states(self, weight, bias, own_q, own_k, q, k, v):
-        """(states, normalizers), saved, or where all queries of a document read the same these states times weight. Sums
-        of blocks exist meanwhile."""
+        """(states, normalizers), saved; where all queries of a document read the same, the states times weight in place
+        of normalizers. Sums of blocks exist meanwhile."""
         self._note(own_k, q, k, v, backward=False)
         _sums = self._sums(own_k, k, v, forward=True)
         folded = self._states(self._folded(), own_k, k, v, _wide(k))
