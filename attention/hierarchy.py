@@ -68,26 +68,24 @@ class Hierarchical:
         rows, -1 for none; None where there is one level."""
         # Sums in place of means: a factor for each query changes no order.
         if tables.keys.whole:
-            here, *queries = sum_levels(q, tables.under, k.shape[1])
+            queries = sum_levels(q, tables.under, k.shape[1])
         else:
-            here, queries = piece_sums((q,), tables.keys, k.shape[1]), []
+            here = piece_sums((q,), tables.keys, k.shape[1])
+            queries = [total_sums(here, tables.routers, ranks)]
             if self.levels > 1:
                 runs = pool(here, tables.runs) if len(tables.runs) else here
                 queries.append(gathered_sums(runs, tables.second, ranks))
             for under in tables.under[2:]:
                 queries.append(pool(queries[-1], under))
-        queries.insert(0, total_sums(here, tables.routers, ranks))
         keys = coarse_k.split(tables.rows)
-        last, heads = tables.levels[-1], k.shape[1]
-        found = top(queries[-1], keys[-1], last.router, last.candidates)
-        causal = tables.diagonal.shape[1] > 0
-        listed = []
+        last, causal, listed = tables.levels[-1], tables.diagonal.shape[1] > 0, []
+        always = [tables.diagonal if causal else None] + [None] * (self.levels - 1)  # after what is chosen of a level
+        found = top(queries[-1], keys[-1], last.router, last.candidates, always=always[-1])
         for depth in range(self.levels - 2, -1, -1):  # found: rows of the level above, for each of its rows
             level = tables.levels[depth]
             # Under a causal mask the children of the row above as well: those which are past, as the mask says.
             listed.append(blocks_below(found, level.above, level.blocks, causal))
-            found = descend(queries[depth], keys[depth], found, level.families, self.keep, causal)
-        fine = torch.cat([found, tables.diagonal.expand(heads, -1, -1)], 2) if causal else found
+            found = descend(queries[depth], keys[depth], found, level.families, self.keep, causal, always[depth])
         if len(listed) > 1:
             listed = [torch.cat(listed[::-1], 2)]
-        return fine, listed[0] if listed else None
+        return found, listed[0] if listed else None

@@ -22,8 +22,8 @@ class Level:
     """Level l of all documents; int32 on the device, above int64. The last has candidates, and router: the row whose
     mean query chooses for each that does. The others have families, what leads down from the level above; above:
     [local tiles], the row there that each tile is in; blocks: [rows above + 1, 1 or 2], blocks of coarse keys under
-    each, ascending, -1 after the last and for row -1. On level 1 routers are local pieces, whose mean query is that of
-    the row that chooses for them."""
+    each, ascending, -1 after the last and for row -1. Where pieces are not
+    the blocks, routers of level 1 are local pieces, whose mean query is that of the row that chooses for them."""
 
     router: torch.Tensor | None = None
     candidates: Ranges | None = None
@@ -123,7 +123,7 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     for level, above, under in zip(rows, rows[1:], blocks_under):
         chooses = mine if not tables else np.arange(len(level.place))  # of fine blocks, those of local queries
         families = _families(level, chooses, block, causal)
-        if not tables:
+        if not tables and not fine.whole:
             router = np.zeros(len(level.place))
             router[mine] = np.arange(len(mine))
             families = replace(families, router=_int32(router))
@@ -135,7 +135,7 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     chosen_for = np.arange(len(last.place)) if levels > 1 else mine  # of fine blocks, those of local queries
     first = last.base[last.document[chosen_for]]
     stop = first + last.place[chosen_for] if causal else last.base[last.document[chosen_for] + 1]
-    router = last.router(causal) if levels > 1 else np.arange(len(chosen_for))
+    router = last.router(causal) if levels > 1 or fine.whole else np.arange(len(chosen_for))
     tables.append(Level(_int32(router), Ranges.of(first, stop, keep)))
     second = pieces(layout, rank, block**2) if levels > 1 else None
     return HierarchyTables(

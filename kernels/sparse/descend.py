@@ -46,15 +46,16 @@ def blocks_below(found, rows, blocks, causal: bool) -> torch.Tensor:
     return blocks[found].flatten(2)
 
 
-def descend(means, keys, above, families: Families, keep: int, causal: bool) -> torch.Tensor:
-    """int32 [H, R, keep]: of the children of above [H, rows above, m] (-1 for none) at a row's parent, those with the
-    highest products with the row's mean, ascending, -1 after the last. causal: the row's siblings before it are
-    candidates as well. means: [rows, H, D] in at least fp32; keys: in any; products are as in `top`."""
+def descend(means, keys, above, families: Families, keep: int, causal: bool, always=None) -> torch.Tensor:
+    """int32 [H, R, keep + n]: of the children of above [H, rows above, m] (-1 for none) at a row's parent, those with
+    the highest products with the row's mean, ascending, -1 after the last. causal: the row's siblings before it are
+    candidates as well. always: int32 [R, n], listed last, or None. means: [rows, H, D] in at least fp32; keys: in any;
+    products are as in `top`."""
     width = (above.shape[2] + causal) * families.block
     if forms.takes(means) and padded(width) * padded(means.shape[2]) <= TILE_ELEMENTS:
         from longspan.kernels.sparse.descend_triton import descend_triton
 
-        return descend_triton(means, keys, above, families, keep, causal)
+        return descend_triton(means, keys, above, families, keep, causal, always)
     (_, heads, dim), found, keys = keys.shape, [], keys.to(means.dtype)
     head = torch.arange(heads, device=keys.device)[:, None, None]
     place = torch.arange(families.block, dtype=torch.int32, device=keys.device)
@@ -74,4 +75,5 @@ def descend(means, keys, above, families: Families, keep: int, causal: bool) -> 
         order = scores.sort(stable=True, dim=-1, descending=True).indices[..., :keep]
         best = ascending(candidates.gather(2, order), keys.shape[0])
         found.append(torch.nn.functional.pad(best, (0, keep - best.shape[2]), value=-1))
-    return torch.cat(found, 1)
+    found = torch.cat(found, 1)
+    return found if always is None else torch.cat([found, always.expand(heads, -1, -1)], 2)

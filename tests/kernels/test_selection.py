@@ -6,7 +6,18 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longspan.kernels.sparse import Blocks, Families, Ranges, descend, forms, mean_levels, pool, sum_levels, top
+from longspan.kernels.sparse import (
+    Blocks,
+    Families,
+    Ranges,
+    blocks_below,
+    descend,
+    forms,
+    mean_levels,
+    pool,
+    sum_levels,
+    top,
+)
 
 top_triton = pytest.importorskip("longspan.kernels.sparse.top_triton", reason="Triton is not installed")
 top_few_triton = pytest.importorskip("longspan.kernels.sparse.top_few_triton", reason="Triton is not installed")
@@ -259,7 +270,11 @@ def check_descend(seed, documents, block, chosen, dim, keep, causal, device="cpu
     generator = torch.Generator().manual_seed(seed)
     means, keys = (whole_numbers(sum(documents), 2, dim, generator=generator, device=device) for _ in range(2))
     keys = keys.bfloat16() if seed % 2 else keys  # exact in both
-    found = unpadded(descend(means, keys, above, families, keep, causal))
+    chosen = descend(means, keys, above, families, keep, causal)
+    always = (torch.arange(2 * chosen.shape[1]).view(-1, 2) + len(keys)).int().to(device)
+    more = descend(means, keys, above, families, keep, causal, always)
+    assert torch.equal(more, torch.cat([chosen, always.expand(2, -1, -1)], 2))
+    found = unpadded(chosen)
     start, length = (x.tolist() for x in (families.start, families.length))
     for head in range(2):
         scores = means[:, head].double() @ keys[:, head].double().T
@@ -272,6 +287,24 @@ def check_descend(seed, documents, block, chosen, dim, keep, causal, device="cpu
                 row,
                 candidates,
             )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_below(causal, form):
+    check_blocks_below(causal, "cpu")
+
+
+def check_blocks_below(causal, device):
+    """Lists of rows above turn into the blocks under them, and under the row itself."""
+    generator = torch.Generator().manual_seed(0)
+    found = torch.randint(-1, 700, (3, 700, 5), generator=generator).int()
+    blocks = torch.cat([torch.randint(-1, 99, (700, 2), generator=generator), torch.full((1, 2), -1)]).int()
+    rows = torch.arange(1400) // 2
+    wanted = [
+        [[n for above in [*line, *[row] * causal] for n in blocks[above].tolist()] for row, line in zip(rows, lines)]
+        for lines in found[:, rows].tolist()
+    ]
+    assert blocks_below(*(x.to(device) for x in (found, rows, blocks)), causal).tolist() == wanted
 
 
 @settings(max_examples=8, deadline=None)
@@ -326,4 +359,5 @@ class TestOnGpu:
     @pytest.mark.parametrize("causal", [False, True])
     @pytest.mark.parametrize("dim", [64, 128])
     def test_descend_is_what_sorting_gives(self, causal, dim):
+        check_blocks_below(causal, "cuda")
         check_descend(dim // 64, (1000, 17, 300), 16, 8, dim, 8, causal, "cuda")

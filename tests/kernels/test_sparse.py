@@ -190,6 +190,12 @@ def test_parts_continue_one_another(form, dtype):
     assert not out[80:].any() and not dq[80:].any()
 
 
+def several_programs(patch):
+    """Lists of a few rows and columns take several programs, tiles and turns."""
+    patch.setattr(lists_triton, "TILE", 64)
+    patch.setattr(lists_triton, "ITEM_COLUMNS", 4)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     st.integers(0, 2**32), st.integers(1, 150), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3),
@@ -205,6 +211,7 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
         chosen = chosen.sort(-1).values.int()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forms, "takes", lambda x: form != "plain")
+        several_programs(patch)
         patch.setattr(plan_module, "CHUNK", 4)
         patch.setattr(plan_module, "LONG_CHUNK", 4)
         if form == "cells":
@@ -229,6 +236,7 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
 def test_lists_are_split_by_buffer(form, monkeypatch):
     """Plans over several buffers, made at once, list in both orders what each would list alone; one buffer is empty."""
     monkeypatch.setattr(forms, "takes", lambda x: form == "triton")
+    several_programs(monkeypatch)
     generator, width, counts = torch.Generator().manual_seed(0), 7, (7, 4, 0, 6)
     queries, keys = Blocks.of((0, 40), 4), [Blocks.of((0, 4 * n), 4) for n in counts]
     numbers = torch.cat([torch.arange(n) + part * width for part, n in enumerate(counts)])
