@@ -192,8 +192,9 @@ def test_parts_continue_one_another(form, dtype):
 
 def several_programs(patch):
     """Lists of a few rows and columns take several programs, tiles and turns."""
-    patch.setattr(lists_triton, "TILE", 64)
+    patch.setattr(lists_triton, "TILE", 1024)
     patch.setattr(lists_triton, "ITEM_COLUMNS", 4)
+    patch.setattr(lists_triton, "PROGRAMS", 8)
 
 
 @settings(deadline=None, max_examples=30)
@@ -311,6 +312,7 @@ def test_gradients_of_means_come_to_keys(form, name, monkeypatch):
 def test_long_lists_by_key_block(rows, words, monkeypatch):
     monkeypatch.setattr(forms, "takes", lambda x: True)
     monkeypatch.setattr(lists_triton, "WORDS", words)
+    monkeypatch.setattr(lists_triton, "PROGRAMS", 8)
     monkeypatch.setattr(cells_triton, "_cell_shift", lambda *_: 6)
     check_long_lists(rows, 50, "cpu")
 
