@@ -414,13 +414,16 @@ class _Branch:
         return self._states(self.outline.linked, own_k, k, v, _wide(k))
 
     def states(self, weight, bias, own_q, own_k, q, k, v):
-        """(states, normalizers), saved; sums of blocks exist meanwhile."""
+        """(states, normalizers), saved; where all queries of a document read the same, the states times weight in place
+        of normalizers. Sums of blocks exist meanwhile."""
         self._note(own_k, q, k, v, backward=False)
         _sums = self._sums(own_k, k, v, forward=True)
         folded = self._states(self._folded(), own_k, k, v, _wide(k))
         states = folded
         if self.rest:
             states = self._states(self.outline.blocks(self.selection.query_block), own_k, k, v, state_dtype(k.dtype))
+        if not (self.causal or self.rest):
+            return states, torch.empty_like(states)
         size = (k if own_k is None else own_k).shape[2]
         return states, k.new_empty(len(states), k.shape[1], size, dtype=_wide(k))
 

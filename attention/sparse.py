@@ -99,7 +99,8 @@ class _Attention(torch.autograd.Function):
         result, states = out.detach(), (None, None)
         if branch is not None:
             tensors = [(own[1], v), *zip(arrived[::2], arrived[1::2])]
-            states = branch.states(*own, v, sums, entry, [(part, *x) for part, x in zip(parts, tensors, strict=True)])
+            given = [(part, *x) for part, x in zip(parts, tensors, strict=True)]
+            states = branch.states(*own, v, weight, sums, entry, given)
             result = branch.output(out, *own, v, *states, weight, bias)
         saved = coarse_k, coarse_v, weight, bias, own_q, own_k, *states
         ctx.save_for_backward(q, k, v, out.detach(), lse, *saved, *arrived)
@@ -152,7 +153,7 @@ def parts_of(chosen, tables, causal, strategy, group):
         here.append(Part(dense, tables.dense_rows))
     if coarse is not None:
         options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "chunk": tables.chunk}
-        plan = BlockPlan.of(tables.tiles, tables.coarse_blocks, coarse, full=full, **options)
+        plan = BlockPlan.of(tables.dense.queries, tables.coarse_blocks, coarse, full=full, **options)
         here.append(Part(plan, tables.coarse_rows))
     return [*here, local], remote
 

@@ -38,8 +38,8 @@ PARTS = {
     "forward": ("forward_kernel",),
     "dq": ("queries_kernel", "rows_kernel"),
     "dk, dv": ("keys_kernel", "add_kernel"),
-    "choosing": ("pool_kernel", "split_kernel", "top_kernel", "descend_kernel"),
-    "lists": ("count_rows", "scan_kernel", "fill_rows", "mark_kernel", "sum_cells", "place_kernel", "order_kernel"),
+    "choosing": ("pool_", "levels_", "split_", "top_", "descend_", "blocks_below_"),
+    "lists": ("list_rows", "list_columns", "list_items", "mark_", "sum_cells_", "scan_", "place_", "order_"),
     "packing": ("pack_kernel", "add_packed_kernel"),
     "branch": ("whole_", "sums_kernel", "output_kernel", "query_grad", "key_grad", "inside_key", "listed_kernel"),
 }

@@ -3,10 +3,10 @@
 import torch
 
 from longspan.kernels.sparse import gathered
-from longspan.kernels.sparse.descend import Families, descend
+from longspan.kernels.sparse.descend import Families, blocks_below, descend
 from longspan.kernels.sparse.packing import Packing, add_packed, add_shares, pack
 from longspan.kernels.sparse.plan import BlockPlan, Blocks
-from longspan.kernels.sparse.pool import mean_levels, pool
+from longspan.kernels.sparse.pool import mean_levels, pool, sum_levels
 from longspan.kernels.sparse.rules import Boxes, Picks
 from longspan.kernels.sparse.shares import Shares, Tree
 from longspan.kernels.sparse.top import Ranges, kept_of, top
@@ -23,12 +23,14 @@ __all__ = [
     "Tree",
     "add_packed",
     "add_shares",
+    "blocks_below",
     "choose",
     "descend",
     "kept_of",
     "mean_levels",
     "pack",
     "pool",
+    "sum_levels",
     "top",
 ]
 

@@ -125,12 +125,12 @@ class BlockPlan:
     ) -> "BlockPlan":  # fmt: skip
         """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing;
         `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort;
-        `full` that there is no -1 either, so that int32 `chosen` are the lists. listed: most key blocks that a head's
+        `full` that there is no -1 either, and nothing to count. listed: most key blocks that a head's
         lists name, if known: memory for gradients follows it. Nothing waits for the device."""
         if not (ascending or full):
             chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
         chunk = chunk or _chunk_of(keys, chosen)
-        rows = _full_rows(chosen) if full else _rows_of(chosen, len(keys), 1)
+        rows = _rows_of(chosen, len(keys), 1, full)
         return cls(queries, keys, *rows, _most_items(keys, chosen, chunk, listed), causal, log_weight, rule, chunk)
 
     @classmethod
@@ -165,19 +165,13 @@ def _most_items(keys, chosen, chunk, listed=None):
     return min(len(keys) if listed is None else listed, capacity) + capacity // chunk
 
 
-def _full_rows(chosen):
-    heads, rows, most = chosen.shape
-    row_ptr = torch.arange(0, rows * most + 1, most, dtype=torch.int32, device=chosen.device)
-    return row_ptr.expand(heads, -1).contiguous(), chosen.reshape(heads, rows * most)
-
-
-def _rows_of(chosen, width, parts):
+def _rows_of(chosen, width, parts, full=False):
     """(row_ptr [Hs, parts * M + 1], row_idx [Hs, M * K]): of each part one row after the other, what is in
     part * width + 0:width, counted from part * width."""
     if forms.takes(chosen):
         from longspan.kernels.sparse.lists_triton import rows_triton
 
-        return rows_triton(chosen, width, parts)
+        return rows_triton(chosen, width, parts, full)
     return _rows(chosen, width, parts)
 
 

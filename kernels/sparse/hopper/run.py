@@ -31,12 +31,9 @@ def forward(q, k, v, out, lse, plan, scale, pack, onto):
 
 
 def query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto):
-    """Writes dq; gives lse and delta block by block, as `key_gradients` takes them. rows: row_sums, or None."""
-    heads, head_dim = q.shape[1:]
-    blocks, length = len(plan.queries), plan.queries.size
-    log, delta = (lse.new_empty(heads, blocks, length) for _ in range(2))
-    if rows is not None:
-        rows_kernel[(blocks * heads,)](rows, log, delta, plan.queries.start, plan.queries.length, blocks, heads, length)
+    """Writes dq; gives lse and delta block by block, as `key_gradients` takes them. rows: RowSums, or None."""
+    head_dim, blocks = q.shape[2], len(plan.queries)
+    log, delta = _empty_rows(lse, plan.queries) if rows is None else rows.of(plan.queries, _rows_by_blocks)
     tile, stages, warps, registers = QUERIES[head_dim]
     tiles, programs, taken = _programs(q, plan, pack, warps)
     queries_kernel[(programs,)](
@@ -72,6 +69,18 @@ def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)
+
+
+def _rows_by_blocks(sums, queries):
+    log, delta = _empty_rows(sums, queries)
+    blocks, heads = len(queries), sums.shape[1]
+    rows_kernel[(blocks * heads,)](sums, log, delta, queries.start, queries.length, blocks, heads, queries.size)
+    return log, delta
+
+
+def _empty_rows(like, queries):
+    """lse and delta of every row of the blocks."""
+    return like.new_empty(2, like.shape[1], len(queries), queries.size).unbind()
 
 
 def _programs(q, plan, pack, warps):
