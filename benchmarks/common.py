@@ -1,5 +1,6 @@
 """What the benchmarks share: timing over ranks, bytes on the wire, the JSON record and the printed table."""
 
+import argparse
 import importlib.metadata
 import json
 import math
@@ -41,6 +42,28 @@ def save(record: dict, path: str | Path):
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n")
     partial.replace(path)
+
+
+def writable(text: str) -> str:
+    """The path of a file that `save` can write, as the type of an argument: it is tried before anything is measured."""
+    path = Path(text)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # ranks try at the same time
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); name another file") from None
+    return text
+
+
+def device_name(text: str) -> str:
+    """cuda or cpu, as the type of an argument: cuda only where torch sees a GPU."""
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU for cuda; use cpu, or install a CUDA build of torch")
+    return text
 
 
 def format_table(rows: list[dict], columns: list[str]) -> str:
