@@ -233,5 +233,5 @@ def _rows_before(path: Path, first_step: int) -> list[str]:
                 break
             raise UserError(f"{path}, line {number}: not a step's JSON object; move the file away to resume") from None
         if step < first_step:
-            kept.append(line)
+            kept.append(line if line.endswith("\n") else line + "\n")
     return kept
