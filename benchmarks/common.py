@@ -9,7 +9,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longspan.launcher.clock import Clock
 from longspan.launcher.environment import commit
 
 _PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-cudnn-frontend", "numpy")
@@ -142,25 +142,11 @@ _RECEIVED = {
 
 def _run_once(step, device: torch.device, group) -> list[float]:
     """Seconds between consecutive marks of one call, maximum over the ranks."""
-    marks = []
-    if device.type == "cuda":
-
-        def mark():
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-    else:
-
-        def mark():
-            marks.append(time.perf_counter())
-
+    clock, marks = Clock(device), []
     if group is not None:
         dist.barrier(group)
-    step(mark)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        seconds = [start.elapsed_time(stop) / 1000 for start, stop in zip(marks, marks[1:], strict=False)]
-    else:
-        seconds = [stop - start for start, stop in zip(marks, marks[1:], strict=False)]
+    step(lambda: marks.append(clock.mark()))
+    seconds = list(map(clock.seconds, marks, marks[1:]))
     if group is None:
         return seconds
     slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
