@@ -23,7 +23,7 @@ def build_selection(settings):
     are its arguments; `lists` is written module:function. Raises ValueError for what does not fit."""
     arguments = dict(settings)
     name = arguments.pop("name", None)
-    if name not in SELECTIONS:
+    if not isinstance(name, str) or name not in SELECTIONS:
         raise ValueError(f"name={name!r} is unknown{_nearest(name, SELECTIONS)}; use {', '.join(SELECTIONS)}")
     known = [field.name for field in fields(SELECTIONS[name]) if field.init]
     for argument in arguments:
@@ -38,7 +38,7 @@ def build_selection(settings):
     try:
         return SELECTIONS[name](**arguments)
     except TypeError as error:
-        raise ValueError(f"{name} with {arguments}: {error}") from None
+        raise ValueError(f"{name} with {arguments}: a value of another type is needed ({error})") from None
 
 
 def _function(path):
