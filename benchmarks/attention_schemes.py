@@ -29,7 +29,7 @@ from longspan.benchmarks.calibrate import (
     time_attention,
     time_exchange,
 )
-from longspan.benchmarks.common import Traffic, format_table, new_record, save, writable
+from longspan.benchmarks.common import Traffic, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.emulated_nodes import run_on_emulated_nodes
 from longspan.benchmarks.length_mixes import MIXES, draw
 from longspan.benchmarks.ranks import Ranks, join, layer_step
@@ -216,9 +216,7 @@ def parse_arguments(argv=None):
         parser.set_defaults(heads=8, kv_heads=4, head_dim=32, megabytes=1)
     arguments = parser.parse_args(argv)
     check_arguments(parser, arguments)
-    for name in ("ranks_per_node", "megabits", "repetitions", "budget"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "ranks_per_node", "megabits", "repetitions", "budget")
     if arguments.nodes < 0:
         parser.error(f"--nodes {arguments.nodes} must be 0 (none are emulated) or more")
     if arguments.costs:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention import softmax_attention
-from longspan.benchmarks.common import device_name, format_table, measure, new_record, save, writable
+from longspan.benchmarks.common import device_name, format_table, measure, new_record, require_positive, save, writable
 from longspan.benchmarks.ranks import join
 from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import Costs, SequenceParallel
@@ -154,9 +154,7 @@ def add_arguments(parser) -> None:
 
 
 def check_arguments(parser, arguments) -> None:
-    for name in ("heads", "kv_heads", "head_dim", "short", "megabytes", "seconds"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "heads", "kv_heads", "head_dim", "short", "megabytes", "seconds")
     if arguments.long < 2 * arguments.short:
         parser.error(f"--long {arguments.long} must be at least twice --short {arguments.short}")
     if arguments.heads % arguments.kv_heads:

@@ -66,6 +66,14 @@ def device_name(text: str) -> str:
     return text
 
 
+def require_positive(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str) -> None:
+    """Ends with an error where one of these arguments is given and not above 0."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} {value} must be greater than 0")
+
+
 def format_table(rows: list[dict], columns: list[str]) -> str:
     """Aligned text, one line per row; floats to one decimal, missing values as '-'."""
     cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]

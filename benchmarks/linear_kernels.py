@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from longspan.benchmarks.common import device_name, format_table, new_record, save, writable
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.linear_cases import FAMILIES, Problem, bytes_per_token_head
 from longspan.benchmarks.linear_peers import IMPLEMENTATIONS
 from longspan.benchmarks.linear_worker import Step
@@ -241,9 +241,7 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing more is started")
     arguments = parser.parse_args(argv)
-    for name in ("heads", "head_dim", "seconds", "budget", "step_seconds"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "heads", "head_dim", "seconds", "budget", "step_seconds")
     return arguments
 
 

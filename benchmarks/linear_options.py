@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from longspan.benchmarks.common import device_name, format_table, new_record, save, writable
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.benchmarks.linear_worker import KINDS, Step
 from longspan.benchmarks.worker import describe
@@ -125,9 +125,7 @@ def parse_arguments(argv=None):
     add("--budget", type=float, default=540.0, help=f"seconds after which nothing more is started {default}")
     add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     arguments = parser.parse_args(argv)
-    for name in ("tokens", "heads", "head_dim", "seconds", "budget"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "tokens", "heads", "head_dim", "seconds", "budget")
     try:
         arguments.tried = [(Option(name), [literal(value) for value in values]) for name, *values in arguments.tried]
     except ValueError as error:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention import linear_attention
-from longspan.benchmarks.common import Traffic, device_name, format_table, new_record, save, writable
+from longspan.benchmarks.common import Traffic, device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.head_parallel import HEAD_PARALLEL, HeadParallel
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.benchmarks.linear_parity import drift, parity
@@ -208,9 +208,7 @@ def parse_arguments(argv=None):
     arguments = parser.parse_args(argv)
     if arguments.layer and arguments.parity:
         parser.error("--layer and --parity exclude each other; give one of them")
-    for name in ("heads", "head_dim", "repetitions", "parity_tokens", "drift_tokens"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    require_positive(parser, arguments, "heads", "head_dim", "repetitions", "parity_tokens", "drift_tokens")
     if arguments.families is None:
         arguments.families = [*FAMILIES] if arguments.parity else ["fixed", "scalar", "gated_delta"]
     arguments.tokens = arguments.tokens or [1 << 15, 1 << 17] + ([] if arguments.layer else [1 << 19])

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from longspan.benchmarks.common import device_name, format_table, new_record, save, writable
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.loss_sets import SETS
 from longspan.benchmarks.training_peers import Ranks, read_lines
 from longspan.launcher import train
@@ -249,9 +249,7 @@ def parse_arguments(argv=None):
     for name in set(arguments.variants or ()) - set(names):
         parser.error(f"--variants {name}: these sets have {', '.join(dict.fromkeys(names))}")
     arguments.jobs = arguments.jobs or max(1, torch.cuda.device_count() // 2)
-    for name in ("jobs", "ranks", "limit", "budget"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
-            parser.error(f"--{name} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "jobs", "ranks", "limit", "budget")
     return arguments
 
 

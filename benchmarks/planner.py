@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from longspan.benchmarks.common import format_table, new_record, save, writable
+from longspan.benchmarks.common import format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.length_mixes import MIXES, draw
 from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import Layout, Mask, Topology, attention_pairs, rebalance
@@ -227,9 +227,7 @@ def parse_arguments(argv=None):
     add("--token-cap", type=float, default=1.5, help=f"handed to the planner {default}")
     add("--seed", type=int, default=0, help=f"of the batches {default}")
     arguments = parser.parse_args(argv)
-    for name in ("batches", "tokens_per_rank"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    require_positive(parser, arguments, "batches", "tokens_per_rank")
     if not 0 < arguments.fill <= 1:
         parser.error(f"--fill {arguments.fill} must be above 0 and at most 1")
     if not 1 <= arguments.token_cap < float("inf"):

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from longspan.benchmarks.common import device_name, format_table, measure, new_record, save, writable
+from longspan.benchmarks.common import device_name, format_table, measure, new_record, require_positive, save, writable
 from longspan.benchmarks.linear_options import Option, literal
 from longspan.benchmarks.linear_worker import describe
 from longspan.benchmarks.pointwise_cases import CASES, Sizes, eager_layers, ready
@@ -271,9 +271,7 @@ def parse_arguments(argv=None):
     add("--budget", type=float, default=120.0, help=f"seconds after which nothing more is started {default}")
     add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     arguments = parser.parse_args(argv)
-    for name in (*Sizes.__dataclass_fields__, "few_tokens", "seconds", "budget"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, *Sizes.__dataclass_fields__, "few_tokens", "seconds", "budget")
     option = partial(Option, package="longspan.kernels")
     try:
         arguments.tried = [(option(name), [literal(value) for value in values]) for name, *values in arguments.tried]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from longspan.attention import softmax_attention
 from longspan.benchmarks.attention_schemes import SCHEMES
-from longspan.benchmarks.common import device_name, format_table, new_record, save, writable
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.ranks import Ranks, join
 from longspan.launcher.environment import make_deterministic
 from longspan.launcher.parsing import parse_tokens
@@ -153,9 +153,9 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0, help="of the inputs")
     add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu", help=default)
     arguments = parser.parse_args(argv)
-    for name, least in (("tokens", 512), ("heads", 1), ("kv_heads", 1), ("head_dim", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least {least}")
+    require_positive(parser, arguments, "heads", "kv_heads", "head_dim")
+    if arguments.tokens < 512:
+        parser.error(f"--tokens {arguments.tokens} must be at least 512")
     if arguments.heads % arguments.kv_heads:
         parser.error(f"--kv-heads {arguments.kv_heads} must divide --heads {arguments.heads}")
     return arguments

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from longspan.benchmarks.common import device_name, format_table, new_record, save, writable
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.sparse_cases import LINEAR, OURS, SELECTIONS, Case, Step
 from longspan.benchmarks.sparse_peers import PEERS, peers_of
 from longspan.benchmarks.worker import prepare_all, run_steps
@@ -159,9 +159,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--prepare-seconds", type=float, default=60.0, help="at most, compiling at once; 0: do not")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing is measured")
     arguments = parser.parse_args(argv)
-    for name in ("seconds", "limit", "budget"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "seconds", "limit", "budget")
     return arguments
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from longspan.attention import Hierarchical, LinearBranch, TopBlocks, sparse, sparse_attention
 from longspan.attention.block_parts import STRATEGIES, pieces_of
 from longspan.attention.requests import Fetched
-from longspan.benchmarks.common import Traffic, device_name, format_table, new_record, save, writable
+from longspan.benchmarks.common import Traffic, device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.linear_ranks import with_efficiency
 from longspan.benchmarks.ranks import DIRECTIONS, Ranks, join, layer_step
 from longspan.launcher.breakdown import EXPOSED, Work, break_down
@@ -239,9 +239,7 @@ def parse_arguments(argv=None):
     add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {default}")
     arguments = parser.parse_args(argv)
-    for name in ("heads", "kv_heads", "head_dim", "repetitions"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    require_positive(parser, arguments, "heads", "kv_heads", "head_dim", "repetitions")
     if arguments.heads % arguments.kv_heads:
         parser.error(f"--kv-heads {arguments.kv_heads} does not divide --heads {arguments.heads}")
     causal = arguments.layer or arguments.causal

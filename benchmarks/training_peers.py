@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from longspan.benchmarks.common import device_name, format_table, new_record, save, writable
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.launcher import train
 from longspan.launcher.corpus import prepare
 from longspan.launcher.metrics import peak_tflops
@@ -263,9 +263,7 @@ def parse_arguments(argv=None):
     add("--limit", type=float, default=240.0, help=f"seconds that a system may take for a length {default}")
     add("--budget", type=float, default=560.0, help=f"seconds after which nothing is started {default}")
     arguments = parser.parse_args(argv)
-    for name in ("gpus", "limit", "budget"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "gpus", "limit", "budget")
     if arguments.steps < 0:
         parser.error(f"--steps {arguments.steps} must be 0 or more")
     return arguments
