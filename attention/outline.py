@@ -26,9 +26,9 @@ from longspan.attention.schedules import ranks_at_once
 from longspan.attention.selections import TopBlocks
 from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.block_states import state_dtype
-from longspan.kernels.linear.chunked import accumulation_dtype
 from longspan.kernels.linear.groups import CHUNK, ROWS
 from longspan.kernels.sparse import kept_of
+from longspan.kernels.wide import wide_dtype
 from longspan.parallel.balanced import balanced
 from longspan.parallel.geometry import Mask
 from longspan.parallel.topology import Topology
@@ -173,9 +173,9 @@ class _Softmax:
 
     def travels(self, q, k, v):
         self._note(q, k, backward=False)
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
         if self.outline.world_size > 1:
-            _held = self._arriving(q, k, v), torch.empty_like(q, dtype=_wide(q))
+            _held = self._arriving(q, k, v), torch.empty_like(q, dtype=wide_dtype(q.dtype))
         return out, lse
 
     def output(self, kept, q, k, v):
@@ -183,9 +183,9 @@ class _Softmax:
 
     def hold(self, d_out, q, k, v):
         self._note(q, k, backward=True)
-        held = [torch.empty_like(q, dtype=_wide(q))] if self.outline.gpu else []  # kernels add up dq in fp32
+        held = [torch.empty_like(q, dtype=wide_dtype(q.dtype))] if self.outline.gpu else []  # kernels add up dq in fp32
         if self.outline.world_size > 1:
-            held += [*self._arriving(q, k, v), *(torch.empty_like(x, dtype=_wide(x)) for x in (k, v, k, v))]
+            held += [*self._arriving(q, k, v), *(torch.empty_like(x, dtype=wide_dtype(x.dtype)) for x in (k, v, k, v))]
             held += [
                 torch.empty_like(q),
                 *(torch.empty_like(x) for x in (k, v) for _ in range(max(self._at_once(q, k)))),
@@ -256,7 +256,7 @@ class _Linear:
         if form == "kda":  # q and k with their decays
             return [torch.empty_like(q) for _ in range(3)]
         if form == "whole":
-            return [torch.empty_like(v, dtype=_wide(v))]
+            return [torch.empty_like(v, dtype=wide_dtype(v.dtype))]
         return []
 
     def _note(self, q, v, log_decay, beta, backward):
@@ -287,7 +287,7 @@ class _Linear:
         return [spans] * (-(-steps // per_block) - 1)
 
     def _states(self, rows, q, v):
-        return q.new_empty(rows, q.shape[1], q.shape[2], v.shape[2], dtype=accumulation_dtype(q.dtype))
+        return q.new_empty(rows, q.shape[1], q.shape[2], v.shape[2], dtype=wide_dtype(q.dtype))
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ class _Sparse:
 
     def travels(self, q, k, v, *own):
         self._note(q, k, backward=False)
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
         asked, _ = self._asked_and_given(q, k)
         arrived = [x.new_empty(asked, *x.shape[1:]) for x in (k, v)] if self.outline.world_size > 1 else []
         if arrived and self._coarse_rows():
@@ -323,7 +323,7 @@ class _Sparse:
         self._note(q, k, backward=True)
         # dq is made in fp32; when it is done come the states from which the branch's dk and dv follow.
         numbers = max(q.numel(), self.branch.late(own[3], k, v) if self.branch else 0)
-        held = [q.new_empty(numbers, dtype=_wide(q)), *self._lists(q, k)]  # the same again by key blocks
+        held = [q.new_empty(numbers, dtype=wide_dtype(q.dtype)), *self._lists(q, k)]  # the same again by key blocks
         # What is sent back, and what comes back.
         held += [x.new_empty(rows, *x.shape[1:]) for rows in self._asked_and_given(q, k) for x in (k, v)]
         return held + (self.branch.hold(*own, q, k, v) if self.branch else [])
@@ -411,21 +411,21 @@ class _Branch:
     rest: bool
 
     def entry(self, weight, bias, own_q, own_k, k, v):
-        return self._states(self.outline.linked, own_k, k, v, _wide(k))
+        return self._states(self.outline.linked, own_k, k, v, wide_dtype(k.dtype))
 
     def states(self, weight, bias, own_q, own_k, q, k, v):
         """(states, normalizers), saved; where all queries of a document read the same, the states times weight in place
         of normalizers. Sums of blocks exist meanwhile."""
         self._note(own_k, q, k, v, backward=False)
         _sums = self._sums(own_k, k, v, forward=True)
-        folded = self._states(self._folded(), own_k, k, v, _wide(k))
+        folded = self._states(self._folded(), own_k, k, v, wide_dtype(k.dtype))
         states = folded
         if self.rest:
             states = self._states(self.outline.blocks(self.selection.query_block), own_k, k, v, state_dtype(k.dtype))
         if not (self.causal or self.rest):
             return states, torch.empty_like(states)
         size = (k if own_k is None else own_k).shape[2]
-        return states, k.new_empty(len(states), k.shape[1], size, dtype=_wide(k))
+        return states, k.new_empty(len(states), k.shape[1], size, dtype=wide_dtype(k.dtype))
 
     def hold(self, weight, bias, own_q, own_k, q, k, v):
         """Gradients of numerators, denominators (where not all queries of a document read the same) and, to be added,
@@ -433,7 +433,7 @@ class _Branch:
         self._note(own_k, q, k, v, backward=True)
         d_q = [] if own_q is not None else [torch.empty_like(q)]
         if self.causal or self.rest:
-            d_q += [q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=_wide(q))]
+            d_q += [q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))]
         return [self._sums(own_k, k, v, forward=False), *d_q]
 
     def late(self, own_k, k, v):
@@ -485,7 +485,3 @@ class _Convolution:
 @lru_cache(maxsize=4)
 def _layout(lengths, world_size):
     return balanced(lengths, world_size)
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)

@@ -20,6 +20,7 @@ from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
 from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.sparse import BlockPlan, add_shares, choose
+from longspan.kernels.wide import wide_dtype
 
 
 @torch.compiler.disable
@@ -185,7 +186,7 @@ def attend(q, local, coarse, here, remote, group, scale):
         arrived += tensors
         add(part, *tensors)
     if found is None:
-        found = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
+        found = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide_dtype(q.dtype))
     return found[0].to(q.dtype), found[1], parts, arrived
 
 
@@ -251,8 +252,4 @@ def _keys_of(part, local, coarse):
 
 def _sum_dtype(x, num_parts):
     """What results of parts are added in: with two, their sum is rounded once in any case."""
-    return _wide(x) if num_parts > 2 else x.dtype
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)
+    return wide_dtype(x.dtype) if num_parts > 2 else x.dtype
