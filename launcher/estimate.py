@@ -257,4 +257,3 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
         yield "train.compile fuses operations, which is not counted: memory and time are upper bounds"
     if job.config.parallel.softmax in HEAD_PARALLEL and job.sp > 1:
         yield f"parallel.softmax={job.config.parallel.softmax}: memory is that of a ring"
-

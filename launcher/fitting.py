@@ -37,8 +37,8 @@ def largest(job: Job) -> tuple[int, int]:
             near = sorted(known, key=lambda units: abs(known[units]))
             a, b = (fitting, failing) if {fitting, failing} <= known.keys() else near[:2]
             falls = (known[a] - known[b]) / (b - a)  # short sequences may show none, beside what length does not change
-            line, aside = math.floor(a + known[a] / falls) if falls > 0 else 4 * max(known), max(1, fitting >> 9)
-            guess = line - aside if line - aside > fitting else line + aside
+            line, aside = math.floor(a + known[a] / falls) if falls > 0 else math.inf, max(1, fitting >> 9)
+            guess = min(line - aside if line - aside > fitting else line + aside, 8 * max(known))
         guess = min(max(guess, fitting + 1), failing - 1)
         known[guess] = spare(guess)
     power = 1 << ((fitting * unit).bit_length() - 1) if fitting else 0

@@ -93,9 +93,9 @@ def timeline(parts: Sequence[Part], micro_batches: int = 1, update: float = 0.0)
     like all others.
 
     The host queues stage after stage, one step ahead at most. Gathers and reductions take turns on the link. A gather
-    starts when its buffers are free: backward when the stage before has its parameters, where it is queued, forward when
-    the one before that has, and the host is there. Gradients are reduced after a stage, and the next stage is not done
-    before they are.
+    starts when its buffers are free: backward when the stage before has its parameters, where it is queued, forward
+    when the one before that has, and the host is there. Gradients are reduced after a stage, and the next stage is not
+    done before they are.
     """
     host = gpu = link = 0.0
     ends = [0.0, 0.0]  # of steps
