@@ -51,8 +51,8 @@ def test_what_has_nothing_to_hide_behind_shows():
     # The first gather (5); 2 of block 0's, which 1 of embedding hides; backward all of block 1's (3), which loss could
     # not; of block 0's reduction 3, which 1 of embedding hides; the last (6).
     assert timeline(sharded(), update=1.0) == (5 + 2 + 3 + 3 + 6, 0.0)
-    # A gather that outlasts a block: forward those of both blocks run from the end of the first on (5 to 35), with block
-    # 0 from 20 to 30; backward block 1's from its start (47 to 62) and block 0's (62 to 77) beside block 1.
+    # A gather that outlasts a block: forward those of both blocks run from the end of the first on (5 to 35), block 0
+    # from 20 to 30; backward block 1's from its start (47 to 62) and block 0's (62 to 77) beside block 1.
     assert timeline(sharded(gather=15.0))[0] == 5 + (20 - 6) + (35 - 30) + 15 + 3 + 6
     # Reductions of 25 beside 20: block 0 is done when block 1's gradients are, 5 later, and the last two in turn.
     assert timeline(sharded(reduce=25.0))[0] == 5 + 2 + 3 + 5 + (25 - 1) + 6
