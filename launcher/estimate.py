@@ -1,8 +1,8 @@
 """Memory and time of a training step before any GPU is asked for: what every rank holds, what takes how long.
 
 Memory and work are counted on the model itself (models.activations); what sharding adds is here, seconds are in
-launcher.step_time. One step is the steady state: compilation, autotuning and reading data are not in it. Ranks are taken
-as equally busy, which the layouts see to for one long document.
+launcher.step_time. One step is the steady state: compilation, autotuning and reading data are not in it. Ranks are
+taken as equally busy, which the layouts see to for one long document.
 """
 
 from collections.abc import Iterator

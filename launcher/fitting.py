@@ -21,8 +21,8 @@ def largest(job: Job) -> tuple[int, int]:
         device = 1 - sum(memory_at_peak(changed, measured).values()) / limit
         return min(device, 1 - sum(host_memory(changed, measured).values()) / job.cluster.host_memory)
 
-    # Memory grows nearly linearly: a line finds the limit; a little below and a little above are tried. Host memory grows
-    # in jumps, where the line creeps: then halves do.
+    # Memory grows nearly linearly: a line finds the limit; a little below and a little above are tried. Host memory
+    # grows in jumps, where the line creeps: then halves do.
     start = max(2, job.config.data.seq_len // unit)
     known, widths = {units: spare(units) for units in (start // 2, start)}, []
     while True:

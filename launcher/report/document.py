@@ -180,9 +180,10 @@ def _unlike_others(s: Summary) -> Iterable[str]:
     for where, seconds in s.run.breakdowns.items():
         step = sum(value for name, value in seconds.items() if name != OUTSIDE)
         if median and not where.endswith(OF_THEN) and step > UNLIKE * median:
+            more = percent(step / median - 1)
             yield (
-                f"{s.run.name}, {where}: {shown(step)} s, {percent(step / median - 1)} more than the median of the steps"
-                " counted: what is done in few steps, such as compiling, is in its idle time and its communication."
+                f"{s.run.name}, {where}: {shown(step)} s, {more} more than the median of the steps counted: what is"
+                " done in few steps, such as compiling, is in its idle time and its communication."
             )
 
 

@@ -247,7 +247,7 @@ def test_the_whole_report(tmp_path, capsys):
     assert "| 1-1024 | 1 | 1 x 1 | 1,024 | 1 | 3..5 (3) | 455.1 | 25.0 % | 2.25 | 1.5 | 8 | 3.653 | - |" in text
     assert "| 2-1024 | 2 | 1 x 2 | 1,024 | 1 | 50.0 % | 100.0 % | 227.6 |" in text
     assert "left out: 1-1024\n" in text
-    assert "| component | 2-1024, profile |" in text and "| loss | 500 (25.0 %) |" in text and "| sum | 2000 |" in text
+    assert "| component | 2-1024, profile |" in text and "| loss | 500 (25.0 %) |" in text and "| sum | 2,000 |" in text
     assert "**weak, longer sequences**" in text and "These runs differ in commit." in text
     assert "| data.seq_len | 1024 | 1024 | 2048 |" in text and "device H200" in text
     assert "- 2-2048: `train.py x`" in text

@@ -54,6 +54,9 @@ def test_what_has_nothing_to_hide_behind_shows():
     # A gather that outlasts a block: forward those of both blocks run from the end of the first on (5 to 35), block 0
     # from 20 to 30; backward block 1's from its start (47 to 62) and block 0's (62 to 77) beside block 1.
     assert timeline(sharded(gather=15.0))[0] == 5 + (20 - 6) + (35 - 30) + 15 + 3 + 6
+    # Forward a gather does not wait for the stage before it, of which the parameters may be on their way.
+    late = [Part(10.0, gather=1.0), Part(10.0, gather=1.0), Part(10.0, gather=15.0)]
+    assert timeline(late)[0] == 1
     # Reductions of 25 beside 20: block 0 is done when block 1's gradients are, 5 later, and the last two in turn.
     assert timeline(sharded(reduce=25.0))[0] == 5 + 2 + 3 + 5 + (25 - 1) + 6
 
@@ -127,15 +130,16 @@ def test_requests_wait_for_flags_and_means():
     assert waits == [0, 1, 2, 3] and not any(stage.waits for stage in ring.stages)
 
 
-def test_copies_of_sharding_by_hand():
-    job = job_of("data.seq_len=16K")
+@pytest.mark.parametrize("kind", ["softmax", "llsa"])  # of llsa a block's forward is two stages
+def test_copies_of_sharding_by_hand(kind):
+    job = job_of("data.seq_len=16K", f"model.pattern=[{kind}]")
     measured = job.measure()
     blocks, root = sum(measured.block_parameters), measured.root_parameters
     # Read in fp32 and written in bf16, packed, unpacked; gradients read in bf16 and written in fp32.
     gathered, reduced = (4 + 2 + 2 + 2) / 2 + (2 + 2), 2 + 4
     size = blocks * (2 * gathered + reduced) + root * (gathered + reduced)
     assert step_seconds(job, measured)[COPIES] == pytest.approx(size / 4.27e12)
-    twice = step_seconds(job_of("data.seq_len=16K", "train.global_batch=2"), measured)
+    twice = step_seconds(job.with_settings(train={"global_batch": 2}), measured)
     assert twice[COPIES] == pytest.approx(2 * size / 4.27e12)
 
 
@@ -152,6 +156,14 @@ def test_exposed_communication_of_long_steps_by_hand():
     block_last = block * 4 / 2 / NEAR + LATENCY_S
     found = step_seconds(job, measured)[EXPOSED]
     assert least < found < least + 2 * again + block_last
+
+
+def test_states_do_not_travel_again_where_layers_are_recomputed():
+    shown = [
+        estimate(job_of("model.pattern=[linear]", "data.seq_len=1M", f"train.checkpointing={mode}")).seconds[EXPOSED]
+        for mode in ("none", "full")
+    ]
+    assert shown[0] == pytest.approx(shown[1], abs=LATENCY_S)  # of four layers
 
 
 def test_the_host_is_what_short_steps_take():
