@@ -250,8 +250,8 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
         yield "PCIe and the rate of host memory are not measured, but taken from data sheets"
     if seconds.get(WAITING, 0.0) > 0.02 * sum(seconds.values()):
         yield (
-            f"the host is taken to queue an operation in {1e6 * LAUNCH_S:.0f} us, as measured on a slow one: GPUs wait"
-            " for it where they have few tokens each, which train.compile=true is for"
+            f"the host is taken to queue an operation in {1e6 * LAUNCH_S:.0f} us, as slow ones did: GPUs wait for it where"
+            " they have few tokens each, which train.compile=true is for"
         )
     if job.config.train.compile:
         yield "train.compile fuses operations, which is not counted: memory and time are upper bounds"

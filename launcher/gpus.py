@@ -86,6 +86,9 @@ HOST_LINK, HOST_RATE = 50e9, 400e9
 # For the host to queue one operation, forward and backward, autograd and modules included: 92 to 111 us in layers of
 # 2,048 tokens of four kinds, over operations as models.activations counts them (host_time_H200.json; a slow host).
 LAUNCH_S = 1.05e-4
+# For the host to do what FSDP2, and the update, do for a block, in one direction: half of what steps of 16,384 tokens
+# took above that for each of their blocks, median of runs (8 to 12 ms; loss_parity_{sparse,engines,memory}*_H200.json).
+BLOCK_S = 5.5e-3
 LATENCY_S = 5e-5  # of a small collective over NVLink: 48 us for 1 MiB on 4 H200
 
 

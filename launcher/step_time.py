@@ -18,6 +18,7 @@ from longspan.attention.outline import Call
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.attention.schedules import ranks_at_once
 from longspan.launcher.gpus import (
+    BLOCK_S,
     HOST_LINK,
     HOST_RATE,
     LATENCY_S,
@@ -137,9 +138,10 @@ def _part(job, measured: Measured, number: int, computing: float) -> Part:
         if call.backward == stage.backward or call.kind == "convolution":  # what came from others is kept
             shown += count * TRANSFERS[call.kind](job, call, call_seconds(job, call))
     shown += stage.exchanged / gpu.intra + stage.exchanges * LATENCY_S  # of layers that are shared
-    host = LAUNCH_S * (stage.launches + CALL_LAUNCHES * sum(stage.calls.values()))
     size, (gathers, reduces) = _parameters(measured, stage), _moves(measured, number)
-    gather, reduce, copies = (_transfer(size * x) for x in _per_parameter(job))
+    host = LAUNCH_S * (stage.launches + CALL_LAUNCHES * sum(stage.calls.values()))
+    host += BLOCK_S * (gathers and stage.block is not None)
+    gather, reduce, copies = (_transfer(size * x) for x in per_parameter(job))
     return Part(
         computing, shown, host, gathers * gather, reduces * reduce, reduces * copies, stage.waits, stage.backward
     )
@@ -159,7 +161,7 @@ def _moves(measured: Measured, number: int) -> tuple[bool, bool]:
     return (in_block and not stage.waits) or number == 0, stage.backward and (in_block or last)
 
 
-def _per_parameter(job) -> tuple[float, float, float]:
+def per_parameter(job) -> tuple[float, float, float]:
     """Seconds of one parameter on its way: gathered, its gradient reduced, and summed over copies of a shard, which is
     twice its size. In host memory they are moved to the GPU and back besides."""
     share, away = 1 - 1 / job.shards, MASTER / job.shards / HOST_LINK * job.offload

@@ -266,7 +266,7 @@ def _record(record: Record, images: dict[str, str]) -> str:
 
 def plot_of(record: Record) -> str:
     """The name of its plot, which is part of a file name."""
-    return f"bench-{record.name.replace('/', '-')}"
+    return "bench-" + re.sub(r"[^-.\w]+", "-", record.name)
 
 
 def rows_of(record: Record) -> dict[str, list[dict[str, Any]]]:

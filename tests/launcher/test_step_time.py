@@ -11,7 +11,7 @@ from longspan.attention.schedules import softmax_schedule
 from longspan.launcher.breakdown import DATA, EXPOSED, IDLE
 from longspan.launcher.config import Config
 from longspan.launcher.estimate import Job, estimate
-from longspan.launcher.gpus import LATENCY_S, LAUNCH_S, parse_gpus
+from longspan.launcher.gpus import BLOCK_S, LATENCY_S, LAUNCH_S, parse_gpus
 from longspan.launcher.report.planned import plan
 from longspan.launcher.report.results import read
 from longspan.launcher.report.series import summarize
@@ -19,7 +19,9 @@ from longspan.launcher.step_time import (
     COPIES,
     WAITING,
     Part,
+    activations_exposed,
     compute_seconds,
+    per_parameter,
     request_transfer,
     ring_transfer,
     step_seconds,
@@ -143,6 +145,33 @@ def test_copies_of_sharding_by_hand(kind):
     assert twice[COPIES] == pytest.approx(2 * size / 4.27e12)
 
 
+def test_parameters_travel_by_shards_copies_and_from_host_memory():
+    def moved(*settings, gpus="2xH200"):
+        return pytest.approx(per_parameter(job_of(*settings, gpus=gpus)))
+
+    assert moved() == (2 / 2 / NEAR, 4 / 2 / NEAR, 0)
+    assert moved("train.reduce_dtype=bfloat16") == (1 / NEAR, 1 / NEAR, 0)
+    assert moved(gpus="1xH200") == (0, 0, 0)
+    # Sums of 8 GPUs' gradients cross a ring twice, but for the rank's own.
+    assert moved("parallel.engine=ddp", gpus="8xH200") == (0, 0, 2 * 4 * 7 / 8 / NEAR)
+    hsdp = moved("parallel.sharding=hsdp", gpus="32xH200")
+    assert hsdp == (2 * 7 / 8 / NEAR, 4 * 7 / 8 / NEAR, 2 * 4 * 3 / 4 / 8 / CROSS)
+    # Between machines over the links of all eight, which are more than NVLink gives one.
+    assert moved(gpus="16xH200") == (2 * 15 / 16 / NEAR, 4 * 15 / 16 / NEAR, 0)
+    assert moved("optim.offload=cpu") == (1 / NEAR + 4 / 2 / 50e9, 2 / NEAR + 4 / 2 / 50e9, 0)
+
+
+def test_what_layers_keep_crosses_beside_either_pass():
+    job = job_of("data.seq_len=48K", "train.checkpointing=full", "train.offload_activations=true")
+    measured, passes = job.measure(), [1.0, 3.0]
+    # Of four blocks the input, of one the result of attention (its sums per query are too few to be put away).
+    assert sum(measured.put_away) == 5 * 24 * 2**10 * 256 * 2
+    measured = replace(measured, put_away=(int(4 * 50e9),))
+    assert activations_exposed(measured, *passes) == pytest.approx(3 + 1)
+    assert activations_exposed(measured, *passes[::-1]) == pytest.approx(1 + 3)
+    assert activations_exposed(measured, 9.0, 1.0) == pytest.approx(3)
+
+
 def test_exposed_communication_of_long_steps_by_hand():
     """Two ranks that share a long document: keys of every softmax layer and four transfers of parameters."""
     job = job_of("model.pattern=[softmax]", "data.seq_len=1M", "train.checkpointing=full")
@@ -171,6 +200,7 @@ def test_the_host_is_what_short_steps_take():
     measured = job.measure()
     found = estimate(job)
     host = LAUNCH_S * (measured.launches + 8 * sum(sum(stage.calls.values()) for stage in measured.stages))
+    host += 4 * 2 * BLOCK_S
     computing = sum(sum(compute_seconds(job, stage).values()) for stage in measured.stages)
     assert found.seconds[WAITING] > 0.8 * host > computing
     assert found.step_s == pytest.approx(host, rel=0.02) and any("the host" in note for note in found.notes)
@@ -191,3 +221,12 @@ def test_plans_show_no_more_communication_than_measured_steps_have_room_for():
     assert len(left) == 4 and all(0 < planned < measured < 0.07 for planned, measured in left.values())
     keys = [x - y for x, y in zip(left["runs_2xH200/h512K"], left["runs_2xH200/l512K"], strict=True)]
     assert keys[0] == pytest.approx(keys[1], rel=0.35)  # of softmax layers, which the other has not
+
+
+def test_short_steps_are_as_long_as_their_hosts_took():
+    """300 steps of 16K tokens on one H200, of which no kernel is long."""
+    runs, _ = read([RESULTS / "loss_parity_sparse_H200.json"])
+    assert len(runs) == 4
+    for run in runs:
+        found = summarize(run, 2)
+        assert plan(found).step_s == pytest.approx(found.medians["step_time_s"], rel=0.15), run.name
