@@ -248,10 +248,12 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
         yield "blocks of sparse attention are taken as chosen evenly: where choices agree, ranks fetch fewer"
     if job.offload or job.config.train.offload_activations:
         yield "PCIe and the rate of host memory are not measured, but taken from data sheets"
+    if job.offload:
+        yield "the host updates in one thread of each rank, as torchrun has it: OMP_NUM_THREADS=8 or so takes less"
     if seconds.get(WAITING, 0.0) > 0.02 * sum(seconds.values()):
         yield (
-            f"the host is taken to queue an operation in {1e6 * LAUNCH_S:.0f} us, as slow ones did: GPUs wait for it where"
-            " they have few tokens each, which train.compile=true is for"
+            f"the host is taken to queue an operation in {1e6 * LAUNCH_S:.0f} us, as slow ones did: GPUs wait for it"
+            " where they have few tokens each, which train.compile=true is for"
         )
     if job.config.train.compile:
         yield "train.compile fuses operations, which is not counted: memory and time are upper bounds"

@@ -83,11 +83,15 @@ LINEAR_NS = {
 SPARSE_SHARE = {"TopBlocks": (0.75, 0.65), "Hierarchical": (0.15, 0.19)}
 # Bytes per second of a GPU from and to host memory (PCIe 5, 63 by data sheet), and of a host's memory; not measured.
 HOST_LINK, HOST_RATE = 50e9, 400e9
+# Bytes per second of an update on the host in one thread, which is what torchrun gives a rank: 418 million parameters
+# took 1.84 s more than on the GPU, 40 bytes each (last steps of loss_parity_memory_H200.json, when it ran alone).
+THREAD_RATE = 9e9
 # For the host to queue one operation, forward and backward, autograd and modules included: 92 to 111 us in layers of
 # 2,048 tokens of four kinds, over operations as models.activations counts them (host_time_H200.json; a slow host).
 LAUNCH_S = 1.05e-4
 # For the host to do what FSDP2, and the update, do for a block, in one direction: half of what steps of 16,384 tokens
-# took above that for each of their blocks, median of runs (8 to 12 ms; loss_parity_{sparse,engines,memory}*_H200.json).
+# took above that for each of their blocks, median of runs (8 to 12 ms; loss_parity_{sparse,engines,memory}*_H200.json,
+# several runs at a time on one GPU; one at a time on two, loss_parity_sparse_2xH200.json, had 13 to 16 ms).
 BLOCK_S = 5.5e-3
 LATENCY_S = 5e-5  # of a small collective over NVLink: 48 us for 1 MiB on 4 H200
 

@@ -25,6 +25,7 @@ from longspan.launcher.gpus import (
     LAUNCH_S,
     LINEAR_NS,
     SPARSE_SHARE,
+    THREAD_RATE,
 )
 from longspan.models.activations import LOSS, Measured, Stage
 from longspan.parallel.costs import token_bytes
@@ -50,7 +51,7 @@ def step_seconds(job, measured: Measured) -> dict[str, float]:
         times.update(computing)
         parts.append(_part(job, measured, number, seconds))
         forward, backward = (forward, backward + seconds) if stage.backward else (forward + seconds, backward)
-    update = HOST_RATE / job.cluster.per_node if job.offload else gpu.memory_rate
+    update = min(THREAD_RATE, HOST_RATE / job.cluster.per_node) if job.offload else gpu.memory_rate
     optimizer = OPTIMIZER_TRAFFIC * measured.num_parameters / job.shards / update
     shown, idle = timeline(parts, job.micro_batches, optimizer)
     times = Counter({name: seconds * job.micro_batches for name, seconds in times.items()})

@@ -161,6 +161,12 @@ def test_parameters_travel_by_shards_copies_and_from_host_memory():
     assert moved("optim.offload=cpu") == (1 / NEAR + 4 / 2 / 50e9, 2 / NEAR + 4 / 2 / 50e9, 0)
 
 
+def test_the_host_updates_in_one_thread_of_each_rank():
+    away, count = job_of("optim.offload=cpu", "data.seq_len=16K"), job_of().measure().num_parameters
+    assert estimate(away).seconds["optimizer"] == pytest.approx(40 * count / 2 / 9e9)
+    assert any("OMP_NUM_THREADS" in note for note in estimate(away).notes)
+
+
 def test_what_layers_keep_crosses_beside_either_pass():
     job = job_of("data.seq_len=48K", "train.checkpointing=full", "train.offload_activations=true")
     measured, passes = job.measure(), [1.0, 3.0]
