@@ -43,7 +43,8 @@ DELTA_CHUNK_NUMBERS, CHANNEL_WAVE_NUMBERS, CHANNEL_SCORES = 144, 1 << 27, 64
 @dataclass(frozen=True)
 class Call:
     """One call of an attention kernel: kind is softmax, linear, sparse or convolution; detail says which (a Mask, a
-    form of linear attention, a selection, a width)."""
+    form of linear attention, a selection, a width). asked: of sparse layers whose keys come by request, for which the
+    host waits, the tokens of others whose keys this rank gets, None for others and in a ring."""
 
     kind: str
     detail: Any
@@ -52,6 +53,7 @@ class Call:
     kv_heads: int
     key_size: int
     value_size: int
+    asked: int | None = None
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,7 @@ class _Sparse:
     def travels(self, q, k, v, *own):
         self._note(q, k, backward=False)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
-        asked, _ = self._asked_and_given(q, k)
+        asked, _, _ = self._asked_and_given(q, k)
         arrived = [x.new_empty(asked, *x.shape[1:]) for x in (k, v)] if self.outline.world_size > 1 else []
         if arrived and self._coarse_rows():
             arrived.append(self._means(k))
@@ -325,21 +327,23 @@ class _Sparse:
         numbers = max(q.numel(), self.branch.late(own[3], k, v) if self.branch else 0)
         held = [q.new_empty(numbers, dtype=wide_dtype(q.dtype)), *self._lists(q, k)]  # the same again by key blocks
         # What is sent back, and what comes back.
-        held += [x.new_empty(rows, *x.shape[1:]) for rows in self._asked_and_given(q, k) for x in (k, v)]
+        held += [x.new_empty(rows, *x.shape[1:]) for rows in self._asked_and_given(q, k)[:2] for x in (k, v)]
         return held + (self.branch.hold(*own, q, k, v) if self.branch else [])
 
     def _note(self, q, k, backward):
-        self.outline.record(Call("sparse", self.selection, backward, q.shape[1], k.shape[1], q.shape[2], k.shape[2]))
+        asked, _, by_request = self._asked_and_given(q, k)
+        sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+        self.outline.record(Call("sparse", self.selection, backward, *sizes, asked if by_request else None))
 
     def _asked_and_given(self, q, k):
-        """Tokens whose keys this rank gets of others, and others of it, for every key head: of the rank that holds
-        most. All of them in a ring, and of selections that are not known."""
+        """Tokens whose keys this rank gets of others, and others of it, for every key head, of the rank that holds
+        most, and whether by request. All of them in a ring, and of selections that are not known."""
         outline = self.outline
         if outline.world_size == 1:
-            return 0, 0
+            return 0, 0, False
         others, strategy = outline.num_tokens - outline.num_tokens_local, outline.sparse_strategy
         if strategy == "ring" or not isinstance(self.selection, (Hierarchical, TopBlocks)):
-            return others, others
+            return others, others, strategy != "ring"
         layout = _layout(outline.lengths, outline.world_size)
         tokens, listed = expected_requests(self.selection, layout, self.causal)
         if strategy == "auto":
@@ -348,9 +352,9 @@ class _Sparse:
             selection, sizes = self.selection, layout.tokens_per_rank
             block = selection.block**2 if self._coarse_rows() else selection.query_block * selection.key_block
             if way.ring_is_faster(tokens * lists, listed * lists, sizes, lists, block):
-                return others, others
+                return others, others, False
         rank = (2 * tokens.sum(1) + tokens.sum(0)).argmax()
-        return ceil(tokens[rank].sum() - 1e-6), ceil(tokens[:, rank].sum() - 1e-6)
+        return ceil(tokens[rank].sum() - 1e-6), ceil(tokens[:, rank].sum() - 1e-6), True
 
     def _coarse_rows(self):
         """Rows of every level of means."""

@@ -15,6 +15,7 @@ import longspan
 from longspan.launcher.allocator import set_allocator
 from longspan.launcher.config import Config, shipped_configs
 from longspan.launcher.errors import UserError, main_guard
+from longspan.launcher.gpus import parse_gpus
 from longspan.launcher.parsing import describe, parse_tokens, settings_of
 
 # Flags that set one setting: flag -> (setting, metavar).
@@ -91,7 +92,7 @@ def plan(argv: list[str]) -> None:
     parser.add_argument("--gpus", default="1xH200", metavar="NxTYPE", help="such as 64xH200 (default 1xH200)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)")
     parser.add_argument(
-        "--host-memory", type=float, default=0, metavar="GIB", help="of a machine (default 128 for each of its GPUs)"
+        "--host-memory", type=_gib, default=0, metavar="GIB", help="of a machine (default 128 for each of its GPUs)"
     )
     parser.add_argument(
         "--document", type=_tokens, default=0, metavar="TOKENS",
@@ -99,10 +100,10 @@ def plan(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     config, arguments = _read_settings(parser, argv)
-    from longspan.launcher.estimate_report import report  # imports torch
+    cluster = parse_gpus(arguments.gpus, arguments.gpus_per_node, arguments.host_memory)
+    from longspan.launcher.estimate_report import report  # imports torch, which mistakes need not wait for
 
-    cluster = arguments.gpus, arguments.gpus_per_node, arguments.host_memory
-    report(config, *cluster, arguments.document, as_json=arguments.json)
+    report(config, cluster, arguments.document, as_json=arguments.json)
 
 
 def profile(argv: list[str]) -> None:
@@ -270,6 +271,13 @@ def _tokens(text: str) -> int:
         return parse_tokens(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _gib(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB; write it like 1024") from None
 
 
 def _shown(value: Any) -> str:

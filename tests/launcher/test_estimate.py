@@ -12,9 +12,10 @@ from longspan.attention.selections import TopBlocks
 from longspan.launcher import cli
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
-from longspan.launcher.estimate import Job, activations_exposed, estimate
+from longspan.launcher.estimate import Job, estimate
 from longspan.launcher.fitting import largest, refuse
 from longspan.launcher.gpus import GIB, GPUS, Cluster, parse_gpus
+from longspan.launcher.step_time import activations_exposed
 from longspan.models.flops import num_parameters
 from longspan.parallel.balanced import balanced
 
@@ -107,8 +108,8 @@ def test_offload_takes_host_memory_in_powers_of_two_and_time_where_it_is_not_hid
     assert 8 < pinned < 16
     narrow = job_of("data.seq_len=48K", "train.checkpointing=full", "train.offload_activations=true")
     measured = narrow.measure()
-    assert activations_exposed(measured, 0.0) == pytest.approx(2 * sum(measured.put_away) / 50e9)
-    assert activations_exposed(measured, 1e9) == 0
+    assert activations_exposed(measured, 0.0, 0.0) == pytest.approx(2 * sum(measured.put_away) / 50e9)
+    assert activations_exposed(measured, 1e9, 1e9) == 0
 
 
 def test_a_job_can_be_too_large_for_its_machine_alone(capsys):
