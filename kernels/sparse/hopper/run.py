@@ -15,7 +15,7 @@ from longspan.kernels.sparse.hopper.tiles import descriptor, matrix_of
 FORWARD = {64: (64, 3, 8, 128), 128: (128, 2, 4, None)}
 QUERIES = {64: (64, 3, 8, 128), 128: (64, 4, 4, None)}
 KEY_GRADIENTS = 2, 2  # tiles of queries and of their gradients that are under way
-PERSISTENT = False  # whether programs that are fed take tile after tile, one on a processor
+PERSISTENT = True  # whether programs that are fed take tile after tile, one on a processor
 IN_TURN = True  # whether warpgroups start their products one after the other, forward
 
 
