@@ -132,9 +132,10 @@ def test_what_was_fetched_on_gpus_is_near():
         assert tokens.sum() / 4 * 4 * 4 * 128 * 2 / 2**20 == pytest.approx(row["blocks_mib"], rel=0.1)
 
 
-def test_documents_on_one_rank_ask_for_nothing():
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_documents_on_one_rank_ask_for_nothing(ranks):
     lengths, selection = [2048, 300, 300, 300, 300], Hierarchical(4, 8, 2)
-    layout = balanced(lengths, 4)
+    layout = balanced(lengths, ranks)
     cut = {d for d in range(5) if sum(any(span.document == d for span in spans) for spans in layout.spans) > 1}
     assert 0 in cut and len(cut) < 5
     kept = {d: n for n, d in enumerate(sorted(cut))}
