@@ -181,9 +181,9 @@ def list_columns_kernel(
 
 
 @launched
-@triton.jit(do_not_specialize=["num_cols", "items", "heads"])
+@triton.jit(do_not_specialize=["num_cols", "items", "heads", "chunk"])
 def list_items_kernel(
-    col_ptr, item_ptr, item_col, num_cols, items, heads, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    col_ptr, item_ptr, item_col, num_cols, items, heads, chunk, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Items of COLUMNS columns of a head: first item of each, and the column of each item, num_cols past the last."""
     begin, head = tl.program_id(0) // heads * COLUMNS, (tl.program_id(0) % heads).to(tl.int64)
@@ -192,9 +192,9 @@ def list_items_kernel(
     item_col += head * items
     before, place = tl.zeros([COLUMNS], tl.int32), tl.arange(0, COLUMNS)
     for first in range(0, begin, COLUMNS):
-        before += _items_of(col_ptr, first + place, num_cols, CHUNK)
+        before += _items_of(col_ptr, first + place, num_cols, chunk)
     column, total = begin + place, tl.sum(before, 0)
-    counts = _items_of(col_ptr, column, num_cols, CHUNK)
+    counts = _items_of(col_ptr, column, num_cols, chunk)
     item = total + tl.cumsum(counts, 0) - counts
     tl.store(item_ptr + column, item, mask=column < num_cols)
     for turn in range(0, tl.max(counts)):
@@ -207,7 +207,7 @@ def list_items_kernel(
 
 
 @triton.jit
-def _items_of(col_ptr, column, num_cols, CHUNK: tl.constexpr):
+def _items_of(col_ptr, column, num_cols, chunk):
     there = column < num_cols
     first, stop = tl.load(col_ptr + column, mask=there, other=0), tl.load(col_ptr + column + 1, mask=there, other=0)
-    return (stop - first + (CHUNK - 1)) // CHUNK
+    return (stop - first + (chunk - 1)) // chunk

@@ -313,6 +313,7 @@ def test_long_lists_by_key_block(rows, words, monkeypatch):
     monkeypatch.setattr(forms, "takes", lambda x: True)
     monkeypatch.setattr(lists_triton, "WORDS", words)
     monkeypatch.setattr(lists_triton, "PROGRAMS", 8)
+    monkeypatch.setattr(lists_triton, "ITEM_COLUMNS", 16)
     monkeypatch.setattr(cells_triton, "_cell_shift", lambda *_: 6)
     check_long_lists(rows, 50, "cpu")
 
