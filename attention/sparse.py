@@ -146,15 +146,16 @@ def parts_of(chosen, tables, causal, strategy, group):
     one."""
     fine, coarse, *rule = chosen
     full = getattr(tables, "full", False)
-    local, remote = block_parts(fine, tables, causal, strategy, group, *rule, full=full)
     here, dense = [], getattr(tables, "dense", None)
+    beside = dense is not None or coarse is not None
+    local, remote = block_parts(fine, tables, causal, strategy, group, *rule, full=full, beside=beside)
     if dense is not None:
         here.append(Part(dense, tables.dense_rows))
     if coarse is not None:
         options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "chunk": tables.chunk}
         plan = BlockPlan.of(tables.tiles, tables.coarse_blocks, coarse, full=full, **options)
         here.append(Part(plan, tables.coarse_rows))
-    return [*here, local], remote
+    return [*here, *local], remote
 
 
 def attend(q, local, coarse, here, remote, group, scale):
@@ -176,7 +177,10 @@ def attend(q, local, coarse, here, remote, group, scale):
     for part in here:
         add(part, *_keys_of(part, local, coarse))
     if isinstance(remote, Request):
-        remote, pending = remote.parts(*local)
+        more, remote, pending = remote.parts(*local)
+        here = [*here, *more]
+        for part in more:
+            add(part, *local)
     for number, part in enumerate(remote, 1):
         tensors = pending.wait()
         if number < len(remote):
@@ -204,6 +208,7 @@ def gradients_of(
     else:
         d_coarse = [None, None]
     sums, returning, passing, arrived = {}, [], None, list(zip(arrived[::2], arrived[1::2], strict=True))
+    own = blocks = None
     for number, part in enumerate(remote[::-1] + here, 1):
         keys, values = arrived.pop() if part.remote else _keys_of(part, local, coarse)
         into = [x[part.rows] for x in d_coarse] if part.coarse else None
@@ -235,6 +240,8 @@ def gradients_of(
             returning.insert(0, (part.way, part.way.start_return(gradients, keys.dtype, group)))
         elif not part.coarse:
             own, blocks = gradients, part.plan.keys
+    if own is None and owned is not None:
+        passing = owned.start(d_coarse, group)
     own = own if meanwhile is None else meanwhile(*own)
     shares = None if passing is None else owned.shares(passing)
     for way, pending in returning:

@@ -3,6 +3,7 @@
 import torch
 
 from longspan.kernels.sparse import gathered
+from longspan.kernels.sparse.asking import ask, count, place, rename
 from longspan.kernels.sparse.descend import Families, descend
 from longspan.kernels.sparse.packing import Packing, add_packed, add_shares, pack
 from longspan.kernels.sparse.plan import BlockPlan, Blocks
@@ -23,12 +24,16 @@ __all__ = [
     "Tree",
     "add_packed",
     "add_shares",
+    "ask",
     "choose",
+    "count",
     "descend",
     "kept_of",
     "mean_levels",
     "pack",
+    "place",
     "pool",
+    "rename",
     "top",
 ]
 

@@ -31,14 +31,25 @@ def make(size, lists):
     return blocks, flags.to(torch.uint8), rows
 
 
+def packing_of(blocks, flags, own=-1):
+    """Of flags [ranks, lists, blocks]; the rows of rank `own` in a buffer of their own."""
+    rows = flags * blocks.length
+    places = torch.full_like(rows, -1)
+    for ranks in [range(len(rows))] if own < 0 else [[n for n in range(len(rows)) if n != own], [own]]:
+        some = rows[list(ranks)]
+        at = some.flatten().cumsum(0).view(some.shape) - some
+        places[list(ranks)] = torch.where(flags[list(ranks)] > 0, at, -1).int()
+    return Packing(blocks, places, own)
+
+
 @pytest.mark.parametrize("size, dim", [(4, 8), (4, 20), (7, 8), (7, 20), (80, 20)])
 @pytest.mark.parametrize("lists", [1, HEADS])
 def test_there_and_back(size, lists, dim, form):
     blocks, flags, rows = make(size, lists)
-    packing, total = Packing.of(blocks, flags), 5 * size
+    packing, total = packing_of(blocks, flags), 5 * size
     # As they come out of one projection: heads of keys beside those of values.
     k, v = torch.randn(total, 2 * HEADS, dim).to(torch.bfloat16).chunk(2, 1)
-    buffers = pack((k, v), packing, len(rows))
+    buffers = pack((k, v), packing, len(rows)).chunk(2, 1)
     for x, buffer in zip((k, v), buffers, strict=True):
         wanted = torch.stack([x[token, head].view(-1, dim) for _, head, token in rows])
         assert torch.equal(buffer, wanted)
@@ -65,7 +76,7 @@ def test_there_and_back(size, lists, dim, form):
 def test_sums_are_in_the_order_of_ranks(form):
     """1 + 2^-30 - 1 in fp32 is 0 in one order and 2^-30 in another."""
     blocks = Blocks.of((0, 2), 2)
-    packing = Packing.of(blocks, torch.ones(RANKS, 1, 1, dtype=torch.uint8))
+    packing = packing_of(blocks, torch.ones(RANKS, 1, 1, dtype=torch.uint8))
     returned = [torch.tensor([1.0, -1.0, 2.0**-30]).repeat_interleave(2).view(6, 1, 1) for _ in range(2)]
     found = [torch.zeros(2, 1, 1) for _ in range(2)]
     add_packed(found, packing, returned)
@@ -74,9 +85,9 @@ def test_sums_are_in_the_order_of_ranks(form):
 
 def test_nothing_to_send(form):
     blocks = Blocks.of((0, 5), 4)
-    packing = Packing.of(blocks, torch.zeros(RANKS, 1, 2, dtype=torch.uint8))
+    packing = packing_of(blocks, torch.zeros(RANKS, 1, 2, dtype=torch.uint8))
     k = torch.randn(5, 1, 8)
-    buffers = pack((k, k), packing, 0)
+    buffers = pack((k, k), packing, 0).chunk(2, 1)
     assert [x.shape for x in buffers] == [(0, 1, 8)] * 2
     found = [k.clone(), k.clone()]
     add_packed(found, packing, buffers)
