@@ -7,7 +7,6 @@ that; when it knows, keys and values are packed in one launch and sent, and atte
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from longspan.attention.block_parts import Part, pieces_of, ring
 from longspan.attention.block_tables import Pieces

@@ -40,7 +40,7 @@ PARTS = {
     "dk, dv": ("keys_kernel", "add_kernel"),
     "choosing": ("pool_kernel", "split_kernel", "top_kernel", "descend_kernel"),
     "lists": ("count_rows", "scan_kernel", "fill_rows", "mark_kernel", "sum_cells", "place_kernel", "order_kernel"),
-    "packing": ("pack_kernel", "add_packed_kernel"),
+    "packing": ("ask_kernel", "count_kernel", "locate_kernel", "rename_kernel", "pack_kernel", "add_packed_kernel"),
     "branch": ("whole_", "sums_kernel", "output_kernel", "query_grad", "key_grad", "inside_key", "listed_kernel"),
 }
 

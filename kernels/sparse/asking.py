@@ -1,4 +1,4 @@
-"""What the lists of all ranks name of one another's keys: flags that ranks show, and what follows from them on the device.
+"""What lists name of other ranks' keys: flags that ranks show one another, and what follows from them on the device.
 
 Pieces of keys are numbered over all ranks: owner * width + place on the owner (attention.block_tables). Nothing here
 waits for the device: what arrives has room for all that could be named.
@@ -52,7 +52,8 @@ def place(shown, counts, keys, lists: int, rank: int, own: bool) -> tuple[torch.
     table: int32 [lists, ranks * width], the number of every piece in the buffer, -1 where it is not; without `own` that
     of local pieces is their place here and others follow len(arriving). arriving: Blocks, what lies behind those that
     are named is undefined. places: int32 [ranks, lists, local pieces], the row of a local piece among those that go to
-    a rank, all ranks' after one another, of `rank` among its own; -1 where it is not. counts: see `count`; keys: Pieces.
+    a rank, all ranks' after one another, of `rank` among its own; -1 where it is not. counts: see `count`; keys:
+    Pieces.
     """
     ranks, width, local = len(shown), keys.width, len(keys.local)
     columns = keys.lengths, keys.positions, keys.steps
@@ -66,7 +67,9 @@ def place(shown, counts, keys, lists: int, rank: int, own: bool) -> tuple[torch.
     flags = flags_of(shown, lists, width)
     owners = torch.tensor([rank] * own + [n for n in range(ranks) if n != rank], device=shown.device)
     named = flags[rank].transpose(0, 1)[owners].flatten()
-    piece = (owners[:, None] * width + torch.arange(width, device=shown.device))[:, None].expand(-1, lists, -1).flatten()
+    piece = (
+        (owners[:, None] * width + torch.arange(width, device=shown.device))[:, None].expand(-1, lists, -1).flatten()
+    )
     number = named.cumsum(0) - 1
     rows = named * keys.lengths[piece]
     start = rows.cumsum(0, dtype=torch.int32) - rows

@@ -34,7 +34,7 @@ def place_triton(shown, counts, columns, lists, width, local, rank, own, room, o
     ranks, size = shown.shape
     arriving, table = columns[0].new_empty(4, room), columns[0].new_empty(lists, ranks * width)
     places = columns[0].new_empty(ranks, lists, local)
-    place_kernel[(2 * ranks * lists,)](
+    locate_kernel[(2 * ranks * lists,)](
         shown, counts, *columns, arriving, table, places, size, ranks, lists, width, local, rank, room, offset,
         own, next_power_of_2(ranks * lists), TILE,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def count_kernel(
 
 @launched
 @triton.jit(do_not_specialize=["size", "ranks", "lists", "width", "local", "rank", "room", "offset"])
-def place_kernel(
+def locate_kernel(
     shown_ptr, counts_ptr, lengths_ptr, positions_ptr, steps_ptr, arriving_ptr, table_ptr, places_ptr,
     size, ranks, lists, width, local, rank, room, offset,
     OWN: tl.constexpr, SEGMENTS: tl.constexpr, TILE: tl.constexpr,
@@ -150,6 +150,6 @@ def place_kernel(
 def rename_kernel(wanted_ptr, table_ptr, columns_ptr, entries, pieces, lists, TILE: tl.constexpr):
     """TILE entries of a list."""
     listed, entry = (tl.program_id(0) % lists).to(tl.int64), tl.program_id(0) // lists * TILE + tl.arange(0, TILE)
-    at = listed * entries + entry
-    piece = tl.load(wanted_ptr + at, mask=entry < entries, other=-1)
-    tl.store(columns_ptr + at, tl.load(table_ptr + listed * pieces + piece, mask=piece >= 0, other=-1), mask=entry < entries)
+    at, valid = listed * entries + entry, entry < entries
+    piece = tl.load(wanted_ptr + at, mask=valid, other=-1)
+    tl.store(columns_ptr + at, tl.load(table_ptr + listed * pieces + piece, mask=piece >= 0, other=-1), mask=valid)

@@ -206,7 +206,9 @@ def compile_hopper_sweeps(head_dim):
 
 
 def compile_choosing(width):
-    """What chooses blocks for heads of this width, and the lists of plans."""
+    """What chooses blocks for heads of this width, asks other ranks for them, and the lists of plans."""
+    from types import SimpleNamespace
+
     import numpy as np
     import torch
 
@@ -218,9 +220,13 @@ def compile_choosing(width):
         Shares,
         Tree,
         add_packed,
+        ask,
+        count,
         forms,
         mean_levels,
         pack,
+        place,
+        rename,
     )
     from longspan.kernels.sparse.descend_triton import descend_triton
     from longspan.kernels.sparse.lists_triton import columns_triton, rows_triton
@@ -241,9 +247,16 @@ def compile_choosing(width):
     mean_levels((means.bfloat16(),) * 2, (blocks, Blocks.of((0, 8), 4)), zeros(10), torch.bfloat16)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
     for lists in (1, 2):
-        packing = Packing.of(blocks, torch.ones(2, lists, 8, dtype=torch.uint8))
-        buffers = pack((means.bfloat16(),) * 2, packing, 256 * lists)
-        add_packed((means.bfloat16(),) * 2, packing, buffers, Shares(Tree(zeros(10), zeros(10), 2), means, means))
+        packing, x = Packing(blocks, zeros(2, lists, 8)), (means.bfloat16(),) * 2
+        pack(x, packing, 256 * lists)
+        for shares, own in ((Shares(Tree(zeros(10), zeros(10), 2), means, means), x), (None, None)):
+            add_packed(x, packing, [y[:, : 1 + lists % 2].contiguous() for y in x], shares, own)
+    keys = SimpleNamespace(width=4, size=16, local=range(4), lengths=zeros(8), positions=zeros(8), steps=zeros(8))
+    for own in (True, False):
+        wanted, shown = ask(zeros(2, 4, 2), zeros(8, 1).long(), 2, 4, listed=own)
+        shown = shown.expand(2, -1).contiguous()
+        table, _, _ = place(shown, count(shown, keys.lengths, 2), keys, 2, 0, own)
+        rename(wanted, table)
     for columns in (8, 1 << 12):  # dense and sparse lists
         row_ptr, row_idx = rows_triton(zeros(1, 64, 4), columns)
         columns_triton(row_ptr, row_idx, columns, 64, 9)
