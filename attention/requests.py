@@ -21,11 +21,11 @@ from longspan.parallel.exchange import (
 )
 
 
-def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, beside=False):
+def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, apart=False):
     """(parts of local keys, what follows: a list of parts of other ranks' keys or, where the host has to wait for what
     ranks ask of one another, a Request). blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, -1 for none;
-    strategy: one of STRATEGIES or an Estimate; rule: of plans; full: there is no -1. beside: there is other work for
-    the time of the transfer: then local blocks are attended to together with those that arrive, in one part."""
+    strategy: one of STRATEGIES or an Estimate; rule: of plans; full: there is no -1. apart: local blocks are a part of
+    their own, else they are attended to together with those that arrive: a pass over queries less."""
     keys, queries, options = tables.keys, tables.queries.local, {"causal": causal, "rule": rule}
     if keys.whole:
         return [Part(BlockPlan.of(queries, keys.local, blocks, ascending=True, full=full, **options))], []
@@ -33,7 +33,7 @@ def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, 
     if world_size == 1 or strategy == "ring":
         plans = _plans_by_owner(pieces_of(blocks, keys), keys, queries, rank, world_size, options)
         return [Part(plans[rank])], ring(plans, keys, keys.reach[int(causal)], group)
-    request = Request(blocks, keys, queries, options, group, None if strategy == "fetch" else strategy, full, beside)
+    request = Request(blocks, keys, queries, options, group, None if strategy == "fetch" else strategy, full, not apart)
     return request.local, request
 
 
@@ -46,22 +46,22 @@ class Request:
     """What ranks ask of one another: the pieces of others that their lists name, a flag for each, which all ranks see.
     How many there are is on its way to the host, which has to know the sizes of what is sent.
 
-    local: parts that can be attended to meanwhile; with `beside` none, and local blocks lie in front of what arrives.
-    estimate: which says whether a ring is faster, or None for no ring. Others as in `block_parts`.
+    local: parts that can be attended to meanwhile; `together` there are none, and local blocks lie in front of what
+    arrives. estimate: which says whether a ring is faster, or None for no ring. Others as in `block_parts`.
     """
 
-    def __init__(self, blocks, keys: Pieces, queries, options, group, estimate=None, full=False, beside=False):
+    def __init__(self, blocks, keys: Pieces, queries, options, group, estimate=None, full=False, together=True):
         self.keys, self.queries, self.options = keys, queries, options
-        self.group, self.estimate, self.beside, self.lists = group, estimate, beside, len(blocks)
+        self.group, self.estimate, self.together, self.lists = group, estimate, together, len(blocks)
         rank, world_size = group_rank(group), group_size(group)
         self.wanted, shown = ask(blocks, keys.of_block, world_size, keys.width, listed=estimate is not None)
         shown = start_all_gather(shown[None], group).wait().flatten(0, 1)
         counts = count(shown, keys.lengths, self.lists)
-        table, arriving, places = place(shown, counts, keys, self.lists, rank, beside)
-        self.packing = Packing(keys.local, places, rank if beside else -1)
+        table, arriving, places = place(shown, counts, keys, self.lists, rank, together)
+        self.packing = Packing(keys.local, places, rank if together else -1)
         self.counts = ToHost(counts)
         columns = rename(self.wanted, table)
-        if beside:
+        if together:
             full = full and keys.of_block.shape[1] == 1
             self.local = []
             self.plan = BlockPlan.of(queries, arriving, columns, ascending=True, full=full, **options)
@@ -79,11 +79,11 @@ class Request:
         if self.estimate is not None and self._ring_is_faster(others, counts[..., -1]):
             plans = _plans_by_owner(self.wanted, self.keys, self.queries, rank, len(tokens), self.options)
             parts = ring(plans, self.keys, (others > 0).tolist(), self.group)
-            return [Part(plans[rank])] if self.beside else [], parts, self._start(parts[0].way, k, v)
-        own = int(tokens[rank, rank]) if self.beside else 0
+            return [Part(plans[rank])] if self.together else [], parts, self._start(parts[0].way, k, v)
+        own = int(tokens[rank, rank]) if self.together else 0
         way = Fetched(self.packing, own, tuple(others[:, rank].tolist()), tuple(others[rank].tolist()), k.shape[0])
         pending = self._start(way, k, v)
-        pieces[rank] *= self.beside
+        pieces[rank] *= self.together
         arrived = self.plan.keys.map(lambda x: x[: pieces.sum()])
         return [], [Part(self.plan.over(arrived, int(pieces.sum(0).max())), way=way)], pending
 
@@ -122,13 +122,15 @@ class Fetched:
         return Pending(works, [work.result for work in works] + [x[: self.own] for x in gradients])
 
     def add_returned(self, arrived, totals, blocks, shares):
-        """Without totals where local blocks came in front of what arrived."""
+        """totals: None where local blocks lay in front of what arrived, and nothing else was added to them."""
         arrived, own = arrived[:2], arrived[2:]
-        if totals is None:
-            shape = self.tokens, self.packing.places.shape[1] * own[0].shape[1], own[0].shape[2]
-            totals = [x.new_empty(shape) for x in own]
-            add_packed(totals, self.packing, arrived, shares, own)
+        if self.packing.own < 0:
+            totals = [x.contiguous() for x in totals]
+            add_packed(totals, self.packing, arrived, shares)
             return totals
-        totals = [x.contiguous() for x in totals]
-        add_packed(totals, self.packing, arrived, shares)
+        fresh, shape = totals is None, (self.tokens, self.packing.places.shape[1] * own[0].shape[1], own[0].shape[2])
+        if fresh:
+            totals = [x.new_empty(shape) for x in own]
+        totals = [x.new_zeros(shape) if y is None else y.contiguous() for x, y in zip(own, totals)]
+        add_packed(totals, self.packing, arrived, shares, own, fresh)
         return totals

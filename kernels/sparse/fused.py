@@ -69,38 +69,61 @@ def row_sums(d_out, d_lse, out, lse) -> torch.Tensor:
 
 def backward(
     d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None, into=None,
-    shares=None, states=None,
+    shares=None, states=None, send=None,
 ):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv in those of k and v); d_lse: [Tq, Hq] or None. out and lse: of all keys that
     the queries see, also where the plan lists some of them. rows: their row_sums, if known; onto: dq of other keys, to
     which that of the plan is added; it may be overwritten. into: contiguous tensors for dk and dv. shares: Shares of
     the keys and values in gradients of their means, to be added to dk and dv. states: KeyStates that the keys are part
-    of; what keys get from these is added for blocks that some query chose, where `takes_states`."""
+    of; what keys get from these is added for blocks that some query chose, where `takes_states`. send: called with dk
+    and dv once they are queued, and before dq is, or None."""
     d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
     dk, dv = into or (k.new_empty(k.shape), v.new_empty(v.shape))
     dtype = dtype or q.dtype
     dq = onto if onto is not None and onto.dtype == dtype else q.new_empty(q.shape, dtype=dtype)
-    tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
+    tile, heads = _tile(q, k, plan), q.shape[1]
     here = hopper.takes(q, plan, tile["ROWS"], scale)
-    alone = OWN_ROWS and here and hopper.takes_keys(plan) and d_lse is None  # then they are made where dq is
+    # Rows are made where dq is, if that comes first.
+    alone = OWN_ROWS and here and hopper.takes_keys(plan) and d_lse is None and send is None
     if rows is None and not alone:
         rows = row_sums(d_out, d_lse, out, lse)
-    if here:
-        given = d_out, q, k, v, out.contiguous(), lse.contiguous(), rows
-        of_rows = hopper.query_gradients(*given, dq, plan, scale, tile["PACK"], onto)
-        if hopper.takes_keys(plan):
+    of_rows = hopper.block_rows(rows, lse, heads, plan) if here else None
+
+    def make_queries():
+        if here:
+            given = d_out, q, k, v, out.contiguous(), lse.contiguous(), rows is None, *of_rows
+            hopper.query_gradients(*given, dq, plan, scale, tile["PACK"], onto)
+        elif lse.numel():
+            queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
+                q, k, v, d_out, rows, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out),
+                scale, len(plan.queries), plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
+                GATHER=_gather("queries", q, tile["ROWS"], plan.keys.size), **_options("queries", q, tile["ROWS"]),
+            )  # fmt: skip
+
+    def make_keys():
+        if here and hopper.takes_keys(plan):
             hopper.key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale, states)
-            return dq, *_with_shares(dk, dv, plan.keys, shares)
-    elif lse.numel():
-        queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
-            q, k, v, d_out, rows, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out), scale,
-            len(plan.queries), plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
-            GATHER=_gather("queries", q, tile["ROWS"], plan.keys.size), **_options("queries", q, tile["ROWS"]),
-        )  # fmt: skip
+            _with_shares(dk, dv, plan.keys, shares)
+        else:
+            _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares, tile)
+
+    if send is None:
+        make_queries()
+        make_keys()
+    else:
+        make_keys()
+        send(dk, dv)
+        make_queries()
+    return dq, dk, dv
+
+
+def _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares, tile):
+    """Writes dk and dv."""
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
-        return dq, *_with_shares(dk.zero_(), dv.zero_(), plan.keys, shares)
-    parts = [q.new_empty(groups, items, plan.keys.size, head_dim, dtype=torch.float32) for _ in range(2)]
+        _with_shares(dk.zero_(), dv.zero_(), plan.keys, shares)
+        return
+    parts = [q.new_empty(groups, items, plan.keys.size, q.shape[2], dtype=torch.float32) for _ in range(2)]
     turn = _beside("keys", q, plan.keys.size, TURN)
     tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], turn)
     given, depth = shares_arguments(shares, dk)
@@ -111,7 +134,6 @@ def backward(
         GATHER=turn // rows_at_once, CHUNK=plan.chunk, **_options("keys", q, plan.keys.size),
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, given, depth, tile["BLOCK_D"])
-    return dq, dk, dv
 
 
 def takes_states(q, k, plan: BlockPlan, scale: float) -> bool:
@@ -122,7 +144,6 @@ def takes_states(q, k, plan: BlockPlan, scale: float) -> bool:
 def _with_shares(dk, dv, blocks, shares):
     if shares is not None:
         add_shares_triton((dk, dv), blocks, shares)
-    return dk, dv
 
 
 def _tile(q, k, plan):

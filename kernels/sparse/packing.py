@@ -40,16 +40,16 @@ def pack(several, packing: Packing, num_rows: int, own=None) -> torch.Tensor:
     return out
 
 
-def add_packed(totals, packing: Packing, several, shares=None, own=None) -> None:
+def add_packed(totals, packing: Packing, several, shares=None, own=None, fresh=False) -> None:
     """Adds rows of buffers [rows, H or 1, D] to two contiguous tensors [T, H, D], in place: those of one rank after the
     other, and `shares` of the rows in gradients of means (Shares of packing.blocks), or None. own: the buffers of
-    packing.own; then the tensors need not hold anything before."""
+    packing.own. fresh: the tensors hold nothing yet."""
     if forms.takes(totals[0]):
         from longspan.kernels.sparse.packing_triton import add_packed_triton
 
-        add_packed_triton(totals, packing, several, shares, own)
+        add_packed_triton(totals, packing, several, shares, own, fresh)
         return
-    if own is not None:
+    if fresh:
         totals[0].zero_(), totals[1].zero_()
     for rank in range(len(packing.places)):
         rows, heads, to = _rows(packing, rank)

@@ -22,17 +22,17 @@ def pack_triton(several, packing, out, own) -> None:
         )  # fmt: skip
 
 
-def add_packed_triton(totals, packing, several, shares, own) -> None:
+def add_packed_triton(totals, packing, several, shares, own, fresh) -> None:
     """See packing.add_packed."""
-    _add(totals, packing.blocks, packing.places, several, shares, own, packing.own)
+    _add(totals, packing.blocks, packing.places, several, shares, own, packing.own, fresh)
 
 
 def add_shares_triton(totals, blocks, shares) -> None:
     """Adds `shares` alone."""
-    _add(totals, blocks, blocks.start.new_empty(0, 1, len(blocks)), totals, shares, None, -1)
+    _add(totals, blocks, blocks.start.new_empty(0, 1, len(blocks)), totals, shares, None, -1, False)
 
 
-def _add(totals, blocks, places, several, shares, own, rank):
+def _add(totals, blocks, places, several, shares, own, rank, fresh):
     _, heads, head_dim = totals[0].shape
     assert all(x.is_contiguous() for x in (*totals, *several, *(own or ()))), "totals and buffers are contiguous"
     given, depth = arguments(shares, totals[0])
@@ -40,7 +40,7 @@ def _add(totals, blocks, places, several, shares, own, rank):
         add_packed_kernel[(len(blocks) * heads, 2)](
             *totals, *several, *(own or several), blocks.start, blocks.length, places, *given, len(blocks),
             len(places), rank, heads, places.shape[1], head_dim, padded(head_dim), depth, blocks.size, _rows(blocks),
-            own is None,
+            not fresh,
         )  # fmt: skip
 
 

@@ -250,7 +250,7 @@ def compile_choosing(width):
         packing, x = Packing(blocks, zeros(2, lists, 8)), (means.bfloat16(),) * 2
         pack(x, packing, 256 * lists)
         for shares, own in ((Shares(Tree(zeros(10), zeros(10), 2), means, means), x), (None, None)):
-            add_packed(x, packing, [y[:, : 1 + lists % 2].contiguous() for y in x], shares, own)
+            add_packed(x, packing, [y[:, : 1 + lists % 2].contiguous() for y in x], shares, own, own is not None)
     keys = SimpleNamespace(width=4, size=16, local=range(4), lengths=zeros(8), positions=zeros(8), steps=zeros(8))
     for own in (True, False):
         wanted, shown = ask(zeros(2, 4, 2), zeros(8, 1).long(), 2, 4, listed=own)

@@ -64,14 +64,14 @@ def test_there_and_back(size, lists, dim, form):
         shares, *more = make_shares(blocks, HEADS, dim)
         for given in (None, shares):
             found = [x.clone() for x in before]
-            wanted = [x.double() if own < 0 else torch.zeros(x.shape).double() for x in before]
+            wanted = [torch.zeros_like(x).double() if own == 0 else x.double() for x in before]
             for x, y in zip(wanted, returned):
                 for (_, head, token), row in zip(rows, y):
                     x[token, head] += row.double() if lists == 1 else row[0].double()
             if given is not None:
                 wanted = [x + y for x, y in zip(wanted, more, strict=True)]
             theirs = [x[:apart] for x in returned] if own >= 0 else None
-            add_packed(found, packing, [x[apart:] for x in returned], given, theirs)
+            add_packed(found, packing, [x[apart:] for x in returned], given, theirs, fresh=own == 0)
             for x, y in zip(found, wanted, strict=True):
                 torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
     alone = [torch.zeros(total, HEADS, dim) for _ in range(2)]

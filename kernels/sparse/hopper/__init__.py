@@ -54,11 +54,18 @@ def forward(q, k, v, out, lse, plan, scale, pack, onto):
     run.forward(q, k, v, out, lse, plan, scale, pack, onto)
 
 
-def query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto):
-    """Writes dq, see kernels.sparse.fused.backward; gives what key_gradients takes of rows."""
+def block_rows(rows, lse, heads, plan):
+    """lse and delta block by block, as the two below take them: those of row_sums, or undefined where that is None."""
     from longspan.kernels.sparse.hopper import run
 
-    return run.query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto)
+    return run.block_rows(rows, lse, heads, plan)
+
+
+def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto):
+    """Writes dq, see kernels.sparse.fused.backward, and with makes_rows log and delta."""
+    from longspan.kernels.sparse.hopper import run
+
+    run.query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto)
 
 
 def key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale, states=None):

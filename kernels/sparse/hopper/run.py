@@ -30,23 +30,26 @@ def forward(q, k, v, out, lse, plan, scale, pack, onto):
     )  # fmt: skip
 
 
-def query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto):
-    """Writes dq; gives lse and delta block by block, as `key_gradients` takes them. rows: row_sums, or None."""
-    heads, head_dim = q.shape[1:]
+def block_rows(rows, lse, heads, plan):
+    """lse and delta block by block: those of `rows`, row_sums, or undefined where that is None."""
     blocks, length = len(plan.queries), plan.queries.size
     log, delta = (lse.new_empty(heads, blocks, length) for _ in range(2))
     if rows is not None:
         rows_kernel[(blocks * heads,)](rows, log, delta, plan.queries.start, plan.queries.length, blocks, heads, length)
-    tile, stages, warps, registers = QUERIES[head_dim]
+    return log, delta
+
+
+def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto):
+    """Writes dq, and with makes_rows log and delta, which are given otherwise."""
+    tile, stages, warps, registers = QUERIES[q.shape[2]]
     tiles, programs, taken = _programs(q, plan, pack, warps)
     queries_kernel[(programs,)](
         q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, out, lse, log, delta, dq,
         dq if onto is None else onto, *_tables(plan), *_lists(plan), taken, *q.stride()[:2], *d_out.stride()[:2], scale,
-        blocks, plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
-        plan.log_weight is not None, onto is not None, rows is not None, stages, PERSISTENT,
+        len(plan.queries), plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
+        plan.log_weight is not None, onto is not None, not makes_rows, stages, PERSISTENT,
         num_warps=warps, **_most(registers),
     )  # fmt: skip
-    return log, delta
 
 
 def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
