@@ -5,6 +5,7 @@ that; when it knows, keys and values are packed in one launch and sent, and atte
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -20,12 +21,15 @@ from longspan.parallel.exchange import (
     start_all_to_all,
 )
 
+GROUPS = 2  # of lists, whose keys travel one after the other where nothing else is beside them
 
-def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, apart=False):
+
+def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, apart=False, alone=True):
     """(parts of local keys, what follows: a list of parts of other ranks' keys or, where the host has to wait for what
     ranks ask of one another, a Request). blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, -1 for none;
     strategy: one of STRATEGIES or an Estimate; rule: of plans; full: there is no -1. apart: local blocks are a part of
-    their own, else they are attended to together with those that arrive: a pass over queries less."""
+    their own, else they are attended to together with those that arrive: a pass over queries less. alone: there are no
+    other parts."""
     keys, queries, options = tables.keys, tables.queries.local, {"causal": causal, "rule": rule}
     if keys.whole:
         return [Part(BlockPlan.of(queries, keys.local, blocks, ascending=True, full=full, **options))], []
@@ -33,7 +37,8 @@ def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, 
     if world_size == 1 or strategy == "ring":
         plans = _plans_by_owner(pieces_of(blocks, keys), keys, queries, rank, world_size, options)
         return [Part(plans[rank])], ring(plans, keys, keys.reach[int(causal)], group)
-    request = Request(blocks, keys, queries, options, group, None if strategy == "fetch" else strategy, full, not apart)
+    given = None if strategy == "fetch" else strategy, full, not apart, alone and rule is None
+    request = Request(blocks, keys, queries, options, group, *given)
     return request.local, request
 
 
@@ -47,17 +52,22 @@ class Request:
     How many there are is on its way to the host, which has to know the sizes of what is sent.
 
     local: parts that can be attended to meanwhile; `together` there are none, and local blocks lie in front of what
-    arrives. estimate: which says whether a ring is faster, or None for no ring. Others as in `block_parts`.
+    arrives. estimate: which says whether a ring is faster, or None for no ring. in_turn: nothing else
+    hides the transfer: keys of some lists come first, and are attended to while others come. Others as in
+    `block_parts`.
     """
 
-    def __init__(self, blocks, keys: Pieces, queries, options, group, estimate=None, full=False, together=True):
+    def __init__(
+        self, blocks, keys: Pieces, queries, options, group, estimate=None, full=False, together=True, in_turn=False
+    ):
         self.keys, self.queries, self.options = keys, queries, options
         self.group, self.estimate, self.together, self.lists = group, estimate, together, len(blocks)
+        self.groups = GROUPS if in_turn and together and len(blocks) % GROUPS == 0 else 1
         rank, world_size = group_rank(group), group_size(group)
         self.wanted, shown = ask(blocks, keys.of_block, world_size, keys.width, listed=estimate is not None)
         shown = start_all_gather(shown[None], group).wait().flatten(0, 1)
         counts = count(shown, keys.lengths, self.lists)
-        table, arriving, places = place(shown, counts, keys, self.lists, rank, together)
+        table, arriving, places = place(shown, counts, keys, self.lists, rank, together, self.groups)
         self.packing = Packing(keys.local, places, rank if together else -1)
         self.counts = ToHost(counts)
         columns = rename(self.wanted, table)
@@ -81,7 +91,9 @@ class Request:
             parts = ring(plans, self.keys, (others > 0).tolist(), self.group)
             return [Part(plans[rank])] if self.together else [], parts, self._start(parts[0].way, k, v)
         own = int(tokens[rank, rank]) if self.together else 0
-        way = Fetched(self.packing, own, tuple(others[:, rank].tolist()), tuple(others[rank].tolist()), k.shape[0])
+        by_group = counts[..., :lists].reshape(*others.shape, self.groups, -1).sum(3)
+        by_group[rank, rank] = 0
+        way = Fetched(self.packing, own, by_group[:, rank].T.tolist(), by_group[rank].T.tolist(), k.shape[0])
         pending = self._start(way, k, v)
         pieces[rank] *= self.together
         arrived = self.plan.keys.map(lambda x: x[: pieces.sum()])
@@ -101,25 +113,33 @@ class Request:
 @dataclass(frozen=True)
 class Fetched:
     """How what was asked for travels. packing: which of this rank's pieces go where; own: rows of this rank that lie in
-    front of what arrives; sent, received: rows, to and from every rank; tokens: of this rank."""
+    front of what arrives; sent, received: of every group of lists, rows to and from every rank; tokens: of this
+    rank."""
 
     packing: Packing
     own: int
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
+    sent: list[list[int]]
+    received: list[list[int]]
     tokens: int
+
+    @property
+    def turns(self) -> int:
+        return len(self.sent)
 
     def start(self, k, v, group):
         heads = self.packing.heads_of(k)
-        arrived = k.new_empty(self.own + sum(self.received), 2 * heads, k.shape[2])
-        packed = pack((k, v), self.packing, sum(self.sent), arrived)
-        work = start_all_to_all(packed, self.sent, self.received, group, arrived[self.own :])
-        return Pending((work,), list(arrived.split(heads, 1)))
+        arrived = k.new_empty(self.own + sum(map(sum, self.received)), 2 * heads, k.shape[2])
+        packed = pack((k, v), self.packing, sum(map(sum, self.sent)), arrived)
+        works = _exchange(packed, self.sent, self.received, group, arrived[self.own :])
+        return Pending(works, list(arrived.split(heads, 1)))
 
     def start_return(self, gradients, dtype, group):
-        gradients = [x.to(dtype) for x in gradients]
-        works = [start_all_to_all(x[self.own :], self.received, self.sent, group) for x in gradients]
-        return Pending(works, [work.result for work in works] + [x[: self.own] for x in gradients])
+        gradients, rows = [x.to(dtype) for x in gradients], sum(map(sum, self.sent))
+        returned = [x.new_empty(rows, *x.shape[1:]) for x in gradients]
+        works = []
+        for x, out in zip(gradients, returned):
+            works += _exchange(x[self.own :], self.received, self.sent, group, out)
+        return Pending(works, returned + [x[: self.own] for x in gradients])
 
     def add_returned(self, arrived, totals, blocks, shares):
         """totals: None where local blocks lay in front of what arrived, and nothing else was added to them."""
@@ -134,3 +154,10 @@ class Fetched:
         totals = [x.new_zeros(shape) if y is None else y.contiguous() for x, y in zip(own, totals)]
         add_packed(totals, self.packing, arrived, shares, own, fresh)
         return totals
+
+
+def _exchange(x, sent, received, group, out):
+    """Transfers of one group of rows after the other."""
+    ends = ([0, *accumulate(map(sum, rows))] for rows in (sent, received))
+    spans = zip(*(pairwise(x) for x in ends), sent, received)
+    return [start_all_to_all(x[slice(*a)], *rows, group, out[slice(*b)]) for a, b, *rows in spans]

@@ -149,7 +149,8 @@ def parts_of(chosen, tables, causal, strategy, group, apart=False):
     fine, coarse, *rule = chosen
     full = getattr(tables, "full", False)
     here, dense = [], getattr(tables, "dense", None)
-    local, remote = block_parts(fine, tables, causal, strategy, group, *rule, full=full, apart=apart)
+    how = {"full": full, "apart": apart, "alone": dense is None}
+    local, remote = block_parts(fine, tables, causal, strategy, group, *rule, **how)
     if dense is not None:
         here.append(Part(dense, tables.dense_rows))
     if coarse is not None:
@@ -164,7 +165,7 @@ def attend(q, local, coarse, here, remote, group, scale):
     what parts_of gives. What is here is queued before the host waits for anything."""
     found, arrived, parts = None, [], []
 
-    def add(part, keys, values):
+    def add(part, keys, values, turns=None):
         nonlocal found
         parts.append(part)
         form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
@@ -172,7 +173,7 @@ def attend(q, local, coarse, here, remote, group, scale):
             return
         count = len(here) + (len(remote) if isinstance(remote, list) else 1)
         dtype = q.dtype if len(parts) == count else _sum_dtype(q, count)
-        found = form.forward(q, keys, values, part.plan, scale, found, dtype)
+        found = form.forward(q, keys, values, part.plan, scale, found, dtype, turns)
 
     pending = remote[0].way.start(*local, group) if isinstance(remote, list) and remote else None
     for part in here:
@@ -183,11 +184,14 @@ def attend(q, local, coarse, here, remote, group, scale):
         for part in more:
             add(part, *local)
     for number, part in enumerate(remote, 1):
-        tensors = pending.wait()
+        turns = (part.way.turns, pending.waits()) if part.way.turns > 1 else None
+        tensors = pending.wait() if turns is None else pending.result
         if number < len(remote):
             pending = remote[number].way.start(*local, group)
         arrived += tensors
-        add(part, *tensors)
+        add(part, *tensors, turns)
+        if turns is not None:
+            pending.wait()  # where nothing was attended to
     if found is None:
         found = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
     return found[0].to(q.dtype), found[1], parts, arrived

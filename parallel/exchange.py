@@ -73,10 +73,16 @@ class Pending:
         self._works, self.result, self._keep = works, result, keep
 
     def wait(self):
+        for _ in self.waits():
+            pass
+        return self.result
+
+    def waits(self):
+        """Yields after each of the works, in their order, once it is done."""
         for work in self._works:
             work.wait()
+            yield
         self._works, self._keep = (), ()
-        return self.result
 
 
 def start_all_gather(x: torch.Tensor, group) -> Pending:

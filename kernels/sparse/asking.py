@@ -45,15 +45,15 @@ def count(shown, lengths, lists: int) -> torch.Tensor:
     return torch.cat([rows, flags.sum(3), listed[..., None]], 2)
 
 
-def place(shown, counts, keys, lists: int, rank: int, own: bool) -> tuple[torch.Tensor, Blocks, torch.Tensor]:
-    """(table, arriving, places) of `rank`. Pieces lie in the buffer of what arrives owner after owner, list after list;
-    with `own` this rank's come first, else they are not in it.
+def place(shown, counts, keys, lists: int, rank: int, own: bool, groups: int = 1):
+    """(table, arriving, places) of `rank`. Pieces lie in the buffer of what arrives by group of lists, owner after
+    owner, list after list; with `own` this rank's of all lists come first, else they are not in it.
 
     table: int32 [lists, ranks * width], the number of every piece in the buffer, -1 where it is not; without `own` that
     of local pieces is their place here and others follow len(arriving). arriving: Blocks, what lies behind those that
     are named is undefined. places: int32 [ranks, lists, local pieces], the row of a local piece among those that go to
-    a rank, all ranks' after one another, of `rank` among its own; -1 where it is not. counts: see `count`; keys:
-    Pieces.
+    a rank, by group of lists and rank after rank, of `rank` among its own; -1 where it is not. counts: see `count`;
+    keys: Pieces; groups: of equally many lists.
     """
     ranks, width, local = len(shown), keys.width, len(keys.local)
     columns = keys.lengths, keys.positions, keys.steps
@@ -62,33 +62,38 @@ def place(shown, counts, keys, lists: int, rank: int, own: bool) -> tuple[torch.
     if forms.takes(shown):
         from longspan.kernels.sparse.asking_triton import place_triton
 
-        table, arriving, places = place_triton(shown, counts, columns, lists, width, local, rank, own, room, offset)
+        given = columns, lists, width, local, rank, own, groups, room, offset
+        table, arriving, places = place_triton(shown, counts, *given)
         return table, _blocks(keys.size, arriving), places
-    flags = flags_of(shown, lists, width)
-    owners = torch.tensor([rank] * own + [n for n in range(ranks) if n != rank], device=shown.device)
-    named = flags[rank].transpose(0, 1)[owners].flatten()
-    piece = (
-        (owners[:, None] * width + torch.arange(width, device=shown.device))[:, None].expand(-1, lists, -1).flatten()
-    )
-    number = named.cumsum(0) - 1
-    rows = named * keys.lengths[piece]
+    flags, device, size = flags_of(shown, lists, width), shown.device, lists // groups
+    mine = [(rank, n) for n in range(lists)]
+    others = [
+        (peer, n)
+        for first in range(0, lists, size)
+        for peer in range(ranks)
+        for n in range(first, first + size)
+        if peer != rank
+    ]
+    segments = mine * own + others
+    peer, listed = torch.tensor(segments, device=device).view(-1, 2).T
+    named = flags[rank, listed, peer].flatten()
+    piece = (peer[:, None] * width + torch.arange(width, device=device)).flatten()
+    number, rows = named.cumsum(0) - 1, named * keys.lengths[piece]
     start = rows.cumsum(0, dtype=torch.int32) - rows
     arriving = start.new_zeros(4, room + 1)
     slot = torch.where(named > 0, number, room)  # the last takes what is not named
     arriving.scatter_(1, slot.expand(4, -1), torch.stack([start, *(x[piece] for x in columns)]))
     table = start.new_full((lists, ranks, width), -1)
-    found = torch.where(named > 0, number + offset, -1).int()
-    table[:, owners] = found.view(len(owners), lists, width).transpose(0, 1)
+    table[listed, peer] = torch.where(named > 0, number + offset, -1).int().view(-1, width)
     if not own:
-        table[:, rank] = torch.arange(width, dtype=torch.int32, device=shown.device)
-    given = flags[:, :, rank, :local].int()
-    rows = given * keys.lengths.view(ranks, width)[rank, :local]
-    mine = rows[rank].flatten().clone()
-    rows[rank] = 0
-    places = (rows.flatten().cumsum(0, dtype=torch.int32) - rows.flatten()).view(rows.shape)
-    places[rank] = (mine.cumsum(0, dtype=torch.int32) - mine).view(lists, local)
-    given[rank] *= own
-    places = places.masked_fill_(given == 0, -1)
+        table[:, rank] = torch.arange(width, dtype=torch.int32, device=device)
+    places = start.new_full((ranks, lists, local), -1)
+    for segments in (others, mine * own):  # each in a buffer of its own
+        peer, listed = torch.tensor(segments, dtype=torch.int64, device=device).view(-1, 2).T
+        given = flags[peer, listed, rank, :local]
+        rows = given * keys.lengths[rank * width : rank * width + local]
+        start = rows.flatten().cumsum(0, dtype=torch.int32).view(rows.shape) - rows
+        places[peer, listed] = torch.where(given > 0, start, -1).int()
     return table.flatten(1), _blocks(keys.size, arriving[:, :-1]), places
 
 

@@ -29,14 +29,14 @@ def count_triton(shown, lengths, lists) -> torch.Tensor:
     return counts
 
 
-def place_triton(shown, counts, columns, lists, width, local, rank, own, room, offset):
+def place_triton(shown, counts, columns, lists, width, local, rank, own, groups, room, offset):
     """See asking.place; room: of what arrives, offset: of its numbers."""
     ranks, size = shown.shape
     arriving, table = columns[0].new_empty(4, room), columns[0].new_empty(lists, ranks * width)
     places = columns[0].new_empty(ranks, lists, local)
     locate_kernel[(2 * ranks * lists,)](
-        shown, counts, *columns, arriving, table, places, size, ranks, lists, width, local, rank, room, offset,
-        own, next_power_of_2(ranks * lists), TILE,
+        shown, counts, *columns, arriving, table, places, size, ranks, lists, lists // groups, width,
+        local, rank, room, offset, own, next_power_of_2(ranks * lists), TILE,
     )  # fmt: skip
     return table, arriving, places
 
@@ -94,18 +94,19 @@ def count_kernel(
 
 
 @launched
-@triton.jit(do_not_specialize=["size", "ranks", "lists", "width", "local", "rank", "room", "offset"])
+@triton.jit(do_not_specialize=["size", "ranks", "lists", "group", "width", "local", "rank", "room", "offset"])
 def locate_kernel(
     shown_ptr, counts_ptr, lengths_ptr, positions_ptr, steps_ptr, arriving_ptr, table_ptr, places_ptr,
-    size, ranks, lists, width, local, rank, room, offset,
+    size, ranks, lists, group, width, local, rank, room, offset,
     OWN: tl.constexpr, SEGMENTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One list and one other rank: what arrives of it, or what goes to it."""
+    """One list and one other rank: what arrives of it, or what goes to it. group: lists that travel together."""
     goes, segment = tl.program_id(0) // (ranks * lists), tl.program_id(0) % (ranks * lists)
     peer, listed = segment // lists, segment % lists
     every = tl.arange(0, SEGMENTS)
     whose, which = every // lists, every % lists
     before = (whose < peer) | ((whose == peer) & (which < listed))  # what is of others
+    before = (which // group < listed // group) | ((which // group == listed // group) & before)
     mine = (whose == rank) & (which < listed) & (peer == rank)  # what is of this rank comes first, if at all
     if goes == 1:
         before = tl.where(peer == rank, mine, before & (whose != rank))

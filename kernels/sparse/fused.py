@@ -1,5 +1,7 @@
 """The Triton kernels over a plan: forward, and backward in two passes over the lists."""
 
+from dataclasses import replace
+
 import torch
 
 from longspan.kernels.compiler import next_power_of_2
@@ -37,23 +39,37 @@ def refusal(dtype: torch.dtype, head_dim: int, plan: BlockPlan) -> str | None:
     return None
 
 
-def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None):
+def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None, turns=None):
     """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D] in `dtype` or that of q, lse fp32 [Tq, Hq]). onto: (out,
-    lse) of other keys, to which those of the plan come; they may be overwritten."""
+    lse) of other keys, to which those of the plan come; they may be overwritten. turns: (number, iterator): so many
+    equal groups of lists, of keys of one head, are taken one after the other, each after a step of the iterator."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
     dtype = dtype or q.dtype
     given = (q, q.new_empty(q.shape[:2], dtype=torch.float32)) if onto is None else onto
     out = given[0] if onto is not None and given[0].dtype == dtype else q.new_empty(q.shape, dtype=dtype)
     lse, tile = given[1], _tile(q, k, plan)
+    if turns is None:
+        _attend(q, k, v, out, lse, given, plan, scale, onto is not None, tile)
+        return out, lse
+    heads, lists = q.shape[1] // turns[0], plan.heads // turns[0]
+    for number, _ in enumerate(turns[1]):  # the kernels start at the first head and list that they are given
+        mine, listed = slice(number * heads, (number + 1) * heads), slice(number * lists, (number + 1) * lists)
+        part = replace(plan, row_ptr=plan.row_ptr[listed], row_idx=plan.row_idx[listed])
+        some, *others = (x[:, mine] for x in (q, out, lse, *given))
+        _attend(some, k, v, *others[:2], others[2:], part, scale, onto is not None, tile)
+    return out, lse
+
+
+def _attend(q, k, v, out, lse, given, plan, scale, onto, tile):
+    """Of the heads of q, the first of those that tensors have by `tile`."""
     if hopper.takes(q, plan, tile["ROWS"], scale):
-        hopper.forward(q, k, v, out, lse, plan, scale, tile["PACK"], onto)
+        hopper.forward(q, k, v, out, lse, plan, scale, tile, given if onto else None)
     elif len(plan.queries):
         forward_kernel[(len(plan.queries) * q.shape[1] // tile["PACK"],)](
             q, k, v, out, lse, *given, *_tables(plan), *_strides(q, k, v), scale, len(plan.queries),
-            plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
+            plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto,
             GATHER=_gather("forward", q, tile["ROWS"], plan.keys.size), **_options("forward", q, tile["ROWS"]),
         )  # fmt: skip
-    return out, lse
 
 
 def row_sums(d_out, d_lse, out, lse) -> torch.Tensor:

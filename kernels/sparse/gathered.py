@@ -8,9 +8,12 @@ from longspan.kernels.sparse.plan import BlockPlan
 BATCH_ELEMENTS = 1 << 24  # scores of the query blocks taken at once
 
 
-def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None):
+def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None, turns=None):
     """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D] in `dtype` or that of q, lse [Tq, Hq] in at least fp32).
-    onto: (out, lse) of other keys, to which those of the plan come; they may be overwritten."""
+    onto: (out, lse) of other keys, to which those of the plan come; they may be overwritten. turns: see fused.forward;
+    here all are taken at once."""
+    for _ in () if turns is None else turns[1]:
+        pass
     dtype = dtype or q.dtype
     out, lse = torch.zeros_like(q, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
     for batch in _batches(plan, q.shape[1], k.shape[1]):

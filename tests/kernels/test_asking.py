@@ -41,8 +41,10 @@ def make(lists, turns):
 
 
 @pytest.mark.parametrize("lists, turns", [(1, 1), (2, 1), (2, 2)])
-@pytest.mark.parametrize("own", [False, True])
-def test_places_and_numbers(lists, turns, own, form):
+@pytest.mark.parametrize("own, groups", [(False, 1), (True, 1), (True, 2)])
+def test_places_and_numbers(lists, turns, own, groups, form):
+    if lists % groups:
+        pytest.skip("one list is one group")
     chosen, of_block, keys = make(lists, turns)
     pieces = [
         [[[n for b in row if b >= 0 for n in of_block[b].tolist() if n >= 0] for row in x] for x in blocks.tolist()]
@@ -63,9 +65,11 @@ def test_places_and_numbers(lists, turns, own, form):
             wanted = [*(sum(lengths[n] for n in x) for x in theirs), *map(len, theirs), entries]
             assert counts[who, owner].tolist() == wanted
     for rank in range(RANKS):
-        table, arriving, places = place(shown, counts, keys[rank], lists, rank, own)
-        order = [rank] * own + [n for n in range(RANKS) if n != rank]
-        coming = [(x, n) for owner in order for x in range(lists) for n in named[rank][x] if n // WIDTH == owner]
+        table, arriving, places = place(shown, counts, keys[rank], lists, rank, own, groups)
+        others, halves = [n for n in range(RANKS) if n != rank], torch.arange(lists).chunk(groups)
+        order = [(rank, x) for x in range(lists)] * own
+        order += [(owner, x) for half in halves for owner in others for x in half.tolist()]
+        coming = [(x, n) for owner, x in order for n in named[rank][x] if n // WIDTH == owner]
         number = {pair: at + (0 if own else len(arriving)) for at, pair in enumerate(coming)}
         begin, last = 0, len(coming)
         assert last <= len(arriving)
@@ -79,13 +83,12 @@ def test_places_and_numbers(lists, turns, own, form):
             assert tuple(int(column[at]) for column in columns) == values
             begin += lengths[n]
         wanted, row = torch.full((RANKS, lists, len(keys[rank].local)), -1), 0
-        for who in [n for n in range(RANKS) if n != rank] + [rank] * own:
-            row = 0 if who == rank else row
-            for x in range(lists):
-                for n in named[who][x]:
-                    if n // WIDTH == rank:
-                        wanted[who, x, n % WIDTH] = row
-                        row += lengths[n]
+        for at, (who, x) in enumerate(order):
+            row = 0 if at == own * lists else row  # others' are in another buffer
+            for n in named[who][x]:
+                if n // WIDTH == rank:
+                    wanted[who, x, n % WIDTH] = row
+                    row += lengths[n]
         assert torch.equal(places, wanted.int())
         columns = rename(asked[rank][0], table)
         for x in range(lists):

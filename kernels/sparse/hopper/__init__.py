@@ -47,11 +47,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward(q, k, v, out, lse, plan, scale, pack, onto):
-    """Writes out and lse, see kernels.sparse.fused.forward; pack: heads side by side in a tile of queries."""
+def forward(q, k, v, out, lse, plan, scale, tile, onto):
+    """Writes out and lse, see kernels.sparse.fused.forward; tile: numbers of heads and lists that tensors have, and
+    PACK, heads side by side in a tile of queries."""
     from longspan.kernels.sparse.hopper import run
 
-    run.forward(q, k, v, out, lse, plan, scale, pack, onto)
+    run.forward(q, k, v, out, lse, plan, scale, tile, onto)
 
 
 def block_rows(rows, lse, heads, plan):

@@ -19,14 +19,14 @@ PERSISTENT = False  # whether programs that are fed take tile after tile, one on
 IN_TURN = True  # whether warpgroups start their products one after the other, forward
 
 
-def forward(q, k, v, out, lse, plan, scale, pack, onto):
+def forward(q, k, v, out, lse, plan, scale, shape, onto):
     tile, stages, warps, registers = FORWARD[q.shape[2]]
-    tiles, programs, taken = _programs(q, plan, pack, warps)
+    tiles, programs, taken = _programs(q, plan, shape["PACK"], warps)
     forward_kernel[(programs,)](
         q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
-        *_lists(plan), taken, *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles,
-        *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal, plan.log_weight is not None, onto is not None,
-        stages, IN_TURN, PERSISTENT, num_warps=warps, **_most(registers),
+        *_lists(plan), taken, *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles, shape["HEADS"],
+        shape["KEY_HEADS"], shape["LISTS"], shape["D"], plan.keys.size, shape["PACK"], tile, plan.causal,
+        plan.log_weight is not None, onto is not None, stages, IN_TURN, PERSISTENT, num_warps=warps, **_most(registers),
     )  # fmt: skip
 
 
