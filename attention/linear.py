@@ -173,10 +173,10 @@ def local_segments(layout, rank: int) -> Segments:
 
 
 def _scan(transport, plan, direction, state, transition, seq):
-    group = seq.parallel.state_group
     return start_scan(
-        transport, plan, direction, state, transition, group, fold=fold_chains, summarize=summarize, step=step
-    )
+        transport, plan, direction, state, transition, seq.parallel.state_group, fold=fold_chains,
+        summarize=summarize, step=step, peers=seq.parallel.peers,
+    )  # fmt: skip
 
 
 def _check(q, k, v, log_decay, beta, causal):

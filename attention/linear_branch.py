@@ -191,7 +191,7 @@ class Branch:
         self.tables = seq.derive(branch_tables, *blocks, causal, linear.over)
         self.plan = seq.derive(scan_plan, seq.parallel.topology)
         self.transport = pick_transport(seq, causal)
-        self.group, self.feature_map = seq.parallel.state_group, linear.feature_map
+        self.parallel, self.feature_map = seq.parallel, linear.feature_map
         self.rest, self.causal = linear.over == "rest", causal
         self.inside, self.whole = causal and not self.rest, not (causal or self.rest)
 
@@ -300,16 +300,9 @@ class Branch:
             return None
         direction, state = direction if self.causal else "whole", fold_chains(sums, None, way.summary)
         return start_scan(
-            self.transport,
-            self.plan,
-            direction,
-            state,
-            None,
-            self.group,
-            fold=fold_chains,
-            summarize=summarize,
-            step=step,
-        )
+            self.transport, self.plan, direction, state, None, self.parallel.state_group, fold=fold_chains,
+            summarize=summarize, step=step, peers=self.parallel.peers,
+        )  # fmt: skip
 
     def _form(self, k, v):
         sizes = () if self.whole else (self.tables.queries.size, self.tables.keys.size)

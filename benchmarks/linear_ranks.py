@@ -21,7 +21,7 @@ from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.head_parallel import HEAD_PARALLEL, HeadParallel
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.benchmarks.linear_parity import drift, parity
-from longspan.benchmarks.ranks import DIRECTIONS, Ranks, join, layer_step
+from longspan.benchmarks.ranks import DIRECTIONS, NCCL, Ranks, join, layer_step
 from longspan.launcher.parsing import parse_tokens
 from longspan.models import mixers
 from longspan.parallel.scan import TRANSPORTS
@@ -68,9 +68,11 @@ def time_case(ranks: Ranks, problem: Problem, layout: str, strategy: str | None,
 
             step = operator_step(problem, attend or on_spans)
         times = ranks.measure(step)
+        before = ranks.peers.received if ranks.peers else 0
         with Traffic() as traffic:
             step(lambda: None)
-    received = torch.tensor(traffic.received, dtype=torch.float64, device=ranks.device)
+        shared = ranks.peers.received - before if ranks.peers else 0
+    received = torch.tensor(traffic.received + shared, dtype=torch.float64, device=ranks.device)
     dist.all_reduce(received, dist.ReduceOp.MAX, ranks.mesh.sp_group)
     return {"ms": times, "received_mib": received.item() / 2**20}
 
@@ -187,7 +189,7 @@ def summary(rows: list[dict], is_parity: bool) -> str:
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    strategies = [*TRANSPORTS, HEAD_PARALLEL]
+    strategies = [*TRANSPORTS, f"lasp2{NCCL}", HEAD_PARALLEL]
     parser.add_argument("--output", help="JSON file, saved again after every measurement")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES),
                         help="default: fixed scalar gated_delta; with --parity all")  # fmt: skip

@@ -10,14 +10,17 @@ import torch
 import torch.distributed as dist
 
 from longspan.benchmarks.worker import describe
+from longspan.kernels import peer_triton
 from longspan.models.config import ModelConfig
 from longspan.models.decay import ScalarGate
 from longspan.models.decoder import Decoder
 from longspan.models.rope import rotary_angles
 from longspan.parallel import SequenceParallel
 from longspan.parallel.mesh import Mesh, build_mesh
+from longspan.parallel.peer_memory import open_peer_memory
 
 DIRECTIONS = ("forward", "forward+backward")
+NCCL = "_nccl"
 SLOW_S = 1.0  # what takes longer is repeated twice
 
 
@@ -58,14 +61,20 @@ def layer_step(kind: str, heads: int, kv_heads: int, head_dim: int, seq, dtype, 
 
 
 class Ranks:
-    """mesh: longspan.parallel.mesh.Mesh with one SP group over all ranks; repetitions: timed runs of one case."""
+    """mesh: longspan.parallel.mesh.Mesh with one SP group over all ranks; repetitions: timed runs of one case. peers:
+    its PeerMemory, or None where GPUs share none."""
 
     def __init__(self, mesh, device: torch.device, repetitions: int):
         self.mesh, self.device, self.repetitions = mesh, device, repetitions
+        self.peers = open_peer_memory(mesh.sp_state_group, mesh.sp_topology, device, peer_triton)
 
     def context(self, lengths, layout: str, strategy: str = "auto"):
-        groups = self.mesh.sp_group, self.mesh.sp_state_group
-        return SequenceParallel(*groups, layout=layout, linear=strategy, device=self.device).context(lengths)
+        """strategy: of linear attention, as in parallel.linear; with NCCL behind it, not through shared memory."""
+        groups, peers = (self.mesh.sp_group, self.mesh.sp_state_group), self.peers
+        if strategy.endswith(NCCL):
+            strategy, peers = strategy.removesuffix(NCCL), None
+        options = {"layout": layout, "linear": strategy, "device": self.device}
+        return SequenceParallel(*groups, peers=peers, **options).context(lengths)
 
     def alone(self, lengths):
         """The context of this rank as if it were the only one."""

@@ -121,7 +121,9 @@ def time_case(ranks: Ranks, name: str, tokens: int, strategy: str | None, argume
         seq = ranks.alone((tokens,))
     else:
         groups = mesh.sp_group, mesh.sp_state_group
-        parallel = SequenceParallel(*groups, layout=arguments.layout, sparse=strategy, device=ranks.device)
+        parallel = SequenceParallel(
+            *groups, peers=ranks.peers, layout=arguments.layout, sparse=strategy, device=ranks.device
+        )
         seq = parallel.context((tokens,))
     step = (decoder_layer if arguments.layer else operator_step)(selection, seq, arguments, dtype, ranks.device)
     found = {"ms": ranks.measure(step)}

@@ -28,7 +28,10 @@ CATEGORIES = {
     "cpu_op": OPERATION, "user_annotation": RANGE, "cuda_runtime": LAUNCH, "cuda_driver": LAUNCH,
     "kernel": KERNEL, "gpu_memcpy": KERNEL, "gpu_memset": KERNEL,
 }  # fmt: skip
-COPIES = {"Memcpy HtoD": "host copies", "Memcpy DtoH": "host copies", "Memcpy PtoP": "peer copies"}
+OTHER_KINDS = {
+    "Memcpy HtoD": "host copies", "Memcpy DtoH": "host copies", "Memcpy PtoP": "peer copies",
+    "peer_push_kernel": "shared memory", "peer_collect_kernel": "shared memory",
+}  # fmt: skip
 
 
 class Event(NamedTuple):
@@ -168,7 +171,7 @@ def _kind(name: str) -> str:
         return words.lower().replace("_", "-")
     if name.startswith("nccl"):
         return "nccl"
-    return next((kind for start, kind in COPIES.items() if name.startswith(start)), "")
+    return next((kind for start, kind in OTHER_KINDS.items() if name.startswith(start)), "")
 
 
 def read_trace(path: Path) -> list[Event]:

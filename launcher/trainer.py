@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention.ranges import component
+from longspan.kernels import peer_triton
 from longspan.launcher import checkpoint
 from longspan.launcher.agreement import decide
 from longspan.launcher.allocator import allocator_setting
@@ -33,6 +34,7 @@ from longspan.models.build import build_model
 from longspan.models.parallelize import parallelize
 from longspan.parallel import SequenceParallel
 from longspan.parallel.mesh import Mesh, build_mesh
+from longspan.parallel.peer_memory import open_peer_memory
 from longspan.parallel.tensor import TensorParallel
 
 log = logging.getLogger("longspan")
@@ -82,6 +84,9 @@ class Trainer:
         self.sequence_parallel = SequenceParallel(
             mesh.sp_group,
             mesh.sp_state_group,
+            peers=open_peer_memory(
+                mesh.sp_state_group, mesh.sp_topology, mesh.device, peer_triton, config.parallel.peer_memory
+            ),
             topology=mesh.sp_topology,
             layout=config.parallel.layout,
             linear=config.parallel.linear,

@@ -22,6 +22,7 @@ class SequenceParallel:
 
     group: process group that carries tokens, keys and values; state_group: a second communicator over the same ranks
     for linear-attention states, so that they never queue behind other traffic (default: group). None is one rank.
+    peers: the group's PeerMemory, through which states travel where it takes them, or None.
     topology: which of the ranks share a machine (default: all). layout: "auto", "contiguous" or "zigzag". linear,
     softmax, sparse, backend: names that the attention layers resolve. costs, token_cap: what plans for softmax
     attention go by, where `softmax` is one of parallel.planner.STRATEGIES. mark: what is called before and after every
@@ -33,6 +34,7 @@ class SequenceParallel:
         group=None,
         state_group=None,
         *,
+        peers=None,
         topology=None,
         layout="auto",
         linear="auto",
@@ -46,6 +48,7 @@ class SequenceParallel:
         if layout not in BASE_LAYOUTS:
             raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(BASE_LAYOUTS)}")
         self.group, self.state_group = group, group if state_group is None else state_group
+        self.peers = peers
         self.rank, self.world_size = group_rank(group), group_size(group)
         self.topology = Topology(1, self.world_size) if topology is None else topology
         if self.topology.world_size != self.world_size:

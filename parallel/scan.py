@@ -229,17 +229,27 @@ def resolve_transport(transport: str, plan: ScanPlan, direction: str, state) -> 
     return choose_transport(payload_bytes, plan.topology, causal=direction != "whole")
 
 
-def start_scan(transport, plan, direction, state, transition, group, *, fold, summarize, step):
+def start_scan(transport, plan, direction, state, transition, group, *, fold, summarize, step, peers=None):
     """Starts an exclusive scan over the spans of every document; `wait()` gives (entries, transitions).
 
     transport: a key of TRANSPORTS, or "auto". direction: "forward" (what enters a span from its predecessors),
     "backward" (the gradient that comes back from its successors) or "whole" (all spans of the document together; not
     where TRANSPORTS says causal_only). state: [N, H, K, V] for the linked spans; transition: [N, H, ...] or None going
     forward, and what the forward scan returned as transitions (of matrices, the transposes) going backward.
-    fold, summarize, step: the arithmetic, kernels.fold's fold_chains, summarize and step. entries: [n, H, K, V], n =
-    len(which) of the plan's chains of that direction.
+    fold, summarize, step: the arithmetic, kernels.fold's fold_chains, summarize and step. peers: the group's PeerMemory
+    or None. entries: [n, H, K, V], n = len(which) of the plan's chains of that direction.
     """
-    chosen = TRANSPORTS[resolve_transport(transport, plan, direction, state)]
+    name = resolve_transport(transport, plan, direction, state)
+    chosen = TRANSPORTS[name]
     assert not (direction == "whole" and chosen.causal_only), (transport, direction)
-    steps = chosen.run(plan, direction, state, transition, group, fold=fold, summarize=summarize, step=step)
-    return Background(steps, state.device, keep=(state, transition))
+    if peers is not None and not (name == "lasp2" and _fits(peers, plan, direction, state, transition)):
+        peers = None
+    steps = chosen.run(
+        plan, direction, state, transition, group, fold=fold, summarize=summarize, step=step, peers=peers
+    )
+    return Background(steps, state.device, keep=(state, transition), aside=peers is None)
+
+
+def _fits(peers, plan, direction, state, transition) -> bool:
+    sent = [state] if transition is None or direction == "backward" else [state, transition]
+    return peers.takes(*(plan.num_slots * x.shape[1:].numel() * x.element_size() for x in sent))

@@ -1,7 +1,8 @@
 """How states travel between the ranks that share documents: one exclusive scan, four transports, and the choice.
 
-A transport is a generator function `run(plan, direction, state, transition, group, *, fold, summarize, step)`: it posts
-what needs nothing from other ranks, yields once, and returns (entries, transitions); see parallel.scan.start_scan.
+A transport is a generator function `run(plan, direction, state, transition, group, *, fold, summarize, step,
+peers)`: it posts what needs nothing from other ranks, yields once, and returns (entries, transitions); see
+parallel.scan.start_scan.
 """
 
 from collections.abc import Callable

@@ -9,13 +9,14 @@ class Background:
     """Runs the generator `steps`, whose single yield parts what needs no other rank from the rest; see transports.
 
     On a GPU all of it is queued at once on a stream of its own, so that hops follow each other without the host and
-    beside the kernels of the current stream. On a CPU what follows the yield runs in `wait`.
+    beside the kernels of the current stream. On a CPU, and where it is not to run aside, what follows the yield runs in
+    `wait`.
     """
 
-    def __init__(self, steps, device, keep):
+    def __init__(self, steps, device, keep, aside=True):
         """keep: tensors that the generator reads, allocated on the current stream."""
         self._steps, self._stream, self._keep = steps, None, keep
-        if device.type == "cuda":
+        if aside and device.type == "cuda":
             self._stream = _stream(device)
             # Everything allocated on this stream is allocated between here and the end of _finish. What was freed on it
             # is idle by then: its last users on the caller's stream are waited for.

@@ -8,12 +8,12 @@ from longspan.parallel.exchange import start_exchange
 HOP_BYTES = 2**21
 
 
-def lasp(plan, direction, state, transition, group, *, fold, summarize, step):
+def lasp(plan, direction, state, transition, group, *, fold, summarize, step, peers=None):
     """One hop after another, each with a whole state (LASP, arXiv 2404.02882)."""
     return _pass_on(plan, direction, state, transition, group, step, num_blocks=1)
 
 
-def all_scan(plan, direction, state, transition, group, *, fold, summarize, step):
+def all_scan(plan, direction, state, transition, group, *, fold, summarize, step, peers=None):
     """A pipeline: a rank sends one block on while it receives the next (All-Scan of ZeCO, arXiv 2507.01004).
 
     Blocks are of heads, which no transition mixes and which lie together in memory.

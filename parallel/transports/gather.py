@@ -1,5 +1,7 @@
 """Transports that gather summaries and fold them where they are needed: over all ranks at once, or in two levels."""
 
+from functools import partial
+
 import torch
 
 from longspan.parallel.exchange import Pending, group_size, start_all_gather, start_exchange
@@ -9,60 +11,79 @@ from longspan.parallel.exchange import Pending, group_size, start_all_gather, st
 DIRECT_RANKS = 8
 
 
-def lasp2(plan, direction, state, transition, group, *, fold, summarize, step):
+def lasp2(plan, direction, state, transition, group, *, fold, summarize, step, peers=None):
     """One all-gather of what every rank publishes; every rank folds what its spans need (LASP-2, arXiv 2502.07563)."""
-    return (yield from _gather_scan(plan, plan.flat, direction, state, transition, group, fold, summarize))
+    return (yield from _gather_scan(plan, plan.flat, direction, state, transition, group, fold, summarize, peers))
 
 
-def hierarchical(plan, direction, state, transition, group, *, fold, summarize, step):
+def hierarchical(plan, direction, state, transition, group, *, fold, summarize, step, peers=None):
     """Summaries are gathered inside a node and folded to totals. Each rank sends its share of the node's totals to its
     counterparts on the other nodes, and the ranks of a node give each other the shares they received."""
     return (yield from _gather_scan(plan, plan.nodes, direction, state, transition, group, fold, summarize))
 
 
-def _gather_scan(plan, table, direction, state, transition, group, fold, summarize):
+def _published(plan, state, transition):
+    """What this rank sends of both, [num_slots, ...]; transition may be None."""
+    payload = [x for x in (state, transition) if x is not None]
+    if len(plan.published) < len(state):
+        payload = [x.index_select(0, plan.published) for x in payload]
+    payload = [_padded(x, plan.num_slots) for x in payload]
+    return payload[0], payload[1] if transition is not None else None
+
+
+def _gather_scan(plan, table, direction, state, transition, group, fold, summarize, peers=None):
     """Transitions travel with the forward states; the backward scan is given all rows of their table."""
-    tail, sends_transition = state.shape[1:], transition is not None and direction != "backward"
+    sent = transition if direction != "backward" else None
     pending, parts = None, []  # parts: (states, transitions) of the table's rows
     if plan.num_slots:
-        payload = [state, transition] if sends_transition else [state]
-        if len(plan.published) < len(state):
-            payload = [x.index_select(0, plan.published) for x in payload]
-        pending = _start_gather(_padded(_packed(payload), plan.num_slots), table.peers, plan.rank, group)
+        start = peers.start_gather if peers else partial(_Packed, table.peers, plan.rank, group)
+        pending = start(*_published(plan, state, sent))
     yield
     if pending:
-        gathered = pending.wait().flatten(0, 1)
-        states, transitions = _unpacked(gathered, tail, transition if sends_transition else None)
+        states, transitions = (None if x is None else x.flatten(0, 1) for x in pending.wait())
         parts.append((states, transitions))
         if table.num_totals:
             chains = table.total_backward if direction == "backward" else table.total_forward
-            if sends_transition:
+            if sent is not None:
                 totals, passed = summarize(states, transitions, chains)
-                totals = [totals, _padded(passed, table.num_totals)]
+                passed = _padded(passed, table.num_totals)
             else:
-                totals = [fold(states, transition, chains)]
-            gathered = _gather_totals(_packed(totals), table, plan.rank, group)
-            parts.append(_unpacked(gathered, tail, transition if sends_transition else None))
+                totals, passed = fold(states, transition, chains), None
+            gathered = _gather_totals(_packed([totals, passed]), table, plan.rank, group)
+            parts.append(_unpacked(gathered, totals, passed))
     if table.has_own_rows or not parts:
-        parts.append((state, transition if sends_transition else None))
-    states = parts[0][0] if len(parts) == 1 else torch.cat([x for x, _ in parts])
-    if sends_transition:  # A copy: the backward pass keeps it, but not all that was gathered.
-        transition = torch.cat([x for _, x in parts])
+        parts.append((state, sent))
+    states, transitions = (None if x[0] is None else x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts))
+    if sent is not None:
+        transition = transitions
     return fold(states, transition, getattr(table, direction)), transition
 
 
+class _Packed:
+    """A gather of x [n, ...], and of y [n, ...] unless it is None, in one tensor; `wait()` gives both as
+    [len(ranks), n, ...]."""
+
+    def __init__(self, ranks, rank: int, group, x, y):
+        self._pending, self._given = _start_gather(_packed([x, y]), ranks, rank, group), (x, y)
+
+    def wait(self):
+        gathered = self._pending.wait()
+        parts = _unpacked(gathered.flatten(0, 1), *self._given)
+        return [None if part is None else part.unflatten(0, gathered.shape[:2]) for part in parts]
+
+
 def _packed(tensors):
-    """[n, width] of tensors [n, ...]."""
-    rows = [x.flatten(1) for x in tensors]
+    """[n, width] of tensors [n, ...], None left out."""
+    rows = [x.flatten(1) for x in tensors if x is not None]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
-def _unpacked(rows, tail, transition):
-    """(states [n, *tail], transitions like `transition` or None) of rows [n, width]."""
-    states = rows[:, : tail.numel()].unflatten(1, tail)
-    if transition is None:
-        return states, None
-    return states, rows[:, tail.numel() :].unflatten(1, transition.shape[1:])
+def _unpacked(rows, x, y):
+    """(like x [n, ...], like y or None) of rows [n, width]. What is like y is a copy: the backward pass keeps it, but
+    not all that was gathered."""
+    width = x.shape[1:].numel()
+    first = rows[:, :width].unflatten(1, x.shape[1:])
+    return first, None if y is None else rows[:, width:].unflatten(1, y.shape[1:]).contiguous()
 
 
 def _padded(x, num_rows: int):

@@ -88,6 +88,7 @@ def test_kernels_belong_to_the_innermost_range_of_their_launch():
     trace.add(OPERATION, "aten::bmm", 9, 10)
     trace.launch(9.5)
     trace.launch(11, "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)")
+    trace.launch(11.5, "peer_collect_kernel")
     trace.launch(12.5)
     trace.add(RANGE, "longspan::MLP", 21, 30)
     trace.add(OPERATION, "aten::addmm", 22, 23)
@@ -111,7 +112,7 @@ def test_kernels_belong_to_the_innermost_range_of_their_launch():
     norms = ("norms, gates, rotations", "forward")
     assert trace.places() == {
         2: norms, 5: ("projections", "forward"), 7: norms, 9.5: ("softmax attention", "forward"), 11: "send-recv",
-        12.5: norms, 22.5: ("MLP", "forward"), 24: norms, 32: ("projections and MLP", "forward"),
+        11.5: "shared memory", 12.5: norms, 22.5: ("MLP", "forward"), 24: norms, 32: ("projections and MLP", "forward"),
         35: ("copies of sharding", "forward"), 35.5: "all-gather", 60: ("other", "forward"), 72: ("optimizer", ""),
         74: "all-reduce", 75: ("optimizer", ""), 81: "host copies", 82: ("other", "forward"),
         91: ("validation and saving", ""),

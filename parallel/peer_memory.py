@@ -1,0 +1,124 @@
+"""Memory that the GPUs of one machine share, and small gathers through it, without NCCL.
+
+Most of what NCCL takes for a gather of states is to start and to meet, on streams of its own. Through shared memory it
+is two launches on the caller's stream, one that writes to all ranks and one that waits for what they wrote.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from longspan.parallel.exchange import group_size
+
+log = logging.getLogger(__name__)
+CAPACITY = 2**20  # words of 4 bytes that a rank can send in a gather; more is left to NCCL
+MOST_RANKS = 8
+
+
+class PeerMemory:
+    """Gathers among a group through windows that all its ranks can address.
+
+    kernels: longspan.kernels.peer_triton, or what has its names. windows, flags: int64 [ranks], where each rank's
+    window and flags are for this GPU. keep: what owns that memory. received: bytes from other ranks so far.
+    """
+
+    def __init__(self, kernels, rank: int, windows: torch.Tensor, flags: torch.Tensor, capacity: int, keep=()):
+        self._kernels, self._capacity, self._keep = kernels, capacity, keep
+        self._world_size, self._under_way, self.received = len(windows), 0, 0
+        calls = torch.zeros(2, self._world_size, kernels.PARTS, dtype=torch.int32, device=windows.device)
+        self._given = windows, flags, calls, rank, capacity
+
+    def takes(self, *num_bytes: int) -> bool:
+        """Whether `start_gather` takes tensors of so many bytes; the same on all ranks if those are."""
+        return all(n % 4 == 0 for n in num_bytes) and sum(self._kernels.words_of(*num_bytes)) <= self._capacity
+
+    def start_gather(self, x: torch.Tensor, y: torch.Tensor | None = None) -> "Gathering":
+        """Starts gathering x, and y unless it is None: on every rank of equal shapes, and in the same order with other
+        gathers. `wait()`, on the same stream and once, gives both as [ranks, *shape]."""
+        if self._under_way == self._kernels.SLOTS:
+            raise RuntimeError(f"{self._under_way} gathers through shared memory are under way; finish one first")
+        self._under_way += 1
+        self.received += (self._world_size - 1) * sum(t.numel() * t.element_size() for t in (x, y) if t is not None)
+        self._kernels.push(x.contiguous(), None if y is None else y.contiguous(), *self._given)
+        return Gathering(self, x, y)
+
+    def _collect(self, x, y):
+        self._under_way -= 1
+        out, out_y = (None if t is None else t.new_empty(self._world_size, *t.shape) for t in (x, y))
+        self._kernels.collect(out, out_y, *self._given)
+        return out, out_y
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """A gather under way. x, y: what this rank gave."""
+
+    memory: PeerMemory
+    x: torch.Tensor
+    y: torch.Tensor | None
+
+    def wait(self):
+        return self.memory._collect(self.x, self.y)
+
+
+def open_peer_memory(
+    group, topology, device: torch.device, kernels, wanted: Literal["auto", "on", "off"] = "auto"
+) -> PeerMemory | None:
+    """Shared memory for the ranks of a group, or None where it is not wanted, or with "auto" where there is none.
+    Collective. Raises ValueError, on all ranks, if `wanted` is "on" and it cannot be had."""
+    if wanted == "off" or wanted == "auto" and group_size(group) == 1:
+        return None
+    refusal, found = _first(_refusal(group, topology, device), group), None
+    if refusal is None:  # then all ranks try
+        try:
+            found = _open(group, device, kernels)
+        except Exception as problem:  # what torch raises where memory cannot be shared is not documented
+            refusal = f"memory cannot be shared: {type(problem).__name__}: {problem}".splitlines()[0]
+        refusal = _first(refusal, group)
+    if refusal is None:
+        return found
+    if wanted == "on":
+        raise ValueError(f"parallel.peer_memory=on cannot be honoured: {refusal}; use auto or off")
+    if device.type == "cuda":
+        log.info("states travel by NCCL, not through shared memory: %s", refusal)
+    return None
+
+
+def _first(refusal: str | None, group) -> str | None:
+    """What the first rank that refuses says."""
+    refusals = [refusal]
+    if group_size(group) > 1:
+        refusals *= group_size(group)
+        dist.all_gather_object(refusals, refusal, group=group)
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(refusals) if text is not None), None)
+
+
+def _refusal(group, topology, device) -> str | None:
+    if device.type != "cuda":
+        return f"device {device} shares no memory with other ranks' devices"
+    if topology.nodes > 1:
+        return f"the ranks that share a sequence are on {topology.nodes} machines"
+    if not 2 <= group_size(group) <= MOST_RANKS:
+        return f"{group_size(group)} ranks share a sequence; it takes 2 to {MOST_RANKS}"
+    others = set(range(torch.cuda.device_count())) - {device.index}
+    if not all(torch.cuda.can_device_access_peer(device.index, other) for other in others):
+        return f"{device} cannot address the memory of all other GPUs"
+    return None
+
+
+def _open(group, device, kernels) -> PeerMemory:
+    import torch.distributed._symmetric_memory as symmetric_memory  # private in torch up to 2.13
+
+    world_size, rank = group_size(group), dist.get_rank(group)
+    flag_words = -(-kernels.flag_words(world_size) // 256) * 256
+    words = flag_words + kernels.SLOTS * world_size * CAPACITY
+    memory = symmetric_memory.empty(words, dtype=torch.int32, device=device)
+    handle = symmetric_memory.rendezvous(memory, group.group_name)
+    memory[:flag_words].zero_()
+    flags = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
+    torch.cuda.synchronize(device)
+    dist.barrier(group=group)  # nobody writes before all flags are zero
+    return PeerMemory(kernels, rank, flags + 4 * flag_words, flags, CAPACITY, keep=(memory, handle))
