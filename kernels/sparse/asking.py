@@ -57,7 +57,7 @@ def place(shown, counts, keys, lists: int, rank: int, own: bool, groups: int = 1
     """
     ranks, width, local = len(shown), keys.width, len(keys.local)
     columns = keys.lengths, keys.positions, keys.steps
-    room = lists * (ranks if own else ranks - 1) * width
+    room = -(-lists * (ranks if own else ranks - 1) * width // 4) * 4  # columns at multiples of 16 bytes
     offset = 0 if own else room
     if forms.takes(shown):
         from longspan.kernels.sparse.asking_triton import place_triton

@@ -139,11 +139,11 @@ class BlockPlan:
         b * width + n, -1 for nothing. The lists keep its order and lie in one tensor. Nothing waits for the device."""
         row_ptr, row_idx = _rows_of(chosen, width, len(keys))
         rows, plans = chosen.shape[1], []
-        ends = torch.stack([row_ptr[:, n * rows : (n + 1) * rows + 1] for n in range(len(keys))])
-        for blocks, row_ptr in zip(keys, ends):
+        for number, blocks in enumerate(keys):
+            ends = row_ptr[:, number * rows : (number + 1) * rows + 1].contiguous()
             chunk = _chunk_of(blocks, row_idx)
             most = _most_items(len(blocks), row_idx, chunk)
-            plans.append(cls(queries, blocks, row_ptr, row_idx, most, causal, None, rule, chunk))
+            plans.append(cls(queries, blocks, ends, row_idx, most, causal, None, rule, chunk))
         return plans
 
     def over(self, keys: Blocks, listed: int) -> "BlockPlan":
