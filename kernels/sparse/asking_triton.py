@@ -107,7 +107,7 @@ def locate_kernel(
     whose, which = every // lists, every % lists
     before = (whose < peer) | ((whose == peer) & (which < listed))  # what is of others
     before = (which // group < listed // group) | ((which // group == listed // group) & before)
-    mine = (whose == rank) & (which < listed) & (peer == rank)  # what is of this rank comes first, if at all
+    mine = (whose == rank) & (which < listed)  # what is of this rank comes first, if at all
     if goes == 1:
         before = tl.where(peer == rank, mine, before & (whose != rank))
     else:

@@ -8,7 +8,7 @@ import torch
 from longspan.kernels.sparse import ask, asking, count, forms, place, rename
 
 pytest.importorskip("longspan.kernels.sparse.asking_triton", reason="Triton is not installed")
-RANKS, WIDTH = 3, 7
+RANKS, WIDTH = 4, 7
 
 
 @pytest.fixture(params=["plain", "triton"])
@@ -23,12 +23,12 @@ def form(request, monkeypatch):
 def make(lists, turns):
     """(blocks that every rank lists, pieces of each block, Pieces of every rank)."""
     generator = torch.Generator().manual_seed(10 * lists + turns)
-    local = [WIDTH, 4, 0]  # pieces of each rank
+    local = [WIDTH, 4, 0, 5]  # pieces of each rank
     there = torch.cat([rank * WIDTH + torch.arange(n) for rank, n in enumerate(local)])
     there = there[torch.randperm(len(there), generator=generator)]
     of_block = torch.full((-(-len(there) // turns), turns), -1)
     of_block.view(-1)[: len(there)] = there
-    chosen = [torch.randint(-1, len(of_block), (lists, rows, 3), generator=generator) for rows in (5, 2, 0)]
+    chosen = [torch.randint(-1, len(of_block), (lists, rows, 3), generator=generator) for rows in (5, 2, 0, 6)]
     columns = torch.randint(1, 9, (3, RANKS * WIDTH), generator=generator).int()
     columns[0][[n for n in range(RANKS * WIDTH) if n not in there.tolist()]] = 0
     keys = [
