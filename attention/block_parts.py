@@ -18,7 +18,10 @@ STRATEGIES = ("fetch", "ring")
 
 
 class Way(Protocol):
-    """How keys of other ranks come here and their gradients go back; this rank's own go to others and come back."""
+    """How keys of other ranks come here and their gradients go back; this rank's own go to others and come back.
+    turns: transfers, one of each of as many groups of lists."""
+
+    turns: int
 
     def start(self, k, v, group) -> Pending:
         """k, v: [T, Hkv, D], this rank's; of keys and values [rows, Hkv or 1, D] that arrive."""
@@ -77,6 +80,7 @@ class _Step:
     num_rows: int
     target: int
     num_sent: int
+    turns = 1
 
     def start(self, k, v, group):
         given = [x.contiguous() for x in (k, v)] if self.num_sent else ()

@@ -294,7 +294,8 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Sparse:
-    """Keys of other ranks that are asked for, and all means, come once and stay for the backward pass."""
+    """Keys of other ranks that are asked for, and all means, come once and stay for the backward pass; in LLSA this
+    rank's that are chosen stay beside them."""
 
     outline: Outline
     selection: Any
@@ -336,8 +337,8 @@ class _Sparse:
         self.outline.record(Call("sparse", self.selection, backward, *sizes, asked if by_request else None))
 
     def _asked_and_given(self, q, k):
-        """Tokens whose keys this rank gets of others, and others of it, for every key head, of the rank that holds
-        most, and whether by request. All of them in a ring, and of selections that are not known."""
+        """Tokens whose keys this rank gets, and others of it, for every key head, of the rank that holds most, and
+        whether by request. All of them in a ring, and of selections that are not known."""
         outline = self.outline
         if outline.world_size == 1:
             return 0, 0, False
@@ -354,7 +355,8 @@ class _Sparse:
             if way.ring_is_faster(tokens * lists, listed * lists, sizes, lists, block):
                 return others, others, False
         rank = (2 * tokens.sum(1) + tokens.sum(0)).argmax()
-        return ceil(tokens[rank].sum() - 1e-6), ceil(tokens[:, rank].sum() - 1e-6), True
+        own = outline.num_tokens_local if self._coarse_rows() else 0  # those that are chosen lie in front
+        return own + ceil(tokens[rank].sum() - 1e-6), ceil(tokens[:, rank].sum() - 1e-6), True
 
     def _coarse_rows(self):
         """Rows of every level of means."""
@@ -364,8 +366,8 @@ class _Sparse:
         return [sum(-(-length // block**level) for length in self.outline.lengths) for level in levels]
 
     def _lists(self, q, k):
-        """Int32 tables of this rank's plans: lists have the same room for every block. Over ranks those of blocks that
-        arrive are beside those of all, with where each of them lies here, and where this rank's went."""
+        """Int32 tables of this rank's plans: lists have the same room for every block. Over ranks there is
+        where each block that arrives lies here, and where this rank's went."""
         outline, selection, heads = self.outline, self.selection, k.shape[1]
         if isinstance(selection, Hierarchical):  # under a mask with what is around queries
             keys, rows = selection.block, -(-max(outline.lengths) // selection.block**selection.levels) - self.causal
@@ -376,15 +378,13 @@ class _Sparse:
                 sizes.append((tile_rows(selection.block), under))
         else:
             sizes, keys = [(selection.query_block, self._longest_list())], selection.key_block
-        if outline.world_size > 1:
-            sizes.append(sizes[0])
         shapes = []
         for size, width in sizes:
             rows = outline.blocks(size)
             shapes += [(heads, rows * width), (heads, rows + 1)]
         if outline.world_size > 1:
-            arriving = -(-self._asked_and_given(q, k)[0] // keys)
-            shapes += [(heads, arriving)] * 4 + [(outline.world_size, heads, outline.blocks(keys))]
+            whole = outline.world_size * heads * outline.blocks(keys)
+            shapes += [(4, whole), (whole,)]  # room for all blocks that could arrive
         return [k.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
     def _turns(self, level):

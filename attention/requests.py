@@ -1,17 +1,17 @@
 """Blocks by request: ranks tell the owners which blocks their queries chose, and get exactly those.
 
-The host has to know how many there are. When it does, keys and values are packed in one launch and sent before anything
-else is made.
+The host has to know how many there are. Everything that follows from lists and flags is queued before it waits for
+that; when it knows, keys and values are packed in one launch and sent, and attention to them can be queued.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
-import torch
 
 from longspan.attention.block_parts import Part, pieces_of, ring
 from longspan.attention.block_tables import Pieces
-from longspan.kernels.sparse import BlockPlan, Blocks, Packing, add_packed, pack
+from longspan.kernels.sparse import BlockPlan, Packing, add_packed, ask, count, pack, place, rename
 from longspan.parallel.exchange import (
     Pending,
     ToHost,
@@ -21,61 +21,83 @@ from longspan.parallel.exchange import (
     start_all_to_all,
 )
 
+GROUPS = 2  # of lists, whose keys travel one after the other where nothing else is beside them
 
-def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False):
-    """(the part of local keys, what follows of other ranks: a list of parts or, where the host has to wait for what
-    ranks ask of one another, a Request). blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, -1 for
-    none; strategy: one of STRATEGIES or an Estimate; rule: of plans; full: there is no -1."""
-    keys, queries = tables.keys, tables.queries.local
+
+def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, apart=False, alone=True):
+    """(parts of local keys, what follows: a list of parts of other ranks' keys or, where the host has to wait for what
+    ranks ask of one another, a Request). blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, -1 for none;
+    strategy: one of STRATEGIES or an Estimate; rule: of plans; full: there is no -1. apart: local blocks are a part of
+    their own, else they are attended to together with those that arrive: a pass over queries less. alone: there are no
+    other parts."""
+    keys, queries, options = tables.keys, tables.queries.local, {"causal": causal, "rule": rule}
     if keys.whole:
-        options = {"causal": causal, "ascending": True, "rule": rule, "full": full}
-        return Part(BlockPlan.of(queries, keys.local, blocks, **options)), []
+        return [Part(BlockPlan.of(queries, keys.local, blocks, ascending=True, full=full, **options))], []
     rank, world_size = group_rank(group), group_size(group)
-    wanted = pieces_of(blocks, keys)
-    held = [keys.local if owner == rank else keys.of_rank(owner) for owner in range(world_size)]
-    plans = BlockPlan.split(queries, held, wanted, keys.width, causal=causal, rule=rule)
     if world_size == 1 or strategy == "ring":
-        return Part(plans[rank]), ring(plans, keys, keys.reach[int(causal)], group)
-    return Part(plans[rank]), Request(wanted, keys, plans, group, None if strategy == "fetch" else strategy)
+        plans = _plans_by_owner(pieces_of(blocks, keys), keys, queries, rank, world_size, options)
+        return [Part(plans[rank])], ring(plans, keys, keys.reach[int(causal)], group)
+    given = None if strategy == "fetch" else strategy, full, not apart, alone and rule is None
+    request = Request(blocks, keys, queries, options, group, *given)
+    return request.local, request
+
+
+def _plans_by_owner(wanted, keys, queries, rank, world_size, options):
+    held = [keys.local if owner == rank else keys.of_rank(owner) for owner in range(world_size)]
+    return BlockPlan.split(queries, held, wanted, keys.width, **options)
 
 
 class Request:
     """What ranks ask of one another: the pieces of others that their lists name, a flag for each, which all ranks see.
     How many there are is on its way to the host, which has to know the sizes of what is sent.
 
-    wanted: int32 [lists, local query pieces, n] pieces, -1 for none. plans: of the keys of every rank. estimate: which
-    says whether a ring is faster, or None for no ring.
+    local: parts that can be attended to meanwhile; `together` there are none, and local blocks lie in front of what
+    arrives. estimate: which says whether a ring is faster, or None for no ring. in_turn: nothing else
+    hides the transfer: keys of some lists come first, and are attended to while others come. Others as in
+    `block_parts`.
     """
 
-    def __init__(self, wanted, keys: Pieces, plans, group, estimate=None):
-        self.wanted, self.keys, self.plans, self.group, self.estimate = wanted, keys, plans, group, estimate
-        rank, world_size, lists, width = group_rank(group), group_size(group), wanted.shape[0], keys.width
-        asked = torch.zeros(lists, world_size * width + 1, dtype=torch.uint8, device=wanted.device)
-        self.columns = (wanted + 1).long().flatten(1)  # what is none has the first
-        asked.scatter_(1, self.columns, 1)
-        asked[:, 1 + rank * width : 1 + (rank + 1) * width] = 0
-        self.asked, given = asked[:, 1:].unflatten(1, (world_size, width)), asked.flatten()  # [list, owner, piece]
-        if estimate is not None:  # how many are listed of every owner's: lists lie one owner after the other
-            given = torch.cat([torch.stack([plan.row_ptr[:, -1] for plan in plans]).sum(1).view(torch.uint8), given])
-        found = start_all_gather(given[None], group).wait().flatten(0, 1)
-        listed, flags = found.tensor_split([found.shape[1] - asked.numel()], 1)
-        flags = flags.view(world_size, lists, -1)[..., 1:].unflatten(2, (world_size, width))
-        self.packing = Packing.of(keys.local, flags[:, :, rank, : len(keys.local)])
-        tokens = (flags * keys.lengths.view(world_size, width)).sum((1, 3))
-        counts = [tokens[..., None], flags.sum(3, dtype=torch.int64).transpose(1, 2)]
-        counts += [] if estimate is None else [listed.contiguous().view(torch.int64)[..., None]]
-        self.counts = ToHost(torch.cat(counts, 2))
+    def __init__(
+        self, blocks, keys: Pieces, queries, options, group, estimate=None, full=False, together=True, in_turn=False
+    ):
+        self.keys, self.queries, self.options = keys, queries, options
+        self.group, self.estimate, self.together, self.lists = group, estimate, together, len(blocks)
+        self.groups = GROUPS if in_turn and together and len(blocks) % GROUPS == 0 else 1
+        rank, world_size = group_rank(group), group_size(group)
+        self.wanted, shown = ask(blocks, keys.of_block, world_size, keys.width, listed=estimate is not None)
+        shown = start_all_gather(shown[None], group).wait().flatten(0, 1)
+        counts = count(shown, keys.lengths, self.lists)
+        table, arriving, places = place(shown, counts, keys, self.lists, rank, together, self.groups)
+        self.packing = Packing(keys.local, places, rank if together else -1)
+        self.counts = ToHost(counts)
+        columns = rename(self.wanted, table)
+        if together:
+            full = full and keys.of_block.shape[1] == 1
+            self.local = []
+            self.plan = BlockPlan.of(queries, arriving, columns, ascending=True, full=full, **options)
+        else:
+            held = keys.local, arriving
+            local, self.plan = BlockPlan.split(queries, held, columns, len(arriving), **options)
+            self.local = [Part(local)]
 
     def parts(self, k, v):
-        """(the parts, the transfer of the first under way). Waits for the device."""
-        counts, lists = self.counts.wait(), len(self.wanted)  # [who asks, owner, ...]
-        tokens, pieces = counts[..., 0], counts[group_rank(self.group), :, 1 : lists + 1]
-        if self.estimate is not None and self._ring_is_faster(tokens, np.diff(counts[..., -1], prepend=0)):
-            parts = ring(self.plans, self.keys, (tokens > 0).tolist(), self.group)
-            return parts, self._start(parts[0].way, k, v)
-        way = Fetched.of(self.packing, tokens, self.group)
-        pending = self._start(way, k, v)  # first of all: what follows has time until it is there
-        return [Part(self._plan(int(pieces.sum()), int(pieces.sum(0).max())), way=way)], pending
+        """(parts of local keys that are left, parts of others, the transfer of the first under way). Waits for the
+        device."""
+        counts, rank, lists = self.counts.wait(), group_rank(self.group), self.lists
+        tokens, pieces = counts[..., :lists].sum(2), counts[rank, :, lists : 2 * lists].copy()  # [who, owner]
+        others = tokens * ~np.eye(len(tokens), dtype=bool)
+        if self.estimate is not None and self._ring_is_faster(others, counts[..., -1]):
+            plans = _plans_by_owner(self.wanted, self.keys, self.queries, rank, len(tokens), self.options)
+            parts = ring(plans, self.keys, (others > 0).tolist(), self.group)
+            return [Part(plans[rank])] if self.together else [], parts, self._start(parts[0].way, k, v)
+        own = int(tokens[rank, rank]) if self.together else 0
+        by_group = counts[..., :lists].reshape(*others.shape, self.groups, -1).sum(3)
+        by_group[rank, rank] = 0
+        way = Fetched(self.packing, own, by_group[:, rank].T.tolist(), by_group[rank].T.tolist(), k.shape[0])
+        pending = self._start(way, k, v)
+        pieces[rank] *= self.together
+        arrived = self.plan.keys.map(lambda x: x[: pieces.sum()])
+        return [], [Part(self.plan.over(arrived, int(pieces.sum(0).max())), way=way)], pending
 
     def _start(self, way, k, v):
         with self.counts.beside(self.packing.places) as hand_over:
@@ -83,54 +105,59 @@ class Request:
             hand_over(*pending.result)
         return pending
 
-    def _plan(self, count, most):
-        """Over the `count` pieces that arrive, at most so many for a list: owner after owner, list after list."""
-        keys, (lists, owners, width) = self.keys, self.asked.shape
-        flags, every = self.asked.transpose(0, 1).flatten(), torch.arange(owners * width, device=self.asked.device)
-        place = torch.where(flags > 0, flags.cumsum(0) - 1, count)
-        number = place.new_empty(count + 1)
-        number.scatter_(0, place, every.view(owners, 1, width).expand(-1, lists, -1).flatten())
-        number = number[:-1]
-        length = keys.lengths[number]
-        start = length.cumsum(0, dtype=torch.int32) - length
-        blocks = Blocks(keys.size, start, length, keys.positions[number], keys.steps[number], length)
-        place = place.masked_fill_(place == count, -1).int().view(owners, lists, width).transpose(0, 1).flatten(1)
-        columns = torch.nn.functional.pad(place, (1, 0), value=-1).gather(1, self.columns).view_as(self.wanted)
-        own = self.plans[group_rank(self.group)]
-        options = {"causal": own.causal, "ascending": True, "rule": own.rule, "listed": most}
-        return BlockPlan.of(own.queries, blocks, columns, **options)
-
     def _ring_is_faster(self, tokens, entries):
-        pairs = self.plans[0].queries.size * self.keys.size
-        return self.estimate.ring_is_faster(tokens, entries, self.keys.tokens, len(self.wanted), pairs)
+        pairs = self.queries.size * self.keys.size
+        return self.estimate.ring_is_faster(tokens, entries, self.keys.tokens, self.lists, pairs)
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """How what was asked for travels. packing: which of this rank's pieces go where; sent, received: rows, to and from
-    every rank."""
+    """How what was asked for travels. packing: which of this rank's pieces go where; own: rows of this rank that lie in
+    front of what arrives; sent, received: of every group of lists, rows to and from every rank; tokens: of this
+    rank."""
 
     packing: Packing
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
+    own: int
+    sent: list[list[int]]
+    received: list[list[int]]
+    tokens: int
 
-    @classmethod
-    def of(cls, packing, tokens, group):
-        rank = group_rank(group)
-        return cls(packing, tuple(tokens[:, rank].tolist()), tuple(tokens[rank].tolist()))
+    @property
+    def turns(self) -> int:
+        return len(self.sent)
 
     def start(self, k, v, group):
-        return _exchange(pack((k, v), self.packing, sum(self.sent)), self.sent, self.received, group)
+        heads = self.packing.heads_of(k)
+        arrived = k.new_empty(self.own + sum(map(sum, self.received)), 2 * heads, k.shape[2])
+        packed = pack((k, v), self.packing, sum(map(sum, self.sent)), arrived)
+        works = _exchange(packed, self.sent, self.received, group, arrived[self.own :])
+        return Pending(works, list(arrived.split(heads, 1)))
 
     def start_return(self, gradients, dtype, group):
-        return _exchange([x.to(dtype) for x in gradients], self.received, self.sent, group)
+        gradients, rows = [x.to(dtype) for x in gradients], sum(map(sum, self.sent))
+        returned = [x.new_empty(rows, *x.shape[1:]) for x in gradients]
+        works = []
+        for x, out in zip(gradients, returned):
+            works += _exchange(x[self.own :], self.received, self.sent, group, out)
+        return Pending(works, returned + [x[: self.own] for x in gradients])
 
     def add_returned(self, arrived, totals, blocks, shares):
-        totals = [x.contiguous() for x in totals]
-        add_packed(totals, self.packing, arrived, shares)
+        """totals: None where local blocks lay in front of what arrived, and nothing else was added to them."""
+        arrived, own = arrived[:2], arrived[2:]
+        if self.packing.own < 0:
+            totals = [x.contiguous() for x in totals]
+            add_packed(totals, self.packing, arrived, shares)
+            return totals
+        fresh, shape = totals is None, (self.tokens, self.packing.places.shape[1] * own[0].shape[1], own[0].shape[2])
+        if fresh:
+            totals = [x.new_empty(shape) for x in own]
+        totals = [x.new_zeros(shape) if y is None else y.contiguous() for x, y in zip(own, totals)]
+        add_packed(totals, self.packing, arrived, shares, own, fresh)
         return totals
 
 
-def _exchange(several, sent, received, group):
-    works = [start_all_to_all(x, sent, received, group) for x in several]
-    return Pending(works, [work.result for work in works])
+def _exchange(x, sent, received, group, out):
+    """Transfers of one group of rows after the other."""
+    ends = ([0, *accumulate(map(sum, rows))] for rows in (sent, received))
+    spans = zip(*(pairwise(x) for x in ends), sent, received)
+    return [start_all_to_all(x[slice(*a)], *rows, group, out[slice(*b)]) for a, b, *rows in spans]

@@ -93,15 +93,16 @@ class _Attention(torch.autograd.Function):
             sums, pending = branch.start(own[1], v, travels=kept is None)
         if kept is None:
             coarse = coarse_k, coarse_v
-            given = _choose(q, k, coarse[0], selection, tables, causal, strategy, group)
+            apart = branch is not None and branch.rest  # whose states are of local blocks
+            given = _choose(q, k, coarse[0], selection, tables, causal, strategy, group, apart)
             found = attend(q, (k, v), coarse, *given, group, scale)
             kept = keep((*found, None if branch is None else branch.finish(pending, sums)))
         out, lse, parts, arrived, entry = kept
         result, states = out.detach(), (None, None)
         if branch is not None:
             tensors = [(own[1], v), *zip(arrived[::2], arrived[1::2])]
-            given = [(part, *x) for part, x in zip(parts, tensors, strict=True)]
-            states = branch.states(*own, v, weight, sums, entry, given)
+            listed = zip(parts, tensors, strict=True) if branch.rest else ()
+            states = branch.states(*own, v, weight, sums, entry, [(part, *x) for part, x in listed])
             result = branch.output(out, *own, v, *states, weight, bias)
         saved = coarse_k, coarse_v, weight, bias, own_q, own_k, *states
         ctx.save_for_backward(q, k, v, out.detach(), lse, *saved, *arrived)
@@ -135,28 +136,29 @@ class _Attention(torch.autograd.Function):
         return *gradients, *d_branch, *[None] * 7
 
 
-def _choose(q, k, coarse_k, selection, tables, causal, strategy, group):
+def _choose(q, k, coarse_k, selection, tables, causal, strategy, group, apart):
     """What `attend` takes: parts that are here, and what follows."""
     with torch.no_grad():
         chosen = selection.choose(q, k, coarse_k, tables, Ranks(group))
-        return parts_of(chosen, tables, causal, strategy, group)
+        return parts_of(chosen, tables, causal, strategy, group, apart)
 
 
-def parts_of(chosen, tables, causal, strategy, group):
+def parts_of(chosen, tables, causal, strategy, group, apart=False):
     """(parts of coarse keys and then of local ones, what follows of other ranks: see block_parts). chosen: what a
     selection chose of blocks of keys and of blocks of coarse keys, or None, and the rule of single queries where it has
-    one."""
+    one; apart: local blocks are a part of their own."""
     fine, coarse, *rule = chosen
     full = getattr(tables, "full", False)
-    local, remote = block_parts(fine, tables, causal, strategy, group, *rule, full=full)
     here, dense = [], getattr(tables, "dense", None)
+    how = {"full": full, "apart": apart, "alone": dense is None}
+    local, remote = block_parts(fine, tables, causal, strategy, group, *rule, **how)
     if dense is not None:
         here.append(Part(dense, tables.dense_rows))
     if coarse is not None:
         options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "chunk": tables.chunk}
         plan = BlockPlan.of(tables.dense.queries, tables.coarse_blocks, coarse, full=full, **options)
         here.append(Part(plan, tables.coarse_rows))
-    return [*here, local], remote
+    return [*here, *local], remote
 
 
 def attend(q, local, coarse, here, remote, group, scale):
@@ -164,7 +166,7 @@ def attend(q, local, coarse, here, remote, group, scale):
     what parts_of gives. What is here is queued before the host waits for anything."""
     found, arrived, parts = None, [], []
 
-    def add(part, keys, values):
+    def add(part, keys, values, turns=None):
         nonlocal found
         parts.append(part)
         form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
@@ -172,19 +174,25 @@ def attend(q, local, coarse, here, remote, group, scale):
             return
         count = len(here) + (len(remote) if isinstance(remote, list) else 1)
         dtype = q.dtype if len(parts) == count else _sum_dtype(q, count)
-        found = form.forward(q, keys, values, part.plan, scale, found, dtype)
+        found = form.forward(q, keys, values, part.plan, scale, found, dtype, turns)
 
     pending = remote[0].way.start(*local, group) if isinstance(remote, list) and remote else None
     for part in here:
         add(part, *_keys_of(part, local, coarse))
     if isinstance(remote, Request):
-        remote, pending = remote.parts(*local)
+        more, remote, pending = remote.parts(*local)
+        here = [*here, *more]
+        for part in more:
+            add(part, *local)
     for number, part in enumerate(remote, 1):
-        tensors = pending.wait()
+        turns = (part.way.turns, pending.waits()) if part.way.turns > 1 else None
+        tensors = pending.wait() if turns is None else pending.result
         if number < len(remote):
             pending = remote[number].way.start(*local, group)
         arrived += tensors
-        add(part, *tensors)
+        add(part, *tensors, turns)
+        if turns is not None:
+            pending.wait()  # where nothing was attended to
     if found is None:
         found = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide_dtype(q.dtype))
     return found[0].to(q.dtype), found[1], parts, arrived
@@ -206,6 +214,7 @@ def gradients_of(
     else:
         d_coarse = [None, None]
     sums, returning, passing, arrived = {}, [], None, list(zip(arrived[::2], arrived[1::2], strict=True))
+    own = blocks = None
     for number, part in enumerate(remote[::-1] + here, 1):
         keys, values = arrived.pop() if part.remote else _keys_of(part, local, coarse)
         into = [x[part.rows] for x in d_coarse] if part.coarse else None
@@ -214,15 +223,24 @@ def gradients_of(
             passing = owned.start(d_coarse, group)
             if not remote:
                 shares, passing = owned.shares(passing), None
+
+        def send(*gradients, part=part, keys=keys, values=values):
+            if work is not None and branch.rest and keys.shape[0]:
+                gradients = branch.part_gradients(part, keys, values, work, gradients)
+            returning.insert(0, (part.way, part.way.start_return(gradients, keys.dtype, group)))
+
         if not q.shape[0] or not len(part.plan.keys):
             gradients = [torch.zeros_like(x) for x in (keys, values)] if into is None else [x.zero_() for x in into]
             if shares is not None:
                 add_shares(gradients, part.plan.keys, shares)
+            if part.remote:
+                send(*gradients)
         else:
             form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
             if len(parts) > 1 and form not in sums:
                 sums[form] = form.row_sums(d_out, None, out, lse)
             more = {"rows": sums.get(form), "onto": dq, "into": into, "shares": shares}
+            more |= {"send": send} if part.remote else {}
             given = None
             if states and not (part.remote or part.coarse) and form.takes_states(q, keys, part.plan, scale):
                 more["states"] = given = branch.key_states(work)
@@ -231,13 +249,12 @@ def gradients_of(
             dq, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale, **more)
             if given is not None:
                 branch.lonely_gradients(part, keys, values, given, gradients)
-        if part.remote:
-            if work is not None and branch.rest and keys.shape[0]:
-                gradients = branch.part_gradients(part, keys, values, work, gradients)
-            returning.insert(0, (part.way, part.way.start_return(gradients, keys.dtype, group)))
-        elif not part.coarse:
+        if not (part.remote or part.coarse):
             own, blocks = gradients, part.plan.keys
-    own = own if meanwhile is None else meanwhile(*own)
+    if own is None and owned is not None:
+        passing = owned.start(d_coarse, group)
+    if meanwhile is not None:
+        own = meanwhile(*own or (None, None))
     shares = None if passing is None else owned.shares(passing)
     for way, pending in returning:
         own = way.add_returned(pending.wait(), own, blocks, shares)

@@ -1,19 +1,22 @@
 """Which way keys of other ranks come sooner, forward and backward, by request or in a ring: predicted by arithmetic.
 
-By request a rank gets less, all at once, beside the attention to its own keys. In a ring the keys of the next rank
-travel beside the attention to those of the last, and every part reads and writes what has been added so far.
+By request a rank gets less, in turns, the attention to one beside the transfer of the next, and gradients of keys go
+back beside those of queries. In a ring the keys of the next rank travel beside the attention to those of the last, and
+every part reads and writes what has been added so far.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from longspan.attention.requests import GROUPS
 from longspan.parallel.costs import LINK_RATE, REMOTE_RATE
 from longspan.parallel.topology import Topology
 
 # An H200. Operations of the kernels a second (benchmarks/results/sparse_kernels_H200_bsa.json), forward, and how many
 # times as long the backward takes. Bytes a second of memory. Seconds until a transfer's first byte.
 WORK, BACKWARD = 500e12, 2.9
+QUERIES = 0.45  # the share of gradients of queries in the backward
 MEMORY = 3.5e12
 START = 1e-5
 WIDE = 4  # bytes of a sum
@@ -41,10 +44,10 @@ class Estimate:
         seconds = self._links(tokens * row)
         away = np.maximum(seconds.sum(0), seconds.sum(1)) + START
         copies = 2 * row * (tokens.sum(0) + 2 * tokens.sum(1)) / MEMORY  # what is packed, and added to what is here
-        local, remote = work.diagonal(), work.sum(1) - work.diagonal()
-        passes = 2 * self._queries(held) * self.itemsize / MEMORY
-        beside = np.maximum(local, away) + np.maximum(BACKWARD * local, away)
-        return beside + (1 + BACKWARD) * remote + copies + 2 * passes
+        work, turns = work.sum(1), GROUPS if lists % GROUPS == 0 else 1
+        forward = np.maximum(away / turns + work, away + work / turns)
+        backward = BACKWARD * work + np.maximum(0, away - QUERIES * BACKWARD * work)
+        return forward + backward + copies + 2 * self._queries(held) * self.itemsize / MEMORY
 
     def _ring(self, wanted, work, held):
         """Seconds of every rank."""

@@ -40,7 +40,7 @@ PARTS = {
     "dk, dv": ("keys_kernel", "add_kernel"),
     "choosing": ("pool_", "levels_", "split_", "top_", "descend_", "blocks_below_"),
     "lists": ("list_rows", "list_columns", "list_items", "mark_", "sum_cells_", "scan_", "place_", "order_"),
-    "packing": ("pack_kernel", "add_packed_kernel"),
+    "packing": ("ask_kernel", "count_kernel", "locate_kernel", "rename_kernel", "pack_kernel", "add_packed_kernel"),
     "branch": ("whole_", "sums_kernel", "output_kernel", "query_grad", "key_grad", "inside_key", "listed_kernel"),
 }
 
@@ -84,14 +84,14 @@ def watched(seen):
     """Notes which parts ran, and how many rows of others their lists name, counted apart from what is exchanged."""
     attend, parts_of = sparse.attend, sparse.parts_of
 
-    def count_tokens(chosen, tables, causal, strategy, group):
+    def count_tokens(chosen, tables, causal, strategy, group, *rest):
         if not tables.keys.whole:
             seen.update(rows=0, sums=summed(tables))
             for head in pieces_of(chosen[0], tables.keys):
                 found = head.unique()
                 found = found[(found >= 0) & (found // tables.keys.width != dist.get_rank(group))]
                 seen["rows"] += int(tables.keys.lengths[found].sum())
-        return parts_of(chosen, tables, causal, strategy, group)
+        return parts_of(chosen, tables, causal, strategy, group, *rest)
 
     def note(*given):
         result = attend(*given)

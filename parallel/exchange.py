@@ -73,10 +73,16 @@ class Pending:
         self._works, self.result, self._keep = works, result, keep
 
     def wait(self):
+        for _ in self.waits():
+            pass
+        return self.result
+
+    def waits(self):
+        """Yields after each of the works, in their order, once it is done."""
         for work in self._works:
             work.wait()
+            yield
         self._works, self._keep = (), ()
-        return self.result
 
 
 def start_all_gather(x: torch.Tensor, group) -> Pending:
@@ -114,11 +120,11 @@ def all_to_all_rows(x: torch.Tensor, send_counts, receive_counts, group) -> torc
     return start_all_to_all(x, send_counts, receive_counts, group).wait()
 
 
-def start_all_to_all(x: torch.Tensor, send_counts, receive_counts, group) -> Pending:
-    """all_to_all_rows under way."""
+def start_all_to_all(x: torch.Tensor, send_counts, receive_counts, group, out=None) -> Pending:
+    """all_to_all_rows under way. out: contiguous, what arrives is written to, or None."""
     if group_size(group) == 1:
-        return Pending((), x)
-    x, out = x.contiguous(), x.new_empty(sum(receive_counts), *x.shape[1:])
+        return Pending((), x if out is None else out.copy_(x))
+    x, out = x.contiguous(), x.new_empty(sum(receive_counts), *x.shape[1:]) if out is None else out
     counts = list(receive_counts), list(send_counts)
     return Pending((dist.all_to_all_single(out, x, *counts, group=group, async_op=True),), out, (x,))
 

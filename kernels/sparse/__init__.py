@@ -3,6 +3,7 @@
 import torch
 
 from longspan.kernels.sparse import gathered
+from longspan.kernels.sparse.asking import ask, count, place, rename
 from longspan.kernels.sparse.descend import Families, blocks_below, descend
 from longspan.kernels.sparse.packing import Packing, add_packed, add_shares, pack
 from longspan.kernels.sparse.plan import BlockPlan, Blocks
@@ -23,13 +24,17 @@ __all__ = [
     "Tree",
     "add_packed",
     "add_shares",
+    "ask",
     "blocks_below",
     "choose",
+    "count",
     "descend",
     "kept_of",
     "mean_levels",
     "pack",
+    "place",
     "pool",
+    "rename",
     "sum_levels",
     "top",
 ]

@@ -16,7 +16,9 @@ from longspan.kernels.sparse.tiles import (
 
 
 @launched
-@triton.jit(do_not_specialize=["M", "capacity", "scale", "guard"])
+@triton.jit(
+    do_not_specialize=["M", "capacity", "scale", "guard"], do_not_specialize_on_alignment=["row_ptr", "row_idx"]
+)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, onto_out, onto_lse,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step, row_ptr, row_idx, weight_ptr,

@@ -1,6 +1,6 @@
 """The Triton kernels over a plan: forward, and backward in two passes over the lists."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -39,23 +39,37 @@ def refusal(dtype: torch.dtype, head_dim: int, plan: BlockPlan) -> str | None:
     return None
 
 
-def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None):
+def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None, turns=None):
     """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D] in `dtype` or that of q, lse fp32 [Tq, Hq]). onto: (out,
-    lse) of other keys, to which those of the plan come; they may be overwritten."""
+    lse) of other keys, to which those of the plan come; they may be overwritten. turns: (number, iterator): so many
+    equal groups of lists, of keys of one head, are taken one after the other, each after a step of the iterator."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
     dtype = dtype or q.dtype
     given = (q, q.new_empty(q.shape[:2], dtype=torch.float32)) if onto is None else onto
     out = given[0] if onto is not None and given[0].dtype == dtype else q.new_empty(q.shape, dtype=dtype)
     lse, tile = given[1], _tile(q, k, plan)
+    if turns is None:
+        _attend(q, k, v, out, lse, given, plan, scale, onto is not None, tile)
+        return out, lse
+    heads, lists = q.shape[1] // turns[0], plan.heads // turns[0]
+    for number, _ in enumerate(turns[1]):  # the kernels start at the first head and list that they are given
+        mine, listed = slice(number * heads, (number + 1) * heads), slice(number * lists, (number + 1) * lists)
+        part = replace(plan, row_ptr=plan.row_ptr[listed], row_idx=plan.row_idx[listed])
+        some, *others = (x[:, mine] for x in (q, out, lse, *given))
+        _attend(some, k, v, *others[:2], others[2:], part, scale, onto is not None, tile)
+    return out, lse
+
+
+def _attend(q, k, v, out, lse, given, plan, scale, onto, tile):
+    """Of the heads of q, the first of those that tensors have by `tile`."""
     if hopper.takes(q, plan, tile["ROWS"], scale):
-        hopper.forward(q, k, v, out, lse, plan, scale, tile["PACK"], onto)
+        hopper.forward(q, k, v, out, lse, plan, scale, tile, given if onto else None)
     elif len(plan.queries):
         forward_kernel[(len(plan.queries) * q.shape[1] // tile["PACK"],)](
             q, k, v, out, lse, *given, *_tables(plan), *_strides(q, k, v), scale, len(plan.queries),
-            plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
+            plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto,
             GATHER=_gather("forward", q, tile["ROWS"], plan.keys.size), **_options("forward", q, tile["ROWS"]),
         )  # fmt: skip
-    return out, lse
 
 
 @dataclass(frozen=True)
@@ -88,38 +102,62 @@ def row_sums(d_out, d_lse, out, lse) -> RowSums:
 
 def backward(
     d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None, into=None,
-    shares=None, states=None,
+    shares=None, states=None, send=None,
 ):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv in those of k and v); d_lse: [Tq, Hq] or None. out and lse: of all keys that
     the queries see, also where the plan lists some of them. rows: their row_sums, if known; onto: dq of other keys, to
     which that of the plan is added; it may be overwritten. into: contiguous tensors for dk and dv. shares: Shares of
     the keys and values in gradients of their means, to be added to dk and dv. states: KeyStates that the keys are part
-    of; what keys get from these is added for blocks that some query chose, where `takes_states`."""
+    of; what keys get from these is added for blocks that some query chose, where `takes_states`. send: called with dk
+    and dv once they are queued, and before dq is, or None."""
     d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
     dk, dv = into or (k.new_empty(k.shape), v.new_empty(v.shape))
     dtype = dtype or q.dtype
     dq = onto if onto is not None and onto.dtype == dtype else q.new_empty(q.shape, dtype=dtype)
-    tile, heads, head_dim = _tile(q, k, plan), q.shape[1], q.shape[2]
+    tile, heads = _tile(q, k, plan), q.shape[1]
     here = hopper.takes(q, plan, tile["ROWS"], scale)
-    alone = OWN_ROWS and here and hopper.takes_keys(plan) and d_lse is None  # then they are made where dq is
+    # Rows are made where dq is, if that comes first.
+    alone = OWN_ROWS and here and hopper.takes_keys(plan) and d_lse is None and send is None
     if rows is None and not alone:
         rows = row_sums(d_out, d_lse, out, lse)
-    if here:
-        given = d_out, q, k, v, out.contiguous(), lse.contiguous(), rows
-        of_rows = hopper.query_gradients(*given, dq, plan, scale, tile["PACK"], onto)
-        if hopper.takes_keys(plan):
+    of_rows = hopper.block_rows(rows, lse, plan) if here else None
+
+    def make_queries():
+        if here:
+            given = d_out, q, k, v, out.contiguous(), lse.contiguous(), rows is None, *of_rows
+            hopper.query_gradients(*given, dq, plan, scale, tile["PACK"], onto)
+        elif lse.numel():
+            queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
+                q, k, v, d_out, rows.sums, dq, dq if onto is None else onto, *_tables(plan),
+                *_strides(q, k, v, d_out), scale, len(plan.queries), plan.row_idx.shape[1], *arguments(plan), **tile,
+                ONTO=onto is not None,
+                GATHER=_gather("queries", q, tile["ROWS"], plan.keys.size), **_options("queries", q, tile["ROWS"]),
+            )  # fmt: skip
+
+    def make_keys():
+        if here and hopper.takes_keys(plan):
             hopper.key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale, states)
-            return dq, *_with_shares(dk, dv, plan.keys, shares)
-    elif lse.numel():
-        queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
-            q, k, v, d_out, rows.sums, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out),
-            scale, len(plan.queries), plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
-            GATHER=_gather("queries", q, tile["ROWS"], plan.keys.size), **_options("queries", q, tile["ROWS"]),
-        )  # fmt: skip
+            _with_shares(dk, dv, plan.keys, shares)
+        else:
+            _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares, tile)
+
+    if send is None:
+        make_queries()
+        make_keys()
+    else:
+        make_keys()
+        send(dk, dv)
+        make_queries()
+    return dq, dk, dv
+
+
+def _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares, tile):
+    """Writes dk and dv."""
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
-        return dq, *_with_shares(dk.zero_(), dv.zero_(), plan.keys, shares)
-    parts = [q.new_empty(groups, items, plan.keys.size, head_dim, dtype=torch.float32) for _ in range(2)]
+        _with_shares(dk.zero_(), dv.zero_(), plan.keys, shares)
+        return
+    parts = [q.new_empty(groups, items, plan.keys.size, q.shape[2], dtype=torch.float32) for _ in range(2)]
     turn = _beside("keys", q, plan.keys.size, TURN)
     tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], turn)
     given, depth = shares_arguments(shares, dk)
@@ -130,7 +168,6 @@ def backward(
         GATHER=turn // rows_at_once, CHUNK=plan.chunk, **_options("keys", q, plan.keys.size),
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, given, depth, tile["BLOCK_D"])
-    return dq, dk, dv
 
 
 def takes_states(q, k, plan: BlockPlan, scale: float) -> bool:
@@ -141,7 +178,6 @@ def takes_states(q, k, plan: BlockPlan, scale: float) -> bool:
 def _with_shares(dk, dv, blocks, shares):
     if shares is not None:
         add_shares_triton((dk, dv), blocks, shares)
-    return dk, dv
 
 
 def _tile(q, k, plan):

@@ -9,9 +9,12 @@ from longspan.kernels.wide import wide_dtype
 BATCH_ELEMENTS = 1 << 24  # scores of the query blocks taken at once
 
 
-def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None):
+def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None, turns=None):
     """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D] in `dtype` or that of q, lse [Tq, Hq] in at least fp32).
-    onto: (out, lse) of other keys, to which those of the plan come; they may be overwritten."""
+    onto: (out, lse) of other keys, to which those of the plan come; they may be overwritten. turns: see fused.forward;
+    here all are taken at once."""
+    for _ in () if turns is None else turns[1]:
+        pass
     dtype = dtype or q.dtype
     out, lse = torch.zeros_like(q, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=wide_dtype(q.dtype))
     for batch in _batches(plan, q.shape[1], k.shape[1]):
@@ -37,11 +40,12 @@ def takes_states(q, k, plan: BlockPlan, scale: float) -> bool:
 
 def backward(
     d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None, into=None,
-    shares=None,
+    shares=None, send=None,
 ):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv); d_lse: [Tq, Hq] or None. out and lse: of all keys that the queries see,
     also where the plan lists some of them. onto: dq of other keys, to which that of the plan is added. into: tensors
-    for dk and dv. shares: Shares of the keys and values in gradients of their means, to be added to dk and dv."""
+    for dk and dv. shares: Shares of the keys and values in gradients of their means, to be added to dk and dv. send:
+    called with dk and dv when they are there, or None."""
     wide = wide_dtype(q.dtype)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     delta = (d_out.to(wide) * out.to(wide)).sum(-1)
@@ -58,6 +62,8 @@ def backward(
     if shares is not None:
         shares.add(dk, dv, plan.keys)
     dk, dv = (dk.to(k.dtype), dv.to(v.dtype)) if into is None else (x.copy_(y) for x, y in zip(into, (dk, dv)))
+    if send is not None:
+        send(dk, dv)
     return dq.to(dtype or q.dtype), dk, dv
 
 

@@ -12,50 +12,48 @@ from longspan.kernels.sparse.plan import Blocks
 class Packing:
     """places: int32 [ranks, lists, len(blocks)], the row of the buffer where a block begins for a rank and list, -1
     where it is not in it. With one list a row of the buffer has all heads; else there is a list for every head, and a
-    row has that head."""
+    row has that head. own: the rank whose rows lie in a buffer of their own, or -1."""
 
     blocks: Blocks
     places: torch.Tensor
-
-    @classmethod
-    def of(cls, blocks: Blocks, flags: torch.Tensor) -> "Packing":
-        """flags: [ranks, lists, len(blocks)], 1 for what is in the buffer; in their order, without waiting for the
-        device."""
-        rows = (flags * blocks.length).flatten()
-        places = rows.cumsum(0, dtype=torch.int32) - rows
-        return cls(blocks, torch.where(flags > 0, places.view(flags.shape), -1).int())
+    own: int = -1
 
     def heads_of(self, x: torch.Tensor) -> int:
         """Heads in a row of a buffer of rows of x [T, H, D]."""
         return x.shape[1] if self.places.shape[1] == 1 else 1
 
 
-def pack(several, packing: Packing, num_rows: int) -> list[torch.Tensor]:
-    """Two tensors [T, H, D], alike -> [num_rows, H or 1, D] each, the rows of the buffer."""
-    out = [x.new_empty(num_rows, packing.heads_of(x), x.shape[2]) for x in several]
-    if forms.takes(several[0]):
+def pack(several, packing: Packing, num_rows: int, own=None) -> torch.Tensor:
+    """Two tensors [T, H, D], alike -> [num_rows, 2 * (H or 1), D], the rows of the buffer, one beside the other; those
+    of rank packing.own are written to the first rows of `own`, of the same width."""
+    first = several[0]
+    out = first.new_empty(num_rows, 2 * packing.heads_of(first), first.shape[2])
+    if forms.takes(first):
         from longspan.kernels.sparse.packing_triton import pack_triton
 
-        pack_triton(several, packing, out)
+        pack_triton(several, packing, out, out if own is None else own)
         return out
     for rank in range(len(packing.places)):
         rows, heads, to = _rows(packing, rank)
-        for x, y in zip(several, out):
+        for x, y in zip(several, (own if rank == packing.own else out).chunk(2, 1)):
             y[to] = x[rows] if y.shape[1] == x.shape[1] else x[rows, heads][:, None]
     return out
 
 
-def add_packed(totals, packing: Packing, several, shares=None) -> None:
-    """Adds rows of buffers to two contiguous tensors [T, H, D], in place: those of one rank after the other, and
-    `shares` of the rows in gradients of means (Shares of packing.blocks), or None."""
+def add_packed(totals, packing: Packing, several, shares=None, own=None, fresh=False) -> None:
+    """Adds rows of buffers [rows, H or 1, D] to two contiguous tensors [T, H, D], in place: those of one rank after the
+    other, and `shares` of the rows in gradients of means (Shares of packing.blocks), or None. own: the buffers of
+    packing.own. fresh: the tensors hold nothing yet."""
     if forms.takes(totals[0]):
         from longspan.kernels.sparse.packing_triton import add_packed_triton
 
-        add_packed_triton(totals, packing, several, shares)
+        add_packed_triton(totals, packing, several, shares, own, fresh)
         return
+    if fresh:
+        totals[0].zero_(), totals[1].zero_()
     for rank in range(len(packing.places)):
         rows, heads, to = _rows(packing, rank)
-        for total, x in zip(totals, several):
+        for total, x in zip(totals, own if rank == packing.own else several):
             if x.shape[1] == total.shape[1]:
                 total[rows] += x[to]
             else:

@@ -120,18 +120,18 @@ class BlockPlan:
 
     @classmethod
     def of(
-        cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, rule=None, listed=None,
-        ascending=False, chunk=None, full=False,
+        cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, rule=None, ascending=False,
+        chunk=None, full=False,
     ) -> "BlockPlan":  # fmt: skip
         """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing;
         `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort;
-        `full` that there is no -1 either, and nothing to count. listed: most key blocks that a head's
-        lists name, if known: memory for gradients follows it. Nothing waits for the device."""
+        `full` that there is no -1 either, and nothing to count. Nothing waits for the device."""
         if not (ascending or full):
             chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
-        chunk = chunk or _chunk_of(keys, chosen)
-        rows = _rows_of(chosen, len(keys), 1, full)
-        return cls(queries, keys, *rows, _most_items(keys, chosen, chunk, listed), causal, log_weight, rule, chunk)
+        row_ptr, row_idx = _rows_of(chosen, len(keys), 1, full)
+        chunk = chunk or _chunk_of(keys, row_idx)
+        most = _most_items(len(keys), row_idx, chunk)
+        return cls(queries, keys, row_ptr, row_idx, most, causal, log_weight, rule, chunk)
 
     @classmethod
     def split(cls, queries: Blocks, keys, chosen, width: int, *, causal: bool, rule=None) -> list["BlockPlan"]:
@@ -141,10 +141,16 @@ class BlockPlan:
         rows, plans = chosen.shape[1], []
         for number, blocks in enumerate(keys):
             ends = row_ptr[:, number * rows : (number + 1) * rows + 1].contiguous()
-            chunk = _chunk_of(blocks, chosen)
-            most = _most_items(blocks, chosen, chunk)
+            chunk = _chunk_of(blocks, row_idx)
+            most = _most_items(len(blocks), row_idx, chunk)
             plans.append(cls(queries, blocks, ends, row_idx, most, causal, None, rule, chunk))
         return plans
+
+    def over(self, keys: Blocks, listed: int) -> "BlockPlan":
+        """The same over other blocks, of which lists of a head name at most `listed`: memory for gradients follows
+        it."""
+        chunk = _chunk_of(keys, self.row_idx)
+        return replace(self, keys=keys, chunk=chunk, most_items=_most_items(listed, self.row_idx, chunk))
 
     def map(self, move) -> "BlockPlan":
         """The same with every tensor passed through `move`, without a rule; lists by key block as well if there are."""
@@ -156,13 +162,13 @@ class BlockPlan:
         return plan
 
 
-def _chunk_of(keys, chosen):
-    return CHUNK if chosen.shape[1] * chosen.shape[2] <= CHUNK * len(keys) else max(CHUNK, LONG_CHUNK)
+def _chunk_of(keys, row_idx):
+    return CHUNK if row_idx.shape[1] <= CHUNK * len(keys) else max(CHUNK, LONG_CHUNK)
 
 
-def _most_items(keys, chosen, chunk, listed=None):
-    capacity = chosen.shape[1] * chosen.shape[2]
-    return min(len(keys) if listed is None else listed, capacity) + capacity // chunk
+def _most_items(listed, row_idx, chunk):
+    capacity = row_idx.shape[1]
+    return min(listed, capacity) + capacity // chunk
 
 
 def _rows_of(chosen, width, parts, full=False):

@@ -8,8 +8,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def program_of(M, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, PACK: tl.constexpr):
     """What a program that walks the list of a query block works on: (block, first of PACK heads, key head, list). One
-    key head after the other, whose keys the cache then holds."""
-    PACKS: tl.constexpr = HEADS // KEY_HEADS // PACK  # of a key head
+    key head and list after the other, whose keys the cache then holds."""
+    PACKS: tl.constexpr = HEADS // (LISTS if LISTS > KEY_HEADS else KEY_HEADS) // PACK  # of a key head and list
     number = tl.program_id(0) // PACKS
     block, head = number % M, (number // M * PACKS + tl.program_id(0) % PACKS) * PACK
     return block, head, head // (HEADS // KEY_HEADS), (head * LISTS // HEADS).to(tl.int64)

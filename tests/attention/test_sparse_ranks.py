@@ -58,14 +58,14 @@ def run_waiting(rank, world_size, cases):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs kernels in the interpreter")
 def test_ranks_wait_once_after_local_work():
-    """A ring waits for nothing; by request the host waits once, with local work queued."""
+    """A ring waits for nothing; by request the host waits once, with what does not wait for keys queued."""
     pytest.importorskip("triton")
     cases = [("full", "ring"), ("full", "fetch"), ("full", "auto"), ("levels2_full", "fetch")]
     for found in run_ranks(run_waiting, 2, cases):
         ring, fetch, auto, levels_fetch = (" ".join(x) for x in found)
         assert ring == "kernel kernel"
-        assert fetch == auto == "kernel wait kernel"
-        assert levels_fetch == "kernel kernel kernel wait kernel"
+        assert fetch == "wait kernel" and auto in (fetch, fetch + " kernel")  # a ring has a part more
+        assert levels_fetch == "kernel kernel wait kernel"  # coarse rows, then all blocks at once
 
 
 def run_traffic(rank, world_size, cases):

@@ -208,7 +208,9 @@ def compile_hopper_sweeps(head_dim):
 
 
 def compile_choosing(width):
-    """What chooses blocks for heads of this width, and the lists of plans."""
+    """What chooses blocks for heads of this width, asks other ranks for them, and the lists of plans."""
+    from types import SimpleNamespace
+
     import numpy as np
     import torch
 
@@ -220,10 +222,14 @@ def compile_choosing(width):
         Shares,
         Tree,
         add_packed,
+        ask,
         blocks_below,
+        count,
         forms,
         mean_levels,
         pack,
+        place,
+        rename,
         sum_levels,
     )
     from longspan.kernels.sparse.descend_triton import descend_triton
@@ -253,9 +259,16 @@ def compile_choosing(width):
     blocks_below(zeros(2, 8, 8), torch.zeros(16, dtype=torch.int64), zeros(9, 2), True)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
     for lists in (1, 2):
-        packing = Packing.of(blocks, torch.ones(2, lists, 8, dtype=torch.uint8))
-        buffers = pack((means.bfloat16(),) * 2, packing, 256 * lists)
-        add_packed((means.bfloat16(),) * 2, packing, buffers, Shares(Tree(zeros(10), zeros(10), 2), means, means))
+        packing, x = Packing(blocks, zeros(2, lists, 8)), (means.bfloat16(),) * 2
+        pack(x, packing, 256 * lists)
+        for shares, own in ((Shares(Tree(zeros(10), zeros(10), 2), means, means), x), (None, None)):
+            add_packed(x, packing, [y[:, : 1 + lists % 2].contiguous() for y in x], shares, own, own is not None)
+    keys = SimpleNamespace(width=4, size=16, local=range(4), lengths=zeros(8), positions=zeros(8), steps=zeros(8))
+    for own in (True, False):
+        wanted, shown = ask(zeros(2, 4, 2), zeros(8, 1).long(), 2, 4, listed=own)
+        shown = shown.expand(2, -1).contiguous()
+        table, _, _ = place(shown, count(shown, keys.lengths, 2), keys, 2, 0, own)
+        rename(wanted, table)
     for columns in (8, 1 << 14):  # by bits, and too many for these
         row_ptr, row_idx = rows_triton(zeros(1, 1024, 4), columns, full=columns > 8)
         columns_triton(row_ptr, row_idx, columns, 64, 9)

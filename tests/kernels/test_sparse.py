@@ -308,6 +308,24 @@ def test_gradients_of_means_come_to_keys(form, name, monkeypatch):
         torch.testing.assert_close(x.double(), more, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [fused, gathered], ids=["fused", "gathered"])
+def test_lists_in_turn_and_keys_before_queries(form):
+    """Bit for bit as all at once, on top of other keys as well; what is waited for is, group after group."""
+    offsets = (0, 100)
+    plan, q, k, v, d_out, _ = make("in turn", case=(offsets, 16, 16, 4, 8, 1, 16, False, False, 3))
+    other = make("in turn", case=(offsets, 16, 16, 4, 8, 1, 16, False, False, 2))[0]
+    for onto in (None, form.forward(q, k, v, other, SCALE)):
+        given, waited = [None if onto is None else tuple(x.clone() for x in onto) for _ in range(2)], []
+        wanted = form.forward(q, k, v, plan, SCALE, given[0])
+        turns = 2, (waited.append(n) for n in range(2))
+        found = form.forward(q, k, v, plan, SCALE, given[1], None, turns)
+        assert waited == [0, 1] and all(map(torch.equal, found, wanted))
+    sent = []
+    given = d_out, None, q, k, v, *wanted, plan, SCALE
+    found = form.backward(*given, send=lambda *gradients: sent.extend(x.clone() for x in gradients))
+    assert all(map(torch.equal, found, form.backward(*given))) and all(map(torch.equal, found[1:], sent))
+
+
 @pytest.mark.parametrize("rows, words", [(2100, 64), (200, 0)])
 def test_long_lists_by_key_block(rows, words, monkeypatch):
     monkeypatch.setattr(forms, "takes", lambda x: True)

@@ -59,6 +59,21 @@ def test_kernels_equal_the_definition(name, form, launched, monkeypatch):
     assert launched == ["forward_kernel", "queries_kernel", *["keys_kernel"] * (name != "small keys")]
 
 
+def test_lists_in_turn_and_keys_before_queries(launched):
+    """Bit for bit as all at once, and in that order."""
+    case = (0, 300), 64, 64, 2, 4, 1, 64, False, False, 3
+    plan, q, k, v, d_out, _ = make("in turn", dtype=torch.bfloat16, case=case)
+    wanted = fused.forward(q, k, v, plan, 0.3)
+    found = fused.forward(q, k, v, plan, 0.3, turns=(2, iter(range(2))))
+    assert all(map(torch.equal, found, wanted))
+    given = d_out, None, q, k, v, *wanted, plan, 0.3
+    expected, sent = fused.backward(*given, rows=fused.row_sums(d_out, None, *wanted)), []
+    found = fused.backward(*given, send=lambda *gradients: sent.extend(x.clone() for x in gradients))
+    assert all(map(torch.equal, (*found, *sent), (*expected, *expected[1:])))
+    assert launched[1:3] == ["forward_kernel"] * 2
+    assert launched[3:] == ["queries_kernel", "keys_kernel", "keys_kernel", "queries_kernel"]
+
+
 @pytest.mark.parametrize("feature_map", ["softmax", "elu1"])
 @pytest.mark.parametrize("name, chunk", [("parts of a block", 1), ("wide", 64), ("lists of queries", 2)])
 def test_gradients_from_states(name, chunk, feature_map, launched):

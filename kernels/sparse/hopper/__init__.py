@@ -47,18 +47,26 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward(q, k, v, out, lse, plan, scale, pack, onto):
-    """Writes out and lse, see kernels.sparse.fused.forward; pack: heads side by side in a tile of queries."""
+def forward(q, k, v, out, lse, plan, scale, tile, onto):
+    """Writes out and lse, see kernels.sparse.fused.forward; tile: numbers of heads and lists that tensors have, and
+    PACK, heads side by side in a tile of queries."""
     from longspan.kernels.sparse.hopper import run
 
-    run.forward(q, k, v, out, lse, plan, scale, pack, onto)
+    run.forward(q, k, v, out, lse, plan, scale, tile, onto)
 
 
-def query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto):
-    """Writes dq, see kernels.sparse.fused.backward; gives what key_gradients takes of rows."""
+def block_rows(rows, lse, plan):
+    """lse and delta block by block, as the two below take them: those of row_sums, or undefined where that is None."""
     from longspan.kernels.sparse.hopper import run
 
-    return run.query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto)
+    return run.block_rows(rows, lse, plan)
+
+
+def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto):
+    """Writes dq, see kernels.sparse.fused.backward, and with makes_rows log and delta."""
+    from longspan.kernels.sparse.hopper import run
+
+    run.query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto)
 
 
 def key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale, states=None):

@@ -191,7 +191,7 @@ def _softmax(scores, highest, total, weight, scale, BY_KEY: gl.constexpr):
 
 
 @launched
-@gluon.jit(do_not_specialize=["M", "capacity", "tiles", "scale"])
+@gluon.jit(do_not_specialize=["M", "capacity", "tiles", "scale"], do_not_specialize_on_alignment=["row_ptr", "row_idx"])
 def forward_kernel(
     q_ptr, k_desc, v_desc, out_ptr, lse_ptr, onto_out_ptr, onto_lse_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step,

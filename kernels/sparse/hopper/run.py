@@ -19,31 +19,33 @@ PERSISTENT = True  # whether programs that are fed take tile after tile, one on 
 IN_TURN = True  # whether warpgroups start their products one after the other, forward
 
 
-def forward(q, k, v, out, lse, plan, scale, pack, onto):
+def forward(q, k, v, out, lse, plan, scale, shape, onto):
     tile, stages, warps, registers = FORWARD[q.shape[2]]
-    tiles, programs, taken = _programs(q, plan, pack, warps)
+    tiles, programs, taken = _programs(q, plan, shape["PACK"], warps)
     forward_kernel[(programs,)](
         q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
-        *_lists(plan), taken, *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles,
-        *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal, plan.log_weight is not None, onto is not None,
-        stages, IN_TURN, PERSISTENT, num_warps=warps, **_most(registers),
+        *_lists(plan), taken, *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles, shape["HEADS"],
+        shape["KEY_HEADS"], shape["LISTS"], shape["D"], plan.keys.size, shape["PACK"], tile, plan.causal,
+        plan.log_weight is not None, onto is not None, stages, IN_TURN, PERSISTENT, num_warps=warps, **_most(registers),
     )  # fmt: skip
 
 
-def query_gradients(d_out, q, k, v, out, lse, rows, dq, plan, scale, pack, onto):
-    """Writes dq; gives lse and delta block by block, as `key_gradients` takes them. rows: RowSums, or None."""
-    head_dim, blocks = q.shape[2], len(plan.queries)
-    log, delta = _empty_rows(lse, plan.queries) if rows is None else rows.of(plan.queries, _rows_by_blocks)
-    tile, stages, warps, registers = QUERIES[head_dim]
+def block_rows(rows, lse, plan):
+    """lse and delta block by block: those of `rows`, RowSums, or undefined where that is None."""
+    return _empty_rows(lse, plan.queries) if rows is None else rows.of(plan.queries, _rows_by_blocks)
+
+
+def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto):
+    """Writes dq, and with makes_rows log and delta, which are given otherwise."""
+    tile, stages, warps, registers = QUERIES[q.shape[2]]
     tiles, programs, taken = _programs(q, plan, pack, warps)
     queries_kernel[(programs,)](
         q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, out, lse, log, delta, dq,
         dq if onto is None else onto, *_tables(plan), *_lists(plan), taken, *q.stride()[:2], *d_out.stride()[:2], scale,
-        blocks, plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
-        plan.log_weight is not None, onto is not None, rows is not None, stages, PERSISTENT,
+        len(plan.queries), plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
+        plan.log_weight is not None, onto is not None, not makes_rows, stages, PERSISTENT,
         num_warps=warps, **_most(registers),
     )  # fmt: skip
-    return log, delta
 
 
 def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
