@@ -7,6 +7,7 @@ import torch
 
 from longspan.attention.block_tables import BlockTables, Pieces, block_tables, pieces
 from longspan.attention.selection import require_whole
+from longspan.kernels.wide import wide_dtype
 from longspan.parallel.routes import RouteTable, route_table
 
 SCORE_ELEMENTS = 1 << 22  # scores held at once
@@ -84,7 +85,7 @@ def _groups(x, index, stride):
     """[T, H, D] -> ([blocks, groups, H, stride, D] in at least fp32, bool [blocks, groups] which have a token). index:
     int64 [blocks, tokens], -1 for no token, which is zero."""
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1))[index]
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(wide_dtype(x.dtype))
     return x.unflatten(1, (-1, stride)).transpose(2, 3), index.unflatten(1, (-1, stride))[..., 0] >= 0
 
 

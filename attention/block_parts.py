@@ -11,6 +11,7 @@ import torch
 
 from longspan.attention.block_tables import Pieces
 from longspan.kernels.sparse import BlockPlan, add_shares
+from longspan.kernels.wide import wide_dtype
 from longspan.parallel.exchange import Pending, group_rank, group_size, start_exchange
 
 STRATEGIES = ("fetch", "ring")
@@ -92,7 +93,7 @@ class _Step:
         return _start((self.source, given), (self.target, buffers), group)
 
     def add_returned(self, arrived, totals, blocks, shares):
-        totals = [x.to(torch.promote_types(x.dtype, torch.float32)).contiguous() for x in totals]
+        totals = [x.to(wide_dtype(x.dtype)).contiguous() for x in totals]
         if self.num_sent:
             totals = [total.add_(x) for total, x in zip(totals, arrived)]
         if shares is not None:

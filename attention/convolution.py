@@ -12,6 +12,7 @@ from longspan.attention.outline import Outline
 from longspan.attention.ranges import CONVOLUTION, of_component
 from longspan.attention.recompute import keep, recall
 from longspan.kernels.convolution import ACTIVATIONS, WIDTHS, convolve, convolve_backward
+from longspan.kernels.wide import wide_dtype
 from longspan.parallel.halo import halo_tables, start_fetch, start_return
 
 
@@ -57,7 +58,7 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         x, weight, bias, strips = ctx.saved_tensors
-        halo, wide = ctx.seq.derive(halo_tables, weight.shape[1]), torch.promote_types(x.dtype, torch.float32)
+        halo, wide = ctx.seq.derive(halo_tables, weight.shape[1]), wide_dtype(x.dtype)
 
         def gradients(d_out, x, reach, dtype):
             return convolve_backward(d_out, x, weight, bias, ctx.activation, reach, dtype)

@@ -13,7 +13,7 @@ import numpy as np
 
 from longspan.attention.hierarchy import Hierarchical
 from longspan.kernels.sparse import kept_of
-from longspan.parallel.layout import Layout
+from longspan.parallel.layout import Layout, Span
 
 LEAST = 1e-20  # chance below which it makes no difference how small it is; its logarithm must be finite
 
@@ -38,12 +38,15 @@ def expected_requests(selection, layout: Layout, causal: bool) -> tuple[np.ndarr
 
     selection: TopBlocks or Hierarchical. Blocks that the queries' own block meets are taken as held by their rank.
     """
+    found = np.zeros((2, layout.world_size, layout.world_size))
+    layout = _cut_documents(layout)
+    if layout is None:
+        return found[0], found[1]
     if isinstance(selection, Hierarchical):
         levels, sizes = _hierarchy(selection, layout.lengths, causal), (selection.block, selection.block)
     else:
         levels, sizes = _top(selection, layout.lengths, causal), (selection.query_block, selection.key_block)
     ends, block = np.cumsum([0, *(-(-n // sizes[1]) for n in layout.lengths)]), sizes[1]
-    found = np.zeros((2, layout.world_size, layout.world_size))
     for who in range(layout.world_size):
         totals = [np.concatenate([[0], x.cumsum()]) for x in _named(levels, _held(layout, who, sizes[0]))]
         for whom in set(range(layout.world_size)) - {who}:
@@ -51,6 +54,22 @@ def expected_requests(selection, layout: Layout, causal: bool) -> tuple[np.ndarr
                 at = ends[span.document] + np.array([span.start, span.stop]) / block
                 found[:, who, whom] += [np.diff(_at(total, at))[0] for total in totals]
     return found[0] * block, found[1]
+
+
+def _cut_documents(layout: Layout) -> Layout | None:
+    """The documents that are on several ranks, None if none is: nothing else is asked for."""
+    on = [set() for _ in layout.lengths]
+    for rank, spans in enumerate(layout.spans):
+        for span in spans:
+            on[span.document].add(rank)
+    number = {document: n for n, document in enumerate(d for d, ranks in enumerate(on) if len(ranks) > 1)}
+    if not number:
+        return None
+    spans = (
+        tuple(Span(number[span.document], span.start, span.stop) for span in spans if span.document in number)
+        for spans in layout.spans
+    )
+    return Layout([layout.lengths[document] for document in number], tuple(spans))
 
 
 def _at(total, places):

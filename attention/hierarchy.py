@@ -14,7 +14,7 @@ import torch
 from longspan.attention.hierarchy_tables import HierarchyTables, hierarchy_tables
 from longspan.attention.recompute import keep, recall
 from longspan.attention.selections import gathered_sums, piece_sums, total_sums
-from longspan.kernels.sparse import descend, mean_levels, pool, top
+from longspan.kernels.sparse import blocks_below, descend, mean_levels, pool, sum_levels, top
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,25 @@ class Hierarchical:
         """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens, and [Hkv, local tiles, m], blocks of coarse
         rows, -1 for none; None where there is one level."""
         # Sums in place of means: a factor for each query changes no order.
-        here = piece_sums((q,), tables.keys, k.shape[1])
-        queries = [total_sums(here, tables.routers, ranks)]
-        if self.levels > 1:
-            runs = pool(here, tables.runs) if len(tables.runs) else here
-            queries.append(gathered_sums(runs, tables.second, ranks))
-        for under in tables.under[2:]:
-            queries.append(pool(queries[-1], under))
+        if tables.keys.whole:
+            queries = sum_levels(q, tables.under, k.shape[1])
+        else:
+            here = piece_sums((q,), tables.keys, k.shape[1])
+            queries = [total_sums(here, tables.routers, ranks)]
+            if self.levels > 1:
+                runs = pool(here, tables.runs) if len(tables.runs) else here
+                queries.append(gathered_sums(runs, tables.second, ranks))
+            for under in tables.under[2:]:
+                queries.append(pool(queries[-1], under))
         keys = coarse_k.split(tables.rows)
-        last, heads = tables.levels[-1], k.shape[1]
-        found = top(queries[-1], keys[-1], last.router, last.candidates)
-        causal = tables.diagonal.shape[1] > 0
-        listed = []
+        last, causal, listed = tables.levels[-1], tables.diagonal.shape[1] > 0, []
+        always = [tables.diagonal if causal else None] + [None] * (self.levels - 1)  # after what is chosen of a level
+        found = top(queries[-1], keys[-1], last.router, last.candidates, always=always[-1])
         for depth in range(self.levels - 2, -1, -1):  # found: rows of the level above, for each of its rows
-            level, above = tables.levels[depth], found
-            if causal:  # the children of the row above which are past, as the mask says
-                own = torch.arange(found.shape[1], dtype=found.dtype, device=found.device)
-                above = torch.cat([found, own[:, None].expand(heads, -1, 1)], 2)
-            listed.append(level.blocks[above].flatten(2)[:, level.above])
-            found = descend(queries[depth], keys[depth], found, level.families, self.keep, causal)
-        fine = torch.cat([found, tables.diagonal.expand(heads, -1, -1)], 2) if causal else found
-        return fine, torch.cat(listed[::-1], 2) if listed else None
+            level = tables.levels[depth]
+            # Under a causal mask the children of the row above as well: those which are past, as the mask says.
+            listed.append(blocks_below(found, level.above, level.blocks, causal))
+            found = descend(queries[depth], keys[depth], found, level.families, self.keep, causal, always[depth])
+        if len(listed) > 1:
+            listed = [torch.cat(listed[::-1], 2)]
+        return found, listed[0] if listed else None

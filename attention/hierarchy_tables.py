@@ -22,8 +22,8 @@ class Level:
     """Level l of all documents; int32 on the device, above int64. The last has candidates, and router: the row whose
     mean query chooses for each that does. The others have families, what leads down from the level above; above:
     [local tiles], the row there that each tile is in; blocks: [rows above + 1, 1 or 2], blocks of coarse keys under
-    each, ascending, -1 after the last and for row -1. On level 1 routers are local pieces, whose mean query is that of
-    the row that chooses for them."""
+    each, ascending, -1 after the last and for row -1. Where pieces are not
+    the blocks, routers of level 1 are local pieces, whose mean query is that of the row that chooses for them."""
 
     router: torch.Tensor | None = None
     candidates: Ranges | None = None
@@ -68,12 +68,12 @@ class HierarchyTables:
     rows of all levels, level after level, so many in each: rows. under: per level what its rows are made of, in blocks,
     one for each: rows of the level before, on level 1 tokens or, where ranks add up their sums, one sum each. second:
     blocks of tokens, one for each row of level 2, and runs: local pieces of keys in each local piece of those; None
-    where there is one level. tiles: this rank's queries in blocks for which coarse rows are listed: all under one row
-    of level 2 see the same, in larger tiles than those of fine blocks. coarse_blocks, coarse_weight: blocks of the rows
-    but those of the last level, coarse_rows; chunk: of their plans. dense: the plan over all rows of the last level,
-    dense_rows, which follows from the layout alone. diagonal: int32 [local pieces, 1 or 0]. owned: where gradients of
-    means go. full: no list of blocks will have a -1: there is enough to choose from everywhere, and no row has two
-    blocks under it."""
+    where there is one level. coarse_blocks, coarse_weight: blocks of the rows but those of the last level, coarse_rows;
+    chunk: of their plans. dense: the plan over all rows of the last level, dense_rows, which follows from the layout
+    alone. Its queries, this rank's, are in blocks for which coarse rows are listed as well: all under one row of
+    level 2 see the same, in larger tiles than those of fine blocks. diagonal: int32 [local pieces, 1 or 0]. owned:
+    where gradients of means go. full: no list of blocks will have a -1: there is enough to choose from everywhere, and
+    no row has two blocks under it."""
 
     queries: Pieces
     keys: Pieces
@@ -84,7 +84,6 @@ class HierarchyTables:
     under: tuple[Blocks, ...]
     second: Pieces | None
     runs: Blocks | None
-    tiles: Blocks
     coarse_blocks: Blocks
     coarse_weight: torch.Tensor
     coarse_rows: slice
@@ -124,7 +123,7 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     for level, above, under in zip(rows, rows[1:], blocks_under):
         chooses = mine if not tables else np.arange(len(level.place))  # of fine blocks, those of local queries
         families = _families(level, chooses, block, causal)
-        if not tables:
+        if not tables and not fine.whole:
             router = np.zeros(len(level.place))
             router[mine] = np.arange(len(mine))
             families = replace(families, router=_int32(router))
@@ -136,7 +135,7 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     chosen_for = np.arange(len(last.place)) if levels > 1 else mine  # of fine blocks, those of local queries
     first = last.base[last.document[chosen_for]]
     stop = first + last.place[chosen_for] if causal else last.base[last.document[chosen_for] + 1]
-    router = last.router(causal) if levels > 1 else np.arange(len(chosen_for))
+    router = last.router(causal) if levels > 1 or fine.whole else np.arange(len(chosen_for))
     tables.append(Level(_int32(router), Ranges.of(first, stop, keep)))
     second = pieces(layout, rank, block**2) if levels > 1 else None
     return HierarchyTables(
@@ -149,7 +148,6 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         under=(fine.local if fine.whole else _alone(len(rows[0].place)), *(_blocks_under(x, block) for x in rows[:-1])),
         second=second,
         runs=None if second is None else _runs(fine.local, second.local),
-        tiles=tiles,
         coarse_blocks=Blocks(block, *map(_int32, blocks)),
         coarse_weight=torch.from_numpy(weight),
         coarse_rows=slice(0, dense_from),

@@ -17,6 +17,7 @@ from longspan.kernels.fold import fold_chains, step, summarize
 from longspan.kernels.linear import choose_form, chunked
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.segments import Segments
+from longspan.kernels.wide import wide_dtype
 from longspan.parallel.scan import scan_plan, start_scan
 
 
@@ -51,7 +52,7 @@ def linear_attention(
     if not normalize:
         return _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, q.dtype)
     v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-    out = _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, chunked.accumulation_dtype(q.dtype))
+    out = _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, wide_dtype(q.dtype))
     return (out[..., :-1] / out[..., -1:]).to(q.dtype)
 
 
@@ -118,7 +119,7 @@ def _local(form, seq, q, k, v, log_decay, beta, scale):
 
 def _nothing(q, v):
     """No states: [0, H, K, V]."""
-    return q.new_empty(0, *q.shape[1:], v.shape[2], dtype=chunked.accumulation_dtype(q.dtype))
+    return q.new_empty(0, *q.shape[1:], v.shape[2], dtype=wide_dtype(q.dtype))
 
 
 class _Whole(torch.autograd.Function):

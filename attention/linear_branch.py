@@ -201,8 +201,9 @@ class Branch:
         sums = form.sums(k, v, None, self.tables.forward.sums, self.feature_map, k.shape[1], state_dtype(k.dtype))
         return sums, self._scan("forward", self.tables.forward, sums) if travels else None
 
-    def states(self, q, k, v, sums, entry, parts):
-        """(states, totals), see kernels.block_states. parts: (part, keys, values) of every part, local ones first."""
+    def states(self, q, k, v, weight, sums, entry, parts):
+        """(states, totals), see kernels.block_states; where all queries of a document read the same states times weight
+        in place of totals. parts: (part, keys, values) of every part, local ones first."""
         forward = self.tables.forward
         totals = states = fold_chains(sums, None, forward.inner, entry)
         rows, form = forward.rows, self._form(k, v)
@@ -214,6 +215,8 @@ class Branch:
                 options = {"transposed": False, "heads": k.shape[1], "dtype": dtype}
                 states = form.listed(states, rows, theirs, part.plan, **options)
                 rows = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+        if self.whole:
+            return states, _times(states, weight.mT, q.shape[2])
         normalizers = totals[:, :, 0, -q.shape[2] :]
         if self.rest:
             normalizers = normalizers[forward.rows.clamp(min=0)]
@@ -222,8 +225,7 @@ class Branch:
     def output(self, sparse, q, k, v, states, totals, weight, bias):
         tables, form = self.tables, self._form(k, v)
         if self.whole:
-            projected = _times(states, weight.mT, q.shape[2])
-            return form.whole_output(sparse, q, projected, tables.reads, tables.queries, bias, self.feature_map)
+            return form.whole_output(sparse, q, totals, tables.reads, tables.queries, bias, self.feature_map)
         return form.output(
             sparse, q, k, v, states, totals, tables.reads, tables.queries, weight, bias, self.feature_map, self.inside,
             LOST[totals.dtype],
@@ -234,11 +236,11 @@ class Branch:
         form, backward = self._form(k, v), self.tables.backward
         if self.whole:
             dq, sums, d_bias = form.whole_query_gradients(
-                d_out, q, _times(states, weight.mT, q.shape[2]), self.tables.reads, self.tables.queries,
-                self.feature_map, state_dtype(k.dtype),
-            )  # fmt: skip
+                d_out, q, totals, self.tables.reads, self.tables.queries, self.feature_map, state_dtype(k.dtype)
+            )
             sums = fold_chains(sums, None, self.tables.spans)
-            d_weight = torch.einsum("nhko,nhkv->ov", *(_split(x, q.shape[2])[0] for x in (sums, states)))
+            matrices = (_split(x, q.shape[2])[0].flatten(0, 1) for x in (sums, states))
+            d_weight = torch.bmm(next(matrices).mT, next(matrices)).sum(0)
             sums = _times(sums, weight, q.shape[2])
             return dq, d_weight, d_bias, (q, None, None, sums, self._scan("backward", backward, sums))
         dq, d_num, d_den, value = form.query_gradients(
@@ -265,8 +267,9 @@ class Branch:
     def key_states(self, going) -> KeyStates:
         """What gradients of local keys come from, as kernels.sparse takes it."""
         sums, pending = going[3:]
-        states = fold_chains(sums, None, self.tables.backward.inner, self.finish(pending, sums))
-        return KeyStates(states, self.tables.owners, self.feature_map)
+        if pending is not None:
+            sums = fold_chains(sums, None, self.tables.backward.inner, self.finish(pending, sums))
+        return KeyStates(sums, self.tables.owners, self.feature_map)
 
     def gradients(self, part, k, v, going, onto):
         """(dk, dv) of the local keys, added to those in `onto` that are not None. part: what is attended to of them."""
@@ -310,11 +313,15 @@ class Branch:
 
 
 def _split(states, key_size):
-    """S [rows, heads, K, V] and z [rows, heads, K]."""
+    """Views: S [rows, heads, K, V] and z [rows, heads, K]."""
     return states[:, :, 0, :-key_size].unflatten(-1, (key_size, -1)), states[:, :, 0, -key_size:]
 
 
 def _times(states, weight, key_size):
     """The states with S times `weight`."""
-    matrix, normalizer = _split(states, key_size)
-    return torch.cat([(matrix @ weight.to(matrix.dtype)).flatten(2), normalizer], 2)[:, :, None]
+    out = states.new_empty(states.shape)
+    (matrix, normalizer), (product, copied) = _split(states, key_size), _split(out, key_size)
+    matrix, product = matrix.flatten(0, 1), product.flatten(0, 1)
+    torch.bmm(matrix, weight.to(matrix.dtype).expand(len(matrix), -1, -1), out=product)
+    copied.copy_(normalizer)
+    return out

@@ -26,9 +26,9 @@ from longspan.attention.schedules import ranks_at_once
 from longspan.attention.selections import TopBlocks
 from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.block_states import state_dtype
-from longspan.kernels.linear.chunked import accumulation_dtype
 from longspan.kernels.linear.groups import CHUNK, ROWS
 from longspan.kernels.sparse import kept_of
+from longspan.kernels.wide import wide_dtype
 from longspan.parallel.balanced import balanced
 from longspan.parallel.geometry import Mask
 from longspan.parallel.topology import Topology
@@ -43,7 +43,8 @@ DELTA_CHUNK_NUMBERS, CHANNEL_WAVE_NUMBERS, CHANNEL_SCORES = 144, 1 << 27, 64
 @dataclass(frozen=True)
 class Call:
     """One call of an attention kernel: kind is softmax, linear, sparse or convolution; detail says which (a Mask, a
-    form of linear attention, a selection, a width)."""
+    form of linear attention, a selection, a width). asked: of sparse layers whose keys come by request, for which the
+    host waits, the tokens of others whose keys this rank gets, None for others and in a ring."""
 
     kind: str
     detail: Any
@@ -52,6 +53,7 @@ class Call:
     kv_heads: int
     key_size: int
     value_size: int
+    asked: int | None = None
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,9 @@ class _Softmax:
 
     def travels(self, q, k, v):
         self._note(q, k, backward=False)
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
         if self.outline.world_size > 1:
-            _held = self._arriving(q, k, v), torch.empty_like(q, dtype=_wide(q))
+            _held = self._arriving(q, k, v), torch.empty_like(q, dtype=wide_dtype(q.dtype))
         return out, lse
 
     def output(self, kept, q, k, v):
@@ -183,9 +185,9 @@ class _Softmax:
 
     def hold(self, d_out, q, k, v):
         self._note(q, k, backward=True)
-        held = [torch.empty_like(q, dtype=_wide(q))] if self.outline.gpu else []  # kernels add up dq in fp32
+        held = [torch.empty_like(q, dtype=wide_dtype(q.dtype))] if self.outline.gpu else []  # kernels add up dq in fp32
         if self.outline.world_size > 1:
-            held += [*self._arriving(q, k, v), *(torch.empty_like(x, dtype=_wide(x)) for x in (k, v, k, v))]
+            held += [*self._arriving(q, k, v), *(torch.empty_like(x, dtype=wide_dtype(x.dtype)) for x in (k, v, k, v))]
             held += [
                 torch.empty_like(q),
                 *(torch.empty_like(x) for x in (k, v) for _ in range(max(self._at_once(q, k)))),
@@ -256,7 +258,7 @@ class _Linear:
         if form == "kda":  # q and k with their decays
             return [torch.empty_like(q) for _ in range(3)]
         if form == "whole":
-            return [torch.empty_like(v, dtype=_wide(v))]
+            return [torch.empty_like(v, dtype=wide_dtype(v.dtype))]
         return []
 
     def _note(self, q, v, log_decay, beta, backward):
@@ -287,13 +289,13 @@ class _Linear:
         return [spans] * (-(-steps // per_block) - 1)
 
     def _states(self, rows, q, v):
-        return q.new_empty(rows, q.shape[1], q.shape[2], v.shape[2], dtype=accumulation_dtype(q.dtype))
+        return q.new_empty(rows, q.shape[1], q.shape[2], v.shape[2], dtype=wide_dtype(q.dtype))
 
 
 @dataclass(frozen=True)
 class _Sparse:
-    """Keys of other ranks that are asked for, and all means, come once and stay for the backward pass; in LLSA this
-    rank's that are chosen stay beside them."""
+    """Keys of other ranks that are asked for, and all means, come once and stay for the backward pass, and with
+    them this rank's that are chosen."""
 
     outline: Outline
     selection: Any
@@ -302,8 +304,8 @@ class _Sparse:
 
     def travels(self, q, k, v, *own):
         self._note(q, k, backward=False)
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
-        asked, _ = self._asked_and_given(q, k)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
+        asked, _ = self._buffers(q, k)
         arrived = [x.new_empty(asked, *x.shape[1:]) for x in (k, v)] if self.outline.world_size > 1 else []
         if arrived and self._coarse_rows():
             arrived.append(self._means(k))
@@ -324,23 +326,31 @@ class _Sparse:
         self._note(q, k, backward=True)
         # dq is made in fp32; when it is done come the states from which the branch's dk and dv follow.
         numbers = max(q.numel(), self.branch.late(own[3], k, v) if self.branch else 0)
-        held = [q.new_empty(numbers, dtype=_wide(q)), *self._lists(q, k)]  # the same again by key blocks
+        held = [q.new_empty(numbers, dtype=wide_dtype(q.dtype)), *self._lists(q, k)]  # the same again by key blocks
         # What is sent back, and what comes back.
-        held += [x.new_empty(rows, *x.shape[1:]) for rows in self._asked_and_given(q, k) for x in (k, v)]
+        held += [x.new_empty(rows, *x.shape[1:]) for rows in self._buffers(q, k) for x in (k, v)]
         return held + (self.branch.hold(*own, q, k, v) if self.branch else [])
 
     def _note(self, q, k, backward):
-        self.outline.record(Call("sparse", self.selection, backward, q.shape[1], k.shape[1], q.shape[2], k.shape[2]))
+        asked, _, by_request = self._asked_and_given(q, k)
+        sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+        self.outline.record(Call("sparse", self.selection, backward, *sizes, asked if by_request else None))
+
+    def _buffers(self, q, k):
+        """Rows of what arrives, and of what others get. By request this rank's own that are chosen lie in
+        front, about as many as of another rank."""
+        asked, given, by_request = self._asked_and_given(q, k)
+        return asked + by_request * -(-asked // max(1, self.outline.world_size - 1)), given
 
     def _asked_and_given(self, q, k):
-        """Tokens whose keys this rank gets, and others of it, for every key head: of the rank that holds
-        most. All of them in a ring, and of selections that are not known."""
+        """Tokens whose keys this rank gets of others, and others of it, for every key head, of the rank that holds
+        most, and whether by request. All of them in a ring, and of selections that are not known."""
         outline = self.outline
         if outline.world_size == 1:
-            return 0, 0
+            return 0, 0, False
         others, strategy = outline.num_tokens - outline.num_tokens_local, outline.sparse_strategy
         if strategy == "ring" or not isinstance(self.selection, (Hierarchical, TopBlocks)):
-            return others, others
+            return others, others, strategy != "ring"
         layout = _layout(outline.lengths, outline.world_size)
         tokens, listed = expected_requests(self.selection, layout, self.causal)
         if strategy == "auto":
@@ -349,10 +359,9 @@ class _Sparse:
             selection, sizes = self.selection, layout.tokens_per_rank
             block = selection.block**2 if self._coarse_rows() else selection.query_block * selection.key_block
             if way.ring_is_faster(tokens * lists, listed * lists, sizes, lists, block):
-                return others, others
+                return others, others, False
         rank = (2 * tokens.sum(1) + tokens.sum(0)).argmax()
-        own = outline.num_tokens_local if self._coarse_rows() else 0  # those that are chosen lie in front
-        return own + ceil(tokens[rank].sum() - 1e-6), ceil(tokens[:, rank].sum() - 1e-6)
+        return ceil(tokens[rank].sum() - 1e-6), ceil(tokens[:, rank].sum() - 1e-6), True
 
     def _coarse_rows(self):
         """Rows of every level of means."""
@@ -411,18 +420,21 @@ class _Branch:
     rest: bool
 
     def entry(self, weight, bias, own_q, own_k, k, v):
-        return self._states(self.outline.linked, own_k, k, v, _wide(k))
+        return self._states(self.outline.linked, own_k, k, v, wide_dtype(k.dtype))
 
     def states(self, weight, bias, own_q, own_k, q, k, v):
-        """(states, normalizers), saved; sums of blocks exist meanwhile."""
+        """(states, normalizers), saved; where all queries of a document read the same, the states times weight in place
+        of normalizers. Sums of blocks exist meanwhile."""
         self._note(own_k, q, k, v, backward=False)
         _sums = self._sums(own_k, k, v, forward=True)
-        folded = self._states(self._folded(), own_k, k, v, _wide(k))
+        folded = self._states(self._folded(), own_k, k, v, wide_dtype(k.dtype))
         states = folded
         if self.rest:
             states = self._states(self.outline.blocks(self.selection.query_block), own_k, k, v, state_dtype(k.dtype))
+        if not (self.causal or self.rest):
+            return states, torch.empty_like(states)
         size = (k if own_k is None else own_k).shape[2]
-        return states, k.new_empty(len(states), k.shape[1], size, dtype=_wide(k))
+        return states, k.new_empty(len(states), k.shape[1], size, dtype=wide_dtype(k.dtype))
 
     def hold(self, weight, bias, own_q, own_k, q, k, v):
         """Gradients of numerators, denominators (where not all queries of a document read the same) and, to be added,
@@ -430,7 +442,7 @@ class _Branch:
         self._note(own_k, q, k, v, backward=True)
         d_q = [] if own_q is not None else [torch.empty_like(q)]
         if self.causal or self.rest:
-            d_q += [q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=_wide(q))]
+            d_q += [q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))]
         return [self._sums(own_k, k, v, forward=False), *d_q]
 
     def late(self, own_k, k, v):
@@ -482,7 +494,3 @@ class _Convolution:
 @lru_cache(maxsize=4)
 def _layout(lengths, world_size):
     return balanced(lengths, world_size)
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)

@@ -31,6 +31,7 @@ from longspan.kernels.gather_add import gather_add
 from longspan.kernels.merge import merge
 from longspan.kernels.scatter import scatter_rows
 from longspan.kernels.softmax import choose
+from longspan.kernels.wide import wide_dtype
 from longspan.parallel.context import MEMO
 from longspan.parallel.exchange import start_exchange, to_device
 from longspan.parallel.geometry import Mask
@@ -126,7 +127,7 @@ def _forward(q, k, v, schedule, backend, scale, group):
             k, v, schedule.steps, group
         ):  # a rank without queries still sends (nothing) and stays in step
             pass
-        return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_wide(q))
+        return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
     out = lse = None
     for step, keys, values in arriving(k, v, schedule.steps, group):
         for call in step.calls:
@@ -144,7 +145,7 @@ def _forward(q, k, v, schedule, backend, scale, group):
 def _backward(d_out, q, k, v, out, lse, schedule, backend, scale, group):
     """dq, dk, dv in the dtypes of q, k, v. What is rounded once at the end, or to be sent, is summed in that dtype, all
     else in fp32 at least."""
-    steps, wide = schedule.backward, _wide(q)
+    steps, wide = schedule.backward, wide_dtype(q.dtype)
     query_sums = None if schedule.queries_in_two[1] else wide
     dq = dk = dv = None
     kept, returning = {}, []
@@ -276,10 +277,6 @@ class _Marked:
         result = call(*args)
         self.mark()
         return result
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 @lru_cache

@@ -20,6 +20,7 @@ from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
 from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.sparse import BlockPlan, add_shares, choose
+from longspan.kernels.wide import wide_dtype
 
 
 @torch.compiler.disable
@@ -101,7 +102,7 @@ class _Attention(torch.autograd.Function):
         if branch is not None:
             tensors = [(own[1], v), *zip(arrived[::2], arrived[1::2])]
             listed = zip(parts, tensors, strict=True) if branch.rest else ()
-            states = branch.states(*own, v, sums, entry, [(part, *x) for part, x in listed])
+            states = branch.states(*own, v, weight, sums, entry, [(part, *x) for part, x in listed])
             result = branch.output(out, *own, v, *states, weight, bias)
         saved = coarse_k, coarse_v, weight, bias, own_q, own_k, *states
         ctx.save_for_backward(q, k, v, out.detach(), lse, *saved, *arrived)
@@ -155,7 +156,7 @@ def parts_of(chosen, tables, causal, strategy, group, apart=False):
         here.append(Part(dense, tables.dense_rows))
     if coarse is not None:
         options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "chunk": tables.chunk}
-        plan = BlockPlan.of(tables.tiles, tables.coarse_blocks, coarse, full=full, **options)
+        plan = BlockPlan.of(tables.dense.queries, tables.coarse_blocks, coarse, full=full, **options)
         here.append(Part(plan, tables.coarse_rows))
     return [*here, *local], remote
 
@@ -193,7 +194,7 @@ def attend(q, local, coarse, here, remote, group, scale):
         if turns is not None:
             pending.wait()  # where nothing was attended to
     if found is None:
-        found = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
+        found = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide_dtype(q.dtype))
     return found[0].to(q.dtype), found[1], parts, arrived
 
 
@@ -268,8 +269,4 @@ def _keys_of(part, local, coarse):
 
 def _sum_dtype(x, num_parts):
     """What results of parts are added in: with two, their sum is rounded once in any case."""
-    return _wide(x) if num_parts > 2 else x.dtype
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)
+    return wide_dtype(x.dtype) if num_parts > 2 else x.dtype

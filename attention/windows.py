@@ -46,10 +46,11 @@ class Window(Static):
             raise ValueError(
                 f"Window.window={self.window} and Window.shape={self.shape} must have the same 1 to 3 axes"
             )
-        if min(self.window) < 1 or min(self.shape[1:], default=1) < 1 or self.shape[0] < 0:
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (*self.window, *self.shape))
+        if not whole or min(self.window) < 1 or min(self.shape[1:], default=1) < 1 or self.shape[0] < 0:
             raise ValueError(
-                f"Window.window={self.window} and Window.shape={self.shape} must be at least 1 on every axis; only the"
-                " first of shape may be 0, as long as a document needs"
+                f"Window.window={self.window} and Window.shape={self.shape} must be whole numbers of at least 1 on"
+                " every axis; only the first of shape may be 0, as long as a document needs"
             )
         if self.order not in ORDERS:
             raise ValueError(f"Window.order={self.order!r} is unknown; use {' or '.join(ORDERS)}")

@@ -29,7 +29,7 @@ from longspan.benchmarks.calibrate import (
     time_attention,
     time_exchange,
 )
-from longspan.benchmarks.common import Traffic, format_table, new_record, save
+from longspan.benchmarks.common import Traffic, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.emulated_nodes import run_on_emulated_nodes
 from longspan.benchmarks.length_mixes import MIXES, draw
 from longspan.benchmarks.ranks import Ranks, join, layer_step
@@ -197,7 +197,7 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, default = parser.add_argument, "(default: %(default)s)"
     sizes = [32 << 10, 128 << 10] if on_gpu else [1 << 10]
-    add("--output", help="JSON file, saved again after every measurement")
+    add("--output", type=writable, help="JSON file, saved again after every measurement")
     add("--mixes", nargs="+", choices=[*MIXES, ONE], default=[*MIXES, ONE], help="of document lengths (default: all)")
     add("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), help="(default: all)")
     add("--tokens", type=parse_tokens, nargs="+", default=sizes, help=f"per rank {default}")
@@ -216,9 +216,7 @@ def parse_arguments(argv=None):
         parser.set_defaults(heads=8, kv_heads=4, head_dim=32, megabytes=1)
     arguments = parser.parse_args(argv)
     check_arguments(parser, arguments)
-    for name in ("ranks_per_node", "megabits", "repetitions", "budget"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "ranks_per_node", "megabits", "repetitions", "budget")
     if arguments.nodes < 0:
         parser.error(f"--nodes {arguments.nodes} must be 0 (none are emulated) or more")
     if arguments.costs:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention import softmax_attention
-from longspan.benchmarks.common import format_table, measure, new_record, save
+from longspan.benchmarks.common import device_name, format_table, measure, new_record, require_positive, save, writable
 from longspan.benchmarks.ranks import join
 from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import Costs, SequenceParallel
@@ -130,7 +130,9 @@ def summary(record: dict) -> str:
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", help="JSON file for parallel.costs; without it the costs are only printed")
+    parser.add_argument(
+        "--output", type=writable, help="JSON file for parallel.costs; without it the costs are only printed"
+    )
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     check_arguments(parser, arguments)
@@ -148,13 +150,11 @@ def add_arguments(parser) -> None:
     add("--long", type=parse_tokens, default=32768 if on_gpu else 1024, help=f"tokens of the long one {default}")
     add("--megabytes", type=int, default=256 if on_gpu else 16, help=f"of one exchange {default}")
     add("--seconds", type=float, default=5.0, help=f"of one measurement of cost, about {default}")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
+    add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
 
 
 def check_arguments(parser, arguments) -> None:
-    for name in ("heads", "kv_heads", "head_dim", "short", "megabytes", "seconds"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "heads", "kv_heads", "head_dim", "short", "megabytes", "seconds")
     if arguments.long < 2 * arguments.short:
         parser.error(f"--long {arguments.long} must be at least twice --short {arguments.short}")
     if arguments.heads % arguments.kv_heads:

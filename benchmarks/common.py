@@ -1,5 +1,6 @@
 """What the benchmarks share: timing over ranks, bytes on the wire, the JSON record and the printed table."""
 
+import argparse
 import importlib.metadata
 import json
 import math
@@ -8,7 +9,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longspan.launcher.clock import Clock
 from longspan.launcher.environment import commit
 
 _PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-cudnn-frontend", "numpy")
@@ -41,6 +42,36 @@ def save(record: dict, path: str | Path):
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n")
     partial.replace(path)
+
+
+def writable(text: str) -> str:
+    """The path of a file that `save` can write, as the type of an argument: it is tried before anything is measured."""
+    path = Path(text)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # ranks try at the same time
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); name another file") from None
+    return text
+
+
+def device_name(text: str) -> str:
+    """cuda or cpu, as the type of an argument: cuda only where torch sees a GPU."""
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU for cuda; use cpu, or install a CUDA build of torch")
+    return text
+
+
+def require_positive(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str) -> None:
+    """Ends with an error where one of these arguments is given and not above 0."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} {value} must be greater than 0")
 
 
 def format_table(rows: list[dict], columns: list[str]) -> str:
@@ -119,25 +150,11 @@ _RECEIVED = {
 
 def _run_once(step, device: torch.device, group) -> list[float]:
     """Seconds between consecutive marks of one call, maximum over the ranks."""
-    marks = []
-    if device.type == "cuda":
-
-        def mark():
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-    else:
-
-        def mark():
-            marks.append(time.perf_counter())
-
+    clock, marks = Clock(device), []
     if group is not None:
         dist.barrier(group)
-    step(mark)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        seconds = [start.elapsed_time(stop) / 1000 for start, stop in zip(marks, marks[1:], strict=False)]
-    else:
-        seconds = [stop - start for start, stop in zip(marks, marks[1:], strict=False)]
+    step(lambda: marks.append(clock.mark()))
+    seconds = list(map(clock.seconds, marks, marks[1:]))
     if group is None:
         return seconds
     slowest = torch.tensor(seconds, dtype=torch.float64, device=device)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from longspan.benchmarks import linear_worker, sparse_cases
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import format_table, new_record, save, writable
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.launcher.parsing import parse_tokens
 
@@ -168,7 +168,7 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     text = "FAMILY:TOKENSxHEADS of linear attention or SELECTION:BATCHxHEADSxTOKENSxHEAD_DIM of sparse_kernels.py"
     parser.add_argument("--cases", nargs="+", type=_checked, required=True, help=text)
-    parser.add_argument("--output", help="JSON file, saved again after every case")
+    parser.add_argument("--output", type=writable, help="JSON file, saved again after every case")
     parser.add_argument("--budget", type=float, default=300.0, help="seconds in all (default: %(default)s)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

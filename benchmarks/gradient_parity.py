@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import device_name, format_table, new_record, save, writable
 from longspan.benchmarks.ranks import join
 from longspan.launcher.config import Config
 from longspan.launcher.engines.fsdp2 import shard
@@ -34,8 +34,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file; its model section is what is compared")
     parser.add_argument("--tokens", type=parse_tokens, default=parse_tokens("16K"), help="tokens of the one document")
-    parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--output", type=writable, required=True, help="JSON file to write")
+    parser.add_argument("--device", type=device_name, choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
     mesh = join(arguments.device, timeout_s=600.0)
     device = mesh.device

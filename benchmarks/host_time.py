@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import format_table, new_record, save, writable
 from longspan.benchmarks.pointwise import layer_step, profile
 from longspan.benchmarks.pointwise_cases import Sizes, eager_layers
 from longspan.benchmarks.worker import describe
@@ -215,7 +215,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     kinds = ["softmax", "linear:scalar", "linear:gated_delta", "sla", "llsa"]
     forms = list(FORMS) if on_gpu else ["eager", "registered", "longspan"]
-    add("--output", help="JSON file, saved again after every measurement")
+    add("--output", type=writable, help="JSON file, saved again after every measurement")
     add("--layers", nargs="+", choices=LAYER_KINDS, default=kinds, metavar="KIND", help=default)
     add("--forms", nargs="+", choices=forms, default=forms, help=default)
     tokens = [2048, 8192, 32768] if on_gpu else [64]

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.linear_cases import FAMILIES, Problem, bytes_per_token_head
 from longspan.benchmarks.linear_peers import IMPLEMENTATIONS
 from longspan.benchmarks.linear_worker import Step
@@ -223,14 +223,14 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     on_gpu = torch.cuda.is_available()
     peers = [name for name in IMPLEMENTATIONS if name != "longspan"]
-    parser.add_argument("--output", help="JSON file, saved again after every measurement")
+    parser.add_argument("--output", type=writable, help="JSON file, saved again after every measurement")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--tokens", type=parse_tokens, nargs="+", default=[1 << 15, 1 << 17])
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--peers", nargs="*", choices=peers, default=peers, help="those not installed are left out")
     parser.add_argument("--sweep", choices=["flat"], help="longspan alone, 1K to 1M tokens and 4 to 32 heads")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--seconds", type=float, default=1.0, help="timed repetitions of one measurement, about")
     parser.add_argument(
@@ -241,9 +241,7 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing more is started")
     arguments = parser.parse_args(argv)
-    for name in ("heads", "head_dim", "seconds", "budget", "step_seconds"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "heads", "head_dim", "seconds", "budget", "step_seconds")
     return arguments
 
 

@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.benchmarks.linear_worker import KINDS, Step
 from longspan.benchmarks.worker import describe
@@ -117,17 +117,15 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--try", dest="tried", nargs="+", action="append", required=True, metavar="NAME VALUE", help="may be repeated")
     add("--families", nargs="+", choices=list(FAMILIES), default=["fixed"], help=default)
-    add("--output", help="JSON file, saved again after every measurement")
+    add("--output", type=writable, help="JSON file, saved again after every measurement")
     add("--tokens", type=parse_tokens, default=1 << 15 if on_gpu else 256, help=default)
     add("--heads", type=int, default=16 if on_gpu else 2, help=default)
     add("--head-dim", type=int, default=128 if on_gpu else 16, help=default)
     add("--seconds", type=float, default=0.3, help=f"timed repetitions of one measurement, about {default}")
     add("--budget", type=float, default=540.0, help=f"seconds after which nothing more is started {default}")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
+    add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     arguments = parser.parse_args(argv)
-    for name in ("tokens", "heads", "head_dim", "seconds", "budget"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "tokens", "heads", "head_dim", "seconds", "budget")
     try:
         arguments.tried = [(Option(name), [literal(value) for value in values]) for name, *values in arguments.tried]
     except ValueError as error:

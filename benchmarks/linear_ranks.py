@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention import linear_attention
-from longspan.benchmarks.common import Traffic, format_table, new_record, save
+from longspan.benchmarks.common import Traffic, device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.head_parallel import HEAD_PARALLEL, HeadParallel
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.benchmarks.linear_parity import drift, parity
@@ -190,7 +190,7 @@ def summary(rows: list[dict], is_parity: bool) -> str:
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     strategies = [*TRANSPORTS, f"lasp2{NCCL}", HEAD_PARALLEL]
-    parser.add_argument("--output", help="JSON file, saved again after every measurement")
+    parser.add_argument("--output", type=writable, help="JSON file, saved again after every measurement")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES),
                         help="default: fixed scalar gated_delta; with --parity all")  # fmt: skip
     parser.add_argument("--strategies", nargs="+", choices=strategies, default=strategies)
@@ -204,14 +204,13 @@ def parse_arguments(argv=None):
     parser.add_argument("--drift-tokens", type=parse_tokens, default=1 << 16, help="in one document")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs of --parity")
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which no case is started")
     arguments = parser.parse_args(argv)
     if arguments.layer and arguments.parity:
         parser.error("--layer and --parity exclude each other; give one of them")
-    for name in ("heads", "head_dim", "repetitions", "parity_tokens", "drift_tokens"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    require_positive(parser, arguments, "heads", "head_dim", "repetitions", "parity_tokens", "drift_tokens")
     if arguments.families is None:
         arguments.families = [*FAMILIES] if arguments.parity else ["fixed", "scalar", "gated_delta"]
     arguments.tokens = arguments.tokens or [1 << 15, 1 << 17] + ([] if arguments.layer else [1 << 19])

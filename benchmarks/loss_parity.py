@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.loss_sets import SETS
 from longspan.benchmarks.training_peers import Ranks, read_lines
 from longspan.launcher import train
@@ -233,11 +233,12 @@ def parse_arguments(argv=None):
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, default = parser.add_argument, "(default: %(default)s)"
-    add("--output", required=True, help="JSON file, saved again after every run")
+    add("--output", type=writable, required=True, help="JSON file, saved again after every run")
     add("--sets", nargs="+", choices=list(SETS), default=list(SETS), help=default)
     add("--variants", nargs="+", help="only these of the sets; the reference is a set's first (default: all)")
     add("--corpus", default="data/stdlib", help=f"of `longspan prepare`, without .bin {default}")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu", help=f"cpu: small sizes {default}")
+    add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu",
+        help=f"cpu: small sizes {default}")  # fmt: skip
     add("--jobs", type=int, help="runs at a time; more than GPUs share them (default: one per 2 GPUs)")
     add("--ranks", type=int, help="of a run whose number is not what a variant is about (default: 2, of some sets 1)")
     add("--limit", type=float, default=600.0, help=f"seconds of a run, from its first step {default}")
@@ -248,9 +249,7 @@ def parse_arguments(argv=None):
     for name in set(arguments.variants or ()) - set(names):
         parser.error(f"--variants {name}: these sets have {', '.join(dict.fromkeys(names))}")
     arguments.jobs = arguments.jobs or max(1, torch.cuda.device_count() // 2)
-    for name in ("jobs", "ranks", "limit", "budget"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
-            parser.error(f"--{name} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "jobs", "ranks", "limit", "budget")
     return arguments
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longspan.attention.offload import Parcel
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import device_name, format_table, new_record, save, writable
 from longspan.benchmarks.ranks import join
 from longspan.launcher.config import Config, OptimConfig
 from longspan.launcher.engines.fsdp2 import shard
@@ -49,8 +49,8 @@ def main():
     parser.add_argument("--tokens", type=parse_tokens, default=parse_tokens("32K"), help="tokens of the one document")
     parser.add_argument("--tile", type=parse_tokens, default=parse_tokens("4K"), help="train.mlp_tile where it is set")
     parser.add_argument("--steps", type=int, default=3, help="steps, of which the last is reported")
-    parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--output", type=writable, required=True, help="JSON file to write")
+    parser.add_argument("--device", type=device_name, choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as model.num_layers=4")
     arguments = parser.parse_args()
     mesh = join(arguments.device, timeout_s=600.0)

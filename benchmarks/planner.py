@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.length_mixes import MIXES, draw
 from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import Layout, Mask, Topology, attention_pairs, rebalance
@@ -213,11 +213,11 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     topologies = [Topology(nodes, 8) for nodes in (2, 8, 16)]
     add, default = parser.add_argument, "(default: %(default)s)"
-    add("--output", help="JSON file, saved again after every row; without it only the table is printed")
+    add("--output", type=writable, help="JSON file, saved again after every row; without it only the table is printed")
     add("--mixes", nargs="+", choices=list(MIXES), default=list(MIXES), help="document lengths (default: all four)")
     add("--topologies", type=parse_topology, nargs="+", default=topologies, metavar="NODESxRANKS",
         help="machines to plan for: nodes x ranks of a node (default: 2x8 8x8 16x8)")  # fmt: skip
-    add("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="of the planner (default: both)")
+    add("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="of the planner (default: all)")
     add("--costs", nargs="+", choices=list(COSTS), default=list(COSTS),
         help="what plans balance: query-key pairs alone, or the default costs (default: both, a row each)")  # fmt: skip
     add("--batches", type=int, default=40, help=f"per row {default}")
@@ -227,9 +227,7 @@ def parse_arguments(argv=None):
     add("--token-cap", type=float, default=1.5, help=f"handed to the planner {default}")
     add("--seed", type=int, default=0, help=f"of the batches {default}")
     arguments = parser.parse_args(argv)
-    for name in ("batches", "tokens_per_rank"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    require_positive(parser, arguments, "batches", "tokens_per_rank")
     if not 0 < arguments.fill <= 1:
         parser.error(f"--fill {arguments.fill} must be above 0 and at most 1")
     if not 1 <= arguments.token_cap < float("inf"):

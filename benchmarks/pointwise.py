@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from longspan.benchmarks.common import format_table, measure, new_record, save
+from longspan.benchmarks.common import device_name, format_table, measure, new_record, require_positive, save, writable
 from longspan.benchmarks.linear_options import Option, literal
 from longspan.benchmarks.linear_worker import describe
 from longspan.benchmarks.pointwise_cases import CASES, Sizes, eager_layers, ready
@@ -255,7 +255,7 @@ def parse_arguments(argv=None):
     on_gpu, default = torch.cuda.is_available(), "(default: %(default)s)"
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     add = parser.add_argument
-    add("--output", help="JSON file, saved again after every measurement")
+    add("--output", type=writable, help="JSON file, saved again after every measurement")
     add("--cases", nargs="*", choices=CASES, default=list(CASES), metavar="CASE", help=default)
     kinds = ["softmax", "linear:fixed", "linear:gated_delta"]
     add("--layers", nargs="*", choices=LAYER_KINDS, default=kinds, metavar="KIND", help=default)
@@ -269,11 +269,9 @@ def parse_arguments(argv=None):
         " longspan.kernels, such as norm_triton.PROGRAMS 264; may be repeated")  # fmt: skip
     add("--seconds", type=float, default=0.1, help=f"timed repetitions of one measurement, about {default}")
     add("--budget", type=float, default=120.0, help=f"seconds after which nothing more is started {default}")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
+    add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     arguments = parser.parse_args(argv)
-    for name in (*Sizes.__dataclass_fields__, "few_tokens", "seconds", "budget"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, *Sizes.__dataclass_fields__, "few_tokens", "seconds", "budget")
     option = partial(Option, package="longspan.kernels")
     try:
         arguments.tried = [(option(name), [literal(value) for value in values]) for name, *values in arguments.tried]

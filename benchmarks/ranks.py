@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from longspan.benchmarks.worker import describe
 from longspan.kernels import peer_triton
+from longspan.launcher.clock import Clock
 from longspan.models.config import ModelConfig
 from longspan.models.decay import ScalarGate
 from longspan.models.decoder import Decoder
@@ -111,25 +112,15 @@ class Ranks:
     def _repetition(self, step, host_s: float) -> list[float]:
         """Milliseconds of the forward and of both. On a GPU the ranks first meet on the host, then on the device, and
         the device idles for as long as the host needs to queue the work: what is timed is the device's part."""
-        marks, on_gpu = [], self.device.type == "cuda"
-
-        def mark():
-            if on_gpu:
-                marks.append(torch.cuda.Event(enable_timing=True))
-                marks[-1].record()
-            else:
-                marks.append(time.perf_counter())
-
+        clock, marks = Clock(self.device), []
         dist.barrier(self.mesh.sp_group)
-        if on_gpu:
+        if self.device.type == "cuda":
             torch.cuda._sleep(int(1.5 * host_s * 1.8e9) + 1_000_000)
             dist.all_reduce(torch.ones(1, device=self.device), group=self.mesh.sp_group)
-        step(mark)
-        self._synchronize()
-        assert len(marks) == 3, len(marks)
-        if on_gpu:
-            return [marks[0].elapsed_time(mark) for mark in marks[1:]]
-        return [1e3 * (mark - marks[0]) for mark in marks[1:]]
+        step(lambda: marks.append(clock.mark()))
+        begin, *ends = marks
+        assert len(ends) == 2, len(ends)
+        return [1e3 * clock.seconds(begin, end) for end in ends]
 
     def _synchronize(self):
         if self.device.type == "cuda":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from longspan.benchmarks.common import new_record, save
+from longspan.benchmarks.common import device_name, new_record, require_positive, save
 from longspan.benchmarks.recall_report import join, load, write_report
 from longspan.benchmarks.recall_task import Run, Task, train
 
@@ -215,7 +215,7 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and training batches")
     parser.add_argument("--evaluation-batches", type=int, default=8)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: 1 on CPU, on a GPU one per CPU core")
     parser.add_argument("--no-graphs", action="store_true", help="on a GPU, do without CUDA graphs")
     parser.add_argument("--time-limit", type=float, help="seconds after which what still runs is stopped")
@@ -225,9 +225,9 @@ def parse_arguments(argv=None):
     arguments = parser.parse_args(argv)
     if not arguments.output and len(arguments.plot or ()) != 1:
         parser.error("give --output DIR, or --plot RESULTS of one file, or both for several")
-    for name in ("layers", "hidden", "heads", "steps", "evaluation_batches", "jobs", "num_keys", "num_values"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    require_positive(
+        parser, arguments, "layers", "hidden", "heads", "steps", "evaluation_batches", "jobs", "num_keys", "num_values"
+    )
     if arguments.jobs is None:
         arguments.jobs = (os.cpu_count() or 1) if arguments.device == "cuda" else 1
     try:

@@ -8,14 +8,12 @@ Gradients are checked against fp64 at a small size first. See benchmarks/README.
 
 import argparse
 import gc
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache
 from itertools import product
 
@@ -26,7 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longspan.attention import softmax_attention
-from longspan.benchmarks.common import Traffic, format_table, measure, new_record, save
+from longspan.benchmarks.common import Traffic, device_name, format_table, measure, new_record, save, writable
+from longspan.benchmarks.ranks import join
 from longspan.kernels.softmax import BACKENDS, Pack
 from longspan.kernels.softmax import math as math_backend
 from longspan.parallel import zigzag
@@ -281,10 +280,10 @@ def make_cases(arguments, device: torch.device, dtype: torch.dtype) -> tuple[lis
     return cases, {name: reason for name, reason in refusals.items() if reason is not None}
 
 
-def parse_arguments():
+def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--output", help="JSON file, saved again after every measurement")
+    parser.add_argument("--output", type=writable, help="JSON file, saved again after every measurement")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[131072, 524288], help="global tokens of one sequence"
     )
@@ -298,26 +297,18 @@ def parse_arguments():
     parser.add_argument(
         "--key-blocks", type=int, nargs="+", default=[0], help="most thread blocks of NCCL for keys; 0: its own choice"
     )
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--check-length", type=int, default=4096, help="tokens of the gradient check")
     parser.add_argument("--case-seconds", type=float, default=6.0, help="timed repetitions of one case")
     parser.add_argument("--time-limit", type=float, default=420.0, help="seconds after which no case is started")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> int:
     start = time.monotonic()
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=120),
-        device_id=device if device.type == "cuda" else None,
-    )
-    is_main = dist.get_rank() == 0
+    mesh = join(arguments.device)
+    device, is_main = mesh.device, mesh.is_main
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     bound = 1e-2 if device.type == "cuda" else 1e-5
     cases, refusals = make_cases(arguments, device, dtype)

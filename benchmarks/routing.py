@@ -20,7 +20,7 @@ import torch.distributed as dist
 from longspan.attention.double_ring import double_ring_schedule
 from longspan.attention.softmax import arriving, softmax_attention
 from longspan.benchmarks.calibrate import add_arguments, check_arguments, fit, peers, time_attention, time_exchange
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.emulated_nodes import run_on_emulated_nodes, sent_bytes
 from longspan.benchmarks.length_mixes import MIXES, draw
 from longspan.benchmarks.ranks import DIRECTIONS, join
@@ -225,7 +225,7 @@ def table(rows: list[dict]) -> str:
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, default = parser.add_argument, "(default: %(default)s)"
-    add("--output", help="JSON file, saved again after every measurement")
+    add("--output", type=writable, help="JSON file, saved again after every measurement")
     add("--cases", nargs="+", choices=CASES, default=list(CASES), help="(default: all)")
     add("--nodes", type=int, default=2, help=f"emulated on this machine {default}")
     add("--ranks-per-node", type=int, default=2, help=default)
@@ -237,9 +237,7 @@ def parse_arguments(argv=None):
     parser.set_defaults(heads=8, kv_heads=8, head_dim=32, megabytes=2, short=64, long=1024, seconds=2.0, device="cpu")
     arguments = parser.parse_args(argv)
     check_arguments(parser, arguments)
-    for name in ("nodes", "ranks_per_node", "megabits", "tokens", "repetitions"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "nodes", "ranks_per_node", "megabits", "tokens", "repetitions")
     return arguments
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from longspan.attention import softmax_attention
 from longspan.benchmarks.attention_schemes import SCHEMES
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.ranks import Ranks, join
 from longspan.launcher.environment import make_deterministic
 from longspan.launcher.parsing import parse_tokens
@@ -142,7 +142,7 @@ def parse_arguments(argv=None):
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, default = parser.add_argument, "(default: %(default)s)"
-    add("--output", help="JSON file, saved again after every case")
+    add("--output", type=writable, help="JSON file, saved again after every case")
     add("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), help="(default: all)")
     add("--tokens", type=parse_tokens, default=1 << 13 if on_gpu else 1 << 9, help=f"in all {default}")
     add("--heads", type=int, default=8, help=default)
@@ -151,11 +151,11 @@ def parse_arguments(argv=None):
     add("--deterministic", action=argparse.BooleanOptionalAction, default=True,
         help="ask kernels for forms that repeat bit for bit, and fail where they do not")  # fmt: skip
     add("--seed", type=int, default=0, help="of the inputs")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu", help=default)
+    add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu", help=default)
     arguments = parser.parse_args(argv)
-    for name, least in (("tokens", 512), ("heads", 1), ("kv_heads", 1), ("head_dim", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least {least}")
+    require_positive(parser, arguments, "heads", "kv_heads", "head_dim")
+    if arguments.tokens < 512:
+        parser.error(f"--tokens {arguments.tokens} must be at least 512")
     if arguments.heads % arguments.kv_heads:
         parser.error(f"--kv-heads {arguments.kv_heads} must divide --heads {arguments.heads}")
     return arguments

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.sparse_cases import LINEAR, OURS, SELECTIONS, Case, Step
 from longspan.benchmarks.sparse_peers import PEERS, peers_of
 from longspan.benchmarks.worker import prepare_all, run_steps
@@ -146,12 +146,12 @@ def _short(found):
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", help="JSON file, saved again after every measurement")
+    parser.add_argument("--output", type=writable, help="JSON file, saved again after every measurement")
     parser.add_argument(
         "--cases", nargs="+", type=Case.parse, default=[Case.parse(text) for text in CASES], help=Case.parse.__doc__
     )
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--seconds", type=float, default=0.5, help="timed repetitions of one measurement, about")
     parser.add_argument("--dense-tokens", type=parse_tokens, default=1 << 17, help="extrapolated with the square above")
@@ -159,9 +159,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--prepare-seconds", type=float, default=60.0, help="at most, compiling at once; 0: do not")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing is measured")
     arguments = parser.parse_args(argv)
-    for name in ("seconds", "limit", "budget"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "seconds", "limit", "budget")
     return arguments
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from longspan.attention import Hierarchical, LinearBranch, TopBlocks, sparse, sparse_attention
 from longspan.attention.block_parts import STRATEGIES, pieces_of
 from longspan.attention.requests import Fetched
-from longspan.benchmarks.common import Traffic, format_table, new_record, save
+from longspan.benchmarks.common import Traffic, device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.linear_ranks import with_efficiency
 from longspan.benchmarks.ranks import DIRECTIONS, Ranks, join, layer_step
 from longspan.launcher.breakdown import EXPOSED, Work, break_down
@@ -38,8 +38,8 @@ PARTS = {
     "forward": ("forward_kernel",),
     "dq": ("queries_kernel", "rows_kernel"),
     "dk, dv": ("keys_kernel", "add_kernel"),
-    "choosing": ("pool_kernel", "split_kernel", "top_kernel", "descend_kernel"),
-    "lists": ("count_rows", "scan_kernel", "fill_rows", "mark_kernel", "sum_cells", "place_kernel", "order_kernel"),
+    "choosing": ("pool_", "levels_", "split_", "top_", "descend_", "blocks_below_"),
+    "lists": ("list_rows", "list_columns", "list_items", "mark_", "sum_cells_", "scan_", "place_", "order_"),
     "packing": ("ask_kernel", "count_kernel", "locate_kernel", "rename_kernel", "pack_kernel", "add_packed_kernel"),
     "branch": ("whole_", "sums_kernel", "output_kernel", "query_grad", "key_grad", "inside_key", "listed_kernel"),
 }
@@ -227,7 +227,7 @@ def parse_arguments(argv=None):
     on_gpu = torch.cuda.is_available()
     parser, default = argparse.ArgumentParser(description=__doc__.split("\n")[0]), "(default: %(default)s)"
     add, sizes = parser.add_argument, [1 << 18] if on_gpu else [1 << 12]
-    add("--output", help="JSON file, saved again after every measurement")
+    add("--output", type=writable, help="JSON file, saved again after every measurement")
     add("--cases", nargs="+", choices=list(SELECTIONS), default=list(SELECTIONS))
     add("--strategies", nargs="+", choices=FORCED, default=list(FORCED))
     add("--tokens", type=parse_tokens, nargs="+", default=sizes, help=f"of all ranks {default}")
@@ -238,12 +238,10 @@ def parse_arguments(argv=None):
     add("--layer", action="store_true", help="time a whole decoder layer, which is causal, instead of the operator")
     add("--causal", action="store_true", help="a causal mask for the operator")
     add("--repetitions", type=int, default=5, help=default)
-    add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
+    add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {default}")
     arguments = parser.parse_args(argv)
-    for name in ("heads", "kv_heads", "head_dim", "repetitions"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    require_positive(parser, arguments, "heads", "kv_heads", "head_dim", "repetitions")
     if arguments.heads % arguments.kv_heads:
         parser.error(f"--kv-heads {arguments.kv_heads} does not divide --heads {arguments.heads}")
     causal = arguments.layer or arguments.causal

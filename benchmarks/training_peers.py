@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
 from longspan.launcher import train
 from longspan.launcher.corpus import prepare
 from longspan.launcher.metrics import peak_tflops
@@ -252,20 +252,18 @@ def parse_arguments(argv=None):
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, default = parser.add_argument, "(default: %(default)s)"
-    add("--output", help="JSON file, saved again after every row")
+    add("--output", type=writable, help="JSON file, saved again after every row")
     add("--systems", nargs="+", choices=list(SYSTEMS), default=DEFAULT, help=default)
     add("--tokens", nargs="+", type=parse_tokens, default=[1 << 17, 1 << 18, 1 << 19], help=f"of a step {default}")
     add("--linear-tokens", nargs="+", type=parse_tokens, default=[1 << 15, 1 << 17], help=f"on one GPU {default}")
     add("--gpus", type=int, default=torch.cuda.device_count() if on_gpu else 2, help=f"or ranks {default}")
     add("--model", type=json.loads, default=MODEL, help=f"settings of the model, JSON {default}")
     add("--steps", type=int, default=0, help="of a length, the first not timed; 0: 2 to 5, about 1M tokens in all")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
+    add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     add("--limit", type=float, default=240.0, help=f"seconds that a system may take for a length {default}")
     add("--budget", type=float, default=560.0, help=f"seconds after which nothing is started {default}")
     arguments = parser.parse_args(argv)
-    for name in ("gpus", "limit", "budget"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name} {getattr(arguments, name)} must be greater than 0")
+    require_positive(parser, arguments, "gpus", "limit", "budget")
     if arguments.steps < 0:
         parser.error(f"--steps {arguments.steps} must be 0 or more")
     return arguments

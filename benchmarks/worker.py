@@ -16,6 +16,8 @@ from collections.abc import Iterator
 
 import torch
 
+from longspan.launcher.clock import Clock
+
 LOST = None  # instead of a result: this process can take no more steps
 REPETITION_S = 1e-3  # shorter calls are repeated within one timed repetition
 
@@ -127,26 +129,14 @@ def time_calls(calls, device: torch.device, seconds: float, slow_s: float = math
 
 def _repeat(calls, device, inner: int, repetitions: int) -> list[float]:
     """Seconds of each repetition, `inner` calls long."""
-    turn, marks = 0, []
-    on_gpu = device.type == "cuda"
-
-    def mark():
-        if on_gpu:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(time.perf_counter())
-
+    clock, turn, begins, ends = Clock(device), 0, [], []
     for _ in range(repetitions):
-        mark()
+        begins.append(clock.mark())
         for _ in range(inner):
             calls[turn % len(calls)]()
             turn += 1
-        mark()
-    if not on_gpu:
-        return [stop - start for start, stop in zip(marks[::2], marks[1::2], strict=True)]
-    torch.cuda.synchronize(device)
-    return [start.elapsed_time(stop) / 1e3 for start, stop in zip(marks[::2], marks[1::2], strict=True)]
+        ends.append(clock.mark())
+    return list(map(clock.seconds, begins, ends))
 
 
 def launched_kernels(call) -> list[dict]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from longspan.kernels.operators import operator
+from longspan.kernels.wide import wide_dtype
 
 
 def biased_gate(a: torch.Tensor, bias: torch.Tensor, factor: float) -> torch.Tensor:
@@ -39,7 +40,7 @@ class _Gate(torch.autograd.Function):
 
 def channel_gate_naive(a, bias, factor):
     """[log decay], without a bias [log decay, keys]: plain PyTorch, any device and dtype."""
-    wide = a.to(_wide(a))
+    wide = a.to(wide_dtype(a.dtype))
     if bias is not None:
         return [factor * F.logsigmoid(wide + bias)]
     # By way of what is forgotten, which is exact where almost nothing is and memories are long.
@@ -49,7 +50,7 @@ def channel_gate_naive(a, bias, factor):
 
 def channel_gate_backward_naive(d_log_decay, d_keys, a, bias, factor):
     """[d_a], with a bias [d_a, d_bias]: plain PyTorch, any device and dtype."""
-    wide = a.to(_wide(a))
+    wide = a.to(wide_dtype(a.dtype))
     if bias is not None:
         d_wide = d_log_decay * factor * torch.sigmoid(-(wide + bias))
         return [d_wide.to(a.dtype), d_wide.sum(0).to(bias.dtype)]
@@ -57,15 +58,13 @@ def channel_gate_backward_naive(d_log_decay, d_keys, a, bias, factor):
     return [(forgotten * torch.sigmoid(wide) * (d_log_decay / (1 - forgotten) - d_keys)).to(a.dtype)]
 
 
-def _wide(a):
-    return torch.promote_types(a.dtype, torch.float32)
-
-
 channel_gate = operator(
     "channel_gate(Tensor a, Tensor? bias, float factor) -> Tensor[]",
     naive=channel_gate_naive,
     fused="channel_gates_triton.channel_gate_triton",
-    shapes=lambda a, bias, factor: [a.new_empty(a.shape, dtype=t) for t in [_wide(a), a.dtype][: 1 + (bias is None)]],
+    shapes=lambda a, bias, factor: [
+        a.new_empty(a.shape, dtype=t) for t in [wide_dtype(a.dtype), a.dtype][: 1 + (bias is None)]
+    ],
 )
 channel_gate_backward = operator(
     "channel_gate_backward(Tensor d_log_decay, Tensor? d_keys, Tensor a, Tensor? bias, float factor) -> Tensor[]",

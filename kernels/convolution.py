@@ -7,6 +7,8 @@ tokens whose output is not computed here: what stands in their rows is undefined
 import torch
 import torch.nn.functional as F
 
+from longspan.kernels.wide import wide_dtype
+
 ACTIVATIONS = (None, "silu")
 WIDTHS = range(2, 9)
 
@@ -47,7 +49,7 @@ def convolve_naive(x, weight, bias, activation, reach):
 
 def convolve_backward_naive(d_out, x, weight, bias, activation, reach, dtype):
     """convolve_backward in plain PyTorch, any device and dtype."""
-    wide = _wide(x)
+    wide = wide_dtype(x.dtype)
     d_pre = torch.where(reach[:, None] >= 0, d_out.to(wide), 0.0)
     if activation:
         pre = _linear_part(x, weight, bias, reach)
@@ -62,7 +64,7 @@ def convolve_backward_naive(d_out, x, weight, bias, activation, reach, dtype):
 
 
 def _linear_part(x, weight, bias, reach):
-    out = torch.zeros_like(x, dtype=_wide(x))
+    out = torch.zeros_like(x, dtype=wide_dtype(x.dtype))
     if bias is not None:
         out += bias
     for lag, tap, later, earlier in _lags(x, weight):
@@ -75,7 +77,3 @@ def _lags(x, weight):
     num_tokens, width = x.shape[0], weight.shape[1]
     for lag in range(min(width, num_tokens)):
         yield lag, width - 1 - lag, slice(lag, None), slice(0, num_tokens - lag)
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)

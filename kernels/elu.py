@@ -4,6 +4,7 @@ exp(x) below zero and 1 + x above. In fp32 (fp64 for fp64) and rounded once; not
 import torch
 
 from longspan.kernels.operators import operator
+from longspan.kernels.wide import wide_dtype
 
 
 def elu1(x: torch.Tensor) -> torch.Tensor:
@@ -29,7 +30,7 @@ def elu1_naive(x):
 
 def elu1_backward_naive(d_out, x):
     """dx in plain PyTorch, any device and dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     return (d_out * x.to(wide).clamp(max=0).exp()).to(x.dtype)
 
 

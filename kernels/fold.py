@@ -16,7 +16,7 @@ import torch
 MAX_KEYS = 128  # rows of a state whose columns stay on chip under a matrix
 
 
-def fold_chains(states, transition, chains, initial=None):
+def fold_chains(states, transition, chains, initial=None, parts=None):
     """Runs every chain and writes what it has reached at the places it names. Returns [chains.num_out, H, K, V].
 
     states: [R, H, K, V], or None for zeros under matrices; without matrices also in bf16, which is added up in fp32.
@@ -26,23 +26,26 @@ def fold_chains(states, transition, chains, initial=None):
         E = initial[chains.initial[n]], or 0
         for each column l:   out[targets[n, l]] = E, then E = A(E) + states[sources[n, l]]
 
-    Rows of `states` that no chain names may hold anything. Rows of the result that no chain names are undefined.
+    parts: None, or without matrices int32 [R, H]: states are [R, P, H, K, V], of which the first so many are added.
+
+    Rows and parts of `states` that are not named may hold anything. Rows of the result that no chain names are
+    undefined.
     """
     if _fits_triton(initial if states is None else states, transition):
         from longspan.kernels.fold_triton import fold_chains_triton
 
-        return fold_chains_triton(states, transition, chains, initial)[0]
-    return fold_chains_naive(states, transition, chains, initial)
+        return fold_chains_triton(states, transition, chains, initial, parts)[0]
+    return fold_chains_naive(states, transition, chains, initial, parts)
 
 
-def summarize(states, transition, chains):
-    """What each whole chain amounts to: (fold_chains(states, transition, chains), compose(transition, chains.sources)),
-    with Triton in one launch. Every chain writes at its end, row n for chain n."""
+def summarize(states, transition, chains, parts=None):
+    """What each whole chain amounts to: (fold_chains(states, transition, chains, parts=parts),
+    compose(transition, chains.sources)), with Triton in one launch. Chain n writes row n, at its end."""
     if transition is not None and _fits_triton(states, transition):
         from longspan.kernels.fold_triton import fold_chains_triton
 
-        return fold_chains_triton(states, transition, chains, compose=True)
-    return fold_chains(states, transition, chains), compose(transition, chains.sources)
+        return fold_chains_triton(states, transition, chains, parts=parts, compose=True)
+    return fold_chains(states, transition, chains, parts=parts), compose(transition, chains.sources)
 
 
 def _fits_triton(states, transition) -> bool:
@@ -50,8 +53,11 @@ def _fits_triton(states, transition) -> bool:
     return states.is_cuda and states.dtype in (torch.float32, torch.bfloat16) and not wide
 
 
-def fold_chains_naive(states, transition, chains, initial=None):
+def fold_chains_naive(states, transition, chains, initial=None, parts=None):
     """fold_chains in plain PyTorch: any device, dtype and width."""
+    if parts is not None:
+        named = torch.arange(states.shape[1], device=parts.device)[:, None] < parts[:, None]
+        states = torch.where(named[..., None, None], states, 0).sum(1)
     num_chains, length = chains.sources.shape
     example = initial if states is None else states
     dtype = torch.promote_types(example.dtype, torch.float32)

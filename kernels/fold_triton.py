@@ -11,11 +11,11 @@ AHEAD = 16  # states of a chain on their way at once
 BLOCK_V = 16  # columns of a state per program, where transitions are matrices
 
 
-def fold_chains_triton(states, transition, chains, initial=None, *, compose=False):
+def fold_chains_triton(states, transition, chains, initial=None, parts=None, *, compose=False):
     """See kernels.fold.fold_chains and, for the second result (None unless `compose`), kernels.fold.summarize. fp32,
     states without matrices also bf16; each row of `states` and of `initial` is contiguous, rows need not be."""
     example = initial if states is None else states
-    _, heads, keys, values = example.shape
+    heads, keys, values = example.shape[-3:]
     num_chains, length = chains.sources.shape
     assert all(x is None or x.dtype == torch.float32 for x in (transition, initial)), example.dtype
     assert states is None or states.dtype in (torch.float32, torch.bfloat16), states.dtype
@@ -31,14 +31,15 @@ def fold_chains_triton(states, transition, chains, initial=None, *, compose=Fals
     if transition is None or transition.ndim < 4:
         decay_strides = () if transition is None else transition.stride()
         decay_strides += (0,) * (3 - len(decay_strides))
-        grid = num_chains * cdiv(keys * values, BLOCK), heads
+        block = BLOCK if parts is None else BLOCK // 2
+        grid = num_chains * cdiv(keys * values, block), heads
         fold_kernel[grid](
-            states, transition, initial, out, composed, *tables, *strides, *decay_strides,
-            H=heads, K=keys, V=values, BLOCK=BLOCK, DECAYS=1 if transition is None or transition.ndim < 3 else keys,
-            AHEAD=min(AHEAD, next_power_of_2(length)),
+            states, transition, initial, out, composed, parts, *tables, *strides, *decay_strides,
+            H=heads, K=keys, V=values, BLOCK=block, DECAYS=1 if transition is None or transition.ndim < 3 else keys,
+            AHEAD=min(AHEAD, next_power_of_2(length)), PARTS=1 if parts is None else states.shape[1],
         )  # fmt: skip
     else:
-        assert keys <= MAX_KEYS, keys
+        assert keys <= MAX_KEYS and parts is None, (keys, parts)
         block_k = max(16, next_power_of_2(keys))
         tiles = cdiv(values, BLOCK_V) + (cdiv(keys, BLOCK_V) if compose else 0)
         grid = num_chains * tiles, heads
@@ -52,12 +53,13 @@ def fold_chains_triton(states, transition, chains, initial=None, *, compose=Fals
 @launched
 @triton.jit(do_not_specialize=["length"])
 def fold_kernel(
-    states_ptr, decay_ptr, initial_ptr, out_ptr, composed_ptr, sources_ptr, targets_ptr, first_ptr, length,
+    states_ptr, decay_ptr, initial_ptr, out_ptr, composed_ptr, parts_ptr, sources_ptr, targets_ptr, first_ptr, length,
     states_stride_row, initial_stride_row, decay_stride_row, decay_stride_head, decay_stride_k,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """No decay, or a log decay of the head (DECAYS = 1, decay_stride_k = 0) or of its key rows (K)."""
+    """No decay, or a log decay of the head (DECAYS = 1, decay_stride_k = 0) or of its key rows (K). If PARTS > 1, a
+    state is the sum of its first `parts` [R, H]."""
     tiles: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
     chain, head = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
     element = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -82,17 +84,23 @@ def fold_kernel(
         reached = tl.load(initial_at, mask=inside & (first >= 0), other=0.0)
     for start in range(0, length, AHEAD):
         # A chain waits for memory, not for arithmetic: one state at a time took 0.4 to 0.65 us a state on H200.
-        sources, targets, states, decays = (), (), (), ()
+        sources, targets, states, decays, parts, others = (), (), (), (), (), ()
         for column in tl.static_range(AHEAD):
             at, inside_chain = start + column, start + column < length
             sources += (tl.load(sources_ptr + at, mask=inside_chain, other=-1).to(tl.int64),)
             targets += (tl.load(targets_ptr + at, mask=inside_chain, other=-1).to(tl.int64),)
         for column in tl.static_range(AHEAD):
             passes = inside & (sources[column] >= 0)
+            if PARTS > 1:
+                parts += (tl.load(parts_ptr + sources[column] * H + head, mask=sources[column] >= 0, other=0),)
             states += (tl.load(states_at + sources[column] * states_stride_row, mask=passes, other=0.0),)
             if decay_ptr is not None:
                 reads = passes if DECAYS > 1 else sources[column] >= 0
                 decays += (tl.load(decay_at + sources[column] * decay_stride_row, mask=reads, other=0.0),)
+        for column in tl.static_range(AHEAD):
+            for part in tl.static_range(1, PARTS):
+                other_at = states_at + sources[column] * states_stride_row + part * H * K * V
+                others += (tl.load(other_at, mask=inside & (part < parts[column]), other=0.0),)
         for column in tl.static_range(AHEAD):
             tl.store(out_at + targets[column] * H * K * V, reached, mask=inside & (targets[column] >= 0))
             if decay_ptr is not None:
@@ -100,6 +108,8 @@ def fold_kernel(
                 if composed_ptr is not None:
                     passed += decays[column]
             reached += states[column].to(tl.float32)
+            for part in tl.static_range(1, PARTS):
+                reached += others[column * (PARTS - 1) + part - 1].to(tl.float32)
     if composed_ptr is not None:
         tl.store(composed_at, passed, mask=writes)
 

@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from longspan.kernels.operators import operator
+from longspan.kernels.wide import wide_dtype
 
 IGNORED_LABEL = -100
 FOREIGN_LABEL = -101  # a token of another part of the vocabulary
@@ -51,7 +52,7 @@ def chunked_cross_entropy(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk, first, stack, training):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = wide_dtype(hidden.dtype)
         needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None

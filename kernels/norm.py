@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from longspan.kernels.operators import operator
+from longspan.kernels.wide import wide_dtype
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, gate: torch.Tensor | None = None):
@@ -98,7 +99,7 @@ def norm_backward_naive(d_out, d_stream, x, weight, gate, mean, eps):
 
 def _normalised(x, mean, eps):
     """(n, 1 / root) in at least fp32."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(wide_dtype(x.dtype))
     square = wide.square()
     scale = torch.rsqrt((square.mean(-1, keepdim=True) if mean else square.sum(-1, keepdim=True)) + eps)
     return wide * scale, scale

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from longspan.kernels.operators import operator
+from longspan.kernels.wide import wide_dtype
 
 
 def scalar_gate(a: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,29 +36,25 @@ class _Gate(torch.autograd.Function):
 
 def scalar_gate_naive(a, A_log, dt_bias):
     """[log decay, step] in plain PyTorch, any device and dtype."""
-    wide = _wide(a)
+    wide = wide_dtype(a.dtype)
     step = F.softplus(a.to(wide) + dt_bias.to(wide))
     return [-A_log.to(wide).exp() * step, step]
 
 
 def scalar_gate_backward_naive(d_log_decay, d_step, a, A_log, dt_bias):
     """[d_a, d_A_log, d_dt_bias] in plain PyTorch, any device and dtype; d_step is None for zeros."""
-    wide = _wide(a)
+    wide = wide_dtype(a.dtype)
     shifted, rate = a.to(wide) + dt_bias.to(wide), A_log.to(wide).exp()
     d_A_log = (-rate * F.softplus(shifted) * d_log_decay).sum(0)
     d_shifted = (-rate * d_log_decay + (0 if d_step is None else d_step)) * shifted.sigmoid()
     return [d_shifted.to(a.dtype), d_A_log.to(A_log.dtype), d_shifted.sum(0).to(dt_bias.dtype)]
 
 
-def _wide(a):
-    return torch.promote_types(a.dtype, torch.float32)
-
-
 scalar_gate_forward = operator(
     "scalar_gate(Tensor a, Tensor A_log, Tensor dt_bias) -> Tensor[]",
     naive=scalar_gate_naive,
     fused="scalar_gate_triton.scalar_gate_triton",
-    shapes=lambda a, *_: [a.new_empty(a.shape, dtype=_wide(a)) for _ in range(2)],
+    shapes=lambda a, *_: [a.new_empty(a.shape, dtype=wide_dtype(a.dtype)) for _ in range(2)],
 )
 scalar_gate_backward = operator(
     "scalar_gate_backward(Tensor d_log_decay, Tensor? d_step, Tensor a, Tensor A_log, Tensor dt_bias) -> Tensor[]",

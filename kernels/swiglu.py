@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from longspan.kernels.operators import operator
+from longspan.kernels.wide import wide_dtype
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -24,13 +25,13 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu_naive(gate, up):
     """silu(gate) * up in plain PyTorch, any device and dtype."""
-    wide = torch.promote_types(gate.dtype, torch.float32)
+    wide = wide_dtype(gate.dtype)
     return (F.silu(gate.to(wide)) * up).to(gate.dtype)
 
 
 def swiglu_backward_naive(d_out, gate, up):
     """[d_gate, d_up] in plain PyTorch, any device and dtype."""
-    wide = torch.promote_types(gate.dtype, torch.float32)
+    wide = wide_dtype(gate.dtype)
     d_out, gate_wide = d_out.to(wide), gate.to(wide)
     sigmoid = gate_wide.sigmoid()
     d_gate = d_out * up * sigmoid * (1 + gate_wide * (1 - sigmoid))

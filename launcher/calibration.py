@@ -21,7 +21,11 @@ def load_costs(config: Config) -> Costs:
         return Costs.h200(**wanted)
     costs, measured = _read(path, f"parallel.costs={path}")
     if measured != wanted:
-        raise UserError(f"parallel.costs={path} is for a model with {measured}, this one has {wanted}; {REMEDY}")
+        heads = " ".join(f"--{name.replace('_', '-')} {wanted[name]}" for name in ("heads", "kv_heads", "head_dim"))
+        raise UserError(
+            f"parallel.costs={path} is for a model with {_listed(measured)}, this one has {_listed(wanted)}; write"
+            f" another with `longspan bench calibrate {heads} --output FILE`, in fp32 on CPUs and bf16 on GPUs"
+        )
     return costs
 
 
@@ -30,13 +34,17 @@ def read_costs(path: str) -> Costs:
     return _read(path, path)[0]
 
 
+def _listed(model: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in model.items())
+
+
 def _read(path, shown):
     try:
         found = json.loads(Path(path).read_text())
         missing = {field.name for field in fields(Costs)} - set(found["costs"])
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return Costs(**found["costs"]), found["model"]
+        return Costs(**found["costs"]), dict(found["model"])
     except OSError as error:
         raise UserError(f"{shown}: {error.strerror}; {REMEDY}") from None
     except (ValueError, KeyError, TypeError) as error:

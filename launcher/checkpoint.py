@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,11 +139,15 @@ def load(info: Info, engine: Engine) -> None:
     Collective. Settings of the optimizer (rates, betas, decay) stay as they are. The random state returns on the
     same number of ranks only; on another it is drawn from the step. Raises UserError on all ranks when it fails.
     """
+    same_ranks, random_state = info.world_size == dist.get_world_size(), None
+    if same_ranks:
+        with _whole(info.path):
+            random_state = torch.load(info.path / _rng_file(dist.get_rank()), weights_only=True)
     state = engine.state_dict()
     fill(info, state)
     engine.load_state_dict(state)
-    if info.world_size == dist.get_world_size():
-        _set_random_state(torch.load(info.path / _rng_file(dist.get_rank()), weights_only=True))
+    if same_ranks:
+        _set_random_state(random_state)
     else:
         torch.manual_seed(info.config["run"]["seed"] + info.step)
 
@@ -149,6 +155,8 @@ def load(info: Info, engine: Engine) -> None:
 def fill(info: Info, state: dict[str, Any], **options) -> None:
     """Loads into the tensors of `state` what the checkpoint has under their names; options: of dcp.load. Raises
     UserError, on all ranks, when it fails."""
+    with _whole(info.path):  # dcp.load would log tracebacks of its own first
+        dcp.FileSystemReader(info.path).read_metadata()
     try:
         dcp.load(state, checkpoint_id=info.path, **options)
     except CheckpointException as error:
@@ -254,6 +262,15 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
 def _first_failure(error: CheckpointException) -> BaseException:
     rank = min(error.failures)
     return error.failures[rank][0]
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """UserError when reading a file of the checkpoint fails: damaged ones raise whatever unpickling comes across."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        raise UserError(_damaged(path, error)) from None
 
 
 def _damaged(path: Path, error: BaseException) -> str:

@@ -2,10 +2,12 @@
 `profile` shows what a step took, `sample` draws, `bench` measures, `report` shows what was measured."""
 
 import argparse
+import ast
 import sys
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import longspan
 from longspan.launcher.allocator import set_allocator
 from longspan.launcher.config import Config, shipped_configs
 from longspan.launcher.errors import UserError, main_guard
+from longspan.launcher.gpus import parse_gpus
 from longspan.launcher.parsing import describe, parse_tokens, settings_of
 
 # Flags that set one setting: flag -> (setting, metavar).
@@ -27,11 +30,9 @@ FLAGS = {
 def main(argv: list[str] | None = None) -> None:
     """The `longspan` console command."""
     with main_guard():
-        parser = _Parser(prog="longspan", description=longspan.__doc__, allow_abbrev=False)
+        parser = _Parser(prog="longspan", description=longspan.__doc__, allow_abbrev=False, **_listed(COMMAND_HELP))
         parser.add_argument("--version", action="version", version=f"longspan {longspan.__version__}")
-        parser.add_argument("command", choices=list(COMMANDS), help="`longspan COMMAND --help` says more")
-        parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_choice("command", COMMANDS, argv)
         COMMANDS[arguments.command](arguments.arguments)
 
 
@@ -91,7 +92,7 @@ def plan(argv: list[str]) -> None:
     parser.add_argument("--gpus", default="1xH200", metavar="NxTYPE", help="such as 64xH200 (default 1xH200)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)")
     parser.add_argument(
-        "--host-memory", type=float, default=0, metavar="GIB", help="of a machine (default 128 for each of its GPUs)"
+        "--host-memory", type=_gib, default=0, metavar="GIB", help="of a machine (default 128 for each of its GPUs)"
     )
     parser.add_argument(
         "--document", type=_tokens, default=0, metavar="TOKENS",
@@ -99,10 +100,10 @@ def plan(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     config, arguments = _read_settings(parser, argv)
-    from longspan.launcher.estimate_report import report  # imports torch
+    cluster = parse_gpus(arguments.gpus, arguments.gpus_per_node, arguments.host_memory)
+    from longspan.launcher.estimate_report import report  # imports torch, which mistakes need not wait for
 
-    cluster = arguments.gpus, arguments.gpus_per_node, arguments.host_memory
-    report(config, *cluster, arguments.document, as_json=arguments.json)
+    report(config, cluster, arguments.document, as_json=arguments.json)
 
 
 def profile(argv: list[str]) -> None:
@@ -181,13 +182,10 @@ def bench(argv: list[str]) -> None:
     parser = _Parser(
         prog="longspan bench",
         description="Measures. Over several ranks: torchrun --nproc-per-node N -m longspan.benchmarks.MODULE",
-        epilog="\n".join(f"  {name:<10} {module}" for name, module in BENCHMARKS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        **_listed({f"{name} ({module})": _summary(module) for name, module in BENCHMARKS.items()}),
     )
-    parser.add_argument("benchmark", choices=list(BENCHMARKS), help="`longspan bench BENCHMARK --help` says more")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the benchmark")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_choice("benchmark", BENCHMARKS, argv)
     sys.argv = [f"longspan bench {arguments.benchmark}", *arguments.arguments]
     sys.exit(import_module(f"longspan.benchmarks.{BENCHMARKS[arguments.benchmark]}").main())
 
@@ -229,6 +227,15 @@ COMMANDS = {
     "prepare": prepare, "plan": plan, "train": train, "profile": profile, "sample": sample, "bench": bench,
     "report": report,
 }  # fmt: skip
+COMMAND_HELP = {
+    "prepare": "turns text into a corpus",
+    "plan": "says what a step would take of memory and time, before any GPU is there",
+    "train": "trains; over several ranks: torchrun launcher/train.py",
+    "profile": "shows where the time of a run's steps went",
+    "sample": "draws images with a trained diffusion transformer",
+    "bench": "measures kernels, attention and communication on this machine",
+    "report": "makes tables and plots of runs and benchmarks",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -236,7 +243,27 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         command = self.prog.removeprefix("longspan").strip()  # the line starts with longspan as it is
-        raise UserError(f"{command}: {message}" if command else message)
+        raise UserError(f"{command + ': ' if command else ''}{message}; see `{self.prog} --help`")
+
+    def parse_choice(self, name: str, choices: dict, argv: list[str] | None) -> argparse.Namespace:
+        """`name`, one of the choices, and the `arguments` behind it, which are left for it to read."""
+        metavar, more = name.upper(), f"`{self.prog} {name.upper()} --help` says more"
+        self.add_argument(name, metavar=metavar, choices=list(choices), help=more)
+        self.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
+        return self.parse_args(argv)
+
+
+def _listed(entries: dict[str, str]) -> dict[str, Any]:
+    """Options of a parser whose help ends in a list of what there is to choose from."""
+    width = max(map(len, entries)) + 2
+    lines = (f"  {name:<{width}}{text}" for name, text in entries.items())
+    return {"epilog": "\n".join(lines), "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def _summary(module: str) -> str:
+    """The first line of a benchmark's docstring, without importing it and with it torch."""
+    source = Path(find_spec(f"longspan.benchmarks.{module}").origin).read_text()
+    return ast.get_docstring(ast.parse(source)).splitlines()[0]
 
 
 def _tokens(text: str) -> int:
@@ -244,6 +271,13 @@ def _tokens(text: str) -> int:
         return parse_tokens(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _gib(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB; write it like 1024") from None
 
 
 def _shown(value: Any) -> str:

@@ -5,6 +5,7 @@
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from os.path import expanduser
 from pathlib import Path
 from typing import Literal
@@ -443,9 +444,9 @@ def _find(yaml_path: str | Path) -> Path:
         return path
     if str(yaml_path) in shipped_configs():
         return shipped_configs()[str(yaml_path)]
-    raise UserError(
-        f"--config {yaml_path}: there is no such file, and the configs shipped are {', '.join(shipped_configs())}"
-    )
+    nearest = get_close_matches(path.stem, shipped_configs(), n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    raise UserError(f"--config {yaml_path}: there is no such file; {hint}shipped are {', '.join(shipped_configs())}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,11 +1,10 @@
 """Memory and time of a training step before any GPU is asked for: what every rank holds, what takes how long.
 
-Memory and work are counted on the model itself (models.activations); what sharding adds, and rates (launcher.gpus), are
-here. One step is the steady state: compilation, autotuning and reading data are not in it. Ranks are taken as equally
-busy, which the layouts see to for one long document.
+Memory and work are counted on the model itself (models.activations); what sharding adds is here, seconds are in
+launcher.step_time. One step is the steady state: compilation, autotuning and reading data are not in it. Ranks are
+taken as equally busy, which the layouts see to for one long document.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd
@@ -17,33 +16,18 @@ from longspan.attention.offload import Offload
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
-from longspan.launcher.gpus import (
-    CONTEXT,
-    FRAGMENTS,
-    HOST_LINK,
-    HOST_RATE,
-    LATENCY_S,
-    LAUNCH_S,
-    LINEAR_NS,
-    SPARSE_SHARE,
-    Cluster,
-)
+from longspan.launcher.gpus import CONTEXT, FRAGMENTS, LAUNCH_S, Cluster
 from longspan.launcher.host_memory import host_memory
-from longspan.models.activations import GRADIENTS, LOSS, Measured, measure
+from longspan.launcher.step_time import HEAD_PARALLEL, MASTER, WAITING, step_seconds
+from longspan.models.activations import GRADIENTS, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import SPARSE_KINDS
 from longspan.models.flops import model_flops, num_parameters
-from longspan.parallel.costs import KEY_PASSES, token_bytes, visible_share
-from longspan.parallel.geometry import Mask
-from longspan.parallel.layout import Span
 from longspan.parallel.topology import Topology
 
-MASTER, MOMENTS = 4, 8  # bytes of a parameter in fp32, and of Adam's two moments
-OPTIMIZER_TRAFFIC = 40  # bytes per parameter: norm, clipping, and an update that reads four numbers and writes three
+MOMENTS = 8  # bytes of Adam's two moments of a parameter
 GATHERED = 3  # blocks whose parameters are whole at once: in use, arriving, and in the buffer they arrived in
 COUNTED = ("top", "hierarchical")  # of model.sparse_selection
-HEAD_PARALLEL = ("ulysses", "usp", "hybrid")
-LINEAR_LAUNCHES = 8  # kernels of one call of linear attention, about
 
 
 @dataclass(frozen=True)
@@ -221,7 +205,7 @@ def estimate(job: Job) -> Estimate:
     return Estimate(
         memory, states, dict(measured.kept), usable(job.cluster), host_memory(job, measured),
         job.cluster.host_memory, seconds,
-        job.config.data.seq_len * samples, count, mfu, num_parameters(model), tuple(notes(job)),
+        job.config.data.seq_len * samples, count, mfu, num_parameters(model), tuple(notes(job, seconds)),
     )  # fmt: skip
 
 
@@ -256,139 +240,7 @@ def sharding_buffers(job: Job, measured: Measured) -> float:
     return (whole + measured.root_parameters + block) * job.itemsize + 2 * job.reduce_size * block + moved
 
 
-def step_seconds(job: Job, measured: Measured) -> dict[str, float]:
-    """Seconds of a step by component. Transfers count where nothing hides them."""
-    gpu, times = job.cluster.gpu, Counter()
-    products = (gpu.products if job.dtype == torch.bfloat16 else gpu.products_fp32) * 1e12
-    traffic = gpu.memory_rate
-    times["projections and MLP"] = sum(n for name, n in measured.flops.items() if name != LOSS) / products
-    times["norms, gates, rotations"] = sum(n for name, n in measured.traffic.items() if name != LOSS) / traffic
-    times["loss"] = measured.flops.get(LOSS, 0) / products + measured.traffic.get(LOSS, 0) / traffic
-    exposed = 0.0
-    for call, count in measured.calls.items():
-        seconds = call_seconds(job, call)
-        times[NAMES[call.kind]] += count * seconds
-        repeats = count if call.backward or call.kind == "convolution" else layers_of(measured, call)
-        exposed += repeats * TRANSFERS[call.kind](job, call, seconds)
-    host = LAUNCH_S * (measured.launches + LINEAR_LAUNCHES * sum(measured.calls.values()))
-    compute = sum(times.values())
-    exposed += sharding_exposed(job, measured, compute)
-    exposed += activations_exposed(measured, compute)
-    exposed += measured.exchanged / gpu.intra + measured.exchanges * LATENCY_S  # of layers that are shared
-    times["waiting for the host"] = max(0.0, host - sum(times.values()))
-    times["communication, exposed"] = exposed
-    times = Counter({name: seconds * job.micro_batches for name, seconds in times.items()})
-    times["communication, exposed"] += copies_exposed(job, measured, compute)
-    update = HOST_RATE / job.cluster.per_node if job.offload else traffic
-    times["optimizer"] = OPTIMIZER_TRAFFIC * measured.num_parameters / job.shards / update
-    return {name: seconds for name, seconds in times.items() if seconds > 0}
-
-
-def layers_of(measured: Measured, call) -> int:
-    """Layers that make this call: forward calls are repeated where layers are recomputed, transfers are not."""
-    return measured.calls.get(replace(call, backward=True), 0)
-
-
-def call_seconds(job: Job, call) -> float:
-    """Of one attention kernel on one rank."""
-    gpu, tokens = job.cluster.gpu, sum(job.lengths) / job.sp
-    if call.kind == "linear":
-        width = max((call.key_size + call.value_size) / 256, _padded(call.key_size) * _columns(call.value_size) / 2**14)
-        return LINEAR_NS[call.detail][call.backward] * 1e-9 * tokens * call.heads * width * gpu.linear
-    if call.kind == "convolution":
-        return (3 if call.backward else 2) * tokens * call.key_size * job.itemsize / gpu.memory_rate
-    if call.kind == "softmax":
-        pairs, share = sum(call.detail.pairs(Span(0, 0, length), length) for length in job.lengths), 1.0
-    else:
-        direction = {} if job.config.model.causal else {"causal": False}
-        pairs = sum(call.detail.pairs(length, **direction) for length in job.lengths)
-        share = SPARSE_SHARE[type(call.detail).__name__][call.backward]
-    rates = gpu.attention[min(gpu.attention, key=lambda width: abs(width - call.key_size))]
-    rate = rates[call.backward] if job.dtype == torch.bfloat16 else gpu.products_fp32
-    flops = 4.0 * pairs / job.sp * call.heads * call.key_size * (2.5 if call.backward else 1)
-    return flops / (rate * share * 1e12)
-
-
-def key_transfer(job: Job, call, seconds: float) -> float:
-    """Keys and values, and backward their gradients, go round while kernels run; all-to-all of heads runs alone."""
-    if job.sp == 1:
-        return 0.0
-    tokens, near, cross = sum(job.lengths), job.cluster.gpu.intra, job.cluster.gpu.inter
-    nodes = max(1, job.sp // job.per_node)
-    if call.kind == "softmax" and job.config.parallel.softmax in HEAD_PARALLEL:
-        moved = token_bytes(call.heads, call.kv_heads, call.key_size, job.itemsize) / 2 * tokens / job.sp
-        return moved * (1 - 1 / job.sp) / (near if nodes == 1 else cross) + LATENCY_S
-    passes = KEY_PASSES - 1 if call.backward else 1
-    mask = call.detail if isinstance(call.detail, Mask) else Mask(job.config.model.causal)
-    seen = tokens * (1 - 1 / job.sp) * visible_share(mask)
-    if mask.window is not None:
-        seen = min(seen, 2 * (mask.window - 1))
-    size = passes * 2 * call.kv_heads * call.key_size * job.itemsize
-    transfer = seen * size / near
-    if nodes > 1:  # to a node once, over the links of all its ranks
-        transfer += seen * size / cross / job.per_node
-    return max(0.0, transfer - seconds) + LATENCY_S
-
-
-def state_transfer(job: Job, call, seconds: float) -> float:
-    """Summaries of two spans from every other rank. Backward they travel while dq is computed."""
-    if job.sp == 1:
-        return 0.0
-    size = call.heads * call.key_size * (call.value_size + (call.key_size if "delta" in call.detail else 0)) * 4
-    link = job.cluster.gpu.intra if job.sp <= job.per_node else job.cluster.gpu.inter
-    transfer = LATENCY_S + 2 * (job.sp - 1) * size / link
-    return max(0.0, transfer - seconds / 3) if call.backward else transfer
-
-
-def halo_transfer(job: Job, call, seconds: float) -> float:
-    """A few rows, which travel while the rest is convolved."""
-    return 0.0 if job.sp == 1 else max(0.0, LATENCY_S - seconds)
-
-
-NAMES = {
-    "softmax": "softmax attention", "linear": "linear attention", "sparse": "sparse attention",
-    "convolution": "short convolutions",
-}  # fmt: skip
-TRANSFERS = {
-    "softmax": key_transfer, "linear": state_transfer, "sparse": key_transfer, "convolution": halo_transfer,
-}  # fmt: skip
-
-
-def sharding_exposed(job: Job, measured: Measured, compute: float) -> float:
-    """Of gathering parameters twice and reducing gradients once, in host memory of moving them to the GPU and back."""
-    per_parameter = (2 * job.itemsize + job.reduce_size) * (1 - 1 / job.shards) / _link(job, job.shards)
-    if job.offload:
-        per_parameter += 3 * MASTER / job.shards / HOST_LINK
-    return _beside(compute, measured, per_parameter)
-
-
-def copies_exposed(job: Job, measured: Measured, compute: float) -> float:
-    """Of summing gradients over copies of the parameters, once a step, which is twice their size."""
-    copies = job.cluster.count // job.tp // job.shards
-    link = job.cluster.gpu.inter if job.shards > 1 else _link(job, copies)
-    return _beside(compute, measured, 2 * job.reduce_size * (1 - 1 / copies) / job.shards / link)
-
-
-def activations_exposed(measured: Measured, compute: float) -> float:
-    """Of what layers keep on its way to host memory beside the forward pass, a quarter of all computation, and back."""
-    one_way = sum(measured.put_away) / HOST_LINK
-    return max(0.0, one_way - compute / 4) + max(0.0, one_way - 3 * compute / 4)
-
-
-def _link(job: Job, ranks: int) -> float:
-    """Rings cross between machines once for all GPUs of one, over the links of all."""
-    gpu = job.cluster.gpu
-    return gpu.intra if ranks <= job.per_node else min(gpu.intra, gpu.inter * job.per_node)
-
-
-def _beside(compute: float, measured: Measured, per_parameter: float) -> float:
-    """Seconds that transfers of parameters show: what comes before the first block and after the last, and what is
-    longer than the computation beside it."""
-    edges = (measured.root_parameters + max(measured.block_parameters)) * per_parameter
-    return edges + max(0.0, measured.num_parameters * per_parameter - compute)
-
-
-def notes(job: Job) -> Iterator[str]:
+def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
     """What the numbers leave out."""
     if not job.cluster.gpu.measured:
         yield f"rates of {job.cluster.name} are not measured by longspan"
@@ -396,15 +248,14 @@ def notes(job: Job) -> Iterator[str]:
         yield "blocks of sparse attention are taken as chosen evenly: where choices agree, ranks fetch fewer"
     if job.offload or job.config.train.offload_activations:
         yield "PCIe and the rate of host memory are not measured, but taken from data sheets"
+    if job.offload:
+        yield "the host updates in one thread of each rank, as torchrun has it: OMP_NUM_THREADS=8 or so takes less"
+    if seconds.get(WAITING, 0.0) > 0.02 * sum(seconds.values()):
+        yield (
+            f"the host is taken to queue an operation in {1e6 * LAUNCH_S:.0f} us, as slow ones did: GPUs wait for it"
+            " where they have few tokens each, which train.compile=true is for"
+        )
     if job.config.train.compile:
         yield "train.compile fuses operations, which is not counted: memory and time are upper bounds"
     if job.config.parallel.softmax in HEAD_PARALLEL and job.sp > 1:
         yield f"parallel.softmax={job.config.parallel.softmax}: memory is that of a ring"
-
-
-def _padded(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _columns(width: int) -> int:
-    return -(-width // 64) * 64

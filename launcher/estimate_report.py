@@ -5,16 +5,14 @@ import json
 from longspan.launcher.config import Config
 from longspan.launcher.estimate import Estimate, Job, estimate
 from longspan.launcher.fitting import largest, refuse
-from longspan.launcher.gpus import GIB, parse_gpus
+from longspan.launcher.gpus import GIB, Cluster
 
 STATE = ("parameters", "optimizer state", "gradients", "gathered parameters, reduced gradients")
 
 
-def report(
-    config: Config, gpus: str, per_node: int, host_gib: float = 0, document: int = 0, *, as_json: bool = False
-) -> None:
+def report(config: Config, cluster: Cluster, document: int = 0, *, as_json: bool = False) -> None:
     """Prints the estimate of the config on these GPUs. UserError for what cannot work, or does not fit."""
-    job = Job(config, parse_gpus(gpus, per_node, host_gib), document)
+    job = Job(config, cluster, document)
     found = estimate(job)
     tokens, power = largest(job) if found.fits else (0, 0)
     if as_json:

@@ -21,21 +21,26 @@ def largest(job: Job) -> tuple[int, int]:
         device = 1 - sum(memory_at_peak(changed, measured).values()) / limit
         return min(device, 1 - sum(host_memory(changed, measured).values()) / job.cluster.host_memory)
 
-    # Memory grows nearly linearly: the line through the two points nearest to the limit finds it in a few steps. Host
-    # memory grows in jumps, in front of which the line may stop: then halves do.
+    # Memory grows nearly linearly: a line finds the limit; a little below and a little above are tried. Host memory
+    # grows in jumps, where the line creeps: then halves do.
     start = max(2, job.config.data.seq_len // unit)
-    known = {units: spare(units) for units in (start // 2, start)}
-    fitting, failing = 0, math.inf
-    while failing - fitting > max(1, fitting >> 7):
-        (a, at_a), (b, at_b) = sorted(known.items(), key=lambda point: abs(point[1]))[:2]
-        falls = (at_a - at_b) / (b - a)  # short sequences, beside what does not depend on length, may show none of it
-        guess = math.floor(a + at_a / falls) if falls > 0 else 2 * max(known)
-        if failing < math.inf and len(known) % 3 == 0:
-            guess = (fitting + failing) // 2
-        guess = min(max(guess, fitting + max(1, fitting >> 7)), failing - 1)
-        known[guess] = spare(guess)
+    known, widths = {units: spare(units) for units in (start // 2, start)}, []
+    while True:
         fitting = max((units for units, left in known.items() if left >= 0), default=0)
         failing = min((units for units, left in known.items() if left < 0), default=math.inf)
+        if failing - fitting <= max(1, fitting >> 7):
+            break
+        widths.append(failing - fitting)
+        if failing < math.inf and len(widths) > 2 and 4 * widths[-1] > widths[-3]:
+            guess = (fitting + failing) // 2
+        else:
+            near = sorted(known, key=lambda units: abs(known[units]))
+            a, b = (fitting, failing) if {fitting, failing} <= known.keys() else near[:2]
+            falls = (known[a] - known[b]) / (b - a)  # short sequences may show none, beside what length does not change
+            line, aside = math.floor(a + known[a] / falls) if falls > 0 else math.inf, max(1, fitting >> 9)
+            guess = min(line - aside if line - aside > fitting else line + aside, 8 * max(known))
+        guess = min(max(guess, fitting + 1), failing - 1)
+        known[guess] = spare(guess)
     power = 1 << ((fitting * unit).bit_length() - 1) if fitting else 0
     doubled = 2 * power // unit
     if power and 2 * power % unit == 0 and doubled < failing and spare(doubled) >= 0:

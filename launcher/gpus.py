@@ -83,7 +83,16 @@ LINEAR_NS = {
 SPARSE_SHARE = {"TopBlocks": (0.75, 0.65), "Hierarchical": (0.15, 0.19)}
 # Bytes per second of a GPU from and to host memory (PCIe 5, 63 by data sheet), and of a host's memory; not measured.
 HOST_LINK, HOST_RATE = 50e9, 400e9
-LAUNCH_S = 8e-6  # for the host to launch one operation; assumed
+# Bytes per second of an update on the host in one thread, which is what torchrun gives a rank: 418 million parameters
+# took 1.84 s more than on the GPU, 40 bytes each (last steps of loss_parity_memory_H200.json, when it ran alone).
+THREAD_RATE = 9e9
+# For the host to queue one operation, forward and backward, autograd and modules included: 92 to 111 us in layers of
+# 2,048 tokens of four kinds, over operations as models.activations counts them (host_time_H200.json; a slow host).
+LAUNCH_S = 1.05e-4
+# For the host to do what FSDP2, and the update, do for a block, in one direction: half of what steps of 16,384 tokens
+# took above that for each of their blocks, median of runs (8 to 12 ms; loss_parity_{sparse,engines,memory}*_H200.json,
+# several runs at a time on one GPU; one at a time on two, loss_parity_sparse_2xH200.json, had 13 to 16 ms).
+BLOCK_S = 5.5e-3
 LATENCY_S = 5e-5  # of a small collective over NVLink: 48 us for 1 MiB on 4 H200
 
 
@@ -115,15 +124,26 @@ class Cluster:
 def parse_gpus(text: str, per_node: int = PER_NODE, host_gib: float = 0) -> Cluster:
     """`64xH200`, or `H200` for one; host_gib: of a machine's memory, 0 for the default. UserError for anything
     else."""
-    match = re.fullmatch(r"(?:(\d+)\s*[xX*])?\s*([A-Za-z]\w*)", text.strip())
-    kinds = ", ".join(GPUS)
+    match = re.fullmatch(r"(?:(\d+)\s*[xX*]\s*)?([A-Za-z]\w*)", text.strip())
+    meant, kinds = _meant(text), f"kinds: {', '.join(GPUS)}"
+    hint = f"did you mean {meant}? {kinds}" if meant else kinds
     if match is None or int(match[1] or 1) < 1:
-        raise UserError(f"--gpus {text}: write how many of which kind, such as 4xH200; kinds: {kinds}")
+        raise UserError(f"--gpus {text}: write how many of which kind, such as 4xH200; {hint}")
     if match[2].upper() not in GPUS:
-        raise UserError(f"--gpus {text}: {match[2]} is not in the tables; kinds: {kinds}")
+        raise UserError(f"--gpus {text}: {match[2]} is not in the tables; {hint}")
+    if per_node < 1:
+        raise UserError(f"--gpus-per-node {per_node}: use 1 or more")
     count = int(match[1] or 1)
-    if per_node < 1 or (count > per_node and count % per_node):
+    if count > per_node and count % per_node:
         raise UserError(f"--gpus {text}: {count} GPUs do not fill machines of {per_node}; see --gpus-per-node")
     if host_gib < 0:
         raise UserError(f"--host-memory {host_gib}: use GiB of a machine, such as 512")
     return Cluster(match[2].upper(), count, min(count, per_node), host_gib * GIB)
+
+
+def _meant(text: str) -> str:
+    """What someone may have meant who wrote this: a kind of the tables somewhere in it, and a number beside it."""
+    text = text.upper().replace("O", "0")
+    kind = next((name for name in GPUS if name in text), "")
+    count = re.search(r"[1-9]\d*", text.replace(kind, " ", 1)) if kind else None
+    return f"{count[0]}x{kind}" if count else kind

@@ -7,7 +7,6 @@ take the same decisions from it and rank 0 can write it.
 import json
 import math
 import resource
-import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from longspan.attention.moved import pairs_per_rank
 from longspan.launcher.batches import Batch
+from longspan.launcher.clock import Clock
 from longspan.launcher.errors import UserError
 from longspan.launcher.event_file import EventFile
 from longspan.launcher.files import replace_text, writing
@@ -37,26 +37,6 @@ def peak_tflops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((rate for part, rate in PEAK_TFLOPS.items() if part in name), None)
-
-
-class Clock:
-    """Times of the device: `mark` never waits, `seconds` between two marks may be asked once the later has passed."""
-
-    def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
-
-    def mark(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, begin: Any, end: Any) -> float:
-        if not self._on_gpu:
-            return end - begin
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
 
 
 class StepMeter:
@@ -233,5 +213,5 @@ def _rows_before(path: Path, first_step: int) -> list[str]:
                 break
             raise UserError(f"{path}, line {number}: not a step's JSON object; move the file away to resume") from None
         if step < first_step:
-            kept.append(line)
+            kept.append(line if line.endswith("\n") else line + "\n")
     return kept

@@ -9,7 +9,7 @@ the count.
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import ref
 
 import torch
@@ -36,29 +36,62 @@ LOOKUPS = ("embedding", "index", "gather", "index_select", "scatter_")  # read a
 SILENT = ("empty", "detach", "alias", "view", "record_stream")  # beginnings of the names of what touches no memory
 
 
+@dataclass
+class Stage:
+    """What happens in one direction of one block, or between blocks, in the order in which it happens.
+
+    block: its number, None for what is outside all. backward: whether it is of the backward pass, recomputation
+    included. waits: whether the host waits, before it queues this stage, until the device has done the one before.
+    flops: of matrix products, traffic: bytes read and written by all other operations, both by name; attention is in
+    `calls` instead. launches: operations. exchanged: bytes that the rank gets from those that share its layers, in so
+    many exchanges.
+    """
+
+    block: int | None
+    backward: bool
+    waits: bool = False
+    flops: Counter = field(default_factory=Counter)
+    traffic: Counter = field(default_factory=Counter)
+    calls: Counter = field(default_factory=Counter)
+    launches: int = 0
+    exchanged: float = 0
+    exchanges: int = 0
+
+
 @dataclass(frozen=True)
 class Measured:
     """Of one micro-batch, forward and backward, on one rank; parameters not included.
 
     kept: bytes by name at the end of the forward pass, all that the backward pass will need. peak: the most bytes at
-    any time, and at_peak what they were. flops: of matrix products, recomputation included, traffic: bytes read and
-    written by all other operations, both by name; attention is in `calls` instead. launches: operations. exchanged:
-    bytes that the rank gets from those that share its layers, in so many exchanges. put_away: bytes of every tensor
-    that waits in host memory for the backward pass.
+    any time, and at_peak what they were. stages: the work, in order. put_away: bytes of every tensor that waits in host
+    memory for the backward pass.
     """
 
     kept: dict[str, int]
     peak: int
     at_peak: dict[str, int]
-    flops: dict[str, float]
-    traffic: dict[str, float]
-    launches: int
-    calls: dict[Call, int]
+    stages: tuple[Stage, ...]
     parameter_sizes: tuple[int, ...]
     block_parameters: tuple[int, ...]
-    exchanged: float
-    exchanges: int
     put_away: tuple[int, ...]
+
+    @property
+    def flops(self) -> Counter:
+        """Of matrix products by name, recomputation included."""
+        return sum((stage.flops for stage in self.stages), Counter())
+
+    @property
+    def traffic(self) -> Counter:
+        """Bytes by name."""
+        return sum((stage.traffic for stage in self.stages), Counter())
+
+    @property
+    def launches(self) -> int:
+        return sum(stage.launches for stage in self.stages)
+
+    @property
+    def exchanged(self) -> float:
+        return sum(stage.exchanged for stage in self.stages)
 
     @property
     def num_parameters(self) -> int:
@@ -115,27 +148,42 @@ def measure(
             loss = model(*inputs, seq)
         kept = {name: count for name, count in meter.live.items() if count}
         with meter.booked(BACKWARD):
+            meter.begin_backward()
             loss.backward()
     if config.task == "text":  # of the loss one chunk was run (kernels.loss)
-        for work in (meter.flops, meter.traffic):
-            work[LOSS] *= max(1.0, tokens / config.loss_chunk)
-        meter.exchanges += (tp > 1) * (tokens // config.loss_chunk)  # of few bytes
+        for stage in meter.stages:
+            for work in (stage.flops, stage.traffic):
+                if LOSS in work:
+                    work[LOSS] *= max(1.0, tokens / config.loss_chunk)
+        meter.end_of_forward.exchanges += (tp > 1) * (tokens // config.loss_chunk)  # of few bytes
     return Measured(
-        kept, meter.peak, meter.at_peak, dict(meter.flops), dict(meter.traffic), meter.launches, dict(meter.calls),
+        kept, meter.peak, meter.at_peak, tuple(meter.stages),
         tuple(parameter.numel() for parameter in parameters),
-        tuple(sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks),
-        meter.exchanged, meter.exchanges, tuple(meter.away),
+        tuple(sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks), tuple(meter.away),
     )  # fmt: skip
 
 
 def book_layers(model: nn.Module, meter) -> None:
     """What a layer makes is booked under its name: mixers by kind, MLPs, norms; what stands between under the stream,
-    and what comes after the last norm under the loss."""
+    and what comes after the last norm under the loss. Stages begin where blocks do, in either direction."""
 
     def book(module, name):
         module.register_forward_pre_hook(lambda *_: meter.push(name), prepend=True)
         module.register_forward_hook(lambda *_: meter.pop(), always_call=True)
 
+    def stage(number, last, module):
+        """Of the module before which `last` is done: forward it is `number`; once its input has its gradient, `last`
+        is next."""
+
+        def before(_, args):
+            meter.enter(number)
+            args[0].register_hook(lambda _: meter.enter(last))
+
+        module.register_forward_pre_hook(before)
+
+    numbers = [None, *range(len(model.blocks)), None]
+    for number, last, module in zip(numbers[1:], numbers, [*model.blocks, model.norm]):
+        stage(number, last, module)
     for block, kind in zip(model.blocks, model.config.layer_kinds):
         book(block, RESIDUAL)
         book(block.mixer, kind)
@@ -151,11 +199,20 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self, gradient_bytes: float = 0.0):
         super().__init__()
-        self.live, self.flops, self.traffic, self.calls = Counter(), Counter(), Counter(), Counter()
-        self.total = self.peak = self.launches = self.exchanged = self.exchanges = 0
+        self.live, self.total, self.peak = Counter(), 0, 0
+        self.stages = [Stage(None, backward=False)]
         self._repeats, self._counts, self.away = 1, True, []
         self.at_peak, self.gradient_bytes = {}, gradient_bytes
         self._names, self._known = [], {}
+
+    def enter(self, block: int | None, *, backward: bool | None = None, waits: bool = False) -> None:
+        """What comes is of this block; backward: None for as before."""
+        backward = self.stages[-1].backward if backward is None else backward
+        self.stages.append(Stage(block, backward, waits))
+
+    def begin_backward(self) -> None:
+        self.end_of_forward = self.stages[-1]
+        self.enter(None, backward=True)
 
     def push(self, name: str) -> None:
         self._names.append(name)
@@ -193,11 +250,13 @@ class _Meter(TorchDispatchMode):
         return absent
 
     def record(self, call: Call) -> None:
-        self.calls[call] += 1
+        if call.asked is not None and not call.backward:
+            self.enter(self.stages[-1].block, waits=True)
+        self.stages[-1].calls[call] += 1
 
     def receive(self, size: float) -> None:
-        self.exchanged += self._repeats * size
-        self.exchanges += self._repeats
+        self.stages[-1].exchanged += self._repeats * size
+        self.stages[-1].exchanges += self._repeats
 
     def take_gradient(self, parameter) -> None:
         """What happens to a gradient where parameters are sharded: a part of it stays."""
@@ -234,18 +293,18 @@ class _Meter(TorchDispatchMode):
             self.peak, self.at_peak = self.total, {name: count for name, count in self.live.items() if count}
 
     def _count(self, func, args, outputs) -> None:
-        name, where = func._schema.name.removeprefix("aten::"), self._names[-1]
+        name, where, stage = func._schema.name.removeprefix("aten::"), self._names[-1], self.stages[-1]
         if func.is_view or name.lstrip("_").removeprefix("new_").removeprefix("unsafe_").startswith(SILENT):
             return
-        self.launches += self._repeats
+        stage.launches += self._repeats
         if name in PRODUCTS:
             left = args[PRODUCTS[name]]
-            self.flops[where] += 2.0 * self._repeats * outputs[0].numel() * left.shape[-1]
+            stage.flops[where] += 2.0 * self._repeats * outputs[0].numel() * left.shape[-1]
             return
         read = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
         touched = outputs * 2 if name in LOOKUPS else read + outputs
         size = sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in touched)
-        self.traffic[where] += self._repeats * size
+        stage.traffic[where] += self._repeats * size
 
 
 class _Kernels(TorchFunctionMode):

@@ -11,10 +11,7 @@ from torch import nn
 
 from longspan.kernels.channel_gates import biased_gate, bounded_gate
 from longspan.kernels.scalar_gate import scalar_gate
-
-
-def decay_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+from longspan.kernels.wide import wide_dtype
 
 
 def lightning_slopes(heads: torch.Tensor, layer: int, num_layers: int) -> torch.Tensor:
@@ -99,7 +96,7 @@ class FixedDecay(nn.Module):
     @torch.compiler.disable  # the layer's number is a constant to the compiler: one compilation per layer
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         heads = torch.arange(self.num_heads, dtype=torch.float64, device=x_TD.device)
-        return self.slopes(heads, self.layer, self.num_layers).to(decay_dtype(x_TD.dtype))
+        return self.slopes(heads, self.layer, self.num_layers).to(wide_dtype(x_TD.dtype))
 
 
 class ScalarDecay(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from longspan.kernels.loss import chunked_cross_entropy
+from longspan.kernels.wide import wide_dtype
 from longspan.models.config import ModelConfig
 from longspan.models.layers import ResidualRMSNorm, RMSNorm, SwiGLU, init_weights
 from longspan.models.mixers import build_mixer
@@ -86,7 +87,7 @@ class Decoder(nn.Module):
             self.config.head_size,
             base=self.config.rope_base,
             scaling=self.config.rope_scaling,
-            dtype=torch.promote_types(x_TD.dtype, torch.float32),
+            dtype=wide_dtype(x_TD.dtype),
         )
         for block in self.blocks:
             x_TD = block(x_TD, angles, seq)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longspan.kernels.wide import wide_dtype
 from longspan.models.config import CHANNELS, ModelConfig
 from longspan.models.decoder import Block
 from longspan.models.layers import RMSNorm, init_weights
@@ -132,7 +133,7 @@ class DiffusionTransformer(nn.Module):
             self.config.head_size,
             base=self.config.rope_base,
             scaling=self.config.rope_scaling,
-            dtype=torch.promote_types(dtype, torch.float32),
+            dtype=wide_dtype(dtype),
         )
         for block in self.blocks:
             x_TD = block(x_TD, blocks, member_TN, angles, seq)

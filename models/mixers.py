@@ -9,9 +9,10 @@ from torch import nn
 from longspan.attention import LinearBranch, linear_attention, softmax_attention, sparse_attention
 from longspan.kernels.block_states import MAPS
 from longspan.kernels.swiglu import swiglu
+from longspan.kernels.wide import wide_dtype
 from longspan.models.config import SOFTMAX_KINDS
 from longspan.models.convolution import ShortConvolution
-from longspan.models.decay import DECAYS, ScalarGate, decay_dtype
+from longspan.models.decay import DECAYS, ScalarGate
 from longspan.models.feature_maps import build_feature_map
 from longspan.models.layers import RMSNorm, SimpleRMSNorm
 from longspan.models.rope import Rotary, rotate
@@ -130,7 +131,7 @@ class LinearMixer(nn.Module):
         if self.b_proj is None:
             return None
         b_TH = self.b_proj(x_TD)
-        return b_TH.to(decay_dtype(b_TH.dtype)).sigmoid()
+        return b_TH.to(wide_dtype(b_TH.dtype)).sigmoid()
 
 
 class Mamba2Mixer(nn.Module):

@@ -1,6 +1,6 @@
 """Selections of sparse layers by name and settings, as `model.sparse_selection` gives them."""
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -23,7 +23,7 @@ def build_selection(settings):
     are its arguments; `lists` is written module:function. Raises ValueError for what does not fit."""
     arguments = dict(settings)
     name = arguments.pop("name", None)
-    if name not in SELECTIONS:
+    if not isinstance(name, str) or name not in SELECTIONS:
         raise ValueError(f"name={name!r} is unknown{_nearest(name, SELECTIONS)}; use {', '.join(SELECTIONS)}")
     known = [field.name for field in fields(SELECTIONS[name]) if field.init]
     for argument in arguments:
@@ -31,10 +31,14 @@ def build_selection(settings):
             raise ValueError(f"{name} has no {argument!r}{_nearest(argument, known)}; it has {', '.join(known)}")
     if name == "lists":
         arguments["lists"] = _function(arguments.get("lists"))
+    missing = [field.name for field in fields(SELECTIONS[name]) if field.default is MISSING and field.init]
+    missing = [argument for argument in missing if argument not in arguments]
+    if missing:
+        raise ValueError(f"{name} needs {' and '.join(missing)}, such as {{name: {name}, {missing[0]}: ...}}")
     try:
         return SELECTIONS[name](**arguments)
     except TypeError as error:
-        raise ValueError(f"{name} with {arguments}: {error}") from None
+        raise ValueError(f"{name} with {arguments}: a value of another type is needed ({error})") from None
 
 
 def _function(path):

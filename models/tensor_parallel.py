@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from longspan.kernels.loss import chunked_cross_entropy
+from longspan.kernels.wide import wide_dtype
 from longspan.models.decay import ChannelDecay, FixedDecay, Gate
 from longspan.models.feature_maps import Hedgehog
 from longspan.models.layers import RMSNorm
@@ -152,7 +153,7 @@ def _scatter(ranks, module, inputs, output):
 
 def _norm_over_ranks(norm, ranks, size, x_TD):
     """Divides by the root mean square of what all ranks have of a token."""
-    wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+    wide_TD = x_TD.to(wide_dtype(x_TD.dtype))
     square_T1 = ranks.sum(wide_TD.square().sum(-1, keepdim=True)) / size
     x_TD = (wide_TD * torch.rsqrt(square_T1 + norm.eps)).to(x_TD.dtype)
     return x_TD * norm.weight if isinstance(norm, RMSNorm) else x_TD

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from longspan.attention.ranges import RECOMPUTED, component
 from longspan.attention.recompute import recomputing
+from longspan.kernels.wide import wide_dtype
 
 
 @torch.compiler.disable
@@ -48,7 +49,9 @@ class _Tiles(torch.autograd.Function):
         block, split, inputs, needed = ctx.block, ctx.num_per_token, ctx.saved_tensors, ctx.needs_input_grad[2:]
         shared = [x.detach().requires_grad_(need) for x, need in zip(inputs[split:], needed[split:])]
         totals = [*shared, *_parameters(block)]
-        sums = [torch.zeros_like(x, dtype=_wide(x)) if need else None for x, need in zip(totals, needed[split:])]
+        sums = [
+            torch.zeros_like(x, dtype=wide_dtype(x.dtype)) if need else None for x, need in zip(totals, needed[split:])
+        ]
         per_token = [torch.empty_like(x) if need else None for x, need in zip(inputs, needed[:split])]
         for rows in _tiles(block, inputs[0]):
             tile = [x[rows].detach().requires_grad_(need) for x, need in zip(inputs, needed[:split])]
@@ -74,7 +77,3 @@ def _tile(inputs, num_per_token, rows):
 
 def _given(x):
     return x is not None
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)

@@ -3,6 +3,7 @@
 import torch
 
 from longspan.kernels.block_states.maps import map_gradient, mapped
+from longspan.kernels.wide import wide_dtype
 
 BATCH_ELEMENTS = 1 << 24  # numbers of listed states taken at once
 
@@ -22,7 +23,7 @@ def listed(total, total_row, states, plan, *, transposed: bool, heads: int, dtyp
     1, n] in `dtype`. total: None for zero; total_row: -1 for zero. With a causal plan only pairs count of which all
     keys are before all queries: keys may not start before the queries and end after that."""
     count = len(plan.keys) if transposed else len(plan.queries)
-    out = states.new_zeros(count, heads, *states.shape[2:], dtype=_wide(states))
+    out = states.new_zeros(count, heads, *states.shape[2:], dtype=wide_dtype(states.dtype))
     if total is not None:
         out += total[total_row.clamp(min=0)].masked_fill((total_row < 0)[:, None, None, None], 0)
     for head in range(plan.heads):
@@ -62,7 +63,7 @@ def query_gradients(d_out, q, k, v, states, totals, rows, queries, weight, featu
         d_scores = torch.einsum("nrhgv,nshv->nhgrs", d_num, read.v) + d_den.permute(0, 2, 3, 1)[..., None]
         d_phi += torch.einsum("nhgrs,nshk->nrhgk", d_scores.masked_fill(~read.seen, 0), read.phi_k)
     dq = map_gradient(read.q, read.phi, d_phi, feature_map)
-    wide = q.new_empty(0, dtype=_wide(q))
+    wide = q.new_empty(0, dtype=wide_dtype(q.dtype))
     put = read.tiles.rows
     return put(dq, q), put(d_num, wide, v.shape[2]), put(d_den[..., None], wide, 1)[..., 0], put(read.value, v)
 
@@ -108,7 +109,7 @@ def key_gradients(k, v, states, rows, blocks, feature_map: str, inside=None, ont
         dv += torch.einsum("nhgrs,nrhgv->nshv", scores, d_num)
         d_phi += torch.einsum("nhgrs,nrhgk->nshk", d_scores, phi_q)
     dk = map_gradient(k_tile, phi, d_phi, feature_map)
-    wide = k.new_empty(0, dtype=_wide(k))
+    wide = k.new_empty(0, dtype=wide_dtype(k.dtype))
     found = (tiles.rows(x[:, :, :, None], wide, x.shape[-1], len(k)) for x in (dk, dv))
     return tuple(x if total is None else total.add_(x) for x, total in zip(found, onto))
 
@@ -124,7 +125,7 @@ class _Tiles:
 
     def of(self, x):
         """[T, H, D] -> tiles in at least fp32, zero where there is no row."""
-        tile = x[self.index].unflatten(2, (self.heads, -1)).to(_wide(x))
+        tile = x[self.index].unflatten(2, (self.heads, -1)).to(wide_dtype(x.dtype))
         return tile.masked_fill(~self.there[..., None], 0)
 
     def rows(self, tile, like, width=None, count=None):
@@ -184,7 +185,3 @@ def _state(states, rows, key_size, dtype):
     """([blocks, heads, K, V], [blocks, heads, K]) of the rows, zero for -1."""
     picked = states[rows.clamp(min=0)].masked_fill((rows < 0)[:, None, None, None], 0).to(dtype)[:, :, 0]
     return picked[..., :-key_size].unflatten(-1, (key_size, -1)), picked[..., -key_size:]
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)

@@ -17,6 +17,7 @@ import torch
 
 from longspan.kernels.linear.form import CLOSED, Spans
 from longspan.kernels.segments import CHUNK, Segments
+from longspan.kernels.wide import wide_dtype
 
 # Chunks per sweep step: scratch memory is a few times BLOCK * H * (K * V + CHUNK^2) numbers. A CPU wants it in cache, a
 # GPU wants few launches.
@@ -97,10 +98,6 @@ class Chunked:
         return weighted_outer(pick(x), pick(y), pick(log_weight), self.table.linked)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def prefix_decay(log_decay, segments: Segments):
     """fp64 [T, H]: log decay from the start of the segment to each token, the token's own included. None for None."""
     if log_decay is None:
@@ -128,7 +125,7 @@ def weighted_outer(x, y, log_weight, segments: Segments):
     With x, y = k, v and the suffix decay this is a segment's summary S_ext; with q, d_out and the prefix decay it is
     the summary dS_ext of the backward pass.
     """
-    dtype = accumulation_dtype(x.dtype)
+    dtype = wide_dtype(x.dtype)
     result = torch.zeros(segments.num_segments, x.shape[1], x.shape[2], y.shape[2], dtype=dtype, device=x.device)
     x, y = segments.pad(x), segments.pad(y)
     weight = None if log_weight is None else segments.pad(log_weight.exp())
@@ -155,7 +152,7 @@ def add_entry(out, q, prefix, entry, which, segments: Segments, scale: float):
 
 def forward(q, k, v, log_decay, segments: Segments, scale: float):
     """Outputs [T, H, V] when every segment starts from the zero state; `add_entry` adds what came before."""
-    dtype = accumulation_dtype(q.dtype)
+    dtype = wide_dtype(q.dtype)
     out = torch.empty(segments.num_chunks, CHUNK, v.shape[1], v.shape[2], dtype=dtype, device=q.device)
     q, k, v, g = segments.pad(q), segments.pad(k), segments.pad(v), _pad_decay(log_decay, segments)
     carry = None
@@ -171,7 +168,7 @@ def forward(q, k, v, log_decay, segments: Segments, scale: float):
 
 def backward_q(d_out, k, v, log_decay, entry, which, segments: Segments, scale: float):
     """dq [T, H, K]: the gradient that needs forward states only."""
-    dtype = accumulation_dtype(k.dtype)
+    dtype = wide_dtype(k.dtype)
     dq = torch.empty(segments.num_chunks, CHUNK, k.shape[1], k.shape[2], dtype=dtype, device=k.device)
     d_out, k, v, g = segments.pad(d_out), segments.pad(k), segments.pad(v), _pad_decay(log_decay, segments)
     carry = None
@@ -191,7 +188,7 @@ def backward_kv(d_out, q, k, v, log_decay, entry, which_entry, exit_grad, which_
     exit_grad: gradient of the state leaving each segment of `which_exit`. d_log_decay needs the chunk entry states
     again: they are formed from one state per block.
     """
-    dtype = accumulation_dtype(q.dtype)
+    dtype = wide_dtype(q.dtype)
     shape = (segments.num_chunks, CHUNK, q.shape[1])
     dk = torch.empty(*shape, k.shape[2], dtype=dtype, device=q.device)
     dv = torch.empty(*shape, v.shape[2], dtype=dtype, device=q.device)

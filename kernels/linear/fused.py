@@ -1,7 +1,7 @@
 """None, fixed and scalar decay in fused Triton kernels: a sum per split, a fold along the splits, one sweep per split.
 
 No state of a chunk goes to memory. Launches: 3 forward and 4 backward (5 if widths or token strides differ), with a
-scalar gate 4 and 6, and 2 more each where spans are linked to other ranks.
+scalar gate 4 and 6 (on Hopper 3 and 5), and 2 more each where spans are linked to other ranks.
 """
 
 import torch
@@ -50,24 +50,26 @@ class Fused:
         self.decays = q if log_decay is None else log_decay
         if self.decay == "fixed":
             self.decays = log_decay.contiguous()
+        self.decay_strides = log_decay.stride() if self.decay == "scalar" else (0, 0)
 
     def summary(self):
         self.ahead()
-        return summarize(*self.sums, self.splits.forward.summary)
+        return summarize(*self.sums, self.splits.forward.summary, self.parts)
 
     def ahead(self):
-        """Where the gate is scalar, its decays inside chunks, too; the backward pass gets them from here."""
+        """Where the gate is scalar, its decays inside chunks, too, which the backward pass gets from here; the kernels
+        for Hopper form them where they are used."""
         if self.sums is not None:
             return
-        if self.decay == "scalar":
+        if self.decay == "scalar" and not hopper.takes(self):
             self.decays = self._chunk_decays(self.decays)
         self.sums = self._sum(self.k, self.v, 1.0, self.splits.forward, reverse=False)
 
     def output(self, entry, dtype):
-        entries = fold_chains(*self.sums, self.splits.forward.inner, entry)
+        entries = fold_chains(*self.sums, self.splits.forward.inner, entry, self.parts)
         out = self.v.new_empty(self.v.shape, dtype=dtype)
         self._sweep(self.q, self.k, self.v, out, entries, self.q, transposed=False)
-        return out, (entries, self.decays) if self.decay == "scalar" else (entries,)
+        return out, (entries, self.decays) if self.decay == "scalar" and not hopper.takes(self) else (entries,)
 
     def start_backward(self, saved, d_out, gate):
         self.entries, *decays = saved
@@ -78,7 +80,7 @@ class Fused:
 
     def gradient_summary(self):
         self.sums = self._sum(self.q, self.d_out, self.scale, self.splits.backward, reverse=True)
-        return fold_chains(*self.sums, self.splits.backward.summary)
+        return fold_chains(*self.sums, self.splits.backward.summary, parts=self.parts)
 
     def gradient_ahead(self):
         if self.sums is None:
@@ -90,7 +92,7 @@ class Fused:
 
     def gradients(self, exit_grad):
         splits, (q, k, v, d_out) = self.splits, (self.q, self.k, self.v, self.d_out)
-        exits = fold_chains(*self.sums, splits.backward.inner, exit_grad)
+        exits = fold_chains(*self.sums, splits.backward.inner, exit_grad, self.parts)
         dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
         writes = through = dk
         if self.gate:
@@ -113,8 +115,8 @@ class Fused:
         if splits.num_splits and hopper.takes(self):
             from longspan.kernels.linear.hopper import sweep_reverse
 
-            if self.gate:
-                writes, through = writes[:1], through[:1]
+            if self.gate:  # all columns at once; beside what passes the end of a chunk, its decay
+                writes, through = writes[:1], through[:2]
             sweep_reverse.launch(self, dk, dv, exits, writes, through)
         elif splits.num_splits and alike and not self.gate:
             launch("both", self.key_size, self.key_size)
@@ -133,7 +135,7 @@ class Fused:
         gradient = reads.new_empty(self.heads, self.num_tokens)
         if splits.num_splits:
             gate_kernel[(splits.num_splits * self.heads,)](
-                reads, writes, through, self.decays, self.entries, exits, gradient,
+                reads, writes, through, None if hopper.takes(self) else self.decays, self.entries, exits, gradient,
                 splits.first, splits.length, splits.split_chunk, splits.forward.next_row, splits.backward.row,
                 self.num_tokens, splits.num_chunks, self.heads,
                 self.key_size * self.value_size, len(reads), len(writes), CHUNK, STEP, num_warps=8,
@@ -156,16 +158,25 @@ class Fused:
         return decays
 
     def _sum(self, y, z, scale, direction, *, reverse):
-        """(states [num_sums, H, K, V], log decays [num_sums, H] or None) of the splits the direction needs."""
-        splits = self.splits
-        states = y.new_empty(splits.num_sums, self.heads, y.shape[2], z.shape[2], dtype=torch.float32)
-        totals = states.new_empty(splits.num_sums, self.heads)
-        block, warps, stages = self._config(SUM, y.shape[2])
-        if len(direction.splits) and hopper.takes(self):
+        """(states [num_sums, H, K, V], log decays [num_sums, H] or None) of the splits the direction needs. Where
+        `self.parts` [num_sums, H] is not None, a state is the sum of so many [num_sums, parts, H, K, V]."""
+        splits, shape = self.splits, (self.heads, y.shape[2], z.shape[2])
+        totals = y.new_empty(splits.num_sums, self.heads, dtype=torch.float32)
+        self.parts = None
+        if hopper.takes(self):
             from longspan.kernels.linear.hopper import sweep_sum
 
-            sweep_sum.launch(self, y, z, scale, direction, states, totals, reverse=reverse)
-        elif len(direction.splits):
+            parts = sweep_sum.PARTS[self.decay]
+            if parts > 1:
+                shape = parts, *shape
+                self.parts = totals.new_empty(totals.shape, dtype=torch.int32)
+            states = totals.new_empty(splits.num_sums, *shape)
+            if len(direction.splits):
+                sweep_sum.launch(self, y, z, scale, direction, states, totals, self.parts, reverse=reverse)
+            return states, None if self.decay == "none" else totals
+        states = totals.new_empty(splits.num_sums, *shape)
+        block, warps, stages = self._config(SUM, y.shape[2])
+        if len(direction.splits):
             sum_kernel[(-(-z.shape[2] // block) * self.heads * len(direction.splits),)](
                 y, z, self.decays, states, totals, direction.splits, splits.first, splits.length, splits.sum_row,
                 *y.stride()[:2], *z.stride()[:2], scale, self.num_tokens,

@@ -20,7 +20,8 @@ def gate_kernel(
 
     <S, dS> at the end of the split is taken from the states, entry[leaving row] and exit[exit row], and carried from
     chunk to chunk as the sum of a - b. A chunk that forgets all (`FORGOTTEN`) starts it anew: what passes its end is
-    what it has written itself, through [WRITES, num_chunks, H]. Grid: splits x H.
+    what it has written itself, through [WRITES, num_chunks, H]. The log2 decays of chunks are taken from decay, see
+    `decay_kernel`, or, if that is None, from one row more of through. Grid: splits x H.
     """
     split, head = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     first, length = tl.load(first_ptr + split).to(tl.int64), tl.load(length_ptr + split)
@@ -49,8 +50,12 @@ def gate_kernel(
             change += tl.load(reads_ptr + part * H * T.to(tl.int64) + at + token, mask=inside, other=0.0)
         for part in tl.static_range(WRITES):
             change -= tl.load(writes_ptr + part * H * T.to(tl.int64) + at + token, mask=inside, other=0.0)
-        last = tl.minimum(chunk * CHUNK + CHUNK, length) - 1
-        total = tl.load(decay_ptr + (at + last) * 2, mask=chunk >= 0, other=0.0).to(tl.float32)
+        if decay_ptr is None:
+            total_at = through_ptr + (WRITES * num_chunks.to(tl.int64) + chunk) * H
+            total = tl.load(total_at, mask=chunk >= 0, other=0.0)
+        else:
+            last = tl.minimum(chunk * CHUNK + CHUNK, length) - 1
+            total = tl.load(decay_ptr + (at + last) * 2, mask=chunk >= 0, other=0.0).to(tl.float32)
         anew = total < FORGOTTEN
         restart = tl.zeros([STEP], dtype=tl.float32)
         for part in tl.static_range(WRITES):

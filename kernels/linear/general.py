@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from longspan.kernels.linear.chunked import accumulation_dtype
 from longspan.kernels.linear.form import CLOSED
 from longspan.kernels.linear.groups import Groups
+from longspan.kernels.wide import wide_dtype
 
 
 class General:
@@ -26,7 +26,7 @@ class General:
 
     def __init__(self, tables, q, k, v, log_decay, beta, scale):
         self.table, self.scale = tables, scale
-        self.dtype = accumulation_dtype(q.dtype)
+        self.dtype = wide_dtype(q.dtype)
         self.num_tokens, self.heads, self.key_size = q.shape
         self.value_size = v.shape[2]
         self.by_head = log_decay is not None and log_decay.ndim < 3

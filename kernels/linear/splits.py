@@ -14,6 +14,7 @@ from longspan.kernels.linear.form import Spans
 # log2 of the decay below which the sum of a split leaves out what was written before. fp32 carries 24 bits, so what is
 # kept would have to be 2^40 times smaller than what is left out was for the last bit of the sum to tell.
 LEFT_OUT_LOG2 = -64.0
+LEFT_OUT_LOG2_SHORT = -52.0  # where states are rounded to 16 bits before they are used, of which 12 count at most
 MIN_SPLIT = 512  # tokens; a split of 128 x 128 costs a state of 64 KiB, written and read, against 768 B per token
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from longspan.kernels.softmax.pack import Pack
+from longspan.kernels.wide import wide_dtype
 
 name = "cpu"
 device_types = ("cpu",)
@@ -21,7 +22,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = torch.empty(q.shape[:2], dtype=wide_dtype(q.dtype))
     for rows_q, rows_k in pack.sequences():
         out_KGSD, lse_KGS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             _queries(q[rows_q], num_kv_heads),
@@ -47,7 +48,7 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q.dtype)
     dq, dk, dv = (torch.empty(x.shape, dtype=dtype) for x in (q, k, v))
     for rows_q, rows_k in pack.sequences():
         dq_KGSD, dk_KGSD, dv_KGSD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -3,6 +3,7 @@
 import torch
 
 from longspan.kernels.softmax.pack import Pack
+from longspan.kernels.wide import wide_dtype
 
 name = "math"
 device_types = ("cpu", "cuda")
@@ -19,7 +20,7 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[:2], dtype=_compute_dtype(q), device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=wide_dtype(q.dtype), device=q.device)
     for rows_q, rows_k in pack.sequences():
         k_HSD, v_HSD = _heads_first(k[rows_k]), _heads_first(v[rows_k])
         for rows, scores in _score_blocks(q, k_HSD, rows_q, pack.causal, scale):
@@ -40,7 +41,7 @@ def backward(
     pack: Pack,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype, num_kv_heads = _compute_dtype(q), k.shape[1]
+    dtype, num_kv_heads = wide_dtype(q.dtype), k.shape[1]
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
     lse = lse.to(dtype)[..., None]
@@ -56,18 +57,14 @@ def backward(
     return dq, dk, dv
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
     """[S, Hkv, D] -> [Hkv, S, D] in the compute dtype."""
-    return x.to(_compute_dtype(x)).transpose(0, 1)
+    return x.to(wide_dtype(x.dtype)).transpose(0, 1)
 
 
 def _split_groups(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """[B, Hq, D] -> [Hkv, Hq / Hkv * B, D] in the compute dtype: the queries that share a key head stand together."""
-    x = x.to(_compute_dtype(x)).unflatten(1, (num_kv_heads, -1))
+    x = x.to(wide_dtype(x.dtype)).unflatten(1, (num_kv_heads, -1))
     return x.permute(1, 2, 0, 3).flatten(1, 2)
 
 

@@ -4,10 +4,10 @@ import torch
 
 from longspan.kernels.sparse import gathered
 from longspan.kernels.sparse.asking import ask, count, place, rename
-from longspan.kernels.sparse.descend import Families, descend
+from longspan.kernels.sparse.descend import Families, blocks_below, descend
 from longspan.kernels.sparse.packing import Packing, add_packed, add_shares, pack
 from longspan.kernels.sparse.plan import BlockPlan, Blocks
-from longspan.kernels.sparse.pool import mean_levels, pool
+from longspan.kernels.sparse.pool import mean_levels, pool, sum_levels
 from longspan.kernels.sparse.rules import Boxes, Picks
 from longspan.kernels.sparse.shares import Shares, Tree
 from longspan.kernels.sparse.top import Ranges, kept_of, top
@@ -25,6 +25,7 @@ __all__ = [
     "add_packed",
     "add_shares",
     "ask",
+    "blocks_below",
     "choose",
     "count",
     "descend",
@@ -34,6 +35,7 @@ __all__ = [
     "place",
     "pool",
     "rename",
+    "sum_levels",
     "top",
 ]
 

@@ -24,6 +24,7 @@ from longspan.kernels.sparse.tiles import (
     store_tile,
 )
 
+UNDER_WAY = 1 << 14  # numbers of parts that a program loads before it adds them
 SPANS, ADDING = 32, 4096  # most key blocks of a program that adds parts, and so many programs before they get more
 
 
@@ -208,10 +209,10 @@ def alone(item_ptr, KEY_HEADS: tl.constexpr, GROUPS: tl.constexpr):
 def add_kernel(
     parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, share_k, share_v, share_size, share_up,
     num_columns, items, span, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DEPTH: tl.constexpr, KEYS: tl.constexpr, SPANS: tl.constexpr,
+    DEPTH: tl.constexpr, KEYS: tl.constexpr, SPANS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [T, KEY_HEADS, D] of `span` key blocks, at most SPANS, and a head: the parts of their lists, in order, and
-    shares; not of those alone, which a program sees at a glance."""
+    """dk, dv [T, KEY_HEADS, D] of `span` key blocks, at most SPANS, and a head: the parts of their lists, in order, so
+    many under way, and shares; not of those alone, which a program sees at a glance."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     STRIDE: tl.constexpr = KEY_HEADS * D
     begin, key_head = tl.program_id(0) // KEY_HEADS * span, tl.program_id(0) % KEY_HEADS
@@ -228,10 +229,14 @@ def add_kernel(
                 for turn in range(0, GROUPS // KEY_HEADS):
                     group = key_head * (GROUPS // KEY_HEADS) + turn
                     at = item_ptr + (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
-                    for item in range(tl.load(at), tl.load(at + 1)):
-                        part = (tl.full([], group, tl.int64) * items + item) * KEYS * D
-                        dk += load_tile(parts_dk + part, inside, D, 0, there, D, BLOCK_D)
-                        dv += load_tile(parts_dv + part, inside, D, 0, there, D, BLOCK_D)
+                    first, last = tl.load(at), tl.load(at + 1)
+                    for begin_at in range(first, last, AHEAD):
+                        for ahead in tl.static_range(AHEAD):
+                            item = begin_at + ahead
+                            part = (tl.full([], group, tl.int64) * items + item) * KEYS * D
+                            some = there & (item < last)
+                            dk += load_tile(parts_dk + part, inside, D, 0, some, D, BLOCK_D)
+                            dv += load_tile(parts_dv + part, inside, D, 0, some, D, BLOCK_D)
                 if DEPTH:
                     dk = add_share(dk, share_k, key_head * D, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
                     dv = add_share(dv, share_v, key_head * D, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
@@ -246,5 +251,6 @@ def add_parts(parts, dk, dv, plan, shares, depth, block_d):
     span = min(SPANS, max(1, columns * heads // ADDING))
     add_kernel[(cdiv(columns, span) * heads,)](
         *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, *shares, columns, items, span,
-        heads, plan.heads, head_dim, block_d, depth, plan.keys.size, SPANS, num_warps=plan.keys.size // 8,
+        heads, plan.heads, head_dim, block_d, depth, plan.keys.size, SPANS,
+        max(1, min(4, UNDER_WAY // (plan.keys.size * block_d))), num_warps=plan.keys.size // 8,
     )  # fmt: skip

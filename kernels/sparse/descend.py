@@ -33,15 +33,29 @@ class Families:
         return replace(self, **{name: move(x) for name, x in vars(self).items() if isinstance(x, torch.Tensor)})
 
 
-def descend(means, keys, above, families: Families, keep: int, causal: bool) -> torch.Tensor:
-    """int32 [H, R, keep]: of the children of above [H, rows above, m] (-1 for none) at a row's parent, those with the
-    highest products with the row's mean, ascending, -1 after the last. causal: the row's siblings before it are
-    candidates as well. means: [rows, H, D] in at least fp32; keys: in any; products are as in `top`."""
+def blocks_below(found, rows, blocks, causal: bool) -> torch.Tensor:
+    """int32 [H, len(rows), n]: what `blocks` [rows above + 1, w], int32, says of each in found [H, rows above, m] at
+    `rows`, int64, one after the other; its last line of -1. causal: and of the row itself."""
+    if forms.takes(found):
+        from longspan.kernels.sparse.descend_triton import blocks_below_triton
+
+        return blocks_below_triton(found, rows, blocks, causal)
+    found = found[:, rows]
+    if causal:
+        found = torch.cat([found, rows[:, None].expand(found.shape[0], -1, 1)], 2)
+    return blocks[found].flatten(2)
+
+
+def descend(means, keys, above, families: Families, keep: int, causal: bool, always=None) -> torch.Tensor:
+    """int32 [H, R, keep + n]: of the children of above [H, rows above, m] (-1 for none) at a row's parent, those with
+    the highest products with the row's mean, ascending, -1 after the last. causal: the row's siblings before it are
+    candidates as well. always: int32 [R, n], listed last, or None. means: [rows, H, D] in at least fp32; keys: in any;
+    products are as in `top`."""
     width = (above.shape[2] + causal) * families.block
     if forms.takes(means) and padded(width) * padded(means.shape[2]) <= TILE_ELEMENTS:
         from longspan.kernels.sparse.descend_triton import descend_triton
 
-        return descend_triton(means, keys, above, families, keep, causal)
+        return descend_triton(means, keys, above, families, keep, causal, always)
     (_, heads, dim), found, keys = keys.shape, [], keys.to(means.dtype)
     head = torch.arange(heads, device=keys.device)[:, None, None]
     place = torch.arange(families.block, dtype=torch.int32, device=keys.device)
@@ -61,4 +75,5 @@ def descend(means, keys, above, families: Families, keep: int, causal: bool) -> 
         order = scores.sort(stable=True, dim=-1, descending=True).indices[..., :keep]
         best = ascending(candidates.gather(2, order), keys.shape[0])
         found.append(torch.nn.functional.pad(best, (0, keep - best.shape[2]), value=-1))
-    return torch.cat(found, 1)
+    found = torch.cat(found, 1)
+    return found if always is None else torch.cat([found, always.expand(heads, -1, -1)], 2)

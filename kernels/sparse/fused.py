@@ -1,6 +1,6 @@
 """The Triton kernels over a plan: forward, and backward in two passes over the lists."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -10,7 +10,7 @@ from longspan.kernels.sparse import hopper
 from longspan.kernels.sparse.backward import add_parts, keys_kernel, queries_kernel, rows_kernel
 from longspan.kernels.sparse.forward import forward_kernel
 from longspan.kernels.sparse.packing_triton import add_shares_triton
-from longspan.kernels.sparse.plan import BlockPlan
+from longspan.kernels.sparse.plan import BlockPlan, Blocks
 from longspan.kernels.sparse.rules import arguments, constants
 from longspan.kernels.sparse.shares import arguments as shares_arguments
 
@@ -72,15 +72,32 @@ def _attend(q, k, v, out, lse, given, plan, scale, onto, tile):
         )  # fmt: skip
 
 
-def row_sums(d_out, d_lse, out, lse) -> torch.Tensor:
-    """fp32 [Tq, Hq, 2]: lse in base 2, and delta. d_lse: [Tq, Hq] or None."""
+@dataclass(frozen=True)
+class RowSums:
+    """sums: fp32 [Tq, Hq, 2], lse in base 2, and delta. by_blocks: the same as Hopper kernels take it, for blocks of
+    queries of which several plans are."""
+
+    sums: torch.Tensor
+    by_blocks: list = field(default_factory=list)
+
+    def of(self, queries: Blocks, make):
+        """make(sums, queries) where it has not been made for these."""
+        for blocks, made in self.by_blocks:
+            if blocks is queries:
+                return made
+        self.by_blocks.append((queries, make(self.sums, queries)))
+        return self.by_blocks[-1][1]
+
+
+def row_sums(d_out, d_lse, out, lse) -> RowSums:
+    """d_lse: [Tq, Hq] or None."""
     d_out, rows = unit_stride(d_out), lse.new_empty(*lse.shape, 2)
     if lse.numel():
         rows_kernel[(-(-lse.numel() // 64),)](
             d_out, out.contiguous(), lse.contiguous(), lse if d_lse is None else d_lse.float().contiguous(), rows,
             *d_out.stride()[:2], lse.numel(), *out.shape[1:], padded(out.shape[2]), 64, d_lse is not None,
         )  # fmt: skip
-    return rows
+    return RowSums(rows)
 
 
 def backward(
@@ -103,7 +120,7 @@ def backward(
     alone = OWN_ROWS and here and hopper.takes_keys(plan) and d_lse is None and send is None
     if rows is None and not alone:
         rows = row_sums(d_out, d_lse, out, lse)
-    of_rows = hopper.block_rows(rows, lse, heads, plan) if here else None
+    of_rows = hopper.block_rows(rows, lse, plan) if here else None
 
     def make_queries():
         if here:
@@ -111,7 +128,7 @@ def backward(
             hopper.query_gradients(*given, dq, plan, scale, tile["PACK"], onto)
         elif lse.numel():
             queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
-                q, k, v, d_out, rows, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out),
+                q, k, v, d_out, rows.sums, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out),
                 scale, len(plan.queries), plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
                 GATHER=_gather("queries", q, tile["ROWS"], plan.keys.size), **_options("queries", q, tile["ROWS"]),
             )  # fmt: skip
@@ -144,8 +161,8 @@ def _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares, tile):
     tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], turn)
     given, depth = shares_arguments(shares, dk)
     keys_kernel[(items * groups,)](
-        q, k, v, d_out, rows, *parts, dk, dv, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr, plan.item_col,
-        tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1], *given,
+        q, k, v, d_out, rows.sums, *parts, dk, dv, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr,
+        plan.item_col, tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1], *given,
         *arguments(plan), **(tile | {"ROWS": rows_at_once}), DEPTH=depth, PARTS=tile["ROWS"] // rows_at_once,
         GATHER=turn // rows_at_once, CHUNK=plan.chunk, **_options("keys", q, plan.keys.size),
     )  # fmt: skip

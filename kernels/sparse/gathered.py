@@ -4,6 +4,7 @@ import torch
 
 from longspan.kernels.merge import merge
 from longspan.kernels.sparse.plan import BlockPlan
+from longspan.kernels.wide import wide_dtype
 
 BATCH_ELEMENTS = 1 << 24  # scores of the query blocks taken at once
 
@@ -15,7 +16,7 @@ def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None, turns
     for _ in () if turns is None else turns[1]:
         pass
     dtype = dtype or q.dtype
-    out, lse = torch.zeros_like(q, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
+    out, lse = torch.zeros_like(q, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=wide_dtype(q.dtype))
     for batch in _batches(plan, q.shape[1], k.shape[1]):
         scores = batch.scores(q, k, scale)
         found = scores.logsumexp(-1, keepdim=True)
@@ -45,7 +46,7 @@ def backward(
     also where the plan lists some of them. onto: dq of other keys, to which that of the plan is added. into: tensors
     for dk and dv. shares: Shares of the keys and values in gradients of their means, to be added to dk and dv. send:
     called with dk and dv when they are there, or None."""
-    wide = _wide(q)
+    wide = wide_dtype(q.dtype)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     delta = (d_out.to(wide) * out.to(wide)).sum(-1)
     delta = (delta if d_lse is None else delta - d_lse.to(wide))[..., None]
@@ -109,11 +110,11 @@ class _Batch:
     def queries(self, x):
         """[T, Hq, D] -> [block, key head, heads of it x row, D] in at least fp32, zero where there is no row."""
         tile = x[:, self.heads][self.rows].masked_fill(~self.there[..., None, None], 0)
-        return tile.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3).to(_wide(x))
+        return tile.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3).to(wide_dtype(x.dtype))
 
     def keys(self, x):
         """[T, Hkv, D] -> [block, key head, key, D] in at least fp32."""
-        return x[:, self.key_heads][self.key_rows].transpose(1, 2).to(_wide(x))
+        return x[:, self.key_heads][self.key_rows].transpose(1, 2).to(wide_dtype(x.dtype))
 
     def put(self, target, tile):
         """Tiles of queries into [T, Hq, D]."""
@@ -141,7 +142,3 @@ def _batches(plan, heads, key_heads):
             columns = plan.row_idx[head][entries.masked_fill(~inside, 0)].masked_fill(~inside, -1)
             yield _Batch(plan, blocks, columns, head, heads, key_heads)
             at += len(blocks)
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)

@@ -125,10 +125,10 @@ class BlockPlan:
     ) -> "BlockPlan":  # fmt: skip
         """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing;
         `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort;
-        `full` that there is no -1 either, so that int32 `chosen` are the lists. Nothing waits for the device."""
+        `full` that there is no -1 either, and nothing to count. Nothing waits for the device."""
         if not (ascending or full):
             chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
-        row_ptr, row_idx = _full_rows(chosen) if full else _rows_of(chosen, len(keys), 1)
+        row_ptr, row_idx = _rows_of(chosen, len(keys), 1, full)
         chunk = chunk or _chunk_of(keys, row_idx)
         most = _most_items(len(keys), row_idx, chunk)
         return cls(queries, keys, row_ptr, row_idx, most, causal, log_weight, rule, chunk)
@@ -171,19 +171,13 @@ def _most_items(listed, row_idx, chunk):
     return min(listed, capacity) + capacity // chunk
 
 
-def _full_rows(chosen):
-    heads, rows, most = chosen.shape
-    row_ptr = torch.arange(0, rows * most + 1, most, dtype=torch.int32, device=chosen.device)
-    return row_ptr.expand(heads, -1).contiguous(), chosen.reshape(heads, rows * most)
-
-
-def _rows_of(chosen, width, parts):
+def _rows_of(chosen, width, parts, full=False):
     """(row_ptr [Hs, parts * M + 1], row_idx [Hs, M * K]): of each part one row after the other, what is in
     part * width + 0:width, counted from part * width."""
     if forms.takes(chosen):
         from longspan.kernels.sparse.lists_triton import rows_triton
 
-        return rows_triton(chosen, width, parts)
+        return rows_triton(chosen, width, parts, full)
     return _rows(chosen, width, parts)
 
 

@@ -27,22 +27,28 @@ def mean_levels(several, levels, size, dtype) -> torch.Tensor:
     """Means of the rows of blocks, then of blocks of these blocks and so on: [T, H, D] each, alike -> [blocks of all
     levels, heads of all, D] in `dtype`, summed in at least fp32; no gradient. levels: Blocks of each, which hold all
     rows of the level before in their order; size: int32, what the sums of each are divided by."""
-    sums, at = tuple(several), 0
-    if not forms.takes(sums[0]):
-        found = []
-        for blocks in levels:
-            sums = (torch.cat([_pool(x, blocks, x.shape[1], False) for x in sums], 1),)
-            found.append(sums[0])
-        return (torch.cat(found) / size[:, None, None]).to(dtype)
-    from longspan.kernels.sparse.pool_triton import pool_triton
+    return _levels(tuple(several), levels, several[0].shape[1], size, dtype)
 
-    _, heads, head_dim = sums[0].shape
-    means = sums[0].new_empty(len(size), len(sums) * heads, head_dim, dtype=dtype)
-    for number, blocks in enumerate(levels, 1):
-        here = slice(at, at + len(blocks))
-        more = {"means": means[here], "size": size[here], "sums": number < len(levels)}
-        sums, at = (pool_triton(sums, blocks, sums[0].shape[1], False, **more),), here.stop
-    return means
+
+def sum_levels(x, levels, heads: int) -> tuple[torch.Tensor, ...]:
+    """The sums of these levels, of every one [blocks, heads, D] in at least fp32: also over the H / heads successive
+    heads that belong together. No gradient."""
+    sums = _levels((x,), levels, heads, None, torch.promote_types(x.dtype, torch.float32))
+    return sums.split([len(blocks) for blocks in levels])
+
+
+def _levels(several, levels, heads, size, dtype):
+    if forms.takes(several[0]):
+        from longspan.kernels.sparse.pool_triton import levels_triton
+
+        return levels_triton(several, levels, heads, size, dtype)
+    found = []
+    for blocks in levels:
+        several = (torch.cat([_pool(x, blocks, heads, False) for x in several], 1),)
+        heads = several[0].shape[1]
+        found.append(several[0])
+    found = torch.cat(found)
+    return (found if size is None else found / size[:, None, None]).to(dtype)
 
 
 class _Pool(torch.autograd.Function):

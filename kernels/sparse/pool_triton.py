@@ -7,25 +7,52 @@ from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.plan import Blocks
 
+LEVELS = 4096, 8, 4  # elements of all blocks under one, warps, and rows that are loaded before the first is added
 ELEMENTS = 1024  # that a program adds at once: of one row of each of its blocks, heads side by side
 STEP = 8  # rows that are loaded before the first is added
 
 
-def pool_triton(several, blocks: Blocks, heads: int, mean: bool, means=None, size=None, sums=True) -> torch.Tensor:
-    """See kernels.sparse.pool.pool, of one or two tensors. means: contiguous, alike, for the sums divided by size int32
-    [blocks]; without `sums` nothing else is written."""
+def pool_triton(several, blocks: Blocks, heads: int, mean: bool) -> torch.Tensor:
+    """See kernels.sparse.pool.pool, of one or two tensors."""
     _, num_heads, head_dim = several[0].shape
-    first, last = unit_stride(several[0]), unit_stride(several[-1])
-    if first.stride() != last.stride():
-        first, last = first.contiguous(), last.contiguous()
-    out = means if not sums else first.new_empty(len(blocks), len(several) * heads, head_dim, dtype=torch.float32)
+    first, last = _alike(several)
+    out = first.new_empty(len(blocks), len(several) * heads, head_dim, dtype=torch.float32)
     (programs,), tile = _tile(blocks, heads, head_dim)
     pool_kernel[(programs, len(several))](
-        first, last, out, out if means is None else means, blocks.start, blocks.length,
-        blocks.length if size is None else size, *first.stride()[:2], len(several) * heads * head_dim, len(blocks),
-        heads, num_heads // heads, head_dim, *tile, mean, sums, means is not None,
+        first, last, out, blocks.start, blocks.length, *first.stride()[:2], len(several) * heads * head_dim,
+        len(blocks), heads, num_heads // heads, head_dim, *tile, mean,
     )  # fmt: skip
     return out
+
+
+def levels_triton(several, levels, heads: int, size, dtype) -> torch.Tensor:
+    """The sums of mean_levels and sum_levels, divided by `size` unless None, in `dtype`: two levels a launch."""
+    (_, num_heads, head_dim), at = several[0].shape, 0
+    out = several[0].new_empty(sum(map(len, levels)), len(several) * heads, head_dim, dtype=dtype)
+    elements, warps, step = LEVELS
+    for turn in range(0, len(levels), 2):
+        blocks, *above = levels[turn : turn + 2]
+        around, more = above[0] if above else blocks, turn + 2 < len(levels)
+        first, last = _alike(several)
+        sums = out if not more else first.new_empty(len(around), *out.shape[1:], dtype=torch.float32)
+        children, block_d = next_power_of_2(around.size if above else elements // ELEMENTS), padded(head_dim)
+        together = max(1, min(elements // (children * block_d), next_power_of_2(heads)))
+        programs = len(around) if above else cdiv(len(blocks), children)
+        levels_kernel[(programs * cdiv(heads, together), len(several))](
+            first, last, out, sums, blocks.start, blocks.length, around.start, around.length,
+            blocks.length if size is None else size, *first.stride()[:2], out.stride(0), at, len(blocks),
+            heads, num_heads // heads, head_dim, block_d, together, children, blocks.size, min(step, blocks.size),
+            bool(above), more, size is not None, num_warps=warps,
+        )  # fmt: skip
+        several, heads, at = (sums,), out.shape[1], at + len(blocks) + (len(around) if above else 0)
+        num_heads = heads
+    return out
+
+
+def _alike(several):
+    """One or two tensors, of the same strides."""
+    first, last = unit_stride(several[0]), unit_stride(several[-1])
+    return (first, last) if first.stride() == last.stride() else (first.contiguous(), last.contiguous())
 
 
 def spread_triton(grad: torch.Tensor, blocks: Blocks, shape, dtype, mean: bool) -> torch.Tensor:
@@ -65,36 +92,88 @@ def _place(
     return block.to(tl.int64), first, length, head, dim, valid & (head < HEADS) & (dim < D)
 
 
-@launched
-@triton.jit(do_not_specialize=["num_blocks"])
-def pool_kernel(
-    x_ptr, second_ptr, out_ptr, means_ptr, start_ptr, length_ptr, size_ptr, stride_t, stride_h, out_stride, num_blocks,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
-    COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MEAN: tl.constexpr, SUMS: tl.constexpr,
-    MEANS: tl.constexpr,
+@triton.jit
+def _sums(
+    x_ptr, first, length, head, dim, there, stride_t, stride_h, GROUP: tl.constexpr, SIZE: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """COUNT blocks and TOGETHER heads of out [blocks, HEADS of x and of the second, D], each the sum of GROUP heads. A
-    thread adds rows of its own columns: sums across warps would cost more than the loads."""
-    block, first, length, head, dim, there = _place(
-        start_ptr, length_ptr, num_blocks, HEADS, D, BLOCK_D, TOGETHER, COUNT
-    )  # fmt: skip
-    if tl.program_id(1) == 1:
-        x_ptr = second_ptr
-    total = tl.zeros([COUNT, TOGETHER * BLOCK_D], tl.float32)
+    """[ROWS, COLUMNS] sums of the rows of a block each and of GROUP heads. A thread adds rows of its own columns: sums
+    across warps would cost more than the loads."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for turn in range(0, GROUP):
         at = x_ptr + first * stride_t + ((head * GROUP + turn) * stride_h + dim)
         for begin in range(0, SIZE, STEP):
             for row in tl.static_range(STEP):
                 mask = there & (begin + row < length)
                 total += tl.load(at + (begin + row) * stride_t, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@launched
+@triton.jit(do_not_specialize=["num_blocks"])
+def pool_kernel(
+    x_ptr, second_ptr, out_ptr, start_ptr, length_ptr, stride_t, stride_h, out_stride, num_blocks,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
+    COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """COUNT blocks and TOGETHER heads of out [blocks, HEADS of x and of the second, D], each the sum of GROUP heads."""
+    block, first, length, head, dim, there = _place(
+        start_ptr, length_ptr, num_blocks, HEADS, D, BLOCK_D, TOGETHER, COUNT
+    )  # fmt: skip
+    if tl.program_id(1) == 1:
+        x_ptr = second_ptr
+    total = _sums(
+        x_ptr, first, length, head, dim, there, stride_t, stride_h, GROUP, SIZE, STEP, COUNT, TOGETHER * BLOCK_D
+    )  # fmt: skip
     if MEAN:
         total = total / tl.maximum(length * GROUP, 1).to(tl.float32)
-    to = block * out_stride + (tl.program_id(1) * HEADS * D + head * D + dim)
-    if SUMS:
-        tl.store(out_ptr + to, total, mask=there)
-    if MEANS:
-        size = tl.load(size_ptr + block, mask=block < num_blocks, other=1).to(tl.float32)
-        tl.store(means_ptr + to, (total / size).to(means_ptr.dtype.element_ty), mask=there)
+    tl.store(out_ptr + block * out_stride + (tl.program_id(1) * HEADS * D + head * D + dim), total, mask=there)
+
+
+@launched
+@triton.jit(do_not_specialize=["out_at", "num_blocks"])
+def levels_kernel(
+    x_ptr, second_ptr, out_ptr, sums_ptr, start_ptr, length_ptr, above_start, above_length, size_ptr,
+    stride_t, stride_h, out_stride, out_at, num_blocks,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
+    CHILDREN: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, ABOVE: tl.constexpr, MORE: tl.constexpr,
+    MEAN: tl.constexpr,
+):  # fmt: skip
+    """TOGETHER heads of the blocks under one of the next level, which lie in rows of out from out_at on, and of that
+    one, with MORE in sums as well; without ABOVE of CHILDREN blocks."""
+    PARTS: tl.constexpr = (HEADS + TOGETHER - 1) // TOGETHER
+    around = tl.program_id(0) // PARTS
+    column = tl.arange(0, TOGETHER * BLOCK_D)[None, :]
+    head, dim = tl.program_id(0) % PARTS * TOGETHER + column // BLOCK_D, column % BLOCK_D
+    begin, count = around * CHILDREN, tl.minimum(CHILDREN, num_blocks - around * CHILDREN)
+    if ABOVE:
+        begin, count = tl.load(above_start + around), tl.load(above_length + around)
+    child = tl.arange(0, CHILDREN)[:, None]
+    block = begin + child
+    first = tl.load(start_ptr + block, mask=child < count, other=0).to(tl.int64)
+    length = tl.load(length_ptr + block, mask=child < count, other=0)
+    here = (head < HEADS) & (dim < D)
+    there = (child < count) & here
+    if tl.program_id(1) == 1:
+        x_ptr = second_ptr
+    total = _sums(
+        x_ptr, first, length, head, dim, there, stride_t, stride_h, GROUP, SIZE, STEP, CHILDREN, TOGETHER * BLOCK_D
+    )  # fmt: skip
+    to = tl.program_id(1) * HEADS * D + head * D + dim
+    out_ptr += tl.full([], out_at, tl.int64) * out_stride
+    size_ptr += out_at
+    means = total
+    if MEAN:
+        means = total / tl.load(size_ptr + block, mask=child < count, other=1).to(tl.float32)
+    tl.store(out_ptr + block.to(tl.int64) * out_stride + to, means.to(out_ptr.dtype.element_ty), mask=there)
+    if ABOVE:
+        total = tl.sum(total, 0)[None, :]
+        if MORE:
+            tl.store(sums_ptr + around.to(tl.int64) * out_stride + to, total, mask=here)
+        if MEAN:
+            total = total / tl.load(size_ptr + num_blocks + around).to(tl.float32)
+        at = (num_blocks + around).to(tl.int64) * out_stride
+        tl.store(out_ptr + at + to, total.to(out_ptr.dtype.element_ty), mask=here)
 
 
 @launched

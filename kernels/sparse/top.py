@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from longspan.kernels.sparse import forms
 
 SCORE_ELEMENTS = 1 << 22  # scores that plain PyTorch holds at once: 16 MB
 WIDEST = 256  # heads that fit the Triton kernel
+TOGETHER = 16  # rows in a tile of it where ranges are short
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,14 @@ class Ranges:
     def __len__(self) -> int:
         return len(self.bounds)
 
+    @cached_property
+    def widest(self) -> int:
+        """The most keys from the first to the last that TOGETHER successive rows may choose from."""
+        first, stop = np.where(self.bounds[:, :1] < self.bounds[:, 1:], self.bounds, (np.iinfo(np.int64).max, 0)).T
+        runs = np.arange(0, len(self), TOGETHER)
+        least, most = (np.minimum.reduceat(first, runs), np.maximum.reduceat(stop, runs)) if len(runs) else (0, 0)
+        return int(np.max(most - np.minimum(least, most), initial=0))
+
     def map(self, move) -> "Ranges":
         """The same with every tensor passed through `move`."""
         return replace(self, first=move(self.first), stop=move(self.stop), most=move(self.most))
@@ -53,9 +63,11 @@ def top(means, keys, router, ranges: Ranges, *, first: int = 0, recent: int = 0,
     Triton kernels make products of two bf16 halves of each mean: to about 2^-16 of the lengths of the means.
     """
     if forms.takes(means) and means.shape[2] <= WIDEST:
-        from longspan.kernels.sparse.top_triton import top_triton
+        from longspan.kernels.sparse import top_few_triton, top_triton
 
-        return top_triton(means, keys, router, ranges, first, recent, always)
+        if top_few_triton.takes(ranges, keys.shape[1]):
+            return top_few_triton.top_few_triton(means, keys, router, ranges, first, recent, always)
+        return top_triton.top_triton(means, keys, router, ranges, first, recent, always)
     heads, means = keys.shape[1], means[router.clamp(min=0)].transpose(0, 1)
     keys = keys.transpose(0, 1).to(means.dtype)
     found = [_top(means, keys, ranges, rows, first, recent) for rows in _batches(ranges.bounds, heads)]

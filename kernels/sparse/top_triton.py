@@ -75,7 +75,12 @@ def ordered_scores(q_high, q_low, k_high, k_low, EXACT: tl.constexpr = False):
     scores = tl.dot(q_low, tl.trans(k_high))
     if not EXACT:
         scores = tl.dot(q_high, tl.trans(k_low), scores)
-    scores = tl.dot(q_high, tl.trans(k_high), scores)
+    return ordered(tl.dot(q_high, tl.trans(k_high), scores))
+
+
+@triton.jit
+def ordered(scores):
+    """fp32 as int32 of the same order, above LOWEST."""
     bits = (scores + 0.0).to(tl.int32, bitcast=True)  # no negative zero
     return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST + 1)
 
@@ -159,6 +164,17 @@ def _close_gaps(chosen_ptr, list_at, written, ROWS: tl.constexpr, STEP: tl.const
         kept += tl.sum(stays.to(tl.int32), 1)
         tl.debug_barrier()
     return kept
+
+
+@triton.jit
+def list_rest(chosen_ptr, always_ptr, list_at, row, valid, kept, more, width, STEP: tl.constexpr):
+    """After the first `kept` entries of each list what is always taken, `more` of every row, and then -1."""
+    for at in range(0, width, STEP):
+        here = at + tl.arange(0, STEP)[None, :]
+        ordinal = here - kept[:, None]
+        rest = valid[:, None] & (ordinal >= 0)
+        always = tl.load(always_ptr + row[:, None] * more + ordinal, mask=rest & (ordinal < more), other=-1)
+        tl.store(chosen_ptr + (list_at[:, None] + here), always, mask=rest & (here < width))
 
 
 @launched
@@ -275,9 +291,4 @@ def top_kernel(
     _take_out(chosen_ptr, band_ptr, list_at, band_at, needed, banded, ROWS, BAND)
     tl.debug_barrier()
     kept = _close_gaps(chosen_ptr, list_at, written, ROWS, 32)
-    for at in range(0, width, KEYS):
-        here = at + place
-        ordinal = here[None, :] - kept[:, None]
-        rest = valid[:, None] & (ordinal >= 0)
-        always = tl.load(always_ptr + row[:, None] * more + ordinal, mask=rest & (ordinal < more), other=-1)
-        tl.store(chosen_ptr + (list_at[:, None] + here[None, :]), always, mask=rest & (here < width)[None, :])
+    list_rest(chosen_ptr, always_ptr, list_at, row, valid, kept, more, width, KEYS)

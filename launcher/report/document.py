@@ -4,10 +4,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from longspan.launcher.report.results import Record, Run, flatten, is_number
+from longspan.launcher.breakdown import OUTSIDE
+from longspan.launcher.report.results import OF_THEN, Record, Run, flatten, is_number
 from longspan.launcher.report.series import LOSS_STEPS, Group, Summary, groups, plain, profiles, settings_that_differ
 
 MAX_ROWS, MAX_COLUMNS = 40, 14  # of a benchmark's table
+PARTS = ("projections", "MLP")  # of "projections and MLP", which profiles have apart
+UNLIKE = 1.03  # times the median: a profiled step that takes longer is not like the others
 ENVIRONMENT = (
     "device", "world_size", "dp", "sp", "machines", "threads_per_rank", "commit", "longspan", "torch", "cuda", "nccl",
     "python", "platform", "started",
@@ -143,19 +146,45 @@ def _times(summaries: Sequence[Summary], images: dict[str, str]) -> list[str]:
         parts.append(f"Medians of times in metrics.jsonl:\n\n{table(head, rows)}")
     profiled = profiles(summaries)
     if profiled:
-        components = list(dict.fromkeys(name for seconds in profiled.values() for name in seconds))
-        rows = []
-        for name in components:
-            cells = []
-            for seconds in profiled.values():
-                value, total = seconds.get(name), sum(seconds.values())
-                cells.append(None if value is None else f"{1000 * value:.4g} ({percent(value / (total or 1))})")
-            rows.append([name, *cells])
-        total = ["sum", *(f"{1000 * sum(seconds.values()):.4g}" for seconds in profiled.values())]
+        rows = [
+            [label, *(_part_of_step(seconds, names) for seconds in profiled.values())]
+            for label, names in _components(profiled.values()).items()
+        ]
+        total = ["sum", *(shown(1000 * sum(seconds.values())) for seconds in profiled.values())]
         image = _image(images, "breakdown", "Time of a step by component")
         parts.append("Profiled steps, milliseconds:\n\n" + table(["component", *profiled], [*rows, total]))
-        parts.append(image)
+        parts += [image, *(line for s in summaries for line in _unlike_others(s))]
     return ["## Time of a step", *parts] if parts else []
+
+
+def _components(profiled: Iterable[dict[str, float]]) -> dict[str, list[str]]:
+    """Rows of a profile: components that each is the sum of; parts come after what they are parts of."""
+    names = list(dict.fromkeys(name for seconds in profiled for name in seconds))
+    found = {name: [name] for name in names if name not in PARTS}
+    if not set(PARTS).isdisjoint(names):
+        whole = ["projections and MLP", *PARTS]
+        found = {whole[0]: whole, **{f"of which {name}": [name] for name in PARTS}} | found | {whole[0]: whole}
+    return found
+
+
+def _part_of_step(seconds: dict[str, float], names: Sequence[str]) -> str | None:
+    """Milliseconds and share of these components, None where there are none."""
+    values = [seconds[name] for name in names if name in seconds]
+    share = sum(values) / (sum(seconds.values()) or 1)
+    return f"{shown(1000 * sum(values))} ({percent(share)})" if values else None
+
+
+def _unlike_others(s: Summary) -> Iterable[str]:
+    """Says which profiled steps took longer than the others: what happens once is in them."""
+    median = s.medians.get("step_time_s")
+    for where, seconds in s.run.breakdowns.items():
+        step = sum(value for name, value in seconds.items() if name != OUTSIDE)
+        if median and not where.endswith(OF_THEN) and step > UNLIKE * median:
+            more = percent(step / median - 1)
+            yield (
+                f"{s.run.name}, {where}: {shown(step)} s, {more} more than the median of the steps counted: what is"
+                " done in few steps, such as compiling, is in its idle time and its communication."
+            )
 
 
 def _plans(summaries: Sequence[Summary], plans: dict[str, Any]) -> list[str]:
@@ -180,8 +209,8 @@ def _plans(summaries: Sequence[Summary], plans: dict[str, Any]) -> list[str]:
 
 
 def deviation(measured: float | None, planned: float) -> str | None:
-    """Planned / measured - 1 in percent."""
-    return f"{100 * (planned / measured - 1):+.1f} %" if measured else None
+    """Planned / measured - 1 in percent, None for what is not in both."""
+    return f"{100 * (planned / measured - 1):+.1f} %" if measured and planned else None
 
 
 def _origins(runs: Sequence[Run]) -> list[str]:
@@ -237,7 +266,7 @@ def _record(record: Record, images: dict[str, str]) -> str:
 
 def plot_of(record: Record) -> str:
     """The name of its plot, which is part of a file name."""
-    return f"bench-{record.name.replace('/', '-')}"
+    return "bench-" + re.sub(r"[^-.\w]+", "-", record.name)
 
 
 def rows_of(record: Record) -> dict[str, list[dict[str, Any]]]:
@@ -263,7 +292,7 @@ def percent(share: float | None) -> str | None:
 
 def _looks_numeric(text: str) -> bool:
     return (
-        text == "-" or text.split(" ")[0].replace(",", "").lstrip("-").replace(".", "", 1).replace("e-", "").isdigit()
+        text == "-" or text.split(" ")[0].replace(",", "").lstrip("+-").replace(".", "", 1).replace("e-", "").isdigit()
     )
 
 

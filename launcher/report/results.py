@@ -55,8 +55,8 @@ def read(paths: Sequence[Path]) -> tuple[list[Run], list[Record]]:
         if path.name.endswith(".jsonl"):
             runs.append(_read_run(path))
         else:
-            found = _read_record(path)
-            (records if isinstance(found, Record) else runs).extend([found] if isinstance(found, Record) else found)
+            for found in _read_record(path):
+                (records if isinstance(found, Record) else runs).append(found)
     if not records and not any(run.rows for run in runs):
         raise UserError(f"report: {', '.join(map(str, paths))}: no training step and no benchmark's record in it")
     for run in runs:
@@ -150,9 +150,18 @@ def _files(path: Path) -> list[Path]:
 
 def _is_record(path: Path) -> bool:
     try:
-        return "benchmark" in json.loads(path.read_text())
-    except (OSError, ValueError, TypeError):
+        return bool(dict(_records_in(json.loads(path.read_text()), path.stem)))
+    except (OSError, ValueError):
         return False
+
+
+def _records_in(content: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, content) of the record that this JSON is, or of those that stand in it."""
+    if isinstance(content, dict) and "benchmark" in content:
+        yield name, content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from _records_in(value, f"{name}/{key}")
 
 
 def _read_run(path: Path) -> Run:
@@ -210,13 +219,16 @@ def _beside(path: Path, notes: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _read_record(path: Path) -> Record | list[Run]:
+def _read_record(path: Path) -> list[Record] | list[Run]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"report: {path}: no JSON ({error})") from None
-    if not isinstance(content, dict) or "benchmark" not in content:
+    found = dict(_records_in(content, path.stem))
+    if not found:
         raise UserError(f'report: {path}: no record of a benchmark: it has no "benchmark"')
+    if path.stem not in found:
+        return [Record(name, path, record) for name, record in found.items()]
     if isinstance(content.get("steps"), list):
         return [_recorded_run(path.stem, path, content, {"environment": {}, "settings": {}})]
     runs = content.get("runs")
@@ -225,7 +237,7 @@ def _read_record(path: Path) -> Record | list[Run]:
     ):
         shared = {part: content.get(part) or {} for part in ("environment", "settings")}
         return [_recorded_run(f"{path.stem}/{name}", path, run, shared) for name, run in runs.items() if run["steps"]]
-    return Record(path.stem, path, content)
+    return [Record(path.stem, path, content)]
 
 
 def _recorded_run(name: str, path: Path, content: dict[str, Any], shared: dict[str, dict]) -> Run:

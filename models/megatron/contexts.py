@@ -7,6 +7,7 @@ documents laid end to end, each of them cut that way.
 
 import torch
 
+from longspan.kernels.wide import wide_dtype
 from longspan.models.rope import Rotary, rotary_angles
 from longspan.parallel import SequenceContext, SequenceParallel, zigzag
 from longspan.parallel.exchange import agree
@@ -44,7 +45,7 @@ class Contexts:
 
     def angles(self, seq: SequenceContext, model, dtype: torch.dtype) -> Rotary:
         """Rotary angles of the tokens of seq; see models.rope."""
-        key = seq, model.head_size, model.rope_base, model.rope_scaling, torch.promote_types(dtype, torch.float32)
+        key = seq, model.head_size, model.rope_base, model.rope_scaling, wide_dtype(dtype)
         if self._turned[0] != key:
             _, size, base, scaling, wide = key
             self._turned = key, rotary_angles(seq.positions, size, base=base, scaling=scaling, dtype=wide)

@@ -130,3 +130,20 @@ def test_what_was_fetched_on_gpus_is_near():
     for row in rows:
         tokens, _ = expected_requests(selections[row["case"]], zigzag([row["tokens"]], 4), False)
         assert tokens.sum() / 4 * 4 * 4 * 128 * 2 / 2**20 == pytest.approx(row["blocks_mib"], rel=0.1)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_documents_on_one_rank_ask_for_nothing(ranks):
+    lengths, selection = [2048, 300, 300, 300, 300], Hierarchical(4, 8, 2)
+    layout = balanced(lengths, ranks)
+    cut = {d for d in range(5) if sum(any(span.document == d for span in spans) for spans in layout.spans) > 1}
+    assert 0 in cut and len(cut) < 5
+    kept = {d: n for n, d in enumerate(sorted(cut))}
+    alone = Layout(
+        [lengths[d] for d in sorted(cut)],
+        [[Span(kept[s.document], s.start, s.stop) for s in spans if s.document in cut] for spans in layout.spans],
+    )
+    for found, wanted in zip(expected_requests(selection, layout, True), expected_requests(selection, alone, True)):
+        assert (found == wanted).all() and found.sum() > 0
+    for found in expected_requests(selection, balanced([64] * 4, 4), True):
+        assert found.shape == (4, 4) and not found.any()

@@ -89,8 +89,8 @@ def test_no_token_reaches_an_earlier_one(variant):
         torch.testing.assert_close(new_out[:token], out[:token], rtol=1e-13, atol=1e-13)  # longer lists round anew
         if picks is not None:
             assert torch.equal(new_picks[:token], picks[:token])
-        sizes = tables.queries.size, tables.tiles.size if len(lists) > 1 else None  # of fine and of coarse lists
-        for new, old, size in zip(new_lists, lists, sizes):
+        coarse_size = tables.dense.queries.size if len(lists) > 1 else None
+        for new, old, size in zip(new_lists, lists, (tables.queries.size, coarse_size)):
             block = token // size + (picks is None)  # the token's whole block has one list
             assert [head[:block] for head in new] == [head[:block] for head in old]
 

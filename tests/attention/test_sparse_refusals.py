@@ -70,8 +70,13 @@ def test_refusals(change, message):
         ),
         (
             lambda: Window((3, 0), (0, 4)),
-            "Window.window=(3, 0) and Window.shape=(0, 4) must be at least 1 on every axis; only the first of shape may"
-            " be 0, as long as a document needs",
+            "Window.window=(3, 0) and Window.shape=(0, 4) must be whole numbers of at least 1 on every axis; only the"
+            " first of shape may be 0, as long as a document needs",
+        ),
+        (
+            lambda: Window(2.5),
+            "Window.window=(2.5,) and Window.shape=(0,) must be whole numbers of at least 1 on every axis; only the"
+            " first of shape may be 0, as long as a document needs",
         ),
         (lambda: Window(3, order="z"), "Window.order='z' is unknown; use row_major or morton"),
         (lambda: Window(3, causal_axes=(1, 0)), "Window.causal_axes=(1, 0) must have a flag for each axis of (3,)"),

@@ -63,9 +63,10 @@ def test_a_run_reads_what_was_measured(tmp_path):
     assert costs == Costs(**record["costs"]) and costs.key_s > 0 and costs.remote_key_s > 0
     assert load_costs(make_config("")) == Costs.h200(2, 1, 8, 4)
 
-    with pytest.raises(UserError, match="is for a model with .*'heads': 2.*, this one has .*'heads': 4"):
+    other_heads = "is for a model with heads=2, .*, this one has heads=4, .*--heads 4 --kv-heads 1 --head-dim"
+    with pytest.raises(UserError, match=other_heads):
         load_costs(make_config(path, "model.num_heads=4"))
-    with pytest.raises(UserError, match="this one has .*'bytes_per_number': 2"):
+    with pytest.raises(UserError, match="this one has .*bytes_per_number=2; write another with .*bf16 on GPUs"):
         load_costs(make_config(path, "train.dtype=bfloat16"))
     with pytest.raises(UserError, match="none.json: No such file or directory; write it with `longspan bench"):
         load_costs(make_config(tmp_path / "none.json"))

@@ -127,7 +127,7 @@ def test_a_killed_process_costs_one_step_and_a_late_one_the_rest():
         (linear_kernels.parse_arguments, "--families nothing", "invalid choice: 'nothing'"),
         (linear_kernels.parse_arguments, "--budget 0", "--budget 0.0 must be greater than 0"),
         (linear_ranks.parse_arguments, "--layer --parity", "--layer and --parity exclude each other"),
-        (linear_ranks.parse_arguments, "--repetitions 0", "--repetitions 0 must be at least 1"),
+        (linear_ranks.parse_arguments, "--repetitions 0", "--repetitions 0 must be greater than 0"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(parse, line, message, capsys):

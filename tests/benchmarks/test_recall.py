@@ -148,7 +148,7 @@ def test_what_fails_or_is_late_is_recorded(tmp_path, monkeypatch):
         (["--models", "mamba3"], "'mamba3' is unknown"),
         (["--models", "none-7:1"], "multiple of 8 layers"),
         (["--heads", "3"], "model.num_heads=3 does not divide"),
-        (["--steps", "0"], "--steps 0 must be at least 1"),
+        (["--steps", "0"], "--steps 0 must be greater than 0"),
     ],
 )
 def test_bad_arguments_are_one_line(words, message, tmp_path, capsys):

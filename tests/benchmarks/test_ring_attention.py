@@ -28,3 +28,13 @@ def test_two_ranks_on_cpu(tmp_path):
     ]
     for row in record["results"]:
         assert row["fwd+bwd ms"] > row["fwd ms"] > 0 and (row["received GiB"] > 0) == (row["gpus"] > 1)
+
+
+def test_one_rank_without_torchrun():
+    command = "--device cpu --lengths 64 --heads 1 --head-dim 8 --check-length 32 --case-seconds 0.1 --strategies ring"
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    run = subprocess.run(
+        [sys.executable, SCRIPT, *command.split()], env=environment | {"PYTHONPATH": str(SCRIPT.parents[1]),
+        "PYTHONSAFEPATH": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -80,6 +80,8 @@ def undefined_registers(sass: str) -> dict[str, str]:
         ):
             first = int(operands.pop(0)[2:])
             written |= set(range(first, first + wide))
+        if operation == "ELECT":  # what it gives comes second
+            written |= {int(number) for _, number in _UNIFORM.findall(operands.pop(1))}
         for operand in operands:
             for kind, number in _UNIFORM.findall(operand):
                 first, count = int(number), 1
@@ -221,30 +223,40 @@ def compile_choosing(width):
         Tree,
         add_packed,
         ask,
+        blocks_below,
         count,
         forms,
         mean_levels,
         pack,
         place,
         rename,
+        sum_levels,
     )
     from longspan.kernels.sparse.descend_triton import descend_triton
     from longspan.kernels.sparse.lists_triton import columns_triton, rows_triton
     from longspan.kernels.sparse.pool_triton import pool_triton, spread_triton
+    from longspan.kernels.sparse.top_few_triton import WIDTHS, top_few_triton
     from longspan.kernels.sparse.top_triton import top_triton
 
     def zeros(*shape):
         return torch.zeros(shape, dtype=torch.int32)
 
-    ranges = Ranges.of(np.zeros(128, int), np.full(128, 128), 0.1)
+    def ranges(keys):
+        return Ranges.of(np.zeros(128, int), np.full(128, keys), 0.1)
+
     families = Families(*(zeros(*n) for n in ((128,), (8,), (8,), (128,), (128,), (8, 16), (8,))), 16)
     means = torch.zeros(128, 2, width)
-    top_triton(means, means, zeros(128), ranges, 0, 0, None)
+    top_triton(means, means, zeros(128), ranges(128), 0, 0, None)
+    for keys, dtype in ((WIDTHS[0], torch.bfloat16), (WIDTHS[1], torch.float32), (WIDTHS[-1], torch.float32)):
+        top_few_triton(means, torch.zeros(keys, 2, width, dtype=dtype), zeros(128), ranges(keys), 0, 0, None)
     blocks = Blocks.of((0, 128), 16)
     sums = pool_triton((means.bfloat16(),), blocks, 2, False)
     spread_triton(sums, blocks, means.shape, torch.bfloat16, False)
     forms.takes = lambda x: True
-    mean_levels((means.bfloat16(),) * 2, (blocks, Blocks.of((0, 8), 4)), zeros(10), torch.bfloat16)
+    levels = blocks, Blocks.of((0, 8), 4), Blocks.of((0, 2), 4)
+    mean_levels((means.bfloat16(),) * 2, levels, zeros(11), torch.bfloat16)
+    sum_levels(means.bfloat16(), levels[:2], 1)
+    blocks_below(zeros(2, 8, 8), torch.zeros(16, dtype=torch.int64), zeros(9, 2), True)
     descend_triton(means, means, zeros(2, 8, 8), families, 8, True)
     for lists in (1, 2):
         packing, x = Packing(blocks, zeros(2, lists, 8)), (means.bfloat16(),) * 2
@@ -257,8 +269,8 @@ def compile_choosing(width):
         shown = shown.expand(2, -1).contiguous()
         table, _, _ = place(shown, count(shown, keys.lengths, 2), keys, 2, 0, own)
         rename(wanted, table)
-    for columns in (8, 1 << 12):  # dense and sparse lists
-        row_ptr, row_idx = rows_triton(zeros(1, 64, 4), columns)
+    for columns in (8, 1 << 14):  # by bits, and too many for these
+        row_ptr, row_idx = rows_triton(zeros(1, 1024, 4), columns, full=columns > 8)
         columns_triton(row_ptr, row_idx, columns, 64, 9)
 
 

@@ -41,7 +41,10 @@ def _poisoned(original):
 
 
 def fill(tensor):
-    """NaN for floats, half the largest value for integers; booleans have no value that could be told apart."""
+    """NaN for floats, half the largest value for integers; booleans have no value that could be told apart, and tensors
+    without data none, of which operations are counted."""
+    if tensor.is_meta:
+        return tensor
     if tensor.is_floating_point() or tensor.is_complex():
         tensor.fill_(float("nan"))
     elif tensor.dtype != torch.bool:

@@ -44,20 +44,9 @@ def test_kernels_compile(tmp_path):
 
 def test_kernels_that_choose_blocks_compile(tmp_path):
     kernels = compiled(tmp_path, "choosing", "64")
-    wanted = [
-        "top",
-        "pool",
-        "spread",
-        "descend",
-        "scan",
-        "place",
-        "order",
-        "ask",
-        "count",
-        "locate",
-        "rename",
-        "add_packed",
-    ]
+    wanted = ["top", "top_few", "pool", "levels", "spread", "descend", "blocks_below"]
+    wanted += ["list_rows", "list_columns", "list_items", "scan", "place", "order"]
+    wanted += ["ask", "count", "locate", "rename", "pack", "add_packed"]
     assert {f"{name}_kernel" for name in wanted} <= {kernel["name"] for kernel in kernels}
     for kernel in kernels:
         assert kernel["shared"] <= absent_gpu.SHARED_LIMIT and not kernel["undefined"], kernel

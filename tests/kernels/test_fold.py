@@ -151,6 +151,38 @@ def check_twins(fold_fused, summarize_fused, kind, device, shapes):
             assert error(named(chains, actual), named(chains, expected)) < 5e-6, (num_chains, length, keys, values)
 
 
+def check_parts(fold, device):
+    """A state in parts, of which those that are not named hold NaN, is their sum."""
+    generator = torch.Generator().manual_seed(1)
+    for kind, length in (("none", 3), ("scalar", 19), ("vector", 2)):
+        states, transition, chains, initial = problem(kind, 3, length, 5, 7)
+        parts = torch.randint(1, 4, (ROWS, HEADS), generator=generator, dtype=torch.int32)
+        divided = torch.randn(ROWS, 3, *states.shape[1:], generator=generator, dtype=torch.float64)
+        used = torch.arange(3)[None, :, None] < parts[:, None]
+        divided = torch.where(used[..., None, None], divided, torch.nan)
+        expected = fold_loop(divided.nan_to_num(0).sum(1), transition, chains, initial)
+        moved = SimpleNamespace(**{name: x.to(device) if torch.is_tensor(x) else x for name, x in vars(chains).items()})
+        tables = None if transition is None else transition.float().to(device)
+        found = fold(divided.float().to(device), tables, moved, initial.float().to(device), parts.to(device))
+        assert error(named(chains, found.cpu().double()), named(chains, expected)) < 5e-6, (kind, length)
+
+
+def test_states_in_parts():
+    check_parts(fold_chains, "cpu")
+
+
+def test_states_in_parts_in_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from longspan.kernels.fold_triton import fold_chains_triton
+
+    check_parts(lambda *arguments: fold_chains_triton(*arguments)[0], "cpu")
+
+
+@pytest.mark.gpu
+def test_states_in_parts_on_a_gpu():
+    check_parts(fold_chains, "cuda")
+
+
 @pytest.mark.parametrize("kind", TRANSITIONS)
 def test_fused_in_the_interpreter(kind):
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -6,9 +6,21 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longspan.kernels.sparse import Blocks, Families, Ranges, descend, forms, mean_levels, pool, top
+from longspan.kernels.sparse import (
+    Blocks,
+    Families,
+    Ranges,
+    blocks_below,
+    descend,
+    forms,
+    mean_levels,
+    pool,
+    sum_levels,
+    top,
+)
 
 top_triton = pytest.importorskip("longspan.kernels.sparse.top_triton", reason="Triton is not installed")
+top_few_triton = pytest.importorskip("longspan.kernels.sparse.top_few_triton", reason="Triton is not installed")
 FORMS = ["plain", "triton"]
 
 
@@ -16,6 +28,15 @@ FORMS = ["plain", "triton"]
 def form(request, monkeypatch):
     """Both forms on the CPU."""
     monkeypatch.setattr(forms, "takes", lambda x: request.param == "triton")
+    return request.param
+
+
+@pytest.fixture(params=[*FORMS, "few"])
+def top_form(request, monkeypatch):
+    """All forms of `top` on the CPU."""
+    monkeypatch.setattr(forms, "takes", lambda x: request.param != "plain")
+    if request.param == "triton":
+        monkeypatch.setattr(top_few_triton, "SCORES", 0)
     return request.param
 
 
@@ -62,6 +83,7 @@ TOP = {
     "documents": ((40, 1, 90, 3, 70), 4, 1, 20, 12, True, 1, 0, 3),
     "more forced than kept": ((100, 5), 6, 1, 16, 0.02, True, 3, 2, 0),
     "many more forced": ((120,), 5, 1, 16, 12, False, 20, 10, 0),
+    "nothing but what always is": ((1,), 20, 1, 16, 2, True, 0, 0, 2),
     "all": ((80,), 3, 1, 16, 80, False, 0, 0, 1),
 }
 
@@ -90,7 +112,7 @@ def make_top(name, device="cpu"):
 
 
 @pytest.mark.parametrize("name", TOP)
-def test_top_is_what_sorting_gives(name, form, small_tiles):
+def test_top_is_what_sorting_gives(name, top_form, small_tiles):
     given, options = make_top(name)
     assert unpadded(top(*given, **options)) == expected_top(*given, **options)
 
@@ -109,7 +131,7 @@ def scattered(generator, count=260):
     }
 
 
-def test_top_of_any_distribution(form, small_tiles):
+def test_top_of_any_distribution(top_form, small_tiles):
     """A line per head, each upside down as well, and lists of all lengths side by side in a tile."""
     lines = torch.stack(list(scattered(torch.Generator().manual_seed(1)).values()), 1).to(torch.bfloat16).float()
     keys = torch.nn.functional.pad(lines[..., None], (0, 15))  # exact in halves
@@ -122,7 +144,7 @@ def test_top_of_any_distribution(form, small_tiles):
     assert unpadded(top(*given)) == expected_top(*given)
 
 
-def test_top_of_forced_keys_that_no_sample_sees(form, small_tiles, monkeypatch):
+def test_top_of_forced_keys_that_no_sample_sees(top_form, small_tiles, monkeypatch):
     """The search then goes on up to the highest number there is."""
     monkeypatch.setattr(top_triton, "BAND", 2)
     generator = torch.Generator().manual_seed(0)
@@ -138,7 +160,8 @@ def test_top_of_normal_numbers_is_right_but_for_near_ties(documents, causal, clu
     ranges = make_ranges(documents, 128 // len(documents), 0.1, causal)
     means, keys = (torch.randn(n, 1, 32, generator=generator) for n in (len(ranges), sum(documents)))
     keys = keys.cumsum(0) if clustered else keys
-    check_near(means, keys, torch.arange(len(ranges)).int(), ranges, top_triton.top_triton)
+    for function in (top_triton.top_triton, top_few_triton.top_few_triton):
+        check_near(means, keys, torch.arange(len(ranges)).int(), ranges, function)
 
 
 def check_near(means, keys, router, ranges, function):
@@ -187,24 +210,35 @@ def check_pool(name, mean, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_means_of_levels(dtype, form):
-    """Of two tensors side by side, the second with other strides; every level against its tokens."""
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_means_and_sums_of_levels(count, dtype, form):
+    """Means of two tensors side by side, the second with other strides, and sums of one, over heads that belong
+    together; every level against its tokens."""
+    check_levels(count, dtype, "cpu")
+
+
+def check_levels(count, dtype, device):
     generator, offsets = torch.Generator().manual_seed(0), (0, 70, 71, 200)
-    x, y = (torch.randn(200, 2, 20, generator=generator).to(dtype) for _ in range(2))
+    x, y = (torch.randn(200, 6, 20, generator=generator).to(device, dtype) for _ in range(2))
     y = y.mT.contiguous().mT
     levels, starts = [Blocks.of(offsets, 4)], [Blocks.of(offsets, 4).start.numpy()]
     rows = np.searchsorted(starts[0], offsets)
-    for _ in range(2):
+    for _ in range(count - 1):
         levels.append(Blocks.of(tuple(rows), 4))
         starts.append(starts[-1][levels[-1].start.numpy()])
         rows = np.searchsorted(starts[-1], offsets)
     ends = [np.append(at[1:], 200) for at in starts]
-    size = torch.from_numpy(np.concatenate([b - a for a, b in zip(starts, ends)])).int()
+    size = torch.from_numpy(np.concatenate([b - a for a, b in zip(starts, ends)])).int().to(device)
+    levels = [blocks.map(lambda t: t.to(device)) for blocks in levels]
     means = mean_levels((x, y), levels, size, x.dtype)
     spans = [(a, b) for start, stop in zip(starts, ends) for a, b in zip(start, stop)]
     wanted = torch.stack([torch.cat([t[a:b].double().mean(0) for t in (x, y)]) for a, b in spans])
     assert means.dtype == dtype and len(spans) == len(size)
     torch.testing.assert_close(means.double(), wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    sums = sum_levels(y, levels, 2)
+    wanted = torch.stack([y[a:b].double().sum(0).unflatten(0, (2, 3)).sum(1) for a, b in spans])
+    assert [len(x) for x in sums] == list(map(len, starts)) and sums[0].dtype == torch.float32
+    torch.testing.assert_close(torch.cat(sums).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def make_families(seed, documents, block, chosen, device="cpu"):
@@ -236,7 +270,11 @@ def check_descend(seed, documents, block, chosen, dim, keep, causal, device="cpu
     generator = torch.Generator().manual_seed(seed)
     means, keys = (whole_numbers(sum(documents), 2, dim, generator=generator, device=device) for _ in range(2))
     keys = keys.bfloat16() if seed % 2 else keys  # exact in both
-    found = unpadded(descend(means, keys, above, families, keep, causal))
+    chosen = descend(means, keys, above, families, keep, causal)
+    always = (torch.arange(2 * chosen.shape[1]).view(-1, 2) + len(keys)).int().to(device)
+    more = descend(means, keys, above, families, keep, causal, always)
+    assert torch.equal(more, torch.cat([chosen, always.expand(2, -1, -1)], 2))
+    found = unpadded(chosen)
     start, length = (x.tolist() for x in (families.start, families.length))
     for head in range(2):
         scores = means[:, head].double() @ keys[:, head].double().T
@@ -249,6 +287,24 @@ def check_descend(seed, documents, block, chosen, dim, keep, causal, device="cpu
                 row,
                 candidates,
             )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_below(causal, form):
+    check_blocks_below(causal, "cpu")
+
+
+def check_blocks_below(causal, device):
+    """Lists of rows above turn into the blocks under them, and under the row itself."""
+    generator = torch.Generator().manual_seed(0)
+    found = torch.randint(-1, 700, (3, 700, 5), generator=generator).int()
+    blocks = torch.cat([torch.randint(-1, 99, (700, 2), generator=generator), torch.full((1, 2), -1)]).int()
+    rows = torch.arange(1400) // 2
+    wanted = [
+        [[n for above in [*line, *[row] * causal] for n in blocks[above].tolist()] for row, line in zip(rows, lines)]
+        for lines in found[:, rows].tolist()
+    ]
+    assert blocks_below(*(x.to(device) for x in (found, rows, blocks)), causal).tolist() == wanted
 
 
 @settings(max_examples=8, deadline=None)
@@ -269,7 +325,9 @@ class TestOnGpu:
     pytestmark = pytest.mark.gpu
 
     @pytest.mark.parametrize("name", TOP)
-    def test_top_is_what_sorting_gives(self, name):
+    @pytest.mark.parametrize("kept", [1 << 24, 0])
+    def test_top_is_what_sorting_gives(self, name, kept, monkeypatch):
+        monkeypatch.setattr(top_few_triton, "SCORES", kept)
         given, options = make_top(name, "cuda")
         assert forms.takes(given[0])
         chosen = top(*given, **options)
@@ -284,14 +342,22 @@ class TestOnGpu:
         ranges = make_ranges(documents, 300, keep, causal).map(lambda x: x.cuda())
         means = torch.randn(len(ranges), 2, dim, device="cuda", generator=generator)
         keys = torch.randn(sum(documents), 2, dim, device="cuda", generator=generator).cumsum(0) / 30  # clustered
-        check_near(means, keys, torch.arange(len(ranges), device="cuda").int(), ranges, top_triton.top_triton)
+        given = means, keys, torch.arange(len(ranges), device="cuda").int(), ranges
+        check_near(*given, top_triton.top_triton)
+        if top_few_triton.takes(ranges, 2):
+            check_near(*given, top_few_triton.top_few_triton)
 
     @pytest.mark.parametrize("name", POOL)
     @pytest.mark.parametrize("mean", [False, True])
     def test_pool_and_its_gradient(self, name, mean):
         check_pool(name, mean, torch.bfloat16, "cuda")
 
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    def test_means_and_sums_of_levels(self, count):
+        check_levels(count, torch.bfloat16, "cuda")
+
     @pytest.mark.parametrize("causal", [False, True])
     @pytest.mark.parametrize("dim", [64, 128])
     def test_descend_is_what_sorting_gives(self, causal, dim):
+        check_blocks_below(causal, "cuda")
         check_descend(dim // 64, (1000, 17, 300), 16, 8, dim, 8, causal, "cuda")

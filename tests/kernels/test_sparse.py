@@ -15,6 +15,7 @@ from longspan.kernels.sparse import plan as plan_module
 fused = pytest.importorskip("longspan.kernels.sparse.fused", reason="Triton is not installed")
 backward = pytest.importorskip("longspan.kernels.sparse.backward", reason="Triton is not installed")
 lists_triton = pytest.importorskip("longspan.kernels.sparse.lists_triton", reason="Triton is not installed")
+cells_triton = pytest.importorskip("longspan.kernels.sparse.cells_triton", reason="Triton is not installed")
 
 # rule: (query block, key block, list heads, query heads, key heads, heads of the rule, causal)
 RULES = {
@@ -189,10 +190,17 @@ def test_parts_continue_one_another(form, dtype):
     assert not out[80:].any() and not dq[80:].any()
 
 
+def several_programs(patch):
+    """Lists of a few rows and columns take several programs, tiles and turns."""
+    patch.setattr(lists_triton, "TILE", 1024)
+    patch.setattr(lists_triton, "ITEM_COLUMNS", 4)
+    patch.setattr(lists_triton, "PROGRAMS", 8)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     st.integers(0, 2**32), st.integers(1, 150), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3),
-    st.sampled_from(["sorted", "triton", "plain", "large cells"]),
+    st.sampled_from(["sorted", "triton", "plain", "cells"]),
 )  # fmt: skip
 def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form):
     generator = torch.Generator().manual_seed(seed)
@@ -204,10 +212,12 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
         chosen = chosen.sort(-1).values.int()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forms, "takes", lambda x: form != "plain")
+        several_programs(patch)
         patch.setattr(plan_module, "CHUNK", 4)
         patch.setattr(plan_module, "LONG_CHUNK", 4)
-        if form == "large cells":
-            patch.setattr(lists_triton, "_cell_shift", lambda *_: 6)
+        if form == "cells":
+            patch.setattr(lists_triton, "WORDS", 0)
+            patch.setattr(cells_triton, "_cell_shift", lambda *_: 6)
         plan = BlockPlan.of(queries, keys, chosen, causal=False, ascending=form == "sorted")
         assert plan.columns is plan.columns  # made once
     assert plan.col_idx.dtype == plan.row_idx.dtype == plan.item_col.dtype == torch.int32
@@ -227,6 +237,7 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
 def test_lists_are_split_by_buffer(form, monkeypatch):
     """Plans over several buffers, made at once, list in both orders what each would list alone; one buffer is empty."""
     monkeypatch.setattr(forms, "takes", lambda x: form == "triton")
+    several_programs(monkeypatch)
     generator, width, counts = torch.Generator().manual_seed(0), 7, (7, 4, 0, 6)
     queries, keys = Blocks.of((0, 40), 4), [Blocks.of((0, 4 * n), 4) for n in counts]
     numbers = torch.cat([torch.arange(n) + part * width for part, n in enumerate(counts)])
@@ -315,10 +326,13 @@ def test_lists_in_turn_and_keys_before_queries(form):
     assert all(map(torch.equal, found, form.backward(*given))) and all(map(torch.equal, found[1:], sent))
 
 
-@pytest.mark.parametrize("rows, shift", [(2100, 5), (200, 6)])
-def test_long_lists_by_key_block(rows, shift, monkeypatch):
+@pytest.mark.parametrize("rows, words", [(2100, 64), (200, 0)])
+def test_long_lists_by_key_block(rows, words, monkeypatch):
     monkeypatch.setattr(forms, "takes", lambda x: True)
-    monkeypatch.setattr(lists_triton, "_cell_shift", lambda *_: shift)
+    monkeypatch.setattr(lists_triton, "WORDS", words)
+    monkeypatch.setattr(lists_triton, "PROGRAMS", 8)
+    monkeypatch.setattr(lists_triton, "ITEM_COLUMNS", 16)
+    monkeypatch.setattr(cells_triton, "_cell_shift", lambda *_: 6)
     check_long_lists(rows, 50, "cpu")
 
 

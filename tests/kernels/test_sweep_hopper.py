@@ -88,3 +88,47 @@ def test_heads_and_strides(launched, monkeypatch):
     for name, x in others.items():
         if x is not None:
             assert (found[name] - x).norm() <= 4e-3 * x.norm().clamp(min=1e-3), name
+
+
+@pytest.mark.parametrize("slopes, most", [((-3.0, 0.0, -3.0), False), ((-3.0, -0.2, 0.0), True), ((-0.1,), True)])
+def test_a_head_that_remembers_more_is_summed_in_parts(emulated, launched, monkeypatch, slopes, most):
+    """By the programs of other heads; `most`: every head in as many as there may be."""
+    module, parts = emulated["sweep_sum"], []
+    monkeypatch.setattr(module, "MIN_PART", 1)
+    if most:
+        monkeypatch.setattr(module, "_num_parts", lambda kept, mean, PARTS: kept.clamp(max=PARTS))
+    launch = module.launch
+    monkeypatch.setattr(module, "launch", lambda *args, **options: parts.append(args[7]) or launch(*args, **options))
+    spans = Spans((0, 70, 550), (1,), (1,), (1,))
+    inputs, *states = forms.random_inputs(spans, len(slopes), 128, 128, "fixed", 0, dtype=torch.bfloat16)
+    inputs["log_decay"] = torch.tensor(slopes)
+    found = forms.run_form(_fused(), Splits.of(spans, 256, 64), inputs, *states, 0.3)
+    for counts in parts:
+        assert counts.tolist() == [[4] if len(slopes) == 1 else [2, 4, 4] if most else [1, 2, 1]] * 2
+    wanted = forms.expected(spans, inputs, *states, 0.3)
+    forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 5e-3))
+
+
+def test_the_first_chunk_may_be_done_with_before_the_warp_that_fetches_begins(emulated, launched, monkeypatch):
+    """It is sent before warps part."""
+    module = emulated["sweep_sum"]
+    fetch = module._fetch
+
+    def late(place, feed, tiles_of, *sizes):
+        _, _, _, _, _, free, _ = tiles_of
+        free.index(0).memory.wait(0)  # both warpgroups have freed its place
+        fetch(place, feed, tiles_of, *sizes)
+
+    monkeypatch.setattr(module, "_fetch", late)
+    monkeypatch.setattr(gluon_emulator, "SECONDS", 2.0)
+    spans = Spans((0, 50), (0,), (0,), (0,))
+    given = forms.random_inputs(spans, 1, 128, 128, None, 0, dtype=torch.bfloat16)
+    found = forms.run_form(_fused(), Splits.of(spans, 64, 64), *given, 0.3)
+    wanted = forms.expected(spans, *given, 0.3)
+    forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 5e-3))
+
+
+def _fused():
+    from longspan.kernels.linear.fused import Fused
+
+    return Fused

@@ -1,6 +1,7 @@
 """Which checkpoint a run starts from, what is refused, and that only whole saves count."""
 
 import json
+import logging
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -135,11 +136,11 @@ def test_saves_and_loads_on_two_ranks(tmp_path):
     corpus = write_corpus(tmp_path)
     found = run_ranks(_save_and_damage, 2, tmp_path, corpus, timeout=150)
     assert found[0] == found[1]
-    steps, interrupted, unwritable, corrupt, random = found[0]
+    steps, interrupted, unwritable, damaged, random = found[0]
     assert steps == ["step-00000003", "step-00000004"]  # keep_last=2
     assert interrupted == (["step-00000003", "step-00000004"], 4)
     assert all("cannot be written" in text and "disk of run.dir" in text and "\n" not in text for text in unwritable)
-    assert "step-00000004 is damaged" in corrupt and "\n" not in corrupt
+    assert all("step-00000004 is damaged" in text and "\n" not in text for text in damaged)
     assert random
 
 
@@ -170,13 +171,15 @@ def _save_and_damage(rank, world_size, folder, corpus):
     checkpoint.load(checkpoint.read_info(path), trainer.engine)
     random = torch.equal(torch.rand(3), expected)
 
-    if rank == 0:  # same size, other bytes: only loading finds out
-        shard = run / "checkpoints" / "step-00000004" / "__1_0.distcp"
-        shard.write_bytes(bytes(shard.stat().st_size))
-    dist.barrier()
-    corrupt = _refusal(lambda: start(config))
+    # Same size, other bytes: only loading finds out.
+    logged = []
+    logging.getLogger().addHandler(handler := logging.Handler())
+    handler.emit = logged.append
+    damaged = [_refused_damage(run, config, rank, name) for name in ("__1_0.distcp", ".metadata")]
+    assert not logged  # dcp's tracebacks
+    damaged += [_refused_damage(run, config, rank, f"rng-{rank:05d}.pt")]
     trainer.close()
-    return names, interrupted, unwritable, corrupt, random
+    return names, interrupted, unwritable, damaged, random
 
 
 def _names(run):
@@ -190,6 +193,19 @@ def _interrupted(*arguments):
 def _refused_by_full_disk(run, config, trainer, rank, size):
     with files_of_at_most(size) if rank == 1 else nullcontext():
         return _refusal(lambda: checkpoint.save(run, config, trainer.engine, step=5, data={}))
+
+
+def _refused_damage(run, config, rank, name):
+    file = run / "checkpoints" / "step-00000004" / name
+    content = file.read_bytes()
+    dist.barrier()
+    file.write_bytes(bytes(len(content)))
+    dist.barrier()
+    text = _refusal(lambda: start(config))
+    dist.barrier()
+    file.write_bytes(content)
+    dist.barrier()
+    return text
 
 
 def _refusal(action):

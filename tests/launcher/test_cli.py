@@ -41,6 +41,15 @@ def test_train_help_lists_every_setting_with_default_and_help(capsys):
     assert "data.seq_len=4096" in out and "train.compile=false" in out
 
 
+def test_help_says_what_every_command_and_benchmark_does(capsys):
+    code, out, _ = printed(capsys, ["--help"])
+    assert code == 0 and cli.COMMAND_HELP.keys() == cli.COMMANDS.keys()
+    assert all(text in out for text in cli.COMMAND_HELP.values())
+    code, out, _ = printed(capsys, ["bench", "--help"])
+    assert code == 0 and all(f"({module})" in out for module in cli.BENCHMARKS.values())
+    assert "Linear attention on one GPU" in out
+
+
 def test_version(capsys):
     assert printed(capsys, ["--version"])[:2] == (0, f"longspan {longspan.__version__}\n")
 
@@ -48,8 +57,8 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        ([], "longspan: error: the following arguments are required: command"),
-        (["trian"], "longspan: error: argument command: invalid choice: 'trian'"),
+        ([], "longspan: error: the following arguments are required: COMMAND; see `longspan --help`"),
+        (["trian"], "longspan: error: argument COMMAND: invalid choice: 'trian'"),
         (["train", "--seqlen", "2M"], "unknown option --seqlen: did you mean --seq-len?"),
         (["train", "--optim.lr", "1"], "unknown option --optim.lr: settings are written key=value"),
         (["train", "--seq-len"], "longspan: error: train: argument --seq-len: expected one argument"),
@@ -57,8 +66,8 @@ def test_version(capsys):
         (["train", "optim.lrr=1"], "did you mean optim.lr?"),
         (["train"], "data.corpora is empty"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["bench"], "longspan: error: bench: the following arguments are required: benchmark"),
-        (["bench", "calibrat"], "longspan: error: bench: argument benchmark: invalid choice: 'calibrat'"),
+        (["bench"], "longspan: error: bench: the following arguments are required: BENCHMARK; see `longspan bench"),
+        (["bench", "calibrat"], "longspan: error: bench: argument BENCHMARK: invalid choice: 'calibrat'"),
         (["plan", "--document", "-5"], "longspan: error: plan: argument --document: '-5' is no number of tokens"),
         (["prepare", "--input", "x"], "the following arguments are required: --output"),
     ],

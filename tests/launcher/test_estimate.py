@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from longspan.attention.selections import TopBlocks
 from longspan.launcher import cli
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
-from longspan.launcher.estimate import Job, activations_exposed, estimate
+from longspan.launcher.estimate import Job, estimate
 from longspan.launcher.fitting import largest, refuse
 from longspan.launcher.gpus import GIB, GPUS, Cluster, parse_gpus
+from longspan.launcher.step_time import activations_exposed
 from longspan.models.flops import num_parameters
 from longspan.parallel.balanced import balanced
 
@@ -107,8 +109,8 @@ def test_offload_takes_host_memory_in_powers_of_two_and_time_where_it_is_not_hid
     assert 8 < pinned < 16
     narrow = job_of("data.seq_len=48K", "train.checkpointing=full", "train.offload_activations=true")
     measured = narrow.measure()
-    assert activations_exposed(measured, 0.0) == pytest.approx(2 * sum(measured.put_away) / 50e9)
-    assert activations_exposed(measured, 1e9) == 0
+    assert activations_exposed(measured, 0.0, 0.0) == pytest.approx(2 * sum(measured.put_away) / 50e9)
+    assert activations_exposed(measured, 1e9, 1e9) == 0
 
 
 def test_a_job_can_be_too_large_for_its_machine_alone(capsys):
@@ -245,6 +247,42 @@ def test_gpus_are_read_and_mistakes_named():
     for text, part in (("4xV100", "V100 is not in the tables"), ("0xH100", "such as 4xH200"), ("12xH100", "fill")):
         with pytest.raises(UserError, match=part):
             parse_gpus(text)
+
+
+@pytest.mark.parametrize(
+    "text, meant",
+    [
+        ("8xH1OO", "8xH100"), ("8H200", "8xH200"), ("x8H200", "8xH200"), ("H200x16", "16xH200"),
+        ("8xA100-80GB", "8xA100"), ("0xB200", "B200"), ("4xV100", None), ("H10", None), ("", None),
+    ],
+)  # fmt: skip
+def test_gpus_that_were_meant_are_named(text, meant):
+    with pytest.raises(UserError) as caught:
+        parse_gpus(text)
+    hint = f"did you mean {meant}? " if meant else ""
+    assert str(caught.value).endswith(f"; {hint}kinds: H100, H200, A100, B200")
+
+
+def test_mistakes_in_other_options_are_one_line_each(capsys):
+    for argv, part in (
+        (["--gpus-per-node", "0"], "--gpus-per-node 0: use 1 or more"),
+        (["--host-memory", "1TB"], "'1TB' is no number of GiB; write it like 1024"),
+        (["--config", "hybrid1b"], "did you mean hybrid-1b?"),
+    ):
+        code, out, err = printed(capsys, *argv)
+        assert code == 1 and not out and len(err.strip().splitlines()) == 1 and part in err
+
+
+@pytest.mark.parametrize("offload, most", [([], 10), (["train.offload_activations=true"], 14)])
+def test_the_largest_sequence_is_found_in_few_estimates(offload, most, monkeypatch):
+    """Also where host memory grows in jumps."""
+    measured, measure = [], Job.measure
+    monkeypatch.setattr(Job, "measure", lambda job: measured.append(job.config.data.seq_len) or measure(job))
+    job = replace(
+        job_of("data.seq_len=64K", "train.checkpointing=full", *offload), cluster=parse_gpus("2xH200", host_gib=20)
+    )
+    tokens, _ = largest(job)
+    assert tokens > 2**20 and len(measured) <= most
 
 
 def printed(capsys, *argv):

@@ -135,6 +135,15 @@ def test_resuming_drops_what_is_to_come_again(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "loss": 0.5}\n'
 
 
+def test_a_last_row_without_its_end_of_line_stays_a_row(tmp_path):
+    """The disk was full just before it, or the process was killed there."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    writer = metrics.MetricsWriter(tmp_path, first_step=3, tensorboard=False)
+    writer.write({"step": 3})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
 def test_a_foreign_metrics_file_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a step's JSON object"):

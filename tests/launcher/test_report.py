@@ -9,7 +9,8 @@ import pytest
 from report_runs import MODEL, report, row, write_run
 
 from longspan.launcher import cli
-from longspan.launcher.report.document import table
+from longspan.launcher.errors import UserError
+from longspan.launcher.report.document import plot_of, table
 from longspan.launcher.report.results import Run, read, settings_of_command, steps_of
 from longspan.launcher.report.series import groups, median, profiles, settings_that_differ, summarize
 
@@ -200,6 +201,31 @@ def test_profiles_are_means_over_ranks_beside_the_plan(tmp_path):
     assert "profile/step-2/profile.json cannot be read" in found.notes
 
 
+def test_records_that_stand_in_one_file_are_read_each(tmp_path):
+    rows = {"benchmark": "speed", "rows": [{"tokens": 1, "ms": 2.0}]}
+    (tmp_path / "both.json").write_text(json.dumps({"note": "x", "one, first": rows, "more": {"two": rows}}))
+    for path in (tmp_path, tmp_path / "both.json"):
+        _, records = read([path])
+        assert [record.name for record in records] == ["both/one, first", "both/more/two"]
+    assert plot_of(records[0]) == "bench-both-one-first"
+    (tmp_path / "both.json").write_text('{"note": {"x": [1]}}')
+    with pytest.raises(UserError, match="no record of a benchmark"):
+        read([tmp_path / "both.json"])
+
+
+def test_steps_unlike_the_others_are_named(tmp_path, capsys):
+    for name, seconds, said in (("slow", 2.5, True), ("like", 2.3, False)):
+        folder = write_run(tmp_path / name, [row(step, 9.0, step_time_s=2.25) for step in range(1, 5)])
+        (folder / "profile" / "step-2").mkdir(parents=True)
+        parts = {"MLP": 0.5, "projections": 0.25, "idle": seconds - 0.75, "validation and saving": 7.0}
+        ranks = [{"rank": 0, "components": {part: {"total": value} for part, value in parts.items()}}]
+        (folder / "profile" / "step-2" / "profile.json").write_text(json.dumps({"ranks": ranks}))
+        assert report(capsys, folder, "--output", tmp_path / "r.md")[0] == 0
+        text = (tmp_path / "r.md").read_text()
+        assert ("2.5 s, 11.1 % more than the median" in text) is said and ("more than the median" in text) is said
+        assert "| projections and MLP | 750 (" in text and "| of which MLP | 500 (" in text
+
+
 def test_names_are_told_apart_and_runs_are_read_once(tmp_path):
     a, b = (write_run(tmp_path / place / "run", [row(1)]) for place in "ab")
     runs, _ = read([a, b, a / "metrics.jsonl", tmp_path / "b"])
@@ -247,7 +273,7 @@ def test_the_whole_report(tmp_path, capsys):
     assert "| 1-1024 | 1 | 1 x 1 | 1,024 | 1 | 3..5 (3) | 455.1 | 25.0 % | 2.25 | 1.5 | 8 | 3.653 | - |" in text
     assert "| 2-1024 | 2 | 1 x 2 | 1,024 | 1 | 50.0 % | 100.0 % | 227.6 |" in text
     assert "left out: 1-1024\n" in text
-    assert "| component | 2-1024, profile |" in text and "| loss | 500 (25.0 %) |" in text and "| sum | 2000 |" in text
+    assert "| component | 2-1024, profile |" in text and "| loss | 500 (25.0 %) |" in text and "| sum | 2,000 |" in text
     assert "**weak, longer sequences**" in text and "These runs differ in commit." in text
     assert "| data.seq_len | 1024 | 1024 | 2048 |" in text and "device H200" in text
     assert "- 2-2048: `train.py x`" in text

@@ -113,6 +113,15 @@ def test_pattern_repeats_and_is_cut():
             "model.sparse_selection: tokens has no 'kep', did you mean 'keep'?; it has keep, query_block, key_block",
         ),
         (
+            {"pattern": ["sparse"], "sparse_selection": {"name": ["window"]}},
+            "model.sparse_selection: name=['window'] is unknown, did you mean 'window'?; use top, hierarchical, window,"
+            " radial, antidiagonal, tokens, compressed, lists",
+        ),
+        (
+            {"pattern": ["sparse"], "sparse_selection": {"name": "window"}},
+            "model.sparse_selection: window needs window, such as {name: window, window: ...}",
+        ),
+        (
             {"pattern": ["sparse"], "sparse_selection": {"name": "tokens", "keep": 0}},
             "model.sparse_selection: TokenTop.keep=0 must be a whole number of at least 1",
         ),

@@ -13,6 +13,11 @@ ROWS = gl.constexpr(3)
 
 
 @gluon.jit
+def _add(x, y):
+    return x + y
+
+
+@gluon.jit
 def log_decay_per_token(decay_ptr, head, DECAY: gl.constexpr):
     """log2 of a fixed decay; 0 for others."""
     if DECAY == "fixed":
@@ -22,22 +27,44 @@ def log_decay_per_token(decay_ptr, head, DECAY: gl.constexpr):
 
 
 @gluon.jit
-def load_log_decays(decay_ptr, token, left, gamma, layout: gl.constexpr, DECAY: gl.constexpr):
-    """log2 decays of the 64 tokens from `token` on, `left` to the end of the split: from the start of the chunk, to its
-    end. decay_ptr: `decay_kernel`'s numbers of the head."""
-    index, last = gl.arange(0, 64, layout), gl.minimum(left, 64) - 1
-    place = gl.minimum(index, last)
+def gates_of(decay_ptr, first, head, stride_t, stride_h, DECAY: gl.constexpr):
+    """Where the log decays of a head's tokens from `first` on lie, if tokens have their own."""
     if DECAY == "scalar":
-        at = decay_ptr + (token + place) * 2
-        return gl.load(at), gl.load(at + 1)
-    else:
-        return (place + 1).to(gl.float32) * gamma, (last - place).to(gl.float32) * gamma
+        decay_ptr += gl.to_tensor(first).to(gl.int64) * stride_t + gl.to_tensor(head).to(gl.int64) * stride_h
+    return decay_ptr
 
 
 @gluon.jit
-def fetch_decays(decay_ptr, token, left, gamma, vectors, stage, DECAY: gl.constexpr):
+def load_gates(decay_ptr, at, left, stride_t, layout: gl.constexpr, DECAY: gl.constexpr):
+    """Gates of the 64 tokens from `at` on, of which `left` are there; decay_ptr: `gates_of` a split. Nothing is done
+    with them here, so that nothing waits for them."""
+    if DECAY == "scalar":
+        index = gl.arange(0, 64, layout)
+        return gl.load(decay_ptr + (at + index) * stride_t, mask=index < left, other=0.0)
+    else:
+        return 0.0
+
+
+@gluon.jit
+def log_decays(gates, left, gamma, layout: gl.constexpr, DECAY: gl.constexpr):
+    """log2 decays of a chunk with `left` tokens or more: from its start to each token, inclusive, from after the token
+    to the end, and of all. Sums of gates in fp64."""
+    if DECAY == "scalar":
+        gates = gates.to(gl.float32)
+        gates = gl.where(gates < CLOSED, CLOSED, gates).to(gl.float64) * LOG2E  # NaN stays
+        from_start, total = gl.associative_scan(gates, 0, _add), gl.sum(gates, 0)
+        return from_start.to(gl.float32), (total - from_start).to(gl.float32), total.to(gl.float32)
+    else:
+        last = gl.minimum(left, 64) - 1
+        place = gl.minimum(gl.arange(0, 64, layout), last)
+        total = (last + 1).to(gl.float32) * gamma
+        return (place + 1).to(gl.float32) * gamma, (last - place).to(gl.float32) * gamma, total
+
+
+@gluon.jit
+def store_decays(gates, left, gamma, vectors, stage, DECAY: gl.constexpr):
     """The rows of a chunk, by one warp."""
-    from_start, to_end = load_log_decays(decay_ptr, token, left, gamma, gl.BlockedLayout([2], [32], [1], [0]), DECAY)
+    from_start, to_end, _ = log_decays(gates, left, gamma, gl.BlockedLayout([2], [32], [1], [0]), DECAY)
     vectors.index(stage * ROWS + LOG).store(from_start)
     vectors.index(stage * ROWS + FROM_START).store(gl.exp2(from_start))
     vectors.index(stage * ROWS + TO_END).store(gl.exp2(to_end))

@@ -19,9 +19,11 @@ from longspan.kernels.linear.hopper.decays import (
     FROM_START,
     ROWS,
     TO_END,
-    fetch_decays,
+    gates_of,
+    load_gates,
     log_decay_per_token,
     pair_weights,
+    store_decays,
     total_decay,
 )
 from longspan.kernels.linear.hopper.tiles import clear_rows, store_columns, synchronize, tokens_descriptor
@@ -35,10 +37,11 @@ def _fetch(
     place, feed, tiles_of, D: gl.constexpr, DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     first, length, head, chunks = place
-    x_desc, y_desc, z_desc, extra_desc, decay_ptr, gamma = feed
+    x_desc, y_desc, z_desc, extra_desc, decay_ptr, stride_t, gamma = feed
     vectors, x_tiles, y_tiles, z_tiles, extras, _, ready, free, _ = tiles_of
     for n in range(0, chunks):
-        stage, token = n % STAGES, first + n * 64
+        stage, token, left = n % STAGES, first + n * 64, length - n * 64
+        gates = load_gates(decay_ptr, n * 64, left, stride_t, gl.BlockedLayout([2], [32], [1], [0]), DECAY)
         mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
         mbarrier.expect(ready.index(stage), (4 if GATE else 3) * 64 * D * 2)
         async_load(y_desc, [token, head * D], ready.index(stage), y_tiles.index(stage))
@@ -47,7 +50,7 @@ def _fetch(
         if GATE:
             async_load(extra_desc, [token, head * D], ready.index(stage), extras.index(stage))
         if DECAY != "none":
-            fetch_decays(decay_ptr, token, length - n * 64, gamma, vectors, stage, DECAY)
+            store_decays(gates, left, gamma, vectors, stage, DECAY)
             mbarrier.arrive(ready.index(stage))
 
 
@@ -129,8 +132,8 @@ def _pass(
 @gluon.jit(do_not_specialize=["scale", "T"])
 def hopper_sweep_kernel(
     x_desc, y_desc, z_desc, extra_desc, decay_ptr, out_ptr, state_ptr, rows_ptr, first_ptr, length_ptr, row_ptr,
-    scale, T, H: gl.constexpr, D: gl.constexpr, TRANSPOSED: gl.constexpr, DECAY: gl.constexpr, GATE: gl.constexpr,
-    STAGES: gl.constexpr,
+    decay_stride_t, decay_stride_h, scale, T, H: gl.constexpr, D: gl.constexpr, TRANSPOSED: gl.constexpr,
+    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As kernels.linear.sweep.sweep_kernel, for K = V = D = 128; rows [2, H, T]. TRANSPOSED: the state has rows of z.
     Grid: (splits * H)."""
@@ -140,8 +143,7 @@ def hopper_sweep_kernel(
     first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
     state_at = state_ptr + (gl.maximum(row, 0).to(gl.int64) * H + head) * D * D
     gamma = log_decay_per_token(decay_ptr, head, DECAY)
-    if DECAY == "scalar":
-        decay_ptr += gl.to_tensor(head).to(gl.int64) * T * 2
+    decay_ptr = gates_of(decay_ptr, first, head, decay_stride_t, decay_stride_h, DECAY)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [STAGES * ROWS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared),
@@ -152,7 +154,7 @@ def hopper_sweep_kernel(
         make_barriers(STAGES, 1 if DECAY == "none" else 2), make_barriers(STAGES, 2), make_barriers(1, 2),
     )  # fmt: skip
     place = first, length, head, gl.cdiv(length, 64)
-    feed = x_desc, y_desc, z_desc, extra_desc, decay_ptr, gamma
+    feed = x_desc, y_desc, z_desc, extra_desc, decay_ptr, decay_stride_t, gamma
     given, to = (state_at, row), (out_ptr, rows_ptr, T)
     gl.warp_specialize(
         [
@@ -169,6 +171,6 @@ def launch(call, x, y, z, out, entries, reads, *, transposed):
     splits, gate = call.splits, transposed and call.gate
     hopper_sweep_kernel[(splits.num_splits * call.heads,)](
         *(tokens_descriptor(t) for t in (x, y, z, call.q)), call.decays, out, entries, reads,
-        splits.first, splits.length, splits.forward.row, call.scale, call.num_tokens,
+        splits.first, splits.length, splits.forward.row, *call.decay_strides, call.scale, call.num_tokens,
         call.heads, call.key_size, transposed, call.decay, gate, STAGES, num_warps=4,
     )  # fmt: skip

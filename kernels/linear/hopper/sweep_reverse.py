@@ -20,9 +20,11 @@ from longspan.kernels.linear.hopper.decays import (
     LOG,
     ROWS,
     TO_END,
-    fetch_decays,
+    gates_of,
+    load_gates,
     log_decay_per_token,
     pair_weights,
+    store_decays,
     total_decay,
 )
 from longspan.kernels.linear.hopper.tiles import clear_rows, store_columns, synchronize, tokens_descriptor
@@ -35,11 +37,12 @@ STAGES = 3
 @gluon.jit
 def _fetch(place, feed, tiles_of, D: gl.constexpr, DECAY: gl.constexpr, STAGES: gl.constexpr):
     first, length, head, chunks = place
-    v_desc, d_out_desc, q_desc, k_desc, decay_ptr, gamma = feed
+    v_desc, d_out_desc, q_desc, k_desc, decay_ptr, stride_t, gamma = feed
     vectors, v_tiles, d_outs, q_tiles, k_tiles, _, ready, free, _, _, _ = tiles_of
     for n in range(0, chunks):
         stage, at = n % STAGES, (chunks - 1 - n) * 64
         token = first + at
+        gates = load_gates(decay_ptr, at, length - at, stride_t, gl.BlockedLayout([2], [32], [1], [0]), DECAY)
         mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
         mbarrier.expect(ready.index(stage), 4 * 64 * D * 2)
         async_load(d_out_desc, [token, head * D], ready.index(stage), d_outs.index(stage))
@@ -47,7 +50,7 @@ def _fetch(place, feed, tiles_of, D: gl.constexpr, DECAY: gl.constexpr, STAGES: 
         async_load(v_desc, [token, head * D], ready.index(stage), v_tiles.index(stage))
         async_load(k_desc, [token, head * D], ready.index(stage), k_tiles.index(stage))
         if DECAY != "none":
-            fetch_decays(decay_ptr, token, length - at, gamma, vectors, stage, DECAY)
+            store_decays(gates, length - at, gamma, vectors, stage, DECAY)
             mbarrier.arrive(ready.index(stage))
 
 
@@ -60,7 +63,7 @@ def _pass(
     what q and d_out make."""
     first, length, head, chunks = place
     state_at, row, inverse_scale = given
-    rows_ptr, through_ptr = gate
+    rows_ptr, through_ptr, total_ptr = gate
     vectors, v_tiles, d_outs, q_tiles, k_tiles, d_state, ready, free, states_ready, states_free, cleared = tiles_of
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(D)
@@ -112,7 +115,9 @@ def _pass(
         if DECAY != "none":
             out = out * vectors.index(stage * ROWS + TO_END).load(ROW)[:, None]
         if GATE and WHICH == 0:
-            if gl.sum(total_decay(vectors, stage, LOG, ROW), 0) < FORGOTTEN:
+            total = gl.sum(total_decay(vectors, stage, LOG, ROW), 0)
+            gl.store(total_ptr + chunk * H, total)
+            if total < FORGOTTEN:
                 passed = gl.where(column < left, gl.sum(out * k_tiles.index(stage).load(OUT).to(gl.float32), 1), 0.0)
                 gl.store(through_ptr + chunk * H, gl.sum(passed, 0) * scale)
         out_pending = warpgroup_mma(scores, z, out, is_async=True)
@@ -139,22 +144,20 @@ def _pass(
 
 
 @launched
-@gluon.jit(do_not_specialize=["scale", "inverse_scale", "T"])
+@gluon.jit(do_not_specialize=["scale", "inverse_scale", "T", "num_chunks"])
 def hopper_reverse_kernel(
     v_desc, d_out_desc, q_desc, k_desc, decay_ptr, dk_ptr, dv_ptr, state_ptr, rows_ptr, through_ptr,
-    first_ptr, length_ptr, row_ptr, split_chunk_ptr, scale, inverse_scale, T, H: gl.constexpr, D: gl.constexpr,
-    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+    first_ptr, length_ptr, row_ptr, split_chunk_ptr, decay_stride_t, decay_stride_h, scale, inverse_scale, T,
+    num_chunks, H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As kernels.linear.sweep.reverse_kernel for "both", for K = V = D = 128; with a GATE rows [1, H, T] and through
-    [1, chunks, H] too. Grid: (splits * H)."""
+    [2, chunks, H] too, the second of which gets the log2 decays of the chunks. Grid: (splits * H)."""
     dtype: gl.constexpr = q_desc.dtype
     shared: gl.constexpr = shared_layout(16)
     split, head = gl.program_id(0) // H, gl.program_id(0) % H
     first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
     state_at = state_ptr + (gl.maximum(row, 0).to(gl.int64) * H + head) * D * D
     gamma = log_decay_per_token(decay_ptr, head, DECAY)
-    if DECAY == "scalar":
-        decay_ptr += gl.to_tensor(head).to(gl.int64) * T * 2
     if GATE:
         rows_ptr += gl.to_tensor(head).to(gl.int64) * T
         through_ptr += gl.load(split_chunk_ptr + split).to(gl.int64) * H + head
@@ -169,8 +172,10 @@ def hopper_reverse_kernel(
         make_barriers(1, 2), make_barriers(1, 2), make_barriers(1, 2),
     )  # fmt: skip
     place = first, length, head, gl.cdiv(length, 64)
-    feed = v_desc, d_out_desc, q_desc, k_desc, decay_ptr, gamma
-    given, gate = (state_at, row, inverse_scale), (rows_ptr, through_ptr)
+    decay_ptr = gates_of(decay_ptr, first, head, decay_stride_t, decay_stride_h, DECAY)
+    feed = v_desc, d_out_desc, q_desc, k_desc, decay_ptr, decay_stride_t, gamma
+    given = state_at, row, inverse_scale
+    gate = rows_ptr, through_ptr, through_ptr + gl.to_tensor(num_chunks).to(gl.int64) * H
     gl.warp_specialize(
         [
             (_pass, (0, place, given, dk_ptr, gate, tiles_of, scale, H, D, DECAY, GATE, STAGES)),
@@ -186,7 +191,7 @@ def launch(call, dk, dv, exits, writes, through):
     splits = call.splits
     hopper_reverse_kernel[(splits.num_splits * call.heads,)](
         *(tokens_descriptor(t) for t in (call.v, call.d_out, call.q, call.k)), call.decays, dk, dv, exits, writes,
-        through, splits.first, splits.length, splits.backward.row, splits.split_chunk,
-        call.scale, 1.0 / call.scale if call.scale else 0.0, call.num_tokens,
+        through, splits.first, splits.length, splits.backward.row, splits.split_chunk, *call.decay_strides,
+        call.scale, 1.0 / call.scale if call.scale else 0.0, call.num_tokens, splits.num_chunks,
         call.heads, call.key_size, call.decay, call.gate, STAGES, num_warps=4,
     )  # fmt: skip

@@ -55,11 +55,11 @@ def forward(q, k, v, out, lse, plan, scale, tile, onto):
     run.forward(q, k, v, out, lse, plan, scale, tile, onto)
 
 
-def block_rows(rows, lse, heads, plan):
-    """lse and delta block by block, as the two below take them: those of row_sums, or undefined where that is None."""
+def block_rows(rows, lse, plan):
+    """lse and delta block by block, as the two below take them: those of RowSums, or undefined where that is None."""
     from longspan.kernels.sparse.hopper import run
 
-    return run.block_rows(rows, lse, heads, plan)
+    return run.block_rows(rows, lse, plan)
 
 
 def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto):

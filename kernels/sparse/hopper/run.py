@@ -15,7 +15,7 @@ from longspan.kernels.sparse.hopper.tiles import descriptor, matrix_of
 FORWARD = {64: (64, 3, 8, 128), 128: (128, 2, 4, None)}
 QUERIES = {64: (64, 3, 8, 128), 128: (64, 4, 4, None)}
 KEY_GRADIENTS = 2, 2  # tiles of queries and of their gradients that are under way
-PERSISTENT = False  # whether programs that are fed take tile after tile, one on a processor
+PERSISTENT = True  # whether programs that are fed take tile after tile, one on a processor
 IN_TURN = True  # whether warpgroups start their products one after the other, forward
 
 
@@ -30,13 +30,9 @@ def forward(q, k, v, out, lse, plan, scale, shape, onto):
     )  # fmt: skip
 
 
-def block_rows(rows, lse, heads, plan):
-    """lse and delta block by block: those of `rows`, row_sums, or undefined where that is None."""
-    blocks, length = len(plan.queries), plan.queries.size
-    log, delta = (lse.new_empty(heads, blocks, length) for _ in range(2))
-    if rows is not None:
-        rows_kernel[(blocks * heads,)](rows, log, delta, plan.queries.start, plan.queries.length, blocks, heads, length)
-    return log, delta
+def block_rows(rows, lse, plan):
+    """lse and delta block by block: those of `rows`, RowSums, or undefined where that is None."""
+    return _empty_rows(lse, plan.queries) if rows is None else rows.of(plan.queries, _rows_by_blocks)
 
 
 def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto):
@@ -75,6 +71,18 @@ def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)
+
+
+def _rows_by_blocks(sums, queries):
+    log, delta = _empty_rows(sums, queries)
+    blocks, heads = len(queries), sums.shape[1]
+    rows_kernel[(blocks * heads,)](sums, log, delta, queries.start, queries.length, blocks, heads, queries.size)
+    return log, delta
+
+
+def _empty_rows(like, queries):
+    """lse and delta of every row of the blocks."""
+    return like.new_empty(2, like.shape[1], len(queries), queries.size).unbind()
 
 
 def _programs(q, plan, pack, warps):

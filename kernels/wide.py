@@ -1,0 +1,8 @@
+"""The dtype in which sums are made and what follows from them is kept."""
+
+import torch
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """At least fp32: fp64 for fp64, fp32 for all others."""
+    return torch.promote_types(dtype, torch.float32)
