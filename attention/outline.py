@@ -294,8 +294,8 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Sparse:
-    """Keys of other ranks that are asked for, and all means, come once and stay for the backward pass; in LLSA this
-    rank's that are chosen stay beside them."""
+    """Keys of other ranks that are asked for, and all means, come once and stay for the backward pass, and with
+    them this rank's that are chosen."""
 
     outline: Outline
     selection: Any
@@ -305,7 +305,7 @@ class _Sparse:
     def travels(self, q, k, v, *own):
         self._note(q, k, backward=False)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
-        asked, _, _ = self._asked_and_given(q, k)
+        asked, _ = self._buffers(q, k)
         arrived = [x.new_empty(asked, *x.shape[1:]) for x in (k, v)] if self.outline.world_size > 1 else []
         if arrived and self._coarse_rows():
             arrived.append(self._means(k))
@@ -328,7 +328,7 @@ class _Sparse:
         numbers = max(q.numel(), self.branch.late(own[3], k, v) if self.branch else 0)
         held = [q.new_empty(numbers, dtype=wide_dtype(q.dtype)), *self._lists(q, k)]  # the same again by key blocks
         # What is sent back, and what comes back.
-        held += [x.new_empty(rows, *x.shape[1:]) for rows in self._asked_and_given(q, k)[:2] for x in (k, v)]
+        held += [x.new_empty(rows, *x.shape[1:]) for rows in self._buffers(q, k) for x in (k, v)]
         return held + (self.branch.hold(*own, q, k, v) if self.branch else [])
 
     def _note(self, q, k, backward):
@@ -336,9 +336,15 @@ class _Sparse:
         sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
         self.outline.record(Call("sparse", self.selection, backward, *sizes, asked if by_request else None))
 
+    def _buffers(self, q, k):
+        """Rows of what arrives, and of what others get. By request this rank's own that are chosen lie in
+        front, about as many as of another rank."""
+        asked, given, by_request = self._asked_and_given(q, k)
+        return asked + by_request * -(-asked // max(1, self.outline.world_size - 1)), given
+
     def _asked_and_given(self, q, k):
-        """Tokens whose keys this rank gets, and others of it, for every key head, of the rank that holds most, and
-        whether by request. All of them in a ring, and of selections that are not known."""
+        """Tokens whose keys this rank gets of others, and others of it, for every key head, of the rank that holds
+        most, and whether by request. All of them in a ring, and of selections that are not known."""
         outline = self.outline
         if outline.world_size == 1:
             return 0, 0, False
@@ -355,8 +361,7 @@ class _Sparse:
             if way.ring_is_faster(tokens * lists, listed * lists, sizes, lists, block):
                 return others, others, False
         rank = (2 * tokens.sum(1) + tokens.sum(0)).argmax()
-        own = outline.num_tokens_local if self._coarse_rows() else 0  # those that are chosen lie in front
-        return own + ceil(tokens[rank].sum() - 1e-6), ceil(tokens[:, rank].sum() - 1e-6), True
+        return ceil(tokens[rank].sum() - 1e-6), ceil(tokens[:, rank].sum() - 1e-6), True
 
     def _coarse_rows(self):
         """Rows of every level of means."""

@@ -84,17 +84,19 @@ class Request:
         """(parts of local keys that are left, parts of others, the transfer of the first under way). Waits for the
         device."""
         counts, rank, lists = self.counts.wait(), group_rank(self.group), self.lists
-        tokens, pieces = counts[..., :lists].sum(2), counts[rank, :, lists : 2 * lists].copy()  # [who, owner]
-        others = tokens * ~np.eye(len(tokens), dtype=bool)
-        if self.estimate is not None and self._ring_is_faster(others, counts[..., -1]):
-            plans = _plans_by_owner(self.wanted, self.keys, self.queries, rank, len(tokens), self.options)
-            parts = ring(plans, self.keys, (others > 0).tolist(), self.group)
-            return [Part(plans[rank])] if self.together else [], parts, self._start(parts[0].way, k, v)
-        own = int(tokens[rank, rank]) if self.together else 0
-        by_group = counts[..., :lists].reshape(*others.shape, self.groups, -1).sum(3)
-        by_group[rank, rank] = 0
-        way = Fetched(self.packing, own, by_group[:, rank].T.tolist(), by_group[rank].T.tolist(), k.shape[0])
-        pending = self._start(way, k, v)
+        rows = counts[..., :lists].reshape(*counts.shape[:2], self.groups, -1).sum(3)  # [who, owner, group of lists]
+        own = int(rows[rank, rank].sum()) if self.together else 0
+        if self.estimate is not None:
+            tokens = rows.sum(2)
+            np.fill_diagonal(tokens, 0)
+            if self._ring_is_faster(tokens, counts[..., -1]):
+                plans = _plans_by_owner(self.wanted, self.keys, self.queries, rank, len(tokens), self.options)
+                parts = ring(plans, self.keys, (tokens > 0).tolist(), self.group)
+                return [Part(plans[rank])] if self.together else [], parts, self._start(parts[0].way, k, v)
+        rows[rank, rank] = 0
+        way = Fetched(self.packing, own, rows[:, rank].T.tolist(), rows[rank].T.tolist(), k.shape[0])
+        pending = self._start(way, k, v)  # first of all: what follows has time until it is there
+        pieces = counts[rank, :, lists : 2 * lists].copy()  # [owner, list]
         pieces[rank] *= self.together
         arrived = self.plan.keys.map(lambda x: x[: pieces.sum()])
         return [], [Part(self.plan.over(arrived, int(pieces.sum(0).max())), way=way)], pending

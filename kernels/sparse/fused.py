@@ -128,9 +128,8 @@ def backward(
             hopper.query_gradients(*given, dq, plan, scale, tile["PACK"], onto)
         elif lse.numel():
             queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
-                q, k, v, d_out, rows.sums, dq, dq if onto is None else onto, *_tables(plan),
-                *_strides(q, k, v, d_out), scale, len(plan.queries), plan.row_idx.shape[1], *arguments(plan), **tile,
-                ONTO=onto is not None,
+                q, k, v, d_out, rows.sums, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out),
+                scale, len(plan.queries), plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
                 GATHER=_gather("queries", q, tile["ROWS"], plan.keys.size), **_options("queries", q, tile["ROWS"]),
             )  # fmt: skip
 

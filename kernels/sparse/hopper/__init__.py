@@ -56,7 +56,7 @@ def forward(q, k, v, out, lse, plan, scale, tile, onto):
 
 
 def block_rows(rows, lse, plan):
-    """lse and delta block by block, as the two below take them: those of row_sums, or undefined where that is None."""
+    """lse and delta block by block, as the two below take them: those of RowSums, or undefined where that is None."""
     from longspan.kernels.sparse.hopper import run
 
     return run.block_rows(rows, lse, plan)
