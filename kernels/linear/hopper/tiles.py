@@ -47,6 +47,14 @@ def fetch_vectors(rows_ptr, tile, vectors, stage, GATE: gl.constexpr):
 
 
 @gluon.jit
+def fetch_channel_decays(total_ptr, tile, totals, stage, K: gl.constexpr):
+    """exp(G_C) of every key channel, by one warp; `fetch_vectors` is to follow."""
+    key = gl.arange(0, K, gl.BlockedLayout([K // 32], [32], [1], [0]))
+    total = gl.load(total_ptr + gl.to_tensor(tile).to(gl.int64) * K + key)
+    totals.index(stage).store(gl.exp2(total * LOG2E))
+
+
+@gluon.jit
 def decay_between(vectors, stage, layout: gl.constexpr, GATE: gl.constexpr):
     """exp(-|G_r - G_c|): Lambda where its row is the later token, transposed where its column is."""
     if GATE:
@@ -122,9 +130,9 @@ def tokens_descriptor(x, columns=None):
     return _descriptor(x.flatten(1), CHUNK, columns or x.shape[2])
 
 
-def scratch_descriptor(x, rows=None):
-    """Of x [chunks, H, rows, columns]: one tile, or so many rows of it."""
-    return _descriptor(x.view(-1, x.shape[3]), rows or x.shape[2], x.shape[3])
+def scratch_descriptor(x, rows=None, columns=None):
+    """Of x [chunks, H, rows, columns]: one tile, or so many rows and columns of it."""
+    return _descriptor(x.view(-1, x.shape[3]), rows or x.shape[2], columns or x.shape[3])
 
 
 def _descriptor(x, rows, columns):
