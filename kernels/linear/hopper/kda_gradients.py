@@ -97,78 +97,79 @@ def hopper_kda_gradients_kernel(
         fence_async_shared()
     synchronize()
 
-    # D and X below the diagonal, and their transposes above.
+    # In an order in which little has to be kept in registers.
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
-    from_before = gl.convert_layout(gl.where(i[:, None] >= j[None, :], 1.0, nothing).to(dtype), OPERAND)
-    rise = warpgroup_mma(from_before, first_part, nothing, use_acc=False, is_async=True)
-    rise = warpgroup_mma(from_before, second_part, rise, is_async=True)
-    d_lower = warpgroup_mma(d_out, values_t, nothing, use_acc=False, is_async=True)
-    d_upper = warpgroup_mma(values_t.permute((1, 0)), d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    rise, d_lower, d_upper, from_before = warpgroup_mma_wait(0, deps=[rise, d_lower, d_upper, from_before])
-    x_lower = warpgroup_mma(dv, values_t, nothing, use_acc=False, is_async=True)
-    x_upper = warpgroup_mma(values_t.permute((1, 0)), dv.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    d_lower = gl.convert_layout(gl.where(i[:, None] >= j[None, :], d_lower, 0.0).to(dtype), OPERAND)
-    d_upper = gl.convert_layout(gl.where(i[:, None] <= j[None, :], d_upper, 0.0).to(dtype), OPERAND)
-    rise -= (total * (0.5 * LOG2E))[None, :]
-    edge = gl.exp2(total * (0.5 * LOG2E))[None, :]
+    ones = gl.convert_layout(gl.where(i[:, None] >= j[None, :], 1.0, nothing).to(dtype), OPERAND)
+    rise = warpgroup_mma(ones, first_part, nothing, use_acc=False, is_async=True)
+    rise = warpgroup_mma(ones, second_part, rise, is_async=True)
+    d_pairs = warpgroup_mma(d_out, values_t, nothing, use_acc=False, is_async=True)
     mbarrier.wait(ready.index(1), 0)
     if length < 64:
         clear_rows(q_tile, length, 64)
         clear_rows(k_tile, length, 64)
         synchronize()
-    fall = gl.exp2(-rise)
-    rise = gl.exp2(rise)
+    rise, d_pairs, ones = warpgroup_mma_wait(0, deps=[rise, d_pairs, ones])
+    x_pairs = warpgroup_mma(dv, values_t, nothing, use_acc=False, is_async=True)
+    d_pairs = gl.convert_layout(gl.where(i[:, None] >= j[None, :], d_pairs, 0.0).to(dtype), OPERAND)
+    rise -= (total * (0.5 * LOG2E))[None, :]
     k = k_tile.load(S).to(gl.float32)
-    k_tile.store((k * fall).to(dtype))
-    x_lower, x_upper = warpgroup_mma_wait(0, deps=[x_lower, x_upper])
-    dr = warpgroup_mma(dv, state, nothing, use_acc=False, is_async=True)
-    dq = warpgroup_mma(d_out, state, nothing, use_acc=False, is_async=True)
+    k_tile.store((k * gl.exp2(-rise)).to(dtype))
+    rise = gl.exp2(rise)
     first_part.store((-k * rise).to(dtype))
     q_tile.store((q_tile.load(S).to(gl.float32) * (rise * scale)).to(dtype))
-    d_beta = gl.sum(gl.where(i[:, None] == j[None, :], x_lower, 0.0), 1) / (beta * beta)
-    if half == 0:
-        at = first.to(gl.int64) * H + head
-        gl.store(d_beta_ptr + at + i * H, d_beta, mask=i < length)
-    x_lower = gl.convert_layout(gl.where(i[:, None] > j[None, :], x_lower, 0.0).to(dtype), OPERAND)
-    x_upper = gl.convert_layout(gl.where(i[:, None] < j[None, :], x_upper, 0.0).to(dtype), OPERAND)
     fence_async_shared()
+    x_pairs = warpgroup_mma_wait(0, deps=[x_pairs])
+    dr = warpgroup_mma(dv, state, nothing, use_acc=False, is_async=True)
+    d_beta = gl.sum(gl.where(i[:, None] == j[None, :], x_pairs, 0.0), 1) / (beta * beta)
+    if half == 0:
+        gl.store(d_beta_ptr + first.to(gl.int64) * H + head + i * H, d_beta, mask=i < length)
+    x_pairs = gl.convert_layout(gl.where(i[:, None] > j[None, :], x_pairs, 0.0).to(dtype), OPERAND)
+    edge = gl.exp2(total * (0.5 * LOG2E))[None, :]
     synchronize()
 
-    dr, dq = warpgroup_mma_wait(0, deps=[dr, dq])
-    dr = warpgroup_mma(x_lower, k_tile, dr * edge, is_async=True)
-    dq = warpgroup_mma(d_lower, k_tile, dq * edge, is_async=True)
-    dk = warpgroup_mma(values_t.permute((1, 0)), d_state, nothing, use_acc=False, is_async=True)
-    dr, dq, dk, x_lower, d_lower = warpgroup_mma_wait(0, deps=[dr, dq, dk, x_lower, d_lower])
-    dk *= edge
+    dr = warpgroup_mma_wait(0, deps=[dr])
+    dr = warpgroup_mma(x_pairs, k_tile, dr * edge, is_async=True)
+    dq = warpgroup_mma(d_out, state, nothing, use_acc=False, is_async=True)
+    dr, dq, x_pairs = warpgroup_mma_wait(0, deps=[dr, dq, x_pairs])
+    dq = warpgroup_mma(d_pairs, k_tile, dq * edge, is_async=True)
+    # The transposes of D and X: a result must not be transposed.
+    d_upper = warpgroup_mma(values_t.permute((1, 0)), d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
     if D_GATE:
-        k = k_tile.load(S).to(gl.float32)
-        all_tokens = state.slice(0, 64).load(S).to(gl.float32) * d_state.slice(0, 64).load(S).to(gl.float32)
-        all_tokens += state.slice(64, 64).load(S).to(gl.float32) * d_state.slice(64, 64).load(S).to(gl.float32)
-        all_tokens = all_tokens * (edge * edge) + k * dk
+        gate = first_part.load(S).to(gl.float32) * dr
+    dr *= rise
+    dq, d_upper, d_pairs = warpgroup_mma_wait(0, deps=[dq, d_upper, d_pairs])
+    x_upper = warpgroup_mma(values_t.permute((1, 0)), dv.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    dk = warpgroup_mma(values_t.permute((1, 0)), d_state, nothing, use_acc=False, is_async=True)
+    if D_GATE:
+        gate += q_tile.load(S).to(gl.float32) * dq
+    store_half(dq_ptr + half * 64, first, head, length, H, 0, dq * (rise * scale), K)
+    d_upper = gl.convert_layout(gl.where(i[:, None] <= j[None, :], d_upper, 0.0).to(dtype), OPERAND)
+    x_upper, dk = warpgroup_mma_wait(0, deps=[x_upper, dk])
+    x_upper = gl.convert_layout(gl.where(i[:, None] < j[None, :], x_upper, 0.0).to(dtype), OPERAND)
+    dk *= edge
+    if D_GATE:  # what every token's decay has of the chunk's, in the place of dv
+        product = state.slice(0, 64).load(S).to(gl.float32) * d_state.slice(0, 64).load(S).to(gl.float32)
+        product += state.slice(64, 64).load(S).to(gl.float32) * d_state.slice(64, 64).load(S).to(gl.float32)
+        product = product * (edge * edge) + k_tile.load(S).to(gl.float32) * dk
+        store_parts(product, dv.slice(0, 64, 1), dv.slice(64, 64, 1))
     dk = warpgroup_mma(d_upper, q_tile, dk, is_async=True)
     dk = warpgroup_mma(x_upper, first_part, dk, is_async=True)
-    if D_GATE:
-        gate = first_part.load(S).to(gl.float32) * dr + q_tile.load(S).to(gl.float32) * dq
-    dr *= rise
-    start = first.to(gl.int64)
-    store_half(dq_ptr + half * 64, start, head, length, H, 0, dq * (rise * scale), K)
     dk, d_upper, x_upper = warpgroup_mma_wait(0, deps=[dk, d_upper, x_upper])
-    store_half(dk_ptr + half * 64, start, head, length, H, 0, dk * fall - dr, K)
     if D_GATE:
-        gate -= k * dk
-        synchronize()
-        store_parts(gate, first_part, second_part)
-        store_parts(all_tokens, q_tile, k_tile)
+        gate -= k_tile.load(S).to(gl.float32) * dk
+        store_parts(gate, d_out.slice(0, 64, 1), d_out.slice(64, 64, 1))
         fence_async_shared()
         synchronize()
-        from_after = gl.convert_layout(gl.where(i[:, None] <= j[None, :], 1.0, nothing).to(dtype), OPERAND)
-        every = gl.convert_layout((nothing + 1.0).to(dtype), OPERAND)
-        gate = warpgroup_mma(from_after, second_part, nothing, use_acc=False, is_async=True)
-        gate = warpgroup_mma(every, k_tile, gate, is_async=True)
-        gate = warpgroup_mma(from_after, first_part, gate, is_async=True)
-        gate = warpgroup_mma(every, q_tile, gate, is_async=True)
-        gate, from_after, every = warpgroup_mma_wait(0, deps=[gate, from_after, every])
-        dg_ptr += (start * H + head) * K + half * 64
+        ones = gl.convert_layout(gl.where(i[:, None] <= j[None, :], 1.0, nothing).to(dtype), OPERAND)
+        all_ones = gl.convert_layout((nothing + 1.0).to(dtype), OPERAND)
+        gate = warpgroup_mma(ones, d_out.slice(64, 64, 1), nothing, use_acc=False, is_async=True)
+        gate = warpgroup_mma(all_ones, dv.slice(64, 64, 1), gate, is_async=True)
+        gate = warpgroup_mma(ones, d_out.slice(0, 64, 1), gate, is_async=True)
+        gate = warpgroup_mma(all_ones, dv.slice(0, 64, 1), gate, is_async=True)
+    store_half(dk_ptr + half * 64, first, head, length, H, 0, dk / rise - dr, K)
+    if D_GATE:
+        gate, ones, all_ones = warpgroup_mma_wait(0, deps=[gate, ones, all_ones])
+        dg_ptr += (first.to(gl.int64) * H + head) * K + half * 64
         gl.store(dg_ptr + (i[:, None] * (H * K) + j[None, :]), gate, mask=(i < length)[:, None])
 
 
