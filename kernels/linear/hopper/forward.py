@@ -75,7 +75,7 @@ def _step(
     CHANNEL: gl.constexpr,
 ):  # fmt: skip
     """One chunk, for 64 columns from COLUMN on; gives the state after it."""
-    vectors, _, k_tiles, _, writes, inverses, q_tiles, scores, _, _, _ = tiles_of
+    vectors, totals, k_tiles, _, writes, inverses, q_tiles, scores, _, _, _ = tiles_of
     SCALAR: gl.constexpr = GATE and not CHANNEL
     out_ptr, states_ptr, values_ptr = out
     S: gl.constexpr = product_layout(64)
@@ -114,7 +114,9 @@ def _step(
         out_pending = warpgroup_mma(written, scores.index(stage).permute((1, 0)), result, is_async=True)
     if SCALAR:
         values = values * vectors.index(stage * VECTORS + TO_END).load(column)[None, :]
-    if GATE:
+    if CHANNEL:
+        state = state * totals.index(stage).load(gl.SliceLayout(0, OUT))[None, :]
+    elif GATE:
         state = state * total
     written = gl.convert_layout(values.to(dtype), gl.DotOperandLayout(0, OUT, 2))
     if CHANNEL:
@@ -136,7 +138,7 @@ def _pass(
 ):  # fmt: skip
     place, needed, entry_at = entering
     first, length, tile, head, begin, chunks = place
-    vectors, totals, k_tiles, v_tiles, writes, _, q_tiles, _, ready, free, staged = tiles_of
+    vectors, _, k_tiles, v_tiles, writes, _, q_tiles, _, ready, free, staged = tiles_of
     sum_ptr, transition_ptr = sums
     OUT: gl.constexpr = product_layout(K)
     column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, K, gl.SliceLayout(0, OUT))
@@ -176,9 +178,7 @@ def _pass(
                 mbarrier.wait(cleared.index(0), 0)
         if (MODE != "sum") | (part == 0) | (needed > 1):
             total = 1.0
-            if CHANNEL:
-                total = totals.index(stage).load(gl.SliceLayout(0, OUT))[None, :]
-            elif GATE:
+            if GATE and not CHANNEL:
                 total = vectors.index(stage * VECTORS + FROM_START).slice(63, 1).load(gl.SliceLayout(1, OUT))[:, None]
             if MODE == "sum":
                 state = _step(

@@ -41,8 +41,8 @@ def store_parts(x, high, low):
 @gluon.jit(do_not_specialize=["scale"])
 def hopper_kda_gradients_kernel(
     q_desc, k_desc, d_out_desc, dv_desc, states_desc, d_states_desc, values_desc, g_ptr, total_ptr, rows_ptr,
-    dq_ptr, dk_ptr, dg_ptr, d_beta_ptr, chunk_first_ptr, chunk_length_ptr, g_stride_t, g_stride_h, scale,
-    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, D_GATE: gl.constexpr,
+    dq_ptr, dk_ptr, dg_ptr, d_beta_ptr, chunk_first_ptr, chunk_length_ptr, g_stride_t: gl.constexpr,
+    g_stride_h, scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, D_GATE: gl.constexpr,
 ):  # fmt: skip
     """As kernels.linear.kda_gradients.kda_gradients_kernel, for K = V = 128. Grid: (chunks * H * 2)."""
     S: gl.constexpr = product_layout(64)

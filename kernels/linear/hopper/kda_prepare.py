@@ -1,5 +1,5 @@
-"""`kda_prepare` for Hopper GPUs, in Gluon: a thread has four channels of 16 tokens, so that sums along tokens stay in
-threads but for one exchange between warps. Only where all channels are mild (`channel_decay`)."""
+"""`kda_prepare` for Hopper GPUs, in Gluon: a thread has four channels of 8 tokens in a row, so that sums along tokens mostly
+stay in threads. Only where all channels are mild (`channel_decay`)."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -11,19 +11,20 @@ from longspan.kernels.linear.hopper.prepare import add, fill_roots, store_invers
 from longspan.kernels.linear.hopper.tiles import store_scratch, synchronize
 from longspan.kernels.sparse.hopper.tiles import LOG2E, product_layout, shared_layout
 
-REGISTERS = 168  # per thread: three programs on a multiprocessor
+REGISTERS = 128  # per thread: four programs on a multiprocessor
 
 
 @launched
 @gluon.jit(do_not_specialize=["scale"])
 def hopper_kda_prepare_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, query_ptr, read_ptr, write_ptr, total_ptr, inverse_ptr, scores_ptr, rows_ptr,
-    chunk_first_ptr, chunk_length_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h, g_stride_t, g_stride_h,
-    beta_stride_t, beta_stride_h, scale, H: gl.constexpr, K: gl.constexpr, SMALLEST: gl.constexpr,
+    chunk_first_ptr, chunk_length_ptr, q_stride_t: gl.constexpr, q_stride_h, k_stride_t: gl.constexpr, k_stride_h,
+    g_stride_t: gl.constexpr, g_stride_h, beta_stride_t, beta_stride_h, scale, H: gl.constexpr, K: gl.constexpr,
+    SMALLEST: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.linear.kda_prepare.kda_prepare_kernel, for K = 128; of chunks that are not mild only total.
+    """As kernels.linear.kda_prepare.kda_prepare_kernel, for K = 128; of chunks that are not mild only total is right.
     Grid: (chunks * H)."""
-    TOKENS: gl.constexpr = gl.BlockedLayout([16, K // 32], [1, 32], [4, 1], [1, 0])
+    TOKENS: gl.constexpr = gl.BlockedLayout([8, 4], [2, 16], [4, 1], [1, 0])
     S: gl.constexpr = product_layout(64)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
@@ -31,47 +32,54 @@ def hopper_kda_prepare_kernel(
     tile = gl.program_id(0)
     chunk, head = tile // H, tile % H
     first, length = gl.load(chunk_first_ptr + chunk).to(gl.int64), gl.load(chunk_length_ptr + chunk)
-    token, key = gl.arange(0, 64, gl.SliceLayout(1, TOKENS)), gl.arange(0, K, gl.SliceLayout(0, TOKENS))
-    inside = (token < length)[:, None]
-    g_at = g_ptr + first * g_stride_t + head * g_stride_h + (token[:, None] * g_stride_t + key[None, :])
-    k_at = k_ptr + first * k_stride_t + head * k_stride_h + (token[:, None] * k_stride_t + key[None, :])
-    q_at = q_ptr + first * q_stride_t + head * q_stride_h + (token[:, None] * q_stride_t + key[None, :])
-    g = gl.load(g_at, mask=inside, other=0.0).to(gl.float32)
-    k = gl.load(k_at, mask=inside, other=0.0)
-    q = gl.load(q_at, mask=inside, other=0.0)
-    vectors = gl.allocate_shared_memory(gl.float32, [3, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    fill_roots(beta_ptr + first * beta_stride_t + head * beta_stride_h, beta_stride_t, rows_ptr, vectors, tile, length,
-               SMALLEST)  # fmt: skip
     tile_at = gl.to_tensor(tile).to(gl.int64)
-    total = gl.sum(g, 0)
-    gl.store(total_ptr + tile_at * K + key, total)
-    if gl.min(total, 0) < -MILD:
+    vectors = gl.allocate_shared_memory(gl.float32, [3, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    queries = gl.allocate_shared_memory(dtype, [K // 64, 64, 64], shared_layout(16))
+    risen = gl.allocate_shared_memory(dtype, [K // 64, 64, 64], shared_layout(16))
+    fallen = gl.allocate_shared_memory(dtype, [K // 64, 64, 64], shared_layout(16))
+    beta_ptr += first * beta_stride_t + head * beta_stride_h
+    fill_roots(beta_ptr, beta_stride_t, rows_ptr, vectors, tile, length, SMALLEST)
+    token, key = gl.arange(0, 64, gl.SliceLayout(1, TOKENS)), gl.arange(0, 64, gl.SliceLayout(0, TOKENS))
+    inside = (token < length)[:, None]
+    largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, TOKENS))
+    least = 0.0
+    for part in range(0, K // 64):
+        g_at = g_ptr + first * g_stride_t + head * g_stride_h + part * 64
+        k_at = k_ptr + first * k_stride_t + head * k_stride_h + part * 64
+        q_at = q_ptr + first * q_stride_t + head * q_stride_h + part * 64
+        start = (first * H + head) * K + part * 64
+        at = token[:, None] * (H * K) + key[None, :]
+        g = gl.load(g_at + (token[:, None] * g_stride_t + key[None, :]), mask=inside, other=0.0).to(gl.float32)
+        k = gl.load(k_at + (token[:, None] * k_stride_t + key[None, :]), mask=inside, other=0.0)
+        q = gl.load(q_at + (token[:, None] * q_stride_t + key[None, :]), mask=inside, other=0.0)
+        largest = gl.maximum(largest, gl.max(g, 1))
+        total = gl.sum(g, 0)
+        gl.store(total_ptr + tile_at * K + part * 64 + key, total)
+        least = gl.minimum(least, gl.min(total, 0))
+        half = total * (0.5 * LOG2E)
+        rise = gl.associative_scan(g * LOG2E, 0, add) - half[None, :]
+        edge = gl.exp2(half)[None, :]
+        fall = gl.exp2(-rise) * k.to(gl.float32)
+        fallen.index(part).store(fall.to(dtype))
+        gl.store(write_ptr + start + at, (fall * edge).to(dtype), mask=inside)
+        rise = gl.exp2(rise)
+        read = rise * k.to(gl.float32)
+        risen.index(part).store(read.to(dtype))
+        gl.store(read_ptr + start + at, (read * edge).to(dtype), mask=inside)
+        rise *= q.to(gl.float32) * scale
+        queries.index(part).store(rise.to(dtype))
+        gl.store(query_ptr + start + at, (rise * edge).to(dtype), mask=inside)
+    if least < -MILD:
         return
-    gl.store(rows_ptr + tile_at * (8 * 64) + (8 * 64 - 3), gl.sum(gl.max(g, 1), 0))
-    half = total * (0.5 * LOG2E)
-    rise = gl.associative_scan(g * LOG2E, 0, add) - half[None, :]
-    edge = gl.exp2(half)[None, :]
-    fall = gl.exp2(-rise)
-    rise = gl.exp2(rise)
-    at = (first * H + head) * K + (token[:, None] * (H * K) + key[None, :])
-    queries = gl.allocate_shared_memory(dtype, [64, K], shared_layout(16))
-    risen = gl.allocate_shared_memory(dtype, [64, K], shared_layout(16))
-    fallen = gl.allocate_shared_memory(dtype, [64, K], shared_layout(16))
-    fall *= k.to(gl.float32)
-    fallen.store(fall.to(dtype))
-    gl.store(write_ptr + at, (fall * edge).to(dtype), mask=inside)
-    read = rise * k.to(gl.float32)
-    risen.store(read.to(dtype))
-    gl.store(read_ptr + at, (read * edge).to(dtype), mask=inside)
-    rise *= q.to(gl.float32) * scale
-    queries.store(rise.to(dtype))
-    gl.store(query_ptr + at, (rise * edge).to(dtype), mask=inside)
+    gl.store(rows_ptr + tile_at * (8 * 64) + (8 * 64 - 3), gl.sum(largest, 0))
     fence_async_shared()
     synchronize()
-    nothing = gl.full([64, 64], 0.0, gl.float32, S)
-    scores = warpgroup_mma(queries, fallen.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    a = warpgroup_mma(risen, fallen.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    scores, a, queries, risen, fallen = warpgroup_mma_wait(0, deps=[scores, a, queries, risen, fallen])
+    scores = gl.full([64, 64], 0.0, gl.float32, S)
+    a = gl.full([64, 64], 0.0, gl.float32, S)
+    for part in gl.static_range(K // 64):
+        scores = warpgroup_mma(queries.index(part), fallen.index(part).permute((1, 0)), scores, is_async=True)
+        a = warpgroup_mma(risen.index(part), fallen.index(part).permute((1, 0)), a, is_async=True)
+    scores, a = warpgroup_mma_wait(0, deps=[scores, a])
     i, j = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
     store_scratch(scores_ptr, tile, 0, gl.where(i[:, None] >= j[None, :], scores, 0.0).to(dtype), 64, 64)
     a *= vectors.index(1).load(ROW)[:, None] * vectors.index(0).load(COLUMN)[None, :]
