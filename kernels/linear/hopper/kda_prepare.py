@@ -1,5 +1,5 @@
-"""`kda_prepare` for Hopper GPUs, in Gluon: a thread has four channels of 8 tokens in a row, so that sums along tokens mostly
-stay in threads. Only where all channels are mild (`channel_decay`)."""
+"""`kda_prepare` for Hopper GPUs, in Gluon: a thread has four channels of 8 tokens in a row, so that sums along tokens
+mostly stay in threads. Only where all channels are mild (`channel_decay`)."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -23,9 +23,9 @@ def stored_layout(D):
 
 
 @gluon.jit
-def clear_rows(tile, length, D: gl.constexpr):
+def clear_rows(tile, length, D: gl.constexpr, WARPS: gl.constexpr = 4):
     """Zeros from row `length` on of a tile [64, D], where TMA has brought tokens of the next span."""
-    layout: gl.constexpr = row_layout(D)
+    layout: gl.constexpr = row_layout(D, WARPS)
     row = gl.arange(0, 16, gl.SliceLayout(1, layout))
     for part in gl.static_range(4):
         rows = tile.slice(part * 16, 16)
