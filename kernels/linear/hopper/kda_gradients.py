@@ -112,6 +112,7 @@ def hopper_kda_gradients_kernel(
     x_pairs = warpgroup_mma(dv, values_t, nothing, use_acc=False, is_async=True)
     d_pairs = gl.convert_layout(gl.where(i[:, None] >= j[None, :], d_pairs, 0.0).to(dtype), OPERAND)
     rise -= (total * (0.5 * LOG2E))[None, :]
+    synchronize()  # all have read first_part
     k = k_tile.load(S).to(gl.float32)
     k_tile.store((k * gl.exp2(-rise)).to(dtype))
     rise = gl.exp2(rise)
@@ -144,13 +145,14 @@ def hopper_kda_gradients_kernel(
         gate += q_tile.load(S).to(gl.float32) * dq
     store_half(dq_ptr + half * 64, first, head, length, H, 0, dq * (rise * scale), K)
     d_upper = gl.convert_layout(gl.where(i[:, None] <= j[None, :], d_upper, 0.0).to(dtype), OPERAND)
-    x_upper, dk = warpgroup_mma_wait(0, deps=[x_upper, dk])
+    x_upper, dk, values_t, d_state = warpgroup_mma_wait(0, deps=[x_upper, dk, values_t, d_state])
     x_upper = gl.convert_layout(gl.where(i[:, None] < j[None, :], x_upper, 0.0).to(dtype), OPERAND)
     dk *= edge
     if D_GATE:  # what every token's decay has of the chunk's, in the place of dv
         product = state.slice(0, 64).load(S).to(gl.float32) * d_state.slice(0, 64).load(S).to(gl.float32)
         product += state.slice(64, 64).load(S).to(gl.float32) * d_state.slice(64, 64).load(S).to(gl.float32)
         product = product * (edge * edge) + k_tile.load(S).to(gl.float32) * dk
+        synchronize()
         store_parts(product, dv.slice(0, 64, 1), dv.slice(64, 64, 1))
     dk = warpgroup_mma(d_upper, q_tile, dk, is_async=True)
     dk = warpgroup_mma(x_upper, first_part, dk, is_async=True)

@@ -127,63 +127,68 @@ def eight_kda_gradients_kernel(
     ones = gl.where(a_row[:, None] >= a_column[None, :], 1.0, zeros).to(dtype)
     rise = warpgroup_mma(ones, first_part, nothing, use_acc=False, is_async=True)
     rise = warpgroup_mma(ones, second_part, rise, is_async=True)
-    # D and X below the diagonal, their transposes above: a result must not be transposed.
-    d_lower = warpgroup_mma(d_out, values_t, nothing, use_acc=False, is_async=True)
-    d_upper = warpgroup_mma(values_t.permute((1, 0)), d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
     mbarrier.wait(ready.index(1), 0)
     if length < 64:
         clear_rows(q_tile, length, 64, 8)
         clear_rows(k_tile, length, 64, 8)
         synchronize()
-    rise, d_lower, d_upper, ones = warpgroup_mma_wait(0, deps=[rise, d_lower, d_upper, ones])
-    x_lower = warpgroup_mma(dv, values_t, nothing, use_acc=False, is_async=True)
-    x_upper = warpgroup_mma(values_t.permute((1, 0)), dv.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    synchronize()  # all have read first_part
-    d_lower = gl.where(i[:, None] >= j[None, :], d_lower, 0.0).to(dtype)
-    d_upper = gl.where(i[:, None] <= j[None, :], d_upper, 0.0).to(dtype)
+    rise, ones = warpgroup_mma_wait(0, deps=[rise, ones])
+    # D and X below the diagonal, their transposes above: a result must not be transposed.
+    d_lower = warpgroup_mma(d_out, values_t, nothing, use_acc=False, is_async=True)
     rise -= (total * (0.5 * LOG2E))[None, :]
+    synchronize()  # all have read first_part and second_part
     k = k_tile.load(S).to(gl.float32)
     k_tile.store((k * gl.exp2(-rise)).to(dtype))
     rise = gl.exp2(rise)
     first_part.store((-k * rise).to(dtype))
     q_tile.store((q_tile.load(S).to(gl.float32) * (rise * scale)).to(dtype))
-    x_lower, x_upper = warpgroup_mma_wait(0, deps=[x_lower, x_upper])
+    d_lower = warpgroup_mma_wait(0, deps=[d_lower])
+    x_lower = warpgroup_mma(dv, values_t, nothing, use_acc=False, is_async=True)
+    d_upper = warpgroup_mma(values_t.permute((1, 0)), d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    second_part.store(gl.where(i[:, None] >= j[None, :], d_lower, 0.0).to(dtype))
+    x_lower, d_upper = warpgroup_mma_wait(0, deps=[x_lower, d_upper])
+    d_beta_at = d_beta_ptr + first.to(gl.int64) * H + head + (i * H)[:, None] + (j * 0)[None, :]
+    d_beta = x_lower * (1 / (beta * beta))[:, None]
+    gl.store(d_beta_at, d_beta, mask=(i[:, None] == j[None, :]) & ((i < length) & (half == 0))[:, None])
+    x_upper = warpgroup_mma(values_t.permute((1, 0)), dv.permute((1, 0)), nothing, use_acc=False, is_async=True)
     dr = warpgroup_mma(dv, state, nothing, use_acc=False, is_async=True)
-    dq = warpgroup_mma(d_out, state, nothing, use_acc=False, is_async=True)
-    if half == 0:
-        d_beta_at = d_beta_ptr + first.to(gl.int64) * H + head + (i * H)[:, None] + (j * 0)[None, :]
-        d_beta = x_lower * (1 / (beta * beta))[:, None]
-        gl.store(d_beta_at, d_beta, mask=(i[:, None] == j[None, :]) & (i < length)[:, None])
     x_lower = gl.where(i[:, None] > j[None, :], x_lower, 0.0).to(dtype)
+    d_upper = gl.where(i[:, None] <= j[None, :], d_upper, 0.0).to(dtype)
+    x_upper, dr = warpgroup_mma_wait(0, deps=[x_upper, dr])
+    dq = warpgroup_mma(d_out, state, nothing, use_acc=False, is_async=True)
     x_upper = gl.where(i[:, None] < j[None, :], x_upper, 0.0).to(dtype)
-    dr, dq = warpgroup_mma_wait(0, deps=[dr, dq])
-    synchronize()  # now there is place in dO and dv
-    dk = warpgroup_mma(values_t.permute((1, 0)), d_state, nothing, use_acc=False, is_async=True)
-    d_out.slice(0, 64, 1).store(d_lower)
-    d_out.slice(64, 64, 1).store(x_lower)
-    dv.slice(0, 64, 1).store(d_upper)
+    synchronize()  # now there is place in dv
+    dv.slice(0, 64, 1).store(x_lower)
     dv.slice(64, 64, 1).store(x_upper)
+    dq = warpgroup_mma_wait(0, deps=[dq])
+    synchronize()  # and in dO
+    d_out.slice(0, 64, 1).store(d_upper)
     fence_async_shared()
     edge = gl.exp2(total * (0.5 * LOG2E))[None, :]
-    dk = warpgroup_mma_wait(0, deps=[dk]) * edge
-    if D_GATE:
-        product = k_tile.load(S).to(gl.float32) * dk
     synchronize()
 
-    dr = warpgroup_mma(d_out.slice(64, 64, 1), k_tile, dr * edge, is_async=True)
-    dq = warpgroup_mma(d_out.slice(0, 64, 1), k_tile, dq * edge, is_async=True)
-    dk = warpgroup_mma(dv.slice(0, 64, 1), q_tile, dk, is_async=True)
-    dk = warpgroup_mma(dv.slice(64, 64, 1), first_part, dk, is_async=True)
-    if D_GATE:  # what every token's decay has of the chunk's
-        through = state.slice(0, 64).load(S).to(gl.float32) * d_state.slice(0, 64).load(S).to(gl.float32)
-        through += state.slice(64, 64).load(S).to(gl.float32) * d_state.slice(64, 64).load(S).to(gl.float32)
-        product += through * (edge * edge)
-        store_parts(product, values_t.slice(0, 64), values_t.slice(64, 64))
+    dr = warpgroup_mma(dv.slice(0, 64, 1), k_tile, dr * edge, is_async=True)
+    dq = warpgroup_mma(second_part, k_tile, dq * edge, is_async=True)
+    dk = warpgroup_mma(values_t.permute((1, 0)), d_state, nothing, use_acc=False, is_async=True)
     dr, dq, dk = warpgroup_mma_wait(0, deps=[dr, dq, dk])
-    if D_GATE:
+    dk *= edge
+    if D_GATE:  # what every token's decay has of the chunk's, in place of V'
+        product = state.slice(0, 64).load(S).to(gl.float32) * d_state.slice(0, 64).load(S).to(gl.float32)
+        product += state.slice(64, 64).load(S).to(gl.float32) * d_state.slice(64, 64).load(S).to(gl.float32)
+        product = product * (edge * edge) + k_tile.load(S).to(gl.float32) * dk
         synchronize()
+        store_parts(product, values_t.slice(0, 64), values_t.slice(64, 64))
+    dk = warpgroup_mma(d_out.slice(0, 64, 1), q_tile, dk, is_async=True)
+    dk = warpgroup_mma(dv.slice(64, 64, 1), first_part, dk, is_async=True)
+    if D_GATE:
         gate = first_part.load(S).to(gl.float32) * dr + q_tile.load(S).to(gl.float32) * dq
+    start = (first.to(gl.int64) * H + head) * K + half * 64
+    store_halves(dq_ptr + start, length, dq * (rise * scale), H * K)
+    dr *= rise
+    dk = warpgroup_mma_wait(0, deps=[dk])
+    if D_GATE:
         gate -= k_tile.load(S).to(gl.float32) * dk
+        synchronize()
         store_parts(gate, first_part, second_part)
         fence_async_shared()
         synchronize()
@@ -193,9 +198,7 @@ def eight_kda_gradients_kernel(
         gate = warpgroup_mma(all_ones, values_t.slice(64, 64), gate, is_async=True)
         gate = warpgroup_mma(ones, first_part, gate, is_async=True)
         gate = warpgroup_mma(all_ones, values_t.slice(0, 64), gate, is_async=True)
-    start = (first.to(gl.int64) * H + head) * K + half * 64
-    store_halves(dq_ptr + start, length, dq * (rise * scale), H * K)
-    store_halves(dk_ptr + start, length, dk / rise - dr * rise, H * K)
+    store_halves(dk_ptr + start, length, dk / rise - dr, H * K)
     if D_GATE:
         gate, ones, all_ones = warpgroup_mma_wait(0, deps=[gate, ones, all_ones])
         gl.store(dg_ptr + start + (i[:, None] * (H * K) + j[None, :]), gate, mask=(i < length)[:, None])

@@ -79,7 +79,7 @@ def hopper_kda_prepare_kernel(
     for part in gl.static_range(K // 64):
         scores = warpgroup_mma(queries.index(part), fallen.index(part).permute((1, 0)), scores, is_async=True)
         a = warpgroup_mma(risen.index(part), fallen.index(part).permute((1, 0)), a, is_async=True)
-    scores, a = warpgroup_mma_wait(0, deps=[scores, a])
+    scores, a, queries, risen, fallen = warpgroup_mma_wait(0, deps=[scores, a, queries, risen, fallen])
     i, j = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
     store_scratch(scores_ptr, tile, 0, gl.where(i[:, None] >= j[None, :], scores, 0.0).to(dtype), 64, 64)
     a *= vectors.index(1).load(ROW)[:, None] * vectors.index(0).load(COLUMN)[None, :]
