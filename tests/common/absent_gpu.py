@@ -179,16 +179,18 @@ def compile_branch(width):
 
 
 def compile_hopper_delta(head_dim):
-    """What the gated delta rule launches on Hopper."""
+    """What the gated delta rule and KDA launch on Hopper."""
     import forms
     import torch
 
     from longspan.kernels.linear.delta import Delta
     from longspan.kernels.linear.form import Spans
+    from longspan.kernels.linear.kda import KDA
 
     spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
-    inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, "medium", 1, dtype=torch.bfloat16)
-    forms.run_form(Delta, Delta.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
+    for form, decay in ((Delta, "medium"), (KDA, "channel_medium")):
+        inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, decay, 1, dtype=torch.bfloat16)
+        forms.run_form(form, form.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
 
 
 def compile_hopper_sweeps(head_dim):

@@ -67,6 +67,7 @@ def test_kernels_for_hopper_compile(tmp_path):
     names = {kernel["name"] for kernel in kernels}
     assert {"forward_kernel", "queries_kernel", "keys_kernel", "rows_kernel"} <= names  # sparse attention
     assert {"backward_kernel", "delta_reverse_kernel"} <= names  # the delta rule
+    assert {"hopper_kda_prepare_kernel", "hopper_kda_gradients_kernel"} <= names
     assert {"hopper_sum_kernel", "hopper_sweep_kernel", "hopper_reverse_kernel"} <= names  # decays per head
     for kernel in kernels:
         assert kernel["shared"] <= absent_gpu.SHARED_LIMIT and not kernel["undefined"], kernel

@@ -94,6 +94,9 @@ def hopper_kda_gradients_kernel(
     if length < 64:
         clear_rows(d_out, length, V)
         clear_rows(dv, length, V)
+        mbarrier.wait(ready.index(1), 0)
+        clear_rows(q_tile, length, 64)
+        clear_rows(k_tile, length, 64)
         fence_async_shared()
     synchronize()
 
@@ -104,10 +107,6 @@ def hopper_kda_gradients_kernel(
     rise = warpgroup_mma(ones, second_part, rise, is_async=True)
     d_pairs = warpgroup_mma(d_out, values_t, nothing, use_acc=False, is_async=True)
     mbarrier.wait(ready.index(1), 0)
-    if length < 64:
-        clear_rows(q_tile, length, 64)
-        clear_rows(k_tile, length, 64)
-        synchronize()
     rise, d_pairs, ones = warpgroup_mma_wait(0, deps=[rise, d_pairs, ones])
     x_pairs = warpgroup_mma(dv, values_t, nothing, use_acc=False, is_async=True)
     d_pairs = gl.convert_layout(gl.where(i[:, None] >= j[None, :], d_pairs, 0.0).to(dtype), OPERAND)

@@ -118,6 +118,9 @@ def eight_kda_gradients_kernel(
     if length < 64:
         clear_rows(d_out, length, V, 8)
         clear_rows(dv, length, V, 8)
+        mbarrier.wait(ready.index(1), 0)
+        clear_rows(q_tile, length, 64, 8)
+        clear_rows(k_tile, length, 64, 8)
         fence_async_shared()
     synchronize()
 
@@ -128,10 +131,6 @@ def eight_kda_gradients_kernel(
     rise = warpgroup_mma(ones, first_part, nothing, use_acc=False, is_async=True)
     rise = warpgroup_mma(ones, second_part, rise, is_async=True)
     mbarrier.wait(ready.index(1), 0)
-    if length < 64:
-        clear_rows(q_tile, length, 64, 8)
-        clear_rows(k_tile, length, 64, 8)
-        synchronize()
     rise, ones = warpgroup_mma_wait(0, deps=[rise, ones])
     # D and X below the diagonal, their transposes above: a result must not be transposed.
     d_lower = warpgroup_mma(d_out, values_t, nothing, use_acc=False, is_async=True)
