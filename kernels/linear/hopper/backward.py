@@ -43,9 +43,6 @@ def _fetch(
         chunk = chunks - 1 - passed
         stage, at, token = n % STAGES, tile + chunk * H, first + chunk * 64
         mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
-        if CHANNEL:
-            fetch_channel_decays(total_ptr, at, totals, stage, K)
-        fetch_vectors(rows_ptr, at, vectors, stage, GATE and not CHANNEL)
         mbarrier.expect(ready.index(stage), ((3 if CHANNEL else 2) * K + V + 2 * 64) * 64 * 2)
         if CHANNEL:
             async_load(write_desc, [token, head * K], ready.index(stage), writes.index(stage))
@@ -57,6 +54,10 @@ def _fetch(
         async_load(q_desc, [token, head * K], ready.index(stage), q_tiles.index(stage))
         async_load(scores_desc, [at * 64, 0], ready.index(stage), scores.index(stage))
         async_load(inverse_desc, [at * 64, 0], ready.index(stage), inverses.index(stage))
+        if CHANNEL:
+            fetch_channel_decays(total_ptr, at, totals, stage, K)
+        fetch_vectors(rows_ptr, at, vectors, stage, GATE and not CHANNEL)
+        mbarrier.arrive(ready.index(stage))
         n += 1
 
 
@@ -207,7 +208,7 @@ def backward_kernel(
         gl.allocate_shared_memory(dtype, [STAGES * (V // 64), 64, 64], shared),
         gl.allocate_shared_memory(dtype, [STAGES, 64, 64], shared),
         gl.allocate_shared_memory(dtype, [STAGES, 64, 64], shared),
-        make_barriers(STAGES, 1), make_barriers(STAGES, 2),
+        make_barriers(STAGES, 2), make_barriers(STAGES, 2),
         gl.allocate_shared_memory(dtype, [STAGED, 64, 64], shared),
     )  # fmt: skip
     cleared = make_barriers(1, 2)

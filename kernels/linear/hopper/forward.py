@@ -45,9 +45,6 @@ def _fetch(
     for chunk in range(begin, chunks):
         stage, at = n % STAGES, tile + chunk * H
         mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
-        if CHANNEL:
-            fetch_channel_decays(total_ptr, at, totals, stage, K)
-        fetch_vectors(rows_ptr, at, vectors, stage, GATE and not CHANNEL)
         token = first + chunk * 64
         KEYS: gl.constexpr = 2 * K if CHANNEL else K
         if MODE == "output":
@@ -65,6 +62,9 @@ def _fetch(
             async_load(scores_desc, [at * 64, 0], ready.index(stage), scores.index(stage))
         if CHANNEL:
             async_load(write_desc, [token, head * K], ready.index(stage), writes.index(stage))
+            fetch_channel_decays(total_ptr, at, totals, stage, K)
+        fetch_vectors(rows_ptr, at, vectors, stage, GATE and not CHANNEL)
+        mbarrier.arrive(ready.index(stage))
         n += 1
 
 
@@ -250,7 +250,7 @@ def forward_kernel(
         gl.allocate_shared_memory(dtype, [STAGES, 64, 64], shared),
         gl.allocate_shared_memory(dtype, [PARTS, 64, K], shared),
         gl.allocate_shared_memory(dtype, [PARTS, 64, 64], shared),
-        make_barriers(STAGES, 1), make_barriers(STAGES, 2),
+        make_barriers(STAGES, 2), make_barriers(STAGES, 2),
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),
     )  # fmt: skip
     cleared = make_barriers(1, 1)
