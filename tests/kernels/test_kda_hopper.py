@@ -65,9 +65,17 @@ def test_mild_beside_strong_chunks(kda):
     check(kda, given)
 
 
-def test_tokens_that_write_nothing(kda):
+def test_tokens_that_write_nothing_or_less(kda):
     given = make("medium")
     given[0]["beta"][::3] = 0
+    given[0]["beta"][1::3] *= -1
+    check(kda, given)
+
+
+def test_channels_that_forget_beside_others(kda):
+    """Nothing may be left out of the sum of a split as long as one channel remembers."""
+    given = make("weak")
+    given[0]["log_decay"][..., 64:] = -1.5
     check(kda, given)
 
 
