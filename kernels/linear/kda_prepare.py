@@ -4,7 +4,7 @@
     scale Q . exp(G)     K . exp(G)     K . exp(G_C - G)
 
 All are kept for the backward pass. How the decay between two tokens becomes a product of matrices: `channel_decay`.
-On Hopper GPUs `hopper.kda_prepare` takes chunks that are mild in all channels.
+On Hopper GPUs `hopper.kda_prepare` makes those of chunks that are mild in all channels.
 """
 
 from dataclasses import replace
@@ -48,7 +48,7 @@ def kda_prepare_kernel(
     """One chunk of one head. query, read, write: the three decayed ones [T, H, K]; total: G_C [tile, BLOCK_K]; T and P
     [tile, C, C]; beta in row 0 of `load_row` and, where other gates have G_C, the sum of every token's largest g. That
     bounds what is left of a state; the largest sum of a channel would not, as keys carry from channel to channel.
-    REST: of chunks that are mild in all channels total is there, and nothing is left to do."""
+    REST: `hopper.kda_prepare` has run, and chunks that are mild in all channels are left alone."""
     tile = tl.program_id(0).to(tl.int64)
     if REST:
         if is_mild(tl.load(total_ptr + tile * BLOCK_K + tl.arange(0, BLOCK_K))):

@@ -83,9 +83,12 @@ def test_documents_do_not_see_each_other(kda):
     """TMA fetches what lies beyond the end of a document with its last chunk."""
     inputs, entry, d_out, exit_grad = make("medium")
     clean = run(kda, (inputs, entry, d_out, exit_grad))
-    poison = {name: x.clone() for name, x in inputs.items()} | {"d_out": d_out.clone()}
-    for x in poison.values():
-        x[67:] = torch.nan  # the last document
-    poisoned = run(kda, (poison, entry, poison.pop("d_out"), exit_grad))
-    for name in ("out", "dq", "dk", "dv", "dbeta", "dlog_decay"):
-        assert torch.equal(clean[name][:67], poisoned[name][:67]), name
+    for first in (2, 67):
+        poison = {name: x.clone() for name, x in inputs.items()} | {"d_out": d_out.clone()}
+        for x in poison.values():
+            x[first:] = torch.nan
+        poisoned = run(kda, (poison, entry, poison.pop("d_out"), exit_grad))
+        for name in ("out", "dq", "dk", "dv", "dbeta", "dlog_decay"):
+            assert torch.equal(clean[name][:first], poisoned[name][:first]), name
+        for name in ("state", "transition", "d_state"):  # of the token before
+            assert torch.equal(clean[name][0], poisoned[name][0]), name

@@ -1,12 +1,11 @@
 """`kda_prepare` for Hopper GPUs, in Gluon: a thread has four channels of 8 tokens in a row, so that sums along tokens
-mostly stay in threads. Only where all channels are mild (`channel_decay`)."""
+mostly stay in threads. Right where all channels are mild (`channel_decay`); other chunks are done again in Triton."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from longspan.kernels.launch import launched
-from longspan.kernels.linear.channel_decay import MILD
 from longspan.kernels.linear.hopper.prepare import add, fill_roots, store_inverse
 from longspan.kernels.linear.hopper.tiles import store_scratch, synchronize
 from longspan.kernels.sparse.hopper.tiles import LOG2E, product_layout, shared_layout
@@ -22,8 +21,7 @@ def hopper_kda_prepare_kernel(
     g_stride_t: gl.constexpr, g_stride_h, beta_stride_t, beta_stride_h, scale, H: gl.constexpr, K: gl.constexpr,
     SMALLEST: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.linear.kda_prepare.kda_prepare_kernel, for K = 128; of chunks that are not mild only total is right.
-    Grid: (chunks * H)."""
+    """As kernels.linear.kda_prepare.kda_prepare_kernel, for K = 128. Grid: (chunks * H)."""
     TOKENS: gl.constexpr = gl.BlockedLayout([8, 4], [2, 16], [4, 1], [1, 0])
     S: gl.constexpr = product_layout(64)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
@@ -42,7 +40,6 @@ def hopper_kda_prepare_kernel(
     token, key = gl.arange(0, 64, gl.SliceLayout(1, TOKENS)), gl.arange(0, 64, gl.SliceLayout(0, TOKENS))
     inside = (token < length)[:, None]
     largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, TOKENS))
-    least = 0.0
     for part in range(0, K // 64):
         g_at = g_ptr + first * g_stride_t + head * g_stride_h + part * 64
         k_at = k_ptr + first * k_stride_t + head * k_stride_h + part * 64
@@ -55,7 +52,6 @@ def hopper_kda_prepare_kernel(
         largest = gl.maximum(largest, gl.max(g, 1))
         total = gl.sum(g, 0)
         gl.store(total_ptr + tile_at * K + part * 64 + key, total)
-        least = gl.minimum(least, gl.min(total, 0))
         half = total * (0.5 * LOG2E)
         rise = gl.associative_scan(g * LOG2E, 0, add) - half[None, :]
         edge = gl.exp2(half)[None, :]
@@ -69,8 +65,6 @@ def hopper_kda_prepare_kernel(
         rise *= q.to(gl.float32) * scale
         queries.index(part).store(rise.to(dtype))
         gl.store(query_ptr + start + at, (rise * edge).to(dtype), mask=inside)
-    if least < -MILD:
-        return
     gl.store(rows_ptr + tile_at * (8 * 64) + (8 * 64 - 3), gl.sum(largest, 0))
     fence_async_shared()
     synchronize()
