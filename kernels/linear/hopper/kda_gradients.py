@@ -102,7 +102,8 @@ def hopper_kda_gradients_kernel(
 
     # In an order in which little has to be kept in registers.
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
-    ones = gl.convert_layout(gl.where(i[:, None] >= j[None, :], 1.0, nothing).to(dtype), OPERAND)
+    one = gl.where(length > 0, nothing + 1.0, nothing)  # ptxas 12.8 sets constant operands only after their product
+    ones = gl.convert_layout(gl.where(i[:, None] >= j[None, :], one, nothing).to(dtype), OPERAND)
     rise = warpgroup_mma(ones, first_part, nothing, use_acc=False, is_async=True)
     rise = warpgroup_mma(ones, second_part, rise, is_async=True)
     d_pairs = warpgroup_mma(d_out, values_t, nothing, use_acc=False, is_async=True)
@@ -161,8 +162,8 @@ def hopper_kda_gradients_kernel(
         store_parts(gate, d_out.slice(0, 64, 1), d_out.slice(64, 64, 1))
         fence_async_shared()
         synchronize()
-        ones = gl.convert_layout(gl.where(i[:, None] <= j[None, :], 1.0, nothing).to(dtype), OPERAND)
-        all_ones = gl.convert_layout((nothing + 1.0).to(dtype), OPERAND)
+        ones = gl.convert_layout(gl.where(i[:, None] <= j[None, :], one, nothing).to(dtype), OPERAND)
+        all_ones = gl.convert_layout(one.to(dtype), OPERAND)
         gate = warpgroup_mma(ones, d_out.slice(64, 64, 1), nothing, use_acc=False, is_async=True)
         gate = warpgroup_mma(all_ones, dv.slice(64, 64, 1), gate, is_async=True)
         gate = warpgroup_mma(ones, d_out.slice(0, 64, 1), gate, is_async=True)
