@@ -102,7 +102,7 @@ def hopper_kda_gradients_kernel(
 
     # In an order in which little has to be kept in registers.
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
-    one = gl.where(length > 0, nothing + 1.0, nothing)  # ptxas 12.8 sets constant operands only after their product
+    one = gl.where(length > 0, nothing + 1.0, nothing)  # ptxas 12.9 sets constant operands only after their product
     ones = gl.convert_layout(gl.where(i[:, None] >= j[None, :], one, nothing).to(dtype), OPERAND)
     rise = warpgroup_mma(ones, first_part, nothing, use_acc=False, is_async=True)
     rise = warpgroup_mma(ones, second_part, rise, is_async=True)

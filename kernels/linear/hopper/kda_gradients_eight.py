@@ -127,7 +127,7 @@ def eight_kda_gradients_kernel(
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
     a_row, a_column = gl.arange(0, 64, gl.SliceLayout(1, OPERAND)), gl.arange(0, 64, gl.SliceLayout(0, OPERAND))
     zeros = gl.full([64, 64], 0.0, gl.float32, OPERAND)
-    # Always; but what the compiler takes for constant is set only after its product is under way, by ptxas 12.8.
+    # True, but no constant: constant parts of an operand are set only after its product, by ptxas 12.9.
     always = a_row[:, None] + a_column[None, :] > -length
     ones = gl.where((a_row[:, None] >= a_column[None, :]) & always, 1.0, zeros).to(dtype)
     rise = warpgroup_mma(ones, first_part, nothing, use_acc=False, is_async=True)
