@@ -94,8 +94,8 @@ def undefined_registers(sass: str) -> dict[str, str]:
 
 def overwritten_operands(sass: str) -> dict[str, str]:
     """{register that a product under way has its first operand in, and that is set before the product has been waited
-    for: the instruction that sets it}. ptxas 12.9 sets what is constant of an operand, such as ones below a diagonal,
-    only after the first of the products that read it, which takes whatever was there before."""
+    for: the instruction that sets it}. ptxas 12.9 and 13.3 set what is constant of an operand, such as ones below a
+    diagonal, only after the first of the products that read it, which takes whatever was there before."""
     reading, found = set(), {}
     for match in _INSTRUCTION.finditer(sass):
         operation, operands = match[1], [operand.strip() for operand in match[2].split(",")]
