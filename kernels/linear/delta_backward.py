@@ -50,7 +50,7 @@ def backward_kernel(
 
     "sum"     the gradient of the state that enters a split from the split's own outputs -> sum [row, H, K, V]
     "states"  the gradient of the state that leaves every chunk, dS^T -> d_states [tile, V, K], and E -> errors
-              [tile, C, V]
+              [tile, C, V]; with a decay per key channel beta E, which is dv, -> errors [T, H, V]
     """
     blocks: tl.constexpr = BLOCK_V // BLOCK
     program = tl.program_id(0)
@@ -102,11 +102,16 @@ def backward_kernel(
                 d_values *= to_end[None, :]
         d_values = tl.dot(d_out, scores, d_values, input_precision=PRECISION)
         errors = tl.dot(d_values.to(k.dtype), inverse, input_precision=PRECISION)
+        read, from_start, decayed_read = load_rows(rows_ptr, tile, 0, CHUNK)
         if MODE == "states":
             tl.store(d_states_ptr + tile * BLOCK_V * BLOCK_K + column[:, None] * BLOCK_K + key[None, :], leaving)
-            errors_at = errors_ptr + tile * BLOCK_V * CHUNK + column[:, None] + token[None, :] * BLOCK_V
-            tl.store(errors_at, errors.to(k.dtype))
-        read, from_start, decayed_read = load_rows(rows_ptr, tile, 0, CHUNK)
+            if CHANNEL:
+                dv_at = errors_ptr + (start * H + head) * V + (column[:, None] + token[None, :] * (H * V))
+                dv_mask = (column < V)[:, None] & (token < left)[None, :]
+                tl.store(dv_at, (errors * read[None, :]).to(k.dtype), mask=dv_mask)
+            else:
+                errors_at = errors_ptr + tile * BLOCK_V * CHUNK + column[:, None] + token[None, :] * BLOCK_V
+                tl.store(errors_at, errors.to(k.dtype))
         if GATE and not CHANNEL:
             read = decayed_read
             weight *= from_start
@@ -128,9 +133,11 @@ def backward_sums(call, prepared, d_out):
 
 
 def backward_states(call, prepared, d_out, exits):
-    """dS^T leaving each chunk [tiles, V, K] and E [tiles, C, V]. exits: [N, H, K, V], leaving the splits."""
+    """dS^T leaving each chunk [tiles, V, K] and E [tiles, C, V], or with a decay per key channel dv, beta E [T, H, V].
+    exits: [N, H, K, V], leaving the splits."""
     block_k, block_v = call.widths
-    states = call.scratch(block_v, block_k), call.scratch(CHUNK, block_v)
+    errors = call.scratch(CHUNK, block_v) if call.write is None else call.v.new_empty(call.v.shape)
+    states = call.scratch(block_v, block_k), errors
     _launch("states", call, prepared, d_out, call.splits.num_splits, exits=exits, states=states)
     return states
 
@@ -138,10 +145,10 @@ def backward_states(call, prepared, d_out, exits):
 def _launch(mode, call, prepared, d_out, num_splits, *, exits=None, states=(None,) * 2, sums=None, split_list=None):
     q, k, splits, block_v = call.q, call.k, call.splits, call.widths[1]
     block, options = call.columns(SWEEP[mode], block_v)
-    if num_splits and mode == "sum" and call.write is None and hopper.takes(call):
+    if num_splits and hopper.takes(call):
         from longspan.kernels.linear.hopper import backward
 
-        backward.launch(call, prepared, d_out, num_splits, sums, split_list)
+        backward.launch(mode, call, prepared, d_out, num_splits, exits, states, sums, split_list)
     elif num_splits:
         backward_kernel[(num_splits * call.heads * (block_v // block),)](
             q, k, d_out, call.write, call.total, *prepared, exits, *states, sums,

@@ -173,7 +173,7 @@ def _launch(
     splits, (block_k, block_v) = call.splits, call.widths
     columns = block_v + block_k if mode == "sum" else block_v
     block, options = call.columns(CONFIGS[mode], next_power_of_2(columns))
-    if num_splits and call.write is None and hopper.takes(call):
+    if num_splits and hopper.takes(call):
         from longspan.kernels.linear.hopper import forward
 
         forward.launch(mode, call, prepared, num_splits, tables, entries, out, states, sums)

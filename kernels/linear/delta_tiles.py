@@ -32,7 +32,7 @@ class Call:
     """q, k: [T, H, K]; v: [T, H, V], one dtype, unit stride in the last dimension; log_decay: None, [H], [T, H] or
     [T, H, K]; beta: [T, H].
 
-    With a decay per key channel the sweeps take another call, made by `kda_prepare.decayed`, whose q and k have decayed
+    With a decay per key channel the sweeps take another call, made by `kda_prepare.swept`, whose q and k have decayed
     from the start of their chunk (q also scaled: `scale` is 1), and which has `write`, k decayed to the end of the
     chunk, with the strides of k, and `total`, log decays of whole chunks, fp32 [tiles, padded K]."""
 

@@ -6,7 +6,7 @@
 
 from longspan.kernels.linear.delta import Delta
 from longspan.kernels.linear.kda_gradients import input_gradients
-from longspan.kernels.linear.kda_prepare import decayed, prepare
+from longspan.kernels.linear.kda_prepare import prepare, swept
 from longspan.kernels.linear.splits import unit_stride
 
 
@@ -20,9 +20,14 @@ class KDA(Delta):
         assert max(k.shape[2], v.shape[2]) <= 128, (k.shape, v.shape)
         super().__init__(tables, q, k, v, unit_stride(log_decay), beta, scale)
 
+    def output(self, entry, dtype):
+        out, saved = super().output(entry, dtype)
+        return out, (*saved, self.call.q, self.call.k, self.call.write, self.call.total)
+
     def start_backward(self, saved, d_out, gate):
+        *saved, query, read, write, total = saved
         super().start_backward(saved, d_out, gate)
-        self.call = decayed(self.inputs)
+        self.call = swept(self.inputs, query, read, write, total)
 
     def _prepare(self):
         self.call, self.prepared = prepare(self.inputs)

@@ -1,20 +1,22 @@
 """Gradients of KDA's inputs, chunk by chunk, once S, V', dS and E (`delta_backward`) of each are known. Per channel c,
-with D = tril(dO V'^T), X = tril_-1(E V'^T), and r = -beta k, what a token reads as by A:
+with D = tril(dO V'^T), X = tril_-1(beta E V'^T), where beta E is dv, and r = -k, what a token reads as by A:
 
     dq_ic = scale exp(G_ic) [ (dO S^T)_ic + sum_{j <= i} D_ij k_jc exp(-G_jc) ]
-    dr_ic =       exp(G_ic) [ (E S^T)_ic  + sum_{j < i}  X_ij k_jc exp(-G_jc) ]
+    dr_ic =       exp(G_ic) [ (dv S^T)_ic + sum_{j < i}  X_ij k_jc exp(-G_jc) ]
     dk_jc = exp(-G_jc) [ exp(G_Cc) (V' dS^T)_jc + sum_{i >= j} D_ij scale q_ic exp(G_ic) + X_ij r_ic exp(G_ic) ]
 
-    dk = dk - beta . dr     dv = beta . E     dbeta = rowsum(E . V) - rowsum(K . dr)
+    dk = dk - dr     dbeta = rowsum(dv . V') / beta^2, with what T has of it; no beta is zero (`SMALLEST_BETA`)
 
 The gate's gradient is a sum over paths, per channel, as in `channel_gradients`: what a pair gives is counted at the
-later token and taken off again at the earlier one, both from the same rounded factors.
+later token and taken off again at the earlier one, both from the same rounded factors. On Hopper GPUs
+`hopper.kda_gradients` takes chunks that are mild in all channels.
 """
 
 import torch
 
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.launch import launched
+from longspan.kernels.linear import hopper
 from longspan.kernels.linear.channel_decay import (
     LOG2E,
     climb,
@@ -27,8 +29,8 @@ from longspan.kernels.linear.channel_decay import (
     store_rows,
 )
 from longspan.kernels.linear.delta_backward import backward_states
-from longspan.kernels.linear.delta_gradients import load_states, load_values
-from longspan.kernels.linear.delta_tiles import CHUNK, load_row, load_tokens, store_tokens
+from longspan.kernels.linear.delta_gradients import load_states
+from longspan.kernels.linear.delta_tiles import CHUNK, load_row, load_tokens
 
 # Element size: (columns of K at a time, where gates are strong, of V at a time, warps, stages).
 GRADIENTS = {2: (32, 16, 128, 4, 1), 4: (16, 16, 32, 8, 1)}
@@ -37,30 +39,31 @@ GRADIENTS = {2: (32, 16, 128, 4, 1), 4: (16, 16, 32, 8, 1)}
 @launched
 @triton.jit(do_not_specialize=["scale"])
 def kda_gradients_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, d_out_ptr, total_ptr, rows_ptr, states_ptr, values_ptr, d_states_ptr, errors_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dg_ptr, d_beta_ptr, chunk_first_ptr, chunk_length_ptr,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, g_stride_t, g_stride_h,
-    d_out_stride_t, d_out_stride_h, scale, H,
+    q_ptr, k_ptr, g_ptr, d_out_ptr, total_ptr, rows_ptr, states_ptr, values_ptr, d_states_ptr, dv_ptr,
+    dq_ptr, dk_ptr, dg_ptr, d_beta_ptr, chunk_first_ptr, chunk_length_ptr,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, g_stride_t, g_stride_h, d_out_stride_t, d_out_stride_h, scale, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GATE: tl.constexpr, LEVELS: tl.constexpr, STEP_K: tl.constexpr, STRONG_K: tl.constexpr, STEP_V: tl.constexpr,
-    D_GATE: tl.constexpr, PRECISION: tl.constexpr,
+    D_GATE: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head: dq, dk [T, H, K], dv [T, H, V], d_beta [T, H] and, if D_GATE, d_log_decay [T, H, K]."""
+    """One chunk of one head, from dv and the states: dq, dk [T, H, K], d_beta [T, H] and, if D_GATE, d_log_decay
+    [T, H, K]. REST: only where not all channels are mild."""
     tile = tl.program_id(0).to(tl.int64)
+    if REST:
+        if is_mild(tl.load(total_ptr + tile * BLOCK_K + tl.arange(0, BLOCK_K))):
+            return
     chunk, head = tile // H, tile % H
     first, length = tl.load(chunk_first_ptr + chunk).to(tl.int64), tl.load(chunk_length_ptr + chunk)
     token = tl.arange(0, CHUNK)
     row, column = token[:, None], token[None, :]
     q_ptr += first * q_stride_t + head * q_stride_h
     k_ptr += first * k_stride_t + head * k_stride_h
-    v_ptr += first * v_stride_t + head * v_stride_h
     g_ptr += first * g_stride_t + head * g_stride_h
     d_out_ptr += first * d_out_stride_t + head * d_out_stride_h
     total_ptr += tile * BLOCK_K
     states_ptr += tile * BLOCK_V * BLOCK_K
     d_states_ptr += tile * BLOCK_V * BLOCK_K
     values_ptr += tile * BLOCK_V * CHUNK
-    errors_ptr += tile * BLOCK_V * CHUNK
     dq_ptr += (first * H + head) * K
     dk_ptr += (first * H + head) * K
     dv_ptr += (first * H + head) * V
@@ -69,29 +72,26 @@ def kda_gradients_kernel(
     work: tl.constexpr = states_ptr.dtype.element_ty
     beta = load_row(rows_ptr, tile, 0, CHUNK)
     # Read once where one step takes all columns of V.
-    d_out, values_t, errors = load_values(
-        d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, 0, STEP_V, CHUNK, V, BLOCK_V
+    d_out, values_t, dv = _load_values(
+        d_out_ptr, values_ptr, dv_ptr, d_out_stride_t, H * V, length, 0, STEP_V, CHUNK, V, BLOCK_V
     )
 
     # D and X on and below the diagonal, their transposes above: a result must not be transposed.
-    d_beta = tl.zeros([CHUNK], dtype=tl.float32)
     d_pairs = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
     x_pairs = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
     for start in range(0, BLOCK_V, STEP_V):
         if STEP_V < BLOCK_V:
-            d_out, values_t, errors = load_values(
-                d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, start, STEP_V, CHUNK, V, BLOCK_V
+            d_out, values_t, dv = _load_values(
+                d_out_ptr, values_ptr, dv_ptr, d_out_stride_t, H * V, length, start, STEP_V, CHUNK, V, BLOCK_V
             )
-        value = start + tl.arange(0, STEP_V)
-        v = load_tokens(v_ptr, v_stride_t, length, value, CHUNK, V, V == BLOCK_V)
-        d_beta += tl.sum(errors.to(tl.float32) * v.to(tl.float32), 1)
-        store_tokens(dv_ptr, H * V, length, value, errors.to(tl.float32) * beta[:, None], CHUNK, V)
         below = tl.dot(d_out, values_t, input_precision=PRECISION)
         above = tl.dot(tl.trans(values_t), tl.trans(d_out), input_precision=PRECISION)
         d_pairs += tl.where(row >= column, below, above)
-        below = tl.dot(errors, values_t, input_precision=PRECISION)
-        above = tl.dot(tl.trans(values_t), tl.trans(errors), input_precision=PRECISION)
-        x_pairs += tl.where(row > column, below, above)
+        below = tl.dot(dv, values_t, input_precision=PRECISION)
+        above = tl.dot(tl.trans(values_t), tl.trans(dv), input_precision=PRECISION)
+        x_pairs += tl.where(row >= column, below, above)
+    d_beta = tl.sum(tl.where(row == column, x_pairs, 0.0), 1) / (beta * beta)
+    tl.store(d_beta_ptr + (first + token) * H + head, d_beta, mask=token < length)
     d_pairs = d_pairs.to(work)
     x_pairs = tl.where(row == column, 0.0, x_pairs).to(work)
     d_self = tl.sum(tl.where(row == column, d_pairs, 0.0).to(tl.float32), 1)[:, None]
@@ -102,7 +102,7 @@ def kda_gradients_kernel(
         total = tl.load(total_ptr + key)
         if is_mild(total):
             dq, dr, dk, through = from_states(
-                d_out, values_t, errors, d_out_ptr, values_ptr, errors_ptr, states_ptr, d_states_ptr, d_out_stride_t,
+                d_out, values_t, dv, d_out_ptr, values_ptr, dv_ptr, states_ptr, d_states_ptr, d_out_stride_t, H * V,
                 length, key, STEP_K, V, BLOCK_K, BLOCK_V, STEP_V, CHUNK, PRECISION,
             )  # fmt: skip
             g = load_rows(g_ptr, g_stride_t, token, key, length, K).to(tl.float32)
@@ -111,13 +111,11 @@ def kda_gradients_kernel(
             rise, fall, edge = tl.exp2(rise), tl.exp2(-rise), tl.exp2(half)[None, :]
             # In an order in which little has to be kept in registers.
             k = load_rows(k_ptr, k_stride_t, token, key, length, K).to(tl.float32)
-            risen = k * rise
-            r = factor(risen * -beta[:, None], work, PRECISION)
+            r = factor(-k * rise, work, PRECISION)
             k = factor(k * fall, work, PRECISION)
             dr = tl.dot(tl.where(from_before, x_pairs, 0.0).to(work), k, dr * edge, input_precision=PRECISION)
-            d_beta -= tl.sum(risen * dr, 1)
             gate = r * dr
-            dr *= rise * beta[:, None]
+            dr *= rise
             q = load_rows(q_ptr, q_stride_t, token, key, length, K).to(tl.float32)
             q = factor(q * (rise * scale), work, PRECISION)
             dq = tl.dot(tl.where(from_before, d_pairs, 0.0).to(work), k, dq * edge, input_precision=PRECISION)
@@ -135,14 +133,14 @@ def kda_gradients_kernel(
             for part in tl.range(0, STEP_K, STRONG_K, disable_licm=True):
                 channel = start + part + tl.arange(0, STRONG_K)
                 dq, dr, dk, through = from_states(
-                    d_out, values_t, errors, d_out_ptr, values_ptr, errors_ptr, states_ptr, d_states_ptr,
-                    d_out_stride_t, length, channel, STRONG_K, V, BLOCK_K, BLOCK_V, STEP_V, CHUNK, PRECISION,
+                    d_out, values_t, dv, d_out_ptr, values_ptr, dv_ptr, states_ptr, d_states_ptr,
+                    d_out_stride_t, H * V, length, channel, STRONG_K, V, BLOCK_K, BLOCK_V, STEP_V, CHUNK, PRECISION,
                 )  # fmt: skip
                 through *= tl.exp(tl.load(total_ptr + channel))
                 g = load_rows(g_ptr, g_stride_t, token, channel, length, K).to(tl.float32)
                 q = load_rows(q_ptr, q_stride_t, token, channel, length, K).to(tl.float32) * scale
                 k = load_rows(k_ptr, k_stride_t, token, channel, length, K).to(tl.float32)
-                r = -beta[:, None] * k
+                r = -k
                 passed, to_end = tl.exp(g), tl.full([CHUNK, STRONG_K], 1.0, tl.float32)
                 from_start = passed
                 dq_pairs, dk_pairs = d_self * k, d_self * q
@@ -168,20 +166,17 @@ def kda_gradients_kernel(
                     gate = running_sum(change + q * dq + r * dr, from_after, work)
                     gate += running_sum(k * dk, row > column, work) + through[None, :]
                     store_rows(dg_ptr, H * K, token, channel, length, gate, K)
-                dr += dr_pairs
-                d_beta -= tl.sum(k * dr, 1)
                 store_rows(dq_ptr, H * K, token, channel, length, (dq + dq_pairs) * scale, K)
-                store_rows(dk_ptr, H * K, token, channel, length, dk + dk_pairs - beta[:, None] * dr, K)
-    tl.store(d_beta_ptr + (first + token) * H + head, d_beta, mask=token < length)
+                store_rows(dk_ptr, H * K, token, channel, length, dk + dk_pairs - dr - dr_pairs, K)
 
 
 @triton.jit
 def from_states(
-    d_out, values_t, errors, d_out_ptr, values_ptr, errors_ptr, states_ptr, d_states_ptr, d_out_stride_t, length, key,
-    STEP_K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STEP_V: tl.constexpr,
+    d_out, values_t, dv, d_out_ptr, values_ptr, dv_ptr, states_ptr, d_states_ptr, d_out_stride_t, dv_stride_t, length,
+    key, STEP_K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STEP_V: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dO S^T, E S^T, V' dS^T, [CHUNK, keys], and rowsum <S, dS> [keys]. d_out, values_t, errors: from `load_values` if
+    """dO S^T, dv S^T, V' dS^T, [CHUNK, keys], and rowsum <S, dS> [keys]. d_out, values_t, dv: from `_load_values` if
     all columns of V are taken at once."""
     dq = tl.zeros([CHUNK, STEP_K], dtype=tl.float32)
     dr = tl.zeros([CHUNK, STEP_K], dtype=tl.float32)
@@ -189,33 +184,51 @@ def from_states(
     through = tl.zeros([STEP_K], dtype=tl.float32)
     for start in range(0, BLOCK_V, STEP_V):
         if STEP_V < BLOCK_V:
-            d_out, values_t, errors = load_values(
-                d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, start, STEP_V, CHUNK, V, BLOCK_V
+            d_out, values_t, dv = _load_values(
+                d_out_ptr, values_ptr, dv_ptr, d_out_stride_t, dv_stride_t, length, start, STEP_V, CHUNK, V, BLOCK_V
             )
         state, d_state = load_states(states_ptr, d_states_ptr, start, key, STEP_V, BLOCK_K)
         dq = tl.dot(d_out, state, dq, input_precision=PRECISION)
-        dr = tl.dot(errors, state, dr, input_precision=PRECISION)
+        dr = tl.dot(dv, state, dr, input_precision=PRECISION)
         dk = tl.dot(tl.trans(values_t), d_state, dk, input_precision=PRECISION)
         through += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
     return dq, dr, dk, through
 
 
-def input_gradients(call, decayed, prepared, d_out, entering, exits, gate: bool):
+@triton.jit
+def _load_values(
+    d_out_ptr, values_ptr, dv_ptr, d_out_stride_t, dv_stride_t, length, start, STEP_V: tl.constexpr,
+    CHUNK: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dO, V'^T and dv of the columns of V from `start` on."""
+    token, value = tl.arange(0, CHUNK), start + tl.arange(0, STEP_V)
+    d_out = load_tokens(d_out_ptr, d_out_stride_t, length, value, CHUNK, V, V == BLOCK_V)
+    values_t = tl.load(values_ptr + (value[:, None] * CHUNK + token[None, :]))
+    return d_out, values_t, load_tokens(dv_ptr, dv_stride_t, length, value, CHUNK, V, V == BLOCK_V)
+
+
+def input_gradients(call, swept, prepared, d_out, entering, exits, gate: bool):
     """dq, dk, dv in the dtype of the inputs; d_beta [T, H] and, if `gate`, d_log_decay [T, H, K] (else None), fp32.
-    decayed: the Call of the sweeps; entering: S^T and V'^T of every chunk; exits: [N, H, K, V], gradients of the states
+    swept: the Call of the sweeps; entering: S^T and V'^T of every chunk; exits: [N, H, K, V], gradients of the states
     leaving the splits."""
-    q, k, v, g = call.q, call.k, call.v, call.log_decay
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    q, k, g = call.q, call.k, call.log_decay
+    dq, dk = (q.new_empty(q.shape) for _ in range(2))
     d_beta = q.new_empty(q.shape[:2], dtype=torch.float32)
     dg = q.new_empty(q.shape, dtype=torch.float32) if gate else None
-    leaving = backward_states(decayed, prepared, d_out, exits)
+    d_states, dv = backward_states(swept, prepared, d_out, exits)
+    on_hopper = hopper.takes(call)
+    if call.num_tiles and on_hopper:
+        from longspan.kernels.linear.hopper import kda_gradients
+
+        kda_gradients.launch(call, swept, prepared, d_out, entering, d_states, dv, dq, dk, dg, d_beta)
     if call.num_tiles:
         block_k, block_v = call.widths
         step_k, strong_k, step_v, warps, stages = GRADIENTS[q.element_size()]
         kda_gradients_kernel[(call.num_tiles,)](
-            q, k, v, g, d_out, decayed.total, prepared.rows, *entering, *leaving, dq, dk, dv, dg, d_beta, *call.chunks,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *call.decay_strides, *d_out.stride()[:2], call.scale,
+            q, k, g, d_out, swept.total, prepared.rows, *entering, d_states, dv, dq, dk, dg, d_beta, *call.chunks,
+            *q.stride()[:2], *k.stride()[:2], *call.decay_strides, *d_out.stride()[:2], call.scale,
             call.heads, **call.constants, LEVELS=CHUNK.bit_length() - 1, STEP_K=min(step_k, block_k),
-            STRONG_K=strong_k, STEP_V=min(step_v, block_v), D_GATE=gate, num_warps=warps, num_stages=stages,
+            STRONG_K=strong_k, STEP_V=min(step_v, block_v), D_GATE=gate, REST=on_hopper,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return dq, dk, dv, d_beta, dg

@@ -3,8 +3,8 @@
     A = tril_-1(beta_i sum_c k_ic k_jc exp(G_ic - G_jc))     T = (I + A)^-1     P = scale tril(sum_c q_ic k_jc exp(..))
     scale Q . exp(G)     K . exp(G)     K . exp(G_C - G)
 
-T and P are kept for the backward pass; the decayed q and k, as large as the inputs, are made again. How the decay
-between two tokens becomes a product of matrices: `channel_decay`.
+All are kept for the backward pass. How the decay between two tokens becomes a product of matrices: `channel_decay`.
+On Hopper GPUs `hopper.kda_prepare` makes those of chunks that are mild in all channels.
 """
 
 from dataclasses import replace
@@ -13,6 +13,7 @@ import torch
 
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.launch import launched
+from longspan.kernels.linear import hopper
 from longspan.kernels.linear.channel_decay import (
     LOG2E,
     climb,
@@ -25,6 +26,7 @@ from longspan.kernels.linear.channel_decay import (
 from longspan.kernels.linear.delta_prepare import MERGES, SUBSTITUTED, invert_unit_lower
 from longspan.kernels.linear.delta_tiles import CHUNK, Prepared
 
+SMALLEST_BETA = {2: 2.0**-20, 4: 2.0**-40}  # by element size, of |beta|, by whose square gradients are divided
 # Element size, padded K: (channels per step, per step where gates are strong, warps, registers).
 PREPARE = {
     2: {16: (16, 16, 4, 255), 32: (32, 16, 4, 255), 64: (64, 16, 4, 255), 128: (32, 16, 4, 255)},
@@ -38,16 +40,19 @@ def kda_prepare_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, query_ptr, read_ptr, write_ptr, total_ptr, inverse_ptr, scores_ptr, rows_ptr,
     chunk_first_ptr, chunk_length_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, g_stride_t, g_stride_h, beta_stride_t, beta_stride_h,
-    decayed_stride_t, decayed_stride_h, scale, H,
+    scale, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    GATE: tl.constexpr, LEVELS: tl.constexpr, STEP_K: tl.constexpr, STRONG_K: tl.constexpr, PAIRS: tl.constexpr,
-    FIRST: tl.constexpr, INVERSE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, LEVELS: tl.constexpr, STEP_K: tl.constexpr, STRONG_K: tl.constexpr, FIRST: tl.constexpr,
+    SMALLEST: tl.constexpr, REST: tl.constexpr, INVERSE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head. query, read, write: the three decayed ones [T, H, K], strides of `decayed`; total: G_C
-    [tile, BLOCK_K]. If PAIRS also T and P [tile, C, C], beta in row 0 of `load_row` and, where other gates have G_C,
-    the sum of every token's largest g. That bounds what is left of a state; the largest sum of a channel would not, as
-    keys carry from channel to channel."""
+    """One chunk of one head. query, read, write: the three decayed ones [T, H, K]; total: G_C [tile, BLOCK_K]; T and P
+    [tile, C, C]; beta in row 0 of `load_row` and, where other gates have G_C, the sum of every token's largest g. That
+    bounds what is left of a state; the largest sum of a channel would not, as keys carry from channel to channel.
+    REST: `hopper.kda_prepare` has run, and chunks that are mild in all channels are left alone."""
     tile = tl.program_id(0).to(tl.int64)
+    if REST:
+        if is_mild(tl.load(total_ptr + tile * BLOCK_K + tl.arange(0, BLOCK_K))):
+            return
     chunk, head = tile // H, tile % H
     first, length = tl.load(chunk_first_ptr + chunk).to(tl.int64), tl.load(chunk_length_ptr + chunk)
     token = tl.arange(0, CHUNK)
@@ -55,9 +60,9 @@ def kda_prepare_kernel(
     q_ptr += first * q_stride_t + head * q_stride_h
     k_ptr += first * k_stride_t + head * k_stride_h
     g_ptr += first * g_stride_t + head * g_stride_h
-    query_ptr += first * decayed_stride_t + head * decayed_stride_h
-    read_ptr += first * decayed_stride_t + head * decayed_stride_h
-    write_ptr += first * decayed_stride_t + head * decayed_stride_h
+    query_ptr += (first * H + head) * K
+    read_ptr += (first * H + head) * K
+    write_ptr += (first * H + head) * K
     total_ptr += tile * BLOCK_K
     work: tl.constexpr = query_ptr.dtype.element_ty
 
@@ -79,13 +84,12 @@ def kda_prepare_kernel(
             rise = tl.exp2(rise)
             k *= rise
             q = load_rows(q_ptr, q_stride_t, token, key, length, K).to(tl.float32) * rise
-            if PAIRS:
-                fallen = tl.trans(k_fallen.to(work))
-                scores = tl.dot(q.to(work), fallen, scores, input_precision=PRECISION)
-                a = tl.dot(k.to(work), fallen, a, input_precision=PRECISION)
-            store_rows(query_ptr, decayed_stride_t, token, key, length, q * (edge * scale)[None, :], K)
-            store_rows(read_ptr, decayed_stride_t, token, key, length, k * edge[None, :], K)
-            store_rows(write_ptr, decayed_stride_t, token, key, length, k_fallen * edge[None, :], K)
+            fallen = tl.trans(k_fallen.to(work))
+            scores = tl.dot(q.to(work), fallen, scores, input_precision=PRECISION)
+            a = tl.dot(k.to(work), fallen, a, input_precision=PRECISION)
+            store_rows(query_ptr, H * K, token, key, length, q * (edge * scale)[None, :], K)
+            store_rows(read_ptr, H * K, token, key, length, k * edge[None, :], K)
+            store_rows(write_ptr, H * K, token, key, length, k_fallen * edge[None, :], K)
         else:
             for part in tl.range(0, STEP_K, STRONG_K, disable_licm=True):  # the tree needs many registers per channel
                 channel = start + part + tl.arange(0, STRONG_K)
@@ -93,36 +97,36 @@ def kda_prepare_kernel(
                 q = load_rows(q_ptr, q_stride_t, token, channel, length, K).to(tl.float32)
                 k = load_rows(k_ptr, k_stride_t, token, channel, length, K).to(tl.float32)
                 from_start, to_end = passed, tl.full([CHUNK, STRONG_K], 1.0, tl.float32)
-                if PAIRS:
-                    scores += tl.where(row == column, tl.sum(q * k, 1)[:, None], 0.0)
+                scores += tl.where(row == column, tl.sum(q * k, 1)[:, None], 0.0)
                 for level in tl.range(0, LEVELS, disable_licm=True):
                     second = is_second(token, level)
-                    if PAIRS:
-                        decay = tl.where(second, from_start, to_end)
-                        keys = (k * decay).to(work)
-                        meet = meets(token, level)
-                        queries = tl.where(second, q * decay, 0.0).to(work)
-                        pairs = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-                        scores += tl.where(meet, pairs, 0.0)
-                        pairs = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-                        a += tl.where(meet, pairs, 0.0)
+                    decay = tl.where(second, from_start, to_end)
+                    keys = (k * decay).to(work)
+                    meet = meets(token, level)
+                    queries = tl.where(second, q * decay, 0.0).to(work)
+                    pairs = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+                    scores += tl.where(meet, pairs, 0.0)
+                    pairs = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+                    a += tl.where(meet, pairs, 0.0)
                     passed, from_start, to_end = climb(passed, from_start, to_end, token ^ (1 << level), second)
-                store_rows(query_ptr, decayed_stride_t, token, channel, length, q * from_start * scale, K)
-                store_rows(read_ptr, decayed_stride_t, token, channel, length, k * from_start, K)
-                store_rows(write_ptr, decayed_stride_t, token, channel, length, k * to_end, K)
+                store_rows(query_ptr, H * K, token, channel, length, q * from_start * scale, K)
+                store_rows(read_ptr, H * K, token, channel, length, k * from_start, K)
+                store_rows(write_ptr, H * K, token, channel, length, k * to_end, K)
 
-    if PAIRS:
-        beta_at = beta_ptr + first * beta_stride_t + head * beta_stride_h + token * beta_stride_t
-        beta = tl.load(beta_at, mask=token < length, other=0.0).to(tl.float32)
-        rows_at = rows_ptr + tile * (8 * CHUNK)
-        tl.store(rows_at + token * 4, beta)
-        tl.store(rows_at + 8 * CHUNK - 3, tl.sum(largest, 0))
-        square = tile * CHUNK * CHUNK + row * CHUNK + column
-        scores = tl.where(row >= column, scores * scale, 0.0)
-        tl.store(scores_ptr + square, scores.to(scores_ptr.dtype.element_ty))
-        a = tl.where(row > column, a * beta[:, None], 0.0)
-        inverse = invert_unit_lower(a, CHUNK, FIRST, INVERSE_PRECISION)
-        tl.store(inverse_ptr + square, inverse.to(inverse_ptr.dtype.element_ty))
+    beta_at = beta_ptr + first * beta_stride_t + head * beta_stride_h + token * beta_stride_t
+    beta = tl.load(beta_at, mask=token < length, other=0.0).to(tl.float32)
+    beta = tl.where(tl.abs(beta) < SMALLEST, SMALLEST, beta)
+    rows_at = rows_ptr + tile * (8 * CHUNK)
+    tl.store(rows_at + token * 4, beta)
+    tl.store(rows_at + 8 * CHUNK - 3, tl.sum(largest, 0))
+    square = tile * CHUNK * CHUNK + row * CHUNK + column
+    scores = tl.where(row >= column, scores * scale, 0.0)
+    tl.store(scores_ptr + square, scores.to(scores_ptr.dtype.element_ty))
+    # With D the roots of |beta|, D^-1 A D, whose rows and columns of small beta keep their digits in fp16.
+    root = tl.sqrt(tl.abs(beta))
+    a = tl.where(row > column, a * (beta / root)[:, None] * root[None, :], 0.0)
+    inverse = invert_unit_lower(a, CHUNK, FIRST, INVERSE_PRECISION) * root[:, None] * (1 / root)[None, :]
+    tl.store(inverse_ptr + square, inverse.to(inverse_ptr.dtype.element_ty))
 
 
 def prepare(call):
@@ -130,26 +134,26 @@ def prepare(call):
     prepared = Prepared(
         call.scratch(CHUNK, CHUNK), call.scratch(CHUNK, CHUNK), call.scratch(2, CHUNK, 4, dtype=torch.float32)
     )
-    return _launch(call, prepared), prepared
-
-
-def decayed(call):
-    """The Call of the sweeps alone."""
-    return _launch(call, None)
-
-
-def _launch(call, prepared):
     q, k, g, beta = call.q, call.k, call.log_decay, call.beta
-    num_tokens, heads, key_size = q.shape
-    query, read, write = (q.new_empty(heads, num_tokens, key_size).transpose(0, 1) for _ in range(3))
+    decayed = [q.new_empty(q.shape) for _ in range(3)]
     total = call.scratch(call.widths[0], dtype=torch.float32)
-    step, strong, warps, registers = PREPARE[q.element_size()][call.widths[0]]
+    size, on_hopper = q.element_size(), hopper.takes(call)
+    step, strong, warps, registers = PREPARE[size][call.widths[0]]
+    if call.num_tiles and on_hopper:
+        from longspan.kernels.linear.hopper import kda_prepare
+
+        kda_prepare.launch(call, *decayed, total, prepared, SMALLEST_BETA[size])
     if call.num_tiles:
         kda_prepare_kernel[(call.num_tiles,)](
-            q, k, g, beta, query, read, write, total, *(prepared or (None,) * 3), *call.chunks,
-            *q.stride()[:2], *k.stride()[:2], *call.decay_strides, *beta.stride(), *query.stride()[:2], call.scale,
-            heads, **call.constants, LEVELS=CHUNK.bit_length() - 1, STEP_K=step, STRONG_K=strong,
-            PAIRS=prepared is not None, FIRST=SUBSTITUTED, INVERSE_PRECISION=MERGES[q.dtype],
+            q, k, g, beta, *decayed, total, *prepared, *call.chunks,
+            *q.stride()[:2], *k.stride()[:2], *call.decay_strides, *beta.stride(), call.scale,
+            call.heads, **call.constants, LEVELS=CHUNK.bit_length() - 1, STEP_K=step, STRONG_K=strong,
+            FIRST=SUBSTITUTED, SMALLEST=SMALLEST_BETA[size], REST=on_hopper, INVERSE_PRECISION=MERGES[q.dtype],
             num_warps=warps, num_stages=1, maxnreg=registers,
         )  # fmt: skip
+    return swept(call, *decayed, total), prepared
+
+
+def swept(call, query, read, write, total):
+    """The Call of the sweeps."""
     return replace(call, q=query, k=read, write=write, total=total, scale=1.0)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that a program may have on Hopper
-_INSTRUCTION = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+_INSTRUCTION = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
 _UNIFORM = re.compile(r"(gdesc|desc)?\[?UR(\d+)")
 
 
@@ -92,6 +92,25 @@ def undefined_registers(sass: str) -> dict[str, str]:
                 for register in range(first, first + count):
                     read.setdefault(register, f"{operation} {match[2].strip()}")
     return {f"UR{register}": text for register, text in read.items() if register not in written}
+
+
+def overwritten_operands(sass: str) -> dict[str, str]:
+    """{register that a product under way has its first operand in, and that is set before the product has been waited
+    for: the instruction that sets it}. ptxas 12.9 and 13.3 set what is constant of an operand, such as ones below a
+    diagonal, only after the first of the products that read it, which takes whatever was there before."""
+    reading, found = set(), {}
+    for match in _INSTRUCTION.finditer(sass):
+        operation, operands = match[1], [operand.strip() for operand in match[2].split(",")]
+        if operation.startswith("HGMMA"):
+            if first := re.fullmatch(r"R(\d+)", operands[1]):
+                reading |= set(range(int(first[1]), int(first[1]) + 4))
+        elif operation.startswith(("WARPGROUP.DEPBAR", "EXIT")):
+            reading = set()
+        elif not operation.startswith("ST") and (first := re.fullmatch(r"R(\d+)", operands[0])):
+            wide = 2 if ".64" in operation or "WIDE" in operation else 4 if ".128" in operation else 1
+            for register in reading & set(range(int(first[1]), int(first[1]) + wide)):
+                found.setdefault(f"R{register}", f"{operation} {match[2].strip()}")
+    return found
 
 
 def compile_linear(dtype, sizes, few):
@@ -181,16 +200,18 @@ def compile_branch(width):
 
 
 def compile_hopper_delta(head_dim):
-    """What the gated delta rule launches on Hopper."""
+    """What the gated delta rule and KDA launch on Hopper."""
     import forms
     import torch
 
     from longspan.kernels.linear.delta import Delta
     from longspan.kernels.linear.form import Spans
+    from longspan.kernels.linear.kda import KDA
 
     spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
-    inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, "medium", 1, dtype=torch.bfloat16)
-    forms.run_form(Delta, Delta.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
+    for form, decay in ((Delta, "medium"), (KDA, "channel_medium")):
+        inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, decay, 1, dtype=torch.bfloat16)
+        forms.run_form(form, form.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
 
 
 def compile_hopper_sweeps(head_dim):
@@ -336,6 +357,7 @@ def main():
         sass = disassemble(kernel)
         record = {"name": kernel.name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
         record |= {"spills": len(re.findall(r"\bSTL\b", sass)), "undefined": undefined_registers(sass)}
+        record["overwritten"] = overwritten_operands(sass)
         # Where the assembler cannot let products run on, it waits after every one of them.
         waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass)), kernel.asm["ptx"].count("wgmma.wait_group")
         record["serialized"] = waits[0] > waits[1]

@@ -115,7 +115,7 @@ class Product:
         )
         a, b = (x.float() for x in self.seen)
         acc = self.acc.result if isinstance(self.acc, Product) else self.acc
-        assert a.shape[0] % (16 * _here.warps) == 0 and a.dtype == b.dtype and acc.dtype == torch.float32
+        assert a.shape[0] % 64 == 0 and a.dtype == b.dtype and acc.dtype == torch.float32
         self.result = _tensor(a @ b + acc if self.use_acc else a @ b)
 
 
@@ -257,8 +257,8 @@ def _modules() -> dict[str, ModuleType]:
         arange=lambda start, stop, layout: _tensor(torch.arange(start, stop)),
         full=lambda shape, value, dtype, layout: _tensor(torch.full(shape, value, dtype=dtype)),
         where=lambda c, x, y: torch.where(_tensor(c), x, y), minimum=_two(torch.minimum), maximum=_two(torch.maximum),
-        exp=torch.exp, abs=torch.abs, sqrt=torch.sqrt, exp2=torch.exp2, min=lambda x, axis: x.amin(axis),
-        max=lambda x, axis: x.amax(axis),
+        exp=torch.exp, abs=torch.abs, sqrt=torch.sqrt, rsqrt=torch.rsqrt, exp2=torch.exp2,
+        min=lambda x, axis: x.amin(axis), max=lambda x, axis: x.amax(axis),
         fma=lambda x, y, z: x * y + z, log2=torch.log2, full_like=lambda x, value: torch.zeros_like(x) + value,
         atomic_add=_atomic_add, join=lambda x, y: torch.stack([x, y], -1), permute=torch.permute, reshape=torch.reshape,
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),

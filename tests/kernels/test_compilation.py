@@ -69,10 +69,11 @@ def test_kernels_for_hopper_compile(tmp_path):
     names = {kernel["name"] for kernel in kernels}
     assert {"forward_kernel", "queries_kernel", "keys_kernel", "rows_kernel"} <= names  # sparse attention
     assert {"backward_kernel", "delta_reverse_kernel"} <= names  # the delta rule
+    assert {"hopper_kda_prepare_kernel", "hopper_kda_gradients_kernel"} <= names
     assert {"hopper_sum_kernel", "hopper_sweep_kernel", "hopper_reverse_kernel"} <= names  # decays per head
     for kernel in kernels:
         assert kernel["shared"] <= absent_gpu.SHARED_LIMIT and not kernel["undefined"], kernel
-        assert not kernel["serialized"], kernel
+        assert not kernel["serialized"] and not kernel["overwritten"], kernel
 
 
 @pytest.mark.gpu  # minutes, and what matters is the assembler that comes with the GPU machine's Triton
@@ -93,6 +94,20 @@ def test_undefined_registers_are_found():
         /*0080*/                   UMOV UR20, UR9 ;
     """
     assert sorted(absent_gpu.undefined_registers(sass)) == ["UR17", "UR21", "UR23"]
+
+
+def test_overwritten_operands_are_found():
+    sass = """
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R88, R32, gdesc[UR20].tnspB, RZ, !UPT ;
+        /*0020*/                   STG.E.64 desc[UR4][R2.64], R34 ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R88, R40, gdesc[UR4].tnspB, R88, gsb0 ;
+        /*0040*/              @!P0 IMAD.MOV.U32 R33, RZ, RZ, 0x3f803f80 ;
+        /*0050*/                   IADD3 R36, R42, R32, RZ ;
+        /*0060*/                   LDS.64 R42, [R2] ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0080*/                   IADD3 R32, R42, R36, RZ ;
+    """
+    assert sorted(absent_gpu.overwritten_operands(sass)) == ["R33", "R42", "R43"]
 
 
 def test_an_old_ptxas_is_not_used(monkeypatch):

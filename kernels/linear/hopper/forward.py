@@ -19,6 +19,7 @@ from longspan.kernels.linear.hopper.tiles import (
     VECTORS,
     clear_rows,
     count_remembered,
+    fetch_channel_decays,
     fetch_vectors,
     scratch_descriptor,
     store_columns,
@@ -28,27 +29,28 @@ from longspan.kernels.linear.hopper.tiles import (
 )
 from longspan.kernels.sparse.hopper.tiles import async_load, make_barriers, product_layout, shared_layout
 
-STAGES = {"sum": 4, "states": 4, "output": 3}
+# Without and with a decay per key channel.
+STAGES = {"sum": (4, 3), "states": (4, 3), "output": (3, 2)}
 
 
 @gluon.jit
 def _fetch(
     place, feed, tiles_of, MODE: gl.constexpr, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
-    STAGES: gl.constexpr,
+    CHANNEL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     first, _, tile, head, begin, chunks = place
-    q_desc, k_desc, v_desc, inverse_desc, scores_desc, rows_ptr = feed
-    vectors, k_tiles, v_tiles, inverses, q_tiles, scores, ready, free, _ = tiles_of
+    q_desc, k_desc, v_desc, write_desc, inverse_desc, scores_desc, rows_ptr, total_ptr = feed
+    vectors, totals, k_tiles, v_tiles, writes, inverses, q_tiles, scores, ready, free, _ = tiles_of
     n = 0
     for chunk in range(begin, chunks):
         stage, at = n % STAGES, tile + chunk * H
         mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
-        fetch_vectors(rows_ptr, at, vectors, stage, GATE)
         token = first + chunk * 64
+        KEYS: gl.constexpr = 2 * K if CHANNEL else K
         if MODE == "output":
-            mbarrier.expect(ready.index(stage), (2 * K + V + 2 * 64) * 64 * 2)
+            mbarrier.expect(ready.index(stage), (KEYS + K + V + 2 * 64) * 64 * 2)
         else:
-            mbarrier.expect(ready.index(stage), (K + V + 64) * 64 * 2)
+            mbarrier.expect(ready.index(stage), (KEYS + V + 64) * 64 * 2)
         async_load(k_desc, [token, head * K], ready.index(stage), k_tiles.index(stage))
         async_load(inverse_desc, [at * 64, 0], ready.index(stage), inverses.index(stage))
         for part in gl.static_range(V // 64):
@@ -58,6 +60,11 @@ def _fetch(
         if MODE == "output":
             async_load(q_desc, [token, head * K], ready.index(stage), q_tiles.index(stage))
             async_load(scores_desc, [at * 64, 0], ready.index(stage), scores.index(stage))
+        if CHANNEL:
+            async_load(write_desc, [token, head * K], ready.index(stage), writes.index(stage))
+            fetch_channel_decays(total_ptr, at, totals, stage, K)
+        fetch_vectors(rows_ptr, at, vectors, stage, GATE and not CHANNEL)
+        mbarrier.arrive(ready.index(stage))
         n += 1
 
 
@@ -65,9 +72,11 @@ def _fetch(
 def _step(
     state, v_tile, stage, total, tiles_of, out, at, token, left, head, staged, COLUMN: gl.constexpr,
     WITH_V: gl.constexpr, MODE: gl.constexpr, scale, H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
+    CHANNEL: gl.constexpr,
 ):  # fmt: skip
     """One chunk, for 64 columns from COLUMN on; gives the state after it."""
-    vectors, k_tiles, _, inverses, q_tiles, scores, _, _, _ = tiles_of
+    vectors, totals, k_tiles, _, writes, inverses, q_tiles, scores, _, _, _ = tiles_of
+    SCALAR: gl.constexpr = GATE and not CHANNEL
     out_ptr, states_ptr, values_ptr = out
     S: gl.constexpr = product_layout(64)
     OUT: gl.constexpr = product_layout(K)
@@ -83,7 +92,7 @@ def _step(
         read = warpgroup_mma_wait(1, deps=[read])
     else:
         read = warpgroup_mma_wait(0, deps=[read])
-    if GATE:
+    if SCALAR:
         read = read * vectors.index(stage * VECTORS + FROM_START).load(column)[None, :]
     if WITH_V:
         right = v_tile.permute((1, 0)).load(S).to(gl.float32) - read
@@ -96,16 +105,24 @@ def _step(
         store_scratch(states_ptr, at, COLUMN, entering, V, K)
         store_scratch(values_ptr, at, COLUMN, values.to(dtype), V, 64)
     if MODE == "output":
-        result = warpgroup_mma_wait(0, deps=[out_pending]) * scale
-        if GATE:
+        result = warpgroup_mma_wait(0, deps=[out_pending])
+        if not CHANNEL:
+            result = result * scale
+        if SCALAR:
             result = result * vectors.index(stage * VECTORS + FROM_START).load(column)[None, :]
         written = gl.convert_layout(values.to(dtype), gl.DotOperandLayout(0, S, 2))
         out_pending = warpgroup_mma(written, scores.index(stage).permute((1, 0)), result, is_async=True)
-    if GATE:
+    if SCALAR:
         values = values * vectors.index(stage * VECTORS + TO_END).load(column)[None, :]
+    if CHANNEL:
+        state = state * totals.index(stage).load(gl.SliceLayout(0, OUT))[None, :]
+    elif GATE:
         state = state * total
     written = gl.convert_layout(values.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-    state = warpgroup_mma(written, k_tiles.index(stage), state, is_async=True)
+    if CHANNEL:
+        state = warpgroup_mma(written, writes.index(stage), state, is_async=True)
+    else:
+        state = warpgroup_mma(written, k_tiles.index(stage), state, is_async=True)
     if MODE == "output":
         result = warpgroup_mma_wait(1, deps=[out_pending])
         staged.permute((1, 0)).store(result.to(staged.dtype))
@@ -116,11 +133,12 @@ def _step(
 
 @gluon.jit
 def _pass(
-    part: gl.constexpr, place, needed, entry_at, out, sums, tiles_of, cleared, MODE: gl.constexpr, scale,
-    H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+    part: gl.constexpr, entering, out, sums, tiles_of, cleared, MODE: gl.constexpr, scale,
+    H, K: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr, CHANNEL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    place, needed, entry_at = entering
     first, length, tile, head, begin, chunks = place
-    vectors, k_tiles, v_tiles, _, q_tiles, _, ready, free, staged = tiles_of
+    vectors, _, k_tiles, v_tiles, writes, _, q_tiles, _, ready, free, staged = tiles_of
     sum_ptr, transition_ptr = sums
     OUT: gl.constexpr = product_layout(K)
     column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, K, gl.SliceLayout(0, OUT))
@@ -148,6 +166,8 @@ def _pass(
                     clear_rows(v_tiles.index(stage * 2 + part), left, 64)
             if part == 0:
                 clear_rows(k_tiles.index(stage), left, K)
+                if CHANNEL:
+                    clear_rows(writes.index(stage), left, K)
                 if MODE == "output":
                     clear_rows(q_tiles.index(stage), left, K)
                 fence_async_shared()
@@ -158,21 +178,21 @@ def _pass(
                 mbarrier.wait(cleared.index(0), 0)
         if (MODE != "sum") | (part == 0) | (needed > 1):
             total = 1.0
-            if GATE:
+            if GATE and not CHANNEL:
                 total = vectors.index(stage * VECTORS + FROM_START).slice(63, 1).load(gl.SliceLayout(1, OUT))[:, None]
             if MODE == "sum":
                 state = _step(
                     state, v_tiles.index(stage * 2), stage, total, tiles_of, out, at, token, left, head,
-                    v_tiles.index(0), 0, WITH_V, MODE, scale, H, K, V, GATE,
+                    v_tiles.index(0), 0, WITH_V, MODE, scale, H, K, V, GATE, CHANNEL,
                 )  # fmt: skip
                 second = _step(
                     second, v_tiles.index(stage * 2 + 1), stage, total, tiles_of, out, at, token, left, head,
-                    v_tiles.index(0), 64, WITH_V, MODE, scale, H, K, V, GATE,
+                    v_tiles.index(0), 64, WITH_V, MODE, scale, H, K, V, GATE, CHANNEL,
                 )  # fmt: skip
             else:
                 state = _step(
                     state, v_tiles.index(stage * 2 + part), stage, total, tiles_of, out, at, token, left, head,
-                    staged.index(part), part * 64, WITH_V, MODE, scale, H, K, V, GATE,
+                    staged.index(part), part * 64, WITH_V, MODE, scale, H, K, V, GATE, CHANNEL,
                 )  # fmt: skip
         synchronize()
         mbarrier.arrive(free.index(stage))
@@ -189,9 +209,11 @@ def _pass(
 @launched
 @gluon.jit(do_not_specialize=["scale"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, inverse_desc, scores_desc, rows_ptr, entry_ptr, out_ptr, states_ptr, values_ptr, sum_ptr,
-    transition_ptr, summed_ptr, needed_ptr, first_ptr, length_ptr, split_chunk_ptr, entry_row_ptr, sum_row_ptr, scale,
-    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, MODE: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, write_desc, inverse_desc, scores_desc, rows_ptr, total_ptr, entry_ptr, out_ptr,
+    states_ptr, values_ptr, sum_ptr, transition_ptr,
+    summed_ptr, needed_ptr, first_ptr, length_ptr, split_chunk_ptr, entry_row_ptr, sum_row_ptr, scale,
+    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, MODE: gl.constexpr, GATE: gl.constexpr, CHANNEL: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """As kernels.linear.delta_forward.forward_kernel, for K = V = 128. Grid: (splits * H)."""
     dtype: gl.constexpr = k_desc.dtype
@@ -218,25 +240,29 @@ def forward_kernel(
         needed = gl.load(entry_row_ptr + split) + 1  # whether anything enters
         entry_at = entry_ptr + (gl.maximum(needed - 1, 0).to(gl.int64) * H + head) * K * V
     PARTS: gl.constexpr = STAGES if MODE == "output" else 1
+    WRITES: gl.constexpr = STAGES if CHANNEL else 1
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [STAGES * VECTORS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        gl.allocate_shared_memory(gl.float32, [WRITES, K], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(dtype, [STAGES, 64, K], shared),
         gl.allocate_shared_memory(dtype, [STAGES * (V // 64), 64, 64], shared),
+        gl.allocate_shared_memory(dtype, [WRITES, 64, K if CHANNEL else 64], shared),
         gl.allocate_shared_memory(dtype, [STAGES, 64, 64], shared),
         gl.allocate_shared_memory(dtype, [PARTS, 64, K], shared),
         gl.allocate_shared_memory(dtype, [PARTS, 64, 64], shared),
-        make_barriers(STAGES, 1), make_barriers(STAGES, 2),
+        make_barriers(STAGES, 2), make_barriers(STAGES, 2),
         gl.allocate_shared_memory(dtype, [2, 64, 64], shared),
     )  # fmt: skip
     cleared = make_barriers(1, 1)
     place = first, length, tile, head, begin, chunks
+    entering = place, needed, entry_at
     out = out_ptr, states_ptr, values_ptr
-    feed = q_desc, k_desc, v_desc, inverse_desc, scores_desc, rows_ptr
+    feed = q_desc, k_desc, v_desc, write_desc, inverse_desc, scores_desc, rows_ptr, total_ptr
     gl.warp_specialize(
         [
-            (_pass, (0, place, needed, entry_at, out, sums, tiles_of, cleared, MODE, scale, H, K, V, GATE, STAGES)),
-            (_pass, (1, place, needed, entry_at, out, sums, tiles_of, cleared, MODE, scale, H, K, V, GATE, STAGES)),
-            (_fetch, (place, feed, tiles_of, MODE, H, K, V, GATE, STAGES)),
+            (_pass, (0, entering, out, sums, tiles_of, cleared, MODE, scale, H, K, V, GATE, CHANNEL, STAGES)),
+            (_pass, (1, entering, out, sums, tiles_of, cleared, MODE, scale, H, K, V, GATE, CHANNEL, STAGES)),
+            (_fetch, (place, feed, tiles_of, MODE, H, K, V, GATE, CHANNEL, STAGES)),
         ],
         [4, 1], [232, 40],
     )  # fmt: skip
@@ -244,11 +270,12 @@ def forward_kernel(
 
 def launch(mode, call, prepared, num_splits, tables, entries, out, states, sums):
     """As `delta_forward._launch`."""
-    splits = call.splits
+    splits, channel = call.splits, call.write is not None
     forward_kernel[(num_splits * call.heads,)](
         tokens_descriptor(call.q), tokens_descriptor(call.k), tokens_descriptor(call.v, 64),
-        scratch_descriptor(prepared.inverse), scratch_descriptor(prepared.scores), prepared.rows, entries, out, *states,
-        *sums, *((tables.summed, tables.needed) if tables else (None, None)),
+        tokens_descriptor(call.write) if channel else None, scratch_descriptor(prepared.inverse),
+        scratch_descriptor(prepared.scores), prepared.rows, call.total, entries, out, *states, *sums,
+        *((tables.summed, tables.needed) if tables else (None, None)),
         splits.first, splits.length, splits.split_chunk, splits.forward.row, splits.sum_row, call.scale, call.heads,
-        call.k.shape[2], call.v.shape[2], mode, call.log_decay is not None, STAGES[mode], num_warps=4,
+        call.k.shape[2], call.v.shape[2], mode, call.log_decay is not None, channel, STAGES[mode][channel], num_warps=4,
     )  # fmt: skip

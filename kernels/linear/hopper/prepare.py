@@ -28,8 +28,21 @@ def repeated_layout():
 
 
 @gluon.jit
-def _add(x, y):
+def add(x, y):
     return x + y
+
+
+@gluon.jit
+def fill_roots(beta_ptr, beta_stride_t, rows_ptr, vectors, tile, length, SMALLEST: gl.constexpr):
+    """Row 0 of `delta_tiles.load_row`. To `vectors`: the root of |beta|, beta over it, 1 over it."""
+    token = gl.arange(0, 64, gl.BlockedLayout([2], [32], [4], [0]))
+    beta = gl.load(beta_ptr + token * beta_stride_t, mask=token < length, other=0.0).to(gl.float32)
+    beta = gl.where(gl.abs(beta) < SMALLEST, SMALLEST, beta)
+    root = gl.sqrt(gl.abs(beta))
+    vectors.index(0).store(root)
+    vectors.index(1).store(beta / root)
+    vectors.index(2).store(1 / root)
+    gl.store(rows_ptr + gl.to_tensor(tile).to(gl.int64) * (8 * 64) + token * 4, beta)
 
 
 @gluon.jit
@@ -37,23 +50,17 @@ def fill_rows(
     g_ptr, beta_ptr, rows_ptr, vectors, first, head, tile, length, g_stride_t, g_stride_h, beta_stride_t,
     beta_stride_h, GATE: gl.constexpr,
 ):  # fmt: skip
-    """Rows 0, 1, 4 and 5 of `delta_tiles.load_row`, which are all that the Hopper kernels read. To `vectors`: the root
-    of |beta|, beta over it, 1 over it, log2 of the decay from the start of the chunk."""
+    """Rows 0, 1, 4 and 5 of `delta_tiles.load_row`, which are all that the Hopper kernels read. To `vectors`: those of
+    `fill_roots`, log2 of the decay from the start of the chunk."""
     token = gl.arange(0, 64, gl.BlockedLayout([2], [32], [4], [0]))
     at = rows_ptr + tile.to(gl.int64) * (8 * 64) + token * 4
     beta_ptr += first.to(gl.int64) * beta_stride_t + head * beta_stride_h
-    beta = gl.load(beta_ptr + token * beta_stride_t, mask=token < length, other=0.0).to(gl.float32)
-    beta = gl.where(gl.abs(beta) < SMALLEST, SMALLEST, beta)
-    root = gl.sqrt(gl.abs(beta))
-    vectors.index(0).store(root)
-    vectors.index(1).store(beta / root)
-    vectors.index(2).store(1 / root)
-    gl.store(at, beta)
+    fill_roots(beta_ptr, beta_stride_t, rows_ptr, vectors, tile, length, SMALLEST)
     if GATE:
         g_ptr += first.to(gl.int64) * g_stride_t + head * g_stride_h
         g = gl.load(g_ptr + token * g_stride_t, mask=token < length, other=0.0).to(gl.float32)
         g = gl.where(g < CLOSED, CLOSED, g).to(gl.float64)  # NaN stays
-        cumulative = gl.associative_scan(g, 0, _add)
+        cumulative = gl.associative_scan(g, 0, add)
         vectors.index(3).store((cumulative * LOG2E).to(gl.float32))
         gl.store(at + 1, gl.exp(cumulative.to(gl.float32)))
         gl.store(at + 4 * 64, gl.exp((gl.sum(g, 0) - cumulative).to(gl.float32)))
@@ -89,6 +96,33 @@ def invert_blocks(a, i, j):
     return gl.where(inside, gl.convert_layout(x.reshape([64, 64]), product_layout(64)), 0.0)
 
 
+@gluon.jit
+def store_inverse(a, vectors, inverse_ptr, tile, i, j, dtype: gl.constexpr):
+    """T of a chunk, from D^-1 A D [64, 64] with D the roots of |beta|."""
+    S: gl.constexpr = product_layout(64)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, S, 2)
+    nothing = gl.full([64, 64], 0.0, gl.float32, S)
+    inverse = invert_blocks(a, i, j)
+    # Neighbours are merged as in `delta_prepare.invert_unit_lower`, in fp16, which keeps T within bf16's rounding.
+    below = gl.allocate_shared_memory(gl.float16, [2, 64, 64], shared_layout(16))
+    diagonal = gl.allocate_shared_memory(gl.float16, [2, 64, 64], shared_layout(16))
+    differ = i[:, None] ^ j[None, :]
+    below.index(0).store(gl.where(differ // 16 == 1, a, 0.0).to(gl.float16))
+    below.index(1).store(gl.where(differ // 32 == 1, a, 0.0).to(gl.float16))
+    for level in gl.static_range(2):
+        rounded = inverse.to(gl.float16)
+        diagonal.index(level).store(rounded)
+        fence_async_shared()
+        synchronize()
+        rounded = gl.convert_layout(rounded, OPERAND)
+        product = warpgroup_mma(rounded, below.index(level), nothing, use_acc=False)
+        product = gl.convert_layout((-product).to(gl.float16), OPERAND)
+        inverse = warpgroup_mma(product, diagonal.index(level), inverse)
+    inverse *= vectors.index(0).load(gl.SliceLayout(1, S))[:, None]
+    inverse *= vectors.index(2).load(gl.SliceLayout(0, S))[None, :]
+    store_scratch(inverse_ptr, tile, 0, inverse.to(dtype), 64, 64)
+
+
 @launched
 @gluon.jit(do_not_specialize=["scale"])
 def delta_prepare_kernel(
@@ -98,7 +132,6 @@ def delta_prepare_kernel(
 ):  # fmt: skip
     """As kernels.linear.delta_prepare.prepare_kernel. Grid: (chunks * H)."""
     S: gl.constexpr = product_layout(64)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
     dtype: gl.constexpr = q_desc.dtype
@@ -140,24 +173,7 @@ def delta_prepare_kernel(
     # With D the roots of |beta|, D^-1 A D, whose rows and columns of small beta keep their digits in fp16.
     a *= vectors.index(1).load(ROW)[:, None] * vectors.index(0).load(COLUMN)[None, :]
     a = gl.where(i[:, None] > j[None, :], a * decay, 0.0)
-    inverse = invert_blocks(a, i, j)
-    # Neighbours are merged as in `delta_prepare.invert_unit_lower`, in fp16, which keeps T within bf16's rounding.
-    below = gl.allocate_shared_memory(gl.float16, [2, 64, 64], shared_layout(16))
-    diagonal = gl.allocate_shared_memory(gl.float16, [2, 64, 64], shared_layout(16))
-    differ = i[:, None] ^ j[None, :]
-    below.index(0).store(gl.where(differ // 16 == 1, a, 0.0).to(gl.float16))
-    below.index(1).store(gl.where(differ // 32 == 1, a, 0.0).to(gl.float16))
-    for level in gl.static_range(2):
-        rounded = inverse.to(gl.float16)
-        diagonal.index(level).store(rounded)
-        fence_async_shared()
-        synchronize()
-        rounded = gl.convert_layout(rounded, OPERAND)
-        product = warpgroup_mma(rounded, below.index(level), nothing, use_acc=False)
-        product = gl.convert_layout((-product).to(gl.float16), OPERAND)
-        inverse = warpgroup_mma(product, diagonal.index(level), inverse)
-    inverse *= vectors.index(0).load(ROW)[:, None] * vectors.index(2).load(COLUMN)[None, :]
-    store_scratch(inverse_ptr, tile, 0, inverse.to(dtype), 64, 64)
+    store_inverse(a, vectors, inverse_ptr, tile, i, j, dtype)
 
 
 def launch(call, prepared):

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longspan.kernels.launch import launched
-from longspan.kernels.linear.hopper.backward import step
+from longspan.kernels.linear.hopper.backward import step, total_decay
 from longspan.kernels.linear.hopper.tiles import (
     BETA,
     FROM_START,
@@ -93,20 +93,21 @@ def _carry(
         synchronize()
         mbarrier.arrive(ready.index(4))
         mbarrier.wait(ready.index(2), turn)
+        total = 1.0
+        if GATE:
+            total = total_decay(vectors, stage * VECTORS, K)
         pending, operand, errors = step(
-            state, d_states.index(0), d_outs.index(stage * 2), q_tile, k_tile, squares.index(0), squares.index(1),
-            vectors, stage * VECTORS, scale, K, GATE,
+            state, d_states.index(0), d_outs.index(stage * 2), q_tile, k_tile, k_tile, squares.index(0),
+            squares.index(1), vectors, stage * VECTORS, total, scale, K, GATE, False,
         )  # fmt: skip
         mbarrier.wait(free.index(5), turn ^ 1)
-        beta = vectors.index(stage * VECTORS + BETA).load(COLUMN)[None, :]
-        errors_t.index(0).store((errors * beta).to(dtype))
+        errors_t.index(0).store(errors.to(dtype))
         state, operand = warpgroup_mma_wait(0, deps=[pending, operand])
         pending, operand, errors = step(
-            second, d_states.index(1), d_outs.index(stage * 2 + 1), q_tile, k_tile, squares.index(0), squares.index(1),
-            vectors, stage * VECTORS, scale, K, GATE,
+            second, d_states.index(1), d_outs.index(stage * 2 + 1), q_tile, k_tile, k_tile, squares.index(0),
+            squares.index(1), vectors, stage * VECTORS, total, scale, K, GATE, False,
         )  # fmt: skip
-        beta = vectors.index(stage * VECTORS + BETA).load(COLUMN)[None, :]
-        errors_t.index(1).store((errors * beta).to(dtype))
+        errors_t.index(1).store(errors.to(dtype))
         fence_async_shared()
         synchronize()
         mbarrier.arrive(ready.index(5))

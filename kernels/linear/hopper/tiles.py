@@ -23,9 +23,9 @@ def stored_layout(D):
 
 
 @gluon.jit
-def clear_rows(tile, length, D: gl.constexpr):
+def clear_rows(tile, length, D: gl.constexpr, WARPS: gl.constexpr = 4):
     """Zeros from row `length` on of a tile [64, D], where TMA has brought tokens of the next span."""
-    layout: gl.constexpr = row_layout(D)
+    layout: gl.constexpr = row_layout(D, WARPS)
     row = gl.arange(0, 16, gl.SliceLayout(1, layout))
     for part in gl.static_range(4):
         rows = tile.slice(part * 16, 16)
@@ -44,6 +44,14 @@ def fetch_vectors(rows_ptr, tile, vectors, stage, GATE: gl.constexpr):
         vectors.index(stage * VECTORS + TO_END).store(gl.load(at + 4 * 64))
         vectors.index(stage * VECTORS + G).store(gl.load(at + 4 * 64 + 1) * LOG2E)
     synchronize()
+
+
+@gluon.jit
+def fetch_channel_decays(total_ptr, tile, totals, stage, K: gl.constexpr):
+    """exp(G_C) of every key channel, by one warp; `fetch_vectors` is to follow."""
+    key = gl.arange(0, K, gl.BlockedLayout([K // 32], [32], [1], [0]))
+    total = gl.load(total_ptr + gl.to_tensor(tile).to(gl.int64) * K + key)
+    totals.index(stage).store(gl.exp2(total * LOG2E))
 
 
 @gluon.jit
@@ -122,9 +130,9 @@ def tokens_descriptor(x, columns=None):
     return _descriptor(x.flatten(1), CHUNK, columns or x.shape[2])
 
 
-def scratch_descriptor(x, rows=None):
-    """Of x [chunks, H, rows, columns]: one tile, or so many rows of it."""
-    return _descriptor(x.view(-1, x.shape[3]), rows or x.shape[2], x.shape[3])
+def scratch_descriptor(x, rows=None, columns=None):
+    """Of x [chunks, H, rows, columns]: one tile, or so many rows and columns of it."""
+    return _descriptor(x.view(-1, x.shape[3]), rows or x.shape[2], columns or x.shape[3])
 
 
 def _descriptor(x, rows, columns):
