@@ -10,7 +10,7 @@ from longspan.kernels.linear.hopper.prepare import add, fill_roots, store_invers
 from longspan.kernels.linear.hopper.tiles import store_scratch, synchronize
 from longspan.kernels.sparse.hopper.tiles import LOG2E, product_layout, shared_layout
 
-REGISTERS = 128  # per thread: four programs on a multiprocessor
+REGISTERS = 168  # per thread: four programs on a multiprocessor
 
 
 @launched
