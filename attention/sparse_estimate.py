@@ -13,7 +13,7 @@ from longspan.attention.requests import GROUPS
 from longspan.parallel.costs import LINK_RATE, REMOTE_RATE
 from longspan.parallel.topology import Topology
 
-# An H200. Operations of the kernels a second (benchmarks/results/sparse_kernels_H200_bsa.json), forward, and how many
+# An H200. Operations of the kernels a second (benchmarks/results/sparse_kernels_H200.json), forward, and how many
 # times as long the backward takes. Bytes a second of memory. Seconds until a transfer's first byte.
 WORK, BACKWARD = 500e12, 2.9
 QUERIES = 0.45  # the share of gradients of queries in the backward

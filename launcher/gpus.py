@@ -70,16 +70,16 @@ GPUS = {
 # Linear attention on an H200, K = V = 128, bf16: ns per token and head forward, and backward.
 LINEAR_NS = {
     "none": (0.398, 0.868),  # 32,768 tokens, linear_hopper_H200.json
-    "fixed": (0.330, 0.786),  # 131,072 tokens, the same
-    "scalar": (0.314, 0.909),  # the same
+    "fixed": (0.269, 0.749),  # 131,072 tokens, linear_long_H200.json
+    "scalar": (0.314, 0.909),  # 131,072 tokens, linear_hopper_H200.json
     "channel": (1.072, 3.031),  # 32,768 tokens, linear_kernels_H200_peers.json
-    "gated_delta": (0.775, 1.808),  # 32,768 tokens, linear_kernels_H200_gated_delta.json
+    "gated_delta": (0.783, 1.828),  # 32,768 tokens, linear_kernels_H200_gated_delta.json
     "delta": (0.931, 1.813),  # linear_hopper_H200.json
-    "kda": (2.35, 6.14),  # linear_kernels_H200_kda.json
+    "kda": (1.46, 2.87),  # its kernels added up, counters_kda_H200.json
     "whole": (4.0, 8.0),  # plain PyTorch without a causal mask, not measured
 }
 # Block-sparse attention on an H200: share of the dense rate forward, and backward, everything included for Hierarchical
-# (llsa layers of a 1B model at 512K tokens, runs_2xH200.json), kernels for TopBlocks (sparse_kernels_H200_sla.json).
+# (llsa layers of a 1B model at 512K tokens, runs_2xH200.json), kernels for TopBlocks (sparse_kernels_H200.json).
 SPARSE_SHARE = {"TopBlocks": (0.75, 0.65), "Hierarchical": (0.15, 0.19)}
 # Bytes per second of a GPU from and to host memory (PCIe 5, 63 by data sheet), and of a host's memory; not measured.
 HOST_LINK, HOST_RATE = 50e9, 400e9
