@@ -294,8 +294,8 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Sparse:
-    """Keys of other ranks that are asked for, and all means, come once and stay for the backward pass, and with
-    them this rank's that are chosen."""
+    """Keys of other ranks that are asked for, and all means, come once and stay for the backward pass; a recomputed
+    layer lays this rank's that are chosen beside them once more."""
 
     outline: Outline
     selection: Any
@@ -305,7 +305,7 @@ class _Sparse:
     def travels(self, q, k, v, *own):
         self._note(q, k, backward=False)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
-        asked, _ = self._buffers(q, k)
+        asked, _, _ = self._asked_and_given(q, k)
         arrived = [x.new_empty(asked, *x.shape[1:]) for x in (k, v)] if self.outline.world_size > 1 else []
         if arrived and self._coarse_rows():
             arrived.append(self._means(k))
@@ -316,7 +316,9 @@ class _Sparse:
         out, lse, lists, arrived, _ = kept
         means = arrived[2:] or ([self._means(k)] if self._coarse_rows() else [])
         states = self.branch.states(*own, q, k, v) if self.branch else ()
-        return torch.empty_like(out) if self.branch else out, (*means, *states, out, lse, *arrived[:2])
+        if arrived:
+            arrived = [x.new_empty(self._buffers(q, k)[0], *x.shape[1:]) for x in (k, v)]
+        return torch.empty_like(out) if self.branch else out, (*means, *states, out, lse, *arrived)
 
     def _means(self, k):
         """Of keys and values, side by side."""
@@ -389,7 +391,7 @@ class _Sparse:
             shapes += [(heads, rows * width), (heads, rows + 1)]
         if outline.world_size > 1:
             whole = outline.world_size * heads * outline.blocks(keys)
-            shapes += [(4, whole), (whole,)]  # room for all blocks that could arrive
+            shapes += [(4, whole + 1), (whole,)]  # room for all blocks that could arrive, and for others
         return [k.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
     def _turns(self, level):

@@ -4,10 +4,11 @@ The host has to know how many there are. Everything that follows from lists and 
 that; when it knows, keys and values are packed in one launch and sent, and attention to them can be queued.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
+import torch
 
 from longspan.attention.block_parts import Part, pieces_of, ring
 from longspan.attention.block_tables import Pieces
@@ -134,6 +135,21 @@ class Fetched:
         packed = pack((k, v), self.packing, sum(map(sum, self.sent)), arrived)
         works = _exchange(packed, self.sent, self.received, group, arrived[self.own :])
         return Pending(works, list(arrived.split(heads, 1)))
+
+    def foreign(self, tensors):
+        """Of keys and values that lie in the buffer of `start`, those of other ranks, in memory of their own."""
+        return [torch.cat([x[self.own :] for x in tensors], 1)] if self.own else tensors
+
+    def whole(self, foreign, k, v):
+        """The buffer once more, from `foreign` and this rank's keys and values."""
+        if not self.own:
+            return foreign
+        (theirs,), places = foreign, torch.full_like(self.packing.places, -1)
+        places[self.packing.own] = self.packing.places[self.packing.own]
+        buffer = theirs.new_empty(self.own + len(theirs), *theirs.shape[1:])
+        buffer[self.own :] = theirs
+        pack((k, v), replace(self.packing, places=places), 0, buffer)
+        return list(buffer.chunk(2, 1))
 
     def start_return(self, gradients, dtype, group):
         gradients, rows = [x.to(dtype) for x in gradients], sum(map(sum, self.sent))

@@ -14,8 +14,8 @@ from longspan.attention.gather_rows import Ranks, gather_rows
 from longspan.attention.linear_branch import Branch, LinearBranch
 from longspan.attention.outline import Outline
 from longspan.attention.ranges import SPARSE, of_component
-from longspan.attention.recompute import keep, recall
-from longspan.attention.requests import Request, block_parts
+from longspan.attention.recompute import keep, keeping, recall
+from longspan.attention.requests import Fetched, Request, block_parts
 from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
 from longspan.attention.sparse_estimate import Estimate
@@ -95,9 +95,13 @@ class _Attention(torch.autograd.Function):
             coarse = coarse_k, coarse_v
             apart = branch is not None and branch.rest  # whose states are of local blocks
             given = _choose(q, k, coarse[0], selection, tables, causal, strategy, group, apart)
-            found = attend(q, (k, v), coarse, *given, group, scale)
-            kept = keep((*found, None if branch is None else branch.finish(pending, sums)))
-        out, lse, parts, arrived, entry = kept
+            out, lse, parts, arrived = attend(q, (k, v), coarse, *given, group, scale)
+            entry = None if branch is None else branch.finish(pending, sums)
+            if keeping():  # this rank's own keys are made again with the layer
+                keep((out, lse, parts, _each(parts, arrived, lambda way, *given: way.foreign(given)), entry))
+        else:
+            out, lse, parts, arrived, entry = kept
+            arrived = _each(parts, arrived, lambda way, *given: way.whole(given, k, v))
         result, states = out.detach(), (None, None)
         if branch is not None:
             tensors = [(own[1], v), *zip(arrived[::2], arrived[1::2])]
@@ -134,6 +138,15 @@ class _Attention(torch.autograd.Function):
         inputs = q, k, v, coarse_k, coarse_v
         gradients = [x if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)]
         return *gradients, *d_branch, *[None] * 7
+
+
+def _each(parts, arrived, change):
+    """What arrived, changed part by part where blocks were asked for: change(way, *tensors) gives others."""
+    ways = [part.way for part in parts if isinstance(part.way, Fetched)]
+    if not ways:
+        return arrived
+    (way,) = ways
+    return list(change(way, *arrived))
 
 
 def _choose(q, k, coarse_k, selection, tables, causal, strategy, group, apart):
