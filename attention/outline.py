@@ -34,7 +34,7 @@ from longspan.parallel.geometry import Mask
 from longspan.parallel.topology import Topology
 
 # Of the fused kernels of linear attention (kernels.linear): multiprocessors that splits are made for, programs per one,
-# columns of a program, fewest tokens of a split; bytes per number, token and head that the delta rule keeps of chunks;
+# columns of a program, fewest tokens of a split; numbers per token and head that the delta rule keeps of chunks;
 # bytes of the states of chunks in one wave of decay per channel; columns of scores kept there.
 PROCESSORS, ROUNDS, COLUMNS, MIN_SPLIT = 132, 2, 64, 512
 DELTA_CHUNK_NUMBERS, CHANNEL_WAVE_NUMBERS, CHANNEL_SCORES = 144, 1 << 27, 64
@@ -233,14 +233,14 @@ class _Linear:
         saved = [self._states(splits, q, v)]
         if form in ("delta", "kda"):
             saved += [self._states(splits, q, q), q.new_empty(len(q), q.shape[1], DELTA_CHUNK_NUMBERS)]
-        if form == "fused":
+        if form in ("fused", "kda"):
             saved += scratch
         return out, tuple(saved)
 
     def hold(self, d_out, q, k, v, log_decay, beta):
         form = self._note(q, v, log_decay, beta, backward=True)
         held = [self._states(self._splits(q, v), q, v)]
-        if form != "fused":  # its decays are saved
+        if form not in ("fused", "kda"):  # they save it
             held += self._scratch(form, q, v, log_decay)
         if form == "fused" and log_decay is not None and log_decay.requires_grad:
             columns = -(-q.shape[2] // COLUMNS)  # sums of rows, of the reading and of the writing side
@@ -255,8 +255,9 @@ class _Linear:
             return [log_decay.new_empty(*log_decay.shape, 2, dtype=torch.float32)]
         if form == "channel":
             return [torch.empty_like(q), torch.empty_like(q), q.new_empty(*q.shape[:2], CHANNEL_SCORES)]
-        if form == "kda":  # q and k with their decays
-            return [torch.empty_like(q) for _ in range(3)]
+        if form == "kda":  # q and k with their decays, and what decays in a chunk
+            total = q.new_empty(-(-len(q) // CHUNK), *q.shape[1:], dtype=torch.float32)
+            return [*(torch.empty_like(q) for _ in range(3)), total]
         if form == "whole":
             return [torch.empty_like(v, dtype=wide_dtype(v.dtype))]
         return []

@@ -98,10 +98,12 @@ class _Attention(torch.autograd.Function):
             out, lse, parts, arrived = attend(q, (k, v), coarse, *given, group, scale)
             entry = None if branch is None else branch.finish(pending, sums)
             if keeping():  # this rank's own keys are made again with the layer
-                keep((out, lse, parts, _each(parts, arrived, lambda way, *given: way.foreign(given)), entry))
+                way = _by_request(parts)
+                keep((out, lse, parts, way.foreign(arrived) if way else arrived, entry))
         else:
             out, lse, parts, arrived, entry = kept
-            arrived = _each(parts, arrived, lambda way, *given: way.whole(given, k, v))
+            way = _by_request(parts)
+            arrived = way.whole(arrived, k, v) if way else arrived
         result, states = out.detach(), (None, None)
         if branch is not None:
             tensors = [(own[1], v), *zip(arrived[::2], arrived[1::2])]
@@ -140,13 +142,9 @@ class _Attention(torch.autograd.Function):
         return *gradients, *d_branch, *[None] * 7
 
 
-def _each(parts, arrived, change):
-    """What arrived, changed part by part where blocks were asked for: change(way, *tensors) gives others."""
-    ways = [part.way for part in parts if isinstance(part.way, Fetched)]
-    if not ways:
-        return arrived
-    (way,) = ways
-    return list(change(way, *arrived))
+def _by_request(parts):
+    """How blocks that were asked for came, or None where there are none."""
+    return next((part.way for part in parts if isinstance(part.way, Fetched)), None)
 
 
 def _choose(q, k, coarse_k, selection, tables, causal, strategy, group, apart):

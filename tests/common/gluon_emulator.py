@@ -321,3 +321,22 @@ def load(*names: str) -> list[ModuleType]:
                 sys.modules[name] = kept[name]
             else:
                 del sys.modules[name]
+
+
+def load_linear(names) -> dict:
+    """Modules of kernels.linear.hopper, emulated, by name."""
+    _, _, *modules = load(
+        "longspan.kernels.sparse.hopper.tiles",
+        *(f"longspan.kernels.linear.hopper.{name}" for name in ("tiles", *names)),
+    )
+    return dict(zip(names, modules, strict=True))
+
+
+def use_linear(emulated, monkeypatch) -> None:
+    """Forms of linear attention take these modules, as on a Hopper GPU."""
+    from longspan.kernels.linear import hopper
+    from longspan.kernels.sparse import hopper as sparse_hopper
+
+    monkeypatch.setattr(sparse_hopper, "on_hopper", lambda x: True)
+    for name, module in emulated.items():
+        monkeypatch.setattr(hopper, name, module, raising=False)

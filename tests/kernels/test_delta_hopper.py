@@ -15,20 +15,15 @@ SPANS = Spans((0, 1, 2, 66, 67, 690), (1, 2, 4), (2, 4), (1, 2))
 @pytest.fixture(scope="module")
 def emulated():
     pytest.importorskip("triton", reason="Triton is not installed")
-    names = [f"longspan.kernels.linear.hopper.{name}" for name in ("tiles", *MODULES)]
-    _, _, *modules = gluon_emulator.load("longspan.kernels.sparse.hopper.tiles", *names)
-    return dict(zip(MODULES, modules, strict=True))
+    return gluon_emulator.load_linear(MODULES)
 
 
 @pytest.fixture
 def delta(emulated, monkeypatch):
     """The Form with all kernels for Hopper emulated."""
-    from longspan.kernels.linear import delta, hopper
-    from longspan.kernels.sparse import hopper as sparse_hopper
+    from longspan.kernels.linear import delta
 
-    monkeypatch.setattr(sparse_hopper, "on_hopper", lambda x: True)
-    for name, module in emulated.items():
-        monkeypatch.setattr(hopper, name, module, raising=False)
+    gluon_emulator.use_linear(emulated, monkeypatch)
     return delta
 
 

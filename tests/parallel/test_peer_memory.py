@@ -1,5 +1,7 @@
 """States through shared memory: ranks that are processes, which wait for one another; and who gets such memory."""
 
+from typing import get_type_hints
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from spawn import run_ranks
 from traffic import Traffic
 
 from longspan.kernels import peer_triton
+from longspan.launcher.config import ParallelConfig
 from longspan.parallel import Topology, contiguous
 from longspan.parallel.peer_memory import open_peer_memory
 from longspan.parallel.scan import scan_plan, start_scan
@@ -97,6 +100,11 @@ def refused(rank, world_size):
 
 def test_a_cpu_has_none_and_says_so_where_it_is_asked_for():
     run_ranks(refused, 2)
+
+
+def test_the_config_offers_what_is_taken():
+    offered = get_type_hints(ParallelConfig)["peer_memory"]
+    assert offered == get_type_hints(open_peer_memory)["wanted"]
 
 
 def on_gpus(rank, world_size):
