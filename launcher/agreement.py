@@ -32,3 +32,11 @@ def decide(make: Callable[[], T]) -> T:
     if kind == "failure":
         raise RuntimeError(f"rank 0 failed and with it all ranks:\n{value}")
     return value
+
+
+def agree_on_none(problem: str | None) -> None:
+    """Raises the same UserError on every rank when one has a problem: that of the first. Collective over all ranks."""
+    problems = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise UserError(next(filter(None, problems)))
