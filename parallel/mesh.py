@@ -69,9 +69,8 @@ def build_mesh(
     Collective: every rank calls it with the same arguments. Raises ValueError when `tp` or `sp` does not divide the
     ranks, `tp` those of a machine, or `sharding="hsdp"` meets machines with unequal numbers of ranks.
     """
+    join(device, timeout_s)
     timeout = timedelta(seconds=timeout_s)
-    if not dist.is_initialized():
-        _join(device, timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     _check_tp(tp, world_size)
@@ -115,8 +114,11 @@ def build_mesh(
     )
 
 
-def _join(device: torch.device, timeout: timedelta) -> None:
-    on_gpu = device.type == "cuda"
+def join(device: torch.device, timeout_s: float) -> None:
+    """Makes this process a rank of the run, if it is none yet; the first that `build_mesh` does. Collective."""
+    if dist.is_initialized():
+        return
+    on_gpu, timeout = device.type == "cuda", timedelta(seconds=timeout_s)
     options = {"backend": BACKENDS, "device_id": device} if on_gpu else {"backend": "gloo"}
     if "RANK" in os.environ:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))

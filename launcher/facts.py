@@ -1,0 +1,60 @@
+"""What all ranks of a run must have in common: settings, versions, code, corpora. Layouts, plans and the order of data
+follow from these on every rank by itself, and ranks that differ would wait for each other or mix other tokens."""
+
+import hashlib
+import platform
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import longspan
+from longspan.launcher.config import Config
+
+ROOMS = ("attention", "kernels", "launcher", "models", "parallel")
+PACKAGES = ("numpy", "triton")
+
+
+def facts_of(config: Config) -> dict[str, str]:
+    """By name, as this rank has them."""
+    settings = {
+        f"{section}.{name}": str(value) for section, fields in asdict(config).items() for name, value in fields.items()
+    }
+    return settings | versions() | corpora(config)
+
+
+def versions() -> dict[str, str]:
+    found = {name: _version(name) for name in PACKAGES}
+    code = f"{longspan.__version__} ({_code()})"
+    return {"longspan": code, "python": platform.python_version(), "torch": torch.__version__, **found}
+
+
+def corpora(config: Config) -> dict[str, str]:
+    """Sizes of their files: other documents would be other lengths."""
+    paths = [corpus.path for corpus in (*config.data.corpora, *config.data.validation_corpora)]
+    return {file: _size(Path(file)) for path in paths for file in (f"{path}.idx", f"{path}.bin")}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _size(path: Path) -> str:
+    try:
+        return f"{path.stat().st_size} bytes"
+    except OSError as error:
+        return str(error.strerror)
+
+
+def _code() -> str:
+    """The beginning of a digest of longspan's source files: clones may differ in what is not committed."""
+    root, digest = Path(longspan.__file__).parent, hashlib.sha256()
+    for room in ROOMS:
+        folder = (root / room).resolve()
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return f"code {digest.hexdigest()[:12]}"
