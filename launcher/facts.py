@@ -3,6 +3,7 @@ follow from these on every rank by itself, and ranks that differ would wait for 
 
 import hashlib
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -21,19 +22,20 @@ def facts_of(config: Config) -> dict[str, str]:
     settings = {
         f"{section}.{name}": str(value) for section, fields in asdict(config).items() for name, value in fields.items()
     }
-    return settings | versions() | corpora(config)
+    corpora = *config.data.corpora, *config.data.validation_corpora
+    return settings | versions() | sizes(corpus.path for corpus in corpora)
 
 
 def versions() -> dict[str, str]:
+    """Of what the run is made with."""
     found = {name: _version(name) for name in PACKAGES}
     code = f"{longspan.__version__} ({_code()})"
     return {"longspan": code, "python": platform.python_version(), "torch": torch.__version__, **found}
 
 
-def corpora(config: Config) -> dict[str, str]:
-    """Sizes of their files: other documents would be other lengths."""
-    paths = [corpus.path for corpus in (*config.data.corpora, *config.data.validation_corpora)]
-    return {file: _size(Path(file)) for path in paths for file in (f"{path}.idx", f"{path}.bin")}
+def sizes(corpora: Iterable[str]) -> dict[str, str]:
+    """Of the files of corpora PREFIX: other documents would have other lengths."""
+    return {file: _size(Path(file)) for prefix in corpora for file in (f"{prefix}.idx", f"{prefix}.bin")}
 
 
 def _version(package: str) -> str:

@@ -107,7 +107,7 @@ def build_mesh(
         tp_rank=rank % tp,
         sp_group=sp_group,
         sp_state_group=sp_state_group,
-        sp_topology=_topology(sp, tp, ranks_per_machine),
+        sp_topology=group_topology(sp, tp, ranks_per_machine),
         fsdp_mesh=fsdp_mesh,
         tp_mesh=tp_mesh,
         device=device,
@@ -166,8 +166,9 @@ def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
-def _topology(sp: int, tp: int, ranks_per_machine: int) -> Topology:
-    """The ranks of an SP group in the largest equal parts that no machine boundary cuts, whatever group it is."""
+def group_topology(sp: int, tp: int, ranks_per_machine: int) -> Topology:
+    """The ranks of an SP group in the largest equal parts that no machine boundary cuts, whatever group it is: every
+    tp-th of sp * tp ranks in a row. ranks_per_machine: on this one. Collective over all ranks."""
     sizes = [None] * dist.get_world_size()
     dist.all_gather_object(sizes, ranks_per_machine)
     ranks_per_node = gcd(sp, *(size // tp for size in sizes))
