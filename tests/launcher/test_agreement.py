@@ -73,8 +73,9 @@ def test_a_run_whose_ranks_have_other_settings_ends_before_its_groups_are_made(t
     assert found[0].startswith("ranks differ: parallel.sp is 1 on rank 0 and 2 on rank 1. Start the same")
 
 
-def _other_plan(rank, world_size, corpus, folder):
-    settings = "parallel.softmax=zeppelin", "data.packing=documents", "data.seq_len=512", "train.global_batch=1"
+def _other_plan(rank, world_size, corpus, folder, layout):
+    given = f"parallel.layout={layout}", "model.pattern=[softmax]"
+    settings = "parallel.softmax=zeppelin", "data.packing=documents", "data.seq_len=512", "train.global_batch=1", *given
     if rank == 1:  # as of another version: ranks change places
         balanced = planner.balanced
         planner.STRATEGIES["zeppelin"] = lambda batch: batch.planned(
@@ -84,7 +85,9 @@ def _other_plan(rank, world_size, corpus, folder):
     return _refusal(run.train)
 
 
-def test_ranks_that_plan_otherwise_are_noticed_before_tokens_move(tmp_path):
-    found = run_ranks(_other_plan, 2, write_corpus(tmp_path), tmp_path)
+@pytest.mark.parametrize("layout", ["auto", "contiguous"])
+def test_ranks_that_plan_otherwise_are_noticed_before_tokens_move(tmp_path, layout):
+    """Where all layers follow the plan, and where softmax attention alone does."""
+    found = run_ranks(_other_plan, 2, write_corpus(tmp_path), tmp_path, layout)
     assert found[0] == found[1]
     assert found[0].startswith("rank 1 placed the tokens of step 1 elsewhere than rank 0 of the same SP group: ")
