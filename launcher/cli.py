@@ -1,5 +1,6 @@
 """The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
-`profile` shows what a step took, `sample` draws, `bench` measures, `report` shows what was measured."""
+`evaluate` has perplexities, `profile` shows what a step took, `sample` draws, `bench` measures, `report` shows what was
+measured."""
 
 import argparse
 import ast
@@ -114,9 +115,10 @@ def profile(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="run directory")
-    from longspan.launcher.profile_report import show
+    run = parser.parse_args(argv).run
+    from longspan.launcher.profile_report import show  # imports torch
 
-    show(Path(parser.parse_args(argv).run))
+    show(Path(run))
 
 
 def settings_help() -> str:
@@ -177,6 +179,35 @@ def sample(argv: list[str]) -> None:
     sample_run(**vars(arguments))
 
 
+def evaluate(argv: list[str]) -> None:
+    """Prints perplexities. Raises UserError for arguments and runs that do not fit."""
+    parser = _Parser(
+        prog="longspan evaluate",
+        description="Loss and perplexity of a trained model on held-out text: the same tokens predicted with contexts of "
+        "several lengths, and by position. Over several ranks: torchrun --nproc-per-node N --no-python longspan evaluate",
+        epilog="More: docs/training.md",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that differ from training: model.rope_scaling=4"
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=_tokens, default=[], metavar="TOKENS",
+        help="such as 4K 16K 64K (default: that of training); shorter ones cut the samples of the longest",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="of the longest length (default 8)")
+    parser.add_argument(
+        "--corpora", nargs="+", default=[], metavar="PREFIX",
+        help="corpora of `longspan prepare` (default: what the run kept for validation)",
+    )  # fmt: skip
+    parser.add_argument("--output", metavar="FILE.json", help="also write the figures to this file")
+    arguments = parser.parse_intermixed_args(argv)
+    from longspan.launcher.evaluation import evaluate_run  # imports torch
+
+    evaluate_run(**vars(arguments))
+
+
 def bench(argv: list[str]) -> None:
     """Runs a benchmark on one rank. UserError for an unknown one."""
     parser = _Parser(
@@ -224,13 +255,14 @@ BENCHMARKS = {
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
 COMMANDS = {
-    "prepare": prepare, "plan": plan, "train": train, "profile": profile, "sample": sample, "bench": bench,
-    "report": report,
+    "prepare": prepare, "plan": plan, "train": train, "evaluate": evaluate, "profile": profile, "sample": sample,
+    "bench": bench, "report": report,
 }  # fmt: skip
 COMMAND_HELP = {
     "prepare": "turns text into a corpus",
     "plan": "says what a step would take of memory and time, before any GPU is there",
     "train": "trains; over several ranks: torchrun launcher/train.py",
+    "evaluate": "perplexity of a trained model on held-out text, by length of context and by position",
     "profile": "shows where the time of a run's steps went",
     "sample": "draws images with a trained diffusion transformer",
     "bench": "measures kernels, attention and communication on this machine",

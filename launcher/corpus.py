@@ -192,6 +192,11 @@ def _read_index(prefix: str) -> _Index:
     """The index of a corpus, after checks of both files that megatron-core would fail by assertions or wrong tokens."""
     idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     remedy = "copy both files again, or write them with `longspan prepare`"
+    if not idx.is_file() and not bin_.is_file():
+        raise UserError(
+            f"corpus {prefix}: there is no such corpus, neither {idx} nor {bin_}; write it with `longspan prepare"
+            f" --output {prefix}`, or name another in data.corpora=[{{path: ...}}]"
+        )
     for file in (idx, bin_):
         if not file.is_file():
             raise UserError(f"corpus {prefix}: {file} is missing; {remedy}")

@@ -51,7 +51,7 @@ def run(config: Config) -> None:
     if config.train.deterministic:
         make_deterministic()
     device = choose_device(config.run.device)
-    _set_up_log()
+    set_up_log()
     mesh = build_mesh(
         sp=config.parallel.sp,
         sharding=config.parallel.mesh_sharding,
@@ -64,6 +64,27 @@ def run(config: Config) -> None:
     trainer.train()
     trainer.close()
     dist.destroy_process_group()
+
+
+def build_sequence_parallel(config: Config, mesh: Mesh) -> SequenceParallel:
+    """How the ranks of `mesh` share sequences, as parallel.* says. Collective. UserError for a file of costs that
+    cannot be used."""
+    return SequenceParallel(
+        mesh.sp_group,
+        mesh.sp_state_group,
+        peers=open_peer_memory(
+            mesh.sp_state_group, mesh.sp_topology, mesh.device, peer_triton, config.parallel.peer_memory
+        ),
+        topology=mesh.sp_topology,
+        layout=config.parallel.layout,
+        linear=config.parallel.linear,
+        softmax=config.parallel.softmax,
+        sparse=config.parallel.sparse,
+        backend=config.parallel.backend,
+        costs=decide(lambda: load_costs(config)),
+        token_cap=config.parallel.token_cap,
+        device=mesh.device,
+    )
 
 
 class Trainer:
@@ -81,22 +102,7 @@ class Trainer:
         if start is not None:
             checkpoint.check_model(start, config.model)
         shard = find_engine(config, mesh)
-        self.sequence_parallel = SequenceParallel(
-            mesh.sp_group,
-            mesh.sp_state_group,
-            peers=open_peer_memory(
-                mesh.sp_state_group, mesh.sp_topology, mesh.device, peer_triton, config.parallel.peer_memory
-            ),
-            topology=mesh.sp_topology,
-            layout=config.parallel.layout,
-            linear=config.parallel.linear,
-            softmax=config.parallel.softmax,
-            sparse=config.parallel.sparse,
-            backend=config.parallel.backend,
-            costs=decide(lambda: load_costs(config)),
-            token_cap=config.parallel.token_cap,
-            device=mesh.device,
-        )
+        self.sequence_parallel = build_sequence_parallel(config, mesh)
         self._open_data()
         torch.manual_seed(config.run.seed)  # the same on every rank, so that all of them shard the same model
         with mesh.device:
@@ -265,7 +271,7 @@ class Trainer:
                 self._progress.report(row)
 
 
-def _set_up_log() -> None:
+def set_up_log() -> None:
     """The first rank's log goes to the terminal; all ranks would say the same."""
     log.handlers = [logging.StreamHandler(sys.stdout)]
     log.handlers[0].setFormatter(logging.Formatter("%(message)s"))
