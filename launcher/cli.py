@@ -1,6 +1,6 @@
 """The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
-`evaluate` has perplexities, `profile` shows what a step took, `sample` draws, `bench` measures, `report` shows what was
-measured."""
+`evaluate` has perplexities, `export` writes weights, `profile` shows what a step took, `sample` draws, `bench`
+measures, `report` shows what was measured."""
 
 import argparse
 import ast
@@ -183,8 +183,8 @@ def evaluate(argv: list[str]) -> None:
     """Prints perplexities. Raises UserError for arguments and runs that do not fit."""
     parser = _Parser(
         prog="longspan evaluate",
-        description="Loss and perplexity of a trained model on held-out text: the same tokens predicted with contexts of "
-        "several lengths, and by position. Over several ranks: torchrun --nproc-per-node N --no-python longspan evaluate",
+        description="Loss and perplexity of a trained model on held-out text: the same tokens predicted with several "
+        "lengths of context, and by position. Over ranks: torchrun --nproc-per-node N --no-python longspan evaluate",
         epilog="More: docs/training.md",
         allow_abbrev=False,
     )  # fmt: skip
@@ -206,6 +206,28 @@ def evaluate(argv: list[str]) -> None:
     from longspan.launcher.evaluation import evaluate_run  # imports torch
 
     evaluate_run(**vars(arguments))
+
+
+def export(argv: list[str]) -> None:
+    """Writes the weights of a checkpoint. Raises UserError for arguments and runs that do not fit."""
+    parser = _Parser(
+        prog="longspan export",
+        description="Writes the weights of a checkpoint, of any number of ranks, as model.safetensors and config.json.",
+        epilog="More: docs/training.md",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for both files")
+    parser.add_argument(
+        "--layout", choices=["longspan", "huggingface"], default="longspan",
+        help="names of weights and settings: longspan's own (default), or those of transformers, for models of softmax "
+        "layers alone",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32")
+    arguments = parser.parse_args(argv)
+    from longspan.launcher.export import export_run  # imports torch
+
+    export_run(**vars(arguments))
 
 
 def bench(argv: list[str]) -> None:
@@ -255,14 +277,15 @@ BENCHMARKS = {
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
 COMMANDS = {
-    "prepare": prepare, "plan": plan, "train": train, "evaluate": evaluate, "profile": profile, "sample": sample,
-    "bench": bench, "report": report,
+    "prepare": prepare, "plan": plan, "train": train, "evaluate": evaluate, "export": export, "profile": profile,
+    "sample": sample, "bench": bench, "report": report,
 }  # fmt: skip
 COMMAND_HELP = {
     "prepare": "turns text into a corpus",
     "plan": "says what a step would take of memory and time, before any GPU is there",
     "train": "trains; over several ranks: torchrun launcher/train.py",
     "evaluate": "perplexity of a trained model on held-out text, by length of context and by position",
+    "export": "writes the weights of a checkpoint as safetensors",
     "profile": "shows where the time of a run's steps went",
     "sample": "draws images with a trained diffusion transformer",
     "bench": "measures kernels, attention and communication on this machine",
