@@ -1,9 +1,10 @@
 """The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
-`evaluate` has perplexities, `export` writes weights, `profile` shows what a step took, `sample` draws, `bench`
-measures, `report` shows what was measured."""
+`evaluate` has perplexities, `export` writes weights, `generate` continues text, `profile` shows what a step took,
+`sample` draws, `bench` measures, `report` shows what was measured."""
 
 import argparse
 import ast
+import re
 import sys
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
@@ -230,6 +231,34 @@ def export(argv: list[str]) -> None:
     export_run(**vars(arguments))
 
 
+def generate(argv: list[str]) -> None:
+    """Prints text. Raises UserError for arguments and runs that do not fit."""
+    parser = _Parser(
+        prog="longspan generate",
+        description="Continues a text with a trained model, on one rank; to look at a model, not to serve it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
+    parser.add_argument("--prompt-file", metavar="FILE", help="a text file to continue, in the place of --prompt")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="how many at most (default 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token (default 0.8)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P",
+        help="choose among the likeliest tokens that have this share of the probability (default 1: all)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choices (default 0)")
+    parser.add_argument(
+        "--tokenizer", metavar="bytes|FILE", help="as of `longspan prepare` (default: that of the run's first corpus)"
+    )
+    arguments = parser.parse_args(argv)
+    from longspan.launcher.generation import generate_run  # imports torch
+
+    generate_run(**vars(arguments))
+
+
 def bench(argv: list[str]) -> None:
     """Runs a benchmark on one rank. UserError for an unknown one."""
     parser = _Parser(
@@ -277,8 +306,8 @@ BENCHMARKS = {
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
 COMMANDS = {
-    "prepare": prepare, "plan": plan, "train": train, "evaluate": evaluate, "export": export, "profile": profile,
-    "sample": sample, "bench": bench, "report": report,
+    "prepare": prepare, "plan": plan, "train": train, "evaluate": evaluate, "export": export, "generate": generate,
+    "profile": profile, "sample": sample, "bench": bench, "report": report,
 }  # fmt: skip
 COMMAND_HELP = {
     "prepare": "turns text into a corpus",
@@ -286,6 +315,7 @@ COMMAND_HELP = {
     "train": "trains; over several ranks: torchrun launcher/train.py",
     "evaluate": "perplexity of a trained model on held-out text, by length of context and by position",
     "export": "writes the weights of a checkpoint as safetensors",
+    "generate": "continues a text with a trained model",
     "profile": "shows where the time of a run's steps went",
     "sample": "draws images with a trained diffusion transformer",
     "bench": "measures kernels, attention and communication on this machine",
@@ -297,6 +327,9 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UserErrors: one line, printed by one rank."""
 
     def error(self, message: str) -> None:
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        nearest = get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=1) if wrong else ()
+        message += "".join(f", did you mean {name}?" for name in nearest)
         command = self.prog.removeprefix("longspan").strip()  # the line starts with longspan as it is
         raise UserError(f"{command + ': ' if command else ''}{message}; see `{self.prog} --help`")
 

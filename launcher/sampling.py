@@ -10,7 +10,7 @@ import torch
 from longspan.launcher.environment import choose_device
 from longspan.launcher.errors import UserError
 from longspan.launcher.images import SPLITS, noise_of
-from longspan.launcher.stored_models import load_model, stored
+from longspan.launcher.stored_models import cast, load_model, stored
 from longspan.models.diffusion import sample
 from longspan.models.morton import coordinates
 from longspan.parallel import SequenceParallel, Span
@@ -29,7 +29,7 @@ def sample_run(run: str, output: str, images: int, steps: int, size: int | None,
         if value < 1 or (name == "size" and value.bit_count() > 1):
             raise UserError(f"--{name} {value}: use {'a power of two' if name == 'size' else '1 or more'}")
     device = choose_device(config.run.device)
-    model = load_model(info, config).to(device, getattr(torch, config.train.dtype))
+    model = cast(load_model(info, config), getattr(torch, config.train.dtype)).to(device)
     spans = [(Span(0, 0, size**2), seed, SPLITS["sample"], number) for number in range(images)]
     noise = torch.from_numpy(np.concatenate([noise_of(*span) for span in spans]).astype(np.float32))
     seq = SequenceParallel(device=device).context([size**2] * images)

@@ -20,7 +20,7 @@ from longspan.launcher.batches import BatchLoader
 from longspan.launcher.breakdown import DATA, OPTIMIZER, OUTSIDE
 from longspan.launcher.calibration import load_costs
 from longspan.launcher.claim import claim
-from longspan.launcher.config import Config
+from longspan.launcher.config import CheckpointConfig, Config
 from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
 from longspan.launcher.files import replace_text, writing
@@ -85,6 +85,15 @@ def build_sequence_parallel(config: Config, mesh: Mesh) -> SequenceParallel:
         token_cap=config.parallel.token_cap,
         device=mesh.device,
     )
+
+
+def saves(wanted: CheckpointConfig, steps: int) -> str:
+    """What a run that is ended on the way would lose, in a line for its log."""
+    if 0 < wanted.interval < steps:
+        return f"checkpoints every {wanted.interval} steps, the last {wanted.keep_last} are kept"
+    if wanted.at_end:
+        return "a checkpoint at the end only: an interrupted run loses all (checkpoint.interval=N saves every N steps)"
+    return "no checkpoints (checkpoint.interval=0, checkpoint.at_end=false)"
 
 
 class Trainer:
@@ -167,6 +176,7 @@ class Trainer:
             "up to " if config.data.packing == "documents" else "",
             f"{config.data.seq_len:,}",
         )
+        log.info("%s", saves(config.checkpoint, config.train.steps))
         if mesh.device.type == "cuda":
             log.info("GPU memory allocator: %s", allocator_setting())
         if self._start is not None:
