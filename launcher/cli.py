@@ -186,7 +186,7 @@ def evaluate(argv: list[str]) -> None:
         prog="longspan evaluate",
         description="Loss and perplexity of a trained model on held-out text: the same tokens predicted with several "
         "lengths of context, and by position. Over ranks: torchrun --nproc-per-node N --no-python longspan evaluate",
-        epilog="More: docs/training.md",
+        epilog="More: docs/trained-models.md",
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
@@ -214,7 +214,7 @@ def export(argv: list[str]) -> None:
     parser = _Parser(
         prog="longspan export",
         description="Writes the weights of a checkpoint, of any number of ranks, as model.safetensors and config.json.",
-        epilog="More: docs/training.md",
+        epilog="More: docs/trained-models.md",
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")

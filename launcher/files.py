@@ -15,7 +15,7 @@ def writing(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free its disk or choose another, then resume" if full else "choose another, or change its permissions"
         raise UserError(f"run.dir={run_dir}: cannot be written ({reason}); {remedy}") from None
 
