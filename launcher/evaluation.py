@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def evaluate(info: checkpoint.Info, config: Config, mesh: Mesh, lengths: Sequenc
     evaluation = Evaluation(info, config, mesh)
     stream = _held_out(config, lengths[-1])
     drawn = [stream.sample(index) for index in range(samples)]
-    work = {length: list(cut(drawn, length, stream.corpora)) for length in lengths}
+    work = {length: list(cut(drawn, length, stream.corpora, config.data.respect_documents)) for length in lengths}
     progress = _Progress(sum(_tokens(sample) for parts in work.values() for sample in parts), mesh.is_main)
     records = []
     for length, parts in work.items():
@@ -128,15 +129,18 @@ def _held_out(config: Config, length: int) -> SampleStream:
         raise UserError(f"--lengths {length}: {error}") from None
 
 
-def cut(samples: Sequence[Sample], length: int, corpora: Sequence[Corpus]) -> Iterator[Sample]:
-    """The samples in parts of at most `length` tokens; parts with nothing to predict are left out."""
+def cut(samples: Sequence[Sample], length: int, corpora: Sequence[Corpus], apart: bool) -> Iterator[Sample]:
+    """The samples in parts of at most `length` tokens. apart: pieces of a sample do not see each other, so that its
+    parts stay together as pieces of one; else every part is a sample. Those with nothing to predict are left out."""
     for sample in samples:
-        for start in range(0, _tokens(sample), length):
-            part = Sample(tuple(_between(sample.pieces, start, start + length)))
-            if any(
-                len(piece) > 1 or piece.stop < corpora[piece.corpus].lengths[piece.document] for piece in part.pieces
-            ):
-                yield part
+        parts = [tuple(_between(sample.pieces, start, start + length)) for start in range(0, _tokens(sample), length)]
+        for pieces in [tuple(chain.from_iterable(parts))] if apart else parts:
+            if any(len(piece) > 1 or _goes_on(piece, corpora) for piece in pieces):
+                yield Sample(pieces)
+
+
+def _goes_on(piece: Piece, corpora: Sequence[Corpus]) -> bool:
+    return piece.stop < corpora[piece.corpus].lengths[piece.document]
 
 
 def row_ends(length: int, first: int) -> list[int]:
@@ -204,7 +208,7 @@ class Evaluation:
 
     @torch.no_grad()
     def losses(self, samples: Sequence[Sample], corpora: Sequence[Corpus], ends: list[int], progress) -> Losses:
-        """Of samples of at most ends[-1] tokens, one after the other, in rows of positions that end at `ends`."""
+        """Of one sample after the other, in rows of positions that end at `ends`."""
         device = self._mesh.device
         builder = TextBuilder(
             _Listed(samples, corpora), self._parallel, respect_documents=self._config.data.respect_documents,

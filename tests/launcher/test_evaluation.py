@@ -124,14 +124,17 @@ class _Lengths:
 
 def test_cut_covers_a_sample_once_and_leaves_out_what_predicts_nothing():
     pieces = (Piece(0, 0, 4, 10), Piece(0, 1, 0, 1), Piece(0, 2, 0, 5))
-    parts = list(cut([Sample(pieces)], 3, [_Lengths]))
-    assert [part.pieces for part in parts] == [
+    wanted = [
         (Piece(0, 0, 4, 7),),
         (Piece(0, 0, 7, 10),),
         (Piece(0, 1, 0, 1), Piece(0, 2, 0, 2)),
         (Piece(0, 2, 2, 5),),
     ]
-    assert [part.pieces for part in cut([Sample(pieces)], 1, [_Lengths])].count((Piece(0, 1, 0, 1),)) == 0
+    assert [part.pieces for part in cut([Sample(pieces)], 3, [_Lengths], apart=False)] == wanted
+    assert [part.pieces for part in cut([Sample(pieces)], 3, [_Lengths], apart=True)] == [sum(wanted, ())]
+    alone = Sample((Piece(0, 1, 0, 1),))  # a document of one token
+    assert [part.pieces for part in cut([Sample(pieces)], 1, [_Lengths], apart=False)].count(alone.pieces) == 0
+    assert list(cut([alone], 4, [_Lengths], apart=True)) == []
 
 
 def test_rows_end_at_the_first_at_doubles_and_at_the_length():
