@@ -1,13 +1,13 @@
 """Perplexity of a checkpoint on held-out text, by how much context it sees and by position in the document.
 
 The same samples, as long as the longest length asked for, are cut for every shorter one. Every length predicts the same
-tokens, so differences between lengths are what context is worth.
+tokens, also in every row of positions, which are those in the longest length: differences are what context is worth.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -76,11 +76,12 @@ def evaluate(info: checkpoint.Info, config: Config, mesh: Mesh, lengths: Sequenc
     stream = _held_out(config, lengths[-1])
     drawn = [stream.sample(index) for index in range(samples)]
     work = {length: list(cut(drawn, length, stream.corpora, config.data.respect_documents)) for length in lengths}
-    progress = _Progress(sum(_tokens(sample) for parts in work.values() for sample in parts), mesh.is_main)
+    progress = _Progress(sum(_tokens(part.sample) for parts in work.values() for part in parts), mesh.is_main)
+    ends = row_ends(lengths[-1], min(FIRST_ROW, lengths[0]))
     records = []
     for length, parts in work.items():
-        ends = row_ends(length, min(FIRST_ROW, lengths[0]))
-        records.append(evaluation.losses(parts, stream.corpora, ends, progress).record())
+        count = partial(progress.add, length)
+        records.append({"length": length} | evaluation.losses(parts, stream.corpora, ends, count).record())
     return {
         "checkpoint": str(info.path),
         "step": info.step,
@@ -129,14 +130,28 @@ def _held_out(config: Config, length: int) -> SampleStream:
         raise UserError(f"--lengths {length}: {error}") from None
 
 
-def cut(samples: Sequence[Sample], length: int, corpora: Sequence[Corpus], apart: bool) -> Iterator[Sample]:
+@dataclass(frozen=True)
+class Part:
+    """A sample of shorter documents; origins: of each, its place in the document of the longest length."""
+
+    sample: Sample
+    origins: tuple[int, ...]
+
+
+def cut(samples: Sequence[Sample], length: int, corpora: Sequence[Corpus], apart: bool) -> Iterator[Part]:
     """The samples in parts of at most `length` tokens. apart: pieces of a sample do not see each other, so that its
     parts stay together as pieces of one; else every part is a sample. Those with nothing to predict are left out."""
     for sample in samples:
-        parts = [tuple(_between(sample.pieces, start, start + length)) for start in range(0, _tokens(sample), length)]
-        for pieces in [tuple(chain.from_iterable(parts))] if apart else parts:
-            if any(len(piece) > 1 or _goes_on(piece, corpora) for piece in pieces):
-                yield Sample(pieces)
+        starts = range(0, _tokens(sample), length)
+        parts = [list(_between(sample.pieces, start, start + length)) for start in starts]
+        if apart:
+            found = [(list(chain.from_iterable(parts)), None)]
+        else:
+            found = list(zip(parts, starts, strict=True))
+        for pieces, start in found:
+            if any(len(piece) > 1 or _goes_on(piece, corpora) for piece, _ in pieces):
+                origins = tuple(first for _, first in pieces) if start is None else (start,)
+                yield Part(Sample(tuple(piece for piece, _ in pieces)), origins)
 
 
 def _goes_on(piece: Piece, corpora: Sequence[Corpus]) -> bool:
@@ -151,11 +166,12 @@ def row_ends(length: int, first: int) -> list[int]:
     return ends
 
 
-def _between(pieces: Sequence[Piece], start: int, stop: int) -> Iterator[Piece]:
+def _between(pieces: Sequence[Piece], start: int, stop: int) -> Iterator[tuple[Piece, int]]:
+    """What tokens [start, stop) of a sample have of each piece, and where in the piece that begins."""
     for piece in pieces:
         first, last = max(start, 0), min(stop, len(piece))
         if first < last:
-            yield replace(piece, start=piece.start + first, stop=piece.start + last)
+            yield replace(piece, start=piece.start + first, stop=piece.start + last), first
         start, stop = start - len(piece), stop - len(piece)
 
 
@@ -176,14 +192,12 @@ class Losses:
         starts = [0, *self.ends[:-1]]
         rows = zip(starts, self.ends, self.sums, self.labels, strict=True)
         return {
-            "length": self.ends[-1],
             "labels": labels,
             "loss": loss,
             "perplexity": _perplexity(loss),
             "by_position": [
-                {"start": start, "stop": stop, "labels": count, "loss": total / count}
+                {"start": start, "stop": stop, "labels": count, "loss": total / count if count else None}
                 for start, stop, total, count in rows
-                if count
             ],
         }
 
@@ -207,25 +221,31 @@ class Evaluation:
         self._rows = torch.empty(0)
 
     @torch.no_grad()
-    def losses(self, samples: Sequence[Sample], corpora: Sequence[Corpus], ends: list[int], progress) -> Losses:
-        """Of one sample after the other, in rows of positions that end at `ends`."""
+    def losses(
+        self, parts: Sequence[Part], corpora: Sequence[Corpus], ends: list[int], count: Callable[[int], None]
+    ) -> Losses:
+        """Of one part after the other, in rows of places in the longest length that end at `ends`. count: is told the
+        tokens of each."""
         device = self._mesh.device
         builder = TextBuilder(
-            _Listed(samples, corpora), self._parallel, respect_documents=self._config.data.respect_documents,
-            vocab_size=self._config.model.vocab_size, dp=1, dp_rank=0, samples=1, device=device,
+            _Listed([part.sample for part in parts], corpora), self._parallel,
+            respect_documents=self._config.data.respect_documents, vocab_size=self._config.model.vocab_size,
+            dp=1, dp_rank=0, samples=1, device=device,
         )  # fmt: skip
-        inner = torch.tensor(ends[:-1], device=device)
         totals = torch.zeros(2, len(ends), dtype=torch.float64, device=device)
-        for index, sample in enumerate(samples):
+        for index, part in enumerate(parts):
             batch: Batch = builder.to_device(builder.build(index))[0]
-            rows = torch.bucketize(batch.seq.positions.to(device), inner, right=True)
-            self._rows, self._num_rows = rows, len(ends)
+            spans = batch.seq.layout.spans[batch.seq.rank]
+            places = [part.origins[span.document] + torch.arange(span.start, span.stop) for span in spans]
+            places = torch.cat([torch.empty(0, dtype=torch.int64), *places])
+            self._rows = torch.bucketize(places, torch.tensor(ends[:-1]), right=True).to(device)
+            self._num_rows = len(ends)
             totals[0] += self._model(*batch.inputs, batch.seq)
-            totals[1] += torch.bincount(rows[batch.labels != NO_LABEL], minlength=len(ends))
-            progress.add(ends[-1], _tokens(sample))
+            totals[1] += torch.bincount(self._rows[batch.labels != NO_LABEL], minlength=len(ends))
+            count(_tokens(part.sample))
         dist.all_reduce(totals)
         sums, labels = totals.tolist()
-        return Losses(ends, sums, [round(count) for count in labels])
+        return Losses(ends, sums, [round(number) for number in labels])
 
     def _by_position(self, cross_entropy, hidden, weight, labels, chunk) -> torch.Tensor:
         """[rows]: the loss that `Decoder.forward` sums over tokens, summed over the tokens of every row."""
@@ -259,13 +279,11 @@ class _Progress:
 def report(result: dict[str, Any]) -> str:
     """The table of a result: rows of positions and of totals, a column for every length."""
     columns = result["lengths"]
-    spans = {(row["start"], row["stop"]) for column in columns for row in column["by_position"]}
-    spans = sorted(spans, key=lambda span: (span[1], span[0]))
-    found = [{(row["start"], row["stop"]): row["loss"] for row in column["by_position"]} for column in columns]
-    lines = [["tokens of context", *(f"{column['length']:,}" for column in columns)]]
-    for span in spans:
-        losses = (f"{rows[span]:.4f}" if span in rows else "" for rows in found)
-        lines.append([f"position {span[0]:,} to {span[1] - 1:,}", *losses])
+    lines = [["tokens of context, at most", *(f"{column['length']:,}" for column in columns)]]
+    for rows in zip(*(column["by_position"] for column in columns), strict=True):
+        where = f"position {rows[0]['start']:,} to {rows[0]['stop'] - 1:,}"
+        if any(row["labels"] for row in rows):
+            lines.append([where, *("" if row["loss"] is None else f"{row['loss']:.4f}" for row in rows)])
     for name, digits in (("loss", ".4f"), ("perplexity", ".3f"), ("labels", ",")):
         lines.append([name, *(format(column[name], digits) for column in columns)])
     wide = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
