@@ -1,6 +1,6 @@
 """The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
-`evaluate` has perplexities, `export` writes weights, `generate` continues text, `profile` shows what a step took,
-`sample` draws, `bench` measures, `report` shows what was measured."""
+`verify` checks checkpoints, `evaluate` has perplexities, `export` writes weights, `generate` continues text, `profile`
+shows what a step took, `sample` draws, `bench` measures, `report` shows what was measured."""
 
 import argparse
 import ast
@@ -120,6 +120,25 @@ def profile(argv: list[str]) -> None:
     from longspan.launcher.profile_report import show  # imports torch
 
     show(Path(run))
+
+
+def verify(argv: list[str]) -> None:
+    """Prints whether checkpoints are as they were written. UserError where one is not."""
+    parser = _Parser(
+        prog="longspan verify",
+        description="Reads every byte of checkpoints and compares with the digests that were written with them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, all checkpoints of which are read, or one of them")
+    path = Path(parser.parse_args(argv).run)
+    from longspan.launcher.checkpoint import verify as verify_checkpoints  # imports torch
+
+    damaged = 0
+    for line, right in verify_checkpoints(path):
+        print(line, flush=True)
+        damaged += not right
+    if damaged:
+        raise UserError(f"damaged checkpoints in {path}: {damaged}, see above")
 
 
 def settings_help() -> str:
@@ -306,13 +325,14 @@ BENCHMARKS = {
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
 COMMANDS = {
-    "prepare": prepare, "plan": plan, "train": train, "evaluate": evaluate, "export": export, "generate": generate,
-    "profile": profile, "sample": sample, "bench": bench, "report": report,
+    "prepare": prepare, "plan": plan, "train": train, "verify": verify, "evaluate": evaluate, "export": export,
+    "generate": generate, "profile": profile, "sample": sample, "bench": bench, "report": report,
 }  # fmt: skip
 COMMAND_HELP = {
     "prepare": "turns text into a corpus",
     "plan": "says what a step would take of memory and time, before any GPU is there",
     "train": "trains; over several ranks: torchrun launcher/train.py",
+    "verify": "checks that checkpoints are as they were written",
     "evaluate": "perplexity of a trained model on held-out text, by length of context and by position",
     "export": "writes the weights of a checkpoint as safetensors",
     "generate": "continues a text with a trained model",

@@ -24,7 +24,7 @@ def load_model(info: checkpoint.Info, config: Config) -> nn.Module:
     model = build_model(config.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process alone
-        checkpoint.fill(info, {"model": model.state_dict()}, no_dist=True)
+        checkpoint.fill(info, {"model": model.state_dict()}, alone=True)
     return model
 
 

@@ -90,7 +90,7 @@ def test_losses_are_those_of_logits_document_by_document(runs):
     info = checkpoint.named(folder / "run")
     config = evaluation_config(info, [], [])
     model = build_model(config.model)
-    checkpoint.fill(info, {"model": model.state_dict()}, no_dist=True)
+    checkpoint.fill(info, {"model": model.state_dict()}, alone=True)
     model = model.double()
     stream = SampleStream([corpus], config.data, config.run.seed, "validation")
     length, losses = 30, {}
