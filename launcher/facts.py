@@ -30,7 +30,12 @@ def versions() -> dict[str, str]:
     """Of what the run is made with."""
     found = {name: _version(name) for name in PACKAGES}
     code = f"{longspan.__version__} ({_code()})"
-    return {"longspan": code, "python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__, **found}
+    return {
+        "longspan": code,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "torch": torch.__version__,
+        **found,
+    }
 
 
 def sizes(corpora: Iterable[str]) -> dict[str, str]:
