@@ -6,3 +6,13 @@ from longspan.kernels.sparse import hopper
 def takes(call) -> bool:
     """Whether these kernels take a case: 16-bit numbers, heads of 128."""
     return hopper.on_hopper(call.q) and call.q.element_size() == 2 and call.k.shape[2] == call.v.shape[2] == 128
+
+
+AT_ONCE = True
+
+
+def takes_at_once(call, direction) -> bool:
+    """Whether one launch takes sums and sweep of a `Fused`: some split is summed, nothing travels, and all heads of a
+    split, which sum for each other, are on the GPU at the same time."""
+    alone = AT_ONCE and takes(call) and not call.splits.linked and len(direction.splits) > 0
+    return alone and call.heads <= hopper.processors(call.q.device)
