@@ -59,7 +59,7 @@ class Fused:
     def ahead(self):
         """Where the gate is scalar, its decays inside chunks, too, which the backward pass gets from here; the kernels
         for Hopper form them where they are used."""
-        if self.sums is not None or hopper.takes_at_once(self, self.splits.forward):
+        if self.sums is not None or hopper.takes_at_once(self, "forward"):
             return
         if self.decay == "scalar" and not hopper.takes(self):
             self.decays = self._chunk_decays(self.decays)
@@ -89,7 +89,7 @@ class Fused:
         return fold_chains(*self.sums, self.splits.backward.summary, parts=self.parts)
 
     def gradient_ahead(self):
-        if self.sums is None and not hopper.takes_at_once(self, self.splits.backward):
+        if self.sums is None and not hopper.takes_at_once(self, "backward"):
             self.sums = self._sum(self.q, self.d_out, self.scale, self.splits.backward, reverse=True)
         self.dq = self.reads = self.k.new_empty(self.k.shape)
         if self.gate:

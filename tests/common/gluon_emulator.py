@@ -243,18 +243,20 @@ def _load(pointer, mask=None, other=0.0):
 def _store(pointer, value, mask=None):
     at = _tensor(pointer.offset)
     keep = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand(at.shape)
-    pointer.memory[at[keep]] = value.expand(at.shape)[keep].to(pointer.memory.dtype)
+    pointer.memory[at[keep]] = _tensor(value).expand(at.shape)[keep].to(pointer.memory.dtype)
 
 
 def _atomic_add(pointer, value, sem=None, scope=None):
-    """Who adds nothing waits for a number that is zero to change."""
+    """Who adds nothing again, where nothing has changed, waits for a change."""
     with _changed:
-        before = pointer.memory[int(pointer.offset)].clone()
-        pointer.memory[int(pointer.offset)] += value
+        at = pointer.memory[int(pointer.offset) :]
+        before, seen = at[0].clone(), (at.data_ptr(), int(at[0]))
+        at[0] += value
         if value != 0:
             _changed.notify_all()
-        elif before == 0 and not _changed.wait(SECONDS):
+        elif seen == getattr(_here, "seen", None) and not _changed.wait(SECONDS):
             raise TimeoutError("a flag that nobody raises")
+        _here.seen = None if value != 0 else seen
     return _tensor(before)
 
 
@@ -286,7 +288,8 @@ def _modules() -> dict[str, ModuleType]:
         exp=torch.exp, abs=torch.abs, sqrt=torch.sqrt, rsqrt=torch.rsqrt, exp2=torch.exp2,
         min=lambda x, axis: x.amin(axis), max=lambda x, axis: x.amax(axis),
         fma=lambda x, y, z: x * y + z, log2=torch.log2, full_like=lambda x, value: torch.zeros_like(x) + value,
-        atomic_add=_atomic_add, atomic_xchg=_atomic_xchg, join=lambda x, y: torch.stack([x, y], -1), permute=torch.permute, reshape=torch.reshape,
+        atomic_add=_atomic_add, atomic_xchg=_atomic_xchg, join=lambda x, y: torch.stack([x, y], -1),
+        permute=torch.permute, reshape=torch.reshape,
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
         float64=torch.float64, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16,

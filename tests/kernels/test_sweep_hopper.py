@@ -16,9 +16,9 @@ SPANS = Spans((0, 1, 2, 66, 67, 690), (1, 3, 4), (3, 4), (1, 3))
 @pytest.fixture(scope="module")
 def emulated():
     pytest.importorskip("triton", reason="Triton is not installed")
-    names = [f"longspan.kernels.linear.hopper.{name}" for name in ("tiles", "decays", "chain", *MODULES)]
+    names = [f"longspan.kernels.linear.hopper.{name}" for name in ("tiles", "decays", "flags", "chain", *MODULES)]
     modules = gluon_emulator.load("longspan.kernels.sparse.hopper.tiles", *names)
-    return dict(zip(("chain", *MODULES), modules[3:], strict=True))
+    return dict(zip(("chain", *MODULES), modules[4:], strict=True))
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_one_launch_does_what_three_do(emulated, launched, monkeypatch):
     found = forms.run_form(_fused(), tables, inputs, *states, 0.3, states_travel=False)
     assert launched == ["at_once", "sweep", "reverse_at_once"]
     launched.clear()
-    monkeypatch.setattr(hopper, "AT_ONCE", False)
+    monkeypatch.setattr(hopper, "AT_ONCE", ())
     others = forms.run_form(_fused(), tables, inputs, *states, 0.3, states_travel=False)
     assert launched == ["sweep_sum", "sweep", "sweep_sum", "sweep", "sweep_reverse"]
     wanted = forms.expected(spans, inputs, *states, 0.3)
@@ -180,7 +180,7 @@ def test_programs_wait_for_what_is_remembered(emulated, launched, monkeypatch, d
     for 0 to 8 these are 13. Nothing beyond is read."""
     chain, seen = emulated["chain"], []
     wait_for = chain.wait_for
-    monkeypatch.setattr(chain, "wait_for", lambda flag: seen.append(flag) or wait_for(flag))
+    monkeypatch.setattr(chain, "wait_for", lambda flags, index: seen.append(index) or wait_for(flags, index))
     spans = Spans((0, 9 * 64))
     inputs, entry, *_ = forms.random_inputs(spans, 1, 128, 128, None, 0, dtype=torch.bfloat16)
     inputs["log_decay"] = torch.tensor([decay])

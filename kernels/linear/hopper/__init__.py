@@ -8,11 +8,11 @@ def takes(call) -> bool:
     return hopper.on_hopper(call.q) and call.q.element_size() == 2 and call.k.shape[2] == call.v.shape[2] == 128
 
 
-AT_ONCE = True
+AT_ONCE = "forward", "backward"  # directions of time in which one launch sums and sweeps, where it can
 
 
-def takes_at_once(call, direction) -> bool:
-    """Whether one launch takes sums and sweep of a `Fused`: some split is summed, nothing travels, and all heads of a
-    split, which sum for each other, are on the GPU at the same time."""
-    alone = AT_ONCE and takes(call) and not call.splits.linked and len(direction.splits) > 0
+def takes_at_once(call, name: str) -> bool:
+    """Whether it takes a `Fused` in a direction: some split is summed, nothing travels, and all heads of a split, which
+    sum for each other, are on the GPU at the same time."""
+    alone = name in AT_ONCE and takes(call) and not call.splits.linked and len(getattr(call.splits, name).splits) > 0
     return alone and call.heads <= hopper.processors(call.q.device)

@@ -125,16 +125,14 @@ def _pass(
 
 @gluon.jit
 def sweep_split(
-    split, head, feed, spans, given, to, scale, H: gl.constexpr, D: gl.constexpr, TRANSPOSED: gl.constexpr,
+    first, length, head, feed, given, to, scale, H: gl.constexpr, D: gl.constexpr, TRANSPOSED: gl.constexpr,
     DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """The sweep through a split and head. feed: descriptors of x, y, z and extra, decays and their strides; spans:
-    first and length of every split; given, CHAINED, PARTS: see `entry_state`; to: out, rows and T."""
+    """The sweep through `length` tokens from `first` on of a head. feed: descriptors of x, y, z and extra, decays and
+    their strides; given, CHAINED, PARTS: see `entry_state`; to: out, rows and T."""
     x_desc, y_desc, z_desc, extra_desc, decay_ptr, stride_t, stride_h = feed
-    first_ptr, length_ptr = spans
     dtype: gl.constexpr = x_desc.dtype
     shared: gl.constexpr = shared_layout(16)
-    first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
     gamma = log_decay_per_token(decay_ptr, head, DECAY)
     decay_ptr = gates_of(decay_ptr, first, head, stride_t, stride_h, DECAY)
     tiles_of = (
@@ -169,10 +167,9 @@ def hopper_sweep_kernel(
     Grid: (splits * H)."""
     split, head = gl.program_id(0) // H, gl.program_id(0) % H
     feed = x_desc, y_desc, z_desc, extra_desc, decay_ptr, decay_stride_t, decay_stride_h
-    given, to = (state_ptr, gl.load(row_ptr + split)), (out_ptr, rows_ptr, T)
-    sweep_split(
-        split, head, feed, (first_ptr, length_ptr), given, to, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES, False, 1
-    )  # fmt: skip
+    first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
+    given, to = (state_ptr, row), (out_ptr, rows_ptr, T)
+    sweep_split(first, length, head, feed, given, to, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES, False, 1)
 
 
 def launch(call, x, y, z, out, entries, reads, *, transposed):

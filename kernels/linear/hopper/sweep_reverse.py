@@ -145,23 +145,21 @@ def _pass(
 
 @gluon.jit
 def reverse_split(
-    split, head, feed, spans, given, to, gate, scale, inverse_scale, H: gl.constexpr, D: gl.constexpr,
+    first, length, head, feed, given, to, gate, scale, inverse_scale, H: gl.constexpr, D: gl.constexpr,
     DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """The sweep back through a split and head. feed: descriptors of v, d_out, q and k, decays and their strides; spans:
-    first, length and first chunk of every split; given, CHAINED, PARTS: see `entry_state`; to: dk and dv; gate: rows,
-    through, T and chunks."""
+    """The sweep back through `length` tokens from `first` on of a head. feed: descriptors of v, d_out, q and k, decays
+    and their strides; given, CHAINED, PARTS: see `entry_state`; to: dk and dv; gate: rows, through, T, the first chunk
+    and the number of all."""
     v_desc, d_out_desc, q_desc, k_desc, decay_ptr, stride_t, stride_h = feed
-    first_ptr, length_ptr, split_chunk_ptr = spans
     dk_ptr, dv_ptr = to
-    rows_ptr, through_ptr, T, num_chunks = gate
+    rows_ptr, through_ptr, T, chunk, num_chunks = gate
     dtype: gl.constexpr = q_desc.dtype
     shared: gl.constexpr = shared_layout(16)
-    first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
     gamma = log_decay_per_token(decay_ptr, head, DECAY)
     if GATE:
         rows_ptr += gl.to_tensor(head).to(gl.int64) * T
-        through_ptr += gl.load(split_chunk_ptr + split).to(gl.int64) * H + head
+        through_ptr += chunk.to(gl.int64) * H + head
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [STAGES * ROWS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared),
@@ -197,10 +195,11 @@ def hopper_reverse_kernel(
     [2, chunks, H] too, the second of which gets the log2 decays of the chunks. Grid: (splits * H)."""
     split, head = gl.program_id(0) // H, gl.program_id(0) % H
     feed = v_desc, d_out_desc, q_desc, k_desc, decay_ptr, decay_stride_t, decay_stride_h
-    spans, given = (first_ptr, length_ptr, split_chunk_ptr), (state_ptr, gl.load(row_ptr + split))
+    first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
+    gate = rows_ptr, through_ptr, T, gl.load(split_chunk_ptr + split), num_chunks
     reverse_split(
-        split, head, feed, spans, given, (dk_ptr, dv_ptr), (rows_ptr, through_ptr, T, num_chunks), scale,
-        inverse_scale, H, D, DECAY, GATE, STAGES, False, 1,
+        first, length, head, feed, (state_ptr, row), (dk_ptr, dv_ptr), gate, scale, inverse_scale, H, D, DECAY, GATE,
+        STAGES, False, 1,
     )  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longspan.kernels.launch import launched
-from longspan.kernels.linear.hopper.chain import columns_of, flag_of, raise_flag
+from longspan.kernels.linear.hopper.chain import columns_of, flag_of
 from longspan.kernels.linear.hopper.decays import LEFT_OUT, gates_of, load_gates, log_decay_per_token, log_decays
+from longspan.kernels.linear.hopper.flags import raise_flag
 from longspan.kernels.linear.hopper.tiles import clear_rows, synchronize, tokens_descriptor
 from longspan.kernels.linear.splits import padded
 from longspan.kernels.linear.sweep import LOG2E
@@ -169,8 +170,7 @@ def _pass(
     half: gl.constexpr, place, decay_ptr, to, tiles_of, scale, H: gl.constexpr, D: gl.constexpr,
     DECAY: gl.constexpr, REVERSE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
-    row = place[2]
-    sum_ptr, flags_ptr = to
+    row, sum_ptr = place[2], to[0]
     y_tiles, ready, free = tiles_of[2], tiles_of[4], tiles_of[5]
     OUT: gl.constexpr = product_layout(D)
     number = 0
@@ -202,25 +202,22 @@ def _pass(
             gl.store(columns_of(sum_at, half, CHAINED, OUT, D), state * scale)
             if CHAINED and PARTS > 1:
                 if part > 0:  # the program of that head waits for it
-                    raise_flag(flags_ptr + flag_of(row, part, half, head, H, PARTS))
+                    raise_flag(to[1], flag_of(row, part, half, head, H, PARTS))
 
 
 @gluon.jit
 def sum_split(
-    split, head, feed, spans, sums, scale, H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr,
+    first, length, row, head, feed, sums, scale, H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr,
     REVERSE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
-    """The sum of a split and head, and with parts of others. feed: descriptors of y and z, decays and their strides;
-    spans: first, length and row of every split; sums: sums, log decays, parts and, if CHAINED, flags of
-    parts; sums are transposed then."""
+    """The sum of `length` tokens from `first` on of a head, and with parts of others. feed: descriptors of y and z,
+    decays and their strides; sums: sums, log decays and parts. CHAINED: sums are transposed, and flags of parts raised,
+    for which there is what `flag_of` takes."""
     y_desc, z_desc, decay_ptr, stride_t, stride_h = feed
-    first_ptr, length_ptr, row_ptr = spans
-    sum_ptr, total_ptr, parts_ptr, flags_ptr = sums
+    sum_ptr, total_ptr, parts_ptr = sums[0], sums[1], sums[2]
     dtype: gl.constexpr = y_desc.dtype
     shared: gl.constexpr = shared_layout(16)
     numbers: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
-    row = gl.load(row_ptr + split).to(gl.int64)
     chunks = gl.cdiv(length, 64)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [STAGES, 64], numbers),
@@ -248,7 +245,7 @@ def sum_split(
             gl.store(parts_ptr + row * H + head, _num_parts(_remembered(gamma, length, chunks), mean, PARTS))
     decay_ptr = gates_of(decay_ptr, first, head, stride_t, stride_h, DECAY)
     place, feed = (first, length, row, head, chunks, mean), (y_desc, z_desc, decay_ptr, stride_t)
-    to = sum_ptr, flags_ptr
+    to = sum_ptr, sums[3]
     if DECAY == "scalar":
         gl.warp_specialize(
             [
@@ -279,9 +276,10 @@ def hopper_sum_kernel(
     """As kernels.linear.sweep.sum_kernel, for K = V = D = 128; if PARTS > 1, sums [rows, PARTS, H, D, D] of which the
     first `parts` [rows, H] are to be added. Grid: (listed splits * H)."""
     split, head = gl.load(list_ptr + gl.program_id(0) // H), gl.program_id(0) % H
-    feed = y_desc, z_desc, decay_ptr, decay_stride_t, decay_stride_h
-    spans, sums = (first_ptr, length_ptr, row_ptr), (sum_ptr, total_ptr, parts_ptr, parts_ptr)
-    sum_split(split, head, feed, spans, sums, scale, H, D, DECAY, REVERSE, PARTS, STAGES, False)
+    first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
+    row = gl.load(row_ptr + split).to(gl.int64)
+    feed, sums = (y_desc, z_desc, decay_ptr, decay_stride_t, decay_stride_h), (sum_ptr, total_ptr, parts_ptr, None)
+    sum_split(first, length, row, head, feed, sums, scale, H, D, DECAY, REVERSE, PARTS, STAGES, False)
 
 
 def launch(call, y, z, scale, direction, states, totals, parts, *, reverse):
