@@ -193,6 +193,27 @@ def test_programs_wait_for_what_is_remembered(emulated, launched, monkeypatch, d
     assert out[128:].isfinite().all()
 
 
+def test_flags_serve_launch_after_launch(emulated, launched, monkeypatch):
+    """Flags of launches before, of other shapes, are not taken for those of this one."""
+    module, words = emulated["at_once"], torch.zeros(200, dtype=torch.int32)
+    monkeypatch.setattr(gluon_emulator, "SECONDS", 2.0)
+    monkeypatch.setattr(module, "memory", lambda count, device: words[: count + 8])
+    chain, raised = emulated["chain"], []
+    raise_flag = chain.raise_flag
+
+    def raising(flags, index):
+        raised.append(words[8 + int(index)] != flags[1])
+        raise_flag(flags, index)
+
+    monkeypatch.setattr(chain, "raise_flag", raising)
+    for size in (64, 128, 64):
+        given = forms.random_inputs(ALONE, 1, 128, 128, "weak", 0, dtype=torch.bfloat16)
+        found = forms.run_form(_fused(), Splits.of(ALONE, size, 64), *given, 0.3, states_travel=False)
+        wanted = forms.expected(ALONE, *given, 0.3)
+        forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 5e-3))
+    assert words[:2].tolist() == [6, 0] and len(raised) == 2 * 2 * (10 + 4 + 10) and all(raised)
+
+
 def test_sums_stay_apart_where_states_travel_or_heads_do_not_fit(launched):
     given = forms.random_inputs(SPANS, 1, 128, 128, "medium", 0, dtype=torch.bfloat16)
     forms.run_form(_fused(), Splits.of(SPANS, 384, 64), *given, 0.3, states_travel=False)
