@@ -158,12 +158,16 @@ def test_one_launch_does_what_three_do(emulated, launched, monkeypatch):
 
     monkeypatch.setattr(emulated["sweep_sum"], "MIN_PART", 1)
     monkeypatch.setattr(gluon_emulator, "TOGETHER", 4)
-    spans = Spans((0, 70, 1100))
+    spans = Spans((0, 70, 1900))
     inputs, *states = forms.random_inputs(spans, 4, 128, 128, "fixed", 0, dtype=torch.bfloat16)
-    inputs["log_decay"] = torch.tensor([-0.02, -0.3, 0.0, -3.0])
-    tables = Splits.of(spans, 192, 64)
+    inputs["log_decay"] = torch.tensor([-1.0, -2.0, -0.005, -3.0])
+    tables = Splits.of(spans, 384, 64)
+    module, waits = emulated["chain"], []
+    wait_for = module.wait_for
+    monkeypatch.setattr(module, "wait_for", lambda flags, index: waits.append(int(index)) or wait_for(flags, index))
     found = forms.run_form(_fused(), tables, inputs, *states, 0.3, states_travel=False)
     assert launched == ["at_once", "sweep", "reverse_at_once"]
+    assert {index // 8 % 4 for index in waits} == {0, 1}  # for nodes, and for second parts of sums
     launched.clear()
     monkeypatch.setattr(hopper, "AT_ONCE", ())
     others = forms.run_form(_fused(), tables, inputs, *states, 0.3, states_travel=False)
