@@ -64,26 +64,27 @@ def _make_state(
     sum_ptr, total_ptr, parts_ptr, flags, reach_ptr = sums
     n, passed, state = place, place.to(gl.float32) * 0.0, gl.full([64, D], 0.0, gl.float32, layout)
     if leaves:
-        first, total, parts = place & (place + 1), passed, 1  # the node holds splits from the first on
+        sum_at = columns_of(sum_ptr + (row * (PARTS * H) + head) * (D * D), half, True, layout, D)
+        if PARTS > 1:
+            parts = gl.load(parts_ptr + row * H + head)
+            if parts > 1:
+                node = gl.load(sum_at)
+                for part in range(1, parts):
+                    wait_for(flags, flag_of(row, part, half, head, H, PARTS))
+                    node += gl.load(sum_at + part * (H * D * D))
+                gl.store(sum_at, node)  # not kept: registers are few
+        first, total = place & (place + 1), passed  # the node holds splits from the first on
         if DECAY != "none":
             total = gl.load(total_ptr + row * H + head) * LOG2E
             first = gl.where(total < LEFT_OUT, place, first)
         state, passed, n = _add_nodes(
             state, passed, n, first, half, head, split, sums, layout, H, D, DECAY, REVERSE, PARTS
         )  # fmt: skip
-        if PARTS > 1:
-            parts = gl.load(parts_ptr + row * H + head)
-        if (parts > 1) | (place > first):
-            sum_at = columns_of(sum_ptr + (row * (PARTS * H) + head) * (D * D), half, True, layout, D)
-            node = gl.load(sum_at)
+        if place > first:
             if DECAY == "none":
-                node += state
+                gl.store(sum_at, gl.load(sum_at) + state)
             else:
-                node += state * gl.exp2(total)
-            for part in range(1, parts):
-                wait_for(flags, flag_of(row, part, half, head, H, PARTS))
-                node += gl.load(sum_at + part * (H * D * D))
-            gl.store(sum_at, node)
+                gl.store(sum_at, gl.load(sum_at) + state * gl.exp2(total))
         if DECAY != "none":
             gl.store(reach_ptr + (row * 2 + half) * H + head, total + passed)
         raise_flag(flags, flag_of(row, 0, half, head, H, PARTS))
