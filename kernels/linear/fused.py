@@ -53,13 +53,17 @@ class Fused:
         self.decay_strides = log_decay.stride() if self.decay == "scalar" else (0, 0)
 
     def summary(self):
-        self.ahead()
+        self._sum_forward()
         return summarize(*self.sums, self.splits.forward.summary, self.parts)
 
     def ahead(self):
+        if not hopper.takes_at_once(self, "forward"):
+            self._sum_forward()
+
+    def _sum_forward(self):
         """Where the gate is scalar, its decays inside chunks, too, which the backward pass gets from here; the kernels
         for Hopper form them where they are used."""
-        if self.sums is not None or hopper.takes_at_once(self, "forward"):
+        if self.sums is not None:
             return
         if self.decay == "scalar" and not hopper.takes(self):
             self.decays = self._chunk_decays(self.decays)

@@ -222,12 +222,15 @@ def test_flags_serve_launch_after_launch(emulated, launched, monkeypatch):
 
 
 def test_sums_stay_apart_where_states_travel_or_heads_do_not_fit(launched):
+    """Also where those of other ranks do, and none of this one."""
     given = forms.random_inputs(SPANS, 1, 128, 128, "medium", 0, dtype=torch.bfloat16)
     forms.run_form(_fused(), Splits.of(SPANS, 384, 64), *given, 0.3, states_travel=False)
     spans = Spans((0, 128))
+    given = forms.random_inputs(spans, 1, 128, 128, "fixed", 0, dtype=torch.bfloat16)
+    forms.run_form(_fused(), Splits.of(spans, 64, 64), *given, 0.3)
     given = forms.random_inputs(spans, 5, 128, 128, "medium", 0, dtype=torch.bfloat16)
     forms.run_form(_fused(), Splits.of(spans, 64, 64), *given, 0.3, states_travel=False)
-    assert launched == 2 * ["sweep_sum", "sweep", "sweep_sum", "sweep", "sweep_reverse"]
+    assert launched == 3 * ["sweep_sum", "sweep", "sweep_sum", "sweep", "sweep_reverse"]
 
 
 def _fused():

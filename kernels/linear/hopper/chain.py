@@ -43,13 +43,12 @@ def entry_state(
     among them, -1 for zero; CHAINED: also what `_make_state` takes, and this row is written."""
     state_ptr, row = given[0], given[1]
     state_ptr += (gl.maximum(row, 0).to(gl.int64) * H + head) * (D * D)
-    state_at = columns_of(state_ptr, half, TRANSPOSED, layout, D)
     if CHAINED:
         state = _make_state(half, head, given[2], given[3], layout, H, D, DECAY, REVERSE, PARTS)
         if row >= 0:
-            gl.store(state_at, state)
+            gl.store(columns_of(state_ptr, half, TRANSPOSED, layout, D), state)
     else:
-        state = gl.load(state_at, mask=row >= 0, other=0.0)
+        state = gl.load(columns_of(state_ptr, half, TRANSPOSED, layout, D), mask=row >= 0, other=0.0)
     return state
 
 
