@@ -1,8 +1,8 @@
 """None, fixed and scalar decay in fused Triton kernels: a sum per split, a fold along the splits, one sweep per split.
 
 No state of a chunk goes to memory. Launches: 3 forward and 4 backward (5 if widths or token strides differ), with a
-scalar gate 4 and 6 (on Hopper 3 and 5), and 2 more each where spans are linked to other ranks. Where none are, on Hopper
-1 and 2, with a gate 3: sums, folds and sweeps of a direction in one.
+scalar gate 4 and 6 (on Hopper 3 and 5), and 2 more each where spans are linked to other ranks. On Hopper, where none
+are, 1 and 2, with a gate 3: sums, folds and sweeps of a direction in one.
 """
 
 import torch
