@@ -221,6 +221,24 @@ def test_flags_serve_launch_after_launch(emulated, launched, monkeypatch):
     assert words[:2].tolist() == [6, 0] and len(raised) == 2 * 2 * (10 + 4 + 10) and all(raised)
 
 
+@pytest.mark.gpu
+def test_flags_are_of_a_stream_or_of_a_launch_in_a_graph():
+    from longspan.kernels.linear.hopper.flags import memory
+
+    x, side = torch.zeros(1, device="cuda"), torch.cuda.Stream()
+    device = x.device
+    seen = [memory(10, device)]
+    assert memory(10, device).data_ptr() == seen[0].data_ptr()
+    with torch.cuda.stream(side):
+        seen.append(memory(10, device))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        seen += [memory(10, device), memory(10, device)]
+        x += 1
+    ends = sorted((words.data_ptr(), words.data_ptr() + 4 * len(words)) for words in seen)
+    assert all(stop <= start for (_, stop), (start, _) in zip(ends, ends[1:]))
+    assert all(words.data_ptr() % 16 == 0 and len(words) >= 18 and not words.any() for words in seen)
+
+
 def test_sums_stay_apart_where_states_travel_or_heads_do_not_fit(launched):
     """Also where those of other ranks do, and none of this one."""
     given = forms.random_inputs(SPANS, 1, 128, 128, "medium", 0, dtype=torch.bfloat16)
