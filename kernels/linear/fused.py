@@ -1,7 +1,8 @@
 """None, fixed and scalar decay in fused Triton kernels: a sum per split, a fold along the splits, one sweep per split.
 
 No state of a chunk goes to memory. Launches: 3 forward and 4 backward (5 if widths or token strides differ), with a
-scalar gate 4 and 6 (on Hopper 3 and 5), and 2 more each where spans are linked to other ranks.
+scalar gate 4 and 6 (on Hopper 3 and 5), and 2 more each where spans are linked to other ranks. On Hopper, where none
+are, 1 and 2, with a gate 3: sums, folds and sweeps of a direction in one.
 """
 
 import torch
@@ -53,10 +54,14 @@ class Fused:
         self.decay_strides = log_decay.stride() if self.decay == "scalar" else (0, 0)
 
     def summary(self):
-        self.ahead()
+        self._sum_forward()
         return summarize(*self.sums, self.splits.forward.summary, self.parts)
 
     def ahead(self):
+        if not hopper.takes_at_once(self, "forward"):
+            self._sum_forward()
+
+    def _sum_forward(self):
         """Where the gate is scalar, its decays inside chunks, too, which the backward pass gets from here; the kernels
         for Hopper form them where they are used."""
         if self.sums is not None:
@@ -66,9 +71,15 @@ class Fused:
         self.sums = self._sum(self.k, self.v, 1.0, self.splits.forward, reverse=False)
 
     def output(self, entry, dtype):
-        entries = fold_chains(*self.sums, self.splits.forward.inner, entry, self.parts)
-        out = self.v.new_empty(self.v.shape, dtype=dtype)
-        self._sweep(self.q, self.k, self.v, out, entries, self.q, transposed=False)
+        out, inner = self.v.new_empty(self.v.shape, dtype=dtype), self.splits.forward.inner
+        if self.sums is None:
+            from longspan.kernels.linear.hopper import at_once
+
+            entries = self._states(inner.num_out)
+            at_once.launch(self, out, entries)
+        else:
+            entries = fold_chains(*self.sums, inner, entry, self.parts)
+            self._sweep(self.q, self.k, self.v, out, entries, self.q, transposed=False)
         return out, (entries, self.decays) if self.decay == "scalar" and not hopper.takes(self) else (entries,)
 
     def start_backward(self, saved, d_out, gate):
@@ -83,7 +94,7 @@ class Fused:
         return fold_chains(*self.sums, self.splits.backward.summary, parts=self.parts)
 
     def gradient_ahead(self):
-        if self.sums is None:
+        if self.sums is None and not hopper.takes_at_once(self, "backward"):
             self.sums = self._sum(self.q, self.d_out, self.scale, self.splits.backward, reverse=True)
         self.dq = self.reads = self.k.new_empty(self.k.shape)
         if self.gate:
@@ -92,7 +103,9 @@ class Fused:
 
     def gradients(self, exit_grad):
         splits, (q, k, v, d_out) = self.splits, (self.q, self.k, self.v, self.d_out)
-        exits = fold_chains(*self.sums, splits.backward.inner, exit_grad, self.parts)
+        exits = None
+        if self.sums is not None:
+            exits = fold_chains(*self.sums, splits.backward.inner, exit_grad, self.parts)
         dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
         writes = through = dk
         if self.gate:
@@ -113,11 +126,17 @@ class Fused:
 
         alike = self.key_size == self.value_size and len({x.stride(0) for x in (q, k, v, d_out)}) == 1
         if splits.num_splits and hopper.takes(self):
-            from longspan.kernels.linear.hopper import sweep_reverse
-
             if self.gate:  # all columns at once; beside what passes the end of a chunk, its decay
                 writes, through = writes[:1], through[:2]
-            sweep_reverse.launch(self, dk, dv, exits, writes, through)
+            if exits is None:
+                from longspan.kernels.linear.hopper import at_once
+
+                exits = self._states(splits.backward.inner.num_out)
+                at_once.launch_reverse(self, dk, dv, exits, writes, through)
+            else:
+                from longspan.kernels.linear.hopper import sweep_reverse
+
+                sweep_reverse.launch(self, dk, dv, exits, writes, through)
         elif splits.num_splits and alike and not self.gate:
             launch("both", self.key_size, self.key_size)
         elif splits.num_splits:  # row sums for the gate leave no registers to choose between the two while running
@@ -160,21 +179,14 @@ class Fused:
     def _sum(self, y, z, scale, direction, *, reverse):
         """(states [num_sums, H, K, V], log decays [num_sums, H] or None) of the splits the direction needs. Where
         `self.parts` [num_sums, H] is not None, a state is the sum of so many [num_sums, parts, H, K, V]."""
-        splits, shape = self.splits, (self.heads, y.shape[2], z.shape[2])
-        totals = y.new_empty(splits.num_sums, self.heads, dtype=torch.float32)
-        self.parts = None
+        splits = self.splits
+        states, totals, self.parts = self.room_for_sums(y.shape[2], z.shape[2])
         if hopper.takes(self):
             from longspan.kernels.linear.hopper import sweep_sum
 
-            parts = sweep_sum.PARTS[self.decay]
-            if parts > 1:
-                shape = parts, *shape
-                self.parts = totals.new_empty(totals.shape, dtype=torch.int32)
-            states = totals.new_empty(splits.num_sums, *shape)
             if len(direction.splits):
                 sweep_sum.launch(self, y, z, scale, direction, states, totals, self.parts, reverse=reverse)
             return states, None if self.decay == "none" else totals
-        states = totals.new_empty(splits.num_sums, *shape)
         block, warps, stages = self._config(SUM, y.shape[2])
         if len(direction.splits):
             sum_kernel[(-(-z.shape[2] // block) * self.heads * len(direction.splits),)](
@@ -184,6 +196,22 @@ class Fused:
                 self.decay, reverse, self.precision, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         return states, None if self.decay == "none" else totals
+
+    def room_for_sums(self, y_size, z_size):
+        """(states, log decays, parts) of `_sum`, undefined."""
+        rows, parts = self.splits.num_sums, None
+        totals = self.q.new_empty(rows, self.heads, dtype=torch.float32)
+        shape = self.heads, y_size, z_size
+        if hopper.takes(self):
+            from longspan.kernels.linear.hopper import sweep_sum
+
+            if sweep_sum.PARTS[self.decay] > 1:
+                shape = sweep_sum.PARTS[self.decay], *shape
+                parts = totals.new_empty(totals.shape, dtype=torch.int32)
+        return totals.new_empty(rows, *shape), totals, parts
+
+    def _states(self, rows):
+        return self.q.new_empty(rows, self.heads, self.key_size, self.value_size, dtype=torch.float32)
 
     def _sweep(self, x, y, z, out, entries, reads, *, transposed):
         splits = self.splits

@@ -63,20 +63,22 @@ class Direction:
     """One direction of time. splits: int32, the splits whose sums are needed. summary: folds the sums of a linked span
     into one, row n for linked span n. inner: gives every split what enters it, from what enters its span (`initial`).
     row: int32 [S], where `inner` puts what enters each split, -1 for nothing; next_row: what leaves it, if that is the
-    entry of another split or (going forward) the span is `left`."""
+    entry of another split or (going forward) the span is `left`. place: int32 [S], how many splits of its span come
+    before it."""
 
     splits: torch.Tensor
     summary: Chains
     inner: Chains
     row: torch.Tensor
     next_row: torch.Tensor
+    place: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Splits:
     """first, length: int32 [S], tokens of each split. sum_row: int32 [S], row of its sum among `num_sums`, or -1.
     chunk_first, chunk_length: int32 [num_chunks]; split_chunk: int32 [S], first chunk of each split.
-    forward, backward: states from earlier splits, gradients from later ones."""
+    forward, backward: states from earlier splits, gradients from later ones. linked: whether some span is."""
 
     first: torch.Tensor
     length: torch.Tensor
@@ -87,6 +89,7 @@ class Splits:
     split_chunk: torch.Tensor
     forward: Direction
     backward: Direction
+    linked: bool
 
     @classmethod
     def of(cls, spans: Spans, size: int, chunk: int) -> "Splits":
@@ -121,6 +124,7 @@ class Splits:
             _int32(np.cumsum([0, *chunk_counts])[:-1]),
             _direction(members, sum_row, spans.linked, spans.entered, spans.left),
             _direction(reverse, sum_row, spans.linked, spans.left, ()),
+            bool(spans.linked),
         )
 
     @property
@@ -162,14 +166,17 @@ def _direction(members, sum_row, linked, entered, left) -> Direction:
     totals = [(-1, [(sum_row[split], -1) for split in members[span]] + [(-1, n)]) for n, span in enumerate(linked)]
     needed |= {split for span in linked for split in members[span]}
     num_splits = sum(map(len, members))
-    row, next_row = (np.full(num_splits, -1, np.int32) for _ in range(2))
+    row, next_row, places = (np.full(num_splits, -1, np.int32) for _ in range(3))
     row[list(rows)], next_row[list(next_rows)] = list(rows.values()), list(next_rows.values())
+    for splits in members:
+        places[splits] = range(len(splits))
     return Direction(
         _int32(sorted(needed)),
         Chains.of(totals, len(linked)),
         Chains.of(chains, num_rows),
         torch.from_numpy(row),
         torch.from_numpy(next_row),
+        torch.from_numpy(places),
     )
 
 

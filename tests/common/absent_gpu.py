@@ -230,11 +230,12 @@ def compile_hopper_sweeps(head_dim):
 
     from longspan.kernels.linear.form import Spans
     from longspan.kernels.linear.fused import Fused
+    from longspan.kernels.linear.splits import Splits
 
-    spans = Spans((0, 65, 200), (0, 1), (0, 1), (0, 1))
     for decay in (None, "fixed", "medium"):
-        inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, decay, 0, dtype=torch.bfloat16)
-        forms.run_form(Fused, Fused.tables(spans, 2, head_dim, head_dim), inputs, *states, 0.3)
+        for spans in (Spans((0, 65, 200), (0, 1), (0, 1), (0, 1)), Spans((0, 65, 2000))):  # between ranks, and not
+            inputs, *states = forms.random_inputs(spans, 2, head_dim, head_dim, decay, 0, dtype=torch.bfloat16)
+            forms.run_form(Fused, Splits.of(spans, 512, 64), inputs, *states, 0.3, states_travel=bool(spans.linked))
 
 
 def compile_choosing(width):

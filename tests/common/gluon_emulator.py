@@ -1,4 +1,4 @@
-"""Runs kernels written in Gluon for Hopper on a CPU: programs one after another, the parts of each in threads.
+"""Runs kernels written in Gluon for Hopper on a CPU: programs in order, TOGETHER at a time, parts of each in threads.
 
 `load(path, ...)` imports sources with these definitions in the place of Triton's. What is checked on the way: barriers
 (a wait that nothing ends, and a count of bytes that is not what arrives, end in TimeoutError), that products are waited
@@ -9,11 +9,14 @@ nor whether the threads of a warpgroup wait for one another.
 import importlib.util
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import torch
 
 SECONDS = 20.0  # a wait that takes longer is taken to be without end
+TOGETHER = 1  # programs at work at the same time
+_changed = threading.Condition()  # of numbers in memory that atomics change
 _here = threading.local()  # program, programs, and the products under way in this thread
 
 
@@ -185,12 +188,21 @@ class Kernel:
     def __getitem__(self, grid):
         def launch(*args, **options):
             options.pop("maxnreg", None)
-            _here.warps = options.pop("num_warps")
+            warps = options.pop("num_warps")
             given = [Pointer(_from_here_on(x)) if isinstance(x, torch.Tensor) else x for x in args]
-            for program in range(grid[0]):
-                _here.program, _here.programs, _here.products = _tensor(program), grid[0], []
-                self.function(*given, **options)
+
+            def run(program):
+                _here.program, _here.programs, _here.products, _here.warps = _tensor(program), grid[0], [], warps
+                with torch.no_grad():  # each thread has a setting of its own
+                    self.function(*given, **options)
                 assert not _here.products, "a product is never waited for"
+
+            if TOGETHER == 1:
+                for program in range(grid[0]):
+                    run(program)
+            else:
+                with ThreadPoolExecutor(TOGETHER) as pool:
+                    list(pool.map(run, range(grid[0])))
 
         return launch
 
@@ -231,12 +243,28 @@ def _load(pointer, mask=None, other=0.0):
 def _store(pointer, value, mask=None):
     at = _tensor(pointer.offset)
     keep = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand(at.shape)
-    pointer.memory[at[keep]] = value.expand(at.shape)[keep].to(pointer.memory.dtype)
+    pointer.memory[at[keep]] = _tensor(value).expand(at.shape)[keep].to(pointer.memory.dtype)
 
 
-def _atomic_add(pointer, value):
-    before = pointer.memory[int(pointer.offset)].clone()
-    pointer.memory[int(pointer.offset)] += value
+def _atomic_add(pointer, value, sem=None, scope=None):
+    """Who adds nothing again, where nothing has changed, waits for a change."""
+    with _changed:
+        at = pointer.memory[int(pointer.offset) :]
+        before, seen = at[0].clone(), (at.data_ptr(), int(at[0]))
+        at[0] += value
+        if value != 0:
+            _changed.notify_all()
+        elif seen == getattr(_here, "seen", None) and not _changed.wait(SECONDS):
+            raise TimeoutError("a flag that nobody raises")
+        _here.seen = None if value != 0 else seen
+    return _tensor(before)
+
+
+def _atomic_xchg(pointer, value, sem=None, scope=None):
+    with _changed:
+        before = pointer.memory[int(pointer.offset)].clone()
+        pointer.memory[int(pointer.offset)] = value
+        _changed.notify_all()
     return _tensor(before)
 
 
@@ -260,7 +288,8 @@ def _modules() -> dict[str, ModuleType]:
         exp=torch.exp, abs=torch.abs, sqrt=torch.sqrt, rsqrt=torch.rsqrt, exp2=torch.exp2,
         min=lambda x, axis: x.amin(axis), max=lambda x, axis: x.amax(axis),
         fma=lambda x, y, z: x * y + z, log2=torch.log2, full_like=lambda x, value: torch.zeros_like(x) + value,
-        atomic_add=_atomic_add, join=lambda x, y: torch.stack([x, y], -1), permute=torch.permute, reshape=torch.reshape,
+        atomic_add=_atomic_add, atomic_xchg=_atomic_xchg, join=lambda x, y: torch.stack([x, y], -1),
+        permute=torch.permute, reshape=torch.reshape,
         zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         allocate_shared_memory=_allocate, warp_specialize=_specialize, thread_barrier=lambda: None,
         float64=torch.float64, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16,

@@ -71,6 +71,7 @@ def test_kernels_for_hopper_compile(tmp_path):
     assert {"backward_kernel", "delta_reverse_kernel"} <= names  # the delta rule
     assert {"hopper_kda_prepare_kernel", "hopper_kda_gradients_kernel"} <= names
     assert {"hopper_sum_kernel", "hopper_sweep_kernel", "hopper_reverse_kernel"} <= names  # decays per head
+    assert {"hopper_at_once_kernel", "hopper_reverse_at_once_kernel"} <= names
     for kernel in kernels:
         assert kernel["shared"] <= absent_gpu.SHARED_LIMIT and not kernel["undefined"], kernel
         assert not kernel["serialized"] and not kernel["overwritten"], kernel

@@ -266,6 +266,33 @@ class TestOnGpu:
             for name, x in forms.run_form(form, tables, *inputs, SCALE).items():
                 assert x is None or torch.equal(x, actual[name]), f"{name} differs from run to run"
 
+    @pytest.mark.parametrize("decay", DECAYS, ids=str)
+    def test_where_nothing_travels(self, decay):
+        """On Hopper sums and sweep are one launch then: many splits to a document, and again in a graph."""
+        form, chunk = fused()
+        spans = Spans((0, 1, 2, 1300, 1301, 5400))
+        given = forms.random_inputs(spans, 3, 128, 128, decay, 0, device="cuda", dtype=torch.bfloat16)
+        if decay == "fixed":  # of unlike reach
+            given[0]["log_decay"] = torch.tensor([0.0, -2.0, -0.02], device="cuda")
+        exact = {name: x if x is None else x.double() for name, x in given[0].items()}
+        exact = exact, *(x.double() for x in given[1:])
+        tables = Chunked.tables(spans).map(lambda x: x.cuda())
+        wanted = forms.run_form(Chunked, tables, *exact, SCALE, states_travel=False)
+        wanted = {name: x.cpu() for name, x in wanted.items() if x is not None}
+        for split in (64, 512):
+            tables = Splits.of(spans, split, chunk).map(lambda x: x.cuda())
+            actual = forms.run_form(form, tables, *given, SCALE, states_travel=False)
+            errors = forms.errors(actual, wanted)
+            gate = {"dlog_decay": gate_limit(decay, 6e-3, 2, (128, 128))}
+            forms.assert_within(errors, dict.fromkeys(errors, 6e-3) | gate)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                replayed = forms.run_form(form, tables, *given, SCALE, states_travel=False)
+            for _ in range(20):
+                graph.replay()
+                for name, x in actual.items():
+                    assert x is None or torch.equal(x, replayed[name]), f"{name} differs from run to run"
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
     @pytest.mark.parametrize("split", [70 * 64, 512])
     @pytest.mark.parametrize("decay", ["fixed", "scalar"])

@@ -2,22 +2,23 @@
 
 import forms
 import gluon_emulator
+import poison
 import pytest
 import torch
 
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.linear.splits import Splits
 
-MODULES = "sweep", "sweep_reverse", "sweep_sum"
+MODULES = "sweep", "sweep_reverse", "sweep_sum", "at_once"
 SPANS = Spans((0, 1, 2, 66, 67, 690), (1, 3, 4), (3, 4), (1, 3))
 
 
 @pytest.fixture(scope="module")
 def emulated():
     pytest.importorskip("triton", reason="Triton is not installed")
-    names = [f"longspan.kernels.linear.hopper.{name}" for name in ("tiles", "decays", *MODULES)]
-    _, _, _, *modules = gluon_emulator.load("longspan.kernels.sparse.hopper.tiles", *names)
-    return dict(zip(MODULES, modules, strict=True))
+    names = [f"longspan.kernels.linear.hopper.{name}" for name in ("tiles", "decays", "flags", "chain", *MODULES)]
+    modules = gluon_emulator.load("longspan.kernels.sparse.hopper.tiles", *names)
+    return dict(zip(("chain", *MODULES), modules[4:], strict=True))
 
 
 @pytest.fixture
@@ -31,10 +32,15 @@ def launched(emulated, monkeypatch):
 
     names = []
     monkeypatch.setattr(sparse_hopper, "on_hopper", lambda x: True)
+    monkeypatch.setattr(sparse_hopper, "processors", lambda device: 4)
     monkeypatch.setattr(emulated["sweep_sum"], "STAGES", 3)  # fewer than chunks
-    for name, module in emulated.items():
+    monkeypatch.setattr(emulated["at_once"], "SUM_STAGES", 3)
+    for name in MODULES:
+        module = emulated[name]
         monkeypatch.setattr(module, "launch", recording(name, module.launch))
         monkeypatch.setattr(hopper, name, module, raising=False)
+    reverse = emulated["at_once"].launch_reverse
+    monkeypatch.setattr(emulated["at_once"], "launch_reverse", recording("reverse_at_once", reverse))
     return names
 
 
@@ -126,6 +132,123 @@ def test_the_first_chunk_may_be_done_with_before_the_warp_that_fetches_begins(em
     found = forms.run_form(_fused(), Splits.of(spans, 64, 64), *given, 0.3)
     wanted = forms.expected(spans, *given, 0.3)
     forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 5e-3))
+
+
+ALONE = Spans((0, 1, 2, 66, 67, 690, 755))  # of 1, 1, 1, 1, 10 and 2 splits of a chunk
+
+
+@pytest.mark.parametrize("decay", [None, -0.01, "fixed_closed", "medium", "weak", "strong", "spiky", "closed"])
+def test_one_launch_each_way(launched, monkeypatch, decay):
+    """Where nothing travels. Programs run one after another, so that none can wait for a later one."""
+    monkeypatch.setattr(gluon_emulator, "SECONDS", 2.0)
+    slow = isinstance(decay, float)  # half of a state is left of it after a split
+    given = forms.random_inputs(ALONE, 1, 128, 128, "fixed" if slow else decay, 0, dtype=torch.bfloat16)
+    if slow:
+        given[0]["log_decay"] = torch.tensor([decay])
+    undo = poison.install()
+    try:
+        found = forms.run_form(_fused(), Splits.of(ALONE, 64, 64), *given, 0.3, states_travel=False)
+    finally:
+        undo()
+    assert launched == ["at_once", "sweep", "reverse_at_once"]
+    wanted = forms.expected(ALONE, *given, 0.3)
+    forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 5e-3))
+
+
+def test_one_launch_does_what_three_do(emulated, launched, monkeypatch):
+    """With heads that remember unlike numbers of splits, and sums in parts."""
+    from longspan.kernels.linear import hopper
+
+    monkeypatch.setattr(emulated["sweep_sum"], "MIN_PART", 1)
+    monkeypatch.setattr(gluon_emulator, "TOGETHER", 4)
+    spans = Spans((0, 70, 1900))
+    inputs, *states = forms.random_inputs(spans, 4, 128, 128, "fixed", 0, dtype=torch.bfloat16)
+    inputs["log_decay"] = torch.tensor([-1.0, -2.0, -0.005, -3.0])
+    tables = Splits.of(spans, 384, 64)
+    module, waits = emulated["chain"], []
+    wait_for = module.wait_for
+    monkeypatch.setattr(module, "wait_for", lambda flags, index: waits.append(int(index)) or wait_for(flags, index))
+    found = forms.run_form(_fused(), tables, inputs, *states, 0.3, states_travel=False)
+    assert launched == ["at_once", "sweep", "reverse_at_once"]
+    assert {index // 8 % 4 for index in waits} == {0, 1}  # for nodes, and for second parts of sums
+    launched.clear()
+    monkeypatch.setattr(hopper, "AT_ONCE", ())
+    others = forms.run_form(_fused(), tables, inputs, *states, 0.3, states_travel=False)
+    assert launched == ["sweep_sum", "sweep", "sweep_sum", "sweep", "sweep_reverse"]
+    wanted = forms.expected(spans, inputs, *states, 0.3)
+    forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 5e-3))
+    for name in wanted:  # sums of sums are rounded, and then, to 16 bits, states: in one product of some
+        assert (found[name].float() - others[name].float()).norm() <= 1e-3 * others[name].float().norm(), name
+
+
+@pytest.mark.parametrize("decay, waits", [(-3.0, 8), (-0.3, 11), (0.0, 13)])
+def test_programs_wait_for_what_is_remembered(emulated, launched, monkeypatch, decay, waits):
+    """One node where a split forgets, at most two where two do, else one for each one in the binary number of a split:
+    for 0 to 8 these are 13. Nothing beyond is read."""
+    chain, seen = emulated["chain"], []
+    wait_for = chain.wait_for
+    monkeypatch.setattr(chain, "wait_for", lambda flags, index: seen.append(index) or wait_for(flags, index))
+    spans = Spans((0, 9 * 64))
+    inputs, entry, *_ = forms.random_inputs(spans, 1, 128, 128, None, 0, dtype=torch.bfloat16)
+    inputs["log_decay"] = torch.tensor([decay])
+    if decay < -1:
+        inputs["v"][:64] = torch.nan
+    work = _fused()(Splits.of(spans, 64, 64), *inputs.values(), 0.3)
+    work.ahead()
+    out, _ = work.output(entry, torch.bfloat16)
+    assert len(seen) == 2 * waits  # of two warpgroups
+    assert out[128:].isfinite().all()
+
+
+def test_flags_serve_launch_after_launch(emulated, launched, monkeypatch):
+    """Flags of launches before, of other shapes, are not taken for those of this one."""
+    module, words = emulated["at_once"], torch.zeros(200, dtype=torch.int32)
+    monkeypatch.setattr(gluon_emulator, "SECONDS", 2.0)
+    monkeypatch.setattr(module, "memory", lambda count, device: words[: count + 8])
+    chain, raised = emulated["chain"], []
+    raise_flag = chain.raise_flag
+
+    def raising(flags, index):
+        raised.append(words[8 + int(index)] != flags[1])
+        raise_flag(flags, index)
+
+    monkeypatch.setattr(chain, "raise_flag", raising)
+    for size in (64, 128, 64):
+        given = forms.random_inputs(ALONE, 1, 128, 128, "weak", 0, dtype=torch.bfloat16)
+        found = forms.run_form(_fused(), Splits.of(ALONE, size, 64), *given, 0.3, states_travel=False)
+        wanted = forms.expected(ALONE, *given, 0.3)
+        forms.assert_within(forms.errors(found, wanted), dict.fromkeys(wanted, 5e-3))
+    assert words[:2].tolist() == [6, 0] and len(raised) == 2 * 2 * (10 + 4 + 10) and all(raised)
+
+
+@pytest.mark.gpu
+def test_flags_are_of_a_stream_or_of_a_launch_in_a_graph():
+    from longspan.kernels.linear.hopper.flags import memory
+
+    x, side = torch.zeros(1, device="cuda"), torch.cuda.Stream()
+    device = x.device
+    seen = [memory(10, device)]
+    assert memory(10, device).data_ptr() == seen[0].data_ptr()
+    with torch.cuda.stream(side):
+        seen.append(memory(10, device))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        seen += [memory(10, device), memory(10, device)]
+        x += 1
+    ends = sorted((words.data_ptr(), words.data_ptr() + 4 * len(words)) for words in seen)
+    assert all(stop <= start for (_, stop), (start, _) in zip(ends, ends[1:]))
+    assert all(words.data_ptr() % 16 == 0 and len(words) >= 18 and not words.any() for words in seen)
+
+
+def test_sums_stay_apart_where_states_travel_or_heads_do_not_fit(launched):
+    """Also where those of other ranks do, and none of this one."""
+    given = forms.random_inputs(SPANS, 1, 128, 128, "medium", 0, dtype=torch.bfloat16)
+    forms.run_form(_fused(), Splits.of(SPANS, 384, 64), *given, 0.3, states_travel=False)
+    spans = Spans((0, 128))
+    given = forms.random_inputs(spans, 1, 128, 128, "fixed", 0, dtype=torch.bfloat16)
+    forms.run_form(_fused(), Splits.of(spans, 64, 64), *given, 0.3)
+    given = forms.random_inputs(spans, 5, 128, 128, "medium", 0, dtype=torch.bfloat16)
+    forms.run_form(_fused(), Splits.of(spans, 64, 64), *given, 0.3, states_travel=False)
+    assert launched == 3 * ["sweep_sum", "sweep", "sweep_sum", "sweep", "sweep_reverse"]
 
 
 def _fused():

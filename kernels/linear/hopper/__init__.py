@@ -2,6 +2,8 @@
 
 from longspan.kernels.sparse import hopper
 
+AT_ONCE = "forward", "backward"  # directions of time in which one launch sums and sweeps, where it can
+
 
 def takes(call) -> bool:
     """Whether these kernels take a case."""
@@ -11,3 +13,10 @@ def takes(call) -> bool:
 def takes_heads(k, v) -> bool:
     """On a Hopper GPU: 16-bit numbers, heads of 128."""
     return k.element_size() == 2 and k.shape[2] == v.shape[2] == 128
+
+
+def takes_at_once(call, name: str) -> bool:
+    """Whether it takes a `Fused` in a direction: some split is summed, nothing travels, and all heads of a split, which
+    sum for each other, are on the GPU at the same time."""
+    alone = name in AT_ONCE and takes(call) and not call.splits.linked and len(getattr(call.splits, name).splits) > 0
+    return alone and call.heads <= hopper.processors(call.q.device)

@@ -4,12 +4,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from longspan.kernels.linear.hopper.tiles import synchronize
+from longspan.kernels.linear.splits import LEFT_OUT_LOG2_SHORT
 from longspan.kernels.linear.sweep import CLOSED, LOG2E
 
 # Rows of a chunk's decays in shared memory: log2 of the decay from the start of the chunk to each token, inclusive; its
 # exp2; exp2 of that from after the token to the end. Beyond the last token the decay of the chunk, and none.
 LOG, FROM_START, TO_END = (gl.constexpr(n) for n in range(3))
 ROWS = gl.constexpr(3)
+LEFT_OUT = gl.constexpr(LEFT_OUT_LOG2_SHORT)
 
 
 @gluon.jit

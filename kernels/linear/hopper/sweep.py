@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longspan.kernels.launch import launched
+from longspan.kernels.linear.hopper.chain import entry_state
 from longspan.kernels.linear.hopper.decays import (
     FROM_START,
     ROWS,
@@ -57,10 +58,9 @@ def _fetch(
 @gluon.jit
 def _pass(
     part: gl.constexpr, place, given, to, tiles_of, scale, H, D: gl.constexpr, TRANSPOSED: gl.constexpr,
-    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     first, length, head, chunks = place
-    state_at, row = given
     out_ptr, rows_ptr, T = to
     vectors, x_tiles, y_tiles, z_tiles, extras, states, ready, free, cleared = tiles_of
     S: gl.constexpr = product_layout(64)
@@ -68,12 +68,7 @@ def _pass(
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     dtype: gl.constexpr = x_tiles.dtype
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
-    column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, D, gl.SliceLayout(0, OUT))
-    if TRANSPOSED:
-        state_at += (part * 64 + column[:, None]) * D + key[None, :]
-    else:
-        state_at += part * 64 + column[:, None] + key[None, :] * D
-    state = gl.load(state_at, mask=row >= 0, other=0.0)
+    state = entry_state(part, head, given, OUT, H, D, TRANSPOSED, DECAY, False, CHAINED, PARTS)
     entering = states.index(part)
     entering.store(state.to(dtype))
     fence_async_shared()
@@ -128,22 +123,18 @@ def _pass(
         mbarrier.arrive(free.index(stage))
 
 
-@launched
-@gluon.jit(do_not_specialize=["scale", "T"])
-def hopper_sweep_kernel(
-    x_desc, y_desc, z_desc, extra_desc, decay_ptr, out_ptr, state_ptr, rows_ptr, first_ptr, length_ptr, row_ptr,
-    decay_stride_t, decay_stride_h, scale, T, H: gl.constexpr, D: gl.constexpr, TRANSPOSED: gl.constexpr,
-    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+@gluon.jit
+def sweep_split(
+    first, length, head, feed, given, to, scale, H: gl.constexpr, D: gl.constexpr, TRANSPOSED: gl.constexpr,
+    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.linear.sweep.sweep_kernel, for K = V = D = 128; rows [2, H, T]. TRANSPOSED: the state has rows of z.
-    Grid: (splits * H)."""
+    """The sweep through `length` tokens from `first` on of a head. feed: descriptors of x, y, z and extra, decays and
+    their strides; given, CHAINED, PARTS: see `entry_state`; to: out, rows and T."""
+    x_desc, y_desc, z_desc, extra_desc, decay_ptr, stride_t, stride_h = feed
     dtype: gl.constexpr = x_desc.dtype
     shared: gl.constexpr = shared_layout(16)
-    split, head = gl.program_id(0) // H, gl.program_id(0) % H
-    first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
-    state_at = state_ptr + (gl.maximum(row, 0).to(gl.int64) * H + head) * D * D
     gamma = log_decay_per_token(decay_ptr, head, DECAY)
-    decay_ptr = gates_of(decay_ptr, first, head, decay_stride_t, decay_stride_h, DECAY)
+    decay_ptr = gates_of(decay_ptr, first, head, stride_t, stride_h, DECAY)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [STAGES * ROWS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared),
@@ -154,16 +145,31 @@ def hopper_sweep_kernel(
         make_barriers(STAGES, 1 if DECAY == "none" else 2), make_barriers(STAGES, 2), make_barriers(1, 2),
     )  # fmt: skip
     place = first, length, head, gl.cdiv(length, 64)
-    feed = x_desc, y_desc, z_desc, extra_desc, decay_ptr, decay_stride_t, gamma
-    given, to = (state_at, row), (out_ptr, rows_ptr, T)
+    feed = x_desc, y_desc, z_desc, extra_desc, decay_ptr, stride_t, gamma
     gl.warp_specialize(
         [
-            (_pass, (0, place, given, to, tiles_of, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES)),
-            (_pass, (1, place, given, to, tiles_of, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES)),
+            (_pass, (0, place, given, to, tiles_of, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES, CHAINED, PARTS)),
+            (_pass, (1, place, given, to, tiles_of, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES, CHAINED, PARTS)),
             (_fetch, (place, feed, tiles_of, D, DECAY, GATE, STAGES)),
         ],
         [4, 1], [232, 40],
     )  # fmt: skip
+
+
+@launched
+@gluon.jit(do_not_specialize=["scale", "T"])
+def hopper_sweep_kernel(
+    x_desc, y_desc, z_desc, extra_desc, decay_ptr, out_ptr, state_ptr, rows_ptr, first_ptr, length_ptr, row_ptr,
+    decay_stride_t, decay_stride_h, scale, T, H: gl.constexpr, D: gl.constexpr, TRANSPOSED: gl.constexpr,
+    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As kernels.linear.sweep.sweep_kernel, for K = V = D = 128; rows [2, H, T]. TRANSPOSED: the state has rows of z.
+    Grid: (splits * H)."""
+    split, head = gl.program_id(0) // H, gl.program_id(0) % H
+    feed = x_desc, y_desc, z_desc, extra_desc, decay_ptr, decay_stride_t, decay_stride_h
+    first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
+    given, to = (state_ptr, row), (out_ptr, rows_ptr, T)
+    sweep_split(first, length, head, feed, given, to, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES, False, 1)
 
 
 def launch(call, x, y, z, out, entries, reads, *, transposed):

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longspan.kernels.launch import launched
+from longspan.kernels.linear.hopper.chain import entry_state
 from longspan.kernels.linear.hopper.decays import (
     FROM_START,
     LOG,
@@ -57,12 +58,12 @@ def _fetch(place, feed, tiles_of, D: gl.constexpr, DECAY: gl.constexpr, STAGES: 
 @gluon.jit
 def _pass(
     WHICH: gl.constexpr, place, given, out_ptr, gate, tiles_of, scale, H, D: gl.constexpr, DECAY: gl.constexpr,
-    GATE: gl.constexpr, STAGES: gl.constexpr,
+    GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """WHICH: 0, of dk, which reads v and what d_out and q make, with the first half of dS; 1, of dv, which reads k and
     what q and d_out make."""
     first, length, head, chunks = place
-    state_at, row, inverse_scale = given
+    given, inverse_scale = given
     rows_ptr, through_ptr, total_ptr = gate
     vectors, v_tiles, d_outs, q_tiles, k_tiles, d_state, ready, free, states_ready, states_free, cleared = tiles_of
     S: gl.constexpr = product_layout(64)
@@ -71,9 +72,8 @@ def _pass(
     dtype: gl.constexpr = q_tiles.dtype
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
     nothing_wide = gl.full([64, D], 0.0, gl.float32, OUT)
-    column, key = gl.arange(0, 64, ROW), gl.arange(0, D, gl.SliceLayout(0, OUT))
-    state_at += WHICH * 64 + column[:, None] + key[None, :] * D
-    state = gl.load(state_at, mask=row >= 0, other=0.0) * inverse_scale
+    column = gl.arange(0, 64, ROW)
+    state = entry_state(WHICH, head, given, OUT, H, D, False, DECAY, True, CHAINED, PARTS) * inverse_scale
     d_state.slice(WHICH * 64, 64).store(state.to(dtype))
     fence_async_shared()
     synchronize()
@@ -143,24 +143,23 @@ def _pass(
         mbarrier.arrive(free.index(stage))
 
 
-@launched
-@gluon.jit(do_not_specialize=["scale", "inverse_scale", "T", "num_chunks"])
-def hopper_reverse_kernel(
-    v_desc, d_out_desc, q_desc, k_desc, decay_ptr, dk_ptr, dv_ptr, state_ptr, rows_ptr, through_ptr,
-    first_ptr, length_ptr, row_ptr, split_chunk_ptr, decay_stride_t, decay_stride_h, scale, inverse_scale, T,
-    num_chunks, H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+@gluon.jit
+def reverse_split(
+    first, length, head, feed, given, to, gate, scale, inverse_scale, H: gl.constexpr, D: gl.constexpr,
+    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.linear.sweep.reverse_kernel for "both", for K = V = D = 128; with a GATE rows [1, H, T] and through
-    [2, chunks, H] too, the second of which gets the log2 decays of the chunks. Grid: (splits * H)."""
+    """The sweep back through `length` tokens from `first` on of a head. feed: descriptors of v, d_out, q and k, decays
+    and their strides; given, CHAINED, PARTS: see `entry_state`; to: dk and dv; gate: rows, through, T, the first chunk
+    and the number of all."""
+    v_desc, d_out_desc, q_desc, k_desc, decay_ptr, stride_t, stride_h = feed
+    dk_ptr, dv_ptr = to
+    rows_ptr, through_ptr, T, chunk, num_chunks = gate
     dtype: gl.constexpr = q_desc.dtype
     shared: gl.constexpr = shared_layout(16)
-    split, head = gl.program_id(0) // H, gl.program_id(0) % H
-    first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
-    state_at = state_ptr + (gl.maximum(row, 0).to(gl.int64) * H + head) * D * D
     gamma = log_decay_per_token(decay_ptr, head, DECAY)
     if GATE:
         rows_ptr += gl.to_tensor(head).to(gl.int64) * T
-        through_ptr += gl.load(split_chunk_ptr + split).to(gl.int64) * H + head
+        through_ptr += chunk.to(gl.int64) * H + head
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [STAGES * ROWS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(dtype, [STAGES, 64, D], shared),
@@ -172,17 +171,35 @@ def hopper_reverse_kernel(
         make_barriers(1, 2), make_barriers(1, 2), make_barriers(1, 2),
     )  # fmt: skip
     place = first, length, head, gl.cdiv(length, 64)
-    decay_ptr = gates_of(decay_ptr, first, head, decay_stride_t, decay_stride_h, DECAY)
-    feed = v_desc, d_out_desc, q_desc, k_desc, decay_ptr, decay_stride_t, gamma
-    given = state_at, row, inverse_scale
+    decay_ptr = gates_of(decay_ptr, first, head, stride_t, stride_h, DECAY)
+    feed, given = (v_desc, d_out_desc, q_desc, k_desc, decay_ptr, stride_t, gamma), (given, inverse_scale)
     gate = rows_ptr, through_ptr, through_ptr + gl.to_tensor(num_chunks).to(gl.int64) * H
     gl.warp_specialize(
         [
-            (_pass, (0, place, given, dk_ptr, gate, tiles_of, scale, H, D, DECAY, GATE, STAGES)),
-            (_pass, (1, place, given, dv_ptr, gate, tiles_of, scale, H, D, DECAY, GATE, STAGES)),
+            (_pass, (0, place, given, dk_ptr, gate, tiles_of, scale, H, D, DECAY, GATE, STAGES, CHAINED, PARTS)),
+            (_pass, (1, place, given, dv_ptr, gate, tiles_of, scale, H, D, DECAY, GATE, STAGES, CHAINED, PARTS)),
             (_fetch, (place, feed, tiles_of, D, DECAY, STAGES)),
         ],
         [4, 1], [232, 40],
+    )  # fmt: skip
+
+
+@launched
+@gluon.jit(do_not_specialize=["scale", "inverse_scale", "T", "num_chunks"])
+def hopper_reverse_kernel(
+    v_desc, d_out_desc, q_desc, k_desc, decay_ptr, dk_ptr, dv_ptr, state_ptr, rows_ptr, through_ptr,
+    first_ptr, length_ptr, row_ptr, split_chunk_ptr, decay_stride_t, decay_stride_h, scale, inverse_scale, T,
+    num_chunks, H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As kernels.linear.sweep.reverse_kernel for "both", for K = V = D = 128; with a GATE rows [1, H, T] and through
+    [2, chunks, H] too, the second of which gets the log2 decays of the chunks. Grid: (splits * H)."""
+    split, head = gl.program_id(0) // H, gl.program_id(0) % H
+    feed = v_desc, d_out_desc, q_desc, k_desc, decay_ptr, decay_stride_t, decay_stride_h
+    first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
+    gate = rows_ptr, through_ptr, T, gl.load(split_chunk_ptr + split), num_chunks
+    reverse_split(
+        first, length, head, feed, (state_ptr, row), (dk_ptr, dv_ptr), gate, scale, inverse_scale, H, D, DECAY, GATE,
+        STAGES, False, 1,
     )  # fmt: skip
 
 

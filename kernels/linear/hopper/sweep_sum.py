@@ -18,15 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longspan.kernels.launch import launched
-from longspan.kernels.linear.hopper.decays import gates_of, load_gates, log_decay_per_token, log_decays
+from longspan.kernels.linear.hopper.chain import columns_of, flag_of
+from longspan.kernels.linear.hopper.decays import LEFT_OUT, gates_of, load_gates, log_decay_per_token, log_decays
+from longspan.kernels.linear.hopper.flags import raise_flag
 from longspan.kernels.linear.hopper.tiles import clear_rows, synchronize, tokens_descriptor
-from longspan.kernels.linear.splits import LEFT_OUT_LOG2_SHORT, padded
+from longspan.kernels.linear.splits import padded
 from longspan.kernels.linear.sweep import LOG2E
 from longspan.kernels.sparse.hopper.tiles import async_load, make_barriers, product_layout, shared_layout
 
 STAGES = 6
 PARTS = {"none": 1, "fixed": 4, "scalar": 1}  # of a sum, at most
-LEFT_OUT = gl.constexpr(LEFT_OUT_LOG2_SHORT)
 MIN_PART = gl.constexpr(8)  # chunks
 _power_of_two = gluon.constexpr_function(padded)
 
@@ -166,13 +167,12 @@ def _operand(
 
 @gluon.jit
 def _pass(
-    half: gl.constexpr, place, decay_ptr, sum_ptr, tiles_of, scale, H: gl.constexpr, D: gl.constexpr,
-    DECAY: gl.constexpr, REVERSE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    half: gl.constexpr, place, decay_ptr, to, tiles_of, scale, H: gl.constexpr, D: gl.constexpr,
+    DECAY: gl.constexpr, REVERSE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
-    row = place[2]
+    row, sum_ptr = place[2], to[0]
     y_tiles, ready, free = tiles_of[2], tiles_of[4], tiles_of[5]
     OUT: gl.constexpr = product_layout(D)
-    column, key = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, D, gl.SliceLayout(0, OUT))
     number = 0
     for part in range(0, PARTS):
         head, gamma, n, stop = _item(part, place, decay_ptr, H, DECAY, PARTS)
@@ -199,24 +199,25 @@ def _pass(
             mbarrier.arrive(free.index(number % STAGES))
             number += 1
             sum_at = sum_ptr + ((row * PARTS + part) * H + head) * (D * D)
-            gl.store(sum_at + half * 64 + column[:, None] + key[None, :] * D, state * scale)
+            gl.store(columns_of(sum_at, half, CHAINED, OUT, D), state * scale)
+            if CHAINED and PARTS > 1:
+                if part > 0:  # the program of that head waits for it
+                    raise_flag(to[1], flag_of(row, part, half, head, H, PARTS))
 
 
-@launched
-@gluon.jit(do_not_specialize=["scale"])
-def hopper_sum_kernel(
-    y_desc, z_desc, decay_ptr, sum_ptr, total_ptr, parts_ptr, list_ptr, first_ptr, length_ptr, row_ptr,
-    decay_stride_t, decay_stride_h, scale, H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr,
-    REVERSE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+@gluon.jit
+def sum_split(
+    first, length, row, head, feed, sums, scale, H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr,
+    REVERSE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
-    """As kernels.linear.sweep.sum_kernel, for K = V = D = 128; if PARTS > 1, sums [rows, PARTS, H, D, D] of which the
-    first `parts` [rows, H] are to be added. Grid: (listed splits * H)."""
+    """The sum of `length` tokens from `first` on of a head, and with parts of others. feed: descriptors of y and z,
+    decays and their strides; sums: sums, log decays and parts. CHAINED: sums are transposed, and flags of parts raised,
+    for which there is what `flag_of` takes."""
+    y_desc, z_desc, decay_ptr, stride_t, stride_h = feed
+    sum_ptr, total_ptr, parts_ptr = sums[0], sums[1], sums[2]
     dtype: gl.constexpr = y_desc.dtype
     shared: gl.constexpr = shared_layout(16)
     numbers: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    split, head = gl.load(list_ptr + gl.program_id(0) // H), gl.program_id(0) % H
-    first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
-    row = gl.load(row_ptr + split).to(gl.int64)
     chunks = gl.cdiv(length, 64)
     tiles_of = (
         gl.allocate_shared_memory(gl.float32, [STAGES, 64], numbers),
@@ -242,13 +243,14 @@ def hopper_sum_kernel(
             gammas = log_decay_per_token(decay_ptr, gl.minimum(heads, H - 1), DECAY)
             mean = gl.sum(gl.where(heads < H, _remembered(gammas, length, chunks), 0), 0) // H
             gl.store(parts_ptr + row * H + head, _num_parts(_remembered(gamma, length, chunks), mean, PARTS))
-    decay_ptr = gates_of(decay_ptr, first, head, decay_stride_t, decay_stride_h, DECAY)
-    place, feed = (first, length, row, head, chunks, mean), (y_desc, z_desc, decay_ptr, decay_stride_t)
+    decay_ptr = gates_of(decay_ptr, first, head, stride_t, stride_h, DECAY)
+    place, feed = (first, length, row, head, chunks, mean), (y_desc, z_desc, decay_ptr, stride_t)
+    to = sum_ptr, sums[3]
     if DECAY == "scalar":
         gl.warp_specialize(
             [
-                (_pass, (0, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES)),
-                (_pass, (1, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES)),
+                (_pass, (0, place, decay_ptr, to, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
+                (_pass, (1, place, decay_ptr, to, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
                 (_fetch_gated, (place, feed, tiles_of, total_ptr, D, REVERSE, STAGES)),
             ],
             [4, 1], [216, 56],
@@ -256,12 +258,28 @@ def hopper_sum_kernel(
     else:
         gl.warp_specialize(
             [
-                (_pass, (0, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES)),
-                (_pass, (1, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES)),
+                (_pass, (0, place, decay_ptr, to, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
+                (_pass, (1, place, decay_ptr, to, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
                 (_fetch, (place, feed, tiles_of, H, D, DECAY, REVERSE, PARTS, STAGES)),
             ],
             [4, 1], [232, 40],
         )  # fmt: skip
+
+
+@launched
+@gluon.jit(do_not_specialize=["scale"])
+def hopper_sum_kernel(
+    y_desc, z_desc, decay_ptr, sum_ptr, total_ptr, parts_ptr, list_ptr, first_ptr, length_ptr, row_ptr,
+    decay_stride_t, decay_stride_h, scale, H: gl.constexpr, D: gl.constexpr, DECAY: gl.constexpr,
+    REVERSE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As kernels.linear.sweep.sum_kernel, for K = V = D = 128; if PARTS > 1, sums [rows, PARTS, H, D, D] of which the
+    first `parts` [rows, H] are to be added. Grid: (listed splits * H)."""
+    split, head = gl.load(list_ptr + gl.program_id(0) // H), gl.program_id(0) % H
+    first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
+    row = gl.load(row_ptr + split).to(gl.int64)
+    feed, sums = (y_desc, z_desc, decay_ptr, decay_stride_t, decay_stride_h), (sum_ptr, total_ptr, parts_ptr, None)
+    sum_split(first, length, row, head, feed, sums, scale, H, D, DECAY, REVERSE, PARTS, STAGES, False)
 
 
 def launch(call, y, z, scale, direction, states, totals, parts, *, reverse):
