@@ -16,21 +16,21 @@ from longspan.kernels.sparse import BlockPlan, Packing, add_packed, ask, count, 
 from longspan.parallel.exchange import (
     Pending,
     ToHost,
+    gather,
     group_rank,
     group_size,
-    start_all_gather,
     start_all_to_all,
 )
 
 GROUPS = 2  # of lists, whose keys travel one after the other where nothing else is beside them
 
 
-def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, apart=False, alone=True):
+def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, apart=False, alone=True, peers=None):
     """(parts of local keys, what follows: a list of parts of other ranks' keys or, where the host has to wait for what
     ranks ask of one another, a Request). blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, -1 for none;
     strategy: one of STRATEGIES or an Estimate; rule: of plans; full: there is no -1. apart: local blocks are a part of
     their own, else they are attended to together with those that arrive: a pass over queries less. alone: there are no
-    other parts."""
+    other parts. peers: the group's PeerMemory or None."""
     keys, queries, options = tables.keys, tables.queries.local, {"causal": causal, "rule": rule}
     if keys.whole:
         return [Part(BlockPlan.of(queries, keys.local, blocks, ascending=True, full=full, **options))], []
@@ -39,7 +39,7 @@ def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, 
         plans = _plans_by_owner(pieces_of(blocks, keys), keys, queries, rank, world_size, options)
         return [Part(plans[rank])], ring(plans, keys, keys.reach[int(causal)], group)
     given = None if strategy == "fetch" else strategy, full, not apart, alone and rule is None
-    request = Request(blocks, keys, queries, options, group, *given)
+    request = Request(blocks, keys, queries, options, group, *given, peers)
     return request.local, request
 
 
@@ -59,14 +59,24 @@ class Request:
     """
 
     def __init__(
-        self, blocks, keys: Pieces, queries, options, group, estimate=None, full=False, together=True, in_turn=False
+        self,
+        blocks,
+        keys: Pieces,
+        queries,
+        options,
+        group,
+        estimate=None,
+        full=False,
+        together=True,
+        in_turn=False,
+        peers=None,
     ):
         self.keys, self.queries, self.options = keys, queries, options
         self.group, self.estimate, self.together, self.lists = group, estimate, together, len(blocks)
         self.groups = GROUPS if in_turn and together and len(blocks) % GROUPS == 0 else 1
         rank, world_size = group_rank(group), group_size(group)
         self.wanted, shown = ask(blocks, keys.of_block, world_size, keys.width, listed=estimate is not None)
-        shown = start_all_gather(shown[None], group).wait().flatten(0, 1)
+        shown = gather(shown, group, peers)
         counts = count(shown, keys.lengths, self.lists)
         table, arriving, places = place(shown, counts, keys, self.lists, rank, together, self.groups)
         self.packing = Packing(keys.local, places, rank if together else -1)

@@ -5,6 +5,7 @@ is two launches on the caller's stream, one that writes to all ranks and one tha
 """
 
 import logging
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +28,7 @@ class PeerMemory:
 
     def __init__(self, kernels, rank: int, windows: torch.Tensor, flags: torch.Tensor, capacity: int, keep=()):
         self._kernels, self._capacity, self._keep = kernels, capacity, keep
-        self._world_size, self._under_way, self.received = len(windows), 0, 0
+        self._world_size, self._under_way, self.received = len(windows), deque(), 0
         calls = torch.zeros(2, self._world_size, kernels.PARTS, dtype=torch.int32, device=windows.device)
         self._given = windows, flags, calls, rank, capacity
 
@@ -38,30 +39,35 @@ class PeerMemory:
     def start_gather(self, x: torch.Tensor, y: torch.Tensor | None = None) -> "Gathering":
         """Starts gathering x, and y unless it is None: on every rank of equal shapes, and in the same order with other
         gathers. `wait()`, on the same stream and once, gives both as [ranks, *shape]."""
-        if self._under_way == self._kernels.SLOTS:
-            raise RuntimeError(f"{self._under_way} gathers through shared memory are under way; finish one first")
-        self._under_way += 1
+        if len(self._under_way) == self._kernels.SLOTS:
+            raise RuntimeError(f"{len(self._under_way)} gathers through shared memory are under way; finish one first")
         self.received += (self._world_size - 1) * sum(t.numel() * t.element_size() for t in (x, y) if t is not None)
         self._kernels.push(x.contiguous(), None if y is None else y.contiguous(), *self._given)
-        return Gathering(self, x, y)
+        self._under_way.append(Gathering(self, x, y))
+        return self._under_way[-1]
 
-    def _collect(self, x, y):
-        self._under_way -= 1
-        out, out_y = (None if t is None else t.new_empty(self._world_size, *t.shape) for t in (x, y))
+    def collect_next(self):
+        """Collects what was started first: windows are read in the order in which they are written."""
+        first = self._under_way.popleft()
+        out, out_y = (None if t is None else t.new_empty(self._world_size, *t.shape) for t in (first.x, first.y))
         self._kernels.collect(out, out_y, *self._given)
-        return out, out_y
+        first.result = out, out_y
 
 
-@dataclass(frozen=True)
+@dataclass
 class Gathering:
-    """A gather under way. x, y: what this rank gave."""
+    """A gather under way. x, y: what this rank gave; result: of all ranks, once it has been collected."""
 
     memory: PeerMemory
     x: torch.Tensor
     y: torch.Tensor | None
+    result: tuple | None = None
 
     def wait(self):
-        return self.memory._collect(self.x, self.y)
+        """Those that were started before have arrived earlier; what waits for them gets them later."""
+        while self.result is None:
+            self.memory.collect_next()
+        return self.result
 
 
 def open_peer_memory(

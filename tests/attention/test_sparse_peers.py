@@ -1,0 +1,70 @@
+"""Sparse attention whose ranks share memory: the same results, to the bit, as through the group, and less left to it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import LENGTHS, layouts
+from shared_windows import shared_windows
+from sparse_variants import VARIANTS, make_inputs
+from spawn import run_ranks
+from torch.utils.checkpoint import checkpoint
+from traffic import Traffic
+
+from longspan.attention import LinearBranch, TopBlocks, sparse_attention
+from longspan.attention.recompute import checkpoint_contexts
+from longspan.parallel import SequenceParallel
+
+pytest.importorskip("triton", reason="memory is shared by Triton kernels")
+CHOSEN = ["causal_gqa", "causal_odd", "full_gqa", "levels2", "levels3_full", "lists_of_heads", "tokens", "window"]
+
+
+def run(variant, layout, rank, peers, checkpointed, dtype, branch):
+    """(output and gradients, calls of the group) of a rank."""
+    inputs, grad_out, kwargs = make_inputs(variant, layout.lengths, dtype)
+    rows = torch.from_numpy(layout.global_indices(rank))
+    leaves = [inputs[name][rows].requires_grad_() for name in "qkv"]
+    parameters = []
+    if branch and isinstance(kwargs["selection"], TopBlocks):
+        width = leaves[0].shape[2]
+        weight = torch.eye(width, dtype=dtype).requires_grad_()
+        kwargs = kwargs | {"linear": LinearBranch(weight, weight.new_zeros(width).requires_grad_(), over=branch)}
+        parameters = [kwargs["linear"].weight, kwargs["linear"].bias]
+    seq = SequenceParallel(dist.group.WORLD, peers=peers, sparse="fetch").context(layout)
+
+    def layer(q, k, v):  # two of them: what one leaves in a window is not the other's
+        x = sparse_attention(q, k, v, seq=seq, **kwargs)
+        return x + sparse_attention(q.flip(2), k.sin(), v.cos(), seq=seq, **kwargs)
+
+    with Traffic() as traffic:
+        if checkpointed:
+            out = checkpoint(layer, *leaves, use_reentrant=False, context_fn=checkpoint_contexts)
+        else:
+            out = layer(*leaves)
+        found = out.detach(), *torch.autograd.grad(out, leaves + parameters, grad_out[rows])
+    return found, traffic
+
+
+def compare(rank, world_size, variants):
+    peers, problems = shared_windows(rank, world_size), []
+    for number, variant in enumerate(variants):
+        for name, layout in layouts(LENGTHS["mixed"], world_size).items():
+            dtype = [torch.float64, torch.float32, torch.bfloat16][(number + len(name)) % 3]
+            branch = [None, "all", "rest"][(number + world_size) % 3] if dtype != torch.bfloat16 else None
+            given = variant, layout, rank
+            more = number % 2 == 0, dtype, branch
+            (wanted, by_group), (found, by_peers) = (run(*given, memory, *more) for memory in (None, peers))
+            where = f"rank {rank}: {variant}, {name}, {more}"
+            if not all(map(torch.equal, wanted, found)):
+                worst = [(x - y).abs().max().item() for x, y in zip(wanted, found) if x.numel()]
+                problems.append(f"{where}: results differ by {worst}")
+            if by_group.num_calls and by_peers.num_calls >= by_group.num_calls:
+                problems.append(f"{where}: {by_peers.num_calls} calls of the group of {by_group.num_calls}")
+    return problems
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_same_through_shared_memory(world_size):
+    variants = CHOSEN[world_size % 2 :: 2]
+    assert all(variant in VARIANTS for variant in variants)
+    problems = sum(run_ranks(compare, world_size, variants, timeout=300), [])
+    assert not problems, "\n".join(problems)
