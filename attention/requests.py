@@ -6,6 +6,7 @@ that; when it knows, keys and values are packed in one launch and sent, and atte
 
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from math import gcd
 
 import numpy as np
 import torch
@@ -22,15 +23,23 @@ from longspan.parallel.exchange import (
     start_all_to_all,
 )
 
-GROUPS = 2  # of lists, whose keys travel one after the other where nothing else is beside them
+GROUPS = 2  # of lists at most, whose keys travel one after the other where nothing else is beside them
 
 
-def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, apart=False, alone=True, peers=None):
+def turns_of(lists: int) -> int:
+    """Groups that so many lists come in: of equally many."""
+    return gcd(lists, GROUPS)
+
+
+def block_parts(
+    blocks, tables, causal, strategy, group, rule=None, full=False, apart=False, alone=True, peers=None, staged=None
+):
     """(parts of local keys, what follows: a list of parts of other ranks' keys or, where the host has to wait for what
     ranks ask of one another, a Request). blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, -1 for none;
     strategy: one of STRATEGIES or an Estimate; rule: of plans; full: there is no -1. apart: local blocks are a part of
     their own, else they are attended to together with those that arrive: a pass over queries less. alone: there are no
-    other parts. peers: the group's PeerMemory or None."""
+    other parts. peers: the group's PeerMemory or None; staged: keys where others can read them, see
+    attention.shared_requests, or None."""
     keys, queries, options = tables.keys, tables.queries.local, {"causal": causal, "rule": rule}
     if keys.whole:
         return [Part(BlockPlan.of(queries, keys.local, blocks, ascending=True, full=full, **options))], []
@@ -39,7 +48,8 @@ def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, 
         plans = _plans_by_owner(pieces_of(blocks, keys), keys, queries, rank, world_size, options)
         return [Part(plans[rank])], ring(plans, keys, keys.reach[int(causal)], group)
     given = None if strategy == "fetch" else strategy, full, not apart, alone and rule is None
-    request = Request(blocks, keys, queries, options, group, *given, peers)
+    make = Request if staged is None else staged.request
+    request = make(blocks, keys, queries, options, group, *given, peers)
     return request.local, request
 
 
@@ -58,6 +68,8 @@ class Request:
     `block_parts`.
     """
 
+    window = 0  # see kernels.sparse.place
+
     def __init__(
         self,
         blocks,
@@ -73,12 +85,14 @@ class Request:
     ):
         self.keys, self.queries, self.options = keys, queries, options
         self.group, self.estimate, self.together, self.lists = group, estimate, together, len(blocks)
-        self.groups = GROUPS if in_turn and together and len(blocks) % GROUPS == 0 else 1
+        self.groups = turns_of(len(blocks)) if in_turn and together else 1
         rank, world_size = group_rank(group), group_size(group)
         self.wanted, shown = ask(blocks, keys.of_block, world_size, keys.width, listed=estimate is not None)
         shown = gather(shown, group, peers)
         counts = count(shown, keys.lengths, self.lists)
-        table, arriving, places = place(shown, counts, keys, self.lists, rank, together, self.groups)
+        given = self.lists, rank, together, self.groups, self.window
+        table, arriving, places = place(shown, counts, keys, *given)
+        self.table, self.arriving = table, arriving
         self.packing = Packing(keys.local, places, rank if together else -1)
         self.counts = ToHost(counts)
         columns = rename(self.wanted, table)
@@ -111,6 +125,10 @@ class Request:
         pieces[rank] *= self.together
         arrived = self.plan.keys.map(lambda x: x[: pieces.sum()])
         return [], [Part(self.plan.over(arrived, int(pieces.sum(0).max())), way=way)], pending
+
+    def settle(self, parts, arrived):
+        """parts, and what arrived in them, once all of `parts` is queued."""
+        return parts, arrived
 
     def _start(self, way, k, v):
         with self.counts.beside(self.packing.places) as hand_over:

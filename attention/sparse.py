@@ -18,6 +18,7 @@ from longspan.attention.recompute import keep, keeping, recall
 from longspan.attention.requests import Fetched, Request, block_parts
 from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
+from longspan.attention.shared_requests import stage
 from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.sparse import BlockPlan, add_shares, choose
 from longspan.kernels.wide import wide_dtype
@@ -96,7 +97,8 @@ class _Attention(torch.autograd.Function):
         if kept is None:
             coarse = coarse_k, coarse_v
             apart = branch is not None and branch.rest  # whose states are of local blocks
-            given = _choose(q, k, coarse[0], selection, tables, causal, strategy, group, peers, apart)
+            staged = stage(k, v, tables.keys, strategy, peers)
+            given = _choose(q, k, coarse[0], selection, tables, causal, strategy, group, peers, staged, apart)
             out, lse, parts, arrived = attend(q, (k, v), coarse, *given, group, scale)
             entry = None if branch is None else branch.finish(pending, sums)
             if keeping():  # this rank's own keys are made again with the layer
@@ -149,21 +151,21 @@ def _by_request(parts):
     return next((part.way for part in parts if isinstance(part.way, Fetched)), None)
 
 
-def _choose(q, k, coarse_k, selection, tables, causal, strategy, group, peers, apart):
+def _choose(q, k, coarse_k, selection, tables, causal, strategy, group, peers, staged, apart):
     """What `attend` takes: parts that are here, and what follows."""
     with torch.no_grad():
         chosen = selection.choose(q, k, coarse_k, tables, Ranks(group, peers))
-        return parts_of(chosen, tables, causal, strategy, group, apart, peers)
+        return parts_of(chosen, tables, causal, strategy, group, apart, peers, staged)
 
 
-def parts_of(chosen, tables, causal, strategy, group, apart=False, peers=None):
+def parts_of(chosen, tables, causal, strategy, group, apart=False, peers=None, staged=None):
     """(parts of coarse keys and then of local ones, what follows of other ranks: see block_parts). chosen: what a
     selection chose of blocks of keys and of blocks of coarse keys, or None, and the rule of single queries where it has
-    one; apart: local blocks are a part of their own; peers: the group's PeerMemory or None."""
+    one; apart: local blocks are a part of their own; peers: the group's PeerMemory or None; staged: see block_parts."""
     fine, coarse, *rule = chosen
     full = getattr(tables, "full", False)
     here, dense = [], getattr(tables, "dense", None)
-    how = {"full": full, "apart": apart, "alone": dense is None, "peers": peers}
+    how = {"full": full, "apart": apart, "alone": dense is None, "peers": peers, "staged": staged}
     local, remote = block_parts(fine, tables, causal, strategy, group, *rule, **how)
     if dense is not None:
         here.append(Part(dense, tables.dense_rows))
@@ -189,11 +191,12 @@ def attend(q, local, coarse, here, remote, group, scale):
         dtype = q.dtype if len(parts) == count else _sum_dtype(q, count)
         found = form.forward(q, keys, values, part.plan, scale, found, dtype, turns)
 
+    request = remote if isinstance(remote, Request) else None
     pending = remote[0].way.start(*local, group) if isinstance(remote, list) and remote else None
     for part in here:
         add(part, *_keys_of(part, local, coarse))
-    if isinstance(remote, Request):
-        more, remote, pending = remote.parts(*local)
+    if request is not None:
+        more, remote, pending = request.parts(*local)
         here = [*here, *more]
         for part in more:
             add(part, *local)
@@ -206,6 +209,8 @@ def attend(q, local, coarse, here, remote, group, scale):
         add(part, *tensors, turns)
         if turns is not None:
             pending.wait()  # where nothing was attended to
+    if request is not None:
+        parts, arrived = request.settle(parts, arrived)
     if found is None:
         found = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide_dtype(q.dtype))
     return found[0].to(q.dtype), found[1], parts, arrived

@@ -60,6 +60,30 @@ class ToHost:
             yield lambda *made: [x.record_stream(current) for x in made]
 
 
+@contextmanager
+def aside(*tensors):
+    """Queues the body behind what is queued so far, beside what comes. tensors: those that the body reads or writes.
+    Yields a function: mark() gives what stands for the body so far, and its wait() lets the current stream wait for
+    it."""
+    if not tensors[0].is_cuda:
+        yield Done
+        return
+    current = torch.cuda.current_stream(tensors[0].device)
+    stream = _second_stream(current.device)
+    stream.wait_stream(current)
+    for x in tensors:
+        x.record_stream(stream)
+    with torch.cuda.stream(stream):
+        yield stream.record_event
+
+
+class Done:
+    """Work that is done."""
+
+    def wait(self):
+        pass
+
+
 @cache
 def _second_stream(device) -> "torch.cuda.Stream":
     # Ahead of the kernels beside it: their thread blocks, all queued before, would be started first.

@@ -110,8 +110,8 @@ def _reach(values):
 
 
 def start_fetch(x: torch.Tensor, halo: Halo, group, peers=None):
-    """Starts bringing the strips' rows of x [T, D]; calling the result gives them, [S, D]. peers: the group's PeerMemory,
-    through which they come where it takes them, or None. A collective call if halo.connected."""
+    """Starts bringing the strips' rows of x [T, D]; calling the result gives them, [S, D]. peers: the group's
+    PeerMemory, through which they come where it takes them, or None. A collective call if halo.connected."""
     received = _start(x.index_select(0, halo.route.send_rows), halo.there, group, peers)
     return lambda: torch.cat(received()).index_select(0, halo.route.source)
 
