@@ -66,14 +66,14 @@ def peer_blocks_kernel(
     """PIECES blocks of one list and rank at once, SIZE rows each at most; AWAY: from here to there. Strides and
     positions in words: token, list and slot, one for each other rank, are those of a window, where values are `second`
     behind keys."""
-    own = tl.multiple_of(k_ptr.to(tl.pointer_type(tl.int32), bitcast=True), 4)
-    own_second = tl.multiple_of(v_ptr.to(tl.pointer_type(tl.int32), bitcast=True), 4)
+    own = tl.multiple_of(k_ptr.to(tl.pointer_type(tl.int32), bitcast=True), 16)
+    own_second = tl.multiple_of(v_ptr.to(tl.pointer_type(tl.int32), bitcast=True), 16)
     per_rank = tl.cdiv(width, PIECES)
     column = tl.arange(0, COLUMNS)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         listed = first + tile // (per_rank * (RANKS - 1))
         peer = (rank + 1 + tile // per_rank % (RANKS - 1)) % RANKS
-        there = tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int32))
+        there = tl.multiple_of(tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int32)), 16)
         slot = rank - (rank > peer).to(tl.int32)
         there += begin + listed.to(tl.int64) * list_stride + slot.to(tl.int64) * slot_stride
         for start in tl.static_range(0, SIZE, ROWS):
