@@ -20,9 +20,12 @@ from longspan.parallel.exchange import (
     gather,
     group_rank,
     group_size,
+    let_begin,
     start_all_to_all,
+    start_exchange,
 )
 
+HEAD_START = True  # of transfers back before gradients of queries
 GROUPS = 2  # of lists at most, whose keys travel one after the other where nothing else is beside them
 
 
@@ -92,9 +95,9 @@ class Request:
         counts = count(shown, keys.lengths, self.lists)
         given = self.lists, rank, together, self.groups, self.window
         table, arriving, places = place(shown, counts, keys, *given)
-        self.table, self.arriving = table, arriving
         self.packing = Packing(keys.local, places, rank if together else -1)
         self.counts = ToHost(counts)
+        self.begin(table, arriving)
         columns = rename(self.wanted, table)
         if together:
             full = full and keys.of_block.shape[1] == 1
@@ -119,12 +122,15 @@ class Request:
                 parts = ring(plans, self.keys, (tokens > 0).tolist(), self.group)
                 return [Part(plans[rank])] if self.together else [], parts, self._start(parts[0].way, k, v)
         rows[rank, rank] = 0
-        way = Fetched(self.packing, own, rows[:, rank].T.tolist(), rows[rank].T.tolist(), k.shape[0])
+        way = Fetched(self.packing, own, k.shape[0], rows[:, rank].T.tolist(), rows[rank].T.tolist())
         pending = self._start(way, k, v)  # first of all: what follows has time until it is there
         pieces = counts[rank, :, lists : 2 * lists].copy()  # [owner, list]
         pieces[rank] *= self.together
         arrived = self.plan.keys.map(lambda x: x[: pieces.sum()])
         return [], [Part(self.plan.over(arrived, int(pieces.sum(0).max())), way=way)], pending
+
+    def begin(self, table, arriving):
+        """Where keys lie when they are here is known, see kernels.sparse.place; lists follow."""
 
     def settle(self, parts, arrived):
         """parts, and what arrived in them, once all of `parts` is queued."""
@@ -142,27 +148,13 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """How what was asked for travels. packing: which of this rank's pieces go where; own: rows of this rank that lie in
-    front of what arrives; sent, received: of every group of lists, rows to and from every rank; tokens: of this
-    rank."""
+class Asked:
+    """Keys and values that were asked for, in one buffer. packing: where rows of this rank lie in the buffer, and in
+    buffers of what others return; own: rows of this rank, which lie in front of what arrives; tokens: of this rank."""
 
     packing: Packing
     own: int
-    sent: list[list[int]]
-    received: list[list[int]]
     tokens: int
-
-    @property
-    def turns(self) -> int:
-        return len(self.sent)
-
-    def start(self, k, v, group):
-        heads = self.packing.heads_of(k)
-        arrived = k.new_empty(self.own + sum(map(sum, self.received)), 2 * heads, k.shape[2])
-        packed = pack((k, v), self.packing, sum(map(sum, self.sent)), arrived)
-        works = _exchange(packed, self.sent, self.received, group, arrived[self.own :])
-        return Pending(works, list(arrived.split(heads, 1)))
 
     def foreign(self, tensors):
         """Of keys and values that lie in the buffer of `start`, those of other ranks, in memory of their own."""
@@ -179,14 +171,6 @@ class Fetched:
         pack((k, v), replace(self.packing, places=places), 0, buffer)
         return list(buffer.chunk(2, 1))
 
-    def start_return(self, gradients, dtype, group):
-        gradients, rows = [x.to(dtype) for x in gradients], sum(map(sum, self.sent))
-        returned = [x.new_empty(rows, *x.shape[1:]) for x in gradients]
-        works = []
-        for x, out in zip(gradients, returned):
-            works += _exchange(x[self.own :], self.received, self.sent, group, out)
-        return Pending(works, returned + [x[: self.own] for x in gradients])
-
     def add_returned(self, arrived, totals, blocks, shares):
         """totals: None where local blocks lay in front of what arrived, and nothing else was added to them."""
         arrived, own = arrived[:2], arrived[2:]
@@ -200,6 +184,41 @@ class Fetched:
         totals = [x.new_zeros(shape) if y is None else y.contiguous() for x, y in zip(own, totals)]
         add_packed(totals, self.packing, arrived, shares, own, fresh)
         return totals
+
+
+@dataclass(frozen=True)
+class Fetched(Asked):
+    """How what was asked for travels. packing: also which of this rank's pieces go where; sent, received: of every
+    group of lists, rows to and from every rank."""
+
+    sent: list[list[int]]
+    received: list[list[int]]
+
+    @property
+    def turns(self) -> int:
+        return len(self.sent)
+
+    def start(self, k, v, group):
+        heads = self.packing.heads_of(k)
+        arrived = k.new_empty(self.own + sum(map(sum, self.received)), 2 * heads, k.shape[2])
+        packed = pack((k, v), self.packing, sum(map(sum, self.sent)), arrived)
+        works = _exchange(packed, self.sent, self.received, group, arrived[self.own :])
+        return Pending(works, list(arrived.split(heads, 1)))
+
+    def start_return(self, gradients, dtype, group):
+        gradients, rows = [x.to(dtype).contiguous() for x in gradients], sum(map(sum, self.sent))
+        returned = [x.new_empty(rows, *x.shape[1:]) for x in gradients]
+        sends = [run for x in gradients for run in _runs(x[self.own :], self.received)]
+        pending = start_exchange(sends, [run for x in returned for run in _runs(x, self.sent)], group)
+        if HEAD_START:
+            let_begin(gradients[0])  # what follows would take all processors, for as long as it runs
+        return Pending((pending,), returned + [x[: self.own] for x in gradients])
+
+
+def _runs(x, rows):
+    """(rank, its rows of x) in one group after the other, where there are any."""
+    parts = x.split([n for of_ranks in rows for n in of_ranks])
+    return [(number % len(rows[0]), part) for number, part in enumerate(parts) if len(part)]
 
 
 def _exchange(x, sent, received, group, out):

@@ -11,7 +11,7 @@ import torch
 
 from longspan.attention.block_parts import Part
 from longspan.attention.block_tables import Pieces
-from longspan.attention.requests import Fetched, Request
+from longspan.attention.requests import Asked, Request
 from longspan.kernels.sparse import Packing, pack
 from longspan.parallel.exchange import Pending, aside, group_rank
 from longspan.parallel.peer_memory import PeerMemory, Room
@@ -71,29 +71,19 @@ class SharedRequest(Request):
     """What this rank's lists name of other ranks' keys. It is on its way as soon as that is known."""
 
     def __init__(self, staged: Staged, blocks, keys, queries, options, group, estimate, *rest):
-        self.window = max(keys.tokens)
+        self.staged, self.window = staged, max(keys.tokens)
         super().__init__(blocks, keys, queries, options, group, None, *rest)
-        heads, tokens = self.packing.heads_of(staged.k), sum(keys.tokens)
+
+    def begin(self, table, arriving):
+        k, keys, tokens = self.staged.k, self.keys, sum(self.keys.tokens)
         if not self.together:
-            tokens -= keys.tokens[group_rank(group)]
+            tokens -= keys.tokens[group_rank(self.group)]
         rows = self.lists * min(tokens, self.wanted[0].numel() * keys.size)
-        make = staged.k.new_empty if staged.k.is_cuda else staged.k.new_zeros  # plain PyTorch reads a row for none
-        buffer = make(rows, 2 * heads, staged.k.shape[2])
-        offset = 0 if self.together else len(self.arriving)
-        self.way = SharedFetch(
-            self.packing,
-            0,
-            [[]] * self.groups,
-            [],
-            len(staged.k),
-            staged.windows,
-            keys,
-            self.table,
-            self.arriving.start,
-            offset,
-            buffer,
-        )
-        self.pending = self.way.start(staged.k, staged.v, group)
+        make = k.new_empty if k.is_cuda else k.new_zeros  # plain PyTorch reads a row for none
+        buffer = make(rows, 2 * self.packing.heads_of(k), k.shape[2])
+        numbers = table, arriving.start, 0 if self.together else len(arriving)
+        self.way = Read(self.packing, 0, len(k), self.groups, self.staged.windows, keys, *numbers, buffer)
+        self.pending = self.way.start(k, self.staged.v, self.group)
 
     def parts(self, k, v):
         return [], [Part(self.plan, way=self.way)], self.pending
@@ -118,10 +108,12 @@ class SharedRequest(Request):
 
 
 @dataclass(frozen=True)
-class SharedFetch(Fetched):
-    """packing: of what others return, as it lies in the window, and own rows in the buffer. table, starts, offset:
-    numbers of blocks in the buffer, and the row of each, see kernels.sparse.place. returned: bytes that come back."""
+class Read(Asked):
+    """How what was asked for is read, in so many turns. packing: others return as it lies in the window. keys: Pieces;
+    table, starts, offset: numbers of blocks in the buffer, and the row of each, see kernels.sparse.place; buffer: None
+    once it is known what arrived; returned: bytes that come back."""
 
+    turns: int
     windows: Windows
     keys: Pieces
     table: torch.Tensor
@@ -158,16 +150,8 @@ class SharedFetch(Fetched):
         with aside(self.table, self.starts, *gradients) as mark:
             peers.wait(TAKEN, behind=1)
             begun = mark()
-            given = (
-                windows.room.addresses,
-                windows.returned,
-                self.table,
-                self.starts,
-                self.keys,
-                peers.rank,
-                self.offset,
-            )
-            push_blocks(*gradients, *given, PROGRAMS)
+            places = self.table, self.starts, self.keys, peers.rank, self.offset
+            push_blocks(*gradients, windows.room.addresses, windows.returned, *places, PROGRAMS)
             peers.signal(RETURNED)
             done = mark()
         begun.wait()  # what follows would take all processors, for as long as it runs, before this has any

@@ -15,7 +15,7 @@ from longspan.attention.linear_branch import Branch, LinearBranch
 from longspan.attention.outline import Outline
 from longspan.attention.ranges import SPARSE, of_component
 from longspan.attention.recompute import keep, keeping, recall
-from longspan.attention.requests import Fetched, Request, block_parts
+from longspan.attention.requests import Asked, Request, block_parts
 from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
 from longspan.attention.shared_requests import stage
@@ -148,7 +148,7 @@ class _Attention(torch.autograd.Function):
 
 def _by_request(parts):
     """How blocks that were asked for came, or None where there are none."""
-    return next((part.way for part in parts if isinstance(part.way, Fetched)), None)
+    return next((part.way for part in parts if isinstance(part.way, Asked)), None)
 
 
 def _choose(q, k, coarse_k, selection, tables, causal, strategy, group, peers, staged, apart):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from longspan.attention import Hierarchical, LinearBranch, TopBlocks, requests, sparse, sparse_attention
 from longspan.attention.block_parts import STRATEGIES, pieces_of
-from longspan.attention.requests import Fetched
+from longspan.attention.requests import Asked
 from longspan.benchmarks.common import Traffic, device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.linear_ranks import with_efficiency
 from longspan.benchmarks.ranks import DIRECTIONS, NCCL, Ranks, join, layer_step
@@ -99,7 +99,7 @@ def watched(seen):
     def note(*given):
         result = attend(*given)
         remote = [part for part in result[2] if part.remote]
-        seen["took"] = "fetch" if len(remote) == 1 and isinstance(remote[0].way, Fetched) else "ring"
+        seen["took"] = "fetch" if len(remote) == 1 and isinstance(remote[0].way, Asked) else "ring"
         return result
 
     with mock.patch.object(sparse, "attend", note), mock.patch.object(sparse, "parts_of", count_tokens):

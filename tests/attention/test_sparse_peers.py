@@ -45,7 +45,7 @@ def run(variant, layout, rank, peers, checkpointed, dtype, branch):
 
 
 def compare(rank, world_size, variants):
-    peers, problems = shared_windows(rank, world_size), []
+    peers, problems, returned = shared_windows(rank, world_size), [], 0
     for number, variant in enumerate(variants):
         given = layouts(LENGTHS["mixed"], world_size)
         for name, layout in [*given.items()][number % 2 :: 2]:
@@ -58,10 +58,13 @@ def compare(rank, world_size, variants):
             if not all(map(torch.equal, wanted, found)):
                 worst = [(x - y).abs().max().item() for x, y in zip(wanted, found) if x.numel()]
                 problems.append(f"{where}: results differ by {worst}")
-            calls = [x.calls["all_to_all_single"] for x in (by_group, by_peers)]
-            if calls[0] - calls[1] < 6:  # of two layers keys and values there, gradients of both back
-                problems.append(f"{where}: {calls[1]} transfers of the group, without shared memory {calls[0]}")
-    assert peers.received
+            there, back = ([x.calls[name] for x in (by_group, by_peers)] for name in ("all_to_all_single", "isend"))
+            if there[0] - there[1] < 2:  # of two layers
+                problems.append(f"{where}: {there[1]} transfers of the group, without shared memory {there[0]}")
+            if back[1]:
+                problems.append(f"{where}: {back[1]} transfers back, without shared memory {back[0]}")
+            returned += back[0]
+    assert peers.received and returned
     return problems
 
 
