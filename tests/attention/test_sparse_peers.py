@@ -10,11 +10,13 @@ from spawn import run_ranks
 from torch.utils.checkpoint import checkpoint
 from traffic import Traffic
 
-from longspan.attention import LinearBranch, TopBlocks, sparse_attention
+from longspan.attention import LinearBranch, TopBlocks, requests, shared_requests, sparse_attention
 from longspan.attention.recompute import checkpoint_contexts
 from longspan.parallel import SequenceParallel, contiguous, peer_memory
 
 pytest.importorskip("triton", reason="memory is shared by Triton kernels")
+from longspan.kernels.sparse import peers_triton  # noqa: E402
+
 CHOSEN = ["causal_gqa", "causal_odd", "full_gqa", "levels2", "levels3_full", "lists_of_heads", "tokens", "window"]
 
 
@@ -74,6 +76,40 @@ def test_the_same_through_shared_memory(world_size):
     assert all(variant in VARIANTS for variant in variants)
     problems = sum(run_ranks(compare, world_size, variants, timeout=300), [])
     assert not problems, "\n".join(problems)
+
+
+def one_is_late(rank, world_size):
+    """Rank 0 takes its time before it lays keys into its window, before it reads and before it adds: each by itself."""
+    layout = contiguous((256,), world_size)
+    given = "full_gqa", layout, rank
+    wanted, _ = run(*given, None, False, torch.float32, None)
+
+    def late(function, when=lambda *given: True):
+        def run_late(*given, **options):
+            if rank == 0 and when(*given):
+                for _ in range(8):
+                    torch.randn(1000, 1000) @ torch.randn(1000, 1000)
+            return function(*given, **options)
+
+        return run_late
+
+    signal = peer_memory.PeerMemory.signal
+    places = [
+        (shared_requests, "aside", late(shared_requests.aside, lambda *x: len(x) == 2)),  # of keys and values
+        (peers_triton, "pull_blocks", late(peers_triton.pull_blocks)),
+        (requests, "add_packed", late(requests.add_packed)),
+        (peer_memory.PeerMemory, "signal", late(signal)),
+    ]
+    peers = shared_windows(rank, world_size)
+    for place in places:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*place)
+            found, _ = run(*given, peers, False, torch.float32, None)
+        assert all(map(torch.equal, wanted, found)), place[1]
+
+
+def test_nobody_reads_or_writes_too_early():
+    run_ranks(one_is_late, 2)
 
 
 def without_room(rank, world_size):
