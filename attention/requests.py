@@ -74,18 +74,9 @@ class Request:
     window = 0  # see kernels.sparse.place
 
     def __init__(
-        self,
-        blocks,
-        keys: Pieces,
-        queries,
-        options,
-        group,
-        estimate=None,
-        full=False,
-        together=True,
-        in_turn=False,
+        self, blocks, keys: Pieces, queries, options, group, estimate=None, full=False, together=True, in_turn=False,
         peers=None,
-    ):
+    ):  # fmt: skip
         self.keys, self.queries, self.options = keys, queries, options
         self.group, self.estimate, self.together, self.lists = group, estimate, together, len(blocks)
         self.groups = turns_of(len(blocks)) if in_turn and together else 1
