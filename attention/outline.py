@@ -26,6 +26,7 @@ from longspan.attention.schedules import ranks_at_once
 from longspan.attention.selections import TopBlocks
 from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.block_states import state_dtype
+from longspan.kernels.linear import hopper
 from longspan.kernels.linear.groups import CHUNK, ROWS
 from longspan.kernels.sparse import kept_of
 from longspan.kernels.wide import wide_dtype
@@ -60,15 +61,16 @@ class Call:
 class Outline:
     """In the place of a SequenceContext: this rank's share of documents with these `lengths`, over `world_size` ranks.
 
-    gpu: whether kernels are those of GPUs. positions: int64 [num_tokens_local]. record: gets every Call. derived: what
-    `derive` answers, by function. softmax_strategy: by which keys travel, one of schedules.STRATEGIES.
-    sparse_strategy: parallel.sparse; topology: which ranks share a machine (default: all).
+    gpu: whether kernels are those of GPUs, hopper: of Hopper GPUs. positions: int64 [num_tokens_local]. record: gets
+    every Call. derived: what `derive` answers, by function. softmax_strategy: by which keys travel, one of
+    schedules.STRATEGIES. sparse_strategy: parallel.sparse; topology: which ranks share a machine (default: all).
     """
 
     lengths: tuple[int, ...]
     num_tokens_local: int
     world_size: int
     gpu: bool
+    hopper: bool
     positions: torch.Tensor
     record: Callable[[Call], None]
     derived: dict = field(default_factory=dict)
@@ -244,7 +246,7 @@ class _Linear:
             held += self._scratch(form, q, v, log_decay)
         if form == "fused" and log_decay is not None and log_decay.requires_grad:
             columns = -(-q.shape[2] // COLUMNS)  # sums of rows, of the reading and of the writing side
-            held += [q.new_empty(columns, q.shape[1], len(q), dtype=torch.float32) for _ in range(3)]
+            held += [q.new_empty(columns, q.shape[1], len(q), dtype=torch.float32) for _ in range(2)]
         if form == "channel":
             chunks = min(-(-len(q) // CHUNK), max(1, CHANNEL_WAVE_NUMBERS // (q.shape[1] * q.shape[2] * v.shape[2])))
             held += [q.new_empty(chunks, q.shape[1], q.shape[2], v.shape[2]) for _ in range(2)]
@@ -252,7 +254,10 @@ class _Linear:
 
     def _scratch(self, form, q, v, log_decay):
         if form == "fused" and log_decay is not None and log_decay.ndim == 2:
-            return [log_decay.new_empty(*log_decay.shape, 2, dtype=torch.float32)]
+            if self.outline.hopper and hopper.takes_heads(q, v):  # its kernels form decays where they use them
+                return []
+            dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
+            return [log_decay.new_empty(*log_decay.shape, 2, dtype=dtype)]
         if form == "channel":
             return [torch.empty_like(q), torch.empty_like(q), q.new_empty(*q.shape[:2], CHANNEL_SCORES)]
         if form == "kda":  # q and k with their decays, and what decays in a chunk

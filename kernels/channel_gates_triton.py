@@ -4,6 +4,7 @@ import torch
 
 from longspan.kernels.compiler import cdiv, tl, triton
 from longspan.kernels.launch import launched
+from longspan.kernels.linear.splits import unit_stride
 
 ROWS, BLOCK_CHANNELS = 8, 256  # of a tile
 STEPS = 16  # tiles of a strip
@@ -11,7 +12,7 @@ STEPS = 16  # tiles of a strip
 
 def channel_gate_triton(a, bias, factor):
     """See kernels.channel_gates.channel_gate_naive. bf16, fp16 or fp32."""
-    a = _unit_stride(a)
+    a = unit_stride(a)
     log_decay, keys = a.new_empty(a.shape, dtype=torch.float32), a.new_empty(a.shape) if bias is None else None
     if a.numel():
         grid, _ = _strips(a)
@@ -23,7 +24,7 @@ def channel_gate_triton(a, bias, factor):
 
 def channel_gate_backward_triton(d_log_decay, d_keys, a, bias, factor):
     """See kernels.channel_gates.channel_gate_backward_naive. bf16, fp16 or fp32."""
-    a = _unit_stride(a)
+    a = unit_stride(a)
     d_a, (grid, strips), sums = a.new_empty(a.shape), _strips(a), None
     if bias is not None:
         sums = a.new_empty(strips, a.shape[1], dtype=torch.float32)
@@ -33,10 +34,6 @@ def channel_gate_backward_triton(d_log_decay, d_keys, a, bias, factor):
             a.stride(0), *a.shape, factor, ROWS=ROWS, BLOCK=BLOCK_CHANNELS, STEPS=STEPS,
         )  # fmt: skip
     return [d_a] if sums is None else [d_a, sums.sum(0).to(bias.dtype)]
-
-
-def _unit_stride(a):
-    return a if a.stride(1) == 1 else a.contiguous()
 
 
 def _strips(a):

@@ -9,6 +9,7 @@ import torch
 
 from longspan.kernels.compiler import cdiv, tl, triton
 from longspan.kernels.launch import launched
+from longspan.kernels.linear.splits import unit_stride
 
 AHEAD, BLOCK_CHANNELS, NUM_WARPS = 4, 256, 2
 FORWARD_STEPS = 64  # tokens of a piece
@@ -18,7 +19,7 @@ BACKWARD_STEPS = 128  # tokens walked: those of a piece, and W - 1 of the next f
 def convolve_triton(x, weight, bias, activation, reach):
     """See kernels.convolution.convolve. bf16, fp16 or fp32."""
     (num_tokens, num_channels), width = x.shape, weight.shape[1]
-    x, out = _unit_stride(x), torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, out = unit_stride(x), torch.empty_like(x, memory_format=torch.contiguous_format)
     grid = cdiv(num_tokens, FORWARD_STEPS) * cdiv(num_channels, BLOCK_CHANNELS)
     if grid:
         forward_kernel[(grid,)](
@@ -43,7 +44,7 @@ def convolve_triton(x, weight, bias, activation, reach):
 def convolve_backward_triton(d_out, x, weight, bias, activation, reach, dtype):
     """See kernels.convolution.convolve_backward. bf16, fp16 or fp32."""
     (num_tokens, num_channels), width = x.shape, weight.shape[1]
-    x, d_out = _unit_stride(x), _unit_stride(d_out)
+    x, d_out = unit_stride(x), unit_stride(d_out)
     num_pieces = cdiv(num_tokens, BACKWARD_STEPS - width + 1)
     dx = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     sums = x.new_empty(num_pieces, width + (bias is not None), num_channels, dtype=torch.float32)
@@ -70,10 +71,6 @@ def convolve_backward_triton(d_out, x, weight, bias, activation, reach, dtype):
         )
     total = sums.sum(0)
     return dx, total[:width].t(), None if bias is None else total[width]
-
-
-def _unit_stride(x):
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 @launched

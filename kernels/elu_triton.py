@@ -2,6 +2,7 @@
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
+from longspan.kernels.linear.splits import unit_stride
 
 BLOCK = 1024  # elements of a row per program
 
@@ -18,7 +19,7 @@ def elu1_backward_triton(d_out, x):
 
 def _launch(x, d_out):
     rows = x.flatten(1)  # heads of a token lie side by side, or are copied
-    rows, out = rows if rows.stride(1) == 1 else rows.contiguous(), x.new_empty(x.shape)
+    rows, out = unit_stride(rows), x.new_empty(x.shape)
     width = rows.shape[1]
     if x.numel():
         block = min(BLOCK, next_power_of_2(width))

@@ -9,6 +9,7 @@ import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
+from longspan.kernels.linear.splits import unit_stride
 from longspan.kernels.norm_triton import PROGRAMS
 from longspan.kernels.sum_rows_triton import sum_rows_triton
 
@@ -18,7 +19,7 @@ NORM_TILE = 1024  # of the backward with a norm, which holds the sums for its we
 
 def rotate_triton(x, cos, sin, weight, eps):
     """See kernels.rotation.rotate_naive. bf16, fp16 or fp32; angles in fp32."""
-    x = _unit_stride(x)
+    x = unit_stride(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _rotate(x, cos, sin, weight, eps, out, back=False)
     return out
@@ -26,12 +27,12 @@ def rotate_triton(x, cos, sin, weight, eps):
 
 def rotate_backward_triton(d_out, cos, sin, x, weight, eps):
     """See kernels.rotation.rotate_backward_naive. bf16, fp16 or fp32; angles in fp32."""
-    d_out = _unit_stride(d_out)
+    d_out = unit_stride(d_out)
     d_x = torch.empty_like(d_out, memory_format=torch.contiguous_format)
     if weight is None:
         _rotate(d_out, cos, sin, None, eps, d_x, back=True)
         return [d_x]
-    x = _unit_stride(x)
+    x = unit_stride(x)
     options, tokens, head_blocks = _tile(*x.shape[1:], NORM_TILE)
     num_tiles = cdiv(len(x), tokens) * head_blocks
     programs = min(PROGRAMS, cdiv(num_tiles, 4))
@@ -50,10 +51,6 @@ def _rotate(x, cos, sin, weight, eps, out, *, back):
         rotate_kernel[(cdiv(len(x), tokens) * head_blocks,)](
             x, cos.contiguous(), sin.contiguous(), weight, out, *x.stride()[:2], len(x), eps, BACK=back, **options
         )
-
-
-def _unit_stride(x):
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 @cache

@@ -5,13 +5,14 @@ import torch
 from longspan.kernels.channel_gates_triton import log1p
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
+from longspan.kernels.linear.splits import unit_stride
 
 TILE, TILES = 2048, 4  # numbers of a tile, and tiles of a program in the backward
 
 
 def scalar_gate_triton(a, A_log, dt_bias):
     """See kernels.scalar_gate.scalar_gate_naive. bf16, fp16 or fp32."""
-    a, (block, rows) = _unit_stride(a), _tile(a)
+    a, (block, rows) = unit_stride(a), _tile(a)
     log_decay, step = (torch.empty(a.shape, dtype=torch.float32, device=a.device) for _ in range(2))
     if a.numel():
         scalar_gate_kernel[(cdiv(a.shape[0], rows),)](
@@ -22,7 +23,7 @@ def scalar_gate_triton(a, A_log, dt_bias):
 
 def scalar_gate_backward_triton(d_log_decay, d_step, a, A_log, dt_bias):
     """See kernels.scalar_gate.scalar_gate_backward_naive. bf16, fp16 or fp32."""
-    a, (block, rows) = _unit_stride(a), _tile(a)
+    a, (block, rows) = unit_stride(a), _tile(a)
     d_log_decay, d_step = (x if x is None else x.contiguous() for x in (d_log_decay, d_step))
     d_a = torch.empty_like(a, memory_format=torch.contiguous_format)
     programs = cdiv(a.shape[0], rows * TILES)
@@ -34,10 +35,6 @@ def scalar_gate_backward_triton(d_log_decay, d_step, a, A_log, dt_bias):
         )  # fmt: skip
     d_A_log, d_dt_bias = sums.sum(1).unbind()
     return [d_a, d_A_log.to(A_log.dtype), d_dt_bias.to(dt_bias.dtype)]
-
-
-def _unit_stride(a):
-    return a if a.stride(1) == 1 else a.contiguous()
 
 
 def _tile(a):

@@ -1,9 +1,10 @@
 """The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
-`verify` checks checkpoints, `profile` shows what a step took, `sample` draws, `bench` measures, `report` shows what was
-measured."""
+`verify` checks checkpoints, `evaluate` has perplexities, `export` writes weights, `generate` continues text, `profile`
+shows what a step took, `sample` draws, `bench` measures, `report` shows what was measured."""
 
 import argparse
 import ast
+import re
 import sys
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
@@ -115,9 +116,10 @@ def profile(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="run directory")
-    from longspan.launcher.profile_report import show
+    run = parser.parse_args(argv).run
+    from longspan.launcher.profile_report import show  # imports torch
 
-    show(Path(parser.parse_args(argv).run))
+    show(Path(run))
 
 
 def verify(argv: list[str]) -> None:
@@ -197,6 +199,85 @@ def sample(argv: list[str]) -> None:
     sample_run(**vars(arguments))
 
 
+def evaluate(argv: list[str]) -> None:
+    """Prints perplexities. Raises UserError for arguments and runs that do not fit."""
+    parser = _Parser(
+        prog="longspan evaluate",
+        description="Loss and perplexity of a trained model on held-out text: the same tokens predicted with several "
+        "lengths of context, and by position. Over ranks: torchrun --nproc-per-node N --no-python longspan evaluate",
+        epilog="More: docs/trained-models.md",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that differ from training: model.rope_scaling=4"
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=_tokens, default=[], metavar="TOKENS",
+        help="such as 4K 16K 64K (default: that of training); shorter ones cut the samples of the longest",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="of the longest length (default 8)")
+    parser.add_argument(
+        "--corpora", nargs="+", default=[], metavar="PREFIX",
+        help="corpora of `longspan prepare` (default: what the run kept for validation)",
+    )  # fmt: skip
+    parser.add_argument("--output", metavar="FILE.json", help="also write the figures to this file")
+    arguments = parser.parse_intermixed_args(argv)
+    from longspan.launcher.evaluation import evaluate_run  # imports torch
+
+    evaluate_run(**vars(arguments))
+
+
+def export(argv: list[str]) -> None:
+    """Writes the weights of a checkpoint. Raises UserError for arguments and runs that do not fit."""
+    parser = _Parser(
+        prog="longspan export",
+        description="Writes the weights of a checkpoint, of any number of ranks, as model.safetensors and config.json.",
+        epilog="More: docs/trained-models.md",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for both files")
+    parser.add_argument(
+        "--layout", choices=["longspan", "huggingface"], default="longspan",
+        help="names of weights and settings: longspan's own (default), or those of transformers, for models of softmax "
+        "layers alone",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32")
+    arguments = parser.parse_args(argv)
+    from longspan.launcher.export import export_run  # imports torch
+
+    export_run(**vars(arguments))
+
+
+def generate(argv: list[str]) -> None:
+    """Prints text. Raises UserError for arguments and runs that do not fit."""
+    parser = _Parser(
+        prog="longspan generate",
+        description="Continues a text with a trained model, on one rank; to look at a model, not to serve it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
+    parser.add_argument("--prompt-file", metavar="FILE", help="a text file to continue, in the place of --prompt")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="how many at most (default 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token (default 0.8)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P",
+        help="choose among the likeliest tokens that have this share of the probability (default 1: all)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choices (default 0)")
+    parser.add_argument(
+        "--tokenizer", metavar="bytes|FILE", help="as of `longspan prepare` (default: that of the run's first corpus)"
+    )
+    arguments = parser.parse_args(argv)
+    from longspan.launcher.generation import generate_run  # imports torch
+
+    generate_run(**vars(arguments))
+
+
 def bench(argv: list[str]) -> None:
     """Runs a benchmark on one rank. UserError for an unknown one."""
     parser = _Parser(
@@ -244,14 +325,17 @@ BENCHMARKS = {
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
 COMMANDS = {
-    "prepare": prepare, "plan": plan, "train": train, "verify": verify, "profile": profile, "sample": sample,
-    "bench": bench, "report": report,
+    "prepare": prepare, "plan": plan, "train": train, "verify": verify, "evaluate": evaluate, "export": export,
+    "generate": generate, "profile": profile, "sample": sample, "bench": bench, "report": report,
 }  # fmt: skip
 COMMAND_HELP = {
     "prepare": "turns text into a corpus",
     "plan": "says what a step would take of memory and time, before any GPU is there",
     "train": "trains; over several ranks: torchrun launcher/train.py",
     "verify": "checks that checkpoints are as they were written",
+    "evaluate": "perplexity of a trained model on held-out text, by length of context and by position",
+    "export": "writes the weights of a checkpoint as safetensors",
+    "generate": "continues a text with a trained model",
     "profile": "shows where the time of a run's steps went",
     "sample": "draws images with a trained diffusion transformer",
     "bench": "measures kernels, attention and communication on this machine",
@@ -263,6 +347,9 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UserErrors: one line, printed by one rank."""
 
     def error(self, message: str) -> None:
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        nearest = get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=1) if wrong else ()
+        message += "".join(f", did you mean {name}?" for name in nearest)
         command = self.prog.removeprefix("longspan").strip()  # the line starts with longspan as it is
         raise UserError(f"{command + ': ' if command else ''}{message}; see `{self.prog} --help`")
 

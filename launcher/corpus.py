@@ -141,7 +141,7 @@ class Corpus:
         self._document_starts = self._sequence_starts[index.boundaries]
         self.lengths = np.diff(self._document_starts)
         info = Path(f"{prefix}.json")
-        self.vocab_size = _read_info(info).vocab_size if info.is_file() else None
+        self.vocab_size = read_info(info).vocab_size if info.is_file() else None
         self._dataset = _indexed_dataset().IndexedDataset(prefix, mmap=True)
 
     prefix: str
@@ -192,6 +192,11 @@ def _read_index(prefix: str) -> _Index:
     """The index of a corpus, after checks of both files that megatron-core would fail by assertions or wrong tokens."""
     idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     remedy = "copy both files again, or write them with `longspan prepare`"
+    if not idx.is_file() and not bin_.is_file():
+        raise UserError(
+            f"corpus {prefix}: there is no such corpus, neither {idx} nor {bin_}; write it with `longspan prepare"
+            f" --output {prefix}`, or name another in data.corpora=[{{path: ...}}]"
+        )
     for file in (idx, bin_):
         if not file.is_file():
             raise UserError(f"corpus {prefix}: {file} is missing; {remedy}")
@@ -224,7 +229,8 @@ def _read_index(prefix: str) -> _Index:
     return _Index(lengths, documents)
 
 
-def _read_info(path: Path) -> CorpusInfo:
+def read_info(path: Path) -> CorpusInfo:
+    """What PREFIX.json says. UserError where it is not as `prepare` writes it."""
     try:
         return CorpusInfo(**json.loads(path.read_text()))
     except (ValueError, TypeError, OSError) as error:

@@ -6,6 +6,7 @@ on each rank looks for it twice a second and ends the process.
 """
 
 import dis
+import json
 import os
 import re
 import socket
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 POLL_SECONDS = 0.5
@@ -38,7 +39,7 @@ def main_guard() -> Iterator[None]:
     """
     alarm = None
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if _world_size() > 1:
             alarm = _Alarm()
             _check_restarts()
         yield
@@ -47,6 +48,7 @@ def main_guard() -> Iterator[None]:
         message = _describe(error)
         if alarm is None:
             _print(message)
+            _tell_torchrun(message)
             if isinstance(error, BrokenPipeError):  # the interpreter would try once more to write what is left
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
@@ -54,6 +56,13 @@ def main_guard() -> Iterator[None]:
     finally:
         if alarm is not None:
             alarm.close()
+
+
+def _world_size() -> int:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise UserError(f"WORLD_SIZE={size} is no number of ranks: leave it unset, or start ranks with torchrun")
+    return int(size)
 
 
 def _check_restarts() -> None:
@@ -109,6 +118,14 @@ def _print(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def _tell_torchrun(message: str) -> None:
+    """Leaves the reason where torchrun's summary, which comes last and is long, looks for one."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"timestamp": str(int(time.time())), "py_callstack": message}
+        with suppress(OSError), open(path, "w") as file:
+            json.dump({"message": {"message": message.splitlines()[-1], "extraInfo": extra}}, file)
+
+
 def _leave() -> None:
     """Ends this process now: ordinary interpreter shutdown may wait for collectives that will never complete."""
     sys.stdout.flush()
@@ -156,6 +173,7 @@ class _Alarm:
             if not first:
                 self._follow()
             _print(message)
+            _tell_torchrun(message)
             try:
                 self._store.set("reason", f"{socket.gethostname()}\n{message.splitlines()[-1]}")
                 deadline = time.monotonic() + PRINT_SECONDS

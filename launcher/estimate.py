@@ -187,7 +187,7 @@ class Job:
         """One micro-batch of a rank; gradients stay, sharded, from the first."""
         return measure(
             self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
-            prepare=self.prepare,
+            prepare=self.prepare, hopper=self.cluster.gpu.hopper,
             gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
             softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
             sparse=self.config.parallel.sparse, topology=self.topology,

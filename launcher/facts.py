@@ -30,7 +30,8 @@ def versions() -> dict[str, str]:
     """Of what the run is made with."""
     found = {name: _version(name) for name in PACKAGES}
     code = f"{longspan.__version__} ({_code()})"
-    return {"longspan": code, "python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__, **found}
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"longspan": code, "python": python, "torch": torch.__version__, **found}
 
 
 def sizes(corpora: Iterable[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Files of a run directory: replaced whole or left as they were, and one line where the disk refuses."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,9 @@ def writing(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        raise UserError(
-            f"run.dir={run_dir}: cannot be written ({reason}); free its disk or choose another, then resume"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free its disk or choose another, then resume" if full else "choose another, or change its permissions"
+        raise UserError(f"run.dir={run_dir}: cannot be written ({reason}); {remedy}") from None
 
 
 def replace_text(path: Path, text: str) -> None:

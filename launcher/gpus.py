@@ -24,7 +24,8 @@ class GPU:
     """memory: bytes that a process sees. products, products_fp32: TFLOP/s of matrix products of layers. attention:
     width of a head -> TFLOP/s of dense softmax attention forward, and backward. memory_rate: bytes per second of
     copies, which other operations are taken to reach. linear: how many times longer linear attention takes than on an
-    H200. intra, inter: bytes per second of one GPU to others of its machine, and to other machines."""
+    H200. intra, inter: bytes per second of one GPU to others of its machine, and to other machines. hopper: whether
+    kernels for Hopper run."""
 
     memory: float
     products: float
@@ -36,20 +37,21 @@ class GPU:
     inter: float
     source: str
     measured: bool
+    hopper: bool = False
 
 
 HOPPER_ATTENTION = {64: (525, 530), 128: (600, 624)}
 GPUS = {
     "H100": GPU(
         memory=79.1 * GIB, products=680, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=3.03e12,
-        linear=1.17, intra=326e9, inter=45e9, measured=True,
+        linear=1.17, intra=326e9, inter=45e9, measured=True, hopper=True,
         source="SXM 80 GB: memory rate measured, and linear attention with the Triton kernels (docs/log.md,"
         " linear_kernels_H100.json); attention and links as on the H200, which has the same chip and links;"
         " products 680 TFLOP/s, assumed",
     ),
     "H200": GPU(
         memory=139.8 * GIB, products=700, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=4.27e12,
-        linear=1.0, intra=326e9, inter=45e9, measured=True,
+        linear=1.0, intra=326e9, inter=45e9, measured=True, hopper=True,
         source="measured 2026-11-22: copies 4.27 TB/s, products 700 TFLOP/s (whole layers, linear_layer_4xH200.json),"
         " FlashAttention-4 600 to 660, NCCL over NVLink 326 GB/s; between machines 90 % of 400 Gb/s, assumed",
     ),

@@ -108,7 +108,9 @@ def describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " | ".join(str(choice) for choice in get_args(kind))
     if get_origin(kind) is list:
-        return f"a list of {describe(get_args(kind)[0])}"
+        item = get_args(kind)[0]
+        example = "{" + f"{fields(item)[0].name}: x" + "}" if is_dataclass(item) else _EXAMPLES[item]
+        return f"a list of {describe(item)}, in brackets: [{example}]"
     if is_dataclass(kind):
         return "{" + ", ".join(field.name for field in fields(kind)) + "}"
     return _KINDS[kind][1] if kind in _KINDS else "a setting"
@@ -154,6 +156,9 @@ _KINDS = {
     dict: (_exactly(dict), "a mapping such as {name: window, window: 4096}"),
     Tokens: (parse_tokens, "a number of tokens such as 131072, 128K or 2M"),
 }
+
+
+_EXAMPLES = {int: "0, 1", str: "one, other"}  # of lists
 
 
 def _nearest(path: str, known: list[str]) -> str:

@@ -1,20 +1,16 @@
 """Images drawn with the model of a checkpoint, written as a PNG file."""
 
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from longspan.launcher import checkpoint
-from longspan.launcher.config import Config
 from longspan.launcher.environment import choose_device
 from longspan.launcher.errors import UserError
 from longspan.launcher.images import SPLITS, noise_of
-from longspan.launcher.parsing import update
-from longspan.models.build import build_model
+from longspan.launcher.stored_models import cast, load_model, stored
 from longspan.models.diffusion import sample
 from longspan.models.morton import coordinates
 from longspan.parallel import SequenceParallel, Span
@@ -23,8 +19,7 @@ from longspan.parallel import SequenceParallel, Span
 def sample_run(run: str, output: str, images: int, steps: int, size: int | None, seed: int) -> None:
     """Draws so many images, `size` pixels on a side (None: as in training), with the newest checkpoint of `run`, and
     writes them side by side to `output`. Raises UserError for what does not fit."""
-    info = checkpoint.named(Path(run))
-    config = update(Config(), info.config, str(info.path))
+    info, config = stored(run)
     size = config.data.image_size if size is None else size
     if config.model.task != "images":
         raise UserError(f"{info.path} holds a model of model.task={config.model.task}; sampling needs images")
@@ -34,11 +29,7 @@ def sample_run(run: str, output: str, images: int, steps: int, size: int | None,
         if value < 1 or (name == "size" and value.bit_count() > 1):
             raise UserError(f"--{name} {value}: use {'a power of two' if name == 'size' else '1 or more'}")
     device = choose_device(config.run.device)
-    model = build_model(config.model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process alone
-        checkpoint.fill(info, {"model": model.state_dict()}, alone=True)
-    model = model.to(device, getattr(torch, config.train.dtype))
+    model = cast(load_model(info, config), getattr(torch, config.train.dtype)).to(device)
     spans = [(Span(0, 0, size**2), seed, SPLITS["sample"], number) for number in range(images)]
     noise = torch.from_numpy(np.concatenate([noise_of(*span) for span in spans]).astype(np.float32))
     seq = SequenceParallel(device=device).context([size**2] * images)

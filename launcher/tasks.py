@@ -1,12 +1,12 @@
 """Where the batches of each task come from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from longspan.launcher.batches import StepBuilder, TextBuilder
 from longspan.launcher.config import Config, DataConfig
-from longspan.launcher.corpus import open_corpus
+from longspan.launcher.corpus import Corpus, open_corpus
 from longspan.launcher.errors import UserError
 from longspan.launcher.images import ImageBuilder
 from longspan.launcher.samples import SampleStream
@@ -23,13 +23,8 @@ def _text(config: Config, parallel: SequenceParallel):
     data = {"train": config.data, "validation": config.data}
     if config.data.validation_corpora:
         data["validation"] = replace(config.data, corpora=config.data.validation_corpora)
-    opened = {path: open_corpus(path) for source in data.values() for path in _paths(source)}
-    for corpus in opened.values():
-        if corpus.vocab_size is not None and corpus.vocab_size > config.model.vocab_size:
-            raise UserError(
-                f"model.vocab_size={config.model.vocab_size} is smaller than the {corpus.vocab_size} token ids of "
-                f"corpus {corpus.prefix}: use model.vocab_size={corpus.vocab_size} or more"
-            )
+    paths = list(dict.fromkeys(path for source in data.values() for path in _paths(source)))
+    opened = dict(zip(paths, open_corpora(paths, config.model.vocab_size), strict=True))
 
     def build(split, samples, **placement):
         return TextBuilder(
@@ -42,6 +37,18 @@ def _text(config: Config, parallel: SequenceParallel):
         )
 
     return build
+
+
+def open_corpora(paths: Sequence[str], vocab_size: int) -> list[Corpus]:
+    """The corpora of a model with so many token ids. UserError where one has more."""
+    corpora = [open_corpus(path) for path in paths]
+    for corpus in corpora:
+        if corpus.vocab_size is not None and corpus.vocab_size > vocab_size:
+            raise UserError(
+                f"model.vocab_size={vocab_size} is smaller than the {corpus.vocab_size} token ids of "
+                f"corpus {corpus.prefix}: use model.vocab_size={corpus.vocab_size} or more"
+            )
+    return corpora
 
 
 def _paths(data: DataConfig) -> list[str]:

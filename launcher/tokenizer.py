@@ -1,5 +1,6 @@
 """Tokenizers of `longspan prepare`: UTF-8 bytes, or any Hugging Face `tokenizer.json`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,10 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, without the end-of-document token: uint8 [number of UTF-8 bytes]."""
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids below 256; what is no UTF-8 becomes U+FFFD."""
+        return bytes(ids).decode(errors="replace")
 
 
 class HuggingFaceTokenizer:
@@ -69,6 +74,10 @@ class HuggingFaceTokenizer:
         """Token ids of each text, without the end-of-document token: int64 [number of tokens]."""
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def load_tokenizer(spec: str | Path, eod: str | None = None) -> ByteTokenizer | HuggingFaceTokenizer:

@@ -20,7 +20,7 @@ from longspan.launcher.batches import BatchLoader
 from longspan.launcher.breakdown import DATA, OPTIMIZER, OUTSIDE
 from longspan.launcher.calibration import load_costs
 from longspan.launcher.claim import claim
-from longspan.launcher.config import Config
+from longspan.launcher.config import CheckpointConfig, Config
 from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
 from longspan.launcher.facts import facts_of
@@ -52,7 +52,7 @@ def run(config: Config) -> None:
     if config.train.deterministic:
         make_deterministic()
     device = choose_device(config.run.device)
-    _set_up_log()
+    set_up_log()
     join(device, config.train.timeout_s)
     agree_on(facts_of(config))
     mesh = build_mesh(
@@ -67,6 +67,36 @@ def run(config: Config) -> None:
     trainer.train()
     trainer.close()
     dist.destroy_process_group()
+
+
+def build_sequence_parallel(config: Config, mesh: Mesh) -> SequenceParallel:
+    """How the ranks of `mesh` share sequences, as parallel.* says. Collective. UserError for a file of costs that
+    cannot be used."""
+    return SequenceParallel(
+        mesh.sp_group,
+        mesh.sp_state_group,
+        peers=open_peer_memory(
+            mesh.sp_state_group, mesh.sp_topology, mesh.device, peer_triton, config.parallel.peer_memory
+        ),
+        topology=mesh.sp_topology,
+        layout=config.parallel.layout,
+        linear=config.parallel.linear,
+        softmax=config.parallel.softmax,
+        sparse=config.parallel.sparse,
+        backend=config.parallel.backend,
+        costs=decide(lambda: load_costs(config)),
+        token_cap=config.parallel.token_cap,
+        device=mesh.device,
+    )
+
+
+def saves(wanted: CheckpointConfig, steps: int) -> str:
+    """What a run that is ended on the way would lose, in a line for its log."""
+    if 0 < wanted.interval < steps:
+        return f"checkpoints every {wanted.interval} steps, the last {wanted.keep_last} are kept"
+    if wanted.at_end:
+        return "a checkpoint at the end only: an interrupted run loses all (checkpoint.interval=N saves every N steps)"
+    return "no checkpoints (checkpoint.interval=0, checkpoint.at_end=false)"
 
 
 class Trainer:
@@ -84,22 +114,7 @@ class Trainer:
         if start is not None:
             checkpoint.check_model(start, config.model)
         shard = find_engine(config, mesh)
-        self.sequence_parallel = SequenceParallel(
-            mesh.sp_group,
-            mesh.sp_state_group,
-            peers=open_peer_memory(
-                mesh.sp_state_group, mesh.sp_topology, mesh.device, peer_triton, config.parallel.peer_memory
-            ),
-            topology=mesh.sp_topology,
-            layout=config.parallel.layout,
-            linear=config.parallel.linear,
-            softmax=config.parallel.softmax,
-            sparse=config.parallel.sparse,
-            backend=config.parallel.backend,
-            costs=decide(lambda: load_costs(config)),
-            token_cap=config.parallel.token_cap,
-            device=mesh.device,
-        )
+        self.sequence_parallel = build_sequence_parallel(config, mesh)
         self._open_data()
         torch.manual_seed(config.run.seed)  # the same on every rank, so that all of them shard the same model
         with mesh.device:
@@ -164,6 +179,7 @@ class Trainer:
             "up to " if config.data.packing == "documents" else "",
             f"{config.data.seq_len:,}",
         )
+        log.info("%s", saves(config.checkpoint, config.train.steps))
         if mesh.device.type == "cuda":
             log.info("GPU memory allocator: %s", allocator_setting())
         if self._start is not None:
@@ -271,7 +287,7 @@ class Trainer:
                 self._progress.report(row)
 
 
-def _set_up_log() -> None:
+def set_up_log() -> None:
     """The first rank's log goes to the terminal; all ranks would say the same."""
     log.handlers = [logging.StreamHandler(sys.stdout)]
     log.handlers[0].setFormatter(logging.Formatter("%(message)s"))

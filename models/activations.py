@@ -113,6 +113,7 @@ def measure(
     dtype: torch.dtype = torch.bfloat16,
     prepare: Callable[[nn.Module, Offload], object] = lambda model, offload: None,
     gpu: bool = True,
+    hopper: bool = True,
     gradient_bytes: float = 0.0,
     tp: int = 1,
     softmax: str = "ring",
@@ -122,11 +123,11 @@ def measure(
     """A step over documents with these lengths, of which this rank has its share of `world_size`.
 
     dtype: of compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of
-    GPUs. prepare: does to the model what training does to it before it is sharded, such as checkpointing, for which it
-    gets an Offload without data; it is not compiled. gradient_bytes: what stays of the gradient of one parameter once
-    its block is done. tp: ranks that share layers; parameters are then those of one of them. softmax: the strategy by
-    which keys travel, one of longspan.attention.schedules. sparse, topology: parallel.sparse, and which of the ranks
-    share a machine (default: all), which "auto" goes by.
+    GPUs, hopper: of Hopper GPUs. prepare: does to the model what training does to it before it is sharded, such as
+    checkpointing, for which it gets an Offload without data; it is not compiled. gradient_bytes: what stays of the
+    gradient of one parameter once its block is done. tp: ranks that share layers; parameters are then those of one of
+    them. softmax: the strategy by which keys travel, one of longspan.attention.schedules. sparse, topology:
+    parallel.sparse, and which of the ranks share a machine (default: all), which "auto" goes by.
     """
     lengths, meter = tuple(lengths), _Meter(gradient_bytes)
     with torch.device("meta"):
@@ -146,8 +147,8 @@ def measure(
     tokens = -(-sum(lengths) // world_size)
     with meter:
         with _Kernels(gpu), meter.booked(EMBEDDING):
-            ways, tile = (softmax, sparse, topology), model.blocks[0].mlp_tile
-            inputs, seq = _inputs(config, lengths, tokens, world_size, gpu, tile, meter, ways)
+            kernels, ways, tile = (gpu, hopper), (softmax, sparse, topology), model.blocks[0].mlp_tile
+            inputs, seq = _inputs(config, lengths, tokens, world_size, kernels, tile, meter, ways)
             loss = model(*inputs, seq)
         kept = {name: count for name, count in meter.live.items() if count}
         with meter.booked(BACKWARD):
@@ -328,7 +329,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, nn.Parameter(parameter.detach().to("meta", kept)))
 
 
-def _inputs(config, lengths, tokens, world_size, gpu, mlp_tile, meter, ways):
+def _inputs(config, lengths, tokens, world_size, kernels, mlp_tile, meter, ways):
     """What a model takes in training, for this rank's tokens."""
 
     def numbers(*shape, dtype=torch.int64):
@@ -336,7 +337,7 @@ def _inputs(config, lengths, tokens, world_size, gpu, mlp_tile, meter, ways):
 
     with meter.booked(BATCH):
         positions, derived = numbers(tokens), {}
-        seq = Outline(lengths, tokens, world_size, gpu, positions, meter.record, derived, *ways)
+        seq = Outline(lengths, tokens, world_size, *kernels, positions, meter.record, derived, *ways)
         if config.task == "text":
             return [numbers(tokens), numbers(tokens)], seq
 

@@ -8,6 +8,7 @@ import functools
 
 import torch
 
+from longspan.kernels.linear.splits import unit_stride
 from longspan.kernels.softmax import math, torch_flash
 from longspan.kernels.softmax.pack import Pack
 
@@ -83,7 +84,7 @@ def backward(
 
 def _to_BHSD(x: torch.Tensor) -> torch.Tensor:
     """[S, H, D] -> [1, H, S, D] with unit stride in D."""
-    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(0, 1)[None]
+    return unit_stride(x).transpose(0, 1)[None]
 
 
 @functools.cache

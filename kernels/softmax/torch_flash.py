@@ -5,6 +5,7 @@ They look at `torch.use_deterministic_algorithms` themselves; with its warn_only
 
 import torch
 
+from longspan.kernels.linear.splits import unit_stride
 from longspan.kernels.softmax.pack import Pack
 
 name = "flash"
@@ -26,9 +27,9 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
-        _unit_stride(q),
-        _unit_stride(k),
-        _unit_stride(v),
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride(v),
         pack.cu_q_tensor(q.device),
         pack.cu_k_tensor(q.device),
         # One query per sequence and GQA would enter the library's decoding path, which packs (head, query) otherwise.
@@ -54,11 +55,11 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     unused_rng_state = q.new_zeros(2, dtype=torch.uint64)  # read only with dropout
     return torch.ops.aten._flash_attention_backward(
-        _unit_stride(dout),
-        _unit_stride(q),
-        _unit_stride(k),
-        _unit_stride(v),
-        _unit_stride(out),
+        unit_stride(dout),
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride(v),
+        unit_stride(out),
         lse.t().contiguous(),
         pack.cu_q_tensor(q.device),
         pack.cu_k_tensor(q.device),
@@ -70,7 +71,3 @@ def backward(
         unused_rng_state,
         scale=scale,
     )
-
-
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -10,7 +10,7 @@ from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile
 from longspan.kernels.sparse.top import TOGETHER
-from longspan.kernels.sparse.top_triton import HIGHEST, LOWEST, halves, list_rest, ordered
+from longspan.kernels.sparse.top_triton import HIGHEST, LOWEST, halves, list_rest, load_choosers, ordered, ranked
 
 WIDTHS = 256, 512, 1024, 2048  # keys that the rows of a tile reach, at most
 WARP_SCORES, WARP_KEYS = 1 << 11, 16  # scores that a warp holds, and keys that it multiplies at once
@@ -56,13 +56,10 @@ def top_few_kernel(
     """Lists of ROWS rows of one head. Scores lie as [keys, rows]: what is added up over keys is in few threads then."""
     tile, head = tl.program_id(0) // HEADS, (tl.program_id(0) % HEADS).to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
-    first = tl.load(first_ptr + row, mask=valid, other=0)
-    stop = tl.load(stop_ptr + row, mask=valid, other=0)
-    most = tl.load(most_ptr + row, mask=valid, other=0)
-    router = tl.load(router_ptr + row, mask=most > 0, other=0).to(tl.int64)
-    q = load_tile(means_ptr + head * means_stride_h, router, means_stride_t, 0, most > 0, D, BLOCK_D).to(tl.float32)
-    q_high, q_low = halves(q)
+    valid, first, stop, most, q_high, q_low = load_choosers(
+        means_ptr, router_ptr, first_ptr, stop_ptr, most_ptr, row, rows, head, means_stride_t, means_stride_h,
+        D, BLOCK_D,
+    )  # fmt: skip
     end = tl.max(tl.where(most > 0, stop, 0))
     begin = tl.minimum(tl.min(tl.where(most > 0, first, HIGHEST)), end)  # of a tile that chooses nothing too
     keys_ptr += head * keys_stride_h
@@ -83,10 +80,7 @@ def top_few_kernel(
         tl.store(scores_ptr + (place[:, None] * ROWS + beside), scores)
     tl.debug_barrier()
     held = tl.load(scores_ptr + (tl.arange(0, WIDTH)[:, None] * ROWS + beside))
-    least = tl.full([ROWS], LOWEST, tl.int32)
-    for step in range(0, 32):
-        higher = least + (tl.full([ROWS], 1, tl.int32) << (31 - step))
-        least = tl.where(tl.sum((held >= higher[None, :]).to(tl.int32), 0) >= most, higher, least)
+    least = ranked(held, most, 32, 0)
     left, kept = most - tl.sum((held > least[None, :]).to(tl.int32), 0), tl.zeros([ROWS], tl.int32)
     chosen_ptr += (head * rows + tile * ROWS) * width
     list_at = tl.arange(0, ROWS) * width

@@ -86,13 +86,32 @@ def ordered(scores):
 
 
 @triton.jit
-def ranked(scores, rank, STEPS: tl.constexpr):
-    """The rank-th highest of int32 scores [rows, n], last 32 - STEPS bits cut; LOWEST if there are fewer."""
-    found = tl.full([scores.shape[0]], LOWEST, tl.int32)
+def ranked(scores, rank, STEPS: tl.constexpr, AXIS: tl.constexpr = 1):
+    """The rank-th highest along an axis of int32 scores, last 32 - STEPS bits cut; LOWEST if there are fewer."""
+    ROWS: tl.constexpr = scores.shape[1 - AXIS]
+    found = tl.full([ROWS], LOWEST, tl.int32)
     for step in range(0, STEPS):
-        higher = found + (tl.full([scores.shape[0]], 1, tl.int32) << (31 - step))
-        found = tl.where(tl.sum((scores >= higher[:, None]).to(tl.int32), 1) >= rank, higher, found)
+        higher = found + (tl.full([ROWS], 1, tl.int32) << (31 - step))
+        enough = tl.sum((scores >= tl.expand_dims(higher, AXIS)).to(tl.int32), AXIS) >= rank
+        found = tl.where(enough, higher, found)
     return found
+
+
+@triton.jit
+def load_choosers(
+    means_ptr, router_ptr, first_ptr, stop_ptr, most_ptr, row, rows, head, stride_t, stride_h,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Of rows that choose: which are there, from which key to which, how many at most; their means in halves, zero
+    where a row chooses none."""
+    valid = row < rows
+    first = tl.load(first_ptr + row, mask=valid, other=0)
+    stop = tl.load(stop_ptr + row, mask=valid, other=0)
+    most = tl.load(most_ptr + row, mask=valid, other=0)
+    router = tl.load(router_ptr + row, mask=most > 0, other=0).to(tl.int64)
+    means = load_tile(means_ptr + head * stride_h, router, stride_t, 0, most > 0, D, BLOCK_D).to(tl.float32)
+    q_high, q_low = halves(means)
+    return valid, first, stop, most, q_high, q_low
 
 
 @triton.jit
@@ -128,11 +147,46 @@ def _count(scores, window, shift, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _expected(scores, most, reach):
+    """A window for the score sought: those of a sample at three standard deviations of their rank on each side."""
+    number = tl.sum((scores > LOWEST).to(tl.int32), 1).to(tl.float32)
+    rank = number * most.to(tl.float32) / tl.maximum(reach, 1).to(tl.float32)
+    slack = 3.0 * tl.sqrt(rank) + 1.0
+    window = ranked(scores, tl.maximum(tl.minimum(rank + slack, number), 1.0).to(tl.int32), 16)
+    window = tl.maximum(window, LOWEST + 1)
+    until = ranked(scores, tl.maximum(rank - slack, 1.0).to(tl.int32), 16)
+    return window, tl.where((until > HIGHEST - (1 << 21)) | (number < 1.0), HIGHEST, until + (1 << 20))
+
+
+@triton.jit
 def _width_of_parts(low, high):
     """shift with (high - low) >> shift < BINS, as unsigned."""
     width = (high - low).to(tl.uint32, bitcast=True)
     exponent = (width.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # may be one too high, never too low
     return tl.maximum(exponent - 4, 0)
+
+
+@triton.jit
+def _narrowed(counts, beyond, window, shift, most, low, high, above, reach):
+    """From `_count` of all scores: (low, high, above, reach) of the part of the window that holds the score sought, or
+    of what is beyond or below the window; which of the two."""
+    # Scores in or above each part: the highest part with enough of them holds the one sought.
+    from_part = beyond[:, None] + tl.sum(counts, 1)[:, None] - (tl.cumsum(counts, 1) - counts)
+    enough = tl.sum((from_part >= most[:, None]).to(tl.int32), 1)
+    part = tl.arange(0, BINS)[None, :]
+    inside = tl.sum(tl.where(part == enough[:, None] - 1, from_part, 0), 1)
+    higher = tl.where(enough == BINS, beyond, tl.sum(tl.where(part == enough[:, None], from_part, 0), 1))
+    over, under = beyond >= most, enough == 0
+    # A part may reach beyond `high`, above which all is counted already.
+    offset = ((enough << shift) - 1).to(tl.uint32, bitcast=True)
+    cut = offset > (high - window).to(tl.uint32, bitcast=True)
+    new_low = tl.where(over, window + (BINS << shift), tl.where(under, low, window + ((enough - 1) << shift)))
+    new_high = tl.where(over | cut, high, window + ((enough << shift) - 1))
+    new_high = tl.where(over == under, new_high, tl.where(under, window - 1, high))
+    lowest_part = tl.sum(tl.where(part == 0, from_part, 0), 1)
+    new_above = tl.where(over | cut, above, higher)
+    new_above = tl.where(under & (over == 0), lowest_part, new_above)
+    return new_low, new_high, new_above, tl.where(over, beyond, tl.where(under, reach, inside)), over, under
 
 
 @triton.jit
@@ -188,13 +242,10 @@ def top_kernel(
     """Lists of ROWS rows of one head."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     row = tile * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
-    first = tl.load(first_ptr + row, mask=valid, other=0)
-    stop = tl.load(stop_ptr + row, mask=valid, other=0)
-    most = tl.load(most_ptr + row, mask=valid, other=0)
-    router = tl.load(router_ptr + row, mask=most > 0, other=0).to(tl.int64)
-    q = load_tile(means_ptr + head * means_stride_h, router, means_stride_t, 0, most > 0, D, BLOCK_D).to(tl.float32)
-    q_high, q_low = halves(q)
+    valid, first, stop, most, q_high, q_low = load_choosers(
+        means_ptr, router_ptr, first_ptr, stop_ptr, most_ptr, row, rows, head, means_stride_t, means_stride_h,
+        D, BLOCK_D,
+    )  # fmt: skip
     keys_ptr += head * D
     low_at = num_keys.to(tl.int64) * HEADS * D
     begin = tl.min(tl.where(most > 0, first, HIGHEST))
@@ -206,19 +257,12 @@ def top_kernel(
     above = tl.zeros([ROWS], tl.int32)
     open_rows = (most > 0) & (reach > BAND)
     if tl.max(open_rows.to(tl.int32)) > 0:
-        # Where the score sought is expected: a sample's scores at three standard deviations of their rank on each side.
         step = tl.maximum((end - begin).to(tl.float32) / KEYS, 1.0)
         scores = _scores_at(
             q_high, q_low, keys_ptr, low_at, begin, (place.to(tl.float32) * step).to(tl.int64), end, first, stop,
             forced_first, forced_recent, HEADS, D, BLOCK_D,
         )  # fmt: skip
-        number = tl.sum((scores > LOWEST).to(tl.int32), 1).to(tl.float32)
-        rank = number * most.to(tl.float32) / tl.maximum(reach, 1).to(tl.float32)
-        slack = 3.0 * tl.sqrt(rank) + 1.0
-        window = ranked(scores, tl.maximum(tl.minimum(rank + slack, number), 1.0).to(tl.int32), 16)
-        window = tl.maximum(window, LOWEST + 1)
-        until = ranked(scores, tl.maximum(rank - slack, 1.0).to(tl.int32), 16)
-        until = tl.where((until > HIGHEST - (1 << 21)) | (number < 1.0), HIGHEST, until + (1 << 20))
+        window, until = _expected(scores, most, reach)
         turn = 0
         while tl.max(open_rows.to(tl.int32)) > 0:
             shift = _width_of_parts(window, until)
@@ -231,26 +275,9 @@ def top_kernel(
                 some, more_beyond = _count(scores, window, shift, ROWS)
                 counts += some
                 beyond += more_beyond
-            # Scores in or above each part: the highest part with enough of them holds the one sought.
-            from_part = beyond[:, None] + tl.sum(counts, 1)[:, None] - (tl.cumsum(counts, 1) - counts)
-            enough = tl.sum((from_part >= most[:, None]).to(tl.int32), 1)
-            part = tl.arange(0, BINS)[None, :]
-            inside = tl.sum(tl.where(part == enough[:, None] - 1, from_part, 0), 1)
-            higher = tl.where(enough == BINS, beyond, tl.sum(tl.where(part == enough[:, None], from_part, 0), 1))
-            over, under = beyond >= most, enough == 0  # it lies beyond the window, below it, or in a part
-            # A part may reach beyond `high`, above which all is counted already.
-            offset, span = (
-                ((enough << shift) - 1).to(tl.uint32, bitcast=True),
-                (high - window).to(tl.uint32, bitcast=True),
+            new_low, new_high, new_above, new_reach, over, under = _narrowed(
+                counts, beyond, window, shift, most, low, high, above, reach
             )
-            cut = offset > span
-            new_low = tl.where(over, window + (BINS << shift), tl.where(under, low, window + ((enough - 1) << shift)))
-            new_high = tl.where(over | cut, high, window + ((enough << shift) - 1))
-            new_high = tl.where(over == under, new_high, tl.where(under, window - 1, high))
-            lowest_part = tl.sum(tl.where(part == 0, from_part, 0), 1)
-            new_above = tl.where(over | cut, above, higher)
-            new_above = tl.where(under & (over == 0), lowest_part, new_above)
-            new_reach = tl.where(over, beyond, tl.where(under, reach, inside))
             low, high = tl.where(open_rows, new_low, low), tl.where(open_rows, new_high, high)
             above, reach = tl.where(open_rows, new_above, above), tl.where(open_rows, new_reach, reach)
             open_rows = open_rows & (reach - above > BAND) & (low < high)

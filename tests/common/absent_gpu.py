@@ -8,8 +8,13 @@ As a script it compiles what the linear forms and sparse attention launch and pr
     python tests/common/absent_gpu.py layer WIDTH...          # what a layer does beside attention, and the loss
     python tests/common/absent_gpu.py hopper WIDTH...         # what is in Gluon, bfloat16
     python tests/common/absent_gpu.py branch WIDTH...         # the linear branch beside it, bfloat16
+
+A change that should not touch the code shows in neither `sass` nor `ptx`, digests of both: run it before and after with
+TRITON_DISABLE_LINE_INFO=1, as the assembler goes by line numbers too. One of the two is enough: equal PTX may get its
+registers in another order.
 """
 
+import hashlib
 import json
 import re
 import subprocess
@@ -66,6 +71,10 @@ def disassemble(kernel) -> str:
         file.flush()
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def undefined_registers(sass: str) -> dict[str, str]:
@@ -365,6 +374,7 @@ def main():
         # Where the assembler cannot let products run on, it waits after every one of them.
         waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass)), kernel.asm["ptx"].count("wgmma.wait_group")
         record["serialized"] = waits[0] > waits[1]
+        record |= {"sass": digest(sass), "ptx": digest(re.sub(r"//.*", "", kernel.asm["ptx"]))}
         print(json.dumps(record), flush=True)
 
 

@@ -1,10 +1,13 @@
 """The fused kernels of none, fixed and scalar decay against the recurrence: outputs, states and every gradient."""
 
 import math
+from collections import defaultdict
+from types import SimpleNamespace
 
 import forms
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.kernels.linear.chunked import Chunked
 from longspan.kernels.linear.form import Spans
@@ -178,6 +181,59 @@ def test_no_tokens():
     work.gradient_ahead()
     grads = work.gradients(torch.empty(0, 2, 16, 16))
     assert out.shape == empty.shape and all(x.shape[0] == 0 for x in grads[:4])
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes of all storages that operations make, but those of states."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.found, self.states = {}, (width, width)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-2:] != self.states:
+            self.found[result.untyped_storage()._cdata] = result  # kept, or another would get its number
+        return result
+
+    def larger_than(self, size):
+        return sorted(found for x in self.found.values() if (found := x.untyped_storage().nbytes()) >= size)
+
+
+@pytest.mark.parametrize("on_hopper", [True, False], ids=["Hopper", "others"])
+@pytest.mark.parametrize("width, dtype", [(128, torch.bfloat16), (64, torch.bfloat16), (64, torch.float32)], ids=str)
+@pytest.mark.parametrize("decay", [None, "fixed", "scalar"])
+def test_what_is_kept_and_held_is_what_estimates_of_memory_count(monkeypatch, decay, width, dtype, on_hopper):
+    """Of what grows with tokens; no kernel runs."""
+    from longspan.attention.outline import _Linear
+    from longspan.kernels.linear import fused, hopper
+    from longspan.kernels.sparse import hopper as sparse_hopper
+
+    monkeypatch.setattr(sparse_hopper, "on_hopper", lambda x: on_hopper)
+    silent = SimpleNamespace(launch=lambda *args, **options: None, PARTS=dict.fromkeys([decay or "none"], 1))
+    for name in ("sweep", "sweep_reverse", "sweep_sum"):
+        monkeypatch.setattr(hopper, name, silent, raising=False)
+    for name in ("sum_kernel", "sweep_kernel", "reverse_kernel", "decay_kernel", "gate_kernel"):
+        monkeypatch.setattr(fused, name, defaultdict(lambda: silent.launch))
+    tokens, nothing, gate = 4096, torch.zeros(0, 2, width, width), decay == "scalar"
+    q, k, v, d_out = torch.zeros(4, tokens, 2, width, dtype=dtype).unbind()
+    log_decay = {None: None, "fixed": -torch.ones(2), "scalar": torch.zeros(tokens, 2)}[decay]
+    work = fused.Fused(fused.Fused.tables(Spans((0, tokens)), 2, width, width), q, k, v, log_decay, None, SCALE)
+    work.ahead()
+    _, kept = work.output(nothing, dtype)
+    with Allocations(width) as held:
+        work.start_backward(kept, d_out, gate)
+        work.gradient_ahead()
+        gradients = work.gradients(nothing)
+    outline = dict(gpu=True, hopper=on_hopper, spans=1, lengths=(tokens,), linked=0, record=lambda call: None)
+    counted, inputs = _Linear(SimpleNamespace(**outline), True, dtype), (q, k, v, log_decay, None)
+    assert [x.nbytes for x in kept[1:]] == [x.nbytes for x in counted.output(None, *inputs)[1][1:]]
+    if gate:
+        log_decay.requires_grad_()
+    with Allocations(width) as counted_held:
+        counted.hold(d_out, *inputs)
+        [torch.empty_like(x) for x, gradient in zip(inputs, gradients) if gradient is not None]
+    assert held.larger_than(8 * tokens) == counted_held.larger_than(8 * tokens)  # fp32 numbers of tokens and heads
 
 
 class TestOnGpu:

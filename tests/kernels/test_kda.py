@@ -225,7 +225,7 @@ def test_what_is_kept_is_what_estimates_of_memory_count():
     work = kda.KDA(tables_of(spans, 192), *(inputs[name] for name in ("q", "k", "v", "log_decay", "beta")), SCALE)
     work.ahead()
     _, kept = work.output(entry[:0], d_out.dtype)
-    outline = SimpleNamespace(gpu=True, spans=1, lengths=(192,), linked=0, record=lambda call: None)
+    outline = SimpleNamespace(gpu=True, hopper=True, spans=1, lengths=(192,), linked=0, record=lambda call: None)
     counted = _Linear(outline, True, torch.bfloat16).output(None, *inputs.values())[1]
     sizes = [sum(x.numel() * x.element_size() for x in tensors[2:]) for tensors in (kept, counted)]
     assert sizes[0] == sizes[1]  # but for states and matrices of splits, of which nothing enters this one

@@ -152,7 +152,7 @@ def test_unknown_settings_of_files_and_list_items_name_the_nearest(tmp_path):
         ("train.dtype=fp8", "train.dtype: expected float32 | bfloat16, found 'fp8'"),
         ("parallel.backend=fa5", "parallel.backend: expected auto | fa4 |"),
         ("data.seq_len=2MB", "data.seq_len: expected a number of tokens such as 131072, 128K or 2M, found '2MB'"),
-        ("model.pattern=linear", "model.pattern: expected a list of text, found 'linear'"),
+        ("model.pattern=linear", "model.pattern: expected a list of text, in brackets: [one, other], found 'linear'"),
         ("model.pattern=[linear", "model.pattern=[linear is not valid YAML; expected a list of text"),
         ("model.pattern=[1]", "model.pattern[0]: expected text, found 1"),
         ("data.corpora=[data/x]", "data.corpora[0] is a section of settings, found 'data/x'"),

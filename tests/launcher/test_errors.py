@@ -58,7 +58,11 @@ def _torchrun(program, *arguments, ranks, options=()):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
     command = [*launcher, program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
-    return done.returncode, done.stderr, [line for line in done.stderr.splitlines() if "longspan: error:" in line]
+    return (
+        done.returncode,
+        done.stderr,
+        [line for line in done.stderr.splitlines() if line.startswith("longspan: error:")],
+    )
 
 
 def _environment(**extra):
@@ -95,7 +99,8 @@ def test_bad_token_met_by_the_reader_of_one_rank(tmp_path):
     assert len(lines) == 1 and "UserError" not in output, output
     assert output.index(lines[0]) < output.index("ChildFailedError")
     assert "holds token id 256, outside of model.vocab_size=200" in lines[0] and "corpus.bin" in lines[0]
-    assert re.search(r"rank\s+: 1 ", output[output.index("Root Cause") :])
+    summary = output[output.index("Root Cause") :]
+    assert re.search(r"rank\s+: 1 ", summary) and f"traceback : {lines[0]}" in summary
 
 
 @pytest.mark.parametrize("case", ["all ranks, early", "user error on one rank", "crash on one rank", "success"])

@@ -4,5 +4,10 @@ from longspan.kernels.sparse import hopper
 
 
 def takes(call) -> bool:
-    """Whether these kernels take a case: 16-bit numbers, heads of 128."""
-    return hopper.on_hopper(call.q) and call.q.element_size() == 2 and call.k.shape[2] == call.v.shape[2] == 128
+    """Whether these kernels take a case."""
+    return hopper.on_hopper(call.q) and takes_heads(call.k, call.v)
+
+
+def takes_heads(k, v) -> bool:
+    """On a Hopper GPU: 16-bit numbers, heads of 128."""
+    return k.element_size() == 2 and k.shape[2] == v.shape[2] == 128

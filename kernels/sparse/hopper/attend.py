@@ -43,26 +43,36 @@ def _attend(
     """out and lse of the rows of WARPS warps from 64 * part on, of tile after tile. feed: what eight warps feed
     themselves with, for one tile. IN_TURN: warpgroups start products one after the other, so that those of one run
     beside the softmax of the other."""
-    tile, lists, q_ptr, q_stride_t, q_stride_h = gl.program_id(0), given[-2], given[8], given[18], given[19]
-    _, head, _, listed, begin, stop, first, count, position = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
-    layout: gl.constexpr = row_layout(D, WARPS)
-    q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, 16 * WARPS)
-    done, number = 0, 0  # tiles, and turns, since the program began
+    tile, lists, done, number = gl.program_id(0), given[-2], 0, 0  # tiles, and turns, since the program began
+    here = _load(part, given, tile, HEADS, KEY_HEADS, LISTS, D, PACK, WARPS)
     if WARPS == 8:
         start_feeding(feed, KEYS, TILE, STAGES)
-        here = head, listed, begin, stop, first, count, position, q
         _one(
             part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
             WEIGHTED, ONTO, IN_TURN, WARPS,
         )  # fmt: skip
     else:
         while tile < lists[6]:
-            here = head, listed, begin, stop, first, count, position, q
-            tile, number, head, listed, begin, stop, first, count, position, q = _one(
+            tile, number, here = _one(
                 part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
                 WEIGHTED, ONTO, IN_TURN, WARPS,
             )  # fmt: skip
             done += 1
+
+
+@gluon.jit
+def _load(
+    part: gl.constexpr, given, tile, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr,
+    D: gl.constexpr, PACK: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """What tile_of says of a tile, and its rows of q."""
+    q_ptr, q_stride_t, q_stride_h, lists = given[8], given[18], given[19], given[-2]
+    block, head, key_head, listed, begin, stop, first, count, position = tile_of(
+        tile, lists, HEADS, KEY_HEADS, LISTS, PACK
+    )
+    layout: gl.constexpr = row_layout(D, WARPS)
+    q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, 16 * WARPS)
+    return block, head, key_head, listed, begin, stop, first, count, position, q
 
 
 @gluon.jit
@@ -72,8 +82,8 @@ def _one(
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr, IN_TURN: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """One tile, the one after `done` others and `number` turns. Gives the next tile, the number of turns then, and
-    what is `here` of the next tile: what tile_of says, and its queries."""
+    """One tile, of which `here` is loaded, the one after `done` others and `number` turns. Gives the next tile, the
+    number of turns then, and what is loaded of it."""
     (
         q_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, in_turn, q_ptr, out_ptr, lse_ptr, onto_out_ptr,
         onto_lse_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t, q_stride_h, scale, lists, later,
@@ -84,13 +94,12 @@ def _one(
     P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     BY_KEY: gl.constexpr = WEIGHTED and KEYS < TILE
     rows: gl.constexpr = gl.SliceLayout(1, S)
-    layout: gl.constexpr = row_layout(D, WARPS)
     q_tile = q_tiles.index(part)
     index = part * 64 + gl.arange(0, ROWS, rows)
     nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
     tiles = lists[6]
     tile = tiles
-    head, listed, begin, stop, first, count, position, q = here
+    _, head, _, listed, begin, stop, first, count, position, q = here
     q_tile.store(q)
     fence_async_shared()
     keys = row_idx + listed, begin, stop, k_length, k_position, k_step, weight_ptr
@@ -159,17 +168,13 @@ def _one(
     to = out_ptr + head * D, first, count
     if WARPS == 4:  # the next tile's queries, on their way while this one is written
         tile = next_tile(done, later)
-        following = gl.minimum(tile, tiles - 1)
-        _, head, _, listed, begin, stop, first, count, position = tile_of(
-            following, lists, HEADS, KEY_HEADS, LISTS, PACK
-        )
-        q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
+        here = _load(part, given, gl.minimum(tile, tiles - 1), HEADS, KEY_HEADS, LISTS, D, PACK, WARPS)
     empty = total == 0.0
     total = gl.where(empty, 1.0, total)
     out = out / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
     store_rows(*to, part, HEADS, PACK, D, out, WARPS)
     gl.store(lse_ptr + at, gl.where(empty, float("-inf"), (highest + gl.log2(total)) / LOG2E), mask=there)
-    return tile, number, head, listed, begin, stop, first, count, position, q
+    return tile, number, here
 
 
 @gluon.jit

@@ -41,22 +41,17 @@ def _attend(
 ):  # fmt: skip
     """dq of the rows of WARPS warps from 64 * part on, of tile after tile. feed: as in attend.py. GIVEN: lse
     and delta, which are made here otherwise."""
-    tile, lists = gl.program_id(0), given[-2]
-    initial = tile_of(tile, lists, HEADS, KEY_HEADS, LISTS, PACK)
-    block, head, _, listed, begin, stop, first, count, position = initial
-    q, d_out, out = _load(part, given, initial, HEADS, D, PACK, GIVEN, WARPS)
-    done, number = 0, 0  # tiles, and turns, since the program began
+    tile, lists, done, number = gl.program_id(0), given[-2], 0, 0  # tiles, and turns, since the program began
+    here = _load(part, given, tile, HEADS, KEY_HEADS, LISTS, D, PACK, GIVEN, WARPS)
     if WARPS == 8:
         start_feeding(feed, KEYS, TILE, STAGES)
-        here = block, head, listed, begin, stop, first, count, position, q, d_out, out
         _one(
             part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
             WEIGHTED, ONTO, GIVEN, WARPS,
         )  # fmt: skip
     else:
         while tile < lists[6]:
-            here = block, head, listed, begin, stop, first, count, position, q, d_out, out
-            tile, number, block, head, listed, begin, stop, first, count, position, q, d_out, out = _one(
+            tile, number, here = _one(
                 part, given, feed, here, done, number, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL,
                 WEIGHTED, ONTO, GIVEN, WARPS,
             )  # fmt: skip
@@ -65,13 +60,15 @@ def _attend(
 
 @gluon.jit
 def _load(
-    part: gl.constexpr, given, here, HEADS: gl.constexpr, D: gl.constexpr, PACK: gl.constexpr, GIVEN: gl.constexpr,
-    WARPS: gl.constexpr,
+    part: gl.constexpr, given, tile, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr,
+    D: gl.constexpr, PACK: gl.constexpr, GIVEN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Rows of q, d_out and, where it is needed, out of a tile, `here` as tile_of says."""
-    q_ptr, d_out_ptr, out_ptr = given[8], given[9], given[10]
+    """What tile_of says of a tile, and its rows of q, d_out and, where it is needed, out."""
+    q_ptr, d_out_ptr, out_ptr, lists = given[8], given[9], given[10], given[-2]
     q_stride_t, q_stride_h, d_out_stride_t, d_out_stride_h = given[-7], given[-6], given[-5], given[-4]
-    _, head, _, _, _, _, first, count, _ = here
+    block, head, key_head, listed, begin, stop, first, count, position = tile_of(
+        tile, lists, HEADS, KEY_HEADS, LISTS, PACK
+    )
     ROWS: gl.constexpr = 16 * WARPS
     layout: gl.constexpr = row_layout(D, WARPS)
     q = load_rows(q_ptr + head * q_stride_h, first, count, part, q_stride_t, q_stride_h, PACK, D, layout, ROWS)
@@ -80,7 +77,7 @@ def _load(
     out = q
     if not GIVEN:
         out = load_rows(out_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, layout, ROWS)
-    return q, d_out, out
+    return block, head, key_head, listed, begin, stop, first, count, position, q, d_out, out
 
 
 @gluon.jit
@@ -90,7 +87,7 @@ def _one(
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, ONTO: gl.constexpr, GIVEN: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """One tile, see attend.py; `here`: what tile_of says, without the key head, and what _load gives."""
+    """One tile, as in attend.py."""
     (
         q_tiles, d_out_tiles, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, q_ptr, d_out_ptr, out_ptr,
         logs_ptr, lse_ptr, delta_ptr, dq_ptr, onto_ptr, row_idx, k_length, k_position, k_step, weight_ptr, q_stride_t,
@@ -107,7 +104,7 @@ def _one(
     nothing = gl.full([ROWS, TILE], 0.0, gl.float32, S)
     tiles = lists[6]
     tile = tiles
-    block, head, listed, begin, stop, first, count, position, q, d_out, out = here
+    block, head, _, listed, begin, stop, first, count, position, q, d_out, out = here
     q_tile.store(q)
     d_out_tile.store(d_out)
     fence_async_shared()
@@ -167,14 +164,12 @@ def _one(
         onto = load_rows(onto_ptr + head * D, first, count, part, HEADS * D, D, PACK, D, OUT, ROWS)
     if WARPS == 4:  # the next tile's queries, on their way while this one is written
         tile = next_tile(done, later)
-        following = tile_of(gl.minimum(tile, tiles - 1), lists, HEADS, KEY_HEADS, LISTS, PACK)
-        block, head, _, listed, begin, stop, first, count, position = following
-        q, d_out, out = _load(part, given, following, HEADS, D, PACK, GIVEN, WARPS)
+        here = _load(part, given, gl.minimum(tile, tiles - 1), HEADS, KEY_HEADS, LISTS, D, PACK, GIVEN, WARPS)
     dq = dq * scale
     if ONTO:
         dq += onto.to(gl.float32)
     store_rows(*to, part, HEADS, PACK, D, dq, WARPS)
-    return tile, number, block, head, listed, begin, stop, first, count, position, q, d_out, out
+    return tile, number, here
 
 
 @gluon.jit
@@ -242,22 +237,7 @@ def queries_kernel(
             k_desc, v_desc, k_tiles, v_tiles, k_ready, v_ready, row_idx, k_start, lists, HEADS, KEY_HEADS, LISTS, PACK
         )
         _attend(
-            0,
-            given,
-            feed,
-            HEADS,
-            KEY_HEADS,
-            LISTS,
-            D,
-            KEYS,
-            PACK,
-            TILE,
-            STAGES,
-            CAUSAL,
-            WEIGHTED,
-            ONTO,
-            GIVEN,
-            WARPS,
+            0, given, feed, HEADS, KEY_HEADS, LISTS, D, KEYS, PACK, TILE, STAGES, CAUSAL, WEIGHTED, ONTO, GIVEN, WARPS
         )
     else:
         feed = (

@@ -1,0 +1,197 @@
+"""Perplexity of a checkpoint: that of the trainer's own validation, the same on any ranks, by length and position."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from spawn import run_ranks
+from tiny_runs import tiny_config, train, write_corpus
+
+from longspan.launcher import checkpoint, cli
+from longspan.launcher.corpus import open_corpus
+from longspan.launcher.errors import UserError
+from longspan.launcher.evaluation import cut, evaluate, evaluation_config, report, row_ends
+from longspan.launcher.samples import Piece, Sample, SampleStream
+from longspan.models.build import build_model
+from longspan.parallel import SequenceParallel
+from longspan.parallel.mesh import build_mesh
+
+LENGTHS = (96, 30, 1)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The rows of a trained run, what it evaluates to on 1 and on 2 ranks, and its folder and corpus."""
+    folder = tmp_path_factory.mktemp("runs")
+    corpus = write_corpus(folder)
+    results = {"folder": folder, "corpus": corpus}
+    for world_size in (1, 2):
+        results |= run_ranks(_runs_on, world_size, folder, corpus, timeout=300)[0]
+    return results
+
+
+def _runs_on(rank, world_size, folder, corpus):
+    results = {}
+    if world_size == 1:
+        for name, settings in (("run", ()), ("stream", ("data.respect_documents=false", "parallel.engine=ddp"))):
+            config = tiny_config(corpus, folder / name, "log.validation_interval=6", *settings)
+            results[f"{name} rows"] = train(config)
+            results[name] = _evaluate(folder / name, LENGTHS)
+        results["corpus"] = corpus
+    results[f"on {world_size}"] = _evaluate(folder / "run", LENGTHS)
+    return results
+
+
+def _evaluate(run, lengths, *overrides):
+    info = checkpoint.named(run)
+    config = evaluation_config(info, overrides, [])
+    mesh = build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"), timeout_s=60)
+    return evaluate(info, config, mesh, lengths, samples=4)
+
+
+@pytest.mark.parametrize("name", ["run", "stream"])
+def test_the_length_of_training_gives_the_validation_loss_of_the_trainer(runs, name):
+    assert runs[name]["lengths"][-1]["length"] == 96
+    assert runs[name]["lengths"][-1]["loss"] == pytest.approx(runs[f"{name} rows"][-1]["val_loss"], rel=1e-6)
+    assert runs[name]["step"] == 6
+
+
+def test_ranks_change_nothing(runs):
+    for one, two in zip(runs["on 1"]["lengths"], runs["on 2"]["lengths"], strict=True):
+        assert two["labels"] == one["labels"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        for row, other in zip(one["by_position"], two["by_position"], strict=True):
+            assert other["loss"] == (row["loss"] and pytest.approx(row["loss"], rel=1e-5))
+            assert (other["start"], other["stop"], other["labels"]) == (row["start"], row["stop"], row["labels"])
+
+
+def test_every_length_predicts_the_same_tokens_in_every_row(runs):
+    columns = runs["run"]["lengths"]
+    assert [column["length"] for column in columns] == [1, 30, 96]
+    rows = [[(row["start"], row["stop"], row["labels"]) for row in column["by_position"]] for column in columns]
+    assert rows[0] == rows[1] == rows[2] and rows[0][0][:2] == (0, 1)
+
+
+def test_rows_of_positions_add_up(runs):
+    for column in runs["run"]["lengths"]:
+        rows = column["by_position"]
+        assert sum(row["labels"] for row in rows) == column["labels"]
+        mean = sum(row["loss"] * row["labels"] for row in rows if row["labels"]) / column["labels"]
+        assert mean == pytest.approx(column["loss"], rel=1e-12)
+        assert column["perplexity"] == pytest.approx(math.exp(column["loss"]))
+
+
+def test_losses_are_those_of_logits_document_by_document(runs):
+    """An oracle of its own: every piece of every sample by itself, its logits and torch's cross-entropy, in fp64."""
+    folder, corpus = runs["folder"], open_corpus(runs["corpus"])
+    info = checkpoint.named(folder / "run")
+    config = evaluation_config(info, [], [])
+    model = build_model(config.model)
+    checkpoint.fill(info, {"model": model.state_dict()}, alone=True)
+    model = model.double()
+    stream = SampleStream([corpus], config.data, config.run.seed, "validation")
+    length, losses = 30, {}
+    for sample in (stream.sample(index) for index in range(4)):
+        for start in range(0, 96, length):
+            offset = 0
+            for piece in sample.pieces:
+                first, last = max(start - offset, 0), min(start + length - offset, len(piece))
+                offset += len(piece)
+                if first >= last:
+                    continue
+                whole = corpus.read(piece.document, 0, int(corpus.lengths[piece.document]))
+                tokens = torch.from_numpy(np.array(whole[piece.start + first : piece.start + last]))
+                labels = torch.from_numpy(np.array(whole[piece.start + first + 1 : piece.start + last + 1]))
+                with torch.no_grad():
+                    logits = model.logits(tokens, SequenceParallel(device="cpu").context([len(tokens)]))
+                each = torch.nn.functional.cross_entropy(logits[: len(labels)], labels, reduction="none")
+                for position, loss in enumerate(each.tolist(), start=first):  # in the piece as it is uncut
+                    losses.setdefault(position, []).append(loss)
+    column = next(column for column in runs["run"]["lengths"] if column["length"] == length)
+    every = [loss for several in losses.values() for loss in several]
+    assert column["labels"] == len(every)
+    assert column["loss"] == pytest.approx(np.mean(every), rel=1e-5)
+    for row in column["by_position"]:
+        expected = [loss for position in range(row["start"], row["stop"]) for loss in losses.get(position, [])]
+        assert row["labels"] == len(expected)
+        assert row["loss"] == (pytest.approx(np.mean(expected), rel=1e-5) if expected else None)
+
+
+class _Lengths:
+    lengths = np.array([10, 1, 7])
+
+
+def test_cut_covers_a_sample_once_and_leaves_out_what_predicts_nothing():
+    pieces = (Piece(0, 0, 4, 10), Piece(0, 1, 0, 1), Piece(0, 2, 0, 5))
+    wanted = [
+        (Piece(0, 0, 4, 7),),
+        (Piece(0, 0, 7, 10),),
+        (Piece(0, 1, 0, 1), Piece(0, 2, 0, 2)),
+        (Piece(0, 2, 2, 5),),
+    ]
+    parts = list(cut([Sample(pieces)], 3, [_Lengths], apart=False))
+    assert [part.sample.pieces for part in parts] == wanted
+    assert [part.origins for part in parts] == [(0,), (3,), (6,), (9,)]
+    (whole,) = cut([Sample(pieces)], 3, [_Lengths], apart=True)
+    assert (whole.sample.pieces, whole.origins) == (sum(wanted, ()), (0, 3, 0, 0, 2))
+    alone = Sample((Piece(0, 1, 0, 1),))  # a document of one token
+    assert alone not in [part.sample for part in cut([Sample(pieces)], 1, [_Lengths], apart=False)]
+    assert list(cut([alone], 4, [_Lengths], apart=True)) == []
+
+
+def test_rows_end_at_the_first_at_doubles_and_at_the_length():
+    assert row_ends(1000, 256) == [256, 512, 1000]
+    assert row_ends(512, 256) == [256, 512]
+    assert row_ends(3, 256) == [3]
+
+
+def test_the_command_prints_a_table_and_writes_json(runs, tmp_path, capsys):
+    output = tmp_path / "folder" / "out.json"
+    cli.main(["evaluate", str(runs["folder"] / "run"), "--lengths", "30", "96", "--samples", "2",
+              "--output", str(output)])  # fmt: skip
+    result = json.loads(output.read_text())
+    printed = capsys.readouterr().out
+    assert report(result) in printed and "2 samples of 96 tokens" in printed
+    loss = result["lengths"][-1]["loss"]
+    assert f"{loss:.4f}" in printed and f"{math.exp(loss):.3f}" in printed
+
+
+def test_other_corpora_and_settings(runs, capsys):
+    run, corpus = str(runs["folder"] / "run"), str(runs["corpus"])
+    cli.main(["evaluate", run, "model.rope_scaling=4", "--lengths", "200", "--samples", "1", "--corpora", corpus])
+    assert f"on {corpus}: 1 samples of 200 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--samples", "0"], "--samples 0: use 1 or more"),
+        (["--lengths", "0"], "--lengths 0: use 1 or more"),
+        (["--lengths", "4Q"], "'4Q' is no number of tokens"),
+        (["--lengths", "2M"], "--lengths 2097152: .*is longer than the validation documents"),
+        (["--corpora", "nowhere"], "corpus nowhere: there is no such corpus"),
+        (["model.num_layers=3"], "model.num_layers is 2 there and 3 here"),
+        (["parallel.tp=2"], "parallel.tp are for training"),
+        (["--output", "/proc/none/x.json", "--samples", "1"], "--output /proc/none/x.json: cannot be written"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(runs, capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(runs["folder"] / "run"), *arguments])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("longspan: error: ")
+    assert re.search(said, error)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_a_run_without_held_out_documents_needs_corpora(runs):
+    info = checkpoint.named(runs["folder"] / "run")
+    info.config["data"]["validation_fraction"] = 0.0
+    info.config["log"]["validation_interval"] = 0
+    with pytest.raises(UserError, match="name others with --corpora"):
+        evaluation_config(info, [], [])
+    assert evaluation_config(info, [], ["x"]).data.corpora[0].path == "x"

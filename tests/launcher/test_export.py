@@ -1,0 +1,154 @@
+"""Weights as safetensors: read back by a reader of the format written here, and run as a Llama and a Qwen3."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from spawn import run_ranks
+from tiny_runs import tiny_config, train, write_corpus
+
+from longspan.launcher import checkpoint, cli
+from longspan.launcher.config import Config
+from longspan.launcher.export import export_run
+from longspan.launcher.parsing import update
+from longspan.launcher.stored_models import load_model, stored
+from longspan.models.build import build_model
+from longspan.models.config import ModelConfig
+from longspan.parallel import SequenceParallel
+
+SOFTMAX = ("model.pattern=[softmax]", "model.rope_scaling=2", "data.respect_documents=false", "train.steps=3")
+MODELS = {
+    "hybrid": (),
+    "llama": (*SOFTMAX, "model.num_heads=4", "model.num_kv_heads=2"),
+    "qwen": (*SOFTMAX, "model.qk_norm=true", "model.head_dim=12", "model.tie_embeddings=true"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    run_ranks(_train, 2, folder, write_corpus(folder), timeout=300)
+    return folder
+
+
+def _train(rank, world_size, folder, corpus):
+    for name, settings in MODELS.items():
+        train(tiny_config(corpus, folder / name, *settings))
+
+
+def read_safetensors(path):
+    """Tensors by name and the metadata, as the format's description says."""
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    assert size % 8 == 0
+    header = json.loads(content[8 : 8 + size])
+    metadata, data, tensors, covered = header.pop("__metadata__"), content[8 + size :], {}, 0
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        assert begin == covered
+        covered = end
+        numbers = np.frombuffer(data[begin:end], {"F32": np.float32, "BF16": np.uint16}[entry["dtype"]])
+        if entry["dtype"] == "BF16":
+            numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
+        tensors[name] = torch.from_numpy(numbers.copy()).reshape(entry["shape"])
+    assert covered == len(data)
+    return tensors, metadata
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_and_settings_make_the_same_model_again(runs, tmp_path, name):
+    export_run(str(runs / name), str(tmp_path / "out"), "longspan", "float32")
+    tensors, metadata = read_safetensors(tmp_path / "out" / "model.safetensors")
+    model = build_model(ModelConfig(**json.loads((tmp_path / "out" / "config.json").read_text())))
+    model.load_state_dict(tensors, strict=True)
+    info = checkpoint.named(runs / name)
+    assert metadata["longspan_step"] == str(info.step)
+    trained = load_model(*stored(str(runs / name))).state_dict()
+    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+    start = build_model(update(Config(), info.config, "").model).state_dict()
+    assert not torch.equal(start["norm.weight"], trained["norm.weight"])  # trained ones, not initial ones
+
+
+def test_bfloat16_rounds_to_nearest(runs, tmp_path):
+    export_run(str(runs / "hybrid"), str(tmp_path), "longspan", "bfloat16")
+    tensors, _ = read_safetensors(tmp_path / "model.safetensors")
+    for name, value in load_model(*stored(str(runs / "hybrid"))).state_dict().items():
+        assert torch.equal(tensors[name], value.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen"])
+def test_the_layout_of_transformers_computes_the_same_logits(runs, tmp_path, name):
+    """By the formulas of Llama and Qwen3 over the exported names, in fp64."""
+    cli.main(["export", str(runs / name), "--output", str(tmp_path), "--layout", "huggingface"])
+    weights, _ = read_safetensors(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [{"llama": "LlamaForCausalLM", "qwen": "Qwen3ForCausalLM"}[name]]
+    tokens = torch.randint(config["vocab_size"], (50,), generator=torch.Generator().manual_seed(0))
+    model = load_model(*stored(str(runs / name))).double()
+    with torch.no_grad():
+        wanted = model.logits(tokens, SequenceParallel(device="cpu").context([50]))
+    found = _logits({key: value.double() for key, value in weights.items()}, config, tokens)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def _logits(weights, config, tokens):
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * weights[f"{name}.weight"]
+
+    size, count = config["head_dim"], len(tokens)
+    turns = config["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = (torch.arange(count)[:, None] * turns).repeat(1, 2)[:, None]
+
+    def heads(x, layer, name):
+        x = (x @ weights[f"{layer}.self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, size))
+        if f"{layer}.self_attn.{name}_norm.weight" in weights:
+            x = norm(x, f"{layer}.self_attn.{name}_norm")
+        if name == "v":
+            return x
+        first, second = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+
+    x = weights["model.embed_tokens.weight"][tokens]
+    for number in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{number}"
+        y = norm(x, f"{layer}.input_layernorm")
+        q, k, v = (heads(y, layer, name) for name in "qkv")
+        shared = config["num_attention_heads"] // config["num_key_value_heads"]
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+        scores = torch.einsum("thd,shd->hts", q, k) * size**-0.5
+        scores = scores.masked_fill(torch.ones(count, count, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+        x = x + torch.einsum("hts,shd->thd", scores, v).flatten(1) @ weights[f"{layer}.self_attn.o_proj.weight"].T
+        y = norm(x, f"{layer}.post_attention_layernorm")
+        gate, up, down = (weights[f"{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        x = x + (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down.T
+    head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    return norm(x, "model.norm") @ weights[head].T
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen"])
+def test_transformers_reads_it(runs, tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    export_run(str(runs / name), str(tmp_path), "huggingface", "float32")
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    tokens = torch.randint(250, (40,), generator=torch.Generator().manual_seed(0))
+    model = load_model(*stored(str(runs / name)))
+    with torch.no_grad():
+        wanted = model.logits(tokens, SequenceParallel(device="cpu").context([40]))
+        torch.testing.assert_close(other(tokens[None]).logits[0].float(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--layout", "huggingface", "--output", "x"], "transformers has no model with layers of linear:scalar: use"),
+        (["--output", "/proc/none"], "--output /proc/none: cannot be written"),
+        ([], "the following arguments are required: --output"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(runs, capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(runs / "hybrid"), *arguments])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("longspan: error: ") and said in error
