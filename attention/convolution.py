@@ -44,7 +44,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, bias, activation, seq):
         halo, strips, fetched = seq.derive(halo_tables, weight.shape[1]), recall(), None
         if strips is None and halo.connected:
-            fetched = start_fetch(x, halo, seq.parallel.group)
+            fetched = start_fetch(x, halo, seq.parallel.group, seq.parallel.peers)
         out = convolve(x, weight, bias, activation, halo.reach)
         if strips is None:
             strips = keep(fetched() if fetched else x.new_empty(0, x.shape[1]))
@@ -67,7 +67,7 @@ class _Convolution(torch.autograd.Function):
             d_strip_out = d_out.new_zeros(strips.shape)
             d_strip_out[halo.strip_border] = d_out[halo.border]
             d_strips, *strip_sums = gradients(d_strip_out, strips, halo.strip_reach, wide)
-            returned = start_return(d_strips, halo, ctx.seq.parallel.group)
+            returned = start_return(d_strips, halo, ctx.seq.parallel.group, ctx.seq.parallel.peers)
         dx, *sums = gradients(d_out, x, halo.reach, x.dtype)
         if halo.connected:
             dx[halo.sent] = (dx[halo.sent] + returned()).to(x.dtype)

@@ -6,6 +6,7 @@ that; when it knows, keys and values are packed in one launch and sent, and atte
 
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from math import gcd
 
 import numpy as np
 import torch
@@ -16,21 +17,32 @@ from longspan.kernels.sparse import BlockPlan, Packing, add_packed, ask, count, 
 from longspan.parallel.exchange import (
     Pending,
     ToHost,
+    gather,
     group_rank,
     group_size,
-    start_all_gather,
+    let_begin,
     start_all_to_all,
+    start_exchange,
 )
 
-GROUPS = 2  # of lists, whose keys travel one after the other where nothing else is beside them
+HEAD_START = True  # of transfers back before gradients of queries
+GROUPS = 2  # of lists at most, whose keys travel one after the other where nothing else is beside them
 
 
-def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, apart=False, alone=True):
+def turns_of(lists: int) -> int:
+    """Groups that so many lists come in: of equally many."""
+    return gcd(lists, GROUPS)
+
+
+def block_parts(
+    blocks, tables, causal, strategy, group, rule=None, full=False, apart=False, alone=True, peers=None, staged=None
+):
     """(parts of local keys, what follows: a list of parts of other ranks' keys or, where the host has to wait for what
     ranks ask of one another, a Request). blocks: int32 [Hkv or 1, local query pieces, n], blocks of keys, -1 for none;
     strategy: one of STRATEGIES or an Estimate; rule: of plans; full: there is no -1. apart: local blocks are a part of
     their own, else they are attended to together with those that arrive: a pass over queries less. alone: there are no
-    other parts."""
+    other parts. peers: the group's PeerMemory or None; staged: keys where others can read them, see
+    attention.shared_requests, or None."""
     keys, queries, options = tables.keys, tables.queries.local, {"causal": causal, "rule": rule}
     if keys.whole:
         return [Part(BlockPlan.of(queries, keys.local, blocks, ascending=True, full=full, **options))], []
@@ -39,7 +51,8 @@ def block_parts(blocks, tables, causal, strategy, group, rule=None, full=False, 
         plans = _plans_by_owner(pieces_of(blocks, keys), keys, queries, rank, world_size, options)
         return [Part(plans[rank])], ring(plans, keys, keys.reach[int(causal)], group)
     given = None if strategy == "fetch" else strategy, full, not apart, alone and rule is None
-    request = Request(blocks, keys, queries, options, group, *given)
+    make = Request if staged is None else staged.request
+    request = make(blocks, keys, queries, options, group, *given, peers)
     return request.local, request
 
 
@@ -58,19 +71,24 @@ class Request:
     `block_parts`.
     """
 
+    window = 0  # see kernels.sparse.place
+
     def __init__(
-        self, blocks, keys: Pieces, queries, options, group, estimate=None, full=False, together=True, in_turn=False
-    ):
+        self, blocks, keys: Pieces, queries, options, group, estimate=None, full=False, together=True, in_turn=False,
+        peers=None,
+    ):  # fmt: skip
         self.keys, self.queries, self.options = keys, queries, options
         self.group, self.estimate, self.together, self.lists = group, estimate, together, len(blocks)
-        self.groups = GROUPS if in_turn and together and len(blocks) % GROUPS == 0 else 1
+        self.groups = turns_of(len(blocks)) if in_turn and together else 1
         rank, world_size = group_rank(group), group_size(group)
         self.wanted, shown = ask(blocks, keys.of_block, world_size, keys.width, listed=estimate is not None)
-        shown = start_all_gather(shown[None], group).wait().flatten(0, 1)
+        shown = gather(shown, group, peers)
         counts = count(shown, keys.lengths, self.lists)
-        table, arriving, places = place(shown, counts, keys, self.lists, rank, together, self.groups)
+        given = self.lists, rank, together, self.groups, self.window
+        table, arriving, places = place(shown, counts, keys, *given)
         self.packing = Packing(keys.local, places, rank if together else -1)
         self.counts = ToHost(counts)
+        self.begin(table, arriving)
         columns = rename(self.wanted, table)
         if together:
             full = full and keys.of_block.shape[1] == 1
@@ -95,12 +113,19 @@ class Request:
                 parts = ring(plans, self.keys, (tokens > 0).tolist(), self.group)
                 return [Part(plans[rank])] if self.together else [], parts, self._start(parts[0].way, k, v)
         rows[rank, rank] = 0
-        way = Fetched(self.packing, own, rows[:, rank].T.tolist(), rows[rank].T.tolist(), k.shape[0])
+        way = Fetched(self.packing, own, k.shape[0], rows[:, rank].T.tolist(), rows[rank].T.tolist())
         pending = self._start(way, k, v)  # first of all: what follows has time until it is there
         pieces = counts[rank, :, lists : 2 * lists].copy()  # [owner, list]
         pieces[rank] *= self.together
         arrived = self.plan.keys.map(lambda x: x[: pieces.sum()])
         return [], [Part(self.plan.over(arrived, int(pieces.sum(0).max())), way=way)], pending
+
+    def begin(self, table, arriving):
+        """Where keys lie when they are here is known, see kernels.sparse.place; lists follow."""
+
+    def settle(self, parts, arrived):
+        """parts, and what arrived in them, once all of `parts` is queued."""
+        return parts, arrived
 
     def _start(self, way, k, v):
         with self.counts.beside(self.packing.places) as hand_over:
@@ -114,27 +139,13 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """How what was asked for travels. packing: which of this rank's pieces go where; own: rows of this rank that lie in
-    front of what arrives; sent, received: of every group of lists, rows to and from every rank; tokens: of this
-    rank."""
+class Asked:
+    """Keys and values that were asked for, in one buffer. packing: where rows of this rank lie in the buffer, and in
+    buffers of what others return; own: rows of this rank, which lie in front of what arrives; tokens: of this rank."""
 
     packing: Packing
     own: int
-    sent: list[list[int]]
-    received: list[list[int]]
     tokens: int
-
-    @property
-    def turns(self) -> int:
-        return len(self.sent)
-
-    def start(self, k, v, group):
-        heads = self.packing.heads_of(k)
-        arrived = k.new_empty(self.own + sum(map(sum, self.received)), 2 * heads, k.shape[2])
-        packed = pack((k, v), self.packing, sum(map(sum, self.sent)), arrived)
-        works = _exchange(packed, self.sent, self.received, group, arrived[self.own :])
-        return Pending(works, list(arrived.split(heads, 1)))
 
     def foreign(self, tensors):
         """Of keys and values that lie in the buffer of `start`, those of other ranks, in memory of their own."""
@@ -151,14 +162,6 @@ class Fetched:
         pack((k, v), replace(self.packing, places=places), 0, buffer)
         return list(buffer.chunk(2, 1))
 
-    def start_return(self, gradients, dtype, group):
-        gradients, rows = [x.to(dtype) for x in gradients], sum(map(sum, self.sent))
-        returned = [x.new_empty(rows, *x.shape[1:]) for x in gradients]
-        works = []
-        for x, out in zip(gradients, returned):
-            works += _exchange(x[self.own :], self.received, self.sent, group, out)
-        return Pending(works, returned + [x[: self.own] for x in gradients])
-
     def add_returned(self, arrived, totals, blocks, shares):
         """totals: None where local blocks lay in front of what arrived, and nothing else was added to them."""
         arrived, own = arrived[:2], arrived[2:]
@@ -172,6 +175,41 @@ class Fetched:
         totals = [x.new_zeros(shape) if y is None else y.contiguous() for x, y in zip(own, totals)]
         add_packed(totals, self.packing, arrived, shares, own, fresh)
         return totals
+
+
+@dataclass(frozen=True)
+class Fetched(Asked):
+    """How what was asked for travels. packing: also which of this rank's pieces go where; sent, received: of every
+    group of lists, rows to and from every rank."""
+
+    sent: list[list[int]]
+    received: list[list[int]]
+
+    @property
+    def turns(self) -> int:
+        return len(self.sent)
+
+    def start(self, k, v, group):
+        heads = self.packing.heads_of(k)
+        arrived = k.new_empty(self.own + sum(map(sum, self.received)), 2 * heads, k.shape[2])
+        packed = pack((k, v), self.packing, sum(map(sum, self.sent)), arrived)
+        works = _exchange(packed, self.sent, self.received, group, arrived[self.own :])
+        return Pending(works, list(arrived.split(heads, 1)))
+
+    def start_return(self, gradients, dtype, group):
+        gradients, rows = [x.to(dtype).contiguous() for x in gradients], sum(map(sum, self.sent))
+        returned = [x.new_empty(rows, *x.shape[1:]) for x in gradients]
+        sends = [run for x in gradients for run in _runs(x[self.own :], self.received)]
+        pending = start_exchange(sends, [run for x in returned for run in _runs(x, self.sent)], group)
+        if HEAD_START:
+            let_begin(gradients[0])  # what follows would take all processors, for as long as it runs
+        return Pending((pending,), returned + [x[: self.own] for x in gradients])
+
+
+def _runs(x, rows):
+    """(rank, its rows of x) in one group after the other, where there are any."""
+    parts = x.split([n for of_ranks in rows for n in of_ranks])
+    return [(number % len(rows[0]), part) for number, part in enumerate(parts) if len(part)]
 
 
 def _exchange(x, sent, received, group, out):

@@ -15,9 +15,10 @@ from longspan.attention.linear_branch import Branch, LinearBranch
 from longspan.attention.outline import Outline
 from longspan.attention.ranges import SPARSE, of_component
 from longspan.attention.recompute import keep, keeping, recall
-from longspan.attention.requests import Fetched, Request, block_parts
+from longspan.attention.requests import Asked, Request, block_parts
 from longspan.attention.selection import Selection
 from longspan.attention.selections import TopBlocks
+from longspan.attention.shared_requests import stage
 from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.sparse import BlockPlan, add_shares, choose
 from longspan.kernels.wide import wide_dtype
@@ -68,14 +69,16 @@ def sparse_attention(
         strategy = Estimate(q.shape[1], *k.shape[1:], k.itemsize, seq.parallel.topology)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = selection.tables(seq, causal)
-    coarse = selection.coarse(k, v, tables, lambda x: gather_rows(x, seq.parallel.group))
+    coarse = selection.coarse(k, v, tables, lambda x: gather_rows(x, seq.parallel.group, seq.parallel.peers))
     branch, own = None, (None,) * 4
     if linear is not None:
         branch = Branch(linear, selection, causal, seq)
         own = linear.weight, linear.bias, linear.q, linear.k
-    group = seq.parallel.group
+    group, peers = seq.parallel.group, seq.parallel.peers
     with torch.autocast(q.device.type, enabled=False):  # it would round sums of the branch
-        return _Attention.apply(q, k, v, *coarse, *own, branch, selection, tables, causal, group, strategy, scale)
+        return _Attention.apply(
+            q, k, v, *coarse, *own, branch, selection, tables, causal, group, peers, strategy, scale
+        )
 
 
 class _Attention(torch.autograd.Function):
@@ -85,7 +88,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, coarse_k, coarse_v, weight, bias, own_q, own_k, branch, selection, tables, causal, group,
-        strategy, scale,
+        peers, strategy, scale,
     ):  # fmt: skip
         kept = recall()
         own = (q if own_q is None else own_q, k if own_k is None else own_k)
@@ -94,7 +97,8 @@ class _Attention(torch.autograd.Function):
         if kept is None:
             coarse = coarse_k, coarse_v
             apart = branch is not None and branch.rest  # whose states are of local blocks
-            given = _choose(q, k, coarse[0], selection, tables, causal, strategy, group, apart)
+            staged = stage(k, v, tables.keys, strategy, peers)
+            given = _choose(q, k, coarse[0], selection, tables, causal, strategy, group, peers, staged, apart)
             out, lse, parts, arrived = attend(q, (k, v), coarse, *given, group, scale)
             entry = None if branch is None else branch.finish(pending, sums)
             if keeping():  # this rank's own keys are made again with the layer
@@ -139,29 +143,29 @@ class _Attention(torch.autograd.Function):
         gradients = gradients_of(d_out, *given, owned, branch, work, onto, meanwhile, states)
         inputs = q, k, v, coarse_k, coarse_v
         gradients = [x if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)]
-        return *gradients, *d_branch, *[None] * 7
+        return *gradients, *d_branch, *[None] * 8
 
 
 def _by_request(parts):
     """How blocks that were asked for came, or None where there are none."""
-    return next((part.way for part in parts if isinstance(part.way, Fetched)), None)
+    return next((part.way for part in parts if isinstance(part.way, Asked)), None)
 
 
-def _choose(q, k, coarse_k, selection, tables, causal, strategy, group, apart):
+def _choose(q, k, coarse_k, selection, tables, causal, strategy, group, peers, staged, apart):
     """What `attend` takes: parts that are here, and what follows."""
     with torch.no_grad():
-        chosen = selection.choose(q, k, coarse_k, tables, Ranks(group))
-        return parts_of(chosen, tables, causal, strategy, group, apart)
+        chosen = selection.choose(q, k, coarse_k, tables, Ranks(group, peers))
+        return parts_of(chosen, tables, causal, strategy, group, apart, peers, staged)
 
 
-def parts_of(chosen, tables, causal, strategy, group, apart=False):
+def parts_of(chosen, tables, causal, strategy, group, apart=False, peers=None, staged=None):
     """(parts of coarse keys and then of local ones, what follows of other ranks: see block_parts). chosen: what a
     selection chose of blocks of keys and of blocks of coarse keys, or None, and the rule of single queries where it has
-    one; apart: local blocks are a part of their own."""
+    one; apart: local blocks are a part of their own; peers: the group's PeerMemory or None; staged: see block_parts."""
     fine, coarse, *rule = chosen
     full = getattr(tables, "full", False)
     here, dense = [], getattr(tables, "dense", None)
-    how = {"full": full, "apart": apart, "alone": dense is None}
+    how = {"full": full, "apart": apart, "alone": dense is None, "peers": peers, "staged": staged}
     local, remote = block_parts(fine, tables, causal, strategy, group, *rule, **how)
     if dense is not None:
         here.append(Part(dense, tables.dense_rows))
@@ -187,11 +191,12 @@ def attend(q, local, coarse, here, remote, group, scale):
         dtype = q.dtype if len(parts) == count else _sum_dtype(q, count)
         found = form.forward(q, keys, values, part.plan, scale, found, dtype, turns)
 
+    request = remote if isinstance(remote, Request) else None
     pending = remote[0].way.start(*local, group) if isinstance(remote, list) and remote else None
     for part in here:
         add(part, *_keys_of(part, local, coarse))
-    if isinstance(remote, Request):
-        more, remote, pending = remote.parts(*local)
+    if request is not None:
+        more, remote, pending = request.parts(*local)
         here = [*here, *more]
         for part in more:
             add(part, *local)
@@ -204,6 +209,8 @@ def attend(q, local, coarse, here, remote, group, scale):
         add(part, *tensors, turns)
         if turns is not None:
             pending.wait()  # where nothing was attended to
+    if request is not None:
+        parts, arrived = request.settle(parts, arrived)
     if found is None:
         found = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide_dtype(q.dtype))
     return found[0].to(q.dtype), found[1], parts, arrived

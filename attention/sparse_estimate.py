@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longspan.attention.requests import GROUPS
+from longspan.attention.requests import turns_of
 from longspan.parallel.costs import LINK_RATE, REMOTE_RATE
 from longspan.parallel.topology import Topology
 
@@ -44,7 +44,7 @@ class Estimate:
         seconds = self._links(tokens * row)
         away = np.maximum(seconds.sum(0), seconds.sum(1)) + START
         copies = 2 * row * (tokens.sum(0) + 2 * tokens.sum(1)) / MEMORY  # what is packed, and added to what is here
-        work, turns = work.sum(1), GROUPS if lists % GROUPS == 0 else 1
+        work, turns = work.sum(1), turns_of(lists)
         forward = np.maximum(away / turns + work, away + work / turns)
         backward = BACKWARD * work + np.maximum(0, away - QUERIES * BACKWARD * work)
         return forward + backward + copies + 2 * self._queries(held) * self.itemsize / MEMORY

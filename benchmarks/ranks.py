@@ -81,6 +81,10 @@ class Ranks:
         """The context of this rank as if it were the only one."""
         return SequenceParallel(device=self.device).context(lengths)
 
+    def received(self) -> int:
+        """Bytes that came through shared memory so far."""
+        return 0 if self.peers is None else self.peers.received
+
     def measure(self, step) -> dict[str, float]:
         """Median milliseconds by direction; of each repetition the slowest rank counts. step(mark) marks the start,
         the end of the forward and the end of the backward."""

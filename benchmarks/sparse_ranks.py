@@ -15,12 +15,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from longspan.attention import Hierarchical, LinearBranch, TopBlocks, sparse, sparse_attention
+from longspan.attention import Hierarchical, LinearBranch, TopBlocks, requests, sparse, sparse_attention
 from longspan.attention.block_parts import STRATEGIES, pieces_of
-from longspan.attention.requests import Fetched
+from longspan.attention.requests import Asked
 from longspan.benchmarks.common import Traffic, device_name, format_table, new_record, require_positive, save, writable
 from longspan.benchmarks.linear_ranks import with_efficiency
-from longspan.benchmarks.ranks import DIRECTIONS, Ranks, join, layer_step
+from longspan.benchmarks.ranks import DIRECTIONS, NCCL, Ranks, join, layer_step
 from longspan.launcher.breakdown import EXPOSED, Work, break_down
 from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import SequenceParallel
@@ -32,6 +32,7 @@ SELECTIONS = {
     "llsa3": Hierarchical(16, 8, 3),
 }
 FORCED = ("auto", *STRATEGIES)
+WAYS = (*FORCED, "auto" + NCCL, "fetch" + NCCL)  # through shared memory, where GPUs have it, or without
 FP32 = 4
 # What kernels of the operator are for, by how their names begin.
 PARTS = {
@@ -43,6 +44,8 @@ PARTS = {
     "packing": ("ask_kernel", "count_kernel", "locate_kernel", "rename_kernel", "pack_kernel", "add_packed_kernel"),
     "branch": ("whole_", "sums_kernel", "output_kernel", "query_grad", "key_grad", "inside_key", "listed_kernel"),
 }
+
+COMMUNICATION = "nccl", "peer_"
 
 
 def operator_step(selection, seq, arguments, dtype, device):
@@ -96,7 +99,7 @@ def watched(seen):
     def note(*given):
         result = attend(*given)
         remote = [part for part in result[2] if part.remote]
-        seen["took"] = "fetch" if len(remote) == 1 and isinstance(remote[0].way, Fetched) else "ring"
+        seen["took"] = "fetch" if len(remote) == 1 and isinstance(remote[0].way, Asked) else "ring"
         return result
 
     with mock.patch.object(sparse, "attend", note), mock.patch.object(sparse, "parts_of", count_tokens):
@@ -120,42 +123,48 @@ def time_case(ranks: Ranks, name: str, tokens: int, strategy: str | None, argume
     if strategy is None:
         seq = ranks.alone((tokens,))
     else:
-        groups = mesh.sp_group, mesh.sp_state_group
-        parallel = SequenceParallel(
-            *groups, peers=ranks.peers, layout=arguments.layout, sparse=strategy, device=ranks.device
-        )
+        groups, peers = (mesh.sp_group, mesh.sp_state_group), None if strategy.endswith(NCCL) else ranks.peers
+        options = {"layout": arguments.layout, "sparse": strategy.removesuffix(NCCL), "device": ranks.device}
+        parallel = SequenceParallel(*groups, peers=peers, **options)
         seq = parallel.context((tokens,))
     step = (decoder_layer if arguments.layer else operator_step)(selection, seq, arguments, dtype, ranks.device)
     found = {"ms": ranks.measure(step)}
     if ranks.device.type == "cuda":
-        found["parts_ms"] = ranks.mean(kernel_times(step))
+        found["parts_ms"] = ranks.mean(kernel_times(step, mesh.sp_group))
     if strategy is None:
         return {of: {part: ms / mesh.sp for part, ms in times.items()} for of, times in found.items()}
-    seen = {}
+    seen, before = {}, ranks.received()
     with Traffic() as traffic, watched(seen):
         step(lambda: None)
     wide, narrow = seen["sums"]
     row = 2 * arguments.head_dim * dtype.itemsize  # a key and a value
     pooled = (wide * FP32 + narrow * dtype.itemsize) * arguments.kv_heads * arguments.head_dim * (seq.world_size - 1)
-    totals = torch.tensor([traffic.received, 2 * seen["rows"] * row, pooled], dtype=torch.float64, device=ranks.device)
+    received = traffic.received + ranks.received() - before
+    totals = torch.tensor([received, 2 * seen["rows"] * row, pooled], dtype=torch.float64, device=ranks.device)
     dist.all_reduce(totals, group=mesh.sp_group)
     received, blocks, pooled = (totals / 2**20 / seq.world_size).tolist()
     found |= {"took": seen["took"], "received_mib": received, "blocks_mib": blocks, "pooled_mib": pooled}
     return found | {"received_over_needed": received / (blocks + pooled)}
 
 
-def kernel_times(step) -> dict[str, float]:
+def kernel_times(step, group) -> dict[str, float]:
     """ms of one step on a GPU by what it does, see PARTS: every instant belongs to what is computed then, else to
-    communication, which is exposed, else to the host, for which the GPU waits. In "nccl" all communication."""
+    communication, which is exposed, else to the host, for which the GPU waits. In "nccl" all communication, through
+    shared memory as well. As in `Ranks.measure` ranks meet first, with the host ahead."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.cuda._sleep(20_000_000)
+        dist.all_reduce(torch.ones(1, device="cuda"), group=group)
         step(lambda: None)
         torch.cuda.synchronize()
     work = []
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             span = event.time_range.start / 1e3, event.time_range.end / 1e3
-            work.append(Work(*span, part_of(event.name), communication="nccl" if "nccl" in event.name else ""))
+            kind = next((name for name in COMMUNICATION if name in event.name), "")
+            work.append(Work(*span, part_of(event.name), communication=kind))
+    met = min((x for x in work if x.communication == "nccl"), key=lambda x: x.start).end
+    work = [x for x in work if x.start >= met]
     found = break_down(work, (min(x.start for x in work), max(x.end for x in work)))
     times = {part: 0.0 for part in (*PARTS, "other", "exposed", "idle")}
     for (component, _), ms in found.seconds.items():
@@ -170,6 +179,7 @@ def part_of(kernel: str) -> str:
 
 def main() -> int:
     start, arguments = time.monotonic(), parse_arguments()
+    requests.GROUPS = arguments.groups
     mesh = join(arguments.device, timeout_s=300.0)
     if mesh.device.type == "cpu":
         torch.set_num_threads(1)
@@ -229,7 +239,8 @@ def parse_arguments(argv=None):
     add, sizes = parser.add_argument, [1 << 18] if on_gpu else [1 << 12]
     add("--output", type=writable, help="JSON file, saved again after every measurement")
     add("--cases", nargs="+", choices=list(SELECTIONS), default=list(SELECTIONS))
-    add("--strategies", nargs="+", choices=FORCED, default=list(FORCED))
+    add("--strategies", nargs="+", choices=WAYS, default=list(FORCED), help=f"{NCCL}: not through shared memory")
+    add("--groups", type=int, default=requests.GROUPS, help=f"of lists, whose keys come one after the other {default}")
     add("--tokens", type=parse_tokens, nargs="+", default=sizes, help=f"of all ranks {default}")
     add("--layout", choices=["contiguous", "zigzag"], default=None, help="default: zigzag under a causal mask")
     add("--heads", type=int, default=16 if on_gpu else 2, help=default)
@@ -241,7 +252,7 @@ def parse_arguments(argv=None):
     add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {default}")
     arguments = parser.parse_args(argv)
-    require_positive(parser, arguments, "heads", "kv_heads", "head_dim", "repetitions")
+    require_positive(parser, arguments, "heads", "kv_heads", "head_dim", "repetitions", "groups")
     if arguments.heads % arguments.kv_heads:
         parser.error(f"--kv-heads {arguments.kv_heads} does not divide --heads {arguments.heads}")
     causal = arguments.layer or arguments.causal

@@ -5,6 +5,9 @@ A rank's window, which all ranks of the group can address, has SLOTS places, one
 `capacity` words from every rank; its flags say which gathers arrived from each rank, and which each rank has collected
 from here, so that its place is free. Both are counted part by part: every program has a part of one rank's words and
 counts its own launches, so nothing depends on the host and launches can be captured in CUDA graphs.
+
+What is too large for that lies in windows of its own, which kernels of the caller read and write. When they may, ranks
+say with signals, counted alike: the n-th wait on a channel is for the n-th signal of every rank.
 """
 
 from longspan.kernels.compiler import cdiv, tl, triton
@@ -14,11 +17,13 @@ PARTS = 32  # of what one rank sends another
 SLOTS = 4
 BLOCK = 4096
 ALIGNED = 4  # words of a store
+CHANNELS = 4  # of signals
 
 
 def flag_words(world_size: int) -> int:
-    """int32 in the flags of a window, zero at first: [arrived, collected] x ranks x PARTS."""
-    return 2 * world_size * PARTS
+    """int32 in the flags of a window, zero at first: [arrived, collected] x ranks x PARTS, and signals that came,
+    CHANNELS x ranks."""
+    return (2 * PARTS + CHANNELS) * world_size
 
 
 def words_of(*num_bytes: int) -> list[int]:
@@ -37,6 +42,17 @@ def collect(out, out_y, windows, flags, calls, rank: int, capacity: int) -> None
     """Waits for what every rank pushed and copies it to out [ranks, ...] and out_y, for what `push` got as x and y."""
     one_y = None if out_y is None else out_y[0]
     _launch(peer_collect_kernel, out, out_y, out[0], one_y, windows, flags, calls, rank, capacity)
+
+
+def signal(flags, calls, rank: int, channel: int) -> None:
+    """Tells all ranks that what was queued before is done. flags: as above; calls: int32 [2, CHANNELS, ranks], zero at
+    first, this rank's own."""
+    peer_signal_kernel[(len(flags),)](flags, calls, rank, channel, len(flags), CHANNELS, PARTS, num_warps=1)
+
+
+def wait(flags, calls, rank: int, channel: int, behind: int = 0) -> None:
+    """Waits for the signals of all ranks, as many from each as there were waits, this one included, less `behind`."""
+    peer_wait_kernel[(len(flags),)](flags, calls, rank, channel, behind, len(flags), CHANNELS, PARTS, num_warps=1)
 
 
 def _launch(kernel, x, y, one, one_y, windows, flags, calls, rank, capacity):
@@ -89,6 +105,31 @@ def peer_collect_kernel(
     collected = (WORLD + rank) * PARTS + part
     tl.atomic_xchg(_at(flags_ptr, peer) + collected, call + 1, sem="release", scope="sys")
     tl.store(calls_ptr, call + 1)
+
+
+@launched
+@triton.jit(do_not_specialize=["rank", "channel"])
+def peer_signal_kernel(
+    flags_ptr, calls_ptr, rank, channel, WORLD: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    peer = tl.program_id(0)
+    calls_ptr += channel * WORLD + peer
+    call = tl.load(calls_ptr) + 1
+    flag = 2 * WORLD * PARTS + channel * WORLD + rank
+    tl.atomic_xchg(_at(flags_ptr, peer) + flag, call, sem="release", scope="sys")
+    tl.store(calls_ptr, call)
+
+
+@launched
+@triton.jit(do_not_specialize=["rank", "channel", "behind"])
+def peer_wait_kernel(
+    flags_ptr, calls_ptr, rank, channel, behind, WORLD: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    peer = tl.program_id(0)
+    calls_ptr += (CHANNELS + channel) * WORLD + peer
+    call = tl.load(calls_ptr) + 1
+    _wait(_at(flags_ptr, rank) + 2 * WORLD * PARTS + channel * WORLD + peer, call - behind)
+    tl.store(calls_ptr, call)
 
 
 @triton.jit

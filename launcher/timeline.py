@@ -30,7 +30,7 @@ CATEGORIES = {
 }  # fmt: skip
 OTHER_KINDS = {
     "Memcpy HtoD": "host copies", "Memcpy DtoH": "host copies", "Memcpy PtoP": "peer copies",
-    "peer_push_kernel": "shared memory", "peer_collect_kernel": "shared memory",
+    "peer_": "shared memory",
 }  # fmt: skip
 
 

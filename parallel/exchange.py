@@ -60,6 +60,37 @@ class ToHost:
             yield lambda *made: [x.record_stream(current) for x in made]
 
 
+@contextmanager
+def aside(*tensors):
+    """Queues the body behind what is queued so far, beside what comes. tensors: those that the body reads or writes.
+    Yields a function: mark() gives what stands for the body so far, and its wait() lets the current stream wait for
+    it."""
+    if not tensors[0].is_cuda:
+        yield Done
+        return
+    current = torch.cuda.current_stream(tensors[0].device)
+    stream = _second_stream(current.device)
+    stream.wait_stream(current)
+    for x in tensors:
+        x.record_stream(stream)
+    with torch.cuda.stream(stream):
+        yield stream.record_event
+
+
+def let_begin(x: torch.Tensor) -> None:
+    """On a GPU, that of x, what is queued from here on begins after communication that was started just before."""
+    with aside(x) as mark:  # two streams wait for one another; one waits for this one before it communicates
+        begun = mark()
+    begun.wait()
+
+
+class Done:
+    """Work that is done."""
+
+    def wait(self):
+        pass
+
+
 @cache
 def _second_stream(device) -> "torch.cuda.Stream":
     # Ahead of the kernels beside it: their thread blocks, all queued before, would be started first.
@@ -93,6 +124,13 @@ def start_all_gather(x: torch.Tensor, group) -> Pending:
     out = x.new_empty(group_size(group) * x.shape[0], *x.shape[1:])
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
     return Pending((gather(out, x, group=group, async_op=True),), out.unflatten(0, (-1, x.shape[0])), (x,))
+
+
+def gather(x: torch.Tensor, group, peers=None) -> torch.Tensor:
+    """What start_all_gather gives; through `peers`, the group's PeerMemory, where there is one that takes it."""
+    if peers is not None and peers.takes(x.nbytes):
+        return peers.start_gather(x).wait()[0]
+    return start_all_gather(x, group).wait()
 
 
 def reduce_scatter(x: torch.Tensor, group) -> torch.Tensor:

@@ -12,7 +12,28 @@ import torch
 
 from longspan.parallel.exchange import group_rank, start_exchange
 from longspan.parallel.layout import Layout
-from longspan.parallel.routes import RouteTable, route_table
+from longspan.parallel.routes import RouteTable, places_of, route_table
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Rows that ranks exchange, every rank one run of them for each. sent, received: rows of this rank's runs; starts:
+    of every rank, where its run for this one begins among its own; most: rows of all runs of a rank, at most; total: of
+    all ranks; abroad: whether there are any but to a rank itself."""
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    starts: tuple[int, ...]
+    most: int
+    total: int
+    abroad: bool
+
+    @classmethod
+    def of(cls, moved: np.ndarray, rank: int) -> "Runs":
+        """moved: rows [who, to whom]."""
+        mine = (x.tolist() for x in (moved[rank], moved[:, rank], moved[:, :rank].sum(1)))
+        total = int(moved.sum())
+        return cls(*map(tuple, mine), int(moved.sum(1).max()), total, total > moved.trace())
 
 
 @dataclass(frozen=True)
@@ -23,7 +44,7 @@ class Halo:
     strip_reach: int8 [S], the same for the rows of the strips, laid end to end; -1 on halos.
     border, strip_border: int64 [B], the local row and the strip row of each border token.
     route: brings the strips' rows. sent: int64 [N], the local rows that it sends, each once; sent_slot: int64, the
-    place in `sent` of each row it sends.
+    place in `sent` of each row it sends. there, back: the runs of rows, and of their gradients.
     """
 
     reach: torch.Tensor
@@ -33,11 +54,13 @@ class Halo:
     route: RouteTable
     sent: torch.Tensor
     sent_slot: torch.Tensor
+    there: Runs
+    back: Runs
 
     @property
     def connected(self) -> bool:
-        """Whether this rank has borders or sends rows to anyone, itself included."""
-        return bool(len(self.border) or len(self.sent))
+        """Whether any rank has rows to bring, from itself or from others; the same on all."""
+        return self.there.total > 0
 
     def map(self, move) -> "Halo":
         """The same tables with every tensor passed through `move`."""
@@ -54,7 +77,8 @@ def halo_tables(layout: Layout, rank: int, width: int) -> Halo:
     is_border = (in_span < back) & (position > in_span)
     strips = [_strips(layout, r, back) for r in range(layout.world_size)]
     wanted, strip_reach = zip(*strips)
-    route = route_table(layout, rank, wanted)
+    route, owner = route_table(layout, rank, wanted), places_of(layout)[0]
+    moved = np.stack([np.bincount(owner[np.unique(indices)], minlength=layout.world_size) for indices in wanted], 1)
     sent, slot = np.unique(route.send_rows.numpy(), return_inverse=True)
     return Halo(
         _reach(np.where(is_border, -1, np.minimum(in_span, back))),
@@ -64,6 +88,8 @@ def halo_tables(layout: Layout, rank: int, width: int) -> Halo:
         route,
         torch.from_numpy(sent),
         torch.from_numpy(slot.reshape(-1)),
+        Runs.of(moved, rank),
+        Runs.of(moved.T, rank),
     )
 
 
@@ -83,21 +109,14 @@ def _reach(values):
     return torch.from_numpy(values.astype(np.int8))
 
 
-def start_fetch(x: torch.Tensor, halo: Halo, group):
-    """Starts bringing the strips' rows of x [T, D]; calling the result gives them, [S, D]."""
-    route = halo.route
-    sent = x.index_select(0, route.send_rows)
-    received = x.new_empty(sum(route.receive_counts), *x.shape[1:])
-    pending = _start(sent.split(route.send_counts), received.split(route.receive_counts), group)
-
-    def finish():
-        pending.wait()
-        return received.index_select(0, route.source)
-
-    return finish
+def start_fetch(x: torch.Tensor, halo: Halo, group, peers=None):
+    """Starts bringing the strips' rows of x [T, D]; calling the result gives them, [S, D]. peers: the group's
+    PeerMemory, through which they come where it takes them, or None. A collective call if halo.connected."""
+    received = _start(x.index_select(0, halo.route.send_rows), halo.there, group, peers)
+    return lambda: torch.cat(received()).index_select(0, halo.route.source)
 
 
-def start_return(grad: torch.Tensor, halo: Halo, group):
+def start_return(grad: torch.Tensor, halo: Halo, group, peers=None):
     """start_fetch transposed: starts sending gradients of the strips' rows [S, D] back to the owners of the rows.
 
     Calling the result gives the sums of what came back for the rows `halo.sent`, [N, D], added in rank order. The
@@ -107,14 +126,11 @@ def start_return(grad: torch.Tensor, halo: Halo, group):
     back = grad.new_zeros(sum(route.receive_counts), *grad.shape[1:])
     for places, rows in route.copies:
         back[rows] += grad[places]
-    returned = grad.new_empty(len(route.send_rows), *grad.shape[1:])
-    parts = returned.split(route.send_counts)
-    pending = _start(back.split(route.receive_counts), parts, group)
+    returned = _start(back, halo.back, group, peers)
 
     def finish():
-        pending.wait()
         total = grad.new_zeros(len(halo.sent), *grad.shape[1:])
-        for part, slots in zip(parts, halo.sent_slot.split(route.send_counts)):
+        for part, slots in zip(returned(), halo.sent_slot.split(route.send_counts)):
             if len(part):
                 total[slots] += part  # rows are distinct within one rank's part, so each sum has one order
         return total
@@ -122,11 +138,23 @@ def start_return(grad: torch.Tensor, halo: Halo, group):
     return finish
 
 
-def _start(parts, slots, group):
-    """Sends parts[r] to rank r and fills slots[r] from it; this rank's own part is copied. Nothing moves where a part
-    has no rows, so ranks whose spans end where documents end are left alone."""
+def _start(x, runs: Runs, group, peers):
+    """Starts sending x, run after run; calling the result gives the runs that came, of every rank."""
+    most = runs.most
+    if runs.abroad and peers is not None and peers.takes(most * x.shape[1:].numel() * x.element_size()):
+        given = x if len(x) == most else torch.cat([x, x.new_empty(most - len(x), *x.shape[1:])])
+        gathering = peers.start_gather(given)
+        return lambda: [run[a : a + n] for run, a, n in zip(gathering.wait()[0], runs.starts, runs.received)]
+    parts, slots = x.split(runs.sent), x.new_empty(sum(runs.received), *x.shape[1:]).split(runs.received)
     me = group_rank(group)
     slots[me].copy_(parts[me])
+    # Nothing moves where a run has no rows, so ranks whose spans end where documents end are left alone.
     sends = [(rank, part) for rank, part in enumerate(parts) if rank != me and len(part)]
     receives = [(rank, slot) for rank, slot in enumerate(slots) if rank != me and len(slot)]
-    return start_exchange(sends, receives, group)
+    pending = start_exchange(sends, receives, group)
+
+    def finish():
+        pending.wait()
+        return slots
+
+    return finish

@@ -5,6 +5,7 @@ is two launches on the caller's stream, one that writes to all ranks and one tha
 """
 
 import logging
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,18 +17,25 @@ from longspan.parallel.exchange import group_size
 log = logging.getLogger(__name__)
 CAPACITY = 2**20  # words of 4 bytes that a rank can send in a gather; more is left to NCCL
 MOST_RANKS = 8
+MOST_ROOM = 2**32  # bytes of each rank in windows of `room`
 
 
 class PeerMemory:
     """Gathers among a group through windows that all its ranks can address.
 
     kernels: longspan.kernels.peer_triton, or what has its names. windows, flags: int64 [ranks], where each rank's
-    window and flags are for this GPU. keep: what owns that memory. received: bytes from other ranks so far.
+    window and flags are for this GPU. keep: what owns that memory. allocate: makes more of it, a collective call:
+    allocate(words) gives a Room, or None on all ranks where one has no more. received: bytes from other ranks so far.
     """
 
-    def __init__(self, kernels, rank: int, windows: torch.Tensor, flags: torch.Tensor, capacity: int, keep=()):
-        self._kernels, self._capacity, self._keep = kernels, capacity, keep
-        self._world_size, self._under_way, self.received = len(windows), 0, 0
+    def __init__(
+        self, kernels, rank: int, windows: torch.Tensor, flags: torch.Tensor, capacity: int, keep=(), allocate=None
+    ):
+        self._kernels, self._capacity, self._keep, self.rank = kernels, capacity, keep, rank
+        self._allocate, self._room = allocate, None
+        signals = torch.zeros(2, kernels.CHANNELS, len(windows), dtype=torch.int32, device=windows.device)
+        self._signals = flags, signals, rank
+        self._world_size, self._under_way, self.received = len(windows), deque(), 0
         calls = torch.zeros(2, self._world_size, kernels.PARTS, dtype=torch.int32, device=windows.device)
         self._given = windows, flags, calls, rank, capacity
 
@@ -35,33 +43,74 @@ class PeerMemory:
         """Whether `start_gather` takes tensors of so many bytes; the same on all ranks if those are."""
         return all(n % 4 == 0 for n in num_bytes) and sum(self._kernels.words_of(*num_bytes)) <= self._capacity
 
+    def room(self, num_bytes: int) -> "Room | None":
+        """Windows of at least so many bytes, for all to read and write when signals say that they may; None where that
+        is more than there is. A collective call, with equal sizes in the same order on all ranks."""
+        if self._allocate is None or num_bytes > MOST_ROOM:
+            return None
+        if self._room is None or self._room.memory.nbytes < num_bytes:
+            if self._signals[0].is_cuda:
+                torch.cuda.synchronize(self._signals[0].device)  # then nobody uses the old one when the new is there
+            self._room = self._allocate(-(-num_bytes // 4))
+            if self._room is None:
+                self._allocate = None
+        return self._room
+
+    def signal(self, channel: int) -> None:
+        """Tells all ranks, itself included, that what was queued before is done."""
+        self._kernels.signal(*self._signals, channel)
+
+    def wait(self, channel: int, behind: int = 0) -> None:
+        """Lets the current stream wait for the signals of all ranks, as many from each as there were waits on this
+        channel, this one included, less `behind`."""
+        self._kernels.wait(*self._signals, channel, behind)
+
     def start_gather(self, x: torch.Tensor, y: torch.Tensor | None = None) -> "Gathering":
         """Starts gathering x, and y unless it is None: on every rank of equal shapes, and in the same order with other
         gathers. `wait()`, on the same stream and once, gives both as [ranks, *shape]."""
-        if self._under_way == self._kernels.SLOTS:
-            raise RuntimeError(f"{self._under_way} gathers through shared memory are under way; finish one first")
-        self._under_way += 1
+        if len(self._under_way) == self._kernels.SLOTS:
+            raise RuntimeError(f"{len(self._under_way)} gathers through shared memory are under way; finish one first")
         self.received += (self._world_size - 1) * sum(t.numel() * t.element_size() for t in (x, y) if t is not None)
         self._kernels.push(x.contiguous(), None if y is None else y.contiguous(), *self._given)
-        return Gathering(self, x, y)
+        self._under_way.append(Gathering(self, x, y))
+        return self._under_way[-1]
 
-    def _collect(self, x, y):
-        self._under_way -= 1
-        out, out_y = (None if t is None else t.new_empty(self._world_size, *t.shape) for t in (x, y))
+    def collect_next(self):
+        """Collects what was started first: windows are read in the order in which they are written."""
+        first = self._under_way.popleft()
+        out, out_y = (None if t is None else t.new_empty(self._world_size, *t.shape) for t in (first.x, first.y))
         self._kernels.collect(out, out_y, *self._given)
-        return out, out_y
+        first.result = out, out_y
 
 
 @dataclass(frozen=True)
+class Room:
+    """addresses: int64 [ranks], where each rank's window is for this GPU; memory: int32, this rank's own."""
+
+    addresses: torch.Tensor
+    memory: torch.Tensor
+    keep: object = None
+
+    def view(self, begin: int, shape, dtype: torch.dtype) -> torch.Tensor:
+        """What lies from byte `begin` on in this rank's window, as a tensor."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return self.memory.view(torch.uint8)[begin : begin + size].view(dtype).view(shape)
+
+
+@dataclass
 class Gathering:
-    """A gather under way. x, y: what this rank gave."""
+    """A gather under way. x, y: what this rank gave; result: of all ranks, once it has been collected."""
 
     memory: PeerMemory
     x: torch.Tensor
     y: torch.Tensor | None
+    result: tuple | None = None
 
     def wait(self):
-        return self.memory._collect(self.x, self.y)
+        """Those that were started before have arrived earlier; what waits for them gets them later."""
+        while self.result is None:
+            self.memory.collect_next()
+        return self.result
 
 
 def open_peer_memory(
@@ -110,15 +159,38 @@ def _refusal(group, topology, device) -> str | None:
 
 
 def _open(group, device, kernels) -> PeerMemory:
-    import torch.distributed._symmetric_memory as symmetric_memory  # private in torch up to 2.13
-
     world_size, rank = group_size(group), dist.get_rank(group)
     flag_words = -(-kernels.flag_words(world_size) // 256) * 256
-    words = flag_words + kernels.SLOTS * world_size * CAPACITY
-    memory = symmetric_memory.empty(words, dtype=torch.int32, device=device)
-    handle = symmetric_memory.rendezvous(memory, group.group_name)
-    memory[:flag_words].zero_()
-    flags = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
+    room = _share(_memory(flag_words + kernels.SLOTS * world_size * CAPACITY, device), group)
+    room.memory[:flag_words].zero_()
     torch.cuda.synchronize(device)
     dist.barrier(group=group)  # nobody writes before all flags are zero
-    return PeerMemory(kernels, rank, flags + 4 * flag_words, flags, CAPACITY, keep=(memory, handle))
+
+    def allocate(words):
+        memory = refusal = None
+        try:
+            memory = _memory(words, device)
+        except RuntimeError as problem:
+            refusal = f"no memory to share: {problem}".splitlines()[0]
+        refusal = _first(refusal, group)
+        if refusal is not None:
+            log.warning("blocks travel by NCCL, not through shared memory: %s", refusal)
+            return None
+        return _share(memory, group)
+
+    flags, keep = room.addresses, (room, group)
+    return PeerMemory(kernels, rank, flags + 4 * flag_words, flags, CAPACITY, keep, allocate)
+
+
+def _memory(words, device):
+    import torch.distributed._symmetric_memory as symmetric_memory  # private in torch up to 2.13
+
+    return symmetric_memory.empty(words, dtype=torch.int32, device=device)
+
+
+def _share(memory, group) -> Room:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    handle = symmetric_memory.rendezvous(memory, group.group_name)
+    addresses = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=memory.device)
+    return Room(addresses, memory, handle)

@@ -48,10 +48,7 @@ def route_table(layout: Layout, rank: int, wanted) -> RouteTable:
 
     Raises ValueError when a wanted index is outside the batch.
     """
-    owner, row = np.empty(layout.num_tokens, np.int64), np.empty(layout.num_tokens, np.int64)
-    for r in range(layout.world_size):
-        held = layout.global_indices(r)
-        owner[held], row[held] = r, np.arange(len(held))
+    owner, row = places_of(layout)
     wanted = [np.asarray(indices, np.int64) for indices in wanted]
     for r, indices in enumerate(wanted):
         if len(indices) and not (0 <= indices.min() and indices.max() < layout.num_tokens):
@@ -71,6 +68,15 @@ def route_table(layout: Layout, rank: int, wanted) -> RouteTable:
     source = slot[wanted[rank]]
     sent_counts = tuple(map(len, sent))
     return RouteTable.of(layout.tokens_per_rank[rank], row[np.concatenate(sent)], sent_counts, counts(mine), source)
+
+
+def places_of(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [num_tokens] each: the rank that holds every token, and its row there."""
+    owner, row = np.empty(layout.num_tokens, np.int64), np.empty(layout.num_tokens, np.int64)
+    for r in range(layout.world_size):
+        held = layout.global_indices(r)
+        owner[held], row[held] = r, np.arange(len(held))
+    return owner, row
 
 
 def head_routes(layout: Layout, rank: int, groups: int) -> tuple[RouteTable, RouteTable]:

@@ -45,7 +45,7 @@ def count(shown, lengths, lists: int) -> torch.Tensor:
     return torch.cat([rows, flags.sum(3), listed[..., None]], 2)
 
 
-def place(shown, counts, keys, lists: int, rank: int, own: bool, groups: int = 1):
+def place(shown, counts, keys, lists: int, rank: int, own: bool, groups: int = 1, window: int = 0):
     """(table, arriving, places) of `rank`. Pieces lie in the buffer of what arrives by group of lists, owner after
     owner, list after list; with `own` this rank's of all lists come first, else they are not in it.
 
@@ -53,7 +53,8 @@ def place(shown, counts, keys, lists: int, rank: int, own: bool, groups: int = 1
     of local pieces is their place here and others follow len(arriving). arriving: Blocks, what lies behind those that
     are named is undefined. places: int32 [ranks, lists, local pieces], the row of a local piece among those that go to
     a rank, by group of lists and rank after rank, of `rank` among its own; -1 where it is not. counts: see `count`;
-    keys: Pieces; groups: of equally many lists.
+    keys: Pieces; groups: of equally many lists. window: where it is not 0, rows of other ranks lie in
+    [ranks - 1, lists, window], each where it is here.
     """
     ranks, width, local = len(shown), keys.width, len(keys.local)
     columns = keys.lengths, keys.positions, keys.steps
@@ -62,7 +63,7 @@ def place(shown, counts, keys, lists: int, rank: int, own: bool, groups: int = 1
     if forms.takes(shown):
         from longspan.kernels.sparse.asking_triton import place_triton
 
-        given = columns, lists, width, local, rank, own, groups, room, offset
+        given = (keys.starts, *columns), lists, width, local, rank, own, groups, room, offset, window
         table, arriving, places = place_triton(shown, counts, *given)
         return table, _blocks(keys.size, arriving), places
     flags, device, size = flags_of(shown, lists, width), shown.device, lists // groups
@@ -93,6 +94,12 @@ def place(shown, counts, keys, lists: int, rank: int, own: bool, groups: int = 1
         given = flags[peer, listed, rank, :local]
         rows = given * keys.lengths[rank * width : rank * width + local]
         start = rows.flatten().cumsum(0, dtype=torch.int32).view(rows.shape) - rows
+        if window:
+            slot = torch.where(peer < rank, peer, peer - 1) * lists + listed
+            slot = torch.where(
+                peer == rank, start.T, (slot * window + keys.starts[rank * width : rank * width + local, None])
+            )
+            start = slot.T
         places[peer, listed] = torch.where(given > 0, start, -1).int()
     return table.flatten(1), _blocks(keys.size, arriving[:, :-1]), places
 

@@ -29,14 +29,15 @@ def count_triton(shown, lengths, lists) -> torch.Tensor:
     return counts
 
 
-def place_triton(shown, counts, columns, lists, width, local, rank, own, groups, room, offset):
-    """See asking.place; room: of what arrives, offset: of its numbers."""
+def place_triton(shown, counts, columns, lists, width, local, rank, own, groups, room, offset, window):
+    """See asking.place; columns: of every piece its first row, and others; room: of what arrives, offset: of its
+    numbers."""
     ranks, size = shown.shape
     arriving, table = columns[0].new_empty(4, room), columns[0].new_empty(lists, ranks * width)
     places = columns[0].new_empty(ranks, lists, local)
     locate_kernel[(2 * ranks * lists,)](
         shown, counts, *columns, arriving, table, places, size, ranks, lists, lists // groups, width,
-        local, rank, room, offset, own, next_power_of_2(ranks * lists), TILE,
+        local, rank, room, offset, window, own, next_power_of_2(ranks * lists), TILE,
     )  # fmt: skip
     return table, arriving, places
 
@@ -94,10 +95,10 @@ def count_kernel(
 
 
 @launched
-@triton.jit(do_not_specialize=["size", "ranks", "lists", "group", "width", "local", "rank", "room", "offset"])
+@triton.jit(do_not_specialize=["size", "ranks", "lists", "group", "width", "local", "rank", "room", "offset", "window"])
 def locate_kernel(
-    shown_ptr, counts_ptr, lengths_ptr, positions_ptr, steps_ptr, arriving_ptr, table_ptr, places_ptr,
-    size, ranks, lists, group, width, local, rank, room, offset,
+    shown_ptr, counts_ptr, starts_ptr, lengths_ptr, positions_ptr, steps_ptr, arriving_ptr, table_ptr, places_ptr,
+    size, ranks, lists, group, width, local, rank, room, offset, window,
     OWN: tl.constexpr, SEGMENTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One list and one other rank: what arrives of it, or what goes to it. group: lists that travel together."""
@@ -130,6 +131,9 @@ def locate_kernel(
         start = row + tl.cumsum(rows, 0) - rows
         travels = (named > 0) & moves
         if goes == 1:
+            if (window > 0) & (peer != rank):  # in the slot of that rank
+                slot = (peer - (peer > rank).to(tl.int32)) * lists + listed
+                start = slot * window + tl.load(starts_ptr + first + piece, mask=there, other=0)
             to = places_ptr + segment.to(tl.int64) * local + piece
             tl.store(to, tl.where(travels, start, -1), mask=piece < local)
         else:

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from cases import LENGTHS, layouts, random_layout
 from parity import assemble, relative_error
+from shared_windows import shared_windows
 from spawn import run_ranks
 from torch.utils.checkpoint import checkpoint
 from traffic import Traffic
@@ -213,6 +214,29 @@ def recompute(rank, world_size):
 def test_recomputation_repeats_no_communication(world_size):
     for rank, problems in enumerate(run_ranks(recompute, world_size)):
         assert not problems, f"rank {rank}:\n" + "\n".join(problems)
+
+
+def through_shared_memory(rank, world_size):
+    """Lines of what differs where halos travel through memory that ranks share; calls of the group there."""
+    peers, problems, moved = shared_windows(rank, world_size), [], 0
+    for name, layout in (layouts((1, 61, 7, 120, 2), world_size) | {"shredded": shredded((9, 30), world_size)}).items():
+        weight = torch.randn(CHANNELS, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        x = torch.randn(layout.tokens_per_rank[rank], CHANNELS, requires_grad=True)
+        found = []
+        for memory in (None, peers):
+            seq = SequenceParallel(dist.group.WORLD, peers=memory).context(layout)
+            found.append(traffic_of(lambda x, weight: short_convolution(x, weight, seq=seq), x, weight))
+        moved += found[0][0][0] > 0
+        if any(calls for calls, _ in found[1][:2]):
+            problems.append(f"{name}: rank {rank} calls the group")
+        if not all(map(torch.equal, found[0][2], found[1][2])):
+            problems.append(f"{name}: rank {rank} has other results")
+    assert moved and peers.received
+    return problems
+
+
+def test_through_shared_memory_it_is_the_same():
+    assert sum(run_ranks(through_shared_memory, 3), []) == []
 
 
 # Refusals and what is accepted

@@ -76,19 +76,19 @@ def run_traffic(rank, world_size, cases):
         inputs, grad_out, _ = make_inputs("causal_gqa", (1024,), torch.float32)
         layout = contiguous((1024,), world_size)
         rows = torch.from_numpy(layout.global_indices(rank))
-        leaves, fetched = [inputs[name][rows].requires_grad_() for name in "qkv"], [0, 0]
+        leaves, fetched = [inputs[name][rows].requires_grad_() for name in "qkv"], 0
         given = {"selection": selection, "causal": causal, "layout": layout, "group": dist.group.WORLD}
         start = requests.start_all_to_all
 
         def counted(x, *rest):
-            fetched[-1] += x.nbytes
+            nonlocal fetched
+            fetched += x.nbytes
             return start(x, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(requests, "start_all_to_all", counted)
             with Traffic() as forward:
                 out = sparse_attention(*leaves, **given, strategy=strategy)
-            fetched.append(0)
             with Traffic() as backward:
                 torch.autograd.grad(out, leaves, grad_out[rows])
         seen = hierarchy_seen if isinstance(selection, Hierarchical) else blocks_seen
@@ -97,7 +97,7 @@ def run_traffic(rank, world_size, cases):
         fine[:, :, rows] = False
         wanted = sum(head[rows].any(0).sum() for head in fine).item()
         ring = forward.bytes["isend"], backward.bytes["isend"]
-        found.append((*(fetched[1:] if strategy == "fetch" else ring), wanted * 2 * HEAD_SIZE * 4))
+        found.append((fetched or ring[0], ring[1], wanted * 2 * HEAD_SIZE * 4))
     return found
 
 

@@ -29,11 +29,17 @@ def make(lists, turns):
     of_block = torch.full((-(-len(there) // turns), turns), -1)
     of_block.view(-1)[: len(there)] = there
     chosen = [torch.randint(-1, len(of_block), (lists, rows, 3), generator=generator) for rows in (5, 2, 0, 6)]
-    columns = torch.randint(1, 9, (3, RANKS * WIDTH), generator=generator).int()
+    columns = torch.randint(1, 9, (4, RANKS * WIDTH), generator=generator).int()
     columns[0][[n for n in range(RANKS * WIDTH) if n not in there.tolist()]] = 0
     keys = [
         SimpleNamespace(
-            lengths=columns[0], positions=columns[1], steps=columns[2], width=WIDTH, size=8, local=range(local[rank])
+            starts=columns[3],
+            lengths=columns[0],
+            positions=columns[1],
+            steps=columns[2],
+            width=WIDTH,
+            size=8,
+            local=range(local[rank]),
         )
         for rank in range(RANKS)
     ]
@@ -41,8 +47,10 @@ def make(lists, turns):
 
 
 @pytest.mark.parametrize("lists, turns", [(1, 1), (2, 1), (2, 2)])
-@pytest.mark.parametrize("own, groups", [(False, 1), (True, 1), (True, 2)])
-def test_places_and_numbers(lists, turns, own, groups, form):
+@pytest.mark.parametrize(
+    "own, groups, window", [(False, 1, 0), (True, 1, 0), (True, 2, 0), (False, 1, 50), (True, 2, 50)]
+)
+def test_places_and_numbers(lists, turns, own, groups, window, form):
     if lists % groups:
         pytest.skip("one list is one group")
     chosen, of_block, keys = make(lists, turns)
@@ -65,7 +73,7 @@ def test_places_and_numbers(lists, turns, own, groups, form):
             wanted = [*(sum(lengths[n] for n in x) for x in theirs), *map(len, theirs), entries]
             assert counts[who, owner].tolist() == wanted
     for rank in range(RANKS):
-        table, arriving, places = place(shown, counts, keys[rank], lists, rank, own, groups)
+        table, arriving, places = place(shown, counts, keys[rank], lists, rank, own, groups, window)
         others, halves = [n for n in range(RANKS) if n != rank], torch.arange(lists).chunk(groups)
         order = [(rank, x) for x in range(lists)] * own
         order += [(owner, x) for half in halves for owner in others for x in half.tolist()]
@@ -87,7 +95,9 @@ def test_places_and_numbers(lists, turns, own, groups, form):
             row = 0 if at == own * lists else row  # others' are in another buffer
             for n in named[who][x]:
                 if n // WIDTH == rank:
-                    wanted[who, x, n % WIDTH] = row
+                    slot = (who - (who > rank)) * lists + x
+                    there = slot * window + int(keys[0].starts[n])  # where it is here
+                    wanted[who, x, n % WIDTH] = there if window and who != rank else row
                     row += lengths[n]
         assert torch.equal(places, wanted.int())
         columns = rename(asked[rank][0], table)

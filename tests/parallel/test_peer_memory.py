@@ -77,6 +77,10 @@ def interleaved(rank, world_size):
             check(one, number + n)
     assert rank > 0 or not plan.forward.which
 
+    pending = [start(number) for number in range(3)]
+    for number in (1, 0, 2):
+        check(pending[number], number)
+
     pending = [start(number) for number in range(peer_triton.SLOTS)]
     with pytest.raises(RuntimeError, match="under way"):
         start(0)
