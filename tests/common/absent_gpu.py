@@ -291,7 +291,7 @@ def compile_choosing(width):
         table, _, _ = place(shown, count(shown, keys.lengths, 2), keys, 2, 0, own)
         rename(wanted, table)
     for columns in (8, 1 << 14):  # by bits, and too many for these
-        row_ptr, row_idx = rows_triton(zeros(1, 1024, 4), columns, full=columns > 8)
+        row_ptr, row_idx = rows_triton(zeros(1, 1024, 4), columns)
         columns_triton(row_ptr, row_idx, columns, 64, 9)
 
 

@@ -192,9 +192,9 @@ def test_parts_continue_one_another(form, dtype):
 
 def several_programs(patch):
     """Lists of a few rows and columns take several programs, tiles and turns."""
-    patch.setattr(lists_triton, "TILE", 1024)
-    patch.setattr(lists_triton, "ITEM_COLUMNS", 4)
-    patch.setattr(lists_triton, "PROGRAMS", 8)
+    few = {"TILE": 1024, "ITEM_COLUMNS": 4, "PROGRAMS": 8, "COLUMNS": 2, "GROUPS": 4, "LISTED": 4}
+    for name, value in few.items():
+        patch.setattr(lists_triton, name, value)
 
 
 @settings(deadline=None, max_examples=30)
@@ -231,6 +231,21 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
         items = [j for j, column in enumerate(by_column) for _ in range(-(-len(column) // 4))]
         rest = plan.item_col[head].tolist()
         assert rest[: len(items)] == items and set(rest[len(items) :]) <= {columns}
+
+
+@pytest.mark.parametrize("form", ["triton", "plain"])
+def test_full_lists_are_what_was_chosen(form, monkeypatch):
+    """Nothing is copied or counted, nor are ends of lists made twice."""
+    monkeypatch.setattr(forms, "takes", lambda x: form == "triton")
+    queries, keys = Blocks.of((0, 50, 90), 4), Blocks.of((0, 50, 90), 8)
+    chosen = torch.rand(2, len(queries), len(keys)).argsort(-1)[..., :3].int()
+    plan, other = (BlockPlan.of(queries, keys, chosen, causal=False, full=full, ascending=True) for full in (True, False))
+    assert plan.row_idx.data_ptr() == chosen.data_ptr()
+    for name in ("row_ptr", "row_idx", "col_ptr", "item_ptr", "item_col", "col_idx"):
+        assert torch.equal(getattr(plan, name), getattr(other, name)), name
+    again = BlockPlan.of(queries, keys, chosen.flip(2), causal=False, full=True)
+    assert again.row_ptr is plan.row_ptr and again.row_ptr.is_contiguous()
+    assert queries.ends(2, 4)[1].tolist() == [4 * n for n in range(len(queries) + 1)]
 
 
 @pytest.mark.parametrize("form", ["triton", "plain"])
@@ -329,9 +344,9 @@ def test_lists_in_turn_and_keys_before_queries(form):
 @pytest.mark.parametrize("rows, words", [(2100, 64), (200, 0)])
 def test_long_lists_by_key_block(rows, words, monkeypatch):
     monkeypatch.setattr(forms, "takes", lambda x: True)
-    monkeypatch.setattr(lists_triton, "WORDS", words)
-    monkeypatch.setattr(lists_triton, "PROGRAMS", 8)
-    monkeypatch.setattr(lists_triton, "ITEM_COLUMNS", 16)
+    few = {"WORDS": words, "PROGRAMS": 8, "ITEM_COLUMNS": 16, "COLUMNS": 8, "LISTED": 256}
+    for name, value in few.items():
+        monkeypatch.setattr(lists_triton, name, value)
     monkeypatch.setattr(cells_triton, "_cell_shift", lambda *_: 6)
     check_long_lists(rows, 50, "cpu")
 
