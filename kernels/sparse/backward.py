@@ -29,21 +29,34 @@ SPANS, ADDING = 32, 4096  # most key blocks of a program that adds parts, and so
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["count", "M"])
 def rows_kernel(
-    d_out_ptr, out_ptr, lse_ptr, d_lse_ptr, rows_ptr, d_out_stride_t, d_out_stride_h, count,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, D_LSE: tl.constexpr,
+    d_out_ptr, out_ptr, lse_ptr, d_lse_ptr, rows_ptr, log_ptr, delta_ptr, q_start, q_length, d_out_stride_t,
+    d_out_stride_h, count, M, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    D_LSE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """lse in base 2 and delta of every row and head -> [T, HEADS, 2]; count: T * HEADS."""
+    """lse in base 2 and delta of every row and head -> [T, HEADS, 2]; count: T * HEADS. With SIZE of the rows of M
+    blocks, and -> two of [HEADS, M, SIZE] as well: lse is infinite there where there is no query, or none that sees a
+    key, whose weights are 0."""
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if SIZE:
+        PARTS: tl.constexpr = (SIZE * HEADS + ROWS - 1) // ROWS
+        block, inside = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
+        index = tl.load(q_start + block).to(tl.int64) * HEADS + inside
+        count = index - inside + tl.load(q_length + block) * HEADS
     row, head, valid = index // HEADS, index % HEADS, index < count
     d_out = load_tile(d_out_ptr, row, d_out_stride_t, head * d_out_stride_h, valid, D, BLOCK_D).to(tl.float32)
     out = load_tile(out_ptr, index, D, index * 0, valid, D, BLOCK_D).to(tl.float32)
     delta = tl.sum(d_out * out, 1)
     if D_LSE:
         delta -= tl.load(d_lse_ptr + index, mask=valid, other=0.0)
-    tl.store(rows_ptr + index * 2, tl.load(lse_ptr + index, mask=valid) * LOG2E, mask=valid)
+    log = tl.load(lse_ptr + index, mask=valid, other=float("-inf")) * LOG2E
+    tl.store(rows_ptr + index * 2, log, mask=valid)
     tl.store(rows_ptr + index * 2 + 1, delta, mask=valid)
+    if SIZE:
+        to, there = (head * M + block) * SIZE + inside // HEADS, inside < SIZE * HEADS
+        tl.store(log_ptr + to, tl.where(log == float("-inf"), float("inf"), log), mask=there)
+        tl.store(delta_ptr + to, delta, mask=there)
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 """The Triton kernels over a plan: forward, and backward in two passes over the lists."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
-from longspan.kernels.compiler import next_power_of_2
+from longspan.kernels.compiler import cdiv, next_power_of_2
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse import hopper
 from longspan.kernels.sparse.backward import add_parts, keys_kernel, queries_kernel, rows_kernel
@@ -16,6 +16,7 @@ from longspan.kernels.sparse.shares import arguments as shares_arguments
 
 ROWS = 128  # queries in a tile where heads that share keys and lists can fill it
 KEYS = 64  # keys in a tile where a list's blocks are smaller
+ROW_TILE = 64  # rows of all heads of a program that makes their sums
 TURN = 64  # queries in a tile that the gradients of keys take at once: with more, registers spill
 ONE_WARP = 16, 128  # rows, and bytes of each, of a tile that one warp has: no warp waits for what another one adds up
 # What such a warp takes at once in place of KEYS or TURN, and the most registers of a thread: a processor has 65,536,
@@ -72,32 +73,53 @@ def _attend(q, k, v, out, lse, given, plan, scale, onto, tile):
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
 class RowSums:
-    """sums: fp32 [Tq, Hq, 2], lse in base 2, and delta. by_blocks: the same as Hopper kernels take it, for blocks of
-    queries of which several plans are."""
+    """lse in base 2, and delta, made when they are first asked for: `sums` fp32 [Tq, Hq, 2], and `of` blocks of queries
+    as Hopper kernels take them, [Hq, blocks, size] each."""
 
-    sums: torch.Tensor
-    by_blocks: list = field(default_factory=list)
+    def __init__(self, d_out, d_lse, out, lse):
+        self._given, self._sums, self._of = (d_out, d_lse, out, lse), None, []
 
-    def of(self, queries: Blocks, make):
-        """make(sums, queries) where it has not been made for these."""
-        for blocks, made in self.by_blocks:
+    @property
+    def sums(self):
+        if self._sums is None:
+            self._sums = self._make(None, ())
+        return self._sums
+
+    def of(self, queries: Blocks):
+        for blocks, made in self._of:
             if blocks is queries:
                 return made
-        self.by_blocks.append((queries, make(self.sums, queries)))
-        return self.by_blocks[-1][1]
+        made = empty_rows(self._given[3], queries)
+        self._sums = self._make(queries, made)
+        self._of.append((queries, made))
+        return made
+
+    def _make(self, queries, made):
+        d_out, d_lse, out, lse = self._given
+        sums, (rows, heads), head_dim = lse.new_empty(*lse.shape, 2), lse.shape, out.shape[2]
+        programs, blocks, size, start = cdiv(rows * heads, ROW_TILE), 0, 0, (lse, lse)
+        if queries is not None:
+            blocks, size, start = len(queries), queries.size, (queries.start, queries.length)
+            programs = blocks * cdiv(size * heads, ROW_TILE)
+        if programs and lse.numel():
+            rows_kernel[(programs,)](
+                d_out, out, lse, lse if d_lse is None else d_lse, sums, *(made or (sums, sums)), *start,
+                *d_out.stride()[:2], lse.numel(), blocks, heads, head_dim, padded(head_dim), ROW_TILE,
+                d_lse is not None, size,
+            )  # fmt: skip
+        return sums
 
 
 def row_sums(d_out, d_lse, out, lse) -> RowSums:
     """d_lse: [Tq, Hq] or None."""
-    d_out, rows = unit_stride(d_out), lse.new_empty(*lse.shape, 2)
-    if lse.numel():
-        rows_kernel[(-(-lse.numel() // 64),)](
-            d_out, out.contiguous(), lse.contiguous(), lse if d_lse is None else d_lse.float().contiguous(), rows,
-            *d_out.stride()[:2], lse.numel(), *out.shape[1:], padded(out.shape[2]), 64, d_lse is not None,
-        )  # fmt: skip
-    return RowSums(rows)
+    d_lse = None if d_lse is None else d_lse.float().contiguous()
+    return RowSums(unit_stride(d_out), d_lse, out.contiguous(), lse.contiguous())
+
+
+def empty_rows(like, queries: Blocks):
+    """lse and delta of every row of the blocks."""
+    return like.new_empty(2, like.shape[1], len(queries), queries.size).unbind()
 
 
 def backward(
@@ -120,7 +142,9 @@ def backward(
     alone = OWN_ROWS and here and hopper.takes_keys(plan) and d_lse is None and send is None
     if rows is None and not alone:
         rows = row_sums(d_out, d_lse, out, lse)
-    of_rows = hopper.block_rows(rows, lse, plan) if here else None
+    of_rows = None
+    if here:
+        of_rows = empty_rows(lse, plan.queries) if rows is None else rows.of(plan.queries)
 
     def make_queries():
         if here:

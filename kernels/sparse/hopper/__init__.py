@@ -55,13 +55,6 @@ def forward(q, k, v, out, lse, plan, scale, tile, onto):
     run.forward(q, k, v, out, lse, plan, scale, tile, onto)
 
 
-def block_rows(rows, lse, plan):
-    """lse and delta block by block, as the two below take them: those of RowSums, or undefined where that is None."""
-    from longspan.kernels.sparse.hopper import run
-
-    return run.block_rows(rows, lse, plan)
-
-
 def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto):
     """Writes dq, see kernels.sparse.fused.backward, and with makes_rows log and delta."""
     from longspan.kernels.sparse.hopper import run

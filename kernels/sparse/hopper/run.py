@@ -7,7 +7,6 @@ from longspan.kernels.sparse.backward import add_parts
 from longspan.kernels.sparse.hopper.attend import forward_kernel
 from longspan.kernels.sparse.hopper.keys import keys_kernel
 from longspan.kernels.sparse.hopper.queries import queries_kernel
-from longspan.kernels.sparse.hopper.rows import rows_kernel
 from longspan.kernels.sparse.hopper.tiles import descriptor, matrix_of
 
 # By width of heads: keys in a tile, how many tiles are under way, warps (twice four that another one feeds, or eight
@@ -28,11 +27,6 @@ def forward(q, k, v, out, lse, plan, scale, shape, onto):
         shape["KEY_HEADS"], shape["LISTS"], shape["D"], plan.keys.size, shape["PACK"], tile, plan.causal,
         plan.log_weight is not None, onto is not None, stages, IN_TURN, PERSISTENT, num_warps=warps, **_most(registers),
     )  # fmt: skip
-
-
-def block_rows(rows, lse, plan):
-    """lse and delta block by block: those of `rows`, RowSums, or undefined where that is None."""
-    return _empty_rows(lse, plan.queries) if rows is None else rows.of(plan.queries, _rows_by_blocks)
 
 
 def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto):
@@ -71,18 +65,6 @@ def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)
-
-
-def _rows_by_blocks(sums, queries):
-    log, delta = _empty_rows(sums, queries)
-    blocks, heads = len(queries), sums.shape[1]
-    rows_kernel[(blocks * heads,)](sums, log, delta, queries.start, queries.length, blocks, heads, queries.size)
-    return log, delta
-
-
-def _empty_rows(like, queries):
-    """lse and delta of every row of the blocks."""
-    return like.new_empty(2, like.shape[1], len(queries), queries.size).unbind()
 
 
 def _programs(q, plan, pack, warps):
