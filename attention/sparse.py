@@ -5,6 +5,8 @@ does not hold; while they are under way it attends to those that it holds. Gradi
 in rank order. Where ranks want most of what others hold, keys go round in a ring instead, without asking.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -16,7 +18,7 @@ from longspan.attention.outline import Outline
 from longspan.attention.ranges import SPARSE, of_component
 from longspan.attention.recompute import keep, keeping, recall
 from longspan.attention.requests import Fetched, Request, block_parts
-from longspan.attention.selection import Selection
+from longspan.attention.selection import selects
 from longspan.attention.selections import TopBlocks
 from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.sparse import BlockPlan, add_shares, choose
@@ -41,7 +43,7 @@ def sparse_attention(
     """
 
     def check():
-        if not isinstance(selection, Selection) or isinstance(selection, type):
+        if not selects(selection):
             raise ValueError(
                 f"selection is a {type(selection).__name__}; give one such as TopBlocks(...) or Window(...)"
             )
@@ -64,7 +66,7 @@ def sparse_attention(
     if isinstance(seq, Outline):
         return seq.sparse(q, k, v, selection, linear, causal)
     strategy = pick(STRATEGIES, seq.parallel.sparse, "auto", "sparse strategy")
-    if strategy == "auto":
+    if strategy == "auto" and seq.parallel.world_size > 1:
         strategy = Estimate(q.shape[1], *k.shape[1:], k.itemsize, seq.parallel.topology)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = selection.tables(seq, causal)
@@ -74,7 +76,10 @@ def sparse_attention(
         branch = Branch(linear, selection, causal, seq)
         own = linear.weight, linear.bias, linear.q, linear.k
     group = seq.parallel.group
-    with torch.autocast(q.device.type, enabled=False):  # it would round sums of the branch
+    # Autocast would round sums of the branch.
+    device_type = q.device.type
+    autocasts = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():
         return _Attention.apply(q, k, v, *coarse, *own, branch, selection, tables, causal, group, strategy, scale)
 
 
@@ -138,7 +143,7 @@ class _Attention(torch.autograd.Function):
         states = branch is not None and own_k is None and branch.gives_states(k, v)
         gradients = gradients_of(d_out, *given, owned, branch, work, onto, meanwhile, states)
         inputs = q, k, v, coarse_k, coarse_v
-        gradients = [x if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)]
+        gradients = [_as(x, like) for x, like in zip(gradients, inputs, strict=True)]
         return *gradients, *d_branch, *[None] * 7
 
 
@@ -148,10 +153,9 @@ def _by_request(parts):
 
 
 def _choose(q, k, coarse_k, selection, tables, causal, strategy, group, apart):
-    """What `attend` takes: parts that are here, and what follows."""
-    with torch.no_grad():
-        chosen = selection.choose(q, k, coarse_k, tables, Ranks(group))
-        return parts_of(chosen, tables, causal, strategy, group, apart)
+    """What `attend` takes: parts that are here, and what follows. Without gradients, as all in _Attention."""
+    chosen = selection.choose(q, k, coarse_k, tables, Ranks(group))
+    return parts_of(chosen, tables, causal, strategy, group, apart)
 
 
 def parts_of(chosen, tables, causal, strategy, group, apart=False):
@@ -276,6 +280,11 @@ def gradients_of(
 def _keys_of(part, local, coarse):
     """Keys and values of a part that is here."""
     return [x[part.rows] for x in coarse] if part.coarse else local
+
+
+def _as(gradient, like):
+    """None stays None."""
+    return gradient if gradient is None or gradient.dtype == like.dtype else gradient.to(like.dtype)
 
 
 def _sum_dtype(x, num_parts):

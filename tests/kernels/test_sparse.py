@@ -273,11 +273,10 @@ def test_lists_are_split_by_buffer(form, monkeypatch):
 def test_what_the_kernels_refuse():
     plan = make("one list")[0]
     assert choose("cpu", torch.float32, 64, plan)[0] is gathered
-    assert fused.refusal(torch.bfloat16, 128, plan) is None
-    assert "not torch.float64" in fused.refusal(torch.float64, 64, plan)
-    assert "up to 64 wide, not 128" in fused.refusal(torch.float32, 128, plan)
-    odd = BlockPlan.of(Blocks.of((0, 48), 48), plan.keys, torch.zeros(1, 1, 1, dtype=torch.int64), causal=False)
-    assert "the query blocks have 48" in fused.refusal(torch.bfloat16, 64, odd)
+    assert fused.refusal(torch.bfloat16, 128, 16, 64) is None
+    assert "not torch.float64" in fused.refusal(torch.float64, 64, 16, 64)
+    assert "up to 64 wide, not 128" in fused.refusal(torch.float32, 128, 16, 64)
+    assert "the query blocks have 48" in fused.refusal(torch.bfloat16, 64, 48, 64)
 
 
 def test_long_lists_are_cut_less_often():

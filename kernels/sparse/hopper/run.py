@@ -19,10 +19,13 @@ IN_TURN = True  # whether warpgroups start their products one after the other, f
 
 
 def forward(q, k, v, out, lse, plan, scale, shape, onto):
+    """Writes out and lse, see kernels.sparse.fused.forward; shape: numbers of heads and lists that tensors have, and
+    PACK, heads side by side in a tile of queries."""
     tile, stages, warps, registers = FORWARD[q.shape[2]]
     tiles, programs, taken = _programs(q, plan, shape["PACK"], warps)
+    rows = min(tile, plan.keys.size)
     forward_kernel[(programs,)](
-        q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
+        q, matrix_of(k, rows), matrix_of(v, rows), out, lse, *(onto or (out, lse)), *_tables(plan),
         *_lists(plan), taken, *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles, shape["HEADS"],
         shape["KEY_HEADS"], shape["LISTS"], shape["D"], plan.keys.size, shape["PACK"], tile, plan.causal,
         plan.log_weight is not None, onto is not None, stages, IN_TURN, PERSISTENT, num_warps=warps, **_most(registers),
@@ -30,11 +33,12 @@ def forward(q, k, v, out, lse, plan, scale, shape, onto):
 
 
 def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto):
-    """Writes dq, and with makes_rows log and delta, which are given otherwise."""
+    """Writes dq, see kernels.sparse.fused.backward, and with makes_rows log and delta, which are given otherwise."""
     tile, stages, warps, registers = QUERIES[q.shape[2]]
     tiles, programs, taken = _programs(q, plan, pack, warps)
+    rows = min(tile, plan.keys.size)
     queries_kernel[(programs,)](
-        q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, out, lse, log, delta, dq,
+        q, matrix_of(k, rows), matrix_of(v, rows), d_out, out, lse, log, delta, dq,
         dq if onto is None else onto, *_tables(plan), *_lists(plan), taken, *q.stride()[:2], *d_out.stride()[:2], scale,
         len(plan.queries), plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
         plan.log_weight is not None, onto is not None, not makes_rows, stages, PERSISTENT,
@@ -43,13 +47,13 @@ def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, 
 
 
 def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
-    """Writes dk and dv. states: KeyStates that the keys are part of, or None."""
+    """Writes dk and dv, see kernels.sparse.fused.backward. states: KeyStates that the keys are part of, or None."""
     head_dim, size = q.shape[2], plan.keys.size
     groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
     if not items:
         dk.zero_(), dv.zero_()
         return
-    parts = [log.new_empty(groups, items, size, head_dim) for _ in range(2)]
+    parts = log.new_empty(2, groups, items, size, head_dim).unbind()
     rows, feature_map = matrix_of(q, 64), ""
     of_states = rows, log, plan.keys.start
     if states is not None:
