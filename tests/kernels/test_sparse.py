@@ -239,7 +239,9 @@ def test_full_lists_are_what_was_chosen(form, monkeypatch):
     monkeypatch.setattr(forms, "takes", lambda x: form == "triton")
     queries, keys = Blocks.of((0, 50, 90), 4), Blocks.of((0, 50, 90), 8)
     chosen = torch.rand(2, len(queries), len(keys)).argsort(-1)[..., :3].int()
-    plan, other = (BlockPlan.of(queries, keys, chosen, causal=False, full=full, ascending=True) for full in (True, False))
+    plan, other = (
+        BlockPlan.of(queries, keys, chosen, causal=False, full=full, ascending=True) for full in (True, False)
+    )
     assert plan.row_idx.data_ptr() == chosen.data_ptr()
     for name in ("row_ptr", "row_idx", "col_ptr", "item_ptr", "item_col", "col_idx"):
         assert torch.equal(getattr(plan, name), getattr(other, name)), name
