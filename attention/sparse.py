@@ -6,6 +6,7 @@ in rank order. Where ranks want most of what others hold, keys go round in a rin
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -179,17 +180,17 @@ def parts_of(chosen, tables, causal, strategy, group, apart=False):
 def attend(q, local, coarse, here, remote, group, scale):
     """(out, lse, parts, keys and values that arrived, part after part). local, coarse: keys and values; here, remote:
     what parts_of gives. What is here is queued before the host waits for anything."""
-    found, arrived, parts = None, [], []
+    found, arrived, parts, (tokens, _, head_dim), dtype, device_type = None, [], [], q.shape, q.dtype, q.device.type
 
     def add(part, keys, values, turns=None):
         nonlocal found
         parts.append(part)
-        form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
-        if not q.shape[0] or not len(part.plan.keys):
+        if not tokens or not len(part.plan.keys):
             return
+        form, _ = choose(device_type, dtype, head_dim, part.plan)
         count = len(here) + (len(remote) if isinstance(remote, list) else 1)
-        dtype = q.dtype if len(parts) == count else _sum_dtype(q, count)
-        found = form.forward(q, keys, values, part.plan, scale, found, dtype, turns)
+        made_in = dtype if len(parts) == count else _sum_dtype(q, count)
+        found = form.forward(q, keys, values, part.plan, scale, found, made_in, turns)
 
     pending = remote[0].way.start(*local, group) if isinstance(remote, list) and remote else None
     for part in here:
@@ -210,7 +211,7 @@ def attend(q, local, coarse, here, remote, group, scale):
             pending.wait()  # where nothing was attended to
     if found is None:
         found = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide_dtype(q.dtype))
-    return found[0].to(q.dtype), found[1], parts, arrived
+    return _as(found[0], q), found[1], parts, arrived
 
 
 def gradients_of(
@@ -230,42 +231,43 @@ def gradients_of(
         d_coarse = [None, None]
     sums, returning, passing, arrived = {}, [], None, list(zip(arrived[::2], arrived[1::2], strict=True))
     own = blocks = None
+    (tokens, _, head_dim), dtype, device_type = q.shape, q.dtype, q.device.type
+
+    def send(part, keys, values, *gradients):
+        if work is not None and branch.rest and keys.shape[0]:
+            gradients = branch.part_gradients(part, keys, values, work, gradients)
+        returning.insert(0, (part.way, part.way.start_return(gradients, keys.dtype, group)))
+
     for number, part in enumerate(remote[::-1] + here, 1):
         keys, values = arrived.pop() if part.remote else _keys_of(part, local, coarse)
         into = [x[part.rows] for x in d_coarse] if part.coarse else None
-        shares = None
-        if owned is not None and not (part.remote or part.coarse):  # the last part: all means have their gradients
+        shares, plan, is_local = None, part.plan, not (part.remote or part.coarse)
+        if owned is not None and is_local:  # the last part: all means have their gradients
             passing = owned.start(d_coarse, group)
             if not remote:
                 shares, passing = owned.shares(passing), None
-
-        def send(*gradients, part=part, keys=keys, values=values):
-            if work is not None and branch.rest and keys.shape[0]:
-                gradients = branch.part_gradients(part, keys, values, work, gradients)
-            returning.insert(0, (part.way, part.way.start_return(gradients, keys.dtype, group)))
-
-        if not q.shape[0] or not len(part.plan.keys):
+        if not tokens or not len(plan.keys):
             gradients = [torch.zeros_like(x) for x in (keys, values)] if into is None else [x.zero_() for x in into]
             if shares is not None:
-                add_shares(gradients, part.plan.keys, shares)
+                add_shares(gradients, plan.keys, shares)
             if part.remote:
-                send(*gradients)
+                send(part, keys, values, *gradients)
         else:
-            form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
+            form, _ = choose(device_type, dtype, head_dim, plan)
             if len(parts) > 1 and form not in sums:
                 sums[form] = form.row_sums(d_out, None, out, lse)
-            more = {"rows": sums.get(form), "onto": dq, "into": into, "shares": shares}
-            more |= {"send": send} if part.remote else {}
-            given = None
-            if states and not (part.remote or part.coarse) and form.takes_states(q, keys, part.plan, scale):
+            made_in, given = dtype if number == len(parts) else _sum_dtype(q, len(parts)), None
+            more = {"rows": sums.get(form), "onto": dq, "into": into, "shares": shares, "dtype": made_in}
+            if part.remote:
+                more["send"] = partial(send, part, keys, values)
+            if states and is_local and form.takes_states(q, keys, plan, scale):
                 more["states"] = given = branch.key_states(work)
                 meanwhile = None
-            more["dtype"] = q.dtype if number == len(parts) else _sum_dtype(q, len(parts))
-            dq, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale, **more)
+            dq, *gradients = form.backward(d_out, None, q, keys, values, out, lse, plan, scale, **more)
             if given is not None:
                 branch.lonely_gradients(part, keys, values, given, gradients)
-        if not (part.remote or part.coarse):
-            own, blocks = gradients, part.plan.keys
+        if is_local:
+            own, blocks = gradients, plan.keys
     if own is None and owned is not None:
         passing = owned.start(d_coarse, group)
     if meanwhile is not None:

@@ -260,10 +260,11 @@ def add_kernel(
 
 def add_parts(parts, dk, dv, plan, shares, depth, block_d):
     """Launches add_kernel, with more key blocks to a program where there are many. shares: its arguments."""
-    columns, (_, heads, head_dim), items = len(plan.keys), dk.shape, plan.item_col.shape[1]
+    keys, of_columns, (_, heads, head_dim) = plan.keys, plan.columns, dk.shape
+    columns, size = len(keys), keys.size
     span = min(SPANS, max(1, columns * heads // ADDING))
     add_kernel[(cdiv(columns, span) * heads,)](
-        *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, *shares, columns, items, span,
-        heads, plan.heads, head_dim, block_d, depth, plan.keys.size, SPANS,
-        max(1, min(4, UNDER_WAY // (plan.keys.size * block_d))), num_warps=plan.keys.size // 8,
+        *parts, dk, dv, keys.start, keys.length, of_columns.item_ptr, *shares, columns, of_columns.item_col.shape[1],
+        span, heads, plan.heads, head_dim, block_d, depth, size, SPANS,
+        max(1, min(4, UNDER_WAY // (size * block_d))), num_warps=size // 8,
     )  # fmt: skip

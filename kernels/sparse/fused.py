@@ -175,12 +175,13 @@ def backward(
 
 def _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares, tile):
     """Writes dk and dv."""
-    groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
+    columns, groups, num_columns = plan.columns, max(plan.heads, k.shape[1]), len(plan.keys)
+    items = columns.item_col.shape[1]
     if not items:
         _with_shares(dk.zero_(), dv.zero_(), plan.keys, shares)
         return
     parts = q.new_empty(2, groups, items, plan.keys.size, q.shape[2], dtype=torch.float32).unbind()
-    tables, num_columns, columns = _tables(plan), len(plan.keys), plan.columns
+    tables = _tables(plan)
     given, depth = shares_arguments(shares, dk)
     keys_kernel[(items * groups,)](
         q, k, v, d_out, rows.sums, *parts, dk, dv, *tables[:7], columns.col_ptr, columns.col_idx, columns.item_ptr,
@@ -268,4 +269,7 @@ def _tables(plan):
 
 
 def _strides(*tensors):
-    return [stride for x in tensors for stride in x.stride()[:2]]
+    found = ()
+    for x in tensors:
+        found += x.stride()[:2]
+    return found

@@ -52,7 +52,7 @@ def columns_triton(row_ptr, row_idx, num_cols: int, chunk: int, most_items: int)
         return made
     columns = max(COLUMNS, next_power_of_2(cdiv(num_cols, GROUPS)))
     groups, span = cdiv(num_cols, columns), cdiv(words * heads, PROGRAMS)
-    parts = cdiv(words, span)
+    parts, at_once = cdiv(words, span), min(LISTED // columns, next_power_of_2(words))
     # Bits [heads, words, columns], entries [heads, groups, parts], programs of a head that are done.
     scratch = row_ptr.new_empty(heads * (words * num_cols + groups * parts + 1))
     sizes = num_cols, words, groups, parts, capacity, heads
@@ -61,8 +61,7 @@ def columns_triton(row_ptr, row_idx, num_cols: int, chunk: int, most_items: int)
         num_warps=WARPS,
     )  # fmt: skip
     list_columns_kernel[(groups * heads,)](
-        scratch, *made, most_items, chunk, *sizes, columns, min(LISTED // columns, next_power_of_2(words)),
-        TILE, ITEM_COLUMNS, num_warps=LISTING_WARPS,
+        scratch, *made, most_items, chunk, *sizes, columns, at_once, TILE, ITEM_COLUMNS, num_warps=LISTING_WARPS,
     )  # fmt: skip
     return made
 

@@ -40,10 +40,11 @@ class Blocks:
 
     def ends(self, heads: int, each: int) -> torch.Tensor:
         """int32 [heads, len + 1]: where lists of blocks begin and end that have so many entries each; made once."""
-        if (heads, each) not in self._ends:
+        found = self._ends.get((heads, each))
+        if found is None:
             ends = torch.arange(len(self) + 1, dtype=torch.int32, device=self.start.device) * each
-            self._ends[heads, each] = ends.expand(heads, -1).contiguous()
-        return self._ends[heads, each]
+            found = self._ends[heads, each] = ends.expand(heads, -1).contiguous()
+        return found
 
     @classmethod
     def of(cls, offsets, size: int) -> "Blocks":
@@ -138,7 +139,8 @@ class BlockPlan:
         `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort;
         `full` that there is no -1 either: then the lists are `chosen`. Nothing waits for the device."""
         if full:
-            row_ptr, row_idx = queries.ends(len(chosen), chosen.shape[2]), chosen.int().flatten(1)
+            heads, _, most = chosen.shape
+            row_ptr, row_idx = queries.ends(heads, most), chosen.int().flatten(1)
         else:
             if not ascending:
                 chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
