@@ -26,6 +26,7 @@ from longspan.kernels.sparse.tiles import (
 
 UNDER_WAY = 1 << 14  # numbers of parts that a program loads before it adds them
 SPANS, ADDING = 32, 4096  # most key blocks of a program that adds parts, and so many programs before they get more
+SLICE, FEW_ADDING = 16, 512  # rows of a key block that a program adds where there are fewer programs than these
 
 
 @launched
@@ -222,13 +223,14 @@ def alone(item_ptr, KEY_HEADS: tl.constexpr, GROUPS: tl.constexpr):
 def add_kernel(
     parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, share_k, share_v, share_size, share_up,
     num_columns, items, span, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DEPTH: tl.constexpr, KEYS: tl.constexpr, SPANS: tl.constexpr, AHEAD: tl.constexpr,
+    DEPTH: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [T, KEY_HEADS, D] of `span` key blocks, at most SPANS, and a head: the parts of their lists, in order, so
-    many under way, and shares; not of those alone, which a program sees at a glance."""
+    """dk, dv [T, KEY_HEADS, D] of ROWS rows of `span` key blocks, at most SPANS, and a head: the parts of their lists,
+    in order, so many under way, and shares; not of those alone, which a program sees at a glance."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     STRIDE: tl.constexpr = KEY_HEADS * D
-    begin, key_head = tl.program_id(0) // KEY_HEADS * span, tl.program_id(0) % KEY_HEADS
+    SLICES: tl.constexpr = KEYS // ROWS
+    begin, key_head = tl.program_id(0) // (KEY_HEADS * SLICES) * span, tl.program_id(0) // SLICES % KEY_HEADS
     stop = tl.minimum(begin + span, num_columns)
     ends = item_ptr + (key_head * LISTS // KEY_HEADS).to(tl.int64) * (num_columns + 1)
     index = begin + tl.arange(0, SPANS)
@@ -236,9 +238,9 @@ def add_kernel(
     if (GROUPS != KEY_HEADS) | (tl.max((count != 1).to(tl.int32)) > 0):
         for column in range(begin, stop):
             if not alone(ends + column, KEY_HEADS, GROUPS):
-                inside = tl.arange(0, KEYS)
+                inside = tl.program_id(0) % SLICES * ROWS + tl.arange(0, ROWS)
                 there = inside < tl.load(k_length + column)
-                dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
+                dk, dv = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
                 for turn in range(0, GROUPS // KEY_HEADS):
                     group = key_head * (GROUPS // KEY_HEADS) + turn
                     at = item_ptr + (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
@@ -263,8 +265,10 @@ def add_parts(parts, dk, dv, plan, shares, depth, block_d):
     keys, of_columns, (_, heads, head_dim) = plan.keys, plan.columns, dk.shape
     columns, size = len(keys), keys.size
     span = min(SPANS, max(1, columns * heads // ADDING))
-    add_kernel[(cdiv(columns, span) * heads,)](
+    programs = cdiv(columns, span) * heads
+    rows = SLICE if programs < FEW_ADDING else size
+    add_kernel[(programs * (size // rows),)](
         *parts, dk, dv, keys.start, keys.length, of_columns.item_ptr, *shares, columns, of_columns.item_col.shape[1],
-        span, heads, plan.heads, head_dim, block_d, depth, size, SPANS,
-        max(1, min(4, UNDER_WAY // (size * block_d))), num_warps=size // 8,
+        span, heads, plan.heads, head_dim, block_d, depth, size, rows, SPANS,
+        max(1, min(4, UNDER_WAY // (rows * block_d))), num_warps=rows // 8,
     )  # fmt: skip

@@ -318,6 +318,8 @@ def test_gradients_of_means_come_to_keys(form, name, monkeypatch):
         torch.testing.assert_close(x.double(), y.double() + more, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(backward, "ADDING", 2)  # several key blocks to a program that adds parts
     assert all(map(torch.equal, form.backward(*given, shares=shares), actual))
+    monkeypatch.setattr(backward, "FEW_ADDING", 0)  # and whole ones
+    assert all(map(torch.equal, form.backward(*given, shares=shares), actual))
     alone = torch.zeros_like(k), torch.zeros_like(v)
     fused._with_shares(*alone, plan.keys, shares)  # as after kernels that know no shares
     for x, more in zip(alone, wanted, strict=True):

@@ -57,14 +57,15 @@ def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
     rows, feature_map = matrix_of(q, 64), ""
     of_states = rows, log, plan.keys.start
     if states is not None:
-        matrices, normalizers = states.states[:, :, 0].split([head_dim**2, head_dim], 2)
+        matrices, normalizers = states.states[:, :, 0].split_with_sizes([head_dim**2, head_dim], 2)
         matrices = matrices.to(q.dtype).reshape(-1, 1, head_dim)
         of_states, feature_map = (matrix_of(matrices, 64), normalizers.contiguous(), states.rows), states.feature_map
     keys_kernel[(items * groups,)](
         rows, matrix_of(d_out, 64), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
-        plan.queries.start, plan.queries.position, *_tables(plan)[3:], columns.col_ptr, columns.col_idx, columns.item_ptr,
-        columns.item_col, _weight(plan), *of_states, *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries),
-        len(plan.keys), items, columns.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk,
+        plan.queries.start, plan.queries.position, *_tables(plan)[3:],
+        columns.col_ptr, columns.col_idx, columns.item_ptr, columns.item_col, _weight(plan),
+        *of_states, *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries), len(plan.keys), items,
+        columns.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk,
         plan.causal, plan.log_weight is not None, *KEY_GRADIENTS, feature_map,
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
