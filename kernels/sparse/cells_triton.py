@@ -12,7 +12,7 @@ from longspan.kernels.launch import launched
 from longspan.kernels.sparse.items_triton import fill_items, list_items
 
 TILE = 1024  # entries at once
-SCAN, SCAN_WARPS = 8192, 16  # counts at once
+SCAN, SCAN_WARPS = 4096, 16  # counts at once
 ORDERED = 16, 16  # items, and entries of each, that a program puts in order at once
 CELLS = 8  # most cells for an entry that lists have room for
 
