@@ -37,12 +37,15 @@ COLUMNS = ["system", "gpus", "tokens", "step s", "tokens/s/GPU", "MFU %", "peak 
 SHARE = 1 << 20  # tokens that the steps of one length take together, about
 
 
+SOFTMAX, LINEAR = ("softmax",), ("linear:fixed",)
+
+
 @dataclass(frozen=True)
 class System:
-    """pattern: the layers of its model. worker: its name in training_systems.py, None: longspan itself. package: what
-    must be importable. alone: it uses one GPU. settings: others of a longspan run."""
+    """pattern: the layers of its model, in turn. worker: its name in training_systems.py, None: longspan itself.
+    package: what must be importable. alone: it uses one GPU. settings: others of a longspan run."""
 
-    pattern: str
+    pattern: tuple[str, ...]
     worker: str | None = None
     package: str = "longspan"
     alone: bool = False
@@ -54,12 +57,13 @@ class System:
 
 
 SYSTEMS = {
-    "longspan": System("softmax"),
-    "torch_cp": System("softmax", "torch_cp", "torch"),
-    "deepspeed_ulysses": System("softmax", "deepspeed_ulysses", "deepspeed"),
-    "longspan_linear": System("linear:fixed", alone=True),
-    "longspan_cudnn": System("softmax", settings={"parallel": {"backend": "cudnn"}}),
-    "fla_linear": System("linear:fixed", "fla", "fla", alone=True),
+    "longspan": System(SOFTMAX),
+    "longspan_hybrid": System((*LINEAR * 3, *SOFTMAX)),
+    "torch_cp": System(SOFTMAX, "torch_cp", "torch"),
+    "deepspeed_ulysses": System(SOFTMAX, "deepspeed_ulysses", "deepspeed"),
+    "longspan_linear": System(LINEAR, alone=True),
+    "longspan_cudnn": System(SOFTMAX, settings={"parallel": {"backend": "cudnn"}}),
+    "fla_linear": System(LINEAR, "fla", "fla", alone=True),
 }
 
 DEFAULT = [name for name in SYSTEMS if name != "longspan_cudnn"]
@@ -77,7 +81,7 @@ def main(argv=None) -> int:
             record["not_measured"][name] = missing
             print(f"{name} is not measured: {missing}", flush=True)
             continue
-        model = arguments.model | {"pattern": [system.pattern]}
+        model = arguments.model | {"pattern": list(system.pattern)}
         tokens = arguments.linear_tokens if system.alone else arguments.tokens
         runs = [(n, arguments.steps or max(2, min(5, SHARE // n))) for n in sorted(tokens)]
         gpus = 1 if system.alone else arguments.gpus

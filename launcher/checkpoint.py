@@ -1,8 +1,9 @@
 """Checkpoints that any number of ranks can resume from, and that are either complete or ignored.
 
 RUN/checkpoints/step-00000100/ holds torch.distributed.checkpoint's shards of model and optimizer, each rank's random
-state (`rng-*.pt`), `info.json` (step, data position, config, file sizes) and the empty file `complete`. A save is
-written to `.saving-step-00000100` and renamed when it is whole, so one that was interrupted is never read.
+state (`rng-*.pt`), `info.json` (step, data position, config, sizes and digests of files) and the file `complete`, with
+the digest of info.json. A save is written to `.saving-step-00000100` and renamed when it is whole, so one that was
+interrupted is never read.
 """
 
 import io
@@ -12,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from longspan.launcher.agreement import decide
+from longspan.launcher.agreement import agree_on_none, decide
 from longspan.launcher.config import Config
+from longspan.launcher.digests import DigestingWriter, digest, first_difference, share
 from longspan.launcher.engines import Engine
 from longspan.launcher.errors import UserError
 from longspan.models.config import ModelConfig
@@ -47,6 +49,7 @@ class Info:
     config: dict[str, Any]
     world_size: int
     sizes: dict[str, int]  # bytes of every file, to notice truncated ones before they are loaded
+    digests: dict[str, str] = field(default_factory=dict)  # of every file; none in checkpoints of earlier releases
 
 
 def find(run_dir: Path, resume: str) -> Info | None:
@@ -94,7 +97,10 @@ def named(path: Path, setting: str = "") -> Info:
 def read_info(path: Path) -> Info:
     """What `path` says about itself; UserError when the checkpoint is damaged."""
     try:
-        fields = json.loads((path / "info.json").read_text())
+        content, written = (path / "info.json").read_bytes(), (path / MARKER).read_text()
+        if written and digest(content) != written:
+            raise ValueError("info.json has other bytes than were written")
+        fields = json.loads(content)
         info = Info(path=path, **fields)
         for name, size in info.sizes.items():
             found = (path / name).stat().st_size
@@ -137,14 +143,15 @@ def load(info: Info, engine: Engine) -> None:
     """Loads parameters, optimizer state and random state into `engine`, sharded as they are now.
 
     Collective. Settings of the optimizer (rates, betas, decay) stay as they are. The random state returns on the
-    same number of ranks only; on another it is drawn from the step. Raises UserError on all ranks when it fails.
+    same number of ranks only; on another it is drawn from the step. Raises UserError on all ranks when it fails, and
+    before anything is loaded when a file has other bytes than were written.
     """
     same_ranks, random_state = info.world_size == dist.get_world_size(), None
+    state = engine.state_dict()
+    fill(info, state)
     if same_ranks:
         with _whole(info.path):
             random_state = torch.load(info.path / _rng_file(dist.get_rank()), weights_only=True)
-    state = engine.state_dict()
-    fill(info, state)
     engine.load_state_dict(state)
     if same_ranks:
         _set_random_state(random_state)
@@ -152,13 +159,46 @@ def load(info: Info, engine: Engine) -> None:
         torch.manual_seed(info.config["run"]["seed"] + info.step)
 
 
-def fill(info: Info, state: dict[str, Any], **options) -> None:
-    """Loads into the tensors of `state` what the checkpoint has under their names; options: of dcp.load. Raises
-    UserError, on all ranks, when it fails."""
+def _check_bytes(info: Info, rank: int, world_size: int) -> str | None:
+    """What is wrong with those of the files that `rank` checks; None for nothing."""
+    mine = share(list(info.digests), rank, world_size)
+    difference = first_difference(info.path, {name: info.digests[name] for name in mine})
+    return difference and _damaged(info.path, difference)
+
+
+def verify(path: Path) -> Iterator[tuple[str, bool]]:
+    """Of the checkpoint `path`, or of every complete one of that run directory: a line about its bytes, and whether
+    they are right. UserError where there is none."""
+    single = [path] if (path / MARKER).exists() else []
+    for found in single or _complete(path / "checkpoints") or _complete(path) or [named(path).path]:
+        try:
+            info = read_info(found)
+            problem = _check_bytes(info, 0, 1)
+        except UserError as error:
+            problem = str(error)
+        if problem:
+            yield problem, False
+        elif info.digests:
+            yield f"{found}: all files are as they were written", True
+        else:
+            yield f"{found}: files have their sizes; it is of an earlier release, without digests", True
+
+
+def fill(info: Info, state: dict[str, Any], *, alone: bool = False) -> None:
+    """Loads into the tensors of `state` what the checkpoint has under their names. alone: for this process, without the
+    others. Raises UserError, on all ranks, when it fails."""
+    if not info.digests:
+        log.warning("%s is of an earlier release, without digests: of its files only the sizes are checked", info.path)
+    rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+    problem = _check_bytes(info, rank, world_size)
+    if alone and problem:
+        raise UserError(problem)
+    if not alone:
+        agree_on_none(problem)
     with _whole(info.path):  # dcp.load would log tracebacks of its own first
         dcp.FileSystemReader(info.path).read_metadata()
     try:
-        dcp.load(state, checkpoint_id=info.path, **options)
+        dcp.load(state, checkpoint_id=info.path, no_dist=alone)
     except CheckpointException as error:
         raise UserError(_damaged(info.path, _first_failure(error))) from None
 
@@ -171,9 +211,9 @@ def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict
     final = run_dir / "checkpoints" / f"step-{step:08d}"
     partial = final.with_name(f".saving-{final.name}")
     decide(lambda: _prepare(partial))
-    state = engine.state_dict()
+    state, writer = engine.state_dict(), DigestingWriter(partial)
     try:
-        dcp.save(state, checkpoint_id=partial)
+        dcp.save(state, checkpoint_id=partial, storage_writer=writer)
     except CheckpointException as error:
         failure = _first_failure(error)
         if "inline_container" in str(failure):  # what torch's zip writer says when the file did not take all of it
@@ -185,14 +225,16 @@ def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict
     try:
         content = io.BytesIO()  # torch.save hides the reason when a file cannot be written
         torch.save(_random_state(), content)
-        (partial / _rng_file(dist.get_rank())).write_bytes(content.getvalue())
+        own = _rng_file(dist.get_rank())
+        (partial / own).write_bytes(content.getvalue())
+        writer.digests[own] = digest(content.getvalue())
     except OSError as error:
         problem = _unwritable(partial, error)
-    problems = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise UserError(next(filter(None, problems)))
+    agree_on_none(problem)
+    digests = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, writer.digests)
     info = {"step": step, "data": data, "config": asdict(config), "world_size": dist.get_world_size()}
+    info["digests"] = {name: value for of_rank in digests for name, value in of_rank.items()}
     decide(lambda: _publish(partial, final, info, config.checkpoint.keep_last))
     return final
 
@@ -214,7 +256,8 @@ def _publish(partial: Path, final: Path, info: dict[str, Any], keep_last: int) -
                 f"{partial} holds the files of some ranks only: run.dir must be on a disk that all machines share"
             )
         info["sizes"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        for name, text in (("info.json", json.dumps(info, indent=1)), (MARKER, "")):
+        text = json.dumps(info, indent=1)
+        for name, text in (("info.json", text), (MARKER, digest(text.encode()))):
             with open(partial / name, "w") as file:
                 file.write(text)
                 file.flush()
@@ -273,8 +316,9 @@ def _whole(path: Path) -> Iterator[None]:
         raise UserError(_damaged(path, error)) from None
 
 
-def _damaged(path: Path, error: BaseException) -> str:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def _damaged(path: Path, error: BaseException | str) -> str:
+    reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    reason = " ".join(reason.split())[:300]
     return f"{path} is damaged ({reason}): delete that folder to resume from the checkpoint before it"
 
 

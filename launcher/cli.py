@@ -1,5 +1,6 @@
 """The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
-`profile` shows what a step took, `sample` draws, `bench` measures, `report` shows what was measured."""
+`verify` checks checkpoints, `profile` shows what a step took, `sample` draws, `bench` measures, `report` shows what was
+measured."""
 
 import argparse
 import ast
@@ -119,6 +120,25 @@ def profile(argv: list[str]) -> None:
     show(Path(parser.parse_args(argv).run))
 
 
+def verify(argv: list[str]) -> None:
+    """Prints whether checkpoints are as they were written. UserError where one is not."""
+    parser = _Parser(
+        prog="longspan verify",
+        description="Reads every byte of checkpoints and compares with the digests that were written with them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, all checkpoints of which are read, or one of them")
+    path = Path(parser.parse_args(argv).run)
+    from longspan.launcher.checkpoint import verify as verify_checkpoints  # imports torch
+
+    damaged = 0
+    for line, right in verify_checkpoints(path):
+        print(line, flush=True)
+        damaged += not right
+    if damaged:
+        raise UserError(f"damaged checkpoints in {path}: {damaged}, see above")
+
+
 def settings_help() -> str:
     """Every setting with its default, its type and its line of help, by section."""
     lines = ["settings (key=value, or by section in the file); K, M, G in token counts are 2^10, 2^20, 2^30:"]
@@ -224,13 +244,14 @@ BENCHMARKS = {
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
 COMMANDS = {
-    "prepare": prepare, "plan": plan, "train": train, "profile": profile, "sample": sample, "bench": bench,
-    "report": report,
+    "prepare": prepare, "plan": plan, "train": train, "verify": verify, "profile": profile, "sample": sample,
+    "bench": bench, "report": report,
 }  # fmt: skip
 COMMAND_HELP = {
     "prepare": "turns text into a corpus",
     "plan": "says what a step would take of memory and time, before any GPU is there",
     "train": "trains; over several ranks: torchrun launcher/train.py",
+    "verify": "checks that checkpoints are as they were written",
     "profile": "shows where the time of a run's steps went",
     "sample": "draws images with a trained diffusion transformer",
     "bench": "measures kernels, attention and communication on this machine",

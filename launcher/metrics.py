@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention.moved import pairs_per_rank
+from longspan.launcher.agreement import listed
 from longspan.launcher.batches import Batch
 from longspan.launcher.clock import Clock
 from longspan.launcher.errors import UserError
@@ -42,7 +43,7 @@ def peak_tflops(device: torch.device) -> float | None:
 class StepMeter:
     """Collects the numbers of a step over all ranks."""
 
-    COLUMNS = ("loss_sum", "tokens", "flops", "pairs", "peak_memory", "attention_s", "stop")
+    COLUMNS = ("loss_sum", "tokens", "flops", "pairs", "peak_memory", "attention_s", "stop", "places")
 
     def __init__(self, model: ModelConfig, mesh: Mesh):
         self._model, self._mesh = model, mesh
@@ -78,12 +79,40 @@ class StepMeter:
             row[2] += model_flops(self._model, layout.lengths) / self._mesh.sp / self._mesh.tp
             row[3] += self.pairs(batch.seq) / self._mesh.tp
         row[4], row[5] = _peak_memory(self._mesh.device), self._attention_seconds()
-        row[6] = float(stop)
+        row[6], row[7] = float(stop), self._places(batches)
         mine = torch.tensor(row, dtype=torch.float64).to(self._mesh.device, non_blocking=True)
         mine[0] = loss_sum / self._mesh.tp
+        return self._gathered(mine)
+
+    def check_places(self, step: int, batches: Sequence[Batch]) -> None:
+        """Raises UserError, the same on all ranks, where ranks of one SP group have not placed the same tokens in the
+        same places. One exchange, for which the host waits; `resolve` does it with what was gathered anyway."""
+        mine = torch.tensor([self._places(batches)], dtype=torch.float64).to(self._mesh.device)
+        self._compare_places(step, self._gathered(mine).flatten().tolist())
+
+    def _gathered(self, mine):
         rows = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
         dist.all_gather(rows, mine)
         return torch.stack(rows)
+
+    def _places(self, batches) -> float:
+        """A whole number that follows from where all tokens are, in softmax attention too: the same on all ranks of an
+        SP group if they have planned the same. Layouts know their hashes, which are of integers alone and so the same
+        in every process."""
+        layouts = [(batch.seq.layout, *map(batch.seq.attention_layout, self._masks)) for batch in batches]
+        return float(hash(tuple(map(hash, layouts))) % 2**53)
+
+    def _compare_places(self, step: int, places: list[float]) -> None:
+        size = self._mesh.sp * self._mesh.tp
+        groups = [range(first, first + size) for first in range(0, self._mesh.world_size, size)]
+        odd = [rank for group in groups for rank in group if places[rank] != places[group[0]]]
+        if odd:
+            first = odd[0] // size * size
+            raise UserError(
+                f"{listed(odd)} placed the tokens of step {step} elsewhere than rank {first} of the same SP group: what"
+                " they read or planned differs; use the same corpora and versions on every machine, and resume from"
+                " the last checkpoint"
+            )
 
     def pairs(self, seq) -> float:
         """Query-key pairs of this rank in all softmax layers, times its share of their heads."""
@@ -108,11 +137,13 @@ class StepMeter:
     def resolve(self, pending: "PendingStep") -> dict[str, Any]:
         """The step's object in metrics.jsonl. Waits until the device has finished the step; sets `pending.stop`.
 
-        Raises UserError, the same on all ranks, when the loss or the gradient norm is not finite.
+        Raises UserError, the same on all ranks, when the loss or the gradient norm is not finite, or ranks of one SP
+        group disagree on where tokens are.
         """
         self._clock.seconds(pending.begin, pending.arrived)
         *table, loss, grad_norm = pending.numbers.tolist()
         columns = {name: table[i :: len(self.COLUMNS)] for i, name in enumerate(self.COLUMNS)}
+        self._compare_places(pending.step, columns["places"])
         _check_finite(pending, loss, grad_norm, columns["loss_sum"])
         pending.stop = any(columns["stop"])
         seconds = self._clock.seconds(pending.begin, pending.end)

@@ -37,7 +37,7 @@ def sample_run(run: str, output: str, images: int, steps: int, size: int | None,
     model = build_model(config.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process alone
-        checkpoint.fill(info, {"model": model.state_dict()}, no_dist=True)
+        checkpoint.fill(info, {"model": model.state_dict()}, alone=True)
     model = model.to(device, getattr(torch, config.train.dtype))
     spans = [(Span(0, 0, size**2), seed, SPLITS["sample"], number) for number in range(images)]
     noise = torch.from_numpy(np.concatenate([noise_of(*span) for span in spans]).astype(np.float32))

@@ -13,13 +13,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from longspan.launcher.agreement import agree_on
 from longspan.launcher.batches import NO_LABEL, BatchLoader, TextBuilder
 from longspan.launcher.config import CorpusConfig, DataConfig
 from longspan.launcher.corpus import open_corpus
 from longspan.launcher.errors import UserError, main_guard
+from longspan.launcher.facts import sizes, versions
 from longspan.launcher.parsing import parse_tokens
 from longspan.launcher.samples import SampleStream
 from longspan.parallel import SequenceParallel
+from longspan.parallel.mesh import group_topology
 
 VOCABULARY_MULTIPLE = 128  # embeddings are cut by vocabulary for tensor-parallel ranks
 
@@ -32,12 +35,13 @@ def main(argv: list[str]) -> list[float]:
     if on_gpu:
         torch.cuda.set_device(device)
     state = join(options, on_gpu)
+    agree_on({name: str(value) for name, value in vars(options).items()} | versions() | sizes([options.data]))
     corpus = open_corpus(options.data)
     vocabulary = -(-(corpus.vocab_size or options.vocab_size) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     loader = batches(options, corpus, vocabulary, state, device)
     with warnings.catch_warnings():  # of optional packages that are not there
         warnings.simplefilter("ignore")
-        model = build(options, vocabulary).to(device, getattr(torch, options.dtype))
+        model = build(options, vocabulary, links(options)).to(device, getattr(torch, options.dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
     replicas = state.get_data_parallel_group(with_context_parallel=True)
     for step in range(1, options.steps + 1):
@@ -72,6 +76,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=parse_tokens, default=1024, metavar="TOKENS", help="such as 128K; default 1K")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all weights")
+    parser.add_argument(
+        "--peer-memory", choices=["auto", "on", "off"], default="auto", help="states through memory that GPUs share"
+    )
     options = parser.parse_args(argv)
     for name, value in vars(options).items():
         least = 0 if name == "seed" else 1
@@ -117,8 +124,15 @@ def batches(options, corpus, vocabulary: int, state, device) -> BatchLoader:
     return BatchLoader(builder, prefetch=2)
 
 
-def build(options, vocabulary: int):
-    """The model, on the CPU. Its initial weights are the same for any number of ranks."""
+def links(options) -> dict:
+    """What layers know of the ranks that share a sequence. Collective."""
+    ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    topology = group_topology(options.cp, options.tp, ranks_per_machine)
+    return {"topology": topology, "peer_memory": options.peer_memory}
+
+
+def build(options, vocabulary: int, parallel: dict):
+    """The model, on the CPU. Its initial weights are the same for any number of ranks. parallel: of block_spec."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
@@ -141,7 +155,7 @@ def build(options, vocabulary: int):
         gradient_accumulation_fusion=False,  # needs apex
         bias_dropout_fusion=False,
     )
-    spec = block_spec(config, options.pattern, rope="longspan")
+    spec = block_spec(config, options.pattern, rope="longspan", parallel=parallel)
     return GPTModel(config, spec, vocabulary, options.seq_len, position_embedding_type="none")
 
 

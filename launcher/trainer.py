@@ -14,7 +14,7 @@ import torch.distributed as dist
 from longspan.attention.ranges import component
 from longspan.kernels import peer_triton
 from longspan.launcher import checkpoint
-from longspan.launcher.agreement import decide
+from longspan.launcher.agreement import agree_on, decide
 from longspan.launcher.allocator import allocator_setting
 from longspan.launcher.batches import BatchLoader
 from longspan.launcher.breakdown import DATA, OPTIMIZER, OUTSIDE
@@ -23,6 +23,7 @@ from longspan.launcher.claim import claim
 from longspan.launcher.config import Config
 from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
+from longspan.launcher.facts import facts_of
 from longspan.launcher.files import replace_text, writing
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
 from longspan.launcher.profiling import StepProfiler
@@ -33,7 +34,7 @@ from longspan.launcher.tasks import step_builder
 from longspan.models.build import build_model
 from longspan.models.parallelize import parallelize
 from longspan.parallel import SequenceParallel
-from longspan.parallel.mesh import Mesh, build_mesh
+from longspan.parallel.mesh import Mesh, build_mesh, join
 from longspan.parallel.peer_memory import open_peer_memory
 from longspan.parallel.tensor import TensorParallel
 
@@ -52,6 +53,8 @@ def run(config: Config) -> None:
         make_deterministic()
     device = choose_device(config.run.device)
     _set_up_log()
+    join(device, config.train.timeout_s)
+    agree_on(facts_of(config))
     mesh = build_mesh(
         sp=config.parallel.sp,
         sharding=config.parallel.mesh_sharding,
@@ -125,7 +128,7 @@ class Trainer:
         self._pending: deque[PendingStep] = deque()
         # On a GPU the host prepares the next step while this one runs and reads its numbers one step late.
         self._steps_in_flight = 1 if mesh.device.type == "cuda" else 0
-        self._start, self._progress = start, None
+        self._start, self._progress, self._places_agreed = start, None, False
 
     def _claim(self) -> checkpoint.Info | None:
         """Where to start, in a run directory that no other run is in."""
@@ -231,6 +234,9 @@ class Trainer:
             batches = self.loader.next_step()
         self.profiler.observe(batches)
         self.step += 1
+        if not self._places_agreed:  # before the first exchange that would wait, or mix tokens up, if they do not
+            self.meter.check_places(self.step, batches)
+            self._places_agreed = True
         num_labels = batches[0].num_labels_global
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:

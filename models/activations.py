@@ -20,11 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 from longspan.attention.offload import Offload
 from longspan.attention.outline import Call, Outline, OutlinedOffload
+from longspan.kernels.segment_rows import Runs
 from longspan.models.build import build_model
 from longspan.models.config import CHANNELS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.diffusion import Pixels, pixels
 from longspan.models.tensor_parallel import split_model
+from longspan.models.tiles import Tile, Tiles, runs_in_tiles
 from longspan.parallel.tensor import OutlinedRanks
 from longspan.parallel.topology import Topology
 
@@ -144,7 +146,8 @@ def measure(
     tokens = -(-sum(lengths) // world_size)
     with meter:
         with _Kernels(gpu), meter.booked(EMBEDDING):
-            inputs, seq = _inputs(config, lengths, tokens, world_size, gpu, meter, (softmax, sparse, topology))
+            ways, tile = (softmax, sparse, topology), model.blocks[0].mlp_tile
+            inputs, seq = _inputs(config, lengths, tokens, world_size, gpu, tile, meter, ways)
             loss = model(*inputs, seq)
         kept = {name: count for name, count in meter.live.items() if count}
         with meter.booked(BACKWARD):
@@ -325,7 +328,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, nn.Parameter(parameter.detach().to("meta", kept)))
 
 
-def _inputs(config, lengths, tokens, world_size, gpu, meter, ways):
+def _inputs(config, lengths, tokens, world_size, gpu, mlp_tile, meter, ways):
     """What a model takes in training, for this rank's tokens."""
 
     def numbers(*shape, dtype=torch.int64):
@@ -333,9 +336,17 @@ def _inputs(config, lengths, tokens, world_size, gpu, meter, ways):
 
     with meter.booked(BATCH):
         positions, derived = numbers(tokens), {}
+        seq = Outline(lengths, tokens, world_size, gpu, positions, meter.record, derived, *ways)
         if config.task == "text":
-            inputs = [numbers(tokens), numbers(tokens)]
-        else:
-            inputs = [numbers(*shape, dtype=torch.float32) for shape in 2 * [(tokens, CHANNELS)] + [(len(lengths),)]]
-            derived[pixels] = Pixels(*(numbers(tokens) for _ in range(3)))
-    return inputs, Outline(lengths, tokens, world_size, gpu, positions, meter.record, derived, *ways)
+            return [numbers(tokens), numbers(tokens)], seq
+
+        def runs(tokens, count):
+            return Runs(numbers(tokens), numbers(count), numbers(count))
+
+        derived[pixels] = Pixels(numbers(tokens), numbers(tokens), runs(tokens, seq.spans), numbers(seq.spans))
+        if size := min(mlp_tile, tokens):  # all as the first, the only one that is run
+            count = -(-seq.spans * size // tokens)
+            tiles = range(-(-tokens // size))
+            derived[runs_in_tiles] = Tiles(tuple(Tile(slice(size), slice(count), runs(size, count)) for _ in tiles))
+        pair = 2 * [(tokens, CHANNELS)]
+        return [numbers(*shape, dtype=torch.float32) for shape in (*pair, (len(lengths),))], seq

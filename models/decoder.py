@@ -32,7 +32,7 @@ class Block(nn.Module):
         x_TD, y_TD = self.mixer_norm(x_TD)
         branch_TD = self.mixer(y_TD, rotary, seq)
         if self.mlp_tile:
-            return feed_in_tiles(self, (x_TD + branch_TD,), ())
+            return feed_in_tiles(self, (x_TD + branch_TD,))
         return self.feed(x_TD, branch_TD)
 
     def feed(self, x_TD: torch.Tensor, branch_TD: torch.Tensor | None = None) -> torch.Tensor:

@@ -5,7 +5,8 @@ time 0 and noise e at time 1, x_t = (1 - t) x + t e, and the loss is the squared
 Tokens stand in Morton order, so that blocks of them are patches. Blocks are modulated by the time of their image (DiT,
 arXiv 2212.09748), through one projection for all layers and a table of each layer's own (PixArt, arXiv 2310.00426).
 
-Shape letters: T local tokens in layout order (may be 0), N images of the batch, D hidden size, C channels.
+Shape letters: T local tokens in layout order (may be 0) in S runs, each of one image; N images of the batch, D hidden
+size, C channels.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longspan.kernels.segment_rows import Runs, rows_of_tokens
 from longspan.kernels.wide import wide_dtype
 from longspan.models.config import CHANNELS, ModelConfig
 from longspan.models.decoder import Block
@@ -29,22 +31,25 @@ SLOWEST, FASTEST = 0.1, 1000.0  # radians per unit of time; as for the 1000 step
 
 @dataclass(frozen=True)
 class Pixels:
-    """Of every local token: row and column in its image, and the number of the image. int64 [T]."""
+    """Of every local token: row and column in its image, int64 [T]. runs: of local tokens; image: of each the number of
+    its image, int64 [S]. An image cut in several parts here has as many runs."""
 
     row: torch.Tensor
     column: torch.Tensor
+    runs: Runs
     image: torch.Tensor
 
     def map(self, move) -> "Pixels":
         """The same with every tensor passed through `move`."""
-        return Pixels(*map(move, (self.row, self.column, self.image)))
+        return Pixels(move(self.row), move(self.column), self.runs.map(move), move(self.image))
 
 
 def pixels(layout: Layout, rank: int) -> Pixels:
     """The pixels that `rank` holds of images laid out in Morton order."""
-    spans = layout.spans[rank]
-    image = np.repeat(np.array([span.document for span in spans], np.int64), [len(span) for span in spans])
-    return Pixels(*map(torch.from_numpy, (*coordinates(layout.positions(rank)), image)))
+    row, column = coordinates(layout.positions(rank))
+    image = np.array([span.document for span in layout.spans[rank]], np.int64)
+    runs = Runs.of(layout.local_offsets(rank))
+    return Pixels(torch.from_numpy(row), torch.from_numpy(column), runs, torch.from_numpy(image))
 
 
 class ModulatedBlock(Block):
@@ -57,18 +62,18 @@ class ModulatedBlock(Block):
     def init_weights(self) -> None:
         nn.init.zeros_(self.modulation)
 
-    def forward(self, x_TD, modulation_ND, member_TN, rotary: Rotary, seq) -> torch.Tensor:
-        """modulation_ND: [N, 6 D], of every image; member_TN: 1 where a token belongs to an image, else 0."""
-        mixer_N3D, mlp_N3D = (modulation_ND + self.modulation).chunk(2, -1)
-        shift_TD, scale_TD, gate_TD = (member_TN @ mixer_N3D).chunk(3, -1)
+    def forward(self, x_TD, modulation_SD, runs: Runs, rotary: Rotary, seq) -> torch.Tensor:
+        """modulation_SD: [S, 6 D], of every run of tokens."""
+        mixer_S3D, mlp_S3D = (modulation_SD + self.modulation).chunk(2, -1)
+        shift_TD, scale_TD, gate_TD = rows_of_tokens(mixer_S3D, runs).chunk(3, -1)
         x_TD, y_TD = self.mixer_norm(x_TD)
         x_TD = x_TD + gate_TD * self.mixer(y_TD * (1 + scale_TD) + shift_TD, rotary, seq)
         if self.mlp_tile:
-            return feed_in_tiles(self, (x_TD, member_TN), (mlp_N3D,))
-        return self.feed(x_TD, member_TN, mlp_N3D)
+            return feed_in_tiles(self, (x_TD,), (mlp_S3D,), seq)
+        return self.feed(x_TD, mlp_S3D, runs)
 
-    def feed(self, x_TD, member_TN, modulation_N3D) -> torch.Tensor:
-        shift_TD, scale_TD, gate_TD = (member_TN @ modulation_N3D).chunk(3, -1)
+    def feed(self, x_TD, modulation_S3D, runs: Runs) -> torch.Tensor:
+        shift_TD, scale_TD, gate_TD = rows_of_tokens(modulation_S3D, runs).chunk(3, -1)
         x_TD, y_TD = self.mlp_norm(x_TD)
         return x_TD + gate_TD * self.mlp(y_TD * (1 + scale_TD) + shift_TD)
 
@@ -111,7 +116,8 @@ class DiffusionTransformer(nn.Module):
         image, noise: [T, C], the clean pixels in the order of seq.layout and what they are mixed with; times: [N], of
         every document of the batch, from 0 (image) to 1 (noise).
         """
-        time_T1 = times[seq.derive(pixels).image][:, None]
+        own = seq.derive(pixels)
+        time_T1 = times[own.image][own.runs.of_token][:, None]
         error_TC = self._velocity((1 - time_T1) * image + time_T1 * noise, times, seq).to(image.dtype) - (noise - image)
         return error_TC.square().mean(-1).sum()
 
@@ -122,10 +128,8 @@ class DiffusionTransformer(nn.Module):
     def _velocity(self, noisy_TC, times_N, seq):
         assert len(noisy_TC) == seq.num_tokens_local and len(times_N) == len(seq.layout.lengths)
         own, dtype = seq.derive(pixels), self.embedding.weight.dtype
-        # As a product, so that gradients of modulation are sums over tokens in a fixed order.
-        member_TN = (own.image[:, None] == torch.arange(len(times_N), device=own.image.device)).to(dtype)
         x_TD = self.embedding(noisy_TC.to(dtype))
-        modulation = self.modulation(self.time(time_features(times_N).to(dtype)))
+        modulation = self.modulation(self.time(time_features(times_N[own.image]).to(dtype)))
         blocks, last = modulation.split([6 * x_TD.shape[1], 2 * x_TD.shape[1]], -1)
         angles = image_angles(
             own.row,
@@ -136,8 +140,8 @@ class DiffusionTransformer(nn.Module):
             dtype=wide_dtype(dtype),
         )
         for block in self.blocks:
-            x_TD = block(x_TD, blocks, member_TN, angles, seq)
-        shift_TD, scale_TD = (member_TN @ last).chunk(2, -1)
+            x_TD = block(x_TD, blocks, own.runs, angles, seq)
+        shift_TD, scale_TD = rows_of_tokens(last, own.runs).chunk(2, -1)
         return self.head(self.norm(x_TD) * (1 + scale_TD) + shift_TD)
 
 

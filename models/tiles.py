@@ -5,23 +5,68 @@ else in a layer. Here it exists for one tile at a time: the forward keeps the ha
 tile again and takes its gradients before the next one (tiled computation as in arXiv 2506.13996).
 """
 
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from longspan.attention.ranges import RECOMPUTED, component
 from longspan.attention.recompute import recomputing
+from longspan.kernels.segment_rows import Runs
 from longspan.kernels.wide import wide_dtype
+from longspan.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some of this rank's tokens (rows), and the runs that they belong to: their numbers, and what of them is here."""
+
+    rows: slice
+    numbers: slice
+    runs: Runs
+
+
+@dataclass(frozen=True)
+class Tiles:
+    tiles: tuple[Tile, ...]
+
+    def map(self, move) -> "Tiles":
+        """The same with every tensor passed through `move`."""
+        return Tiles(tuple(Tile(tile.rows, tile.numbers, tile.runs.map(move)) for tile in self.tiles))
+
+
+def runs_in_tiles(layout: Layout, rank: int, size: int) -> Tiles:
+    """The tokens of `rank`, `size` at a time, with the spans of the layout as runs."""
+    offsets = layout.local_offsets(rank)
+    return Tiles(tuple(_tile(offsets, rows) for rows in _cut(offsets[-1], size)))
+
+
+def _tile(offsets, rows):
+    numbers = slice(bisect_right(offsets, rows.start) - 1, bisect_left(offsets, rows.stop))
+    runs = Runs.of([max(0, start - rows.start) for start in offsets[numbers]] + [rows.stop - rows.start])
+    return Tile(rows, numbers, runs)
+
+
+def _cut(tokens, size):
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 @torch.compiler.disable
-def feed_in_tiles(block, per_token: tuple, shared: tuple) -> torch.Tensor:
-    """block.feed(*per_token, *shared), for at most block.mlp_tile tokens at a time.
+def feed_in_tiles(block, per_token: tuple, per_run: tuple = (), seq=None) -> torch.Tensor:
+    """block.feed(*per_token), for at most block.mlp_tile tokens at a time; with `seq` block.feed(*per_token, *per_run,
+    runs), where runs are those of the tile's tokens.
 
-    per_token: tensors [T, ...], the first of which has the shape and dtype of the result; shared: tensors that every
-    token uses. block.feed uses the parameters of block.mlp_norm and block.mlp. Gradients of parameters and shared
-    tensors are summed over tiles in at least fp32. Inside a checkpoint it has to be the last thing that is computed.
+    per_token: tensors [T, ...], the first of which has the shape and dtype of the result; per_run: tensors [S, ...] of
+    the spans of seq.layout on this rank. block.feed uses the parameters of block.mlp_norm and block.mlp. Gradients of
+    parameters and per_run are summed over tiles in at least fp32. Inside a checkpoint it has to be the last thing that
+    is computed.
     """
-    return _Tiles.apply(block, len(per_token), *per_token, *shared, *_parameters(block))
+    if seq is None:
+        tiles = [Tile(rows, slice(0), None) for rows in _cut(len(per_token[0]), block.mlp_tile)]
+    else:
+        tiles = seq.derive(runs_in_tiles, block.mlp_tile).tiles
+    return _Tiles.apply(block, tiles, len(per_token), *per_token, *per_run, *_parameters(block))
 
 
 def _parameters(block):
@@ -31,49 +76,53 @@ def _parameters(block):
 
 class _Tiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, block, num_per_token, *inputs):
+    def forward(ctx, block, tiles, num_per_token, *inputs):
         inputs = inputs[: len(inputs) - len(_parameters(block))]
-        ctx.block, ctx.num_per_token = block, num_per_token
+        ctx.block, ctx.tiles, ctx.num_per_token = block, tiles, num_per_token
         ctx.save_for_backward(*inputs)
         x_TD = inputs[0]
         if recomputing():  # only the inputs are asked for; nobody reads the block's output
             return x_TD.new_empty(1).expand(x_TD.shape)
         out_TD = torch.empty_like(x_TD)
-        for rows in _tiles(block, x_TD):
-            out_TD[rows] = block.feed(*_tile(inputs, num_per_token, rows))
+        for tile in block.visit_tiles(tiles):
+            places = _places(tile, num_per_token, inputs)
+            out_TD[tile.rows] = block.feed(*(x[place] for x, place in zip(inputs, places)), *_runs(tile))
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out_TD):
-        block, split, inputs, needed = ctx.block, ctx.num_per_token, ctx.saved_tensors, ctx.needs_input_grad[2:]
-        shared = [x.detach().requires_grad_(need) for x, need in zip(inputs[split:], needed[split:])]
-        totals = [*shared, *_parameters(block)]
-        sums = [
-            torch.zeros_like(x, dtype=wide_dtype(x.dtype)) if need else None for x, need in zip(totals, needed[split:])
-        ]
-        per_token = [torch.empty_like(x) if need else None for x, need in zip(inputs, needed[:split])]
-        for rows in _tiles(block, inputs[0]):
-            tile = [x[rows].detach().requires_grad_(need) for x, need in zip(inputs, needed[:split])]
+        block, split, inputs, needed = ctx.block, ctx.num_per_token, ctx.saved_tensors, ctx.needs_input_grad[3:]
+        whole = [*inputs, *_parameters(block)]
+        grads = [
+            None if not need
+            else torch.empty_like(x) if number < split
+            else torch.zeros_like(x, dtype=wide_dtype(x.dtype))
+            for number, (x, need) in enumerate(zip(whole, needed))
+        ]  # fmt: skip
+        for tile in block.visit_tiles(ctx.tiles):
+            places = _places(tile, split, inputs)
+            parts = [x[place].detach().requires_grad_(need) for x, place, need in zip(inputs, places, needed)]
             with torch.enable_grad(), component(RECOMPUTED):
-                out = block.feed(*tile, *shared)
-            wanted = [x for x, need in zip((*tile, *totals), needed) if need]
-            grads = iter(torch.autograd.grad(out, wanted, d_out_TD[rows]))
-            for whole in filter(_given, per_token):
-                whole[rows] = next(grads)
-            for total in filter(_given, sums):
-                total += next(grads)
-        sums = [None if total is None else total.to(x.dtype) for total, x in zip(sums, totals)]
-        return None, None, *per_token, *sums
+                out = block.feed(*parts, *_runs(tile))
+            wanted = [x for x, need in zip((*parts, *whole[len(parts) :]), needed) if need]
+            found = iter(torch.autograd.grad(out, wanted, d_out_TD[tile.rows]))
+            for number, grad in enumerate(grads):
+                if grad is None:
+                    continue
+                if number < split:
+                    grad[tile.rows] = next(found)
+                elif number < len(inputs):
+                    grad[tile.numbers] += next(found)
+                else:
+                    grad += next(found)
+        return None, None, None, *(None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, whole))
 
 
-def _tiles(block, x):
-    return block.visit_tiles([slice(start, start + block.mlp_tile) for start in range(0, len(x), block.mlp_tile)])
+def _places(tile, num_per_token, inputs):
+    """Where in each of the inputs a tile's part is."""
+    return [tile.rows] * num_per_token + [tile.numbers] * (len(inputs) - num_per_token)
 
 
-def _tile(inputs, num_per_token, rows):
-    return *(x[rows] for x in inputs[:num_per_token]), *inputs[num_per_token:]
-
-
-def _given(x):
-    return x is not None
+def _runs(tile):
+    return () if tile.runs is None else (tile.runs,)

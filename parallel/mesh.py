@@ -69,9 +69,8 @@ def build_mesh(
     Collective: every rank calls it with the same arguments. Raises ValueError when `tp` or `sp` does not divide the
     ranks, `tp` those of a machine, or `sharding="hsdp"` meets machines with unequal numbers of ranks.
     """
+    join(device, timeout_s)
     timeout = timedelta(seconds=timeout_s)
-    if not dist.is_initialized():
-        _join(device, timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     _check_tp(tp, world_size)
@@ -108,15 +107,18 @@ def build_mesh(
         tp_rank=rank % tp,
         sp_group=sp_group,
         sp_state_group=sp_state_group,
-        sp_topology=_topology(sp, tp, ranks_per_machine),
+        sp_topology=group_topology(sp, tp, ranks_per_machine),
         fsdp_mesh=fsdp_mesh,
         tp_mesh=tp_mesh,
         device=device,
     )
 
 
-def _join(device: torch.device, timeout: timedelta) -> None:
-    on_gpu = device.type == "cuda"
+def join(device: torch.device, timeout_s: float) -> None:
+    """Makes this process a rank of the run, if it is none yet; the first that `build_mesh` does. Collective."""
+    if dist.is_initialized():
+        return
+    on_gpu, timeout = device.type == "cuda", timedelta(seconds=timeout_s)
     options = {"backend": BACKENDS, "device_id": device} if on_gpu else {"backend": "gloo"}
     if "RANK" in os.environ:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
@@ -164,8 +166,9 @@ def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
-def _topology(sp: int, tp: int, ranks_per_machine: int) -> Topology:
-    """The ranks of an SP group in the largest equal parts that no machine boundary cuts, whatever group it is."""
+def group_topology(sp: int, tp: int, ranks_per_machine: int) -> Topology:
+    """The ranks of an SP group in the largest equal parts that no machine boundary cuts, whatever group it is: every
+    tp-th of sp * tp ranks in a row. ranks_per_machine: on this one. Collective over all ranks."""
     sizes = [None] * dist.get_world_size()
     dist.all_gather_object(sizes, ranks_per_machine)
     ranks_per_node = gcd(sp, *(size // tp for size in sizes))

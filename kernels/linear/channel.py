@@ -54,7 +54,9 @@ class Channel:
     @staticmethod
     def tables(spans: Spans, heads: int, key_size: int, value_size: int) -> Tables:
         columns = -(-value_size // SWEEP[2, padded(key_size)][0][0])
-        splits = Splits.of(spans, split_size(spans, heads * columns, CHUNK), CHUNK)
+        wave = Spans((0, CHUNK * max(1, WAVE // (heads * key_size * value_size))))
+        size = min(split_size(x, heads * columns, CHUNK) for x in (spans, wave))  # a wave, too, fills the GPU
+        splits = Splits.of(spans, size, CHUNK)
         return Tables(splits, (*splits.split_chunk.tolist(), splits.num_chunks))
 
     def __init__(self, tables, q, k, v, log_decay, beta, scale):

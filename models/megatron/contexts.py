@@ -7,19 +7,22 @@ documents laid end to end, each of them cut that way.
 
 import torch
 
+from longspan.kernels import peer_triton
 from longspan.kernels.wide import wide_dtype
 from longspan.models.rope import Rotary, rotary_angles
 from longspan.parallel import SequenceContext, SequenceParallel, zigzag
 from longspan.parallel.exchange import agree
+from longspan.parallel.peer_memory import open_peer_memory
 
-OPTIONS = ("linear", "softmax", "sparse", "backend", "topology", "costs", "token_cap")
+OPTIONS = ("linear", "softmax", "sparse", "backend", "topology", "costs", "token_cap", "peer_memory")
 
 
 class Contexts:
     """What all layers of a model share: one sequence-parallel group, and the latest batch's context and angles.
 
-    options: those of SequenceParallel that are named in OPTIONS. The group is Megatron's context-parallel one, known
-    when the first batch comes. ValueError for another option.
+    options: those of SequenceParallel that are named in OPTIONS, and peer_memory, by which states travel: auto, on or
+    off, the default (parallel.peer_memory). The group is Megatron's context-parallel one, known when the first batch
+    comes. ValueError for another option.
     """
 
     def __init__(self, options):
@@ -52,9 +55,12 @@ class Contexts:
         return self._turned[1]
 
     def _join(self, group, device):
-        parallel = SequenceParallel(group, device=device, **self._options)
+        options = dict(self._options)
+        wanted = options.pop("peer_memory", "off")
+        parallel = SequenceParallel(group, device=device, **options)
         # Also sets the communicator up with all its ranks: later a point-to-point call may involve only some of them.
         agree(None, repr(self._options), group)
+        parallel.peers = open_peer_memory(group, parallel.topology, device, peer_triton, wanted)
         self._parallel[group] = parallel
         return parallel
 

@@ -42,7 +42,8 @@ def block_spec(
     settings are those of models.ModelConfig (docs/models.md): softmax, softmax:window, sla, llsa and sparse become core
     attention of Megatron's SelfAttention, linear ones stand in its place. rope: who turns queries and keys, GPTModel
     (its position_embedding_type="rope", angles in fp32) or longspan (position_embedding_type="none", angles formed in
-    fp64, settings rope_base and rope_scaling). parallel: options of SequenceParallel, such as {"softmax": "zeppelin"}.
+    fp64, settings rope_base and rope_scaling). parallel: options of SequenceParallel and peer_memory, such as
+    {"softmax": "zeppelin"}.
     base: the layers whose attention is replaced, of this pipeline stage; by default those of
     get_gpt_decoder_block_spec(config, use_transformer_engine=False). vp_stage, pp_rank: as there.
     Raises ValueError for what does not fit.

@@ -296,7 +296,7 @@ def compile_choosing(width):
 
 
 def compile_layer(width):
-    """Norms, rotations, gates, SwiGLU and the loss of a model of this width, with heads of 128, in bf16."""
+    """Norms, rotations, gates, SwiGLU, sums over runs and the loss of a model of this width, heads of 128, in bf16."""
     import torch
 
     from longspan.kernels.channel_gates_triton import channel_gate_backward_triton, channel_gate_triton
@@ -305,6 +305,7 @@ def compile_layer(width):
     from longspan.kernels.norm_triton import norm_backward_triton, norm_triton
     from longspan.kernels.rotation_triton import rotate_backward_triton, rotate_triton
     from longspan.kernels.scalar_gate_triton import scalar_gate_backward_triton, scalar_gate_triton
+    from longspan.kernels.segment_rows_triton import LEAST, segment_sums_triton
     from longspan.kernels.swiglu_triton import swiglu_backward_triton, swiglu_triton
 
     def zeros(*shape, dtype=torch.bfloat16):
@@ -330,6 +331,9 @@ def compile_layer(width):
     elu1_backward_triton(heads, heads)
     swiglu_triton(stream, stream)
     swiglu_backward_triton(stream, stream, stream)
+    first = zeros(1, dtype=torch.int64)
+    for tokens in (64, 2 * LEAST):  # by one program, and by several
+        segment_sums_triton(zeros(tokens, 3 * 128), first, first + tokens - 1)
     labels = zeros(64, dtype=torch.int64)
     lse, _ = label_scores_triton(stream.float(), labels)
     logits_gradient_triton(stream.float(), lse, labels, torch.bfloat16)

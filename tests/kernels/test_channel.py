@@ -3,10 +3,13 @@
 Here in the interpreter, at small sizes; on a GPU in bf16 and fp32 at full sizes.
 """
 
+from types import SimpleNamespace
+
 import forms
 import pytest
 import torch
 
+from longspan.kernels.linear import splits as splits_module
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.linear.splits import Splits
 
@@ -119,6 +122,18 @@ def test_waves(monkeypatch):
     in_waves = check(spans, "medium", torch.float32, **sizes)
     for name in ("dq", "dk", "dv", "dlog_decay"):
         assert torch.equal(at_once[name], in_waves[name]), name
+
+
+def test_a_wave_has_as_many_splits_as_a_sequence_of_its_length(monkeypatch):
+    hopper = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(splits_module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(splits_module.torch.cuda, "get_device_properties", lambda: hopper)
+    chunks = channel.WAVE // (16 * 128 * 128)
+    found = {}
+    for waves in (1, 4):
+        tables = channel.Channel.tables(Spans((0, waves * chunks * 64)), 16, 128, 128)
+        found[waves] = [stop - start for start, stop in tables.waves(chunks)]
+    assert found[4] == found[1] * 4 and found[1] == [8]
 
 
 def test_waves_cover_all_splits():

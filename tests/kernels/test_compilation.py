@@ -56,7 +56,7 @@ def test_kernels_of_a_layer_compile_without_spills(tmp_path):
     kernels = compiled(tmp_path, "layer", "8192")
     names = ["norm_kernel", "norm_backward_kernel", "rotate_kernel", "norm_rotate_backward_kernel", "scores_kernel"]
     names += ["channel_gate_kernel", "channel_gate_backward_kernel", "elu1_kernel", "gradient_kernel"]
-    names += ["scalar_gate_kernel", "scalar_gate_backward_kernel", "sum_rows_kernel"]
+    names += ["scalar_gate_kernel", "scalar_gate_backward_kernel", "sum_rows_kernel", "segment_sums_kernel"]
     assert {*names, "swiglu_kernel", "swiglu_backward_kernel"} <= {kernel["name"] for kernel in kernels}
     for kernel in kernels:
         assert not kernel["spills"] and not kernel["undefined"], kernel

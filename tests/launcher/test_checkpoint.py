@@ -1,7 +1,9 @@
 """Which checkpoint a run starts from, what is refused, and that only whole saves count."""
 
+import binascii
 import json
 import logging
+import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -14,7 +16,7 @@ from spawn import run_ranks
 from tiny_runs import start, tiny_config, train, write_corpus
 from unreadable import locked, open_folder
 
-from longspan.launcher import checkpoint
+from longspan.launcher import checkpoint, cli, digests
 from longspan.launcher.agreement import decide
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
@@ -83,6 +85,64 @@ def test_damaged(tmp_path, damage, reason):
         checkpoint.find(tmp_path, "auto")
 
 
+def test_a_changed_digit_in_info_json_is_noticed(tmp_path):
+    path = _fake(tmp_path, 3)
+    content = (path / "info.json").read_bytes()
+    (path / "complete").write_text(f"crc32 {binascii.crc32(content):08x}")
+    assert checkpoint.find(tmp_path, "auto").step == 3
+    (path / "info.json").write_bytes(content.replace(b'"position": 3', b'"position": 2'))
+    with pytest.raises(UserError, match="info.json has other bytes than were written"):
+        checkpoint.find(tmp_path, "auto")
+
+
+def _fake_with_digests(run_dir, step, content):
+    path = _fake(run_dir, step)
+    fields = json.loads((path / "info.json").read_text())
+    fields["digests"] = {"weights": f"crc32 {binascii.crc32(content):08x}"}
+    (path / "info.json").write_text(json.dumps(fields))
+    return path
+
+
+def test_verify_reads_all_checkpoints_of_a_run(tmp_path, capsys):
+    old, whole = _fake(tmp_path, 1), _fake_with_digests(tmp_path, 2, b"12345")
+    cli.verify([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"{old}: files have their sizes; it is of an earlier release, without digests",
+        f"{whole}: all files are as they were written",
+    ]
+    damaged = _fake_with_digests(tmp_path, 3, b"12346")
+    with pytest.raises(UserError, match=f"damaged checkpoints in {tmp_path}: 1"):
+        cli.verify([str(tmp_path)])
+    assert f"{damaged} is damaged (weights has other bytes" in capsys.readouterr().out
+    cli.verify([str(whole)])
+    assert capsys.readouterr().out == f"{whole}: all files are as they were written\n"
+    with pytest.raises(UserError, match="no complete checkpoint there"):
+        cli.verify([str(tmp_path / "nowhere")])
+
+
+@pytest.mark.filterwarnings("ignore")  # that there is one process
+def test_digests_are_those_of_what_was_written(tmp_path):
+    """Of tensors short and long, by which the digest is made beside the writing, and objects."""
+    state = {"long": torch.randn(digests.LONG), "short": torch.randn(3), "object": {"a": 1}, "none": torch.empty(0)}
+    writer = digests.DigestingWriter(tmp_path / "saved")
+    checkpoint.dcp.save(state, storage_writer=writer, no_dist=True)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    assert set(files) == {".metadata", "__0_0.distcp"} and len(files["__0_0.distcp"]) > 4 * digests.LONG
+    assert writer.digests == {name: f"crc32 {binascii.crc32(content):08x}" for name, content in files.items()}
+    assert digests.first_difference(tmp_path / "saved", writer.digests) is None
+    (tmp_path / "saved" / ".metadata").unlink()
+    missing = digests.first_difference(tmp_path / "saved", writer.digests)
+    assert missing == ".metadata cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_every_file_is_checked_by_one_rank(world_size):
+    names = [".metadata", *(f"__{n}_{m}.distcp" for n in range(12) for m in (0, 1)), "rng-00003.pt", "rng-00012.pt"]
+    shares = [digests.share(names, rank, world_size) for rank in range(world_size)]
+    assert sorted(sum(shares, [])) == sorted(names)
+    assert {"__1_0.distcp", "__1_1.distcp"} <= set(shares[1 % world_size]) and "rng-00003.pt" in shares[3 % world_size]
+
+
 def test_folders_that_may_not_be_read_are_named():
     with open_folder() as run:
         path = _fake(run, 3)
@@ -136,12 +196,18 @@ def test_saves_and_loads_on_two_ranks(tmp_path):
     corpus = write_corpus(tmp_path)
     found = run_ranks(_save_and_damage, 2, tmp_path, corpus, timeout=150)
     assert found[0] == found[1]
-    steps, interrupted, unwritable, damaged, random = found[0]
+    steps, interrupted, unwritable, damaged, random, flipped, said, old = found[0]
     assert steps == ["step-00000003", "step-00000004"]  # keep_last=2
     assert interrupted == (["step-00000003", "step-00000004"], 4)
     assert all("cannot be written" in text and "disk of run.dir" in text and "\n" not in text for text in unwritable)
     assert all("step-00000004 is damaged" in text and "\n" not in text for text in damaged)
     assert random
+    for name, text in flipped.items():
+        place = rf"step-00000004 is damaged \({re.escape(name)} has other bytes than were written"
+        assert re.search(place + ".*delete that folder to resume from the checkpoint before it$", text), text
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "rng-00000.pt", "rng-00001.pt"} == set(flipped) == set(said)
+    assert all(text == f"crc32 {true:08x}" for text, true in said.values())
+    assert old == [4, "is of an earlier release, without digests"]
 
 
 def _save_and_damage(rank, world_size, folder, corpus):
@@ -179,7 +245,36 @@ def _save_and_damage(rank, world_size, folder, corpus):
     assert not logged  # dcp's tracebacks
     damaged += [_refused_damage(run, config, rank, f"rng-{rank:05d}.pt")]
     trainer.close()
-    return names, interrupted, unwritable, damaged, random
+
+    saved = run / "checkpoints" / "step-00000004"
+    said = json.loads((saved / "info.json").read_text())["digests"]
+    made = {name: (said[name], binascii.crc32((saved / name).read_bytes())) for name in said}
+    flipped = {name: _refused_damage(run, config, rank, name, _flip) for name in said}
+    old = _started_without_digests(run, config, rank, logged)
+    return names, interrupted, unwritable, damaged, random, flipped, made, old
+
+
+def _flip(content):
+    """One bit of one byte, in the middle."""
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+def _started_without_digests(run, config, rank, logged):
+    saved = run / "checkpoints" / "step-00000004"
+    if rank == 0:
+        fields = json.loads((saved / "info.json").read_text())
+        del fields["digests"]
+        (saved / "info.json").write_text(json.dumps(fields))
+        (saved / "complete").write_text("")
+    dist.barrier()
+    logged.clear()
+    logger = logging.getLogger("longspan")
+    logger.propagate = True
+    trainer = start(config)
+    trainer.close()
+    said = [record.getMessage() for record in logged]
+    return [trainer.step, *(text[text.index("is of an") :][:41] for text in said if "without digests" in text)]
 
 
 def _names(run):
@@ -195,11 +290,11 @@ def _refused_by_full_disk(run, config, trainer, rank, size):
         return _refusal(lambda: checkpoint.save(run, config, trainer.engine, step=5, data={}))
 
 
-def _refused_damage(run, config, rank, name):
+def _refused_damage(run, config, rank, name, change=lambda content: bytes(len(content))):
     file = run / "checkpoints" / "step-00000004" / name
     content = file.read_bytes()
     dist.barrier()
-    file.write_bytes(bytes(len(content)))
+    file.write_bytes(change(content))
     dist.barrier()
     text = _refusal(lambda: start(config))
     dist.barrier()

@@ -113,6 +113,8 @@ def test_what_cannot_be_sampled(runs, tmp_path):
         sample_run(str(runs["folder"] / "one"), **options | {"seed": -1})
     damaged = shutil.copytree(checkpoint.named(runs["folder"] / "one").path, tmp_path / "step-00000001")
     for shard in damaged.glob("*.distcp"):
-        shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(UserError, match="step-00000001 is damaged"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    with pytest.raises(UserError, match="step-00000001 is damaged .*has other bytes"):
         sample_run(str(damaged), **options)

@@ -15,7 +15,7 @@ from longspan.launcher.errors import UserError
 from longspan.launcher.progress import TrainingProgress
 from longspan.models.config import ModelConfig
 from longspan.models.flops import model_flops
-from longspan.parallel import SequenceParallel, contiguous
+from longspan.parallel import SequenceParallel, contiguous, zigzag
 from longspan.parallel.mesh import build_mesh
 
 MODEL = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, pattern=["linear", "softmax"])
@@ -48,6 +48,31 @@ def _rows(losses, sp, tp=1):
         except UserError as error:
             rows.append(str(error))
     return rows
+
+
+def _places(rank, world_size):
+    """dp 2 x sp 2 with other documents each; then a rank of the second group has them elsewhere in its second batch."""
+    mesh = build_mesh(sp=2, sharding="fsdp", device=torch.device("cpu"), timeout_s=60)
+    parallel, meter, found = SequenceParallel(mesh.sp_group), metrics.StepMeter(MODEL, mesh), []
+    for odd in (None, 3):
+        layouts = [contiguous((8, 4 + mesh.dp_rank), 2), (zigzag if rank == odd else contiguous)((8,), 2)]
+        batches = [SimpleNamespace(seq=parallel.context(layout)) for layout in layouts]
+        table = meter.gather(torch.tensor(math.nan if odd else 1.0), batches)
+        pending = meter.pending(7, 0.5, table, table[:, 0].sum(), torch.tensor(2.0), 1.0, 3.0)
+        for compare in (lambda: meter.check_places(7, batches), lambda: meter.resolve(pending)):
+            try:
+                found.append(compare() and None)
+            except UserError as error:
+                found.append(str(error))
+    return found
+
+
+def test_ranks_that_have_placed_tokens_otherwise_are_named():
+    """Also behind a loss that it has made NaN."""
+    found = run_ranks(_places, 4, timeout=60)
+    assert all(texts == found[0] for texts in found) and found[0][:2] == [None, None]
+    for text in found[0][2:]:
+        assert text.startswith("rank 3 placed the tokens of step 7 elsewhere than rank 2 of the same SP group: "), text
 
 
 def test_counts(gathered):

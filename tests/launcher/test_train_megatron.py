@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from corpora import write_megatron
 from spawn import run_ranks
+
+from longspan.parallel import Topology
 
 pytest.importorskip("megatron.core")
 
@@ -42,7 +45,32 @@ def train_in_all_ways(rank, world_size, corpus):
     ]:
         with pytest.raises(UserError, match=message):
             main(arguments(corpus, tp, cp, *more))
-    return [main(arguments(corpus, tp, cp)) for tp, cp in ((1, 1), (2, 1), (1, 2))]
+    losses = [main(arguments(corpus, tp, cp)) for tp, cp in ((1, 1), (2, 1), (1, 2))]
+    return [*losses, through_windows(corpus)]
+
+
+def through_windows(corpus):
+    """Losses with states in shared memory, in the place of what GPUs share."""
+    from shared_windows import shared_windows
+
+    from longspan.launcher.train_megatron import main
+    from longspan.models.megatron import contexts
+
+    opened = []
+
+    def open_peer_memory(group, topology, device, kernels, wanted):
+        opened.append(shared_windows(dist.get_rank(group), dist.get_world_size(group)))
+        assert (topology, device, wanted) == (Topology(1, 2), torch.device("cpu"), "auto")
+        return opened[-1]
+
+    contexts.open_peer_memory, real = open_peer_memory, contexts.open_peer_memory
+    losses = main(arguments(corpus, 1, 2))
+    contexts.open_peer_memory = real
+    (peers,) = opened
+    assert peers.received > 0
+    with pytest.raises(ValueError, match="parallel.peer_memory=on cannot be honoured"):
+        main(arguments(corpus, 1, 2, "--peer-memory", "on"))
+    return losses
 
 
 def test_losses_do_not_depend_on_how_ranks_are_used(corpus):

@@ -229,6 +229,29 @@ def test_images_are_counted_too(pattern, over):
     )
 
 
+@pytest.mark.parametrize("tile", [0, 100])
+def test_memory_of_images_grows_with_their_pixels_alone(tile):
+    """Small images, so that a matrix of tokens by images would be most of it."""
+    config = ModelConfig(**SIZES | dict(task="images", pattern=["softmax"]))
+    model, parallel, held, counted = real_model(config, torch.float32, mlp_tile=tile), SequenceParallel(), [], []
+
+    def prepare(model, offload):
+        for block in model.blocks:
+            block.mlp_tile = tile
+
+    for images in (300, 600):
+        seq, tokens = parallel.context([4] * images), 4 * images
+        inputs = torch.randn(tokens, 3), torch.randn(tokens, 3), torch.rand(images)
+        model(*inputs, seq)
+        held.append(saved_bytes(lambda: model(*inputs, seq)))
+        measured = measure(config, [4] * images, dtype=torch.float32, prepare=prepare, gpu=False)
+        counted.append(measured.peak)
+        kept_bytes = sum(size for name, size in measured.kept.items() if name != BATCH_NAME)
+        assert kept_bytes == pytest.approx(held[-1], rel=0.02)
+    for once, twice in (held, counted):
+        assert 1.9 * once < twice < 2.05 * once
+
+
 def shared_config(kind):
     """All keys are chosen: what is counted."""
     return config_of(kind, sla_keep=1000, sla_query_block=32, sla_key_block=16, llsa_block=4, llsa_keep=1000)

@@ -250,6 +250,14 @@ def run_compiled(rank, world_size):
         for key in wanted:
             torch.testing.assert_close(found[key], wanted[key], rtol=1e-10, atol=1e-10)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    seq = SequenceParallel().context(LENGTHS)
+    config, inputs = replace(IMAGES, pattern=["softmax"]), make_inputs(IMAGES, torch.float64, seq.layout, 0)
+    wanted = results(make_model(config, torch.float64, mesh), inputs, seq)
+    for tile in (0, 50):
+        torch._dynamo.reset()
+        found = results(make_model(config, torch.float64, mesh, compile=True, mlp_tile=tile), inputs, seq)
+        for key in wanted:
+            torch.testing.assert_close(found[key], wanted[key], rtol=1e-10, atol=1e-10)
     assert graphs[0] == graphs[1] > 0, graphs
 
 

@@ -1,0 +1,62 @@
+"""What all ranks of a run must have in common: settings, versions, code, corpora. Layouts, plans and the order of data
+follow from these on every rank by itself, and ranks that differ would wait for each other or mix other tokens."""
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import longspan
+from longspan.launcher.config import Config
+
+ROOMS = ("attention", "kernels", "launcher", "models", "parallel")
+PACKAGES = ("numpy", "triton")
+
+
+def facts_of(config: Config) -> dict[str, str]:
+    """By name, as this rank has them."""
+    settings = {
+        f"{section}.{name}": str(value) for section, fields in asdict(config).items() for name, value in fields.items()
+    }
+    corpora = *config.data.corpora, *config.data.validation_corpora
+    return settings | versions() | sizes(corpus.path for corpus in corpora)
+
+
+def versions() -> dict[str, str]:
+    """Of what the run is made with."""
+    found = {name: _version(name) for name in PACKAGES}
+    code = f"{longspan.__version__} ({_code()})"
+    return {"longspan": code, "python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__, **found}
+
+
+def sizes(corpora: Iterable[str]) -> dict[str, str]:
+    """Of the files of corpora PREFIX: other documents would have other lengths."""
+    return {file: _size(Path(file)) for prefix in corpora for file in (f"{prefix}.idx", f"{prefix}.bin")}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _size(path: Path) -> str:
+    try:
+        return f"{path.stat().st_size} bytes"
+    except OSError as error:
+        return str(error.strerror)
+
+
+def _code() -> str:
+    """The beginning of a digest of longspan's source files: clones may differ in what is not committed."""
+    root, digest = Path(longspan.__file__).parent, hashlib.sha256()
+    for room in ROOMS:
+        folder = (root / room).resolve()
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return f"code {digest.hexdigest()[:12]}"
