@@ -266,7 +266,7 @@ def add_parts(parts, dk, dv, plan, shares, depth, block_d):
     columns, size = len(keys), keys.size
     span = min(SPANS, max(1, columns * heads // ADDING))
     programs = cdiv(columns, span) * heads
-    rows = SLICE if programs < FEW_ADDING else size
+    rows = min(SLICE, size) if programs < FEW_ADDING else size
     add_kernel[(programs * (size // rows),)](
         *parts, dk, dv, keys.start, keys.length, of_columns.item_ptr, *shares, columns, of_columns.item_col.shape[1],
         span, heads, plan.heads, head_dim, block_d, depth, size, rows, SPANS,

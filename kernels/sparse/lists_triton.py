@@ -163,7 +163,7 @@ def mark_rows_kernel(
             entry = first[:, None] + at + tl.arange(0, ENTRIES)[None, :]
             mine = entry < last[:, None]
             column = tl.load(row_idx + entry, mask=mine, other=0)
-            tl.atomic_or(words[:, None] + column, tl.broadcast_to(bit, mine.shape), mask=mine, sem="relaxed")
+            tl.atomic_or(words[:, None] + column, tl.where(mine, bit, 0), mask=mine, sem="relaxed")
             tl.atomic_add(sums_ptr + (column // COLUMNS * parts + part), 1, mask=mine, sem="relaxed")
 
 
