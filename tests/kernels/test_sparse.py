@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plan_cases import CASES, LIMITS, SCALE, check, make
 from sparse_oracle import make_shares
@@ -202,6 +202,8 @@ def several_programs(patch):
     st.integers(0, 2**32), st.integers(1, 150), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3),
     st.sampled_from(["sorted", "triton", "plain", "cells"]),
 )  # fmt: skip
+@example(5, 1, 2, 2, 1, "triton")
+@example(5, 1, 12, 12, 2, "triton")
 def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form):
     generator = torch.Generator().manual_seed(seed)
     most = min(most, columns)
