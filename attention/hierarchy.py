@@ -56,12 +56,12 @@ class Hierarchical:
         tables.owned says. Recomputation takes those that were made before where ranks made them together."""
         with torch.no_grad():
             if tables.keys.whole:
-                return mean_levels((k, v), tables.under, tables.size, k.dtype).split(k.shape[1], 1)
+                return _halves(mean_levels((k, v), tables.under, tables.size, k.dtype))
             kept = recall()
             if kept is None:
                 sums = gathered_sums(piece_sums((k, v), tables.keys), tables.keys, gather)
                 kept = keep(mean_levels((sums,), tables.under, tables.size, k.dtype))
-            return kept.split(k.shape[1], 1)
+            return _halves(kept)
 
     def choose(self, q, k, coarse_k, tables, ranks):
         """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens, and [Hkv, local tiles, m], blocks of coarse
@@ -77,7 +77,7 @@ class Hierarchical:
                 queries.append(gathered_sums(runs, tables.second, ranks))
             for under in tables.under[2:]:
                 queries.append(pool(queries[-1], under))
-        keys = coarse_k.split(tables.rows)
+        keys = coarse_k.split_with_sizes(tables.rows)
         last, causal, listed = tables.levels[-1], tables.diagonal.shape[1] > 0, []
         always = [tables.diagonal if causal else None] + [None] * (self.levels - 1)  # after what is chosen of a level
         found = top(queries[-1], keys[-1], last.router, last.candidates, always=always[-1])
@@ -89,3 +89,8 @@ class Hierarchical:
         if len(listed) > 1:
             listed = [torch.cat(listed[::-1], 2)]
         return found, listed[0] if listed else None
+
+
+def _halves(means):
+    """Those of keys and those of values, of heads side by side."""
+    return means.split_with_sizes((means.shape[1] // 2,) * 2, 1)

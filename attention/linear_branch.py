@@ -239,8 +239,8 @@ class Branch:
                 d_out, q, totals, self.tables.reads, self.tables.queries, self.feature_map, state_dtype(k.dtype)
             )
             sums = fold_chains(sums, None, self.tables.spans)
-            matrices = (_split(x, q.shape[2])[0].flatten(0, 1) for x in (sums, states))
-            d_weight = torch.bmm(next(matrices).mT, next(matrices)).sum(0)
+            d_totals, states = (_split(x, q.shape[2])[0] for x in (sums, states))
+            d_weight = torch.bmm(d_totals.mT, states).sum(0)
             sums = _times(sums, weight, q.shape[2])
             return dq, d_weight, d_bias, (q, None, None, sums, self._scan("backward", backward, sums))
         dq, d_num, d_den, value = form.query_gradients(
@@ -313,15 +313,17 @@ class Branch:
 
 
 def _split(states, key_size):
-    """Views: S [rows, heads, K, V] and z [rows, heads, K]."""
-    return states[:, :, 0, :-key_size].unflatten(-1, (key_size, -1)), states[:, :, 0, -key_size:]
+    """Views: S [rows * heads, K, V] and z [rows * heads, K]."""
+    states = states.flatten(0, 2)
+    size = states.shape[1] - key_size
+    matrices, normalizers = states.split_with_sizes((size, key_size), 1)
+    return matrices.view(len(states), key_size, size // key_size), normalizers
 
 
 def _times(states, weight, key_size):
     """The states with S times `weight`."""
     out = states.new_empty(states.shape)
     (matrix, normalizer), (product, copied) = _split(states, key_size), _split(out, key_size)
-    matrix, product = matrix.flatten(0, 1), product.flatten(0, 1)
     torch.bmm(matrix, weight.to(matrix.dtype).expand(len(matrix), -1, -1), out=product)
     copied.copy_(normalizer)
     return out

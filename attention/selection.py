@@ -27,6 +27,11 @@ class Selection(Protocol):
         ranks: attention.gather_rows.Ranks."""
 
 
+def selects(x) -> bool:
+    """Whether x is a Selection; isinstance of a protocol takes as long as a launch, at every call."""
+    return not isinstance(x, type) and all(hasattr(x, name) for name in ("tables", "coarse", "choose"))
+
+
 def require_whole(selection, **least) -> None:
     """ValueError where a field is no whole number of at least so much."""
     for name, bound in least.items():

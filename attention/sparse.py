@@ -5,6 +5,9 @@ does not hold; while they are under way it attends to those that it holds. Gradi
 in rank order. Where ranks want most of what others hold, keys go round in a ring instead, without asking.
 """
 
+from contextlib import nullcontext
+from functools import partial
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -16,7 +19,7 @@ from longspan.attention.outline import Outline
 from longspan.attention.ranges import SPARSE, of_component
 from longspan.attention.recompute import keep, keeping, recall
 from longspan.attention.requests import Asked, Request, block_parts
-from longspan.attention.selection import Selection
+from longspan.attention.selection import selects
 from longspan.attention.selections import TopBlocks
 from longspan.attention.shared_requests import stage
 from longspan.attention.sparse_estimate import Estimate
@@ -42,7 +45,7 @@ def sparse_attention(
     """
 
     def check():
-        if not isinstance(selection, Selection) or isinstance(selection, type):
+        if not selects(selection):
             raise ValueError(
                 f"selection is a {type(selection).__name__}; give one such as TopBlocks(...) or Window(...)"
             )
@@ -65,7 +68,7 @@ def sparse_attention(
     if isinstance(seq, Outline):
         return seq.sparse(q, k, v, selection, linear, causal)
     strategy = pick(STRATEGIES, seq.parallel.sparse, "auto", "sparse strategy")
-    if strategy == "auto":
+    if strategy == "auto" and seq.parallel.world_size > 1:
         strategy = Estimate(q.shape[1], *k.shape[1:], k.itemsize, seq.parallel.topology)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = selection.tables(seq, causal)
@@ -75,7 +78,10 @@ def sparse_attention(
         branch = Branch(linear, selection, causal, seq)
         own = linear.weight, linear.bias, linear.q, linear.k
     group, peers = seq.parallel.group, seq.parallel.peers
-    with torch.autocast(q.device.type, enabled=False):  # it would round sums of the branch
+    # Autocast would round sums of the branch.
+    device_type = q.device.type
+    autocasts = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():
         return _Attention.apply(
             q, k, v, *coarse, *own, branch, selection, tables, causal, group, peers, strategy, scale
         )
@@ -142,7 +148,7 @@ class _Attention(torch.autograd.Function):
         states = branch is not None and own_k is None and branch.gives_states(k, v)
         gradients = gradients_of(d_out, *given, owned, branch, work, onto, meanwhile, states)
         inputs = q, k, v, coarse_k, coarse_v
-        gradients = [x if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)]
+        gradients = [_as(x, like) for x, like in zip(gradients, inputs, strict=True)]
         return *gradients, *d_branch, *[None] * 8
 
 
@@ -152,10 +158,9 @@ def _by_request(parts):
 
 
 def _choose(q, k, coarse_k, selection, tables, causal, strategy, group, peers, staged, apart):
-    """What `attend` takes: parts that are here, and what follows."""
-    with torch.no_grad():
-        chosen = selection.choose(q, k, coarse_k, tables, Ranks(group, peers))
-        return parts_of(chosen, tables, causal, strategy, group, apart, peers, staged)
+    """What `attend` takes: parts that are here, and what follows. Without gradients, as all in _Attention."""
+    chosen = selection.choose(q, k, coarse_k, tables, Ranks(group, peers))
+    return parts_of(chosen, tables, causal, strategy, group, apart, peers, staged)
 
 
 def parts_of(chosen, tables, causal, strategy, group, apart=False, peers=None, staged=None):
@@ -179,17 +184,17 @@ def parts_of(chosen, tables, causal, strategy, group, apart=False, peers=None, s
 def attend(q, local, coarse, here, remote, group, scale):
     """(out, lse, parts, keys and values that arrived, part after part). local, coarse: keys and values; here, remote:
     what parts_of gives. What is here is queued before the host waits for anything."""
-    found, arrived, parts = None, [], []
+    found, arrived, parts, (tokens, _, head_dim), dtype, device_type = None, [], [], q.shape, q.dtype, q.device.type
 
     def add(part, keys, values, turns=None):
         nonlocal found
         parts.append(part)
-        form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
-        if not q.shape[0] or not len(part.plan.keys):
+        if not tokens or not len(part.plan.keys):
             return
+        form, _ = choose(device_type, dtype, head_dim, part.plan)
         count = len(here) + (len(remote) if isinstance(remote, list) else 1)
-        dtype = q.dtype if len(parts) == count else _sum_dtype(q, count)
-        found = form.forward(q, keys, values, part.plan, scale, found, dtype, turns)
+        made_in = dtype if len(parts) == count else _sum_dtype(q, count)
+        found = form.forward(q, keys, values, part.plan, scale, found, made_in, turns)
 
     request = remote if isinstance(remote, Request) else None
     pending = remote[0].way.start(*local, group) if isinstance(remote, list) and remote else None
@@ -213,7 +218,7 @@ def attend(q, local, coarse, here, remote, group, scale):
         parts, arrived = request.settle(parts, arrived)
     if found is None:
         found = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide_dtype(q.dtype))
-    return found[0].to(q.dtype), found[1], parts, arrived
+    return _as(found[0], q), found[1], parts, arrived
 
 
 def gradients_of(
@@ -233,42 +238,43 @@ def gradients_of(
         d_coarse = [None, None]
     sums, returning, passing, arrived = {}, [], None, list(zip(arrived[::2], arrived[1::2], strict=True))
     own = blocks = None
+    (tokens, _, head_dim), dtype, device_type = q.shape, q.dtype, q.device.type
+
+    def send(part, keys, values, *gradients):
+        if work is not None and branch.rest and keys.shape[0]:
+            gradients = branch.part_gradients(part, keys, values, work, gradients)
+        returning.insert(0, (part.way, part.way.start_return(gradients, keys.dtype, group)))
+
     for number, part in enumerate(remote[::-1] + here, 1):
         keys, values = arrived.pop() if part.remote else _keys_of(part, local, coarse)
         into = [x[part.rows] for x in d_coarse] if part.coarse else None
-        shares = None
-        if owned is not None and not (part.remote or part.coarse):  # the last part: all means have their gradients
+        shares, plan, is_local = None, part.plan, not (part.remote or part.coarse)
+        if owned is not None and is_local:  # the last part: all means have their gradients
             passing = owned.start(d_coarse, group)
             if not remote:
                 shares, passing = owned.shares(passing), None
-
-        def send(*gradients, part=part, keys=keys, values=values):
-            if work is not None and branch.rest and keys.shape[0]:
-                gradients = branch.part_gradients(part, keys, values, work, gradients)
-            returning.insert(0, (part.way, part.way.start_return(gradients, keys.dtype, group)))
-
-        if not q.shape[0] or not len(part.plan.keys):
+        if not tokens or not len(plan.keys):
             gradients = [torch.zeros_like(x) for x in (keys, values)] if into is None else [x.zero_() for x in into]
             if shares is not None:
-                add_shares(gradients, part.plan.keys, shares)
+                add_shares(gradients, plan.keys, shares)
             if part.remote:
-                send(*gradients)
+                send(part, keys, values, *gradients)
         else:
-            form, _ = choose(q.device.type, q.dtype, q.shape[2], part.plan)
+            form, _ = choose(device_type, dtype, head_dim, plan)
             if len(parts) > 1 and form not in sums:
                 sums[form] = form.row_sums(d_out, None, out, lse)
-            more = {"rows": sums.get(form), "onto": dq, "into": into, "shares": shares}
-            more |= {"send": send} if part.remote else {}
-            given = None
-            if states and not (part.remote or part.coarse) and form.takes_states(q, keys, part.plan, scale):
+            made_in, given = dtype if number == len(parts) else _sum_dtype(q, len(parts)), None
+            more = {"rows": sums.get(form), "onto": dq, "into": into, "shares": shares, "dtype": made_in}
+            if part.remote:
+                more["send"] = partial(send, part, keys, values)
+            if states and is_local and form.takes_states(q, keys, plan, scale):
                 more["states"] = given = branch.key_states(work)
                 meanwhile = None
-            more["dtype"] = q.dtype if number == len(parts) else _sum_dtype(q, len(parts))
-            dq, *gradients = form.backward(d_out, None, q, keys, values, out, lse, part.plan, scale, **more)
+            dq, *gradients = form.backward(d_out, None, q, keys, values, out, lse, plan, scale, **more)
             if given is not None:
                 branch.lonely_gradients(part, keys, values, given, gradients)
-        if not (part.remote or part.coarse):
-            own, blocks = gradients, part.plan.keys
+        if is_local:
+            own, blocks = gradients, plan.keys
     if own is None and owned is not None:
         passing = owned.start(d_coarse, group)
     if meanwhile is not None:
@@ -283,6 +289,11 @@ def gradients_of(
 def _keys_of(part, local, coarse):
     """Keys and values of a part that is here."""
     return [x[part.rows] for x in coarse] if part.coarse else local
+
+
+def _as(gradient, like):
+    """None stays None."""
+    return gradient if gradient is None or gradient.dtype == like.dtype else gradient.to(like.dtype)
 
 
 def _sum_dtype(x, num_parts):

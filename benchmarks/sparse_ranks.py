@@ -40,7 +40,7 @@ PARTS = {
     "dq": ("queries_kernel", "rows_kernel"),
     "dk, dv": ("keys_kernel", "add_kernel"),
     "choosing": ("pool_", "levels_", "split_", "top_", "descend_", "blocks_below_"),
-    "lists": ("list_rows", "list_columns", "list_items", "mark_", "sum_cells_", "scan_", "place_", "order_"),
+    "lists": ("list_rows", "list_columns", "mark_", "sum_cells_", "scan_", "place_", "order_"),
     "packing": ("ask_kernel", "count_kernel", "locate_kernel", "rename_kernel", "pack_kernel", "add_packed_kernel"),
     "branch": ("whole_", "sums_kernel", "output_kernel", "query_grad", "key_grad", "inside_key", "listed_kernel"),
 }

@@ -16,18 +16,16 @@ from triton.runtime.jit import JITFunction
 
 from longspan.kernels.compiler import knobs
 
-# What of an argument {a} Triton compiles different code for, by its class: dtype and alignment of tensors, of integers
-# their size, 1, and multiples of 16. Tensors go to the driver as addresses: then it is not asked whose they are.
-TENSOR = "({a}.dtype, ({a}_at := {a}.data_ptr()) & 15 == 0)"
-INTEGER, UNSPECIALIZED = "(-(1 << 31) <= {a} < 1 << 31, {a} == 1, {a} & 15 == 0)", "-(1 << 31) <= {a} < 1 << 31"
+# What of an argument {a} Triton compiles different code for, by its class, beside alignment of tensors to 16 bytes and
+# the size of integers: of most launches all tensors are aligned and all integers small, so these are compared at once.
+# Tensors go to the driver as addresses: then it is not asked whose they are.
+TENSORS = torch.Tensor, torch.nn.Parameter
+ALIGNED, SMALL = "{a}_at & 15 == 0", "-(1 << 31) <= {a} < 1 << 31"
 CLASSES = {
-    torch.Tensor: TENSOR,
-    torch.nn.Parameter: TENSOR,
-    TensorDescriptor: "({a}.base.dtype, *{a}.block_shape, {a}.layout)",
-    int: INTEGER,
-    bool: "None",
-    float: "None",
-    type(None): "None",
+    **dict.fromkeys(TENSORS, "{a}.dtype"),
+    TensorDescriptor: "{a}.base.dtype, *{a}.block_shape, id({a}.layout)",  # whose hash takes long
+    int: "{a} == 1, {a} & 15 == 0",
+    **dict.fromkeys((bool, float, type(None)), ""),
 }
 
 
@@ -54,41 +52,51 @@ class Launcher:
         classes = tuple(map(type, args))
         describe = self._describing.get(classes)
         if describe is None:
-            describe = self._describing[classes] = describing(self.kernel.params, classes)
+            describe = describing(self.kernel.params, classes, len(self._describing))
+            self._describing[classes] = describe
         described, passed = describe(*args)
         device = driver.active.get_current_device()
-        key = device, classes, described, *options, *options.values()
+        key = device, described, *options, *options.values()
         known, enter, leave = self._known.get(key), knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         if known is None or (enter and enter.calls) or (leave and leave.calls):
             kernel = self.kernel[grid](*args, **options)
             if isinstance(kernel, CompiledKernel):
-                no_hooks = None, None, None
-                constants = self._constants(len(args), options)
-                self._known[key] = kernel, kernel.run, (kernel.function, kernel.packed_metadata, *no_hooks), constants
+                no_hooks, layouts = (None, None, None), [x.layout for x in args if isinstance(x, TensorDescriptor)]
+                head, constants = (kernel.function, kernel.packed_metadata, *no_hooks), self._constants(args, options)
+                self._known[key] = kernel.run, head, constants, kernel, layouts  # which keeps numbers of layouts theirs
             return kernel
-        kernel, run, head, constants = known
+        run, head, constants, kernel, _ = known
         size_x, size_y, size_z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         run(size_x, size_y, size_z, driver.active.get_current_stream(device), *head, *passed, *constants)
         return kernel
 
-    def _constants(self, count, options):
-        """Of the parameters after the first `count`: all that is not given by position is constant to the compiler."""
-        parameters = self.kernel.params[count:]
+    def _constants(self, args, options):
+        """Of the parameters after `args`: all that is not given by position is constant to the compiler."""
+        parameters = self.kernel.params[len(args) :]
         assert all(parameter.is_constexpr for parameter in parameters), [parameter.name for parameter in parameters]
         return tuple(options.get(parameter.name, parameter.default) for parameter in parameters)
 
 
-def describing(parameters, classes):
-    """A function of arguments of these classes: (what Triton compiles different code for, what the driver gets)."""
-    names, described, passed = [f"a{n}" for n in range(len(classes))], [], []
+def describing(parameters, classes, number=0):
+    """A function of arguments of these classes: (what Triton compiles different code for, what the driver gets).
+    number: of these classes among those of a kernel."""
+    names, described, passed, tensors, integers = [f"a{n}" for n in range(len(classes))], [str(number)], [], [], []
     for name, parameter, kind in zip(names, parameters, classes):
         form = CLASSES.get(kind)
         if parameter.is_constexpr:
             form = "{a}"
-        elif kind is int and parameter.do_not_specialize:
-            form = UNSPECIALIZED
+        elif kind in TENSORS:
+            tensors.append(name)
+        elif kind is int:
+            integers.append(name)
+            form = "" if parameter.do_not_specialize else form
         if form is None:
             raise TypeError(f"kernels take no {kind.__name__} as {parameter.name}")
-        described.append(form.format(a=name))
-        passed.append(f"{name}_at" if form is TENSOR else name)
+        described += [form.format(a=name)] if form else []
+        passed.append(f"{name}_at" if name in tensors[-1:] else name)
+    addresses = " | ".join(f"({name}_at := {name}.data_ptr())" for name in tensors)
+    small = " and ".join(SMALL.format(a=name) for name in integers)
+    for usual, form, some in ((f"({addresses}) & 15 == 0", ALIGNED, tensors), (small, SMALL, integers)):
+        if some:
+            described.append(f"True if {usual} else ({', '.join(form.format(a=name) for name in some)},)")
     return eval(f"lambda {', '.join(names)}: (({', '.join(described)},), ({', '.join(passed)},))")

@@ -1,5 +1,7 @@
 """Softmax attention over lists of key blocks: one plan, its Triton kernels, and the same in plain PyTorch."""
 
+from functools import cache
+
 import torch
 
 from longspan.kernels.sparse import gathered
@@ -42,11 +44,16 @@ __all__ = [
 
 def choose(device_type: str, dtype: torch.dtype, head_dim: int, plan: BlockPlan):
     """The module that computes a case (forward, backward), and why it is not the Triton kernels, or None."""
+    return _choose(device_type, dtype, head_dim, plan.queries.size, plan.keys.size)
+
+
+@cache
+def _choose(device_type, dtype, head_dim, query_block, key_block):
     if device_type != "cuda":
         return gathered, f"Triton kernels run on cuda, not on {device_type}"
     try:
         from longspan.kernels.sparse import fused
     except ImportError as error:
         return gathered, f"Triton does not load: {error}"
-    refusal = fused.refusal(dtype, head_dim, plan)
+    refusal = fused.refusal(dtype, head_dim, query_block, key_block)
     return (gathered, refusal) if refusal else (fused, None)

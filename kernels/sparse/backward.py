@@ -26,24 +26,38 @@ from longspan.kernels.sparse.tiles import (
 
 UNDER_WAY = 1 << 14  # numbers of parts that a program loads before it adds them
 SPANS, ADDING = 32, 4096  # most key blocks of a program that adds parts, and so many programs before they get more
+SLICE, FEW_ADDING = 16, 512  # rows of a key block that a program adds where there are fewer programs than these
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["count", "M"])
 def rows_kernel(
-    d_out_ptr, out_ptr, lse_ptr, d_lse_ptr, rows_ptr, d_out_stride_t, d_out_stride_h, count,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, D_LSE: tl.constexpr,
+    d_out_ptr, out_ptr, lse_ptr, d_lse_ptr, rows_ptr, log_ptr, delta_ptr, q_start, q_length, d_out_stride_t,
+    d_out_stride_h, count, M, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    D_LSE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """lse in base 2 and delta of every row and head -> [T, HEADS, 2]; count: T * HEADS."""
+    """lse in base 2 and delta of every row and head -> [T, HEADS, 2]; count: T * HEADS. With SIZE of the rows of M
+    blocks, and -> two of [HEADS, M, SIZE] as well: lse is infinite there where there is no query, or none that sees a
+    key, whose weights are 0."""
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if SIZE:
+        PARTS: tl.constexpr = (SIZE * HEADS + ROWS - 1) // ROWS
+        block, inside = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
+        index = tl.load(q_start + block).to(tl.int64) * HEADS + inside
+        count = index - inside + tl.load(q_length + block) * HEADS
     row, head, valid = index // HEADS, index % HEADS, index < count
     d_out = load_tile(d_out_ptr, row, d_out_stride_t, head * d_out_stride_h, valid, D, BLOCK_D).to(tl.float32)
     out = load_tile(out_ptr, index, D, index * 0, valid, D, BLOCK_D).to(tl.float32)
     delta = tl.sum(d_out * out, 1)
     if D_LSE:
         delta -= tl.load(d_lse_ptr + index, mask=valid, other=0.0)
-    tl.store(rows_ptr + index * 2, tl.load(lse_ptr + index, mask=valid) * LOG2E, mask=valid)
+    log = tl.load(lse_ptr + index, mask=valid, other=float("-inf")) * LOG2E
+    tl.store(rows_ptr + index * 2, log, mask=valid)
     tl.store(rows_ptr + index * 2 + 1, delta, mask=valid)
+    if SIZE:
+        to, there = (head * M + block) * SIZE + inside // HEADS, inside < SIZE * HEADS
+        tl.store(log_ptr + to, tl.where(log == float("-inf"), float("inf"), log), mask=there)
+        tl.store(delta_ptr + to, delta, mask=there)
 
 
 @triton.jit
@@ -209,13 +223,14 @@ def alone(item_ptr, KEY_HEADS: tl.constexpr, GROUPS: tl.constexpr):
 def add_kernel(
     parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, share_k, share_v, share_size, share_up,
     num_columns, items, span, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DEPTH: tl.constexpr, KEYS: tl.constexpr, SPANS: tl.constexpr, AHEAD: tl.constexpr,
+    DEPTH: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [T, KEY_HEADS, D] of `span` key blocks, at most SPANS, and a head: the parts of their lists, in order, so
-    many under way, and shares; not of those alone, which a program sees at a glance."""
+    """dk, dv [T, KEY_HEADS, D] of ROWS rows of `span` key blocks, at most SPANS, and a head: the parts of their lists,
+    in order, so many under way, and shares; not of those alone, which a program sees at a glance."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     STRIDE: tl.constexpr = KEY_HEADS * D
-    begin, key_head = tl.program_id(0) // KEY_HEADS * span, tl.program_id(0) % KEY_HEADS
+    SLICES: tl.constexpr = KEYS // ROWS
+    begin, key_head = tl.program_id(0) // (KEY_HEADS * SLICES) * span, tl.program_id(0) // SLICES % KEY_HEADS
     stop = tl.minimum(begin + span, num_columns)
     ends = item_ptr + (key_head * LISTS // KEY_HEADS).to(tl.int64) * (num_columns + 1)
     index = begin + tl.arange(0, SPANS)
@@ -223,9 +238,9 @@ def add_kernel(
     if (GROUPS != KEY_HEADS) | (tl.max((count != 1).to(tl.int32)) > 0):
         for column in range(begin, stop):
             if not alone(ends + column, KEY_HEADS, GROUPS):
-                inside = tl.arange(0, KEYS)
+                inside = tl.program_id(0) % SLICES * ROWS + tl.arange(0, ROWS)
                 there = inside < tl.load(k_length + column)
-                dk, dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
+                dk, dv = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
                 for turn in range(0, GROUPS // KEY_HEADS):
                     group = key_head * (GROUPS // KEY_HEADS) + turn
                     at = item_ptr + (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
@@ -247,10 +262,13 @@ def add_kernel(
 
 def add_parts(parts, dk, dv, plan, shares, depth, block_d):
     """Launches add_kernel, with more key blocks to a program where there are many. shares: its arguments."""
-    columns, (_, heads, head_dim), items = len(plan.keys), dk.shape, plan.item_col.shape[1]
+    keys, of_columns, (_, heads, head_dim) = plan.keys, plan.columns, dk.shape
+    columns, size = len(keys), keys.size
     span = min(SPANS, max(1, columns * heads // ADDING))
-    add_kernel[(cdiv(columns, span) * heads,)](
-        *parts, dk, dv, plan.keys.start, plan.keys.length, plan.item_ptr, *shares, columns, items, span,
-        heads, plan.heads, head_dim, block_d, depth, plan.keys.size, SPANS,
-        max(1, min(4, UNDER_WAY // (plan.keys.size * block_d))), num_warps=plan.keys.size // 8,
+    programs = cdiv(columns, span) * heads
+    rows = min(SLICE, size) if programs < FEW_ADDING else size
+    add_kernel[(programs * (size // rows),)](
+        *parts, dk, dv, keys.start, keys.length, of_columns.item_ptr, *shares, columns, of_columns.item_col.shape[1],
+        span, heads, plan.heads, head_dim, block_d, depth, size, rows, SPANS,
+        max(1, min(4, UNDER_WAY // (rows * block_d))), num_warps=rows // 8,
     )  # fmt: skip

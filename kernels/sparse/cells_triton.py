@@ -9,15 +9,16 @@ import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
+from longspan.kernels.sparse.items_triton import fill_items, list_items
 
 TILE = 1024  # entries at once
-SCAN, SCAN_WARPS = 8192, 16  # counts at once
+SCAN, SCAN_WARPS = 4096, 16  # counts at once
 ORDERED = 16, 16  # items, and entries of each, that a program puts in order at once
 CELLS = 8  # most cells for an entry that lists have room for
 
 
-def sorted_columns(row_ptr, row_idx, col_ptr, col_idx, make_items, chunk: int):
-    """Writes col_ptr and col_idx of BlockPlan; gives item_ptr and item_col, which make_items(col_ptr) makes."""
+def sorted_columns(row_ptr, row_idx, col_ptr, col_idx, item_ptr, item_col, chunk: int):
+    """Writes the last four, see BlockPlan."""
     (heads, capacity), num_rows, num_cols = row_idx.shape, row_ptr.shape[1] - 1, col_ptr.shape[1] - 1
     shift = _cell_shift(num_rows, num_cols, capacity)
     num_cells = -(-num_rows >> shift)
@@ -26,14 +27,14 @@ def sorted_columns(row_ptr, row_idx, col_ptr, col_idx, make_items, chunk: int):
     grid, tile = _row_tiles(heads, num_rows, -(-capacity // num_rows))
     mark_kernel[grid](row_ptr, row_idx, cells, *sizes, *tile)
     sum_cells_kernel[(cdiv(num_cols, 32) * heads,)](cells, counts, num_cells, num_cols, heads, 64, 32)
-    scan_kernel[(heads,)](counts, col_ptr, num_cols, SCAN, num_warps=SCAN_WARPS)
+    scan_kernel[(heads,)](
+        counts, col_ptr, item_ptr, item_col, num_cols, item_col.shape[1], chunk, SCAN, num_warps=SCAN_WARPS
+    )
     place_kernel[grid](row_ptr, row_idx, cells, col_ptr, listed, *sizes, *tile)
-    item_ptr, item_col = make_items(col_ptr)
     order_kernel[(cdiv(item_col.shape[1], ORDERED[0]) * heads,)](
         listed, cells, col_ptr, item_ptr, item_col, col_idx, num_cols, num_cells, item_col.shape[1], capacity, heads,
         shift, chunk, *ORDERED,
     )  # fmt: skip
-    return item_ptr, item_col
 
 
 def _row_tiles(heads, num_rows, most):
@@ -95,20 +96,24 @@ def sum_cells_kernel(
 
 
 @launched
-@triton.jit(do_not_specialize=["count"])
-def scan_kernel(counts_ptr, ptr, count, BLOCK: tl.constexpr):
-    """Sums of the counts of one head before each, [count + 1]."""
+@triton.jit(do_not_specialize=["count", "items", "chunk"])
+def scan_kernel(counts_ptr, ptr, item_ptr, item_col, count, items, chunk, BLOCK: tl.constexpr):
+    """Sums of the counts of one head before each, [count + 1], and the items of all."""
     head = tl.program_id(0).to(tl.int64)
     counts_ptr += head * count
     ptr += head * (count + 1)
-    total = tl.zeros([], tl.int32)
+    item_ptr += head * (count + 1)
+    item_col += head * items
+    total, all_items = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     for begin in range(0, count, BLOCK):
         index = begin + tl.arange(0, BLOCK)
         valid = index < count
         some = tl.load(counts_ptr + index, mask=valid, other=0)
         tl.store(ptr + index, total + tl.cumsum(some, 0) - some, mask=valid)
         total += tl.sum(some, 0)
+        all_items = list_items(some, index, valid, all_items, item_ptr, item_col, chunk)
     tl.store(ptr + count, total)
+    fill_items(all_items, item_ptr, item_col, count, items, BLOCK)
 
 
 @triton.jit

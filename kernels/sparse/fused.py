@@ -1,10 +1,11 @@
 """The Triton kernels over a plan: forward, and backward in two passes over the lists."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cache
 
 import torch
 
-from longspan.kernels.compiler import next_power_of_2
+from longspan.kernels.compiler import cdiv, next_power_of_2
 from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse import hopper
 from longspan.kernels.sparse.backward import add_parts, keys_kernel, queries_kernel, rows_kernel
@@ -16,6 +17,7 @@ from longspan.kernels.sparse.shares import arguments as shares_arguments
 
 ROWS = 128  # queries in a tile where heads that share keys and lists can fill it
 KEYS = 64  # keys in a tile where a list's blocks are smaller
+ROW_TILE = 64  # rows of all heads of a program that makes their sums
 TURN = 64  # queries in a tile that the gradients of keys take at once: with more, registers spill
 ONE_WARP = 16, 128  # rows, and bytes of each, of a tile that one warp has: no warp waits for what another one adds up
 # What such a warp takes at once in place of KEYS or TURN, and the most registers of a thread: a processor has 65,536,
@@ -26,14 +28,14 @@ FUSES = True  # gradients from states with those of attention, where that can be
 STAGES = {2: (3, 2), 4: (1, 1)}  # by bytes of an element: over lists of query blocks, of key blocks
 
 
-def refusal(dtype: torch.dtype, head_dim: int, plan: BlockPlan) -> str | None:
+def refusal(dtype: torch.dtype, head_dim: int, query_block: int, key_block: int) -> str | None:
     """Why these kernels do not take a case, or None."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"takes bfloat16, float16 and float32, not {dtype}"
     widest = 64 if dtype == torch.float32 else 128  # by the shared memory of a Hopper GPU
     if head_dim > widest:
         return f"takes {dtype} heads up to {widest} wide, not {head_dim}"
-    for name, size in (("query", plan.queries.size), ("key", plan.keys.size)):
+    for name, size in (("query", query_block), ("key", key_block)):
         if size not in (16, 32, 64, 128):
             return f"takes blocks of 16, 32, 64 or 128 rows, the {name} blocks have {size}"
     return None
@@ -43,8 +45,7 @@ def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None, turns
     """q: [Tq, Hq, D]; k, v: [Tk, Hkv, D] -> (out [Tq, Hq, D] in `dtype` or that of q, lse fp32 [Tq, Hq]). onto: (out,
     lse) of other keys, to which those of the plan come; they may be overwritten. turns: (number, iterator): so many
     equal groups of lists, of keys of one head, are taken one after the other, each after a step of the iterator."""
-    q, k, v = (unit_stride(x) for x in (q, k, v))
-    dtype = dtype or q.dtype
+    q, k, v, dtype = unit_stride(q), unit_stride(k), unit_stride(v), dtype or q.dtype
     given = (q, q.new_empty(q.shape[:2], dtype=torch.float32)) if onto is None else onto
     out = given[0] if onto is not None and given[0].dtype == dtype else q.new_empty(q.shape, dtype=dtype)
     lse, tile = given[1], _tile(q, k, plan)
@@ -63,41 +64,61 @@ def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None, turns
 def _attend(q, k, v, out, lse, given, plan, scale, onto, tile):
     """Of the heads of q, the first of those that tensors have by `tile`."""
     if hopper.takes(q, plan, tile["ROWS"], scale):
-        hopper.forward(q, k, v, out, lse, plan, scale, tile, given if onto else None)
+        hopper.kernels().forward(q, k, v, out, lse, plan, scale, tile, given if onto else None)
     elif len(plan.queries):
         forward_kernel[(len(plan.queries) * q.shape[1] // tile["PACK"],)](
             q, k, v, out, lse, *given, *_tables(plan), *_strides(q, k, v), scale, len(plan.queries),
-            plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto,
-            GATHER=_gather("forward", q, tile["ROWS"], plan.keys.size), **_options("forward", q, tile["ROWS"]),
+            plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto, **_of_lists("forward", q, tile),
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
 class RowSums:
-    """sums: fp32 [Tq, Hq, 2], lse in base 2, and delta. by_blocks: the same as Hopper kernels take it, for blocks of
-    queries of which several plans are."""
+    """lse in base 2, and delta, made when they are first asked for: `sums` fp32 [Tq, Hq, 2], and `of` blocks of queries
+    as Hopper kernels take them, [Hq, blocks, size] each."""
 
-    sums: torch.Tensor
-    by_blocks: list = field(default_factory=list)
+    def __init__(self, d_out, d_lse, out, lse):
+        self._given, self._sums, self._of = (d_out, d_lse, out, lse), None, []
 
-    def of(self, queries: Blocks, make):
-        """make(sums, queries) where it has not been made for these."""
-        for blocks, made in self.by_blocks:
+    @property
+    def sums(self):
+        if self._sums is None:
+            self._sums = self._make(None, ())
+        return self._sums
+
+    def of(self, queries: Blocks):
+        for blocks, made in self._of:
             if blocks is queries:
                 return made
-        self.by_blocks.append((queries, make(self.sums, queries)))
-        return self.by_blocks[-1][1]
+        made = empty_rows(self._given[3], queries)
+        self._sums = self._make(queries, made)
+        self._of.append((queries, made))
+        return made
+
+    def _make(self, queries, made):
+        d_out, d_lse, out, lse = self._given
+        sums, (rows, heads), head_dim = lse.new_empty(*lse.shape, 2), lse.shape, out.shape[2]
+        programs, blocks, size, start = cdiv(rows * heads, ROW_TILE), 0, 0, (lse, lse)
+        if queries is not None:
+            blocks, size, start = len(queries), queries.size, (queries.start, queries.length)
+            programs = blocks * cdiv(size * heads, ROW_TILE)
+        if programs and lse.numel():
+            rows_kernel[(programs,)](
+                d_out, out, lse, lse if d_lse is None else d_lse, sums, *(made or (sums, sums)), *start,
+                *d_out.stride()[:2], lse.numel(), blocks, heads, head_dim, padded(head_dim), ROW_TILE,
+                d_lse is not None, size,
+            )  # fmt: skip
+        return sums
 
 
 def row_sums(d_out, d_lse, out, lse) -> RowSums:
     """d_lse: [Tq, Hq] or None."""
-    d_out, rows = unit_stride(d_out), lse.new_empty(*lse.shape, 2)
-    if lse.numel():
-        rows_kernel[(-(-lse.numel() // 64),)](
-            d_out, out.contiguous(), lse.contiguous(), lse if d_lse is None else d_lse.float().contiguous(), rows,
-            *d_out.stride()[:2], lse.numel(), *out.shape[1:], padded(out.shape[2]), 64, d_lse is not None,
-        )  # fmt: skip
-    return RowSums(rows)
+    d_lse = None if d_lse is None else d_lse.float().contiguous()
+    return RowSums(unit_stride(d_out), d_lse, out.contiguous(), lse.contiguous())
+
+
+def empty_rows(like, queries: Blocks):
+    """lse and delta of every row of the blocks."""
+    return like.new_empty(2, like.shape[1], len(queries), queries.size).unbind()
 
 
 def backward(
@@ -110,7 +131,7 @@ def backward(
     the keys and values in gradients of their means, to be added to dk and dv. states: KeyStates that the keys are part
     of; what keys get from these is added for blocks that some query chose, where `takes_states`. send: called with dk
     and dv once they are queued, and before dq is, or None."""
-    d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
+    d_out, q, k, v = unit_stride(d_out), unit_stride(q), unit_stride(k), unit_stride(v)
     dk, dv = into or (k.new_empty(k.shape), v.new_empty(v.shape))
     dtype = dtype or q.dtype
     dq = onto if onto is not None and onto.dtype == dtype else q.new_empty(q.shape, dtype=dtype)
@@ -120,22 +141,24 @@ def backward(
     alone = OWN_ROWS and here and hopper.takes_keys(plan) and d_lse is None and send is None
     if rows is None and not alone:
         rows = row_sums(d_out, d_lse, out, lse)
-    of_rows = hopper.block_rows(rows, lse, plan) if here else None
+    of_rows = None
+    if here:
+        of_rows = empty_rows(lse, plan.queries) if rows is None else rows.of(plan.queries)
 
     def make_queries():
         if here:
             given = d_out, q, k, v, out.contiguous(), lse.contiguous(), rows is None, *of_rows
-            hopper.query_gradients(*given, dq, plan, scale, tile["PACK"], onto)
+            hopper.kernels().query_gradients(*given, dq, plan, scale, tile["PACK"], onto)
         elif lse.numel():
             queries_kernel[(len(plan.queries) * heads // tile["PACK"],)](
                 q, k, v, d_out, rows.sums, dq, dq if onto is None else onto, *_tables(plan), *_strides(q, k, v, d_out),
                 scale, len(plan.queries), plan.row_idx.shape[1], *arguments(plan), **tile, ONTO=onto is not None,
-                GATHER=_gather("queries", q, tile["ROWS"], plan.keys.size), **_options("queries", q, tile["ROWS"]),
+                **_of_lists("queries", q, tile),
             )  # fmt: skip
 
     def make_keys():
         if here and hopper.takes_keys(plan):
-            hopper.key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale, states)
+            hopper.kernels().key_gradients(d_out, q, k, v, *of_rows, dk, dv, plan, scale, states)
             _with_shares(dk, dv, plan.keys, shares)
         else:
             _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares, tile)
@@ -152,19 +175,19 @@ def backward(
 
 def _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares, tile):
     """Writes dk and dv."""
-    groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
+    columns, groups, num_columns = plan.columns, max(plan.heads, k.shape[1]), len(plan.keys)
+    items = columns.item_col.shape[1]
     if not items:
         _with_shares(dk.zero_(), dv.zero_(), plan.keys, shares)
         return
-    parts = [q.new_empty(groups, items, plan.keys.size, q.shape[2], dtype=torch.float32) for _ in range(2)]
-    turn = _beside("keys", q, plan.keys.size, TURN)
-    tables, num_columns, rows_at_once = _tables(plan), len(plan.keys), min(tile["ROWS"], turn)
+    parts = q.new_empty(2, groups, items, plan.keys.size, q.shape[2], dtype=torch.float32).unbind()
+    tables = _tables(plan)
     given, depth = shares_arguments(shares, dk)
     keys_kernel[(items * groups,)](
-        q, k, v, d_out, rows.sums, *parts, dk, dv, *tables[:7], plan.col_ptr, plan.col_idx, plan.item_ptr,
-        plan.item_col, tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, plan.col_idx.shape[1], *given,
-        *arguments(plan), **(tile | {"ROWS": rows_at_once}), DEPTH=depth, PARTS=tile["ROWS"] // rows_at_once,
-        GATHER=turn // rows_at_once, CHUNK=plan.chunk, **_options("keys", q, plan.keys.size),
+        q, k, v, d_out, rows.sums, *parts, dk, dv, *tables[:7], columns.col_ptr, columns.col_idx, columns.item_ptr,
+        columns.item_col, tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, columns.col_idx.shape[1],
+        *given, *arguments(plan), DEPTH=depth, CHUNK=plan.chunk,
+        **(tile | _of_keys(q.dtype, q.shape[2], tile["ROWS"], tile["KEYS"])),
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, given, depth, tile["BLOCK_D"])
 
@@ -182,37 +205,56 @@ def _with_shares(dk, dv, blocks, shares):
 def _tile(q, k, plan):
     """Shapes of the kernels' tiles, and the plan's rule. PACK: query heads that share a list and keys, side by side in
     a tile."""
-    heads, key_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
-    rule, rule_heads, choices = constants(plan)
-    shared, pack = heads // max(key_heads, plan.heads), 1
-    while shared % (2 * pack) == 0 and 2 * pack * plan.queries.size <= ROWS:
+    sizes = *q.shape[1:], k.shape[1], plan.heads, plan.queries.size, plan.keys.size
+    return _shapes(*sizes, plan.causal, plan.log_weight is not None, constants(plan))
+
+
+@cache  # what follows from few numbers is made once, as at every launch the host would take longer than for the launch
+def _shapes(heads, head_dim, key_heads, lists, rows, keys, causal, weighted, rule):
+    (rule, rule_heads, choices), shared, pack = rule, heads // max(key_heads, lists), 1
+    while shared % (2 * pack) == 0 and 2 * pack * rows <= ROWS:
         pack *= 2
     return {
-        "HEADS": heads, "KEY_HEADS": key_heads, "LISTS": plan.heads, "D": head_dim,
-        "BLOCK_D": padded(head_dim), "ROWS": plan.queries.size * pack, "KEYS": plan.keys.size,
-        "PACK": pack, "CAUSAL": plan.causal, "WEIGHTED": plan.log_weight is not None,
+        "HEADS": heads, "KEY_HEADS": key_heads, "LISTS": lists, "D": head_dim,
+        "BLOCK_D": padded(head_dim), "ROWS": rows * pack, "KEYS": keys,
+        "PACK": pack, "CAUSAL": causal, "WEIGHTED": weighted,
         "RULE": rule, "RULE_HEADS": rule_heads, "CHOICES": choices, "PADDED": next_power_of_2(choices),
     }  # fmt: skip
 
 
-def _one_warp(q, rows):
-    return rows <= ONE_WARP[0] and padded(q.shape[2]) * q.itemsize <= ONE_WARP[1]
+def _of_lists(kernel, q, tile):
+    """What a kernel that walks lists of query blocks is compiled with."""
+    return _over_keys(kernel, q.dtype, q.shape[2], tile["ROWS"], tile["KEYS"])
 
 
-def _gather(kernel, q, rows, size):
-    """Key blocks taken at once beside `rows` queries."""
-    return max(1, _beside(kernel, q, rows, KEYS) // size)
+@cache
+def _over_keys(kernel, dtype, head_dim, rows, keys):
+    gather = max(1, _beside(kernel, dtype, head_dim, rows, KEYS) // keys)  # key blocks taken at once
+    return {"GATHER": gather} | _options(kernel, dtype, head_dim, rows)
 
 
-def _beside(kernel, q, rows, most):
+@cache
+def _of_keys(dtype, head_dim, rows, keys):
+    """What the kernel that walks lists of key blocks is compiled with, where tiles have so many rows elsewhere."""
+    turn = _beside("keys", dtype, head_dim, keys, TURN)
+    at_once = min(rows, turn)
+    parts = {"ROWS": at_once, "PARTS": rows // at_once, "GATHER": turn // at_once}
+    return parts | _options("keys", dtype, head_dim, keys)
+
+
+def _one_warp(dtype, head_dim, rows):
+    return rows <= ONE_WARP[0] and padded(head_dim) * dtype.itemsize <= ONE_WARP[1]
+
+
+def _beside(kernel, dtype, head_dim, rows, most):
     """Rows taken at once beside a tile of so many."""
-    return NARROW[kernel][0] if _one_warp(q, rows) else most
+    return NARROW[kernel][0] if _one_warp(dtype, head_dim, rows) else most
 
 
-def _options(kernel, q, rows):
-    options = {"PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
-    options |= {"num_warps": 8 if rows >= 128 else 4, "num_stages": STAGES[q.itemsize][kernel == "keys"]}
-    if _one_warp(q, rows):
+def _options(kernel, dtype, head_dim, rows):
+    options = {"PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+    options |= {"num_warps": 8 if rows >= 128 else 4, "num_stages": STAGES[dtype.itemsize][kernel == "keys"]}
+    if _one_warp(dtype, head_dim, rows):
         options |= {"num_warps": 1, "maxnreg": NARROW[kernel][1]}
     return options
 
@@ -227,4 +269,7 @@ def _tables(plan):
 
 
 def _strides(*tensors):
-    return [stride for x in tensors for stride in x.stride()[:2]]
+    found = ()
+    for x in tensors:
+        found += x.stride()[:2]
+    return found

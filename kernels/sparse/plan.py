@@ -34,6 +34,18 @@ class Blocks:
     def __len__(self) -> int:
         return self.start.shape[0]
 
+    @cached_property
+    def _ends(self) -> dict:
+        return {}
+
+    def ends(self, heads: int, each: int) -> torch.Tensor:
+        """int32 [heads, len + 1]: where lists of blocks begin and end that have so many entries each; made once."""
+        found = self._ends.get((heads, each))
+        if found is None:
+            ends = torch.arange(len(self) + 1, dtype=torch.int32, device=self.start.device) * each
+            found = self._ends[heads, each] = ends.expand(heads, -1).contiguous()
+        return found
+
     @classmethod
     def of(cls, offsets, size: int) -> "Blocks":
         """Documents offsets[i]:offsets[i+1] cut from their start; the last block of each may be short."""
@@ -125,10 +137,14 @@ class BlockPlan:
     ) -> "BlockPlan":  # fmt: skip
         """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing;
         `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort;
-        `full` that there is no -1 either, and nothing to count. Nothing waits for the device."""
-        if not (ascending or full):
-            chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
-        row_ptr, row_idx = _rows_of(chosen, len(keys), 1, full)
+        `full` that there is no -1 either: then the lists are `chosen`. Nothing waits for the device."""
+        if full:
+            heads, _, most = chosen.shape
+            row_ptr, row_idx = queries.ends(heads, most), chosen.int().flatten(1)
+        else:
+            if not ascending:
+                chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
+            row_ptr, row_idx = _rows_of(chosen, len(keys), 1)
         chunk = chunk or _chunk_of(keys, row_idx)
         most = _most_items(len(keys), row_idx, chunk)
         return cls(queries, keys, row_ptr, row_idx, most, causal, log_weight, rule, chunk)
@@ -171,13 +187,13 @@ def _most_items(listed, row_idx, chunk):
     return min(listed, capacity) + capacity // chunk
 
 
-def _rows_of(chosen, width, parts, full=False):
+def _rows_of(chosen, width, parts):
     """(row_ptr [Hs, parts * M + 1], row_idx [Hs, M * K]): of each part one row after the other, what is in
     part * width + 0:width, counted from part * width."""
     if forms.takes(chosen):
         from longspan.kernels.sparse.lists_triton import rows_triton
 
-        return rows_triton(chosen, width, parts, full)
+        return rows_triton(chosen, width, parts)
     return _rows(chosen, width, parts)
 
 

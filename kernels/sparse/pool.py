@@ -34,7 +34,7 @@ def sum_levels(x, levels, heads: int) -> tuple[torch.Tensor, ...]:
     """The sums of these levels, of every one [blocks, heads, D] in at least fp32: also over the H / heads successive
     heads that belong together. No gradient."""
     sums = _levels((x,), levels, heads, None, torch.promote_types(x.dtype, torch.float32))
-    return sums.split([len(blocks) for blocks in levels])
+    return sums.split_with_sizes([len(blocks) for blocks in levels])
 
 
 def _levels(several, levels, heads, size, dtype):

@@ -1,5 +1,7 @@
 """pool as one Triton kernel: x is read once, in its own dtype, and summed in fp32. And its gradient."""
 
+from functools import cache
+
 import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
@@ -27,26 +29,31 @@ def pool_triton(several, blocks: Blocks, heads: int, mean: bool) -> torch.Tensor
 
 def levels_triton(several, levels, heads: int, size, dtype) -> torch.Tensor:
     """The sums of mean_levels and sum_levels, divided by `size` unless None, in `dtype`: two levels a launch."""
-    (_, num_heads, head_dim), at = several[0].shape, 0
-    out = several[0].new_empty(sum(map(len, levels)), len(several) * heads, head_dim, dtype=dtype)
-    elements, warps, step = LEVELS
+    (_, num_heads, head_dim), at, counts = several[0].shape, 0, [len(blocks) for blocks in levels]
+    columns, warps = len(several) * heads, LEVELS[1]
+    out = several[0].new_empty(sum(counts), columns, head_dim, dtype=dtype)
     for turn in range(0, len(levels), 2):
-        blocks, *above = levels[turn : turn + 2]
-        around, more = above[0] if above else blocks, turn + 2 < len(levels)
+        blocks, count, above, more = levels[turn], counts[turn], turn + 1 < len(levels), turn + 2 < len(levels)
+        around, programs = (levels[turn + 1], counts[turn + 1]) if above else (blocks, 0)
         first, last = _alike(several)
-        sums = out if not more else first.new_empty(len(around), *out.shape[1:], dtype=torch.float32)
-        children, block_d = next_power_of_2(around.size if above else elements // ELEMENTS), padded(head_dim)
-        together = max(1, min(elements // (children * block_d), next_power_of_2(heads)))
-        programs = len(around) if above else cdiv(len(blocks), children)
-        levels_kernel[(programs * cdiv(heads, together), len(several))](
+        sums = first.new_empty(programs, columns, head_dim, dtype=torch.float32) if more else out
+        parts, tile = _levels_tile(heads, head_dim, blocks.size, around.size if above else 0)
+        levels_kernel[((programs or cdiv(count, tile[2])) * parts, len(several))](
             first, last, out, sums, blocks.start, blocks.length, around.start, around.length,
-            blocks.length if size is None else size, *first.stride()[:2], out.stride(0), at, len(blocks),
-            heads, num_heads // heads, head_dim, block_d, together, children, blocks.size, min(step, blocks.size),
-            bool(above), more, size is not None, num_warps=warps,
+            blocks.length if size is None else size, *first.stride()[:2], columns * head_dim, at, count,
+            heads, num_heads // heads, head_dim, *tile, above, more, size is not None, num_warps=warps,
         )  # fmt: skip
-        several, heads, at = (sums,), out.shape[1], at + len(blocks) + (len(around) if above else 0)
-        num_heads = heads
+        several, heads, num_heads, at = (sums,), columns, columns, at + count + programs
     return out
+
+
+@cache
+def _levels_tile(heads, head_dim, rows, children):
+    """How many programs have heads of the same blocks, and columns of a head, heads and blocks of each, and rows."""
+    elements, _, step = LEVELS
+    children, block_d = next_power_of_2(children or elements // ELEMENTS), padded(head_dim)
+    together = max(1, min(elements // (children * block_d), next_power_of_2(heads)))
+    return cdiv(heads, together), (block_d, together, children, rows, min(step, rows))
 
 
 def _alike(several):

@@ -156,7 +156,7 @@ def compile_sparse(dtype, head_dim, few):
         chosen = torch.zeros(lists, len(queries), 1, dtype=torch.int64)
         weight = torch.zeros(len(keys)) if masked else None
         plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight)
-        if fused.refusal(dtype, head_dim, plan) is None:
+        if fused.refusal(dtype, head_dim, plan.queries.size, plan.keys.size) is None:
             q, k, v = (torch.zeros(300, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
             onto = (q.float(), torch.zeros(300, heads)) if masked else None
             out, lse = fused.forward(q, k, v, plan, 0.3, onto)
@@ -301,7 +301,7 @@ def compile_choosing(width):
         table, _, _ = place(shown, count(shown, keys.lengths, 2), keys, 2, 0, own)
         rename(wanted, table)
     for columns in (8, 1 << 14):  # by bits, and too many for these
-        row_ptr, row_idx = rows_triton(zeros(1, 1024, 4), columns, full=columns > 8)
+        row_ptr, row_idx = rows_triton(zeros(1, 1024, 4), columns)
         columns_triton(row_ptr, row_idx, columns, 64, 9)
 
 

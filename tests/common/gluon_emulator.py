@@ -79,11 +79,21 @@ class Shared:
 
 
 class Descriptor:
+    """As Triton's, whose fields may also be set without its checks; what TMA demands is checked where it fetches."""
+
     def __init__(self, base, shape, strides, block_shape, layout):
-        assert base.data_ptr() % 16 == 0 and strides[-1] == 1
-        assert all(stride * base.element_size() % 16 == 0 for stride in strides[:-1])
-        self.base, self.block_shape = base.as_strided(shape, strides), block_shape
-        self.dtype, self.layout = base.dtype, layout
+        self.base, self.shape, self.strides = base, shape, strides
+        self.block_shape, self.layout = block_shape, layout
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    @property
+    def array(self):
+        assert self.base.data_ptr() % 16 == 0 and self.strides[-1] == 1 and len(self.block_shape) == len(self.shape)
+        assert all(stride * self.base.element_size() % 16 == 0 for stride in self.strides[:-1])
+        return self.base.as_strided(self.shape, self.strides)
 
 
 class Barrier:
@@ -147,7 +157,7 @@ def _multiply(a, b, acc, *, use_acc=True, is_async=False):
 def _fetch(descriptor, start, barrier, target):
     start, shape = [int(x) for x in start], descriptor.block_shape
     assert target.shape == shape and start[-1] * target.memory.element_size() % 16 == 0
-    source = descriptor.base[tuple(slice(x, x + n) for x, n in zip(start, shape))]
+    source = descriptor.array[tuple(slice(x, x + n) for x, n in zip(start, shape))]
     assert list(source.shape[1:]) == shape[1:]
     target.memory.zero_()
     target.memory[: len(source)] = source

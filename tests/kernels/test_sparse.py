@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plan_cases import CASES, LIMITS, SCALE, check, make
 from sparse_oracle import make_shares
@@ -192,9 +192,9 @@ def test_parts_continue_one_another(form, dtype):
 
 def several_programs(patch):
     """Lists of a few rows and columns take several programs, tiles and turns."""
-    patch.setattr(lists_triton, "TILE", 1024)
-    patch.setattr(lists_triton, "ITEM_COLUMNS", 4)
-    patch.setattr(lists_triton, "PROGRAMS", 8)
+    few = {"TILE": 1024, "ITEM_COLUMNS": 4, "PROGRAMS": 8, "COLUMNS": 2, "GROUPS": 4, "LISTED": 4}
+    for name, value in few.items():
+        patch.setattr(lists_triton, name, value)
 
 
 @settings(deadline=None, max_examples=30)
@@ -202,6 +202,8 @@ def several_programs(patch):
     st.integers(0, 2**32), st.integers(1, 150), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3),
     st.sampled_from(["sorted", "triton", "plain", "cells"]),
 )  # fmt: skip
+@example(5, 1, 2, 2, 1, "triton")
+@example(5, 1, 12, 12, 2, "triton")
 def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form):
     generator = torch.Generator().manual_seed(seed)
     most = min(most, columns)
@@ -234,6 +236,23 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
 
 
 @pytest.mark.parametrize("form", ["triton", "plain"])
+def test_full_lists_are_what_was_chosen(form, monkeypatch):
+    """Nothing is copied or counted, nor are ends of lists made twice."""
+    monkeypatch.setattr(forms, "takes", lambda x: form == "triton")
+    queries, keys = Blocks.of((0, 50, 90), 4), Blocks.of((0, 50, 90), 8)
+    chosen = torch.rand(2, len(queries), len(keys)).argsort(-1)[..., :3].int()
+    plan, other = (
+        BlockPlan.of(queries, keys, chosen, causal=False, full=full, ascending=True) for full in (True, False)
+    )
+    assert plan.row_idx.data_ptr() == chosen.data_ptr()
+    for name in ("row_ptr", "row_idx", "col_ptr", "item_ptr", "item_col", "col_idx"):
+        assert torch.equal(getattr(plan, name), getattr(other, name)), name
+    again = BlockPlan.of(queries, keys, chosen.flip(2), causal=False, full=True)
+    assert again.row_ptr is plan.row_ptr and again.row_ptr.is_contiguous()
+    assert queries.ends(2, 4)[1].tolist() == [4 * n for n in range(len(queries) + 1)]
+
+
+@pytest.mark.parametrize("form", ["triton", "plain"])
 def test_lists_are_split_by_buffer(form, monkeypatch):
     """Plans over several buffers, made at once, list in both orders what each would list alone; one buffer is empty."""
     monkeypatch.setattr(forms, "takes", lambda x: form == "triton")
@@ -258,11 +277,10 @@ def test_lists_are_split_by_buffer(form, monkeypatch):
 def test_what_the_kernels_refuse():
     plan = make("one list")[0]
     assert choose("cpu", torch.float32, 64, plan)[0] is gathered
-    assert fused.refusal(torch.bfloat16, 128, plan) is None
-    assert "not torch.float64" in fused.refusal(torch.float64, 64, plan)
-    assert "up to 64 wide, not 128" in fused.refusal(torch.float32, 128, plan)
-    odd = BlockPlan.of(Blocks.of((0, 48), 48), plan.keys, torch.zeros(1, 1, 1, dtype=torch.int64), causal=False)
-    assert "the query blocks have 48" in fused.refusal(torch.bfloat16, 64, odd)
+    assert fused.refusal(torch.bfloat16, 128, 16, 64) is None
+    assert "not torch.float64" in fused.refusal(torch.float64, 64, 16, 64)
+    assert "up to 64 wide, not 128" in fused.refusal(torch.float32, 128, 16, 64)
+    assert "the query blocks have 48" in fused.refusal(torch.bfloat16, 64, 48, 64)
 
 
 def test_long_lists_are_cut_less_often():
@@ -302,6 +320,8 @@ def test_gradients_of_means_come_to_keys(form, name, monkeypatch):
         torch.testing.assert_close(x.double(), y.double() + more, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(backward, "ADDING", 2)  # several key blocks to a program that adds parts
     assert all(map(torch.equal, form.backward(*given, shares=shares), actual))
+    monkeypatch.setattr(backward, "FEW_ADDING", 0)  # and whole ones
+    assert all(map(torch.equal, form.backward(*given, shares=shares), actual))
     alone = torch.zeros_like(k), torch.zeros_like(v)
     fused._with_shares(*alone, plan.keys, shares)  # as after kernels that know no shares
     for x, more in zip(alone, wanted, strict=True):
@@ -329,9 +349,9 @@ def test_lists_in_turn_and_keys_before_queries(form):
 @pytest.mark.parametrize("rows, words", [(2100, 64), (200, 0)])
 def test_long_lists_by_key_block(rows, words, monkeypatch):
     monkeypatch.setattr(forms, "takes", lambda x: True)
-    monkeypatch.setattr(lists_triton, "WORDS", words)
-    monkeypatch.setattr(lists_triton, "PROGRAMS", 8)
-    monkeypatch.setattr(lists_triton, "ITEM_COLUMNS", 16)
+    few = {"WORDS": words, "PROGRAMS": 8, "ITEM_COLUMNS": 16, "COLUMNS": 8, "LISTED": 256}
+    for name, value in few.items():
+        monkeypatch.setattr(lists_triton, name, value)
     monkeypatch.setattr(cells_triton, "_cell_shift", lambda *_: 6)
     check_long_lists(rows, 50, "cpu")
 

@@ -1,5 +1,6 @@
 """The same kernels over a plan for Hopper GPUs, in Gluon: blocks come by TMA while two warpgroups multiply."""
 
+import importlib
 import importlib.util
 from functools import cache
 
@@ -11,10 +12,10 @@ ROWS = 64  # of a warpgroup
 def takes(q, plan, rows: int, scale: float) -> bool:
     """Whether what walks lists of query blocks takes a case that the others take: tiles of `rows` = 128 queries."""
     return (
-        on_hopper(q)
+        rows == 2 * ROWS
+        and on_hopper(q)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[2] in (64, 128)
-        and rows == 2 * ROWS
         and plan.queries.size % ROWS == 0
         and (plan.keys.size % ROWS == 0 or q.shape[2] == 64)  # small blocks beside wide heads have not been measured
         and plan.rule is None
@@ -47,30 +48,6 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward(q, k, v, out, lse, plan, scale, tile, onto):
-    """Writes out and lse, see kernels.sparse.fused.forward; tile: numbers of heads and lists that tensors have, and
-    PACK, heads side by side in a tile of queries."""
-    from longspan.kernels.sparse.hopper import run
-
-    run.forward(q, k, v, out, lse, plan, scale, tile, onto)
-
-
-def block_rows(rows, lse, plan):
-    """lse and delta block by block, as the two below take them: those of RowSums, or undefined where that is None."""
-    from longspan.kernels.sparse.hopper import run
-
-    return run.block_rows(rows, lse, plan)
-
-
-def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto):
-    """Writes dq, see kernels.sparse.fused.backward, and with makes_rows log and delta."""
-    from longspan.kernels.sparse.hopper import run
-
-    run.query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto)
-
-
-def key_gradients(d_out, q, k, v, of_rows, dk, dv, plan, scale, states=None):
-    """Writes dk and dv. states: see kernels.sparse.fused.backward."""
-    from longspan.kernels.sparse.hopper import run
-
-    run.key_gradients(d_out, q, k, v, *of_rows, dk, dv, plan, scale, states)
+def kernels():
+    """The module that launches them, loaded where it is first needed: Gluon is not everywhere."""
+    return globals().get("run") or importlib.import_module(f"{__name__}.run")

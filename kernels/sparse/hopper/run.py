@@ -7,7 +7,6 @@ from longspan.kernels.sparse.backward import add_parts
 from longspan.kernels.sparse.hopper.attend import forward_kernel
 from longspan.kernels.sparse.hopper.keys import keys_kernel
 from longspan.kernels.sparse.hopper.queries import queries_kernel
-from longspan.kernels.sparse.hopper.rows import rows_kernel
 from longspan.kernels.sparse.hopper.tiles import descriptor, matrix_of
 
 # By width of heads: keys in a tile, how many tiles are under way, warps (twice four that another one feeds, or eight
@@ -20,27 +19,26 @@ IN_TURN = True  # whether warpgroups start their products one after the other, f
 
 
 def forward(q, k, v, out, lse, plan, scale, shape, onto):
+    """Writes out and lse, see kernels.sparse.fused.forward; shape: numbers of heads and lists that tensors have, and
+    PACK, heads side by side in a tile of queries."""
     tile, stages, warps, registers = FORWARD[q.shape[2]]
     tiles, programs, taken = _programs(q, plan, shape["PACK"], warps)
+    rows = min(tile, plan.keys.size)
     forward_kernel[(programs,)](
-        q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), out, lse, *(onto or (out, lse)), *_tables(plan),
+        q, matrix_of(k, rows), matrix_of(v, rows), out, lse, *(onto or (out, lse)), *_tables(plan),
         *_lists(plan), taken, *q.stride()[:2], scale, len(plan.queries), plan.row_idx.shape[1], tiles, shape["HEADS"],
         shape["KEY_HEADS"], shape["LISTS"], shape["D"], plan.keys.size, shape["PACK"], tile, plan.causal,
         plan.log_weight is not None, onto is not None, stages, IN_TURN, PERSISTENT, num_warps=warps, **_most(registers),
     )  # fmt: skip
 
 
-def block_rows(rows, lse, plan):
-    """lse and delta block by block: those of `rows`, RowSums, or undefined where that is None."""
-    return _empty_rows(lse, plan.queries) if rows is None else rows.of(plan.queries, _rows_by_blocks)
-
-
 def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, scale, pack, onto):
-    """Writes dq, and with makes_rows log and delta, which are given otherwise."""
+    """Writes dq, see kernels.sparse.fused.backward, and with makes_rows log and delta, which are given otherwise."""
     tile, stages, warps, registers = QUERIES[q.shape[2]]
     tiles, programs, taken = _programs(q, plan, pack, warps)
+    rows = min(tile, plan.keys.size)
     queries_kernel[(programs,)](
-        q, *(matrix_of(x, min(tile, plan.keys.size)) for x in (k, v)), d_out, out, lse, log, delta, dq,
+        q, matrix_of(k, rows), matrix_of(v, rows), d_out, out, lse, log, delta, dq,
         dq if onto is None else onto, *_tables(plan), *_lists(plan), taken, *q.stride()[:2], *d_out.stride()[:2], scale,
         len(plan.queries), plan.row_idx.shape[1], tiles, *_heads(q, k, plan), plan.keys.size, pack, tile, plan.causal,
         plan.log_weight is not None, onto is not None, not makes_rows, stages, PERSISTENT,
@@ -49,40 +47,29 @@ def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, 
 
 
 def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
-    """Writes dk and dv. states: KeyStates that the keys are part of, or None."""
-    head_dim, size = q.shape[2], plan.keys.size
-    groups, items = max(plan.heads, k.shape[1]), plan.item_col.shape[1]
+    """Writes dk and dv, see kernels.sparse.fused.backward. states: KeyStates that the keys are part of, or None."""
+    head_dim, size, columns = q.shape[2], plan.keys.size, plan.columns
+    groups, items = max(plan.heads, k.shape[1]), columns.item_col.shape[1]
     if not items:
         dk.zero_(), dv.zero_()
         return
-    parts = [log.new_empty(groups, items, size, head_dim) for _ in range(2)]
+    parts = log.new_empty(2, groups, items, size, head_dim).unbind()
     rows, feature_map = matrix_of(q, 64), ""
     of_states = rows, log, plan.keys.start
     if states is not None:
-        matrices, normalizers = states.states[:, :, 0].split([head_dim**2, head_dim], 2)
+        matrices, normalizers = states.states[:, :, 0].split_with_sizes([head_dim**2, head_dim], 2)
         matrices = matrices.to(q.dtype).reshape(-1, 1, head_dim)
         of_states, feature_map = (matrix_of(matrices, 64), normalizers.contiguous(), states.rows), states.feature_map
     keys_kernel[(items * groups,)](
         rows, matrix_of(d_out, 64), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
-        plan.queries.start, plan.queries.position, *_tables(plan)[3:], plan.col_ptr, plan.col_idx, plan.item_ptr,
-        plan.item_col, _weight(plan), *of_states, *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries),
-        len(plan.keys), items, plan.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk,
+        plan.queries.start, plan.queries.position, *_tables(plan)[3:],
+        columns.col_ptr, columns.col_idx, columns.item_ptr, columns.item_col, _weight(plan),
+        *of_states, *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries), len(plan.keys), items,
+        columns.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk,
         plan.causal, plan.log_weight is not None, *KEY_GRADIENTS, feature_map,
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, (dk,) * 4, 0, head_dim)
-
-
-def _rows_by_blocks(sums, queries):
-    log, delta = _empty_rows(sums, queries)
-    blocks, heads = len(queries), sums.shape[1]
-    rows_kernel[(blocks * heads,)](sums, log, delta, queries.start, queries.length, blocks, heads, queries.size)
-    return log, delta
-
-
-def _empty_rows(like, queries):
-    """lse and delta of every row of the blocks."""
-    return like.new_empty(2, like.shape[1], len(queries), queries.size).unbind()
 
 
 def _programs(q, plan, pack, warps):

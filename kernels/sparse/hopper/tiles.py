@@ -20,12 +20,17 @@ def descriptor(x, shape, strides, block, swizzle=128):
     if not hasattr(_thread, "ready") and torch.cuda.is_initialized():
         torch.cuda.Event().record()  # to describe memory needs a context, which a thread of autograd may not have yet
         _thread.ready = True
-    return TensorDescriptor(x, shape, strides, block, _layout(swizzle, 8 * x.element_size(), len(shape)))
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(_alike(x.dtype, len(shape), *block, swizzle), base=x, shape=shape, strides=strides)
+    return made
 
 
-@cache  # Triton checks each anew, which takes longer than a launch
-def _layout(swizzle, bits, rank):
-    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=rank)
+@cache  # Triton checks each anew, which takes longer than a launch: one of a kind is checked
+def _alike(dtype, rank, *block_and_swizzle):
+    *block, swizzle = block_and_swizzle
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * dtype.itemsize, rank=rank)
+    example = torch.empty(128, dtype=dtype, device="meta")
+    return dict(vars(TensorDescriptor(example, [1] * rank, [16] * (rank - 1) + [1], block, layout)))
 
 
 @gluon.constexpr_function
@@ -47,10 +52,10 @@ def shared_layout(bits):
 
 def matrix_of(x, rows):
     """x [T, H, D] as a matrix of heads beside one another, fetched so many rows of one head at a time."""
-    if x.stride(1) != x.shape[2] or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
-        x = x.contiguous()
-    tokens, heads, head_dim = x.shape
-    return descriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim])
+    (tokens, heads, head_dim), (stride, beside, _) = x.shape, x.stride()
+    if beside != head_dim or stride * x.element_size() % 16 or x.data_ptr() % 16:
+        x, stride = x.contiguous(), heads * head_dim
+    return descriptor(x, [tokens, heads * head_dim], [stride, 1], [rows, head_dim])
 
 
 @gluon.jit
