@@ -1,9 +1,10 @@
-"""The lists of a plan as Triton kernels, one launch by query block and two by key block.
+"""The lists of a plan as Triton kernels, one launch by query block and three by key block.
 
 By query block every program writes the entries of a few rows, and counts itself what comes before them: reading lists
 again costs less than another launch. By key block there is a bit for every pair of row and column: programs of rows set
-those of their rows, then programs of columns read theirs, in the order of rows. Where that would be too many bits, a
-counting sort makes the lists (cells_triton). So they are the same from run to run.
+those of their rows, programs of columns find where each word of them begins in the lists, then programs of rows write
+their entries there. Where that would be too many bits, a counting sort makes the lists (cells_triton). So they are the
+same from run to run.
 """
 
 import torch
@@ -16,8 +17,9 @@ from longspan.kernels.sparse.items_triton import fill_items, list_items
 TILE, WARPS = 4096, 16  # entries, or words of bits, at once
 PROGRAMS = 128  # one for a processor
 WORDS = 64  # most words of bits for an entry that lists have room for
-COLUMNS, GROUPS = 32, 256  # columns of a program that lists them, at least, and such programs of a head, at most
-LISTED, LISTING_WARPS = 8192, 8  # words of bits of these columns at once
+COLUMNS, GROUPS = 32, 256  # columns of a program that scans them, at least, and such programs of a head, at most
+SCANNED, SCANNING_WARPS = 8192, 8  # words of bits of these columns at once
+PLACING = 1024  # programs that write entries
 ITEM_COLUMNS = 2048  # key blocks whose items are listed at once
 
 
@@ -52,16 +54,20 @@ def columns_triton(row_ptr, row_idx, num_cols: int, chunk: int, most_items: int)
         return made
     columns = max(COLUMNS, next_power_of_2(cdiv(num_cols, GROUPS)))
     groups, span = cdiv(num_cols, columns), cdiv(words * heads, PROGRAMS)
-    parts, at_once = cdiv(words, span), min(LISTED // columns, next_power_of_2(words))
-    # Bits [heads, words, columns], entries [heads, groups, parts], programs of a head that are done.
-    scratch = row_ptr.new_empty(heads * (words * num_cols + groups * parts + 1))
-    sizes = num_cols, words, groups, parts, capacity, heads
+    parts, at_once = cdiv(words, span), min(SCANNED // columns, next_power_of_2(words))
+    # Bits and where they begin [2, heads, words, columns], entries [heads, groups, parts], programs that are done.
+    scratch = row_ptr.new_empty(heads * (2 * words * num_cols + groups * parts + 1))
+    sizes, tile = (num_cols, words, groups, parts, capacity, heads), _tile(num_rows, -(-capacity // num_rows))
     mark_rows_kernel[(parts * heads,)](
-        row_ptr, row_idx, scratch, num_rows, span, *sizes, columns, *_tile(num_rows, -(-capacity // num_rows)), TILE,
-        num_warps=WARPS,
+        row_ptr, row_idx, scratch, num_rows, span, *sizes, columns, *tile, TILE, num_warps=WARPS,
     )  # fmt: skip
-    list_columns_kernel[(groups * heads,)](
-        scratch, *made, most_items, chunk, *sizes, columns, at_once, TILE, ITEM_COLUMNS, num_warps=LISTING_WARPS,
+    scan_columns_kernel[(groups * heads,)](
+        scratch, col_ptr, item_ptr, item_col, most_items, chunk, *sizes, columns, at_once, TILE, ITEM_COLUMNS,
+        num_warps=SCANNING_WARPS,
+    )  # fmt: skip
+    span = max(tile[0], cdiv(num_rows * heads, PLACING))
+    list_columns_kernel[(cdiv(num_rows, span) * heads,)](
+        row_ptr, row_idx, scratch, col_idx, num_rows, span, num_cols, words, capacity, heads, *tile, num_warps=WARPS,
     )  # fmt: skip
     return made
 
@@ -122,7 +128,7 @@ def list_rows_kernel(
 def _parts_of(scratch, head, num_cols, num_words, groups, parts, heads):
     """Of a head: its bits, its numbers of entries, and how many of its programs are done."""
     bits_ptr = scratch + head * num_words * num_cols
-    sums_ptr = scratch + heads.to(tl.int64) * num_words * num_cols
+    sums_ptr = scratch + 2 * heads.to(tl.int64) * num_words * num_cols
     return bits_ptr, sums_ptr + head * groups * parts, sums_ptr + heads * groups * parts + head
 
 
@@ -182,15 +188,16 @@ def _ones(bits):
         "items", "chunk", "num_cols", "num_words", "groups", "parts", "capacity", "heads",
     ]
 )  # fmt: skip
-def list_columns_kernel(
-    scratch, col_ptr, col_idx, item_ptr, item_col, items, chunk, num_cols, num_words, groups, parts, capacity, heads,
+def scan_columns_kernel(
+    scratch, col_ptr, item_ptr, item_col, items, chunk, num_cols, num_words, groups, parts, capacity, heads,
     COLUMNS: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Lists of COLUMNS columns of a head; the last program of a head lists the items of all."""
+    """Where COLUMNS columns of a head begin, and each of their words with bits; the last program of a head lists the
+    items of all."""
     group, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     bits_ptr, sums_ptr, done_ptr = _parts_of(scratch, head, num_cols, num_words, groups, parts, heads)
+    begin_ptr = bits_ptr + heads.to(tl.int64) * num_words * num_cols
     col_ptr += head * (num_cols + 1)
-    col_idx += head * capacity
     before = tl.zeros([TILE], tl.int32)  # entries of columns before these
     for at in range(0, group * parts, TILE):
         part = at + tl.arange(0, TILE)
@@ -205,14 +212,9 @@ def list_columns_kernel(
     if group == groups - 1:
         tl.store(col_ptr + num_cols, tl.sum(before, 0) + tl.sum(counts, 0))
     for first in range(0, num_words, WORDS):
-        word, bits = _bits_of(bits_ptr, first, column, num_words, num_cols, WORDS)
+        at, bits = _bits_of(bits_ptr, first, column, num_words, num_cols, WORDS)
         ones = _ones(bits)
-        to = slot[None, :] + tl.cumsum(ones, 0) - ones
-        for _ in range(0, tl.max(tl.max(ones, 0), 0)):  # the lowest bit of each word that is left
-            below = (bits - 1) & ~bits
-            tl.store(col_idx + to, word * 32 + _ones(below), mask=bits != 0)
-            to += 1
-            bits = bits & (bits - 1)
+        tl.store(begin_ptr + at, slot[None, :] + tl.cumsum(ones, 0) - ones, mask=bits != 0)
         slot += tl.sum(ones, 0)
     tl.debug_barrier()
     if tl.atomic_add(done_ptr, 1, sem="acq_rel") == groups - 1:
@@ -228,9 +230,38 @@ def list_columns_kernel(
         fill_items(total, item_ptr, item_col, num_cols, items, ITEM_COLUMNS)
 
 
+@launched
+@triton.jit(do_not_specialize=["num_rows", "span", "num_cols", "num_words", "capacity", "heads"])
+def list_columns_kernel(
+    row_ptr, row_idx, scratch, col_idx, num_rows, span, num_cols, num_words, capacity, heads,
+    ROWS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """`span` rows of a head, each behind those of its column that have bits below its own in its word."""
+    begin, head = tl.program_id(0) // heads * span, (tl.program_id(0) % heads).to(tl.int64)
+    bits_ptr = scratch + head * num_words * num_cols
+    begin_ptr = bits_ptr + heads.to(tl.int64) * num_words * num_cols
+    row_ptr += head * (num_rows + 1)
+    row_idx += head * capacity
+    col_idx += head * capacity
+    stop = tl.minimum(begin + span, num_rows)
+    for first_row in range(begin, stop, ROWS):
+        row = first_row + tl.arange(0, ROWS)
+        first = tl.load(row_ptr + row, mask=row < stop, other=0)
+        last = tl.load(row_ptr + row + 1, mask=row < stop, other=0)
+        below = ((tl.full([ROWS], 1, tl.uint32) << (row & 31).to(tl.uint32)) - 1).to(tl.int32, bitcast=True)[:, None]
+        word = ((row >> 5).to(tl.int64) * num_cols)[:, None]
+        for at in range(0, tl.max(last - first), ENTRIES):
+            entry = first[:, None] + at + tl.arange(0, ENTRIES)[None, :]
+            mine = entry < last[:, None]
+            column = word + tl.load(row_idx + entry, mask=mine, other=0)
+            bits = tl.load(bits_ptr + column, mask=mine, other=0) & below
+            to = tl.load(begin_ptr + column, mask=mine, other=0) + _ones(bits)
+            tl.store(col_idx + to, row[:, None] + entry * 0, mask=mine)
+
+
 @triton.jit
 def _bits_of(bits_ptr, first, column, num_words, num_cols, WORDS: tl.constexpr):
-    """(number [WORDS, 1], bits [WORDS, columns]) of words from `first` on."""
+    """(places, bits) [WORDS, columns] of words from `first` on; none where there is no word."""
     word = first + tl.arange(0, WORDS)[:, None]
-    there = (word < num_words) & (column < num_cols)[None, :]
-    return word, tl.load(bits_ptr + (word.to(tl.int64) * num_cols + column[None, :]), mask=there, other=0)
+    at = word.to(tl.int64) * num_cols + column[None, :]
+    return at, tl.load(bits_ptr + at, mask=(word < num_words) & (column < num_cols)[None, :], other=0)

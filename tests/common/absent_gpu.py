@@ -294,7 +294,8 @@ def compile_choosing(width):
         pack(x, packing, 256 * lists)
         for shares, own in ((Shares(Tree(zeros(10), zeros(10), 2), means, means), x), (None, None)):
             add_packed(x, packing, [y[:, : 1 + lists % 2].contiguous() for y in x], shares, own, own is not None)
-    keys = SimpleNamespace(width=4, size=16, local=range(4), lengths=zeros(8), positions=zeros(8), steps=zeros(8))
+    columns = {name: zeros(8) for name in ("starts", "lengths", "positions", "steps")}
+    keys = SimpleNamespace(width=4, size=16, local=range(4), **columns)
     for own in (True, False):
         wanted, shown = ask(zeros(2, 4, 2), zeros(8, 1).long(), 2, 4, listed=own)
         shown = shown.expand(2, -1).contiguous()

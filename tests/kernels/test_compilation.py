@@ -45,7 +45,7 @@ def test_kernels_compile(tmp_path):
 def test_kernels_that_choose_blocks_compile(tmp_path):
     kernels = compiled(tmp_path, "choosing", "64")
     wanted = ["top", "top_few", "pool", "levels", "spread", "descend", "blocks_below"]
-    wanted += ["list_rows", "mark_rows", "list_columns", "scan", "place", "order"]
+    wanted += ["list_rows", "mark_rows", "scan_columns", "list_columns", "scan", "place", "order"]
     wanted += ["ask", "count", "locate", "rename", "pack", "add_packed"]
     assert {f"{name}_kernel" for name in wanted} <= {kernel["name"] for kernel in kernels}
     for kernel in kernels:

@@ -192,7 +192,7 @@ def test_parts_continue_one_another(form, dtype):
 
 def several_programs(patch):
     """Lists of a few rows and columns take several programs, tiles and turns."""
-    few = {"TILE": 1024, "ITEM_COLUMNS": 4, "PROGRAMS": 8, "COLUMNS": 2, "GROUPS": 4, "LISTED": 4}
+    few = {"TILE": 1024, "ITEM_COLUMNS": 4, "PROGRAMS": 8, "COLUMNS": 2, "GROUPS": 4, "SCANNED": 4, "PLACING": 3}
     for name, value in few.items():
         patch.setattr(lists_triton, name, value)
 
@@ -349,7 +349,7 @@ def test_lists_in_turn_and_keys_before_queries(form):
 @pytest.mark.parametrize("rows, words", [(2100, 64), (200, 0)])
 def test_long_lists_by_key_block(rows, words, monkeypatch):
     monkeypatch.setattr(forms, "takes", lambda x: True)
-    few = {"WORDS": words, "PROGRAMS": 8, "ITEM_COLUMNS": 16, "COLUMNS": 8, "LISTED": 256}
+    few = {"WORDS": words, "PROGRAMS": 8, "ITEM_COLUMNS": 16, "COLUMNS": 8, "SCANNED": 256, "PLACING": 5}
     for name, value in few.items():
         monkeypatch.setattr(lists_triton, name, value)
     monkeypatch.setattr(cells_triton, "_cell_shift", lambda *_: 6)
