@@ -212,9 +212,9 @@ def scan_columns_kernel(
     if group == groups - 1:
         tl.store(col_ptr + num_cols, tl.sum(before, 0) + tl.sum(counts, 0))
     for first in range(0, num_words, WORDS):
-        at, bits = _bits_of(bits_ptr, first, column, num_words, num_cols, WORDS)
+        word, bits = _bits_of(bits_ptr, first, column, num_words, num_cols, WORDS)
         ones = _ones(bits)
-        tl.store(begin_ptr + at, slot[None, :] + tl.cumsum(ones, 0) - ones, mask=bits != 0)
+        tl.store(begin_ptr + word, slot[None, :] + tl.cumsum(ones, 0) - ones, mask=bits != 0)
         slot += tl.sum(ones, 0)
     tl.debug_barrier()
     if tl.atomic_add(done_ptr, 1, sem="acq_rel") == groups - 1:
