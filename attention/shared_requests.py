@@ -48,7 +48,7 @@ class Staged:
 def stage(k, v, keys, strategy, peers) -> Staged | None:
     """Lays keys and values [T, H, D] into this rank's window, for blocks of `keys`, Pieces; None where they are not
     asked for through `peers`, a PeerMemory or None. The same on all ranks."""
-    if peers is None or strategy == "ring" or len(keys.tokens) == 1:
+    if peers is None or not peers.blocks or strategy == "ring" or len(keys.tokens) == 1:
         return None
     from longspan.kernels.sparse import peers_triton  # ranks that share memory have it
 

@@ -26,13 +26,15 @@ class PeerMemory:
     kernels: longspan.kernels.peer_triton, or what has its names. windows, flags: int64 [ranks], where each rank's
     window and flags are for this GPU. keep: what owns that memory. allocate: makes more of it, a collective call:
     allocate(words) gives a Room, or None on all ranks where one has no more. received: bytes from other ranks so far.
+    blocks: whether sparse attention's blocks go through it as well.
     """
 
     def __init__(
-        self, kernels, rank: int, windows: torch.Tensor, flags: torch.Tensor, capacity: int, keep=(), allocate=None
-    ):
+        self, kernels, rank: int, windows: torch.Tensor, flags: torch.Tensor, capacity: int, keep=(), allocate=None,
+        blocks: bool = True,
+    ):  # fmt: skip
         self._kernels, self._capacity, self._keep, self.rank = kernels, capacity, keep, rank
-        self._allocate, self._room = allocate, None
+        self._allocate, self._room, self.blocks = allocate, None, blocks
         signals = torch.zeros(2, kernels.CHANNELS, len(windows), dtype=torch.int32, device=windows.device)
         self._signals = flags, signals, rank
         self._world_size, self._under_way, self.received = len(windows), deque(), 0
@@ -116,14 +118,15 @@ class Gathering:
 def open_peer_memory(
     group, topology, device: torch.device, kernels, wanted: Literal["auto", "on", "off"] = "auto"
 ) -> PeerMemory | None:
-    """Shared memory for the ranks of a group, or None where it is not wanted, or with "auto" where there is none.
-    Collective. Raises ValueError, on all ranks, if `wanted` is "on" and it cannot be had."""
+    """Shared memory for the ranks of a group, or None where it is not wanted, or with "auto" where there is none; for
+    blocks of sparse attention with "on" alone. Collective. Raises ValueError, on all ranks, if `wanted` is "on" and it
+    cannot be had."""
     if wanted == "off" or wanted == "auto" and group_size(group) == 1:
         return None
     refusal, found = _first(_refusal(group, topology, device), group), None
     if refusal is None:  # then all ranks try
         try:
-            found = _open(group, device, kernels)
+            found = _open(group, device, kernels, wanted == "on")
         except Exception as problem:  # what torch raises where memory cannot be shared is not documented
             refusal = f"memory cannot be shared: {type(problem).__name__}: {problem}".splitlines()[0]
         refusal = _first(refusal, group)
@@ -158,7 +161,7 @@ def _refusal(group, topology, device) -> str | None:
     return None
 
 
-def _open(group, device, kernels) -> PeerMemory:
+def _open(group, device, kernels, blocks) -> PeerMemory:
     world_size, rank = group_size(group), dist.get_rank(group)
     flag_words = -(-kernels.flag_words(world_size) // 256) * 256
     room = _share(_memory(flag_words + kernels.SLOTS * world_size * CAPACITY, device), group)
@@ -179,7 +182,7 @@ def _open(group, device, kernels) -> PeerMemory:
         return _share(memory, group)
 
     flags, keep = room.addresses, (room, group)
-    return PeerMemory(kernels, rank, flags + 4 * flag_words, flags, CAPACITY, keep, allocate)
+    return PeerMemory(kernels, rank, flags + 4 * flag_words, flags, CAPACITY, keep, allocate, blocks)
 
 
 def _memory(words, device):

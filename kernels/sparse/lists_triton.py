@@ -18,7 +18,7 @@ TILE, WARPS = 4096, 16  # entries, or words of bits, at once
 PROGRAMS = 128  # one for a processor
 WORDS = 64  # most words of bits for an entry that lists have room for
 COLUMNS, GROUPS = 32, 256  # columns of a program that scans them, at least, and such programs of a head, at most
-SCANNED, SCANNING_WARPS = 8192, 8  # words of bits of these columns at once
+SCANNED, SCANNING_WARPS = 4096, 8  # words of bits of these columns at once
 PLACING = 1024  # programs that write entries
 ITEM_COLUMNS = 2048  # key blocks whose items are listed at once
 

@@ -33,6 +33,7 @@ def launched(emulated, monkeypatch):
     names = []
     monkeypatch.setattr(sparse_hopper, "on_hopper", lambda x: True)
     monkeypatch.setattr(sparse_hopper, "processors", lambda device: 4)
+    monkeypatch.setattr(hopper, "AT_ONCE", ("none", "fixed", "scalar"))
     monkeypatch.setattr(emulated["sweep_sum"], "STAGES", 3)  # fewer than chunks
     monkeypatch.setattr(emulated["at_once"], "SUM_STAGES", 3)
     for name in MODULES:
