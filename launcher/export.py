@@ -1,23 +1,20 @@
-"""The weights of a checkpoint as safetensors, under longspan's names or under those of Hugging Face's transformers.
-
-The format (github.com/huggingface/safetensors): the length of a header as uint64, the header in JSON, which has dtype,
-shape and place of every tensor, and the tensors.
-"""
+"""The weights of a checkpoint as safetensors, under longspan's names or under those of Hugging Face's transformers."""
 
 import json
-import struct
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from longspan.launcher.errors import UserError
 from longspan.launcher.files import replace_text
 from longspan.launcher.stored_models import load_model, stored
 from longspan.models.config import ModelConfig
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 # A softmax layer's parameters and the model's own: what they are called in Llama and Qwen3.
 BLOCK_NAMES = {
     "mixer_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "mixer.q_proj": "self_attn.q_proj",
@@ -36,41 +33,21 @@ def export_run(run: str, output: str, layout: str, dtype: str) -> None:
     if layout == "huggingface":
         settings, rename = huggingface_config(config.model, config.data.seq_len, dtype), huggingface_name
     weights = load_model(info, config).state_dict()
-    weights = {rename(name): value.to(getattr(torch, dtype)) for name, value in weights.items()}
+    weights = {rename(name): value.to(getattr(torch, dtype)).contiguous() for name, value in weights.items()}
     folder = Path(output)
+    partial = folder / ".model.safetensors.partial"
     metadata = {"format": "pt", "longspan_checkpoint": str(info.path), "longspan_step": str(info.step)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", weights, metadata)
+        save_file(weights, partial, metadata)
+        partial.replace(folder / "model.safetensors")
         replace_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise UserError(f"--output {output}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     numbers = sum(value.numel() for value in weights.values())
     print(f"wrote {folder / 'model.safetensors'}: {len(weights)} tensors, {numbers:,} numbers in {dtype}")
-
-
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes the file anew; whoever is ended on the way leaves the old one."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size],
-        }  # fmt: skip
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors.values():
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def huggingface_name(name: str) -> str:
