@@ -1,6 +1,7 @@
 """What every test gets: NaN-filled scratch memory in longspan code, one torch thread, GPU tests skipped without one."""
 
 import importlib.util
+import logging
 import os
 from collections import defaultdict
 
@@ -32,6 +33,16 @@ def poisoned_scratch():
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was():
+    """Commands of `longspan` that a test calls make the log their own; others look at what pytest catches of it."""
+    log = logging.getLogger("longspan")
+    handlers, level, propagate = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.propagate = handlers, propagate
+    log.setLevel(level)
 
 
 @pytest.fixture
