@@ -231,7 +231,7 @@ class _Linear:
             return out, (kept,)
         if form == "general":
             return out, (kept, *(self._states(rows, q, v) for rows in self._blocks(len(q))))
-        splits = self._splits(q, v)
+        splits = self._splits(form, q, v)
         saved = [self._states(splits, q, v)]
         if form in ("delta", "kda"):
             saved += [self._states(splits, q, q), q.new_empty(len(q), q.shape[1], DELTA_CHUNK_NUMBERS)]
@@ -241,15 +241,14 @@ class _Linear:
 
     def hold(self, d_out, q, k, v, log_decay, beta):
         form = self._note(q, v, log_decay, beta, backward=True)
-        held = [self._states(self._splits(q, v), q, v)]
+        held = [self._states(self._splits(form, q, v), q, v)]
         if form not in ("fused", "kda"):  # they save it
             held += self._scratch(form, q, v, log_decay)
         if form == "fused" and log_decay is not None and log_decay.requires_grad:
             columns = -(-q.shape[2] // COLUMNS)  # sums of rows, of the reading and of the writing side
             held += [q.new_empty(columns, q.shape[1], len(q), dtype=torch.float32) for _ in range(2)]
         if form == "channel":
-            chunks = min(-(-len(q) // CHUNK), max(1, CHANNEL_WAVE_NUMBERS // (q.shape[1] * q.shape[2] * v.shape[2])))
-            held += [q.new_empty(chunks, q.shape[1], q.shape[2], v.shape[2]) for _ in range(2)]
+            held += [q.new_empty(self._wave(q, v), q.shape[1], q.shape[2], v.shape[2]) for _ in range(2)]
         return held
 
     def _scratch(self, form, q, v, log_decay):
@@ -283,9 +282,16 @@ class _Linear:
         forms = {"delta": "delta", "gated_delta": "delta", "kda": "kda", "channel": "channel"}
         return forms.get(name, "fused"), name
 
-    def _splits(self, q, v):
+    def _splits(self, form, q, v):
         programs = q.shape[1] * -(-v.shape[2] // COLUMNS)
-        return max(self.outline.spans, min(len(q) // MIN_SPLIT, ROUNDS * PROCESSORS // programs))
+        tokens = min(len(q), self._wave(q, v) * CHUNK) if form == "channel" else len(q)
+        splits = max(1, min(tokens // MIN_SPLIT, ROUNDS * PROCESSORS // programs))
+        return max(self.outline.spans, splits * -(-len(q) // max(1, tokens)))
+
+    def _wave(self, q, v):
+        """Chunks whose states exist at once, with a decay per channel."""
+        most = max(1, CHANNEL_WAVE_NUMBERS // (q.shape[1] * q.shape[2] * v.shape[2]))
+        return min(-(-len(q) // CHUNK), most)
 
     def _blocks(self, tokens):
         """States kept of every block of chunks but the first, which is what enters."""

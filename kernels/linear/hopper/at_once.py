@@ -1,8 +1,8 @@
 """Sums, what enters every split and the sweep in one launch, where no span is linked to other ranks.
 
 Every program sums its split, if others need that, and sweeps through it as soon as it knows what enters
-(`kernels.linear.hopper.chain`): programs whose heads forget do not wait for those that remember. Three launches start
-and end with all others idle, which is a tenth of the time of 32K tokens.
+(`kernels.linear.hopper.chain`): programs whose heads forget do not wait for those that remember. hopper.AT_ONCE says
+where that pays.
 """
 
 from triton.experimental import gluon

@@ -11,7 +11,6 @@ from triton.experimental.gluon import language as gl
 
 from longspan.kernels.linear.hopper.tiles import synchronize
 
-KEPT = True  # False: cleared for every launch
 SPARE = 1 << 18  # words for launches in graphs
 BEGIN = gl.constexpr(8)  # of the flags: launches that ended, programs of this one that did, six words of nothing
 _of_stream, _spare = {}, {}
@@ -20,7 +19,7 @@ _of_stream, _spare = {}, {}
 def memory(count: int, device: torch.device) -> torch.Tensor:
     """int32, for `count` flags of the next launch on the current stream."""
     words = -(-count // 8) * 8 + 8  # aligned as kernels take it
-    if not KEPT or device.type != "cuda":
+    if device.type != "cuda":
         return torch.zeros(words, dtype=torch.int32, device=device)
     spare = _spare.get(device, ())
     if torch.cuda.is_current_stream_capturing():
