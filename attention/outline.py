@@ -24,6 +24,7 @@ from longspan.attention.offload import Offload
 from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import ranks_at_once
 from longspan.attention.selections import TopBlocks
+from longspan.attention.shared_requests import is_cut, room_for, window_sizes
 from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.block_states import state_dtype
 from longspan.kernels.linear import hopper
@@ -45,7 +46,8 @@ DELTA_CHUNK_NUMBERS, CHANNEL_WAVE_NUMBERS, CHANNEL_SCORES = 144, 1 << 27, 64
 class Call:
     """One call of an attention kernel: kind is softmax, linear, sparse or convolution; detail says which (a Mask, a
     form of linear attention, a selection, a width). asked: of sparse layers whose keys come by request, for which the
-    host waits, the tokens of others whose keys this rank gets, None for others and in a ring."""
+    host waits, the tokens of others whose keys this rank gets, None for others and in a ring. window: of those that
+    come through memory that ranks share, bytes of this rank's window, which all layers use."""
 
     kind: str
     detail: Any
@@ -55,6 +57,7 @@ class Call:
     key_size: int
     value_size: int
     asked: int | None = None
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Outline:
 
     gpu: whether kernels are those of GPUs, hopper: of Hopper GPUs. positions: int64 [num_tokens_local]. record: gets
     every Call. derived: what `derive` answers, by function. softmax_strategy: by which keys travel, one of
-    schedules.STRATEGIES. sparse_strategy: parallel.sparse; topology: which ranks share a machine (default: all).
+    schedules.STRATEGIES. sparse_strategy: parallel.sparse; topology: which ranks share a machine (default: all);
+    peer_blocks: whether blocks of sparse layers go through memory that ranks share.
     """
 
     lengths: tuple[int, ...]
@@ -77,6 +81,7 @@ class Outline:
     softmax_strategy: str = "ring"
     sparse_strategy: str = "auto"
     topology: Topology | None = None
+    peer_blocks: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -329,7 +334,9 @@ class _Sparse:
         means = arrived[2:] or ([self._means(k)] if self._coarse_rows() else [])
         states = self.branch.states(*own, q, k, v) if self.branch else ()
         if arrived:
-            arrived = [x.new_empty(self._buffers(q, k)[0], *x.shape[1:]) for x in (k, v)]
+            rows, room = self._buffers(q, k)[0], self._room(q, k)
+            held = [x.new_empty(room or rows, *x.shape[1:]) for x in (k, v)]
+            arrived = [x.new_empty(rows, *x.shape[1:]) for x in (k, v)] if is_cut(rows, room) else held
         return torch.empty_like(out) if self.branch else out, (*means, *states, out, lse, *arrived)
 
     def _means(self, k):
@@ -342,13 +349,33 @@ class _Sparse:
         numbers = max(q.numel(), self.branch.late(own[3], k, v) if self.branch else 0)
         held = [q.new_empty(numbers, dtype=wide_dtype(q.dtype)), *self._lists(q, k)]  # the same again by key blocks
         # What is sent back, and what comes back.
-        held += [x.new_empty(rows, *x.shape[1:]) for rows in self._buffers(q, k) for x in (k, v)]
+        arrived, given = self._buffers(q, k)
+        returned = () if self._window(k) else (given,)  # else into the window
+        held += [x.new_empty(rows, *x.shape[1:]) for rows in (arrived, *returned) for x in (k, v)]
         return held + (self.branch.hold(*own, q, k, v) if self.branch else [])
 
     def _note(self, q, k, backward):
         asked, _, by_request = self._asked_and_given(q, k)
         sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
-        self.outline.record(Call("sparse", self.selection, backward, *sizes, asked if by_request else None))
+        asked = asked if by_request else None
+        self.outline.record(Call("sparse", self.selection, backward, *sizes, asked, self._window(k)))
+
+    def _window(self, k):
+        """Bytes of what this rank shares with others."""
+        outline = self.outline
+        if not outline.peer_blocks:
+            return 0
+        given = outline.num_tokens_local, outline.world_size, *k.shape[1:], k.itemsize
+        return sum(window_sizes(outline.sparse_strategy, *given) or ())
+
+    def _room(self, q, k):
+        """Rows of the buffer for all that lists could name of keys that come through shared memory, until it is known
+        how many do; 0 without."""
+        if not self._window(k):
+            return 0
+        size = self.selection.block if isinstance(self.selection, Hierarchical) else self.selection.key_block
+        apart = self.branch is not None and self.branch.rest
+        return room_for(self.outline.num_tokens - apart * self.outline.num_tokens_local, self._entries(), size)
 
     def _buffers(self, q, k):
         """Rows of what arrives, and of what others get. By request this rank's own that are chosen lie in
@@ -367,7 +394,7 @@ class _Sparse:
             return others, others, strategy != "ring"
         layout = _layout(outline.lengths, outline.world_size)
         tokens, listed = expected_requests(self.selection, layout, self.causal)
-        if strategy == "auto":
+        if strategy == "auto" and not self._window(k):
             topology, lists = outline.topology or Topology(1, outline.world_size), k.shape[1]
             way = Estimate(q.shape[1], lists, k.shape[2], k.itemsize, topology)
             selection, sizes = self.selection, layout.tokens_per_rank
@@ -387,17 +414,8 @@ class _Sparse:
     def _lists(self, q, k):
         """Int32 tables of this rank's plans: lists have the same room for every block. Over ranks there is
         where each block that arrives lies here, and where this rank's went."""
-        outline, selection, heads = self.outline, self.selection, k.shape[1]
-        if isinstance(selection, Hierarchical):  # under a mask with what is around queries
-            keys, rows = selection.block, -(-max(outline.lengths) // selection.block**selection.levels) - self.causal
-            widths = [selection.keep + self.causal] * (selection.levels - 1) + [min(selection.keep, rows) + self.causal]
-            sizes = [(selection.block, widths[0])]
-            if selection.levels > 1:
-                under = sum(self._turns(level) * width for level, width in enumerate(widths[1:], 1))
-                sizes.append((tile_rows(selection.block), under))
-        else:
-            sizes, keys = [(selection.query_block, self._longest_list())], selection.key_block
-        shapes = []
+        outline, heads, shapes = self.outline, k.shape[1], []
+        sizes, keys = self._list_sizes()
         for size, width in sizes:
             rows = outline.blocks(size)
             shapes += [(heads, rows * width), (heads, rows + 1)]
@@ -405,6 +423,28 @@ class _Sparse:
             whole = outline.world_size * heads * outline.blocks(keys)
             shapes += [(4, whole + 1), (whole,)]  # room for all blocks that could arrive, and for others
         return [k.new_empty(shape, dtype=torch.int32) for shape in shapes]
+
+    def _entries(self):
+        """Of a list of fine blocks."""
+        (size, width), *_ = self._list_sizes()[0]
+        return self.outline.blocks(size) * width
+
+    def _list_sizes(self):
+        """([(tokens of a query block, blocks of a list)], those of fine blocks first; tokens of a key block)."""
+        selection, longest = self.selection, max(self.outline.lengths)
+        if isinstance(selection, Hierarchical):  # under a mask with what is around queries
+            keys, rows = (
+                selection.block,
+                -(-longest // selection.block**selection.levels) - self.causal,
+            )
+            widths = [selection.keep + self.causal] * (selection.levels - 1) + [min(selection.keep, rows) + self.causal]
+            sizes = [(selection.block, widths[0])]
+            if selection.levels > 1:
+                under = sum(self._turns(level) * width for level, width in enumerate(widths[1:], 1))
+                sizes.append((tile_rows(selection.block), under))
+        else:
+            sizes, keys = [(selection.query_block, self._longest_list())], selection.key_block
+        return sizes, keys
 
     def _turns(self, level):
         """Blocks under a row of the next level: two where some last row of a level has fewer tokens."""

@@ -13,8 +13,9 @@ from longspan.attention.block_parts import Part
 from longspan.attention.block_tables import Pieces
 from longspan.attention.requests import Asked, Request
 from longspan.kernels.sparse import Packing, pack
+from longspan.kernels.sparse.peer_windows import fits, window_bytes
 from longspan.parallel.exchange import Pending, aside, group_rank
-from longspan.parallel.peer_memory import PeerMemory, Room
+from longspan.parallel.peer_memory import PeerMemory, Room, has_room
 
 READY, FREE, RETURNED, TAKEN = range(4)  # keys are in windows, and have been read; gradients are, and have been added
 PROGRAMS = 24  # that move blocks beside attention, each on a processor of its own
@@ -45,18 +46,33 @@ class Staged:
         return SharedRequest(self, *given, **options)
 
 
+def window_sizes(strategy, most: int, ranks: int, heads: int, head_dim: int, itemsize: int) -> tuple[int, int] | None:
+    """window_bytes of a layer whose ranks share memory, most: tokens of the rank that has most; None where its blocks
+    go by the group all the same."""
+    if strategy == "ring" or ranks == 1 or not fits(head_dim, itemsize):
+        return None
+    sizes = window_bytes(most, ranks, heads, head_dim, itemsize)
+    return sizes if has_room(sum(sizes)) else None
+
+
+def room_for(tokens: int, entries: int, size: int) -> int:
+    """Rows that a list of so many entries, of blocks of `size` rows, can name of so many tokens."""
+    return min(tokens, entries * size)
+
+
+def is_cut(rows: int, room: int) -> bool:
+    """Whether room of which so many rows are used is given back."""
+    return rows < KEPT * room
+
+
 def stage(k, v, keys, strategy, peers) -> Staged | None:
     """Lays keys and values [T, H, D] into this rank's window, for blocks of `keys`, Pieces; None where they are not
     asked for through `peers`, a PeerMemory or None. The same on all ranks."""
-    if peers is None or not peers.blocks or strategy == "ring" or len(keys.tokens) == 1:
-        return None
-    from longspan.kernels.sparse import peers_triton  # ranks that share memory have it
-
-    if not peers_triton.fits(k):
+    if peers is None or not peers.blocks:
         return None
     most, (_, heads, head_dim) = max(keys.tokens), k.shape
-    held, returned = peers_triton.window_bytes(keys, heads, head_dim, k.element_size())
-    room = peers.room(held + returned)
+    sizes = window_sizes(strategy, most, len(keys.tokens), heads, head_dim, k.element_size())
+    room = sizes and peers.room(sum(sizes))
     if room is None:
         return None
     with aside(k, v):
@@ -64,7 +80,7 @@ def stage(k, v, keys, strategy, peers) -> Staged | None:
         for x, window in zip((k, v), room.view(0, (2, most, heads, head_dim), k.dtype)):
             window[: len(x)].copy_(x)
         peers.signal(READY)
-    return Staged(k, v, Windows(peers, room, held))
+    return Staged(k, v, Windows(peers, room, sizes[0]))
 
 
 class SharedRequest(Request):
@@ -78,7 +94,7 @@ class SharedRequest(Request):
         k, keys, tokens = self.staged.k, self.keys, sum(self.keys.tokens)
         if not self.together:
             tokens -= keys.tokens[group_rank(self.group)]
-        rows = self.lists * min(tokens, self.wanted[0].numel() * keys.size)
+        rows = self.lists * room_for(tokens, self.wanted[0].numel(), keys.size)
         make = k.new_empty if k.is_cuda else k.new_zeros  # plain PyTorch reads a row for none
         buffer = make(rows, 2 * self.packing.heads_of(k), k.shape[2])
         numbers = table, arriving.start, 0 if self.together else len(arriving)
@@ -98,7 +114,7 @@ class SharedRequest(Request):
         used = own + int(rows.sum() - rows[rank].sum())
         returned = int(counts[:, rank, : self.lists].sum() - rows[rank].sum())
         buffer = self.way.buffer[:used]
-        if used < KEPT * len(self.way.buffer):
+        if is_cut(used, len(self.way.buffer)):
             buffer = buffer.clone()
         row = buffer.shape[1] * buffer.shape[2] * buffer.element_size()
         self.way.windows.peers.received += row * (used - own)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.benchmarks.worker import describe
-from longspan.kernels import peer_triton
+from longspan.kernels.peer import peer_kernels
 from longspan.launcher.clock import Clock
 from longspan.models.config import ModelConfig
 from longspan.models.decay import ScalarGate
@@ -67,7 +67,7 @@ class Ranks:
 
     def __init__(self, mesh, device: torch.device, repetitions: int):
         self.mesh, self.device, self.repetitions = mesh, device, repetitions
-        self.peers = open_peer_memory(mesh.sp_state_group, mesh.sp_topology, device, peer_triton, "auto")
+        self.peers = open_peer_memory(mesh.sp_state_group, mesh.sp_topology, device, peer_kernels, "auto")
         if self.peers is not None:
             self.peers.blocks = True  # whatever a benchmark says of blocks
 

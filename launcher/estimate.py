@@ -23,10 +23,12 @@ from longspan.models.activations import GRADIENTS, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import SPARSE_KINDS
 from longspan.models.flops import model_flops, num_parameters
+from longspan.parallel.peer_memory import cannot_be_honoured, refusal_of_ranks
 from longspan.parallel.topology import Topology
 
 MOMENTS = 8  # bytes of Adam's two moments of a parameter
 GATHERED = 3  # blocks whose parameters are whole at once: in use, arriving, and in the buffer they arrived in
+WINDOWS = "windows shared with other ranks"
 COUNTED = ("top", "hierarchical")  # of model.sparse_selection
 
 
@@ -131,6 +133,13 @@ class Job:
         ):
             if given:
                 raise UserError(f"{setting} is not counted by longspan plan: {remedy}")
+        if self.peer_blocks and (refusal := refusal_of_ranks(self.topology)):
+            raise UserError(cannot_be_honoured(refusal))
+
+    @property
+    def peer_blocks(self) -> bool:
+        """Whether blocks of sparse layers go through memory that GPUs share."""
+        return self.config.parallel.peer_memory == "on"
 
     @property
     def shards(self) -> int:
@@ -190,7 +199,7 @@ class Job:
             prepare=self.prepare, hopper=self.cluster.gpu.hopper,
             gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
             softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
-            sparse=self.config.parallel.sparse, topology=self.topology,
+            sparse=self.config.parallel.sparse, topology=self.topology, peer_blocks=self.peer_blocks,
         )  # fmt: skip
 
 
@@ -199,6 +208,7 @@ def estimate(job: Job) -> Estimate:
     measured = job.measure()
     memory = memory_at_peak(job, measured)
     states = 0 if job.offload else (2 * MASTER + MOMENTS) * measured.num_parameters / job.shards
+    states += memory[WINDOWS]
     seconds = step_seconds(job, measured)
     model, samples, count = job.config.model, job.config.train.global_batch, job.cluster.count
     mfu = model_flops(model, job.lengths) * samples / sum(seconds.values()) / count / (job.cluster.peak_tflops * 1e12)
@@ -226,6 +236,7 @@ def memory_at_peak(job: Job, measured: Measured) -> dict[str, float]:
         "optimizer state": MOMENTS * share,
         "gradients": gradients,
         "gathered parameters, reduced gradients": sharding_buffers(job, measured),
+        WINDOWS: measured.window,
         **at_peak,
     }
 
@@ -246,6 +257,8 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
         yield f"rates of {job.cluster.name} are not measured by longspan"
     if job.sp > 1 and not set(SPARSE_KINDS).isdisjoint(job.config.model.layer_kinds):
         yield "blocks of sparse attention are taken as chosen evenly: where choices agree, ranks fetch fewer"
+    if job.peer_blocks:
+        yield "times of sparse layers are those by NCCL: what parallel.peer_memory=on saves is not measured"
     if job.offload or job.config.train.offload_activations:
         yield "PCIe and the rate of host memory are not measured, but taken from data sheets"
     if job.offload:

@@ -3,11 +3,11 @@
 import json
 
 from longspan.launcher.config import Config
-from longspan.launcher.estimate import Estimate, Job, estimate
+from longspan.launcher.estimate import WINDOWS, Estimate, Job, estimate
 from longspan.launcher.fitting import largest, refuse
 from longspan.launcher.gpus import GIB, Cluster
 
-STATE = ("parameters", "optimizer state", "gradients", "gathered parameters, reduced gradients")
+STATE = ("parameters", "optimizer state", "gradients", "gathered parameters, reduced gradients", WINDOWS)
 
 
 def report(config: Config, cluster: Cluster, document: int = 0, *, as_json: bool = False) -> None:

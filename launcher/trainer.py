@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention.ranges import component
-from longspan.kernels import peer_triton
+from longspan.kernels.peer import peer_kernels
 from longspan.launcher import checkpoint
 from longspan.launcher.agreement import agree_on, decide
 from longspan.launcher.allocator import allocator_setting
@@ -76,7 +76,7 @@ def build_sequence_parallel(config: Config, mesh: Mesh) -> SequenceParallel:
         mesh.sp_group,
         mesh.sp_state_group,
         peers=open_peer_memory(
-            mesh.sp_state_group, mesh.sp_topology, mesh.device, peer_triton, config.parallel.peer_memory
+            mesh.sp_state_group, mesh.sp_topology, mesh.device, peer_kernels, config.parallel.peer_memory
         ),
         topology=mesh.sp_topology,
         layout=config.parallel.layout,

@@ -96,6 +96,11 @@ class Measured:
         return sum(stage.exchanged for stage in self.stages)
 
     @property
+    def window(self) -> int:
+        """Bytes that this rank shares with others for blocks of sparse layers, allocated once, outside of the peak."""
+        return max((call.window for stage in self.stages for call in stage.calls), default=0)
+
+    @property
     def num_parameters(self) -> int:
         return sum(self.parameter_sizes)
 
@@ -119,6 +124,7 @@ def measure(
     softmax: str = "ring",
     sparse: str = "auto",
     topology: Topology | None = None,
+    peer_blocks: bool = False,
 ) -> Measured:
     """A step over documents with these lengths, of which this rank has its share of `world_size`.
 
@@ -127,7 +133,8 @@ def measure(
     checkpointing, for which it gets an Offload without data; it is not compiled. gradient_bytes: what stays of the
     gradient of one parameter once its block is done. tp: ranks that share layers; parameters are then those of one of
     them. softmax: the strategy by which keys travel, one of longspan.attention.schedules. sparse, topology:
-    parallel.sparse, and which of the ranks share a machine (default: all), which "auto" goes by.
+    parallel.sparse, and which of the ranks share a machine (default: all), which "auto" goes by; peer_blocks: whether
+    blocks of sparse layers go through memory that ranks share, whose windows are in no peak.
     """
     lengths, meter = tuple(lengths), _Meter(gradient_bytes)
     with torch.device("meta"):
@@ -147,7 +154,7 @@ def measure(
     tokens = -(-sum(lengths) // world_size)
     with meter:
         with _Kernels(gpu), meter.booked(EMBEDDING):
-            kernels, ways, tile = (gpu, hopper), (softmax, sparse, topology), model.blocks[0].mlp_tile
+            kernels, ways, tile = (gpu, hopper), (softmax, sparse, topology, peer_blocks), model.blocks[0].mlp_tile
             inputs, seq = _inputs(config, lengths, tokens, world_size, kernels, tile, meter, ways)
             loss = model(*inputs, seq)
         kept = {name: count for name, count in meter.live.items() if count}

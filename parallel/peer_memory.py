@@ -48,7 +48,7 @@ class PeerMemory:
     def room(self, num_bytes: int) -> "Room | None":
         """Windows of at least so many bytes, for all to read and write when signals say that they may; None where that
         is more than there is. A collective call, with equal sizes in the same order on all ranks."""
-        if self._allocate is None or num_bytes > MOST_ROOM:
+        if self._allocate is None or not has_room(num_bytes):
             return None
         if self._room is None or self._room.memory.nbytes < num_bytes:
             if self._signals[0].is_cuda:
@@ -85,6 +85,11 @@ class PeerMemory:
         first.result = out, out_y
 
 
+def has_room(num_bytes: int) -> bool:
+    """Whether windows of so many bytes of each rank may be asked for."""
+    return num_bytes <= MOST_ROOM
+
+
 @dataclass(frozen=True)
 class Room:
     """addresses: int64 [ranks], where each rank's window is for this GPU; memory: int32, this rank's own."""
@@ -119,24 +124,29 @@ def open_peer_memory(
     group, topology, device: torch.device, kernels, wanted: Literal["auto", "on", "off"] = "auto"
 ) -> PeerMemory | None:
     """Shared memory for the ranks of a group, or None where it is not wanted, or with "auto" where there is none; for
-    blocks of sparse attention with "on" alone. Collective. Raises ValueError, on all ranks, if `wanted` is "on" and it
-    cannot be had."""
+    blocks of sparse attention with "on" alone. kernels: gives what PeerMemory takes. Collective. Raises ValueError, on
+    all ranks, if `wanted` is "on" and it cannot be had."""
     if wanted == "off" or wanted == "auto" and group_size(group) == 1:
         return None
-    refusal, found = _first(_refusal(group, topology, device), group), None
+    refusal, found = _first(_refusal(topology, device), group), None
     if refusal is None:  # then all ranks try
         try:
-            found = _open(group, device, kernels, wanted == "on")
+            found = _open(group, device, kernels(), wanted == "on")
         except Exception as problem:  # what torch raises where memory cannot be shared is not documented
             refusal = f"memory cannot be shared: {type(problem).__name__}: {problem}".splitlines()[0]
         refusal = _first(refusal, group)
     if refusal is None:
         return found
     if wanted == "on":
-        raise ValueError(f"parallel.peer_memory=on cannot be honoured: {refusal}; use auto or off")
+        raise ValueError(cannot_be_honoured(refusal))
     if device.type == "cuda":
         log.info("states travel by NCCL, not through shared memory: %s", refusal)
     return None
+
+
+def cannot_be_honoured(refusal: str) -> str:
+    """What who asked for shared memory is told."""
+    return f"parallel.peer_memory=on cannot be honoured: {refusal}; use auto or off"
 
 
 def _first(refusal: str | None, group) -> str | None:
@@ -148,13 +158,21 @@ def _first(refusal: str | None, group) -> str | None:
     return next((f"rank {rank}: {text}" for rank, text in enumerate(refusals) if text is not None), None)
 
 
-def _refusal(group, topology, device) -> str | None:
-    if device.type != "cuda":
-        return f"device {device} shares no memory with other ranks' devices"
+def refusal_of_ranks(topology) -> str | None:
+    """Why ranks that share a sequence cannot share memory, wherever they run; None if they may."""
+    ranks = topology.nodes * topology.ranks_per_node
     if topology.nodes > 1:
         return f"the ranks that share a sequence are on {topology.nodes} machines"
-    if not 2 <= group_size(group) <= MOST_RANKS:
-        return f"{group_size(group)} ranks share a sequence; it takes 2 to {MOST_RANKS}"
+    if not 2 <= ranks <= MOST_RANKS:
+        return f"{ranks} ranks share a sequence; it takes 2 to {MOST_RANKS}"
+    return None
+
+
+def _refusal(topology, device) -> str | None:
+    if device.type != "cuda":
+        return f"device {device} shares no memory with other ranks' devices"
+    if refusal := refusal_of_ranks(topology):
+        return refusal
     others = set(range(torch.cuda.device_count())) - {device.index}
     if not all(torch.cuda.can_device_access_peer(device.index, other) for other in others):
         return f"{device} cannot address the memory of all other GPUs"

@@ -11,22 +11,11 @@ WORDS = 16384  # of keys, or of values, that a program moves at once
 WARPS = 32
 
 
-def fits(k) -> bool:
-    """Whether rows of k [T, H, D] are whole numbers of what a thread moves, 16 bytes."""
-    return k.shape[2] * k.element_size() % 16 == 0
-
-
-def window_bytes(keys, key_heads: int, head_dim: int, itemsize: int) -> tuple[int, int]:
-    """Bytes of a rank's window: of its keys and values [2, most, H, D], and of gradients that others return for them
-    [2, ranks - 1, lists, most, heads of a list, D], most: tokens of a rank. keys: Pieces."""
-    one = 2 * max(keys.tokens) * key_heads * head_dim * itemsize
-    return one, (len(keys.tokens) - 1) * one
-
-
 def pull_blocks(k, v, addresses, table, starts, keys, rank: int, offset: int, lists: range, programs: int) -> None:
     """Fills rows of buffers k and v, alike, [rows, heads of a list, D], with blocks of other ranks. addresses: int64
-    [ranks], their windows, where keys and values lie; table: int32 [lists, ranks * width], a block's number in the
-    buffer plus `offset`, or -1; starts: int32, a block's first row, by number; lists: those whose blocks are read."""
+    [ranks], their windows (peer_windows), where keys and values lie; table: int32 [lists, ranks * width], a block's
+    number in the buffer plus `offset`, or -1; starts: int32, a block's first row, by number; lists: those whose blocks
+    are read."""
     heads, words = k.shape[1], k.shape[2] * k.element_size() // 4
     token, most = len(table) * heads * words, max(keys.tokens)
     strides = token, heads * words, 0, most * token

@@ -7,7 +7,7 @@ documents laid end to end, each of them cut that way.
 
 import torch
 
-from longspan.kernels import peer_triton
+from longspan.kernels.peer import peer_kernels
 from longspan.kernels.wide import wide_dtype
 from longspan.models.rope import Rotary, rotary_angles
 from longspan.parallel import SequenceContext, SequenceParallel, zigzag
@@ -60,7 +60,7 @@ class Contexts:
         parallel = SequenceParallel(group, device=device, **options)
         # Also sets the communicator up with all its ranks: later a point-to-point call may involve only some of them.
         agree(None, repr(self._options), group)
-        parallel.peers = open_peer_memory(group, parallel.topology, device, peer_triton, wanted)
+        parallel.peers = open_peer_memory(group, parallel.topology, device, peer_kernels, wanted)
         self._parallel[group] = parallel
         return parallel
 

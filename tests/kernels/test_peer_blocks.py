@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from longspan.kernels.sparse import peers_triton  # noqa: E402
+from longspan.kernels.sparse.peer_windows import window_bytes  # noqa: E402
 
 RANKS = 3
 
@@ -47,7 +48,7 @@ def make(size, lists, device):
 def test_there_and_back(size, dtype, lists, heads, programs, device):
     keys, table, starts, offset, first, rows = make(size, lists, device)
     most, all_heads, dim, rank = max(keys.tokens), lists * heads, 24, 1
-    held, returned = peers_triton.window_bytes(keys, all_heads, dim, dtype.itemsize)
+    held, returned = window_bytes(most, RANKS, all_heads, dim, dtype.itemsize)
     windows = [torch.full((held + returned,), 255, dtype=torch.uint8, device=device) for _ in range(RANKS)]  # NaN
     addresses = torch.tensor([x.data_ptr() for x in windows], device=device)
     there = [x[:held].view(dtype).view(2, most, all_heads, dim) for x in windows]

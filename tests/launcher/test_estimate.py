@@ -13,7 +13,7 @@ from longspan.attention.selections import TopBlocks
 from longspan.launcher import cli
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
-from longspan.launcher.estimate import Job, estimate
+from longspan.launcher.estimate import WINDOWS, Job, estimate
 from longspan.launcher.fitting import largest, refuse
 from longspan.launcher.gpus import GIB, GPUS, Cluster, parse_gpus
 from longspan.launcher.step_time import activations_exposed
@@ -323,6 +323,23 @@ def test_strategies_that_bring_more_keys_at_once_take_more_memory():
     assert peaks["auto"] == peaks["ring"]
     assert peaks["grouped_ring"] - peaks["ring"] == (7 - 2 + 4 - 1) * keys
     assert peaks["all_gather"] - peaks["grouped_ring"] == (7 - 4) * keys
+
+
+def test_windows_that_gpus_share_are_held_once_for_all_layers():
+    def found(*settings, gpus="4xH200"):
+        return estimate(job_of("model.pattern=[llsa]", "data.seq_len=64K", *settings, gpus=gpus))
+
+    auto, on = found(), found("parallel.peer_memory=on")
+    window = 2 * 2**16 * 256 * 2  # on any number of ranks keys and values of all tokens, in bf16
+    assert auto.memory[WINDOWS] == 0 and on.memory[WINDOWS] == window
+    assert on.peak == sum(on.memory.values()) and on.other_peak == auto.other_peak + window
+    assert any("parallel.peer_memory" in note for note in on.notes)
+    assert found("parallel.peer_memory=on", "data.seq_len=4M", "train.checkpointing=full").memory[WINDOWS] == 4 * 2**30
+    for setting in ("data.seq_len=5M", "parallel.sparse=ring", "model.pattern=[linear]"):
+        assert found("parallel.peer_memory=on", setting).memory[WINDOWS] == 0, setting
+    for gpus, part in (("16xH200", "are on 2 machines"), ("H200", "1 ranks share a sequence; it takes 2 to 8")):
+        with pytest.raises(UserError, match=f"parallel.peer_memory=on cannot be honoured: .*{part}; use auto or off"):
+            found("parallel.peer_memory=on", gpus=gpus)
 
 
 def test_sparse_layers_keep_what_their_way_brings():

@@ -288,6 +288,45 @@ def test_ranks_of_a_group_keep_what_is_counted_for_them():
     assert found[0]["checkpointed"] == counted - into_first
 
 
+def shared_counts(rank, world_size, configs, length):
+    """Of ranks that share memory, for each config: what is saved, and the sizes of windows that were allocated."""
+    import torch.distributed as dist
+    from shared_windows import shared_windows
+
+    found = []
+    for config in configs:
+        peers, sizes = shared_windows(rank, world_size), []
+        allocate = peers._allocate
+        peers._allocate = lambda words: (sizes.append(4 * words), allocate(words))[1]
+        seq = SequenceParallel(dist.group.WORLD, peers=peers).context([length])
+        model, inputs = real_model(config, torch.bfloat16), text_inputs(config, seq.num_tokens_local)
+        model(*inputs, seq).backward()
+        found.append((saved_bytes(lambda: model(*inputs, seq)), sizes))
+    return found
+
+
+@pytest.mark.parametrize("world_size, length", [(2, 512), (3, 500)])
+def test_windows_that_ranks_share_are_counted_as_they_are_allocated(world_size, length):
+    """A window for all layers, room for all that lists name where nothing can be cut off it; heads whose rows are no
+    whole number of 16 bytes go by the group."""
+    pytest.importorskip("triton", reason="memory is shared by Triton kernels")
+    configs = [shared_config("llsa"), shared_config("sla"), config_of("sparse", num_heads=8)]
+    found = run_ranks(shared_counts, world_size, configs, length)
+    for number, config in enumerate(configs):
+        given = {"world_size": world_size, "dtype": torch.bfloat16, "gpu": False}
+        by_group = measure(config, [length], **given)
+        measured = measure(config, [length], **given, peer_blocks=True)
+        assert by_group.window == 0
+        for rank in range(world_size):
+            assert sum(found[rank][number][1]) == measured.window, (config.pattern, rank)
+        assert (measured.window > 0) == (config.head_size * 2 % 16 == 0)
+        if world_size == 2 and measured.window:  # the rank that asks for all keys
+            kept = sum(size for name, size in measured.kept.items() if name != BATCH_NAME)
+            assert found[0][number][0] == kept, config.pattern
+    off = measure(configs[0], [length], **given, peer_blocks=True, sparse="ring")
+    assert off.window == 0
+
+
 def parts_counts(rank, world_size, kinds, length):
     """Of two ranks that share layers: what is saved, bytes that come from the other, and parameters that are held."""
     import torch.distributed as dist
