@@ -7,6 +7,7 @@ taken as equally busy, which the layouts see to for one long document.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import gcd
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from longspan.attention.offload import Offload
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
-from longspan.launcher.config import Config
+from longspan.launcher.config import Config, TrainConfig
 from longspan.launcher.errors import UserError
 from longspan.launcher.gpus import CONTEXT, FRAGMENTS, LAUNCH_S, Cluster
 from longspan.launcher.host_memory import host_memory
@@ -183,24 +184,24 @@ class Job:
         changed = {name: replace(getattr(self.config, name), **values) for name, values in sections.items()}
         return replace(self, config=replace(self.config, **changed))
 
-    def prepare(self, model: nn.Module, offload: Offload) -> None:
-        """What `parallelize` does that changes what layers keep."""
-        train = self.config.train
-        for block in model.blocks:
-            block.mlp_tile = train.mlp_tile
-        if train.checkpointing != "none":
-            away = offload if train.offload_activations else None
-            checkpoint_blocks(model, train.checkpointing, train.checkpoint_layers, away)
-
     def measure(self) -> Measured:
         """One micro-batch of a rank; gradients stay, sharded, from the first."""
         return measure(
             self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
-            prepare=self.prepare, hopper=self.cluster.gpu.hopper,
+            prepare=partial(prepare, self.config.train), hopper=self.cluster.gpu.hopper,
             gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
             softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
             sparse=self.config.parallel.sparse, topology=self.topology, peer_blocks=self.peer_blocks,
         )  # fmt: skip
+
+
+def prepare(train: TrainConfig, model: nn.Module, offload: Offload) -> None:
+    """What `parallelize` does that changes what layers keep."""
+    for block in model.blocks:
+        block.mlp_tile = train.mlp_tile
+    if train.checkpointing != "none":
+        away = offload if train.offload_activations else None
+        checkpoint_blocks(model, train.checkpointing, train.checkpoint_layers, away)
 
 
 def estimate(job: Job) -> Estimate:

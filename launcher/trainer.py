@@ -21,6 +21,7 @@ from longspan.launcher.breakdown import DATA, OPTIMIZER, OUTSIDE
 from longspan.launcher.calibration import load_costs
 from longspan.launcher.claim import claim
 from longspan.launcher.config import CheckpointConfig, Config
+from longspan.launcher.cpu_limits import check_model, check_step
 from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
 from longspan.launcher.facts import facts_of
@@ -116,6 +117,8 @@ class Trainer:
         shard = find_engine(config, mesh)
         self.sequence_parallel = build_sequence_parallel(config, mesh)
         self._open_data()
+        if mesh.device.type == "cpu":
+            check_model(config)
         torch.manual_seed(config.run.seed)  # the same on every rank, so that all of them shard the same model
         with mesh.device:
             model = build_model(config.model)
@@ -252,6 +255,8 @@ class Trainer:
         self.step += 1
         if not self._places_agreed:  # before the first exchange that would wait, or mix tokens up, if they do not
             self.meter.check_places(self.step, batches)
+            if self.mesh.device.type == "cpu":
+                check_step(self.config, self.mesh, batches)
             self._places_agreed = True
         num_labels = batches[0].num_labels_global
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)

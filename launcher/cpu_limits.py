@@ -1,0 +1,78 @@
+"""Whether a step can be done on CPUs, before the first one: such machines are small beside what a setting may ask for."""
+
+import logging
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
+
+import torch
+
+from longspan.launcher.config import Config
+from longspan.launcher.errors import UserError
+from longspan.launcher.estimate import COUNTED, MASTER, MOMENTS, prepare
+from longspan.launcher.gpus import GIB
+from longspan.models.activations import measure
+from longspan.models.flops import model_flops, num_parameters
+from longspan.parallel.mesh import Mesh
+
+log = logging.getLogger("longspan")
+
+CORE_FLOPS = 3e10  # of a model a second that a core takes, about: configs/quickstart.yaml on two took 2 to 4e10 each
+SHORT_S, LONG_S = 10, 600  # a step that takes less fits; one that takes more is worth a line
+
+
+def check_model(config: Config) -> None:
+    """UserError if the machine has not even memory for the weights of each rank, which are whole before they are
+    sharded."""
+    needed, had, ranks = MASTER * num_parameters(config.model), *_had()
+    if needed > had:
+        raise UserError(
+            f"a model of {num_parameters(config.model):,} parameters takes {needed / GIB:.1f} GiB a rank, and this machine"
+            f" has {had / GIB:.1f} for it (ranks here: {ranks}): use GPUs, or a smaller model.hidden_size or"
+            " model.num_layers"
+        )
+
+
+def check_step(config: Config, mesh: Mesh, batches: Sequence) -> None:
+    """Of the micro-batches of a rank's step: a warning if it takes long. UserError if a rank needs more memory than
+    the machine has for each of its ranks."""
+    model, train, (had, ranks) = config.model, config.train, _had()
+    work = {batch.seq.layout.lengths: model_flops(model, batch.seq.layout.lengths) for batch in batches}
+    flops = sum(work[batch.seq.layout.lengths] for batch in batches) / mesh.sp / mesh.tp
+    seconds = flops / (CORE_FLOPS * min(torch.get_num_threads(), (os.cpu_count() or 1) / ranks))
+    if seconds < SHORT_S:
+        return
+    if model.sparse_selection.get("name") in (None, *COUNTED):
+        needed = memory(config, mesh, max(work, key=work.get))
+        if needed > had:
+            settings = " or train.checkpointing=full" * (train.checkpointing == "none")
+            settings += " or train.mlp_tile=4K" * (train.mlp_tile == 0)
+            raise UserError(
+                f"data.seq_len={config.data.seq_len} takes at least {needed / GIB:.1f} GiB a rank, and this machine has"
+                f" {had / GIB:.1f} for it (ranks here: {ranks}): use a smaller data.seq_len{settings}, more machines or"
+                " GPUs"
+            )
+    if seconds > LONG_S:
+        log.warning(
+            "data.seq_len=%d: a step will take about %s on this CPU; GPUs or a smaller data.seq_len take less",
+            config.data.seq_len,
+            timedelta(seconds=round(seconds / 60) * 60),
+        )
+
+
+def memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> float:
+    """Bytes that a rank holds at least in a step over documents of these lengths."""
+    train = config.train
+    measured = measure(
+        config.model, lengths, world_size=mesh.sp, dtype=getattr(torch, train.dtype), gpu=False, tp=mesh.tp,
+        prepare=partial(prepare, train),
+    )  # fmt: skip
+    states = (2 * MASTER + MOMENTS) * measured.num_parameters * mesh.tp / mesh.world_size
+    return measured.peak + sum(measured.put_away) + states
+
+
+def _had() -> tuple[float, int]:
+    """(bytes of this machine's memory for each of its ranks, how many there are)."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks, ranks

@@ -1,0 +1,76 @@
+"""What a CPU is asked for, before the first step: a line about long steps, a refusal of what memory cannot hold."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from spawn import run_ranks
+from tiny_runs import start, tiny_config, write_corpus
+
+from longspan.launcher import cpu_limits
+from longspan.launcher.config import Config
+from longspan.launcher.cpu_limits import check_model, check_step, memory
+from longspan.launcher.errors import UserError
+from longspan.launcher.gpus import GIB
+
+MODEL_ALONE = 80_000  # bytes that hold the weights of tiny_runs, and no step
+MESH = SimpleNamespace(sp=2, tp=1, world_size=2)
+
+
+def batch(*lengths):
+    return SimpleNamespace(seq=SimpleNamespace(layout=SimpleNamespace(lengths=lengths)))
+
+
+def config_of(*settings):
+    return Config.load("quickstart", list(settings))
+
+
+def test_long_steps_are_announced_and_those_that_memory_cannot_hold_refused(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(cpu_limits, "_had", lambda: (12 * GIB, 2))
+    with caplog.at_level(logging.WARNING, "longspan"):
+        check_step(config_of(), MESH, [batch(2**12)] * 2)
+        assert not caplog.text
+        check_step(config_of(), MESH, [batch(2**18)])
+        assert "data.seq_len=4096: a step will take about 0:1" in caplog.text and "GPUs" in caplog.text
+    with pytest.raises(UserError, match=r"data.seq_len=2097152 takes at least 4\d.\d GiB a rank, and .* has 12.0") as no:
+        check_step(config_of("data.seq_len=2M"), MESH, [batch(2**21)])
+    assert "train.checkpointing=full or train.mlp_tile=4K" in str(no.value)
+    with pytest.raises(UserError, match="use a smaller data.seq_len, more machines") as no:
+        check_step(config_of("train.checkpointing=full", "train.mlp_tile=4K"), MESH, [batch(2**23)])
+    documents = [batch(*[2**9] * 2**9)]  # as many tokens, but no long document
+    caplog.clear()
+    check_step(config_of(), MESH, documents)
+    assert not caplog.text
+
+
+def test_memory_is_what_a_step_holds_and_all_states():
+    short, long = (memory(config_of(), MESH, [size]) for size in (2**14, 2**15))
+    states = 16 * 968_160 / 2
+    assert long - states == pytest.approx(2 * (short - states), rel=0.02)
+    assert memory(config_of("train.checkpointing=full"), MESH, [2**15]) < 0.7 * long
+    away = memory(config_of("train.checkpointing=full", "train.offload_activations=true"), MESH, [2**20])
+    assert away == pytest.approx(memory(config_of("train.checkpointing=full"), MESH, [2**20]), rel=0.2)
+
+
+def test_a_model_that_the_machine_cannot_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu_limits, "_had", lambda: (16 * GIB, 1))
+    check_model(config_of())
+    with pytest.raises(UserError, match=r"9,040,046,592 parameters takes 33.7 GiB .* has 16.0 .*: use GPUs"):
+        check_model(Config.load("hybrid-8b", ["data.corpora=[{path: x}]"]))
+
+
+def test_a_run_asks_before_its_first_step(tmp_path):
+    corpus = write_corpus(tmp_path)
+    messages = run_ranks(refused, 2, corpus, tmp_path)
+    assert messages[0] == messages[1] and "takes at least" in messages[0]
+
+
+def refused(rank, world_size, corpus, folder):
+    cpu_limits.SHORT_S, cpu_limits._had = 0, lambda: (MODEL_ALONE, 2)
+    trainer = start(tiny_config(corpus, folder / "run"))
+    with pytest.raises(UserError) as refusal:
+        trainer.train()
+    trainer.close()
+    return str(refusal.value)
