@@ -111,16 +111,19 @@ def read_info(path: Path) -> Info:
     return info
 
 
-def check_model(info: Info, model: ModelConfig) -> None:
-    """Raises UserError naming the settings in which `model` differs from the checkpoint's model."""
+ANEW = "start anew in another run.name with checkpoint.resume=none"
+
+
+def check_model(info: Info, model: ModelConfig, otherwise: str = ANEW) -> None:
+    """Raises UserError naming the settings in which `model` differs from the checkpoint's model, and what else to
+    do."""
     stored, wanted = asdict(ModelConfig()) | info.config["model"], asdict(model)  # defaults: settings of later releases
     names = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
     differences = {name: f"model.{name} is {stored.get(name)} there and {wanted.get(name)} here" for name in names}
     fatal = [text for name, text in differences.items() if name not in FREE_MODEL_SETTINGS]
     if fatal:
         raise UserError(
-            f"{info.path} holds another model: {'; '.join(fatal)}. Use the checkpoint's settings, or start anew in "
-            "another run.name with checkpoint.resume=none"
+            f"{info.path} holds another model: {'; '.join(fatal)}. Use the checkpoint's settings, or {otherwise}"
         )
     for text in differences.values():
         log.warning("changed since the checkpoint: %s", text)

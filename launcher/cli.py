@@ -72,7 +72,7 @@ def _read_settings(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Co
     parser.add_argument("--config", metavar="FILE", help=f"YAML file of settings, or a shipped one by name: {shipped}")
     for flag, (path, metavar) in FLAGS.items():
         parser.add_argument(flag, dest=path, metavar=metavar, help=f"the same as {path}={metavar}, and stronger")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, in YAML: optim.lr=3e-4")
+    parser.add_argument("settings", nargs="*", default=[], metavar="key=value", help="settings, in YAML: optim.lr=3e-4")
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         nearest = get_close_matches(unknown[0].partition("=")[0], ["--config", *FLAGS, *own], n=1)
@@ -210,7 +210,11 @@ def evaluate(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that differ from training: model.rope_scaling=4"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that differ from training: model.rope_scaling=4",
     )
     parser.add_argument(
         "--lengths", nargs="+", type=_tokens, default=[], metavar="TOKENS",
@@ -378,7 +382,8 @@ def _tokens(text: str) -> int:
     try:
         return parse_tokens(text)
     except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        hint = "; settings stand in front of options" if "=" in text else ""
+        raise argparse.ArgumentTypeError(f"{error}{hint}") from None
 
 
 def _gib(text: str) -> float:

@@ -427,6 +427,11 @@ class Config:
             f"train.global_batch={self.train.global_batch} cannot be shared by the {dp} data-parallel groups "
             f"({ranks} / parallel.sp={sp}): use a multiple of {dp}, or another parallel.sp",
         )
+        _require(
+            self.log.validation_interval == 0 or self.log.validation_samples % dp == 0,
+            f"log.validation_samples={self.log.validation_samples} cannot be shared by the {dp} data-parallel groups: "
+            f"use a multiple of {dp}",
+        )
 
     def _get(self, path: str) -> float | str:
         section, name = path.split(".")

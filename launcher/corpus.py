@@ -55,6 +55,10 @@ def prepare(
     names its end-of-document token. `progress` gets one line every two seconds and one at the end.
     The files appear under their names only when all is written. Raises UserError for anything that does not fit.
     """
+    if str(output_prefix).endswith(os.sep):
+        raise UserError(
+            f"output {output_prefix}: that is a folder; name the corpus in it, such as {output_prefix}corpus"
+        )
     prefix = _prefix(output_prefix)
     encoder = load_tokenizer(tokenizer, eod)
     outputs = [Path(f"{prefix}.{kind}").resolve() for kind in ("bin", "idx", "json")]

@@ -1,4 +1,4 @@
-"""Whether a step can be done on CPUs, before the first one: such machines are small beside what a setting may ask for."""
+"""Whether a step can be done on CPUs, before the first one: machines are small beside what a setting may ask for."""
 
 import logging
 import os
@@ -28,8 +28,8 @@ def check_model(config: Config) -> None:
     needed, had, ranks = MASTER * num_parameters(config.model), *_had()
     if needed > had:
         raise UserError(
-            f"a model of {num_parameters(config.model):,} parameters takes {needed / GIB:.1f} GiB a rank, and this machine"
-            f" has {had / GIB:.1f} for it (ranks here: {ranks}): use GPUs, or a smaller model.hidden_size or"
+            f"a model of {needed // MASTER:,} parameters takes {needed / GIB:.1f} GiB a rank, and this machine has"
+            f" {had / GIB:.1f} for it (ranks here: {ranks}): use GPUs, or a smaller model.hidden_size or"
             " model.num_layers"
         )
 

@@ -113,7 +113,7 @@ def evaluation_config(info: checkpoint.Info, overrides: Sequence[str], corpora: 
             " --corpora"
         )
     config.validate()
-    checkpoint.check_model(info, config.model)
+    checkpoint.check_model(info, config.model, "another checkpoint")
     return config
 
 

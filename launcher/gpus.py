@@ -146,6 +146,9 @@ def parse_gpus(text: str, per_node: int = PER_NODE, host_gib: float = 0) -> Clus
 def _meant(text: str) -> str:
     """What someone may have meant who wrote this: a kind of the tables somewhere in it, and a number beside it."""
     text = text.upper().replace("O", "0")
+    nodes = re.fullmatch(r"(\d+)\s*[X*]\s*(\d+)\s*[X*]\s*(\w+)", text.strip())
+    if nodes and nodes[3] in GPUS:  # machines of so many GPUs
+        return f"{int(nodes[1]) * int(nodes[2])}x{nodes[3]} --gpus-per-node {nodes[2]}"
     kind = next((name for name in GPUS if name in text), "")
     count = re.search(r"[1-9]\d*", text.replace(kind, " ", 1)) if kind else None
     return f"{count[0]}x{kind}" if count else kind

@@ -65,7 +65,9 @@ def update(config: Any, values: Any, source: str, prefix: str = "", known: list[
         name, _, rest = str(key).partition(".")
         current = getattr(config, name, None) if name in kinds else None
         if name not in kinds or (rest and not is_dataclass(current)):
-            nearest = _nearest(prefix + (name if name in kinds else str(key)), known)
+            sections = [prefix + field for field in kinds if is_dataclass(getattr(config, field))]
+            like = sections if sections and isinstance(value, Mapping) else known  # what has settings is a section
+            nearest = _nearest(prefix + (name if name in kinds else str(key)), like)
             raise UserError(f"{source}: unknown setting {prefix}{key}; did you mean {nearest}?")
         if is_dataclass(current):
             value = update(current, {rest: value} if rest else value, source, f"{prefix}{name}.", known)

@@ -136,6 +136,8 @@ def test_unknown_settings_of_files_and_list_items_name_the_nearest(tmp_path):
     message = refusal(from_file, tmp_path, "optim:\n  warmup: 3\n")
     assert f"{tmp_path / 'run.yaml'}: unknown setting optim.warmup; did you mean optim.warmup_steps?" == message
     assert "did you mean data.corpora[0].path?" in refusal(load, "data.corpora=[{paht: x}]")
+    message = refusal(from_file, tmp_path, "modle:\n  num_layers: 4\n")
+    assert message.endswith("unknown setting modle; did you mean model?")
 
 
 @pytest.mark.parametrize(
@@ -277,3 +279,6 @@ def test_global_batch_must_be_shared_evenly_by_the_data_parallel_groups():
     load("parallel.sp=2", "train.global_batch=4").validate(world_size=4)
     message = refusal(load("parallel.sp=2", "train.global_batch=3").validate, 4)
     assert "train.global_batch=3" in message and "a multiple of 2" in message
+    validating = "data.validation_fraction=0.1", "log.validation_interval=5", "train.global_batch=4"
+    message = refusal(load("parallel.sp=2", "log.validation_samples=3", *validating).validate, 4)
+    assert "log.validation_samples=3" in message and "a multiple of 2" in message

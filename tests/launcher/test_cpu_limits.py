@@ -34,7 +34,9 @@ def test_long_steps_are_announced_and_those_that_memory_cannot_hold_refused(monk
         assert not caplog.text
         check_step(config_of(), MESH, [batch(2**18)])
         assert "data.seq_len=4096: a step will take about 0:1" in caplog.text and "GPUs" in caplog.text
-    with pytest.raises(UserError, match=r"data.seq_len=2097152 takes at least 4\d.\d GiB a rank, and .* has 12.0") as no:
+    with pytest.raises(
+        UserError, match=r"data.seq_len=2097152 takes at least 4\d.\d GiB a rank, and .* has 12.0"
+    ) as no:
         check_step(config_of("data.seq_len=2M"), MESH, [batch(2**21)])
     assert "train.checkpointing=full or train.mlp_tile=4K" in str(no.value)
     with pytest.raises(UserError, match="use a smaller data.seq_len, more machines") as no:

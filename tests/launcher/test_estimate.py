@@ -253,7 +253,8 @@ def test_gpus_are_read_and_mistakes_named():
     "text, meant",
     [
         ("8xH1OO", "8xH100"), ("8H200", "8xH200"), ("x8H200", "8xH200"), ("H200x16", "16xH200"),
-        ("8xA100-80GB", "8xA100"), ("0xB200", "B200"), ("4xV100", None), ("H10", None), ("", None),
+        ("2x4xH100", "8xH100 --gpus-per-node 4"), ("2x4xV100", None), ("8xA100-80GB", "8xA100"),
+        ("0xB200", "B200"), ("4xV100", None), ("H10", None), ("", None),
     ],
 )  # fmt: skip
 def test_gpus_that_were_meant_are_named(text, meant):

@@ -68,14 +68,15 @@ def test_a_run_that_fails_is_not_requeued(cluster, tmp_path):
         ([], ["launcher/train.py"], "no config"),
         (["x.yaml"], [], "submit from the root of the clone"),
         (["x.yaml"], ["launcher/train.py"], "torchrun is not on PATH"),
+        (["x.yaml"], ["launcher/train.py", "bin/torchrun"], "this is no SLURM job: sbatch configs/slurm/train.sbatch"),
     ],
 )
 def test_what_cannot_start_is_one_line(arguments, files, said, tmp_path):
     for name in files:
         (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
+        (tmp_path / name).touch(mode=0o755)
     command = ["/bin/bash", SCRIPT, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env={"PATH": "/nowhere"}, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": f"{tmp_path}/bin"}, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("longspan: error: ") and said in done.stderr
 
