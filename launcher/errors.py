@@ -95,6 +95,12 @@ def _describe(error: BaseException) -> str:
             f"longspan: error: rank {rank} ({host}) lost another rank, which ended without a word: it was killed (for"
             " want of memory, perhaps; exit codes tell which rank) or its machine is gone"
         )
+    if found := re.search(r"Timed out waiting (\d+)ms for (?:send|recv) operation", line):  # gloo's words
+        return (
+            f"longspan: error: rank {rank} ({host}) has waited {int(found[1]) / 1000:g} s for another rank, which"
+            " neither failed nor answered: look at its process, machine and network, or raise train.timeout_s if it may"
+            " take so long"
+        )
     if isinstance(error, BrokenPipeError):
         return f"longspan: error: rank {rank} ({host}) stops: what read its output has ended"
     trace = "".join(traceback.format_exception(error)).rstrip()

@@ -6,10 +6,13 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from spawn import run_ranks
 from tiny_runs import SETTINGS, write_corpus
 
 from longspan.launcher import errors
@@ -245,3 +248,20 @@ def test_system_exit_passes(monkeypatch):
     with pytest.raises(SystemExit) as stop, main_guard():
         raise SystemExit(0)
     assert stop.value.code == 0
+
+
+def _wait_for_one_that_does_not_answer(rank, world_size):
+    group = dist.new_group(timeout=timedelta(seconds=0.5))
+    line = None
+    if rank == 0:
+        with pytest.raises(RuntimeError) as caught:
+            dist.all_reduce(torch.ones(1), group=group)
+        line = errors._describe(caught.value)
+    dist.barrier()  # until when the other does nothing
+    return line
+
+
+def test_a_rank_that_does_not_answer_is_given_up_in_one_line():
+    line, _ = run_ranks(_wait_for_one_that_does_not_answer, 2)
+    assert line.startswith("longspan: error: rank 0 (") and "has waited 0.5 s for another rank" in line
+    assert "\n" not in line and "train.timeout_s" in line

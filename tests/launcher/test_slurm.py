@@ -75,8 +75,8 @@ def test_what_cannot_start_is_one_line(arguments, files, said, tmp_path):
     for name in files:
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch(mode=0o755)
-    command = ["/bin/bash", SCRIPT, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env={"PATH": f"{tmp_path}/bin"}, capture_output=True, text=True, timeout=20)
+    command, environment = ["/bin/bash", SCRIPT, *arguments], {"PATH": f"{tmp_path}/bin"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("longspan: error: ") and said in done.stderr
 
