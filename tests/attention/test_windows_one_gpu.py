@@ -1,7 +1,6 @@
-"""Ranks that share memory, as processes that take turns on one GPU: what runs on several GPUs, to the bit what the group
-gives. On a CPU the same with kernels in the interpreter.
+"""Ranks that share memory, as processes that take turns on one GPU: to the bit what the group gives.
 
-All see one L2 cache. So this shows that masks, flags, counts and windows that are used again are right, in every order
+The code is that of several GPUs; on a CPU it runs with kernels in the interpreter. All ranks see one L2 cache: this shows that masks, flags, counts and windows that are used again are right, in every order
 in which ranks may come; not that what goes over a link keeps its order.
 """
 
