@@ -1,7 +1,8 @@
 """Ranks that share memory, as processes that take turns on one GPU: to the bit what the group gives.
 
-The code is that of several GPUs; on a CPU it runs with kernels in the interpreter. All ranks see one L2 cache: this shows that masks, flags, counts and windows that are used again are right, in every order
-in which ranks may come; not that what goes over a link keeps its order.
+The code is that of several GPUs; on a CPU it runs with kernels in the interpreter. All ranks see one L2 cache: this
+shows that masks, flags, counts and windows that are used again are right, in many orders in which ranks may come; not
+that what goes over a link keeps its order.
 """
 
 import random

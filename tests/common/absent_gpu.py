@@ -75,7 +75,7 @@ def disassemble(kernel) -> str:
 
 
 def memory_order(sass: str) -> list[str]:
-    """What touches global memory, in the order in which it stands, with barriers; once where the same follows itself."""
+    """What touches global memory, in its order, with barriers; once where the same follows itself."""
     names = re.findall(r"\b((?:LDG|STG|ATOMG|REDG|MEMBAR|BAR\.SYNC)[.A-Z0-9_]*)", sass)
     return [name for name, before in zip(names, ["", *names]) if name != before]
 
