@@ -1,5 +1,6 @@
-"""What all ranks of a run must have in common: settings, versions, code, corpora, weights. Layouts, plans and the order of data
-follow from these on every rank by itself, and ranks that differ would wait for each other or mix other tokens."""
+"""What all ranks of a run must have in common: settings, versions, code, corpora, weights. Layouts, plans and the order
+of data follow from these on every rank by itself, and ranks that differ would wait for each other or mix other tokens.
+"""
 
 import hashlib
 import platform

@@ -82,8 +82,8 @@ def take_over(weights: Weights, model: nn.Module) -> None:
         if (shape[0] * copies[name], *shape[1:]) != parameter.shape:
             raise UserError(
                 f"{weights.folder}: {weights.rename(name)} is {list(shape)} there, but {name} of a"
-                f" {kinds[_layer(name)]} layer {list(parameter.shape)} here: use widths of the weights; linear layers in"
-                " place of softmax have them with model.linear_num_heads=0, linear_head_dim=0 and linear_value_dim=0"
+                f" {kinds[_layer(name)]} layer is {list(parameter.shape)} here: use widths of the weights; linear layers"
+                " in place of softmax have them with model.linear_num_heads=0, linear_head_dim=0 and linear_value_dim=0"
             )
     with _readable(weights.folder), _tensors(weights.files) as tensors, torch.no_grad():
         for name, parameter in parameters.items():
@@ -126,7 +126,7 @@ def _compare_tensors(weights: Weights) -> None:
     other = [name for name in weights.files if name not in wanted and not name.endswith(DERIVED)]
     if other:
         raise UserError(
-            f"{folder}: {other[0]} has no counterpart here{_more(other)}: the model would compute something else without"
+            f"{folder}: {other[0]} has no counterpart here{_more(other)}, and without it the model is another one"
         )
     with _tensors(weights.files) as tensors:
         for name, shape in wanted.items():
