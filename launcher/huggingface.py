@@ -100,7 +100,6 @@ def model_settings(config: Mapping[str, Any], source: str) -> ModelConfig:
 def _rope(rope: Mapping[str, Any], config: Mapping[str, Any], source: str) -> dict[str, Any]:
     given = {key: value for key, value in rope.items() if value is not None and key != "rope_theta"}
     kind = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)
     if kind == "default":
         return {}
     if kind not in ROPE_CONSTANTS:

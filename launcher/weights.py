@@ -54,7 +54,7 @@ def find(folder: Path) -> Weights:
     """The weights in `folder`, whose tensors have been compared with its config.json by name, shape and dtype; none is
     read. UserError where they cannot be read or are not of a model that is known here."""
     with _readable(folder):
-        config = json.loads((folder / "config.json").read_text())
+        config = _read_json(folder / "config.json")
         source, rename = f"{folder / 'config.json'}", str
         if "model_type" in config:  # of transformers
             model, rename = model_settings(config, source), huggingface_name
@@ -82,23 +82,22 @@ def take_over(weights: Weights, model: nn.Module) -> None:
         if (shape[0] * copies[name], *shape[1:]) != parameter.shape:
             raise UserError(
                 f"{weights.folder}: {weights.rename(name)} is {list(shape)} there, but {name} of a"
-                f" {kinds[_layer(name)]} layer is {list(parameter.shape)} here: use widths of the weights; linear layers"
+                f" {kinds[_layer(name)]} layer is {list(parameter.shape)} here: use the weights' widths; linear layers"
                 " in place of softmax have them with model.linear_num_heads=0, linear_head_dim=0 and linear_value_dim=0"
             )
     with _readable(weights.folder), _tensors(weights.files) as tensors, torch.no_grad():
         for name, parameter in parameters.items():
             value = tensors[weights.rename(name)].get_tensor(weights.rename(name))
             if copies[name] > 1:
-                value = (
-                    value.unflatten(0, (weights.model.kv_heads, -1)).repeat_interleave(copies[name], 0).flatten(0, 1)
-                )
+                heads = value.unflatten(0, (weights.model.kv_heads, -1))
+                value = heads.repeat_interleave(copies[name], 0).flatten(0, 1)
             parameter.copy_(value)
     numbers = sum(parameter.numel() for parameter in parameters.values())
     log.info("weights of %s: %d tensors, %s numbers", weights.folder, len(parameters), f"{numbers:,}")
     new = [name for name, _ in model.named_parameters() if name not in weights.shapes]
-    _say("as a new run has them, since the weights have no counterpart", new, kinds)
+    _say("initialised, without counterpart in the weights", new, kinds)
     left = [name for name in weights.shapes if name not in parameters]
-    _say("left out of the weights", left, weights.model.layer_kinds)
+    _say("not taken over", left, weights.model.layer_kinds)
 
 
 def import_model(path: str, output: str) -> None:
@@ -106,7 +105,9 @@ def import_model(path: str, output: str) -> None:
     where `output` exists."""
     folder, output = Path(path).expanduser().absolute(), Path(output)
     weights, default = find(folder), asdict(ModelConfig())
-    model = {name: value for name, value in asdict(weights.model).items() if value != default[name] or name in SAME}
+    model = {
+        name: value for name, value in asdict(weights.model).items() if value != default[name] or name in SAME + SAID
+    }
     try:
         if output.exists():
             raise UserError(f"--output {output}: exists already; delete it, or choose another name")
@@ -173,8 +174,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Every tensor by name with its file."""
     files = [ONE]
     if not (folder / ONE).exists():
-        index = json.loads((folder / INDEX).read_text())
-        files = sorted(set(index["weight_map"].values()))
+        files = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
     for file in files:
         with safe_open(folder / file, framework="pt") as tensors:
             yield from ((name, folder / file) for name in tensors.keys())
@@ -198,8 +198,18 @@ def _readable(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder}: has no {name}; name a folder with config.json and {ONE}, or {INDEX} and its files"
         ) from None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is no JSON object")
+    return content
 
 
 def _more(names: list[str]) -> str:
@@ -208,12 +218,11 @@ def _more(names: list[str]) -> str:
 
 def _say(what: str, names: list[str], kinds: tuple[str, ...]) -> None:
     """A line for every kind of layer that has some of the parameters `names`."""
-    of_kind: dict[str, dict[str, set]] = {}
+    found: dict[str, dict[str, int]] = {}
     for name in names:
-        layer = _layer(name)
-        kind = "the model" if layer is None else kinds[layer]
-        of_kind.setdefault(kind, {}).setdefault(name if layer is None else name.split(".", 2)[2], set()).add(layer)
-    for kind, layers in of_kind.items():
-        count = len(set.union(*layers.values()))
-        where = kind if kind == "the model" else f"{count} layer{'s' * (count > 1)} of {kind}"
-        log.info("%s: in %s %s", what, where, ", ".join(layers))
+        _, layer, name = name.split(".", 2)
+        of_kind = found.setdefault(kinds[int(layer)], {})
+        of_kind[name] = of_kind.get(name, 0) + 1
+    for kind, layers in found.items():
+        count = max(layers.values())
+        log.info("%d layer%s of %s: %s: %s", count, "s" * (count > 1), kind, what, ", ".join(layers))
