@@ -42,7 +42,10 @@ def sizes(corpora: Iterable[str]) -> dict[str, str]:
 
 def _weights(folder: str) -> dict[str, str]:
     """Sizes of the files that a new run starts from."""
-    return {str(file): _size(file) for file in sorted(Path(folder).glob("*.safetensors"))} if folder else {}
+    if not folder:
+        return {}
+    files = [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]
+    return {str(file): _size(file) for file in files}
 
 
 def _version(package: str) -> str:

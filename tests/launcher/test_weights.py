@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from longspan.launcher import cli
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.export import export_run
+from longspan.launcher.facts import facts_of
 from longspan.launcher.stored_models import load_model, stored
 from longspan.launcher.weights import find, import_model, take_over
 from longspan.models.build import build_model
@@ -336,18 +338,22 @@ def test_a_run_starts_where_the_published_model_is(trained, continued):
     assert losses[0] < random[-1] + 0.1 < random[0] - 1
 
 
-def test_the_same_command_continues_from_its_checkpoint(trained, tmp_path, caplog):
+def test_the_same_command_continues_from_its_checkpoint(trained, tmp_path):
     run_ranks(_twice, 1, trained, tmp_path)
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def _twice(rank, world_size, folder, tmp_path):
+    copied = shutil.copytree(folder / "published", tmp_path / "published")
+    settings = [f"checkpoint.weights={copied}", "train.global_batch=2"]
     for steps in (2, 4):
-        settings = _settings(folder / "corpus", tmp_path / "run", f"train.steps={steps}", "train.global_batch=2")
-        trainer = start(Config.load(folder / "config.yaml", settings))
+        config = _settings(folder / "corpus", tmp_path / "run", *settings, f"train.steps={steps}")
+        trainer = start(Config.load(folder / "config.yaml", config))
         assert trainer.step == steps - 2
         trainer.train()
         trainer.close()
+        if steps == 2:
+            shutil.rmtree(copied)  # only a new run reads it
 
 
 def test_what_does_not_fit_is_one_line_on_every_rank(trained, tmp_path):
@@ -372,6 +378,13 @@ REFUSED = {
     "model.qk_norm=false": "PLACE model.qk_norm is True there and False here",
     "model.mlp_size=96": "PLACE model.mlp_size is 64 there and 96 here",
 }
+
+
+def test_ranks_compare_sizes_of_files(trained):
+    config = Config.load(trained / "config.yaml", ["data.corpora=[{path: x}]"])
+    files = sorted(path for path in (trained / "published").iterdir() if path.name != "model.safetensors.index.json")
+    sizes = {str(file): f"{file.stat().st_size} bytes" for file in files}
+    assert len(sizes) == 3 and sizes.items() <= facts_of(config).items()
 
 
 def test_widths_of_linear_layers_that_do_not_fit(trained):

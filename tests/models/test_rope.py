@@ -44,7 +44,9 @@ def test_scaling_slows_the_slowest_dimension_only():
 
 
 @pytest.mark.parametrize("kind", ["llama3", "yarn"])
-@pytest.mark.parametrize(("base", "scaling", "trained"), [(500_000.0, 8.0, 8192), (1e6, 4.0, 32768), (100.0, 2.0, 50)])
+@pytest.mark.parametrize(
+    ("base", "scaling", "trained"), [(500_000.0, 8.0, 8192), (1e6, 4.0, 32768), (100.0, 2.0, 50), (20.0, 4.0, 8192)]
+)
 def test_scaling_by_wavelength(kind, base, scaling, trained):
     """Against the formulas of llama_oracle, pair by pair; position 1 has the frequencies themselves as angles."""
     config = {"head_dim": 64, "rope_theta": base}
