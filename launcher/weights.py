@@ -35,7 +35,7 @@ SAME = (
     "task", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "qk_norm",
     "tie_embeddings",
 )  # fmt: skip
-SAID = ("norm_eps", "rope_base", "rope_scaling", "rope_type", "rope_trained", "window")
+SAID = ("norm_eps", "rope_base", "rope_scaling", "rope_type", "rope_trained")
 
 
 @dataclass(frozen=True)
