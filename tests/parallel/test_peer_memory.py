@@ -11,6 +11,7 @@ from spawn import run_ranks
 from traffic import Traffic
 
 from longspan.kernels import peer_triton
+from longspan.kernels.peer import peer_kernels
 from longspan.launcher.config import ParallelConfig
 from longspan.parallel import Topology, contiguous
 from longspan.parallel.peer_memory import open_peer_memory
@@ -96,7 +97,7 @@ def test_several_may_be_under_way_and_what_does_not_fit_goes_by_the_group():
 
 
 def refused(rank, world_size):
-    given = dist.group.WORLD, Topology(1, world_size), torch.device("cpu"), peer_triton
+    given = dist.group.WORLD, Topology(1, world_size), torch.device("cpu"), peer_kernels
     assert open_peer_memory(*given, "off") is None and open_peer_memory(*given, "auto") is None
     with pytest.raises(ValueError, match=r"parallel.peer_memory=on .* rank 0: device cpu .* use auto or off"):
         open_peer_memory(*given, "on")
@@ -115,7 +116,7 @@ def on_gpus(rank, world_size):
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     group, sizes = dist.new_group(backend="nccl"), (4, 32, 48)
-    peers = open_peer_memory(group, Topology(1, world_size), device, peer_triton, "on")
+    peers = open_peer_memory(group, Topology(1, world_size), device, peer_kernels, "on")
     for name, layout in all_layouts(world_size, ("one", "mixed", "few")):
         plan = scan_plan(layout, rank).map(lambda x: x.to(device))
         if not plan.connected:
