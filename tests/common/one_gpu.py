@@ -8,7 +8,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from longspan.kernels import peer_triton
 from longspan.kernels.peer import peer_kernels
 from longspan.parallel import Topology, peer_memory
 
