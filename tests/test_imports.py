@@ -3,6 +3,7 @@
 import ast
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,9 @@ def find_ruff():
     except ImportError:
         return shutil.which("ruff")
     return find_ruff_bin()
+
+
+def test_training_and_plans_on_machines_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import longspan.launcher.trainer, longspan.launcher.estimate_report"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=120)
+    assert done.returncode == 0, done.stderr
