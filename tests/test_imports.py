@@ -99,6 +99,7 @@ def find_ruff():
 
 
 def test_training_and_plans_on_machines_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import longspan.launcher.trainer, longspan.launcher.estimate_report"
+    imports = "import longspan.launcher.trainer, longspan.launcher.estimate_report"
+    code = f"import sys; sys.modules['triton'] = None; {imports}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=120)
     assert done.returncode == 0, done.stderr
