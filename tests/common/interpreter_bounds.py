@@ -72,6 +72,9 @@ def install():
         regions, addresses = _regions(pointers), pointers.data[there]
         if not regions or not addresses.size:
             return
+        low, high = addresses.min(), addresses.max()
+        if any(r.start <= low and high <= r.stop - element for r in regions):
+            return
         outside = np.logical_and.reduce([(addresses < r.start) | (addresses > r.stop - element) for r in regions])
         if outside.any():
             first = min(regions, key=lambda r: r.start)

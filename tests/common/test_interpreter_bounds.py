@@ -1,11 +1,13 @@
 """A kernel in the interpreter that leaves a tensor is found, whatever lies there; one that does not is left alone."""
 
+import numpy as np
 import pytest
 import torch
 from interpreted import interpreted
 
 interpreted("compiler")
 
+from triton.runtime import interpreter  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from longspan.kernels.compiler import tl, triton  # noqa: E402
@@ -122,3 +124,13 @@ def test_compare_and_swap():
     with out_of_bounds("changes 1"):
         swap_kernel[(1,)](out[:4], 4, 7)
     assert out.tolist() == [0, 0, 0, 7, 0]
+
+
+def test_values_are_as_wide_as_what_is_pointed_to():
+    """The interpreter copies as many bytes as the value has."""
+    out, handle = torch.zeros(2, dtype=torch.int32), interpreter.TensorHandle
+    pointer = handle(np.array([out.data_ptr()], dtype=np.uint64), tl.pointer_type(tl.int32))
+    value, mask = handle(np.array([-1]), tl.int64), handle(np.array([True]), tl.int1)
+    with pytest.raises(TypeError, match="stores int64 through a pointer to int32"):
+        interpreter.interpreter_builder.create_masked_store(pointer, value, mask, None, None)
+    assert not out.any()
