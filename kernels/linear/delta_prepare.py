@@ -126,9 +126,7 @@ def halves(x):
 
 
 def prepare(call) -> Prepared:
-    prepared = Prepared(
-        call.scratch(CHUNK, CHUNK), call.scratch(CHUNK, CHUNK), call.scratch(2, CHUNK, 4, dtype=torch.float32)
-    )
+    prepared = call.room_for_prepared()
     q, k, g, beta = call.q, call.k, call.log_decay, call.beta
     width, merges = call.widths[0], MERGES[q.dtype]
     if call.num_tiles and hopper.takes(call) and merges == "fp16":
