@@ -11,7 +11,7 @@ import torch
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.launch import launched
 from longspan.kernels.linear import hopper
-from longspan.kernels.linear.delta_tiles import CHUNK, SMALLEST_BETA, Prepared, load_tokens
+from longspan.kernels.linear.delta_tiles import SMALLEST_BETA, Prepared, load_tokens
 from longspan.kernels.linear.form import CLOSED_FP32
 
 CLOSED = tl.constexpr(CLOSED_FP32)

@@ -143,24 +143,32 @@ def compile_linear(dtype, sizes, few):
 
 def compile_sparse(dtype, head_dim, few):
     """What attention over lists of blocks launches: with the largest blocks, and with small ones, packed heads, a mask
-    and weights; parts that go on from others, and shares in gradients of means."""
+    and weights; parts that go on from others, and shares in gradients of means; rules for single queries."""
     import torch
 
     from longspan.kernels.sparse import BlockPlan, Blocks, Shares, Tree, fused
+    from longspan.kernels.sparse.rules import Boxes, Picks
 
-    # query block, key block, query heads, key heads, list heads, causal and weighted
-    cases = [(128, 128, 2, 1, 1, False), (16, 16, 8, 2, 2, True), (16, 16, 2, 2, 2, True), (128, 16, 2, 2, 2, True)]
-    cases += [] if few else [(128, 64, 2, 1, 1, True), (64, 64, 2, 2, 1, False), (64, 16, 4, 2, 4, True)]
-    for query_block, key_block, heads, key_heads, lists, masked in cases:
+    def numbers(*shape):
+        return torch.zeros(shape, dtype=torch.int32)
+
+    rules = Picks(numbers(300, 1, 3)), Boxes(numbers(300), numbers(300, 2), 1)
+    # query block, key block, query heads, key heads, list heads, causal and weighted, rule
+    cases = [(128, 128, 2, 1, 1, False, None), (16, 16, 8, 2, 2, True, None), (16, 16, 2, 2, 2, True, None)]
+    cases += [(128, 16, 2, 2, 2, True, None), *((64, 16, 2, 1, 1, True, rule) for rule in rules)]
+    if not few:
+        cases += [(128, 64, 2, 1, 1, True, None), (64, 64, 2, 2, 1, False, None), (64, 16, 4, 2, 4, True, None)]
+        cases += [(64, 64, 2, 1, 1, False, rule) for rule in rules]
+    for query_block, key_block, heads, key_heads, lists, masked, rule in cases:
         queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
         chosen = torch.zeros(lists, len(queries), 1, dtype=torch.int64)
         weight = torch.zeros(len(keys)) if masked else None
-        plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight)
+        plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight, rule=rule)
         if fused.refusal(dtype, head_dim, plan.queries.size, plan.keys.size) is None:
             q, k, v = (torch.zeros(300, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
             onto = (q.float(), torch.zeros(300, heads)) if masked else None
             out, lse = fused.forward(q, k, v, plan, 0.3, onto)
-            tables = (torch.zeros(len(keys), dtype=torch.int32) for _ in range(2))
+            tables = numbers(len(keys)), numbers(len(keys))
             shares = Shares(Tree(*tables, 3), k[: len(keys)], v[: len(keys)]) if masked else None
             fused.backward(q, lse, q, k, v, out, lse, plan, 0.3, onto=onto and onto[0], shares=shares)
 
