@@ -19,7 +19,7 @@ BACKWARD_STEPS = 128  # tokens walked: those of a piece, and W - 1 of the next f
 def convolve_triton(x, weight, bias, activation, reach):
     """See kernels.convolution.convolve. bf16, fp16 or fp32."""
     (num_tokens, num_channels), width = x.shape, weight.shape[1]
-    x, out = unit_stride(x), torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, out = unit_stride(x), x.new_empty(x.shape)
     grid = cdiv(num_tokens, FORWARD_STEPS) * cdiv(num_channels, BLOCK_CHANNELS)
     if grid:
         forward_kernel[(grid,)](
@@ -46,7 +46,7 @@ def convolve_backward_triton(d_out, x, weight, bias, activation, reach, dtype):
     (num_tokens, num_channels), width = x.shape, weight.shape[1]
     x, d_out = unit_stride(x), unit_stride(d_out)
     num_pieces = cdiv(num_tokens, BACKWARD_STEPS - width + 1)
-    dx = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    dx = x.new_empty(x.shape, dtype=dtype)
     sums = x.new_empty(num_pieces, width + (bias is not None), num_channels, dtype=torch.float32)
     grid = num_pieces * cdiv(num_channels, BLOCK_CHANNELS)
     if grid:

@@ -6,13 +6,7 @@ from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
 
 
-def merge_triton(
-    out_acc: torch.Tensor,
-    lse_acc: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    rows: slice | torch.Tensor | None = None,
-) -> None:
+def merge_triton(out_acc, lse_acc, out, lse, rows=None):
     """See kernels.merge.merge. fp32 lse, unit stride in D."""
     indexed = isinstance(rows, torch.Tensor)
     if isinstance(rows, slice):
