@@ -18,26 +18,8 @@ BACKWARD_STEPS = 128  # tokens walked: those of a piece, and W - 1 of the next f
 
 def convolve_triton(x, weight, bias, activation, reach):
     """See kernels.convolution.convolve. bf16, fp16 or fp32."""
-    (num_tokens, num_channels), width = x.shape, weight.shape[1]
-    x, out = unit_stride(x), x.new_empty(x.shape)
-    grid = cdiv(num_tokens, FORWARD_STEPS) * cdiv(num_channels, BLOCK_CHANNELS)
-    if grid:
-        forward_kernel[(grid,)](
-            x,
-            weight.t().contiguous(),
-            bias,
-            reach,
-            out,
-            num_tokens,
-            num_channels,
-            x.stride(0),
-            WIDTH=width,
-            SILU=activation == "silu",
-            STEPS=FORWARD_STEPS,
-            AHEAD=AHEAD,
-            BLOCK_D=BLOCK_CHANNELS,
-            num_warps=NUM_WARPS,
-        )
+    x, out, num_pieces = unit_stride(x), x.new_empty(x.shape), cdiv(len(x), FORWARD_STEPS)
+    _launch(forward_kernel, num_pieces, FORWARD_STEPS, (x,), weight, bias, activation, reach, out)
     return out
 
 
@@ -48,29 +30,19 @@ def convolve_backward_triton(d_out, x, weight, bias, activation, reach, dtype):
     num_pieces = cdiv(num_tokens, BACKWARD_STEPS - width + 1)
     dx = x.new_empty(x.shape, dtype=dtype)
     sums = x.new_empty(num_pieces, width + (bias is not None), num_channels, dtype=torch.float32)
-    grid = num_pieces * cdiv(num_channels, BLOCK_CHANNELS)
-    if grid:
-        backward_kernel[(grid,)](
-            d_out,
-            x,
-            weight.t().contiguous(),
-            bias,
-            reach,
-            dx,
-            sums,
-            num_tokens,
-            num_channels,
-            d_out.stride(0),
-            x.stride(0),
-            WIDTH=width,
-            SILU=activation == "silu",
-            STEPS=BACKWARD_STEPS,
-            AHEAD=AHEAD,
-            BLOCK_D=BLOCK_CHANNELS,
-            num_warps=NUM_WARPS,
-        )
+    _launch(backward_kernel, num_pieces, BACKWARD_STEPS, (d_out, x), weight, bias, activation, reach, dx, sums)
     total = sums.sum(0)
     return dx, total[:width].t(), None if bias is None else total[width]
+
+
+def _launch(kernel, num_pieces, steps, inputs, weight, bias, activation, reach, *results):
+    num_tokens, num_channels = inputs[0].shape
+    if programs := num_pieces * cdiv(num_channels, BLOCK_CHANNELS):
+        kernel[(programs,)](
+            *inputs, weight.t().contiguous(), bias, reach, *results, num_tokens, num_channels,
+            *(x.stride(0) for x in inputs), WIDTH=weight.shape[1], SILU=activation == "silu", STEPS=steps, AHEAD=AHEAD,
+            BLOCK_D=BLOCK_CHANNELS, num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 @launched

@@ -315,10 +315,12 @@ def compile_choosing(width):
 
 
 def compile_layer(width):
-    """Norms, rotations, gates, SwiGLU, sums over runs and the loss of a model of this width, heads of 128, in bf16."""
+    """Norms, rotations, gates, SwiGLU, convolutions, sums over runs and the loss of a model of this width, heads of 128,
+    in bf16."""
     import torch
 
     from longspan.kernels.channel_gates_triton import channel_gate_backward_triton, channel_gate_triton
+    from longspan.kernels.convolution_triton import convolve_backward_triton, convolve_triton
     from longspan.kernels.elu_triton import elu1_backward_triton, elu1_triton
     from longspan.kernels.loss_triton import label_scores_triton, logits_gradient_triton
     from longspan.kernels.norm_triton import norm_backward_triton, norm_triton
@@ -350,6 +352,10 @@ def compile_layer(width):
     elu1_backward_triton(heads, heads)
     swiglu_triton(stream, stream)
     swiglu_backward_triton(stream, stream, stream)
+    for taps, bias, activation in ((4, None, "silu"), (3, zeros(width), None)):
+        weight, reach = zeros(width, taps), zeros(64, dtype=torch.int8)
+        convolve_triton(stream, weight, bias, activation, reach)
+        convolve_backward_triton(stream, stream, weight, bias, activation, reach, torch.bfloat16)
     first = zeros(1, dtype=torch.int64)
     for tokens in (64, 2 * LEAST):  # by one program, and by several
         segment_sums_triton(zeros(tokens, 3 * 128), first, first + tokens - 1)
