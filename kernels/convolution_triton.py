@@ -48,37 +48,19 @@ def _launch(kernel, num_pieces, steps, inputs, weight, bias, activation, reach, 
 @launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def forward_kernel(
-    x_ptr,
-    weight_ptr,  # [W, D]
-    bias_ptr,
-    reach_ptr,
-    out_ptr,
-    num_tokens,
-    num_channels,
-    x_stride,
-    WIDTH: tl.constexpr,
-    SILU: tl.constexpr,
-    STEPS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    num_blocks = tl.cdiv(num_channels, BLOCK_D)
-    program = tl.program_id(0)
-    channel = program % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channel < num_channels
-    start = (program // num_blocks).to(tl.int64) * STEPS
-    held = tl.minimum(num_tokens - start, STEPS + AHEAD).to(tl.int32)  # rows from here on; within a piece int32 will do
-    reach_ptr += start
-    x_ptr += start * x_stride
+    x_ptr, weight_ptr, bias_ptr, reach_ptr, out_ptr, num_tokens, num_channels, x_stride,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """weight: [W, D]."""
+    _, start, held, channel, inside, x_ptr, reach_ptr = piece_of(
+        x_ptr, reach_ptr, num_tokens, num_channels, x_stride, STEPS, STEPS, AHEAD, BLOCK_D
+    )
     out_ptr += start * num_channels
     weight, bias, window = read_before(
         x_ptr, weight_ptr, bias_ptr, start, channel, inside, num_channels, x_stride, WIDTH, BLOCK_D
     )
-
     # Most pieces hold no token near a start: then nothing is masked.
-    step = tl.arange(0, STEPS)
-    reach = tl.load(reach_ptr + step, mask=step < held, other=-1).to(tl.int32)
-    if tl.min(reach, 0) == WIDTH - 1:
+    if reaches_back(reach_ptr, held, WIDTH, STEPS):
         walk(
             x_ptr, reach_ptr, out_ptr, weight, bias, window, held, channel, inside, num_channels, x_stride,
             WIDTH, SILU, STEPS, AHEAD, False,
@@ -121,40 +103,19 @@ def walk(
 @launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def backward_kernel(
-    d_out_ptr,
-    x_ptr,
-    weight_ptr,  # [W, D]
-    bias_ptr,
-    reach_ptr,
-    dx_ptr,
-    sums_ptr,  # [pieces, W or W + 1 with a bias, D]
-    num_tokens,
-    num_channels,
-    d_out_stride,
-    x_stride,
-    WIDTH: tl.constexpr,
-    SILU: tl.constexpr,
-    STEPS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    num_blocks = tl.cdiv(num_channels, BLOCK_D)
-    program = tl.program_id(0)
-    channel = program % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channel < num_channels
-    piece = (program // num_blocks).to(tl.int64)
-    start = piece * (STEPS - WIDTH + 1)
-    held = tl.minimum(num_tokens - start, STEPS + AHEAD).to(tl.int32)
-    reach_ptr += start
-    x_ptr += start * x_stride
+    d_out_ptr, x_ptr, weight_ptr, bias_ptr, reach_ptr, dx_ptr, sums_ptr, num_tokens, num_channels, d_out_stride,
+    x_stride, WIDTH: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """weight: [W, D]; sums: [pieces, W or W + 1 with a bias, D]."""
+    piece, start, held, channel, inside, x_ptr, reach_ptr = piece_of(
+        x_ptr, reach_ptr, num_tokens, num_channels, x_stride, STEPS - WIDTH + 1, STEPS, AHEAD, BLOCK_D
+    )
     d_out_ptr += start * d_out_stride
     dx_ptr += start * num_channels
     weight, bias, window = read_before(
         x_ptr, weight_ptr, bias_ptr, start, channel, inside, num_channels, x_stride, WIDTH, BLOCK_D
     )
-    step = tl.arange(0, STEPS)
-    reach = tl.load(reach_ptr + step, mask=step < held, other=-1).to(tl.int32)
-    if tl.min(reach, 0) == WIDTH - 1:
+    if reaches_back(reach_ptr, held, WIDTH, STEPS):
         d_weight, d_bias = walk_back(
             d_out_ptr, x_ptr, reach_ptr, dx_ptr, weight, bias, window, held, channel, inside, num_channels,
             d_out_stride, x_stride, WIDTH, SILU, STEPS, AHEAD, False,
@@ -219,6 +180,30 @@ def walk_back(
         tl.store(dx_ptr + first * num_channels + channel, complete, mask=inside & (first >= 0) & (first < held))
         window, d_window, d_weight = window[1:], d_window_sum[1:], d_weight_sum
     return d_weight, d_bias
+
+
+@triton.jit
+def piece_of(
+    x_ptr, reach_ptr, num_tokens, num_channels, x_stride, LENGTH: tl.constexpr, STEPS: tl.constexpr,
+    AHEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What a program walks: (piece of LENGTH tokens, its first token, rows from there on, channels, which of them there
+    are), and x and reach from that token on."""
+    num_blocks = tl.cdiv(num_channels, BLOCK_D)
+    program = tl.program_id(0)
+    channel = program % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    piece = (program // num_blocks).to(tl.int64)
+    start = piece * LENGTH
+    held = tl.minimum(num_tokens - start, STEPS + AHEAD).to(tl.int32)  # within a piece int32 will do
+    return piece, start, held, channel, channel < num_channels, x_ptr + start * x_stride, reach_ptr + start
+
+
+@triton.jit
+def reaches_back(reach_ptr, held, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """Whether all tokens of a piece read W - 1 before them."""
+    step = tl.arange(0, STEPS)
+    reach = tl.load(reach_ptr + step, mask=step < held, other=-1).to(tl.int32)
+    return tl.min(reach, 0) == WIDTH - 1
 
 
 @triton.jit
