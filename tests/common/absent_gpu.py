@@ -315,14 +315,15 @@ def compile_choosing(width):
 
 
 def compile_layer(width):
-    """Norms, rotations, gates, SwiGLU, convolutions, sums over runs and the loss of a model of this width, heads of 128,
-    in bf16."""
+    """Norms, rotations, gates, SwiGLU, convolutions, merges of partial results, sums over runs and the loss of a model of
+    this width, heads of 128, in bf16."""
     import torch
 
     from longspan.kernels.channel_gates_triton import channel_gate_backward_triton, channel_gate_triton
     from longspan.kernels.convolution_triton import convolve_backward_triton, convolve_triton
     from longspan.kernels.elu_triton import elu1_backward_triton, elu1_triton
     from longspan.kernels.loss_triton import label_scores_triton, logits_gradient_triton
+    from longspan.kernels.merge_triton import merge_triton
     from longspan.kernels.norm_triton import norm_backward_triton, norm_triton
     from longspan.kernels.rotation_triton import rotate_backward_triton, rotate_triton
     from longspan.kernels.scalar_gate_triton import scalar_gate_backward_triton, scalar_gate_triton
@@ -356,6 +357,9 @@ def compile_layer(width):
         weight, reach = zeros(width, taps), zeros(64, dtype=torch.int8)
         convolve_triton(stream, weight, bias, activation, reach)
         convolve_backward_triton(stream, stream, weight, bias, activation, reach, torch.bfloat16)
+    for rows in (None, torch.arange(64)):
+        lse = zeros(64, width // 128, dtype=torch.float32)
+        merge_triton(heads.float(), lse, heads, lse.clone(), rows)
     first = zeros(1, dtype=torch.int64)
     for tokens in (64, 2 * LEAST):  # by one program, and by several
         segment_sums_triton(zeros(tokens, 3 * 128), first, first + tokens - 1)
