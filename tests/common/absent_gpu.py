@@ -315,8 +315,8 @@ def compile_choosing(width):
 
 
 def compile_layer(width):
-    """Norms, rotations, gates, SwiGLU, convolutions, merges of partial results, sums over runs and the loss of a model of
-    this width, heads of 128, in bf16."""
+    """Norms, rotations, gates, SwiGLU, convolutions, merges of partial results, sums over runs and the loss of a model
+    of this width, heads of 128, in bf16."""
     import torch
 
     from longspan.kernels.channel_gates_triton import channel_gate_backward_triton, channel_gate_triton
