@@ -48,8 +48,7 @@ def layer_step(kind: str, heads: int, kv_heads: int, head_dim: int, seq, dtype, 
             module.float()
     x = torch.randn(seq.num_tokens_local, config.hidden_size, dtype=dtype, device=device, requires_grad=True)
     d_out, leaves = torch.randn_like(x), [x, *block.parameters()]
-    rotary = {"base": config.rope_base, "scaling": config.rope_scaling, "dtype": torch.float32}
-    angles = rotary_angles(seq.positions, config.head_size, **rotary)
+    angles = rotary_angles(seq.positions, config.head_size, **config.rope, dtype=torch.float32)
 
     def step(mark):
         mark()

@@ -1,6 +1,6 @@
 """The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
-`verify` checks checkpoints, `evaluate` has perplexities, `export` writes weights, `generate` continues text, `profile`
-shows what a step took, `sample` draws, `bench` measures, `report` shows what was measured."""
+`verify` checks checkpoints, `evaluate` has perplexities, `import` and `export` are for weights, `generate` continues
+text, `profile` shows what a step took, `sample` draws, `bench` measures, `report` shows what was measured."""
 
 import argparse
 import ast
@@ -219,6 +219,26 @@ def evaluate(argv: list[str]) -> None:
     evaluate_run(**vars(arguments))
 
 
+def import_weights(argv: list[str]) -> None:
+    """Writes a config for runs that start from weights. Raises UserError for arguments and files that do not fit."""
+    parser = _Parser(
+        prog="longspan import",
+        description="Writes a config for training that starts from the weights of a published Llama or Qwen3, or of "
+        "`longspan export`: the model's settings, and checkpoint.weights=PATH. No weights are copied.",
+        epilog="More: docs/trained-models.md",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "path", metavar="PATH",
+        help="folder with config.json and model.safetensors, or model.safetensors.index.json and its files",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="FILE.yaml", help="for `longspan train --config`")
+    arguments = parser.parse_args(argv)
+    from longspan.launcher.weights import import_model  # imports torch
+
+    import_model(**vars(arguments))
+
+
 def export(argv: list[str]) -> None:
     """Writes the weights of a checkpoint. Raises UserError for arguments and runs that do not fit."""
     parser = _Parser(
@@ -311,7 +331,8 @@ BENCHMARKS = {
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
 COMMANDS = {
-    "prepare": prepare, "plan": plan, "train": train, "verify": verify, "evaluate": evaluate, "export": export,
+    "prepare": prepare, "plan": plan, "train": train, "verify": verify, "evaluate": evaluate, "import": import_weights,
+    "export": export,
     "generate": generate, "profile": profile, "sample": sample, "bench": bench, "report": report,
 }  # fmt: skip
 COMMAND_HELP = {
@@ -320,6 +341,7 @@ COMMAND_HELP = {
     "train": "trains; over several ranks: torchrun launcher/train.py",
     "verify": "checks that checkpoints are as they were written",
     "evaluate": "perplexity of a trained model on held-out text, by length of context and by position",
+    "import": "writes a config for training that starts from published weights",
     "export": "writes the weights of a checkpoint as safetensors",
     "generate": "continues a text with a trained model",
     "profile": "shows where the time of a run's steps went",

@@ -8,6 +8,7 @@ As a script it compiles what the linear forms and sparse attention launch and pr
     python tests/common/absent_gpu.py layer WIDTH...          # what a layer does beside attention, and the loss
     python tests/common/absent_gpu.py hopper WIDTH...         # what is in Gluon, bfloat16
     python tests/common/absent_gpu.py branch WIDTH...         # the linear branch beside it, bfloat16
+    python tests/common/absent_gpu.py peers WIDTH...          # what goes through memory that GPUs share, in which order
 
 A change that should not touch the code shows in neither `sass` nor `ptx`, digests of both: run it before and after with
 TRITON_DISABLE_LINE_INFO=1, as the assembler goes by line numbers too. One of the two is enough: equal PTX may get its
@@ -71,6 +72,12 @@ def disassemble(kernel) -> str:
         file.flush()
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def memory_order(sass: str) -> list[str]:
+    """What touches global memory, in its order, with barriers; once where the same follows itself."""
+    names = re.findall(r"\b((?:LDG|STG|ATOMG|REDG|MEMBAR|BAR\.SYNC)[.A-Z0-9_]*)", sass)
+    return [name for name, before in zip(names, ["", *names]) if name != before]
 
 
 def digest(text: str) -> str:
@@ -368,6 +375,31 @@ def compile_layer(width):
     logits_gradient_triton(stream.float(), lse, labels, torch.bfloat16)
 
 
+def compile_peers(width):
+    """Gathers, signals, and blocks there and back, for heads of this width."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from longspan.kernels import peer_triton
+    from longspan.kernels.sparse import peers_triton
+
+    def zeros(*shape, dtype=torch.int32):
+        return torch.zeros(shape, dtype=dtype)
+
+    addresses, calls = zeros(2, dtype=torch.int64), zeros(2, 2, peer_triton.PARTS)
+    given = addresses, addresses, calls, 1, peer_triton.ALIGNED * 2**18
+    peer_triton.push(zeros(1000), zeros(64), *given)
+    peer_triton.collect(zeros(2, 1000), zeros(2, 64), *given)
+    peer_triton.signal(addresses, calls, 1, 2)
+    peer_triton.wait(addresses, calls, 1, 2, 1)
+    keys = SimpleNamespace(size=64, width=40, tokens=(2560, 2560), lengths=zeros(80), starts=zeros(80))
+    buffers = zeros(400, 4, width, dtype=torch.bfloat16).chunk(2, 1)
+    table, starts = zeros(2, 80), zeros(100)
+    peers_triton.pull_blocks(*buffers, addresses, table, starts, keys, 1, 7, range(2), 24)
+    peers_triton.push_blocks(*buffers, addresses, 4096, table, starts, keys, 1, 7, 24)
+
+
 def main():
     import torch
 
@@ -376,7 +408,7 @@ def main():
     for width in widths:
         key_size, value_size = [int(size) for size in (*width.split(","), width)[:2]]
         others = {"choosing": compile_choosing, "layer": compile_layer, "hopper": compile_hopper}
-        others["branch"] = compile_branch
+        others |= {"branch": compile_branch, "peers": compile_peers}
         if dtype in others:
             others[dtype](key_size)
             if dtype == "hopper":
@@ -394,6 +426,8 @@ def main():
         # Where the assembler cannot let products run on, it waits after every one of them.
         waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass)), kernel.asm["ptx"].count("wgmma.wait_group")
         record["serialized"] = waits[0] > waits[1]
+        if dtype == "peers":
+            record["order"] = memory_order(sass)
         record |= {"sass": digest(sass), "ptx": digest(re.sub(r"//.*", "", kernel.asm["ptx"]))}
         print(json.dumps(record), flush=True)
 
