@@ -192,10 +192,12 @@ def piece_of(
     num_blocks = tl.cdiv(num_channels, BLOCK_D)
     program = tl.program_id(0)
     channel = program % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = channel < num_channels
     piece = (program // num_blocks).to(tl.int64)
     start = piece * LENGTH
     held = tl.minimum(num_tokens - start, STEPS + AHEAD).to(tl.int32)  # within a piece int32 will do
-    return piece, start, held, channel, channel < num_channels, x_ptr + start * x_stride, reach_ptr + start
+    reach_ptr += start
+    return piece, start, held, channel, inside, x_ptr + start * x_stride, reach_ptr
 
 
 @triton.jit
