@@ -131,6 +131,14 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def within(self, start: float, budget_s: float, function, *arguments) -> tuple[dict | None, str | None]:
+        """As `guarded`; an error as well where rank 0 finds that more than the budget has passed since `start`."""
+        late = [time.monotonic() - start > budget_s]
+        dist.broadcast_object_list(late)
+        if late[0]:
+            return None, f"skipped: --budget of {budget_s:.0f} s is spent"
+        return self.guarded(function, *arguments)
+
     def guarded(self, function, *arguments) -> tuple[dict | None, str | None]:
         """(function(self, *arguments), None) or (None, error text); an error on one rank is one on every rank."""
         result = error = None

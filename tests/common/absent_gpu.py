@@ -150,24 +150,32 @@ def compile_linear(dtype, sizes, few):
 
 def compile_sparse(dtype, head_dim, few):
     """What attention over lists of blocks launches: with the largest blocks, and with small ones, packed heads, a mask
-    and weights; parts that go on from others, and shares in gradients of means."""
+    and weights; parts that go on from others, and shares in gradients of means; rules for single queries."""
     import torch
 
     from longspan.kernels.sparse import BlockPlan, Blocks, Shares, Tree, fused
+    from longspan.kernels.sparse.rules import Boxes, Picks
 
-    # query block, key block, query heads, key heads, list heads, causal and weighted
-    cases = [(128, 128, 2, 1, 1, False), (16, 16, 8, 2, 2, True), (16, 16, 2, 2, 2, True), (128, 16, 2, 2, 2, True)]
-    cases += [] if few else [(128, 64, 2, 1, 1, True), (64, 64, 2, 2, 1, False), (64, 16, 4, 2, 4, True)]
-    for query_block, key_block, heads, key_heads, lists, masked in cases:
+    def numbers(*shape):
+        return torch.zeros(shape, dtype=torch.int32)
+
+    rules = Picks(numbers(300, 1, 3)), Boxes(numbers(300), numbers(300, 2), 1)
+    # query block, key block, query heads, key heads, list heads, causal and weighted, rule
+    cases = [(128, 128, 2, 1, 1, False, None), (16, 16, 8, 2, 2, True, None), (16, 16, 2, 2, 2, True, None)]
+    cases += [(128, 16, 2, 2, 2, True, None), *((64, 16, 2, 1, 1, True, rule) for rule in rules)]
+    if not few:
+        cases += [(128, 64, 2, 1, 1, True, None), (64, 64, 2, 2, 1, False, None), (64, 16, 4, 2, 4, True, None)]
+        cases += [(64, 64, 2, 1, 1, False, rule) for rule in rules]
+    for query_block, key_block, heads, key_heads, lists, masked, rule in cases:
         queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
         chosen = torch.zeros(lists, len(queries), 1, dtype=torch.int64)
         weight = torch.zeros(len(keys)) if masked else None
-        plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight)
+        plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight, rule=rule)
         if fused.refusal(dtype, head_dim, plan.queries.size, plan.keys.size) is None:
             q, k, v = (torch.zeros(300, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
             onto = (q.float(), torch.zeros(300, heads)) if masked else None
             out, lse = fused.forward(q, k, v, plan, 0.3, onto)
-            tables = (torch.zeros(len(keys), dtype=torch.int32) for _ in range(2))
+            tables = numbers(len(keys)), numbers(len(keys))
             shares = Shares(Tree(*tables, 3), k[: len(keys)], v[: len(keys)]) if masked else None
             fused.backward(q, lse, q, k, v, out, lse, plan, 0.3, onto=onto and onto[0], shares=shares)
 
@@ -314,12 +322,15 @@ def compile_choosing(width):
 
 
 def compile_layer(width):
-    """Norms, rotations, gates, SwiGLU, sums over runs and the loss of a model of this width, heads of 128, in bf16."""
+    """Norms, rotations, gates, SwiGLU, convolutions, merges of partial results, sums over runs and the loss of a model
+    of this width, heads of 128, in bf16."""
     import torch
 
     from longspan.kernels.channel_gates_triton import channel_gate_backward_triton, channel_gate_triton
+    from longspan.kernels.convolution_triton import convolve_backward_triton, convolve_triton
     from longspan.kernels.elu_triton import elu1_backward_triton, elu1_triton
     from longspan.kernels.loss_triton import label_scores_triton, logits_gradient_triton
+    from longspan.kernels.merge_triton import merge_triton
     from longspan.kernels.norm_triton import norm_backward_triton, norm_triton
     from longspan.kernels.rotation_triton import rotate_backward_triton, rotate_triton
     from longspan.kernels.scalar_gate_triton import scalar_gate_backward_triton, scalar_gate_triton
@@ -349,6 +360,13 @@ def compile_layer(width):
     elu1_backward_triton(heads, heads)
     swiglu_triton(stream, stream)
     swiglu_backward_triton(stream, stream, stream)
+    for taps, bias, activation in ((4, None, "silu"), (3, zeros(width), None)):
+        weight, reach = zeros(width, taps), zeros(64, dtype=torch.int8)
+        convolve_triton(stream, weight, bias, activation, reach)
+        convolve_backward_triton(stream, stream, weight, bias, activation, reach, torch.bfloat16)
+    for rows in (None, torch.arange(64)):
+        lse = zeros(64, width // 128, dtype=torch.float32)
+        merge_triton(heads.float(), lse, heads, lse.clone(), rows)
     first = zeros(1, dtype=torch.int64)
     for tokens in (64, 2 * LEAST):  # by one program, and by several
         segment_sums_triton(zeros(tokens, 3 * 128), first, first + tokens - 1)
