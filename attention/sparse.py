@@ -172,12 +172,13 @@ def parts_of(chosen, tables, causal, strategy, group, apart=False, peers=None, s
     here, dense = [], getattr(tables, "dense", None)
     how = {"full": full, "apart": apart, "alone": dense is None, "peers": peers, "staged": staged}
     local, remote = block_parts(fine, tables, causal, strategy, group, *rule, **how)
-    if dense is not None:
-        here.append(Part(dense, tables.dense_rows))
     if coarse is not None:
-        options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "chunk": tables.chunk}
-        plan = BlockPlan.of(tables.dense.queries, tables.coarse_blocks, coarse, full=full, **options)
-        here.append(Part(plan, tables.coarse_rows))
+        options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "full": full}
+        plan = BlockPlan.of(dense.queries, tables.coarse_blocks, coarse, **options)
+        entries = coarse.shape[1] * (coarse.shape[2] - tables.always.shape[1])
+        dense = plan.beside(dense, tables.chosen_blocks, entries, tables.chunk)
+    if dense is not None:
+        here.append(Part(dense, coarse=True))
     return [*here, *local], remote
 
 
@@ -247,7 +248,7 @@ def gradients_of(
 
     for number, part in enumerate(remote[::-1] + here, 1):
         keys, values = arrived.pop() if part.remote else _keys_of(part, local, coarse)
-        into = [x[part.rows] for x in d_coarse] if part.coarse else None
+        into = d_coarse if part.coarse else None
         shares, plan, is_local = None, part.plan, not (part.remote or part.coarse)
         if owned is not None and is_local:  # the last part: all means have their gradients
             passing = owned.start(d_coarse, group)
@@ -288,7 +289,7 @@ def gradients_of(
 
 def _keys_of(part, local, coarse):
     """Keys and values of a part that is here."""
-    return [x[part.rows] for x in coarse] if part.coarse else local
+    return coarse if part.coarse else local
 
 
 def _as(gradient, like):
