@@ -394,7 +394,8 @@ class _Sparse:
             sizes = [(selection.block, widths[0])]
             if selection.levels > 1:
                 under = sum(self._turns(level) * width for level, width in enumerate(widths[1:], 1))
-                sizes.append((tile_rows(selection.block), under))
+                last = -(-rows // selection.block) + self._turns(selection.levels) - 1  # all of the last level
+                sizes.append((tile_rows(selection.block), under + last))
         else:
             sizes, keys = [(selection.query_block, self._longest_list())], selection.key_block
         shapes = []
