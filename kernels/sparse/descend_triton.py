@@ -8,7 +8,7 @@ from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile
 from longspan.kernels.sparse.top_triton import LOWEST, halves, ordered_scores
 
-ENTRIES = 1024  # entries of lists that a program writes
+ENTRIES = 512  # entries of lists that a program writes
 
 
 def descend_triton(means, keys, above, families, keep: int, causal: bool, always=None) -> torch.Tensor:
