@@ -122,17 +122,17 @@ def empty_rows(like, queries: Blocks):
 
 
 def backward(
-    d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None, into=None,
+    d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None,
     shares=None, states=None, send=None,
 ):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv in those of k and v); d_lse: [Tq, Hq] or None. out and lse: of all keys that
     the queries see, also where the plan lists some of them. rows: their row_sums, if known; onto: dq of other keys, to
-    which that of the plan is added; it may be overwritten. into: contiguous tensors for dk and dv. shares: Shares of
-    the keys and values in gradients of their means, to be added to dk and dv. states: KeyStates that the keys are part
-    of; what keys get from these is added for blocks that some query chose, where `takes_states`. send: called with dk
-    and dv once they are queued, and before dq is, or None."""
+    which that of the plan is added; it may be overwritten. shares: Shares of the keys and values in gradients
+    of their means, to be added to dk and dv. states: KeyStates that the keys are part of; what keys get from these is
+    added for blocks that some query chose, where `takes_states`. send: called with dk and dv once they are queued, and
+    before dq is, or None."""
     d_out, q, k, v = unit_stride(d_out), unit_stride(q), unit_stride(k), unit_stride(v)
-    dk, dv = into or (k.new_empty(k.shape), v.new_empty(v.shape))
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     dtype = dtype or q.dtype
     dq = onto if onto is not None and onto.dtype == dtype else q.new_empty(q.shape, dtype=dtype)
     tile, heads, by_key = _tile(q, k, plan), q.shape[1], plan.by_key or (plan,)
