@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from longspan.attention.host_memory import HostMemory
+
 LEAST_BYTES = 2**20  # smaller tensors stay: a copy of them costs more than it frees
 
 
@@ -17,7 +19,7 @@ class Offload:
     """The traffic of one model's blocks. `parcel` is called once for each call of a block, in their order."""
 
     def __init__(self):
-        self.stream = None
+        self.stream = self.memory = None
         self._recent = []  # weak: a graph that is dropped without a backward takes its parcels with it
 
     def parcel(self) -> "Parcel":
@@ -30,8 +32,16 @@ class Offload:
         return parcel
 
     def host_like(self, tensor):
-        """Host memory for a copy of the tensor."""
-        return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        """(host memory for a copy of the tensor, the buffer that it lies in)."""
+        self.memory = self.memory or HostMemory(pinned=tensor.is_cuda)
+        buffer = self.memory.take(tensor.nbytes)
+        strides = torch.empty_like(tensor, device="meta").stride()
+        return buffer[: tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, strides), buffer
+
+    def give_back(self, buffers) -> None:
+        """Copies from them may be under way: what is written there next is copied behind them."""
+        for buffer in buffers:
+            self.memory.give_back(buffer)
 
     def copy(self, pairs):
         """Starts to copy (target, source) pairs; what comes behind them: an event, None of no pairs."""
@@ -56,18 +66,19 @@ class Parcel:
 
     def __init__(self, offload: Offload, previous):
         self._offload, self._previous = offload, previous
-        self._host, self._here, self._event = [], {}, None
+        self._host, self._buffers, self._here, self._event = [], [], {}, None
 
     def store(self, tensor):
         """A Slot that `fetch`es the tensor again, on any later stream; small tensors and other objects as they are."""
         if not isinstance(tensor, torch.Tensor) or tensor.nbytes < LEAST_BYTES:
             return tensor
         tensor = tensor.detach()
-        host = self._offload.host_like(tensor)
+        host, buffer = self._offload.host_like(tensor)
         self._copy([(host, tensor)])
         slot = Slot(self, len(self._host), tensor.device)
         self._here[slot.index] = tensor  # until the copy has been made
         self._host.append(host)
+        self._buffers.append(buffer)
         return slot
 
     def depart(self) -> None:
@@ -78,6 +89,7 @@ class Parcel:
 
     def __del__(self):
         self.depart()  # a graph may be dropped while copies are under way, and its memory given to others
+        self._offload.give_back(self._buffers)
 
     def request(self, device: torch.device) -> None:
         """Starts to bring all tensors back that are not on the device."""

@@ -1,8 +1,10 @@
 """What a training step holds in the memory of a machine: what layers and the optimizer put there, and the processes.
 
-torch gives out pinned memory in powers of two and keeps what is given back, so that each tensor counts as the next one.
+torch gives out pinned memory in powers of two and keeps what is given back, so that parameters and gradients there
+count as the next one.
 """
 
+from longspan.attention.host_memory import buffer_size
 from longspan.launcher.gpus import PROCESS
 from longspan.models.activations import Measured
 
@@ -11,7 +13,7 @@ PARAMETER, GRADIENT, MOMENTS = 4, 4, 8  # bytes of a parameter with optim.offloa
 
 def host_memory(job, measured: Measured) -> dict[str, float]:
     """Bytes of one machine of the job (an estimate.Job), of all its ranks, by what they are."""
-    found = {"processes": PROCESS, "what layers keep": sum(map(_pinned, measured.put_away))}
+    found = {"processes": PROCESS, "what layers keep": sum(map(buffer_size, measured.put_away))}
     if job.offload:
         shares = [size / job.shards for size in measured.parameter_sizes]
         found["parameters, gradients"] = sum(_pinned(PARAMETER * s) + _pinned(GRADIENT * s) for s in shares)

@@ -93,7 +93,7 @@ def test_memory_options_and_engines_change_what_they_are_for():
     assert both.peak < one.peak < plain.peak and both.peak < half.peak < plain.peak
 
 
-def test_offload_takes_host_memory_in_powers_of_two_and_time_where_it_is_not_hidden():
+def test_offload_takes_host_memory_and_time_where_it_is_not_hidden():
     def found(*settings, gpus="2xH200", **options):
         return estimate(job_of("data.seq_len=48K", "train.checkpointing=full", *settings, gpus=gpus, **options))
 
@@ -101,7 +101,7 @@ def test_offload_takes_host_memory_in_powers_of_two_and_time_where_it_is_not_hid
     assert away.peak < plain.peak and [*plain.host] == ["processes"]
     # Of four blocks the input, 12 MiB of 24K tokens on a rank; of one the attention's result and its fp32 sums per
     # query (4 heads, below 1 MiB).
-    assert away.host["what layers keep"] == 2 * 5 * 16 * 2**20
+    assert away.host["what layers keep"] == 2 * 5 * 12 * 2**20
     assert away.step_s >= plain.step_s
     moments = found("optim.offload=cpu")
     assert moments.host["optimizer state"] == 8 * plain.num_parameters  # of both ranks

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import longspan.attention.offload as offload
+from longspan.attention.host_memory import buffer_size
 from longspan.models.activations import GRADIENTS, LOSS, NORMS, measure
 from longspan.models.build import build_model
 from longspan.models.checkpointing import checkpoint_blocks
@@ -155,7 +156,7 @@ def test_memory_options_are_counted(kind, checkpointing, tile):
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_what_waits_in_host_memory_is_counted_there(mode, monkeypatch):
-    """On a CPU the real model has both: what stays, and the copies; the last two blocks have not left yet."""
+    """What stays, and the copies; the last two blocks have not left yet."""
     monkeypatch.setattr(offload, "LEAST_BYTES", 1000)
     config, lengths, away = config_of("softmax", pattern=["softmax", "linear:gla"], num_layers=5), [211, 90], []
 
@@ -171,7 +172,8 @@ def test_what_waits_in_host_memory_is_counted_there(mode, monkeypatch):
             return super().host_like(tensor)
 
     model, seq = real_model(config, torch.bfloat16), SequenceParallel().context(lengths)
-    checkpointed(model, Recording())
+    traffic = Recording()
+    checkpointed(model, traffic)
     inputs = text_inputs(config, sum(lengths))
     model(*inputs, seq)
     away.clear()
@@ -179,8 +181,8 @@ def test_what_waits_in_host_memory_is_counted_there(mode, monkeypatch):
     assert sorted(counted.put_away) == sorted(away)
     if mode == "full":  # inputs of five blocks and results of three softmax layers; not the angles that all share
         assert away.count(301 * 32 * 2) == 5 + 3
-    here = sum(size for name, size in counted.kept.items() if name != BATCH_NAME)
-    assert here + sum(away) == wanted
+    assert sum(size for name, size in counted.kept.items() if name != BATCH_NAME) == wanted
+    assert traffic.memory.held == sum(map(buffer_size, counted.put_away))
     left = 301 * 32 * 2 * 3  # inputs of three blocks
     assert sum(plain.kept.values()) - sum(counted.kept.values()) >= left
     assert counted.peak < plain.peak
