@@ -293,8 +293,8 @@ def tile_rows(block):
 
 
 def _always(level, under, tiles, block, causal):
-    """[tiles, n]: `under` a level, blocks of its rows, all that a tile's document has; causal, those of which any of the
-    tile's queries sees a row. -1 after the last."""
+    """[tiles, n]: blocks of a level's rows, all that a tile's document has; causal, those of which any of the tile's
+    queries sees a row. -1 after the last. under: the blocks by row of the level above."""
     of_above = level.document[level.children[:, 0]]
     place = np.arange(len(under)) - np.searchsorted(of_above, of_above)
     table = np.full((len(level.base) - 1, place.max(initial=-1) + 1, 2), -1)

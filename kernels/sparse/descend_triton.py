@@ -63,7 +63,7 @@ def blocks_below_kernel(
         found = tl.where(place == MOST, row.to(tl.int32), found)
     found = tl.where(found < 0, none, found)
     listed = tl.load(blocks_ptr + found * WIDTH + inside % WIDTH, mask=there & below, other=-1)
-    always = tl.load(always_ptr + (line.to(tl.int64) * more + (inside - BELOW)), mask=there & (inside >= BELOW), other=-1)
+    always = tl.load(always_ptr + (line * more + (inside - BELOW)), mask=there & (inside >= BELOW), other=-1)
     tl.store(listed_ptr + head * count + entry, tl.where(below, listed, always), mask=there)
 
 

@@ -172,7 +172,7 @@ class BlockPlan:
         return replace(self, keys=keys, chunk=chunk, most_items=_most_items(listed, self.row_idx.shape[1], chunk))
 
     def beside(self, other: "BlockPlan", keys: Blocks, entries: int, chunk: int) -> "BlockPlan":
-        """The same with gradients of keys by `other` and, of `keys`, the first of its blocks, which lists of a head name
+        """The same with gradients of keys by `other` and, of `keys`, the first of its blocks, which a head's lists name
         at most `entries` times, by its own lists."""
         most = _most_items(len(keys), entries, chunk)
         return replace(self, by_key=(other, replace(self, keys=keys, chunk=chunk, most_items=most)))
@@ -221,7 +221,7 @@ def _columns(row_ptr, row_idx, num_cols, chunk, most_items):
     heads, device = len(row_ptr), row_ptr.device
     entry = torch.arange(row_idx.shape[1], dtype=torch.int32, device=device).expand(heads, -1).contiguous()
     listed = (entry >= row_ptr[:, :1]) & (entry < row_ptr[:, -1:])
-    by_column, order = torch.where(listed, row_idx, num_cols).clamp(max=num_cols).sort(stable=True, dim=-1)
+    by_column, order = torch.where(listed, row_idx, num_cols).sort(stable=True, dim=-1)
     row_of = torch.searchsorted(row_ptr, entry, right=True) - 1  # ascends within a column
     edges = torch.arange(num_cols + 1, dtype=torch.int32, device=device).expand(heads, -1).contiguous()
     col_ptr = torch.searchsorted(by_column, edges)

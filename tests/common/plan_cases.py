@@ -49,7 +49,9 @@ def make_beside(name, query_block=32, dim=16, causal=True, dtype=torch.float32):
     all of 50 and 90 keys behind these, in blocks of 16 by query and of 64 by key, for both heads."""
     dense, few = BESIDE[name]
     generator, offsets, ends = torch.Generator().manual_seed(7), (0, 150, 320), (0, 50, 140)
-    queries, chosen, small, large = (Blocks.of(*x) for x in ((offsets, query_block), ((0, 80), 16), (ends, 16), (ends, 64)))
+    queries, chosen, small, large = (
+        Blocks.of(*x) for x in ((offsets, query_block), ((0, 80), 16), (ends, 16), (ends, 64))
+    )
     document = queries.document[:, None]
 
     def listed(blocks):
