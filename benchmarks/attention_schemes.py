@@ -79,11 +79,8 @@ def main() -> int:
             lengths = batch(mix, tokens * mesh.sp, arguments.seed)
             ideal = ideal_seconds(lengths, mesh.sp, here)
             for scheme in arguments.schemes:
-                late = [time.monotonic() - start > arguments.budget]
-                dist.broadcast_object_list(late)
-                found, error = None, f"skipped: --budget of {arguments.budget:.0f} s is spent"
-                if not late[0]:
-                    found, error = ranks.guarded(time_scheme, scheme, lengths, arguments, costs, dtype)
+                given = scheme, lengths, arguments, costs, dtype
+                found, error = ranks.within(start, arguments.budget, time_scheme, *given)
                 row = {"mix": mix, "tokens": tokens, "documents": len(lengths), "scheme": scheme}
                 if error:
                     row["error"] = error

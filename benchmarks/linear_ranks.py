@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from unittest import mock
 
 import torch
@@ -113,12 +114,7 @@ def main() -> int:
     record = new_record("linear_ranks", vars(arguments) | {"world_size": mesh.world_size}) | {"rows": []}
     failed = False
 
-    def run(function, *parameters):
-        late = [time.monotonic() - start > arguments.budget]
-        dist.broadcast_object_list(late)
-        if late[0]:
-            return None, f"skipped: --budget of {arguments.budget:.0f} s is spent"
-        return ranks.guarded(function, *parameters)
+    run = partial(ranks.within, start, arguments.budget)
 
     def note(row, error):
         nonlocal failed

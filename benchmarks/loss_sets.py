@@ -48,6 +48,11 @@ TINY = (
     "model.num_layers=4", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2", "data.seq_len=2K",
     "train.steps=6", "train.dtype=float32",
 )  # fmt: skip
+# Of sets whose variants compute the same.
+SAME = {
+    "config": "hybrid-0.4b", "settings": SHORT, "small": TINY, "measure": "difference", "tolerance": 1e-3,
+    "small_tolerance": 1e-5,
+}  # fmt: skip
 
 SETS = {
     "sparse": RunSet(
@@ -73,7 +78,6 @@ SETS = {
         small_tolerance=0.02,
     ),
     "engines": RunSet(
-        config="hybrid-0.4b",
         variants={
             "fsdp2": Variant(),
             "ddp": Variant(("parallel.engine=ddp",)),
@@ -81,14 +85,9 @@ SETS = {
             "deepspeed 2": _zero(2),
             "deepspeed 3": _zero(3),
         },
-        settings=SHORT,
-        small=TINY,
-        measure="difference",
-        tolerance=1e-3,
-        small_tolerance=1e-5,
+        **SAME,
     ),
     "memory": RunSet(
-        config="hybrid-0.4b",
         variants={
             "none": Variant(("train.checkpointing=none",)),
             "mlp_tile": Variant(("train.checkpointing=none", "train.mlp_tile=1000")),
@@ -99,26 +98,17 @@ SETS = {
             "full, optim.offload": Variant((FULL, "optim.offload=cpu")),
             "full, loss_chunk": Variant((FULL, "model.loss_chunk=1000")),
         },
-        settings=SHORT,
-        small=TINY,
-        measure="difference",
-        tolerance=1e-3,
-        small_tolerance=1e-5,
         ranks=1,
+        **SAME,
     ),
     "tensor": RunSet(
-        config="hybrid-0.4b",
         variants={
             "one rank": Variant(ranks=1),
             "sp=2": Variant(("parallel.sp=2",)),
             "tp=2": Variant(("parallel.tp=2", "parallel.sp=1")),
             "dp=2": Variant(("parallel.sp=1",)),
         },
-        settings=SHORT,
-        small=TINY,
-        measure="difference",
-        tolerance=1e-3,
-        small_tolerance=1e-5,
+        **SAME,
     ),
     "diffusion": RunSet(
         config="diffusion-128",

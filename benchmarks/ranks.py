@@ -48,8 +48,7 @@ def layer_step(kind: str, heads: int, kv_heads: int, head_dim: int, seq, dtype, 
             module.float()
     x = torch.randn(seq.num_tokens_local, config.hidden_size, dtype=dtype, device=device, requires_grad=True)
     d_out, leaves = torch.randn_like(x), [x, *block.parameters()]
-    rotary = {"base": config.rope_base, "scaling": config.rope_scaling, "dtype": torch.float32}
-    angles = rotary_angles(seq.positions, config.head_size, **rotary)
+    angles = rotary_angles(seq.positions, config.head_size, **config.rope, dtype=torch.float32)
 
     def step(mark):
         mark()
@@ -131,6 +130,14 @@ class Ranks:
     def _synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def within(self, start: float, budget_s: float, function, *arguments) -> tuple[dict | None, str | None]:
+        """As `guarded`; an error as well where rank 0 finds that more than the budget has passed since `start`."""
+        late = [time.monotonic() - start > budget_s]
+        dist.broadcast_object_list(late)
+        if late[0]:
+            return None, f"skipped: --budget of {budget_s:.0f} s is spent"
+        return self.guarded(function, *arguments)
 
     def guarded(self, function, *arguments) -> tuple[dict | None, str | None]:
         """(function(self, *arguments), None) or (None, error text); an error on one rank is one on every rank."""

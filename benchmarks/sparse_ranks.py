@@ -191,11 +191,8 @@ def main() -> int:
         for name in arguments.cases:
             alone = None
             for strategy in (None, *arguments.strategies):
-                late = [time.monotonic() - start > arguments.budget]
-                dist.broadcast_object_list(late)
-                found, error = None, f"skipped: --budget of {arguments.budget:.0f} s is spent"
-                if not late[0]:
-                    found, error = ranks.guarded(time_case, name, tokens, strategy, arguments, dtype)
+                given = name, tokens, strategy, arguments, dtype
+                found, error = ranks.within(start, arguments.budget, time_case, *given)
                 row = {"case": name, "tokens": tokens, "strategy": strategy or "alone"} | (found or {})
                 if error:
                     row["error"] = error

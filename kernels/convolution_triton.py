@@ -18,26 +18,8 @@ BACKWARD_STEPS = 128  # tokens walked: those of a piece, and W - 1 of the next f
 
 def convolve_triton(x, weight, bias, activation, reach):
     """See kernels.convolution.convolve. bf16, fp16 or fp32."""
-    (num_tokens, num_channels), width = x.shape, weight.shape[1]
-    x, out = unit_stride(x), torch.empty_like(x, memory_format=torch.contiguous_format)
-    grid = cdiv(num_tokens, FORWARD_STEPS) * cdiv(num_channels, BLOCK_CHANNELS)
-    if grid:
-        forward_kernel[(grid,)](
-            x,
-            weight.t().contiguous(),
-            bias,
-            reach,
-            out,
-            num_tokens,
-            num_channels,
-            x.stride(0),
-            WIDTH=width,
-            SILU=activation == "silu",
-            STEPS=FORWARD_STEPS,
-            AHEAD=AHEAD,
-            BLOCK_D=BLOCK_CHANNELS,
-            num_warps=NUM_WARPS,
-        )
+    x, out, num_pieces = unit_stride(x), x.new_empty(x.shape), cdiv(len(x), FORWARD_STEPS)
+    _launch(forward_kernel, num_pieces, FORWARD_STEPS, (x,), weight, bias, activation, reach, out)
     return out
 
 
@@ -46,67 +28,39 @@ def convolve_backward_triton(d_out, x, weight, bias, activation, reach, dtype):
     (num_tokens, num_channels), width = x.shape, weight.shape[1]
     x, d_out = unit_stride(x), unit_stride(d_out)
     num_pieces = cdiv(num_tokens, BACKWARD_STEPS - width + 1)
-    dx = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    dx = x.new_empty(x.shape, dtype=dtype)
     sums = x.new_empty(num_pieces, width + (bias is not None), num_channels, dtype=torch.float32)
-    grid = num_pieces * cdiv(num_channels, BLOCK_CHANNELS)
-    if grid:
-        backward_kernel[(grid,)](
-            d_out,
-            x,
-            weight.t().contiguous(),
-            bias,
-            reach,
-            dx,
-            sums,
-            num_tokens,
-            num_channels,
-            d_out.stride(0),
-            x.stride(0),
-            WIDTH=width,
-            SILU=activation == "silu",
-            STEPS=BACKWARD_STEPS,
-            AHEAD=AHEAD,
-            BLOCK_D=BLOCK_CHANNELS,
-            num_warps=NUM_WARPS,
-        )
+    _launch(backward_kernel, num_pieces, BACKWARD_STEPS, (d_out, x), weight, bias, activation, reach, dx, sums)
     total = sums.sum(0)
     return dx, total[:width].t(), None if bias is None else total[width]
+
+
+def _launch(kernel, num_pieces, steps, inputs, weight, bias, activation, reach, *results):
+    num_tokens, num_channels = inputs[0].shape
+    if programs := num_pieces * cdiv(num_channels, BLOCK_CHANNELS):
+        kernel[(programs,)](
+            *inputs, weight.t().contiguous(), bias, reach, *results, num_tokens, num_channels,
+            *(x.stride(0) for x in inputs), WIDTH=weight.shape[1], SILU=activation == "silu", STEPS=steps, AHEAD=AHEAD,
+            BLOCK_D=BLOCK_CHANNELS, num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 @launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def forward_kernel(
-    x_ptr,
-    weight_ptr,  # [W, D]
-    bias_ptr,
-    reach_ptr,
-    out_ptr,
-    num_tokens,
-    num_channels,
-    x_stride,
-    WIDTH: tl.constexpr,
-    SILU: tl.constexpr,
-    STEPS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    num_blocks = tl.cdiv(num_channels, BLOCK_D)
-    program = tl.program_id(0)
-    channel = program % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channel < num_channels
-    start = (program // num_blocks).to(tl.int64) * STEPS
-    held = tl.minimum(num_tokens - start, STEPS + AHEAD).to(tl.int32)  # rows from here on; within a piece int32 will do
-    reach_ptr += start
-    x_ptr += start * x_stride
+    x_ptr, weight_ptr, bias_ptr, reach_ptr, out_ptr, num_tokens, num_channels, x_stride,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """weight: [W, D]."""
+    _, start, held, channel, inside, x_ptr, reach_ptr = piece_of(
+        x_ptr, reach_ptr, num_tokens, num_channels, x_stride, STEPS, STEPS, AHEAD, BLOCK_D
+    )
     out_ptr += start * num_channels
     weight, bias, window = read_before(
         x_ptr, weight_ptr, bias_ptr, start, channel, inside, num_channels, x_stride, WIDTH, BLOCK_D
     )
-
     # Most pieces hold no token near a start: then nothing is masked.
-    step = tl.arange(0, STEPS)
-    reach = tl.load(reach_ptr + step, mask=step < held, other=-1).to(tl.int32)
-    if tl.min(reach, 0) == WIDTH - 1:
+    if reaches_back(reach_ptr, held, WIDTH, STEPS):
         walk(
             x_ptr, reach_ptr, out_ptr, weight, bias, window, held, channel, inside, num_channels, x_stride,
             WIDTH, SILU, STEPS, AHEAD, False,
@@ -149,40 +103,19 @@ def walk(
 @launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def backward_kernel(
-    d_out_ptr,
-    x_ptr,
-    weight_ptr,  # [W, D]
-    bias_ptr,
-    reach_ptr,
-    dx_ptr,
-    sums_ptr,  # [pieces, W or W + 1 with a bias, D]
-    num_tokens,
-    num_channels,
-    d_out_stride,
-    x_stride,
-    WIDTH: tl.constexpr,
-    SILU: tl.constexpr,
-    STEPS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    num_blocks = tl.cdiv(num_channels, BLOCK_D)
-    program = tl.program_id(0)
-    channel = program % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channel < num_channels
-    piece = (program // num_blocks).to(tl.int64)
-    start = piece * (STEPS - WIDTH + 1)
-    held = tl.minimum(num_tokens - start, STEPS + AHEAD).to(tl.int32)
-    reach_ptr += start
-    x_ptr += start * x_stride
+    d_out_ptr, x_ptr, weight_ptr, bias_ptr, reach_ptr, dx_ptr, sums_ptr, num_tokens, num_channels, d_out_stride,
+    x_stride, WIDTH: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """weight: [W, D]; sums: [pieces, W or W + 1 with a bias, D]."""
+    piece, start, held, channel, inside, x_ptr, reach_ptr = piece_of(
+        x_ptr, reach_ptr, num_tokens, num_channels, x_stride, STEPS - WIDTH + 1, STEPS, AHEAD, BLOCK_D
+    )
     d_out_ptr += start * d_out_stride
     dx_ptr += start * num_channels
     weight, bias, window = read_before(
         x_ptr, weight_ptr, bias_ptr, start, channel, inside, num_channels, x_stride, WIDTH, BLOCK_D
     )
-    step = tl.arange(0, STEPS)
-    reach = tl.load(reach_ptr + step, mask=step < held, other=-1).to(tl.int32)
-    if tl.min(reach, 0) == WIDTH - 1:
+    if reaches_back(reach_ptr, held, WIDTH, STEPS):
         d_weight, d_bias = walk_back(
             d_out_ptr, x_ptr, reach_ptr, dx_ptr, weight, bias, window, held, channel, inside, num_channels,
             d_out_stride, x_stride, WIDTH, SILU, STEPS, AHEAD, False,
@@ -247,6 +180,32 @@ def walk_back(
         tl.store(dx_ptr + first * num_channels + channel, complete, mask=inside & (first >= 0) & (first < held))
         window, d_window, d_weight = window[1:], d_window_sum[1:], d_weight_sum
     return d_weight, d_bias
+
+
+@triton.jit
+def piece_of(
+    x_ptr, reach_ptr, num_tokens, num_channels, x_stride, LENGTH: tl.constexpr, STEPS: tl.constexpr,
+    AHEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What a program walks: (piece of LENGTH tokens, its first token, rows from there on, channels, which of them there
+    are), and x and reach from that token on."""
+    num_blocks = tl.cdiv(num_channels, BLOCK_D)
+    program = tl.program_id(0)
+    channel = program % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = channel < num_channels
+    piece = (program // num_blocks).to(tl.int64)
+    start = piece * LENGTH
+    held = tl.minimum(num_tokens - start, STEPS + AHEAD).to(tl.int32)  # within a piece int32 will do
+    reach_ptr += start
+    return piece, start, held, channel, inside, x_ptr + start * x_stride, reach_ptr
+
+
+@triton.jit
+def reaches_back(reach_ptr, held, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """Whether all tokens of a piece read W - 1 before them."""
+    step = tl.arange(0, STEPS)
+    reach = tl.load(reach_ptr + step, mask=step < held, other=-1).to(tl.int32)
+    return tl.min(reach, 0) == WIDTH - 1
 
 
 @triton.jit

@@ -25,13 +25,7 @@ def merge(
         merge_naive(out_acc, lse_acc, out, lse, rows)
 
 
-def merge_naive(
-    out_acc: torch.Tensor,
-    lse_acc: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    rows: slice | torch.Tensor | None = None,
-) -> None:
+def merge_naive(out_acc, lse_acc, out, lse, rows=None):
     """merge in plain PyTorch, any device and dtype."""
     rows = slice(None) if rows is None else rows
     old_lse, lse = lse_acc[rows], lse.to(lse_acc.dtype)

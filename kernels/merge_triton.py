@@ -6,13 +6,7 @@ from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
 
 
-def merge_triton(
-    out_acc: torch.Tensor,
-    lse_acc: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    rows: slice | torch.Tensor | None = None,
-) -> None:
+def merge_triton(out_acc, lse_acc, out, lse, rows=None):
     """See kernels.merge.merge. fp32 lse, unit stride in D."""
     indexed = isinstance(rows, torch.Tensor)
     if isinstance(rows, slice):
@@ -26,51 +20,19 @@ def merge_triton(
     block_dim = next_power_of_2(head_dim)
     block_rows = max(1, 4096 // block_dim)
     merge_kernel[(cdiv(num_rows, block_rows) * num_heads,)](
-        out_acc,
-        lse_acc,
-        out,
-        lse,
-        rows if indexed else None,
-        num_rows,
-        num_heads,
-        out_acc.stride(0),
-        out_acc.stride(1),
-        lse_acc.stride(0),
-        lse_acc.stride(1),
-        out.stride(0),
-        out.stride(1),
-        lse.stride(0),
-        lse.stride(1),
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        BLOCK_ROWS=block_rows,
-        INDEXED=indexed,
-    )
+        out_acc, lse_acc, out, lse, rows if indexed else None, num_rows, num_heads,
+        *out_acc.stride()[:2], *lse_acc.stride(), *out.stride()[:2], *lse.stride(),
+        HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_ROWS=block_rows, INDEXED=indexed,
+    )  # fmt: skip
 
 
 @launched
 @triton.jit(do_not_specialize=["num_rows"])
 def merge_kernel(
-    out_acc_ptr,
-    lse_acc_ptr,
-    out_ptr,
-    lse_ptr,
-    rows_ptr,
-    num_rows,
-    num_heads,
-    out_acc_stride_row,
-    out_acc_stride_head,
-    lse_acc_stride_row,
-    lse_acc_stride_head,
-    out_stride_row,
-    out_stride_head,
-    lse_stride_row,
-    lse_stride_head,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    INDEXED: tl.constexpr,
-):
+    out_acc_ptr, lse_acc_ptr, out_ptr, lse_ptr, rows_ptr, num_rows, num_heads, out_acc_stride_row, out_acc_stride_head,
+    lse_acc_stride_row, lse_acc_stride_head, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     head = program % num_heads  # heads of the same rows run together: they share the cache lines of lse
     row = program // num_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

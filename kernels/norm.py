@@ -106,7 +106,7 @@ def _normalised(x, mean, eps):
 
 
 def _like(*tensors):
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors if x is not None]
+    return [x.new_empty(x.shape) for x in tensors if x is not None]
 
 
 norm = operator(

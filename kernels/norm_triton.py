@@ -20,7 +20,7 @@ def norm_triton(x, branch, weight, gate, mean, eps):
     """See kernels.norm.norm_naive. bf16, fp16 or fp32."""
     x, layout = _rows(x)
     branch, gate = (a if a is None else a.contiguous() for a in (branch, gate))
-    out, stream = _like(x), None if branch is None else _like(x)
+    out, stream = x.new_empty(x.shape), None if branch is None else x.new_empty(x.shape)
     if layout[0]:
         launch, block_rows = _launch(x.shape[-1], mean, TILE)
         norm_kernel[(cdiv(layout[0], block_rows),)](x, branch, weight, gate, stream, out, *layout, eps, **launch)
@@ -31,7 +31,7 @@ def norm_backward_triton(d_out, d_stream, x, weight, gate, mean, eps):
     """See kernels.norm.norm_backward_naive. bf16, fp16 or fp32."""
     x, layout = _rows(x)
     d_out, d_stream, gate = (a if a is None else a.contiguous() for a in (d_out, d_stream, gate))
-    d_x, d_gate = _like(x), None if gate is None else _like(gate)
+    d_x, d_gate = x.new_empty(x.shape), None if gate is None else gate.new_empty(gate.shape)
     launch, block_rows = _launch(x.shape[-1], mean, TILE)
     programs = num_tiles = cdiv(layout[0], block_rows)
     sums = None
@@ -53,10 +53,6 @@ def _rows(x):
     if x.ndim == 3:
         return x, (x.shape[0] * x.shape[1], x.shape[1], x.stride(0), x.stride(1))
     return x, (x.numel() // x.shape[-1], 1, x.stride(-2) if x.ndim > 1 else 0, 0)
-
-
-def _like(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @cache

@@ -54,19 +54,15 @@ def _turned(x, cos, sin):
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def _like(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 rotate_forward = operator(
     "rotate(Tensor x, Tensor cos, Tensor sin, Tensor? weight, float eps) -> Tensor",
     naive=rotate_naive,
     fused="rotation_triton.rotate_triton",
-    shapes=lambda x, *_: _like(x),
+    shapes=lambda x, *_: x.new_empty(x.shape),
 )
 rotate_backward = operator(
     "rotate_backward(Tensor d_out, Tensor cos, Tensor sin, Tensor? x, Tensor? weight, float eps) -> Tensor[]",
     naive=rotate_backward_naive,
     fused="rotation_triton.rotate_backward_triton",
-    shapes=lambda d_out, cos, sin, x, weight, eps: [_like(a) for a in (d_out, weight) if a is not None],
+    shapes=lambda d_out, cos, sin, x, weight, eps: [a.new_empty(a.shape) for a in (d_out, weight) if a is not None],
 )

@@ -20,7 +20,7 @@ NORM_TILE = 1024  # of the backward with a norm, which holds the sums for its we
 def rotate_triton(x, cos, sin, weight, eps):
     """See kernels.rotation.rotate_naive. bf16, fp16 or fp32; angles in fp32."""
     x = unit_stride(x)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = x.new_empty(x.shape)
     _rotate(x, cos, sin, weight, eps, out, back=False)
     return out
 
@@ -28,7 +28,7 @@ def rotate_triton(x, cos, sin, weight, eps):
 def rotate_backward_triton(d_out, cos, sin, x, weight, eps):
     """See kernels.rotation.rotate_backward_naive. bf16, fp16 or fp32; angles in fp32."""
     d_out = unit_stride(d_out)
-    d_x = torch.empty_like(d_out, memory_format=torch.contiguous_format)
+    d_x = d_out.new_empty(d_out.shape)
     if weight is None:
         _rotate(d_out, cos, sin, None, eps, d_x, back=True)
         return [d_x]

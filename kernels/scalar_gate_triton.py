@@ -25,7 +25,7 @@ def scalar_gate_backward_triton(d_log_decay, d_step, a, A_log, dt_bias):
     """See kernels.scalar_gate.scalar_gate_backward_naive. bf16, fp16 or fp32."""
     a, (block, rows) = unit_stride(a), _tile(a)
     d_log_decay, d_step = (x if x is None else x.contiguous() for x in (d_log_decay, d_step))
-    d_a = torch.empty_like(a, memory_format=torch.contiguous_format)
+    d_a = a.new_empty(a.shape)
     programs = cdiv(a.shape[0], rows * TILES)
     sums = a.new_empty(2, programs, a.shape[1], dtype=torch.float32)
     if sums.numel():

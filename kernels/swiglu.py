@@ -38,19 +38,15 @@ def swiglu_backward_naive(d_out, gate, up):
     return [d_gate.to(gate.dtype), (d_out * gate_wide * sigmoid).to(up.dtype)]
 
 
-def _like(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 swiglu_forward = operator(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     naive=swiglu_naive,
     fused="swiglu_triton.swiglu_triton",
-    shapes=lambda gate, up: _like(gate),
+    shapes=lambda gate, up: gate.new_empty(gate.shape),
 )
 swiglu_backward = operator(
     "swiglu_backward(Tensor d_out, Tensor gate, Tensor up) -> Tensor[]",
     naive=swiglu_backward_naive,
     fused="swiglu_triton.swiglu_backward_triton",
-    shapes=lambda d_out, gate, up: [_like(gate), _like(up)],
+    shapes=lambda d_out, gate, up: [x.new_empty(x.shape) for x in (gate, up)],
 )

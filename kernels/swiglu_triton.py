@@ -1,7 +1,5 @@
 """silu(gate) * up as one Triton kernel each way; the backward forms the activation again and writes both gradients."""
 
-import torch
-
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
 
@@ -10,14 +8,14 @@ BLOCK = 1024  # elements of a row per program
 
 def swiglu_triton(gate, up):
     """See kernels.swiglu.swiglu_naive. bf16, fp16 or fp32."""
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    out = gate.new_empty(gate.shape)
     _launch(swiglu_kernel, gate, up, out)
     return out
 
 
 def swiglu_backward_triton(d_out, gate, up):
     """See kernels.swiglu.swiglu_backward_naive. bf16, fp16 or fp32."""
-    d_gate, d_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
+    d_gate, d_up = (x.new_empty(x.shape) for x in (gate, up))
     _launch(swiglu_backward_kernel, gate, up, d_out.contiguous(), d_gate, d_up)
     return [d_gate, d_up]
 

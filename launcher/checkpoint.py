@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 
 MARKER = "complete"
 # Model settings that the stored parameters do not depend on; all others must be those of the checkpoint.
-FREE_MODEL_SETTINGS = ("embedding_std", "init_std", "loss_chunk", "rope_base", "rope_scaling", "window")
+FREE_MODEL_SETTINGS = (
+    "embedding_std", "init_std", "loss_chunk", "rope_base", "rope_scaling", "rope_trained", "rope_type", "window",
+)  # fmt: skip
 DATA_ORDER_SETTINGS = (
     "data.corpora", "data.packing", "data.seq_len", "data.image_size", "data.validation_fraction", "run.seed",
 )  # fmt: skip

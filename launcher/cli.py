@@ -1,6 +1,6 @@
 """The `longspan` command: `prepare` writes corpora, `plan` estimates memory and time, `train` is launcher/train.py,
-`verify` checks checkpoints, `evaluate` has perplexities, `export` writes weights, `generate` continues text, `profile`
-shows what a step took, `sample` draws, `bench` measures, `report` shows what was measured."""
+`verify` checks checkpoints, `evaluate` has perplexities, `import` and `export` are for weights, `generate` continues
+text, `profile` shows what a step took, `sample` draws, `bench` measures, `report` shows what was measured."""
 
 import argparse
 import ast
@@ -32,7 +32,7 @@ FLAGS = {
 def main(argv: list[str] | None = None) -> None:
     """The `longspan` console command."""
     with main_guard():
-        parser = _Parser(prog="longspan", description=longspan.__doc__, allow_abbrev=False, **_listed(COMMAND_HELP))
+        parser = _Parser("longspan", longspan.__doc__, **_listed(COMMAND_HELP))
         parser.add_argument("--version", action="version", version=f"longspan {longspan.__version__}")
         arguments = parser.parse_choice("command", COMMANDS, argv)
         COMMANDS[arguments.command](arguments.arguments)
@@ -56,11 +56,10 @@ def train(argv: list[str]) -> None:
 def train_config(argv: list[str]) -> Config:
     """The settings that the arguments of `longspan train` ask for: file, then key=value words, then flags."""
     parser = _Parser(
-        prog="longspan train",
-        description="Trains a model, alone or as one of the ranks that torchrun starts.",
+        "longspan train",
+        "Trains a model, alone or as one of the ranks that torchrun starts.",
         epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     return _read_settings(parser, argv)[0]
 
@@ -86,10 +85,9 @@ def _read_settings(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Co
 def plan(argv: list[str]) -> None:
     """Prints what a training step would hold and take. Raises UserError where it does not fit."""
     parser = _Parser(
-        prog="longspan plan",
-        description="Estimates memory per rank and time per step of a config on given GPUs, without having them.",
+        "longspan plan",
+        "Estimates memory per rank and time per step of a config on given GPUs, without having them.",
         epilog="key=value settings are those of `longspan train --help`. The method: docs/planning.md",
-        allow_abbrev=False,
     )
     parser.add_argument("--gpus", default="1xH200", metavar="NxTYPE", help="such as 64xH200 (default 1xH200)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)")
@@ -111,9 +109,8 @@ def plan(argv: list[str]) -> None:
 def profile(argv: list[str]) -> None:
     """Prints the table of a run's newest profile. UserError if it has none."""
     parser = _Parser(
-        prog="longspan profile",
-        description="Prints what steps of a run took by component, as `longspan train profile.start=N` measured it.",
-        allow_abbrev=False,
+        "longspan profile",
+        "Prints what steps of a run took by component, as `longspan train profile.start=N` measured it.",
     )
     parser.add_argument("run", metavar="RUN", help="run directory")
     run = parser.parse_args(argv).run
@@ -125,9 +122,7 @@ def profile(argv: list[str]) -> None:
 def verify(argv: list[str]) -> None:
     """Prints whether checkpoints are as they were written. UserError where one is not."""
     parser = _Parser(
-        prog="longspan verify",
-        description="Reads every byte of checkpoints and compares with the digests that were written with them.",
-        allow_abbrev=False,
+        "longspan verify", "Reads every byte of checkpoints and compares with the digests that were written with them."
     )
     parser.add_argument("run", metavar="RUN", help="run directory, all checkpoints of which are read, or one of them")
     path = Path(parser.parse_args(argv).run)
@@ -157,9 +152,8 @@ def settings_help() -> str:
 def prepare(argv: list[str]) -> None:
     """Writes a corpus. Raises UserError for arguments and files that do not fit."""
     parser = _Parser(
-        prog="longspan prepare",
-        description="Turns files and folders of text into a corpus: PREFIX.bin and PREFIX.idx in Megatron's format.",
-        allow_abbrev=False,
+        "longspan prepare",
+        "Turns files and folders of text into a corpus: PREFIX.bin and PREFIX.idx in Megatron's format.",
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, or folders of text files")
     parser.add_argument(
@@ -183,9 +177,7 @@ def prepare(argv: list[str]) -> None:
 def sample(argv: list[str]) -> None:
     """Draws images. Raises UserError for arguments and runs that do not fit."""
     parser = _Parser(
-        prog="longspan sample",
-        description="Draws images with a trained diffusion transformer (model.task=images), on one rank.",
-        allow_abbrev=False,
+        "longspan sample", "Draws images with a trained diffusion transformer (model.task=images), on one rank."
     )
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
     parser.add_argument("--output", required=True, metavar="FILE.png", help="all images side by side")
@@ -202,11 +194,10 @@ def sample(argv: list[str]) -> None:
 def evaluate(argv: list[str]) -> None:
     """Prints perplexities. Raises UserError for arguments and runs that do not fit."""
     parser = _Parser(
-        prog="longspan evaluate",
-        description="Loss and perplexity of a trained model on held-out text: the same tokens predicted with several "
+        "longspan evaluate",
+        "Loss and perplexity of a trained model on held-out text: the same tokens predicted with several "
         "lengths of context, and by position. Over ranks: torchrun --nproc-per-node N --no-python longspan evaluate",
         epilog="More: docs/trained-models.md",
-        allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
     parser.add_argument(
@@ -228,13 +219,32 @@ def evaluate(argv: list[str]) -> None:
     evaluate_run(**vars(arguments))
 
 
+def import_weights(argv: list[str]) -> None:
+    """Writes a config for runs that start from weights. Raises UserError for arguments and files that do not fit."""
+    parser = _Parser(
+        prog="longspan import",
+        description="Writes a config for training that starts from the weights of a published Llama or Qwen3, or of "
+        "`longspan export`: the model's settings, and checkpoint.weights=PATH. No weights are copied.",
+        epilog="More: docs/trained-models.md",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "path", metavar="PATH",
+        help="folder with config.json and model.safetensors, or model.safetensors.index.json and its files",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="FILE.yaml", help="for `longspan train --config`")
+    arguments = parser.parse_args(argv)
+    from longspan.launcher.weights import import_model  # imports torch
+
+    import_model(**vars(arguments))
+
+
 def export(argv: list[str]) -> None:
     """Writes the weights of a checkpoint. Raises UserError for arguments and runs that do not fit."""
     parser = _Parser(
-        prog="longspan export",
-        description="Writes the weights of a checkpoint, of any number of ranks, as model.safetensors and config.json.",
+        "longspan export",
+        "Writes the weights of a checkpoint, of any number of ranks, as model.safetensors and config.json.",
         epilog="More: docs/trained-models.md",
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for both files")
@@ -253,9 +263,7 @@ def export(argv: list[str]) -> None:
 def generate(argv: list[str]) -> None:
     """Prints text. Raises UserError for arguments and runs that do not fit."""
     parser = _Parser(
-        prog="longspan generate",
-        description="Continues a text with a trained model, on one rank; to look at a model, not to serve it.",
-        allow_abbrev=False,
+        "longspan generate", "Continues a text with a trained model, on one rank; to look at a model, not to serve it."
     )
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
@@ -281,9 +289,8 @@ def generate(argv: list[str]) -> None:
 def bench(argv: list[str]) -> None:
     """Runs a benchmark on one rank. UserError for an unknown one."""
     parser = _Parser(
-        prog="longspan bench",
-        description="Measures. Over several ranks: torchrun --nproc-per-node N -m longspan.benchmarks.MODULE",
-        allow_abbrev=False,
+        "longspan bench",
+        "Measures. Over several ranks: torchrun --nproc-per-node N -m longspan.benchmarks.MODULE",
         **_listed({f"{name} ({module})": _summary(module) for name, module in BENCHMARKS.items()}),
     )
     arguments = parser.parse_choice("benchmark", BENCHMARKS, argv)
@@ -294,11 +301,10 @@ def bench(argv: list[str]) -> None:
 def report(argv: list[str]) -> None:
     """Writes a report. Raises UserError for files that do not fit."""
     parser = _Parser(
-        prog="longspan report",
-        description="Writes tables and plots of training runs and benchmarks: speed and MFU by sequence length and by "
+        "longspan report",
+        "Writes tables and plots of training runs and benchmarks: speed and MFU by sequence length and by "
         "number of GPUs, memory, times, losses, and in what the runs differ.",
         epilog="Plots need matplotlib: pip install 'longspan[plots]'. More: docs/report.md",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "results", nargs="+", metavar="RESULTS", help="run directories, metrics.jsonl files, JSON records of benchmarks"
@@ -325,7 +331,8 @@ BENCHMARKS = {
     "planner": "planner", "recall": "recall", "schemes": "attention_schemes",
 }  # fmt: skip
 COMMANDS = {
-    "prepare": prepare, "plan": plan, "train": train, "verify": verify, "evaluate": evaluate, "export": export,
+    "prepare": prepare, "plan": plan, "train": train, "verify": verify, "evaluate": evaluate, "import": import_weights,
+    "export": export,
     "generate": generate, "profile": profile, "sample": sample, "bench": bench, "report": report,
 }  # fmt: skip
 COMMAND_HELP = {
@@ -334,6 +341,7 @@ COMMAND_HELP = {
     "train": "trains; over several ranks: torchrun launcher/train.py",
     "verify": "checks that checkpoints are as they were written",
     "evaluate": "perplexity of a trained model on held-out text, by length of context and by position",
+    "import": "writes a config for training that starts from published weights",
     "export": "writes the weights of a checkpoint as safetensors",
     "generate": "continues a text with a trained model",
     "profile": "shows where the time of a run's steps went",
@@ -345,6 +353,9 @@ COMMAND_HELP = {
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UserErrors: one line, printed by one rank."""
+
+    def __init__(self, prog: str, description: str, **options: Any):
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)

@@ -171,6 +171,9 @@ class CheckpointConfig:
     at_end: bool = setting(True, "save after the last step too; false for runs that measure")
     keep_last: int = setting(2, "checkpoints kept; older ones are deleted")
     resume: str = setting("auto", "auto: the run directory's newest checkpoint, if any | none: start anew | PATH")
+    weights: str = setting(
+        "", "folder of safetensors that a new run starts from, see `longspan import`; empty: from random weights"
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -226,7 +229,8 @@ class Config:
             config = update(config, parse_override(config, text), "command line")
         name = config.run.name or "longspan"
         config.run = replace(config.run, name=name, dir=expanduser(config.run.dir.replace("{name}", name)))
-        config.checkpoint = replace(config.checkpoint, resume=expanduser(config.checkpoint.resume))
+        starts = {name: expanduser(getattr(config.checkpoint, name)) for name in ("resume", "weights")}
+        config.checkpoint = replace(config.checkpoint, **starts)
         config.parallel = replace(config.parallel, costs=expanduser(config.parallel.costs))
         config.validate()
         return config

@@ -1,5 +1,6 @@
-"""What all ranks of a run must have in common: settings, versions, code, corpora. Layouts, plans and the order of data
-follow from these on every rank by itself, and ranks that differ would wait for each other or mix other tokens."""
+"""What all ranks of a run must have in common: settings, versions, code, corpora, weights. Layouts, plans and the order
+of data follow from these on every rank by itself, and ranks that differ would wait for each other or mix other tokens.
+"""
 
 import hashlib
 import platform
@@ -23,7 +24,7 @@ def facts_of(config: Config) -> dict[str, str]:
         f"{section}.{name}": str(value) for section, fields in asdict(config).items() for name, value in fields.items()
     }
     corpora = *config.data.corpora, *config.data.validation_corpora
-    return settings | versions() | sizes(corpus.path for corpus in corpora)
+    return settings | versions() | sizes(corpus.path for corpus in corpora) | _weights(config.checkpoint.weights)
 
 
 def versions() -> dict[str, str]:
@@ -37,6 +38,14 @@ def versions() -> dict[str, str]:
 def sizes(corpora: Iterable[str]) -> dict[str, str]:
     """Of the files of corpora PREFIX: other documents would have other lengths."""
     return {file: _size(Path(file)) for prefix in corpora for file in (f"{prefix}.idx", f"{prefix}.bin")}
+
+
+def _weights(folder: str) -> dict[str, str]:
+    """Sizes of the files that a new run starts from."""
+    if not folder:
+        return {}
+    files = [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]
+    return {str(file): _size(file) for file in files}
 
 
 def _version(package: str) -> str:

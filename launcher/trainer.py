@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from longspan.attention.ranges import component
 from longspan.kernels import peer_triton
-from longspan.launcher import checkpoint
+from longspan.launcher import checkpoint, weights
 from longspan.launcher.agreement import agree_on, decide
 from longspan.launcher.allocator import allocator_setting
 from longspan.launcher.batches import BatchLoader
@@ -119,6 +119,8 @@ class Trainer:
         torch.manual_seed(config.run.seed)  # the same on every rank, so that all of them shard the same model
         with mesh.device:
             model = build_model(config.model)
+        if start is None and config.checkpoint.weights:
+            weights.take_over(weights.find(Path(config.checkpoint.weights)), model)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = parallelize(
             model,

@@ -98,8 +98,12 @@ class ModelConfig:
     gate_rank: int = setting(16, "rank of the projection that gives linear:gla and linear:kda their decay")
     rope_base: float = setting(500_000.0, "rotary base of softmax layers; larger turns the slow dimensions more slowly")
     rope_scaling: float = setting(
-        1.0, "stretch the rotary base for contexts this many times longer than trained before (NTK-aware); 1 = none"
+        1.0, "slow rotary dimensions down for contexts this many times longer than trained before; 1 = none"
     )
+    rope_type: Literal["ntk", "llama3", "yarn"] = setting(
+        "ntk", "how rope_scaling does so; ntk: a larger rotary base; llama3, yarn: what turns slowly alone"
+    )
+    rope_trained: Tokens = setting(0, "with rope_type=llama3 and yarn: tokens of context trained before")
     qk_norm: bool = setting(False, "RMSNorm on each query and key head of softmax layers, before rotation")
     tie_embeddings: bool = setting(False, "use the embedding as output head")
     norm_eps: float = setting(1e-6, "added to the mean square in every RMSNorm")
@@ -147,6 +151,12 @@ class ModelConfig:
         kinds = [f"linear:{self.linear_family}" if entry == "linear" else entry for entry in self.pattern]
         return tuple(kinds[layer % len(kinds)] for layer in range(self.num_layers))
 
+    @property
+    def rope(self) -> dict:
+        """Options of models.rope.rotary_angles."""
+        options = {"base": self.rope_base, "scaling": self.rope_scaling}
+        return options | {"kind": self.rope_type, "trained": self.rope_trained}
+
     def window_of(self, kind: str) -> int | None:
         """Keys that a query of a softmax kind sees at most; None for all before it."""
         return self.window if kind == "softmax:window" else None
@@ -193,7 +203,7 @@ class ModelConfig:
         for name in ("norm_eps", "init_std", "rope_base"):
             _require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be greater than 0")
         hints = get_type_hints(ModelConfig)
-        for name in ("task", "linear_family", "decay_slopes", "output_norm", "output_gate", "sla_linear"):
+        for name in ("task", "rope_type", "linear_family", "decay_slopes", "output_norm", "output_gate", "sla_linear"):
             _require_choice(f"model.{name}", getattr(self, name), get_args(hints[name]))
         _require(len(self.pattern) > 0, "model.pattern is empty; give at least one layer, such as [linear, softmax]")
         for entry in self.pattern:
@@ -206,7 +216,7 @@ class ModelConfig:
         for kind in dict.fromkeys(self.layer_kinds):
             if kind in LINEAR_KINDS:
                 self._validate_linear(kind)
-        _require(self.rope_scaling >= 1, f"model.rope_scaling={self.rope_scaling} must be at least 1; 1 means none")
+        self._validate_rope()
 
     def validate_split(self, ranks: int) -> None:
         """Raises ValueError where heads, MLPs and the vocabulary cannot be split over parallel.tp=ranks."""
@@ -241,6 +251,21 @@ class ModelConfig:
             windowed or self.window == 0,
             f"model.window={self.window} is for softmax:window layers, of which model.pattern has none; use"
             " softmax:window there, or model.window=0",
+        )
+
+    def _validate_rope(self) -> None:
+        _require(self.rope_scaling >= 1, f"model.rope_scaling={self.rope_scaling} must be at least 1; 1 means none")
+        if self.rope_type == "ntk":
+            _require(
+                self.rope_trained == 0,
+                f"model.rope_trained={self.rope_trained} is for model.rope_type=llama3 and yarn; leave it out",
+            )
+            return
+        _require(self.causal, f"model.rope_type={self.rope_type} is for model.task=text; use ntk")
+        _require(
+            self.rope_trained >= 1,
+            f"model.rope_type={self.rope_type} needs the tokens of context trained before, such as"
+            " model.rope_trained=8K",
         )
 
     def _validate_direction(self) -> None:

@@ -82,13 +82,7 @@ class Decoder(nn.Module):
         """[T, D], what the head multiplies."""
         assert tokens.shape == (seq.num_tokens_local,), (tokens.shape, seq.num_tokens_local)
         x_TD = self.embedding(tokens)
-        angles = rotary_angles(
-            seq.positions,
-            self.config.head_size,
-            base=self.config.rope_base,
-            scaling=self.config.rope_scaling,
-            dtype=wide_dtype(x_TD.dtype),
-        )
+        angles = rotary_angles(seq.positions, self.config.head_size, **self.config.rope, dtype=wide_dtype(x_TD.dtype))
         for block in self.blocks:
             x_TD = block(x_TD, angles, seq)
         return self.norm(x_TD)

@@ -131,14 +131,7 @@ class DiffusionTransformer(nn.Module):
         x_TD = self.embedding(noisy_TC.to(dtype))
         modulation = self.modulation(self.time(time_features(times_N[own.image]).to(dtype)))
         blocks, last = modulation.split([6 * x_TD.shape[1], 2 * x_TD.shape[1]], -1)
-        angles = image_angles(
-            own.row,
-            own.column,
-            self.config.head_size,
-            base=self.config.rope_base,
-            scaling=self.config.rope_scaling,
-            dtype=wide_dtype(dtype),
-        )
+        angles = image_angles(own.row, own.column, self.config.head_size, **self.config.rope, dtype=wide_dtype(dtype))
         for block in self.blocks:
             x_TD = block(x_TD, blocks, own.runs, angles, seq)
         shift_TD, scale_TD = rows_of_tokens(last, own.runs).chunk(2, -1)

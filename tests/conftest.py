@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 
 import interpreter_bf16
+import interpreter_bounds
 import poison
 import pytest
 import torch
@@ -16,6 +17,7 @@ if not torch.cuda.is_available():  # before any kernel is defined: Triton's inte
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):
         interpreter_bf16.install()
+        interpreter_bounds.install()
 
 
 def _world_size(item):

@@ -349,7 +349,7 @@ def _blocks(segments):
 def _heads_first(x, dtype):
     """[n, C, H, D] -> [n, H, C, D] in the accumulation dtype, laid out so that products over (n, H) need no copies."""
     x = x.transpose(1, 2)
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format).copy_(x)
+    return x.new_empty(x.shape, dtype=dtype).copy_(x)
 
 
 def _pad_decay(log_decay, segments):

@@ -22,18 +22,11 @@ from longspan.kernels.linear.delta_tiles import (
     load_total_decay,
 )
 
-# Mode, element size, padded K: (columns of dS per program, warps, stages).
+# Element size, padded K: (columns of dS per program, warps, stages).
 SWEEP = {
-    "sum": {
-        2: {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (128, 8, 3), 256: (32, 8, 2)},
-        (2, "channel"): {128: (128, 8, 2)},
-        4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (16, 8, 2)},
-    },
-    "states": {
-        2: {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (128, 8, 3), 256: (32, 8, 2)},
-        (2, "channel"): {128: (128, 8, 2)},
-        4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (16, 8, 2)},
-    },
+    2: {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (128, 8, 3), 256: (32, 8, 2)},
+    (2, "channel"): {128: (128, 8, 2)},
+    4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (16, 8, 2)},
 }
 
 
@@ -144,7 +137,7 @@ def backward_states(call, prepared, d_out, exits):
 
 def _launch(mode, call, prepared, d_out, num_splits, *, exits=None, states=(None,) * 2, sums=None, split_list=None):
     q, k, splits, block_v = call.q, call.k, call.splits, call.widths[1]
-    block, options = call.columns(SWEEP[mode], block_v)
+    block, options = call.columns(SWEEP, block_v)
     if num_splits and hopper.takes(call):
         from longspan.kernels.linear.hopper import backward
 

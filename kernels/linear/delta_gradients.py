@@ -61,11 +61,10 @@ def inputs_kernel(
     dk_ptr += (first * H + head) * K
     dv_ptr += (first * H + head) * V
     beta = load_row(rows_ptr, tile, 0, CHUNK)
+    values_at = d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length
     ALL: tl.constexpr = STEP_V == BLOCK_V  # then what the two loops over V read is read once
     if ALL:
-        d_out, values_t, errors = load_values(
-            d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, 0, STEP_V, CHUNK, V, BLOCK_V
-        )
+        d_out, values_t, errors = load_values(values_at, 0, STEP_V, CHUNK, V, BLOCK_V)
 
     # What lives on pairs of tokens: first as [i, j] ...
     d_beta = tl.zeros([CHUNK], dtype=tl.float32)
@@ -74,9 +73,7 @@ def inputs_kernel(
     kk = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
     for start in range(0, BLOCK_V, STEP_V):
         if not ALL:
-            d_out, values_t, errors = load_values(
-                d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, start, STEP_V, CHUNK, V, BLOCK_V
-            )
+            d_out, values_t, errors = load_values(values_at, start, STEP_V, CHUNK, V, BLOCK_V)
         value = start + tl.arange(0, STEP_V)
         v = load_tokens(v_ptr, v_stride_t, length, value, CHUNK, V, V == BLOCK_V)
         d_beta += tl.sum(errors.to(tl.float32) * v.to(tl.float32), 1)
@@ -106,9 +103,7 @@ def inputs_kernel(
     x_t = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
     for start in range(0, BLOCK_V, STEP_V):
         if not ALL:
-            d_out, values_t, errors = load_values(
-                d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, start, STEP_V, CHUNK, V, BLOCK_V
-            )
+            d_out, values_t, errors = load_values(values_at, start, STEP_V, CHUNK, V, BLOCK_V)
         d_scores_t = tl.dot(tl.trans(values_t), tl.trans(d_out), d_scores_t, input_precision=PRECISION)
         x_t = tl.dot(tl.trans(values_t), tl.trans(errors), x_t, input_precision=PRECISION)
     if GATE:
@@ -131,9 +126,7 @@ def inputs_kernel(
         for start in range(0, BLOCK_V, STEP_V):
             if not ALL:
                 state, d_state = load_states(states_ptr, d_states_ptr, start, key, STEP_V, BLOCK_K)
-                d_out, values_t, errors = load_values(
-                    d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, start, STEP_V, CHUNK, V, BLOCK_V
-                )
+                d_out, values_t, errors = load_values(values_at, start, STEP_V, CHUNK, V, BLOCK_V)
             dk = tl.dot(tl.trans(values_t), d_state, dk, input_precision=PRECISION)
             dkw = tl.dot(errors, state, dkw, input_precision=PRECISION)
             if D_GATE:
@@ -157,9 +150,7 @@ def inputs_kernel(
         for start in range(0, BLOCK_V, STEP_V):
             if not ALL:
                 state, d_state = load_states(states_ptr, d_states_ptr, start, key, STEP_V, BLOCK_K)
-                d_out, values_t, errors = load_values(
-                    d_out_ptr, values_ptr, errors_ptr, d_out_stride_t, length, start, STEP_V, CHUNK, V, BLOCK_V
-                )
+                d_out, values_t, errors = load_values(values_at, start, STEP_V, CHUNK, V, BLOCK_V)
             dq = tl.dot(d_out, state, dq, input_precision=PRECISION)
         dq *= scale
         if GATE:
@@ -181,10 +172,10 @@ def inputs_kernel(
 
 @triton.jit
 def load_values(
-    d_out_ptr, values_ptr, errors_ptr, stride, length, start,
-    STEP_V: tl.constexpr, CHUNK: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
+    values_at, start, STEP_V: tl.constexpr, CHUNK: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr
 ):  # fmt: skip
     """dO [CHUNK, STEP_V], V'^T [STEP_V, CHUNK] and E [CHUNK, STEP_V] of the columns of V from `start` on."""
+    d_out_ptr, values_ptr, errors_ptr, stride, length = values_at
     value, token = start + tl.arange(0, STEP_V), tl.arange(0, CHUNK)
     d_out = load_tokens(d_out_ptr, stride, length, value, CHUNK, V, V == BLOCK_V)
     values_t = tl.load(values_ptr + (value[:, None] * CHUNK + token[None, :]))
@@ -202,7 +193,7 @@ def input_gradients(call, prepared, d_out, entering, exits, gate: bool):
     """dq, dk, dv in the dtype of the inputs; d_beta and, if `gate`, d_log_decay (else None), fp32 [T, H]. entering: S^T
     and V'^T of every chunk; exits: [N, H, K, V], gradients of the states leaving the splits."""
     q, k, v = call.q, call.k, call.v
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     d_beta = q.new_empty(q.shape[:2], dtype=torch.float32)
     d_decay = torch.empty_like(d_beta) if gate else None
     results = dq, dk, dv, d_beta, d_decay

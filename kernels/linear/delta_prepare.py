@@ -11,7 +11,7 @@ import torch
 from longspan.kernels.compiler import tl, triton
 from longspan.kernels.launch import launched
 from longspan.kernels.linear import hopper
-from longspan.kernels.linear.delta_tiles import CHUNK, SMALLEST_BETA, Prepared, load_tokens
+from longspan.kernels.linear.delta_tiles import SMALLEST_BETA, Prepared, load_tokens
 from longspan.kernels.linear.form import CLOSED_FP32
 
 CLOSED = tl.constexpr(CLOSED_FP32)
@@ -126,9 +126,7 @@ def halves(x):
 
 
 def prepare(call) -> Prepared:
-    prepared = Prepared(
-        call.scratch(CHUNK, CHUNK), call.scratch(CHUNK, CHUNK), call.scratch(2, CHUNK, 4, dtype=torch.float32)
-    )
+    prepared = call.room_for_prepared()
     q, k, g, beta = call.q, call.k, call.log_decay, call.beta
     width, merges = call.widths[0], MERGES[q.dtype]
     if call.num_tiles and hopper.takes(call) and merges == "fp16":

@@ -89,6 +89,10 @@ class Call:
         fitting = min(columns, limit)
         return fitting, launch_options(max(4, warps * fitting // columns), stages, *registers)
 
+    def room_for_prepared(self) -> Prepared:
+        square = CHUNK, CHUNK
+        return Prepared(self.scratch(*square), self.scratch(*square), self.scratch(2, CHUNK, 4, dtype=torch.float32))
+
     def scratch(self, *shape, dtype=None):
         return self.q.new_empty(self.splits.num_chunks, self.heads, *shape, dtype=dtype or self.q.dtype)
 

@@ -24,7 +24,7 @@ from longspan.kernels.linear.channel_decay import (
     store_rows,
 )
 from longspan.kernels.linear.delta_prepare import MERGES, SUBSTITUTED, invert_unit_lower
-from longspan.kernels.linear.delta_tiles import CHUNK, Prepared
+from longspan.kernels.linear.delta_tiles import CHUNK
 
 SMALLEST_BETA = {2: 2.0**-20, 4: 2.0**-40}  # by element size, of |beta|, by whose square gradients are divided
 # Element size, padded K: (channels per step, per step where gates are strong, warps, registers).
@@ -131,9 +131,7 @@ def kda_prepare_kernel(
 
 def prepare(call):
     """(the Call of the sweeps, Prepared) of a Call with a decay per key channel."""
-    prepared = Prepared(
-        call.scratch(CHUNK, CHUNK), call.scratch(CHUNK, CHUNK), call.scratch(2, CHUNK, 4, dtype=torch.float32)
-    )
+    prepared = call.room_for_prepared()
     q, k, g, beta = call.q, call.k, call.log_decay, call.beta
     decayed = [q.new_empty(q.shape) for _ in range(3)]
     total = call.scratch(call.widths[0], dtype=torch.float32)

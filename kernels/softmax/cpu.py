@@ -17,11 +17,9 @@ def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     return None if dtype in _DTYPES else f"takes float32, float64 and bfloat16, not {dtype}"
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q, k, v, pack: Pack, scale: float):
     num_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(q.shape)
     lse = torch.empty(q.shape[:2], dtype=wide_dtype(q.dtype))
     for rows_q, rows_k in pack.sequences():
         out_KGSD, lse_KGS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -37,16 +35,7 @@ def forward(
     return out, lse
 
 
-def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    pack: Pack,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(dout, q, k, v, out, lse, pack: Pack, scale: float):
     num_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     dtype = wide_dtype(q.dtype)
     dq, dk, dv = (torch.empty(x.shape, dtype=dtype) for x in (q, k, v))

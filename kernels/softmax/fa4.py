@@ -43,9 +43,7 @@ def _load():
     return (_flash_attn_fwd, _flash_attn_bwd), None
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q, k, v, pack: Pack, scale: float):
     run = _load()[0][0]
     if pack.equal:
         q, k, v = _batch(pack, q, k, v)
@@ -55,16 +53,7 @@ def forward(
     return out, lse.t()
 
 
-def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    pack: Pack,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(dout, q, k, v, out, lse, pack: Pack, scale: float):
     run = functools.partial(_load()[0][1], deterministic=torch.are_deterministic_algorithms_enabled())
     if pack.equal:
         q, k, v, out, dout, lse = _batch(pack, q, k, v, out, dout, lse)

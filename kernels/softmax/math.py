@@ -16,10 +16,8 @@ def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     return None if dtype.is_floating_point and dtype.itemsize >= 2 else f"no arithmetic for {dtype}"
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+def forward(q, k, v, pack: Pack, scale: float):
+    out = q.new_empty(q.shape)
     lse = torch.empty(q.shape[:2], dtype=wide_dtype(q.dtype), device=q.device)
     for rows_q, rows_k in pack.sequences():
         k_HSD, v_HSD = _heads_first(k[rows_k]), _heads_first(v[rows_k])
@@ -31,16 +29,7 @@ def forward(
     return out, lse
 
 
-def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    pack: Pack,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(dout, q, k, v, out, lse, pack: Pack, scale: float):
     dtype, num_kv_heads = wide_dtype(q.dtype), k.shape[1]
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)

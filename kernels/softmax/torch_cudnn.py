@@ -31,9 +31,7 @@ def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     return None if major >= 8 else f"needs compute capability 8.0 or later, this GPU has {major}.{minor}"
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q, k, v, pack: Pack, scale: float):
     if pack.num_sequences > 1:
         return torch_flash.forward(q, k, v, pack, scale)
     if pack.max_k == 1:  # cuDNN has no plan for a single key
@@ -44,16 +42,7 @@ def forward(
     return out.squeeze(0).transpose(0, 1), lse.view(q.shape[1], q.shape[0]).t()
 
 
-def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    pack: Pack,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(dout, q, k, v, out, lse, pack: Pack, scale: float):
     if pack.num_sequences > 1:
         return torch_flash.backward(dout, q, k, v, out, lse, pack, scale)
     if pack.max_k == 1:

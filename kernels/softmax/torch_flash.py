@@ -23,9 +23,7 @@ def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     return None if major >= 8 else f"needs compute capability 8.0 or later, this GPU has {major}.{minor}"
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q, k, v, pack: Pack, scale: float):
     out, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
         unit_stride(q),
         unit_stride(k),
@@ -43,16 +41,7 @@ def forward(
     return out, lse_HT.t()
 
 
-def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    pack: Pack,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(dout, q, k, v, out, lse, pack: Pack, scale: float):
     unused_rng_state = q.new_zeros(2, dtype=torch.uint64)  # read only with dropout
     return torch.ops.aten._flash_attention_backward(
         unit_stride(dout),

@@ -13,14 +13,12 @@ from longspan.kernels.sparse.tiles import (
     add_share,
     chose,
     in_box,
-    key_rows,
+    listed_keys,
     listed_query_rows,
     load_rule,
     load_tile,
     program_of,
     query_rows,
-    query_scores,
-    rule_of_list,
     store_tile,
 )
 
@@ -96,21 +94,15 @@ def queries_kernel(
     low, high = load_rule(
         rule_rows, first + row, first_head + place, valid, RULE, HEADS, RULE_HEADS, CHOICES, PADDED
     )  # fmt: skip
+    keys, tables = (k_ptr, k_stride_t, v_ptr, v_stride_t), (row_idx, k_start, k_length, k_position, k_step, weight_ptr)
+    rule = low, high, rule_keys, guard
 
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
     stop = tl.load(row_ptr + 1)
     for entry in range(tl.load(row_ptr), stop, GATHER):
-        key_first, key_row, key_position, weight, there = key_rows(
-            row_idx, entry, stop, k_start, k_length, k_position, k_step, weight_ptr, KEYS, GATHER, CAUSAL, WEIGHTED,
-            RULE,
-        )  # fmt: skip
-        k = load_tile(k_ptr + key_first * k_stride_t, key_row, k_stride_t, 0, there, D, BLOCK_D)
-        v = load_tile(v_ptr + key_first * v_stride_t, key_row, v_stride_t, 0, there, D, BLOCK_D)
-        scores, seen = query_scores(
-            q, k, scale, weight, there, key_position, position, GATHER, CAUSAL, WEIGHTED, PRECISION
-        )  # fmt: skip
-        seen = rule_of_list(
-            seen, low, high, row_idx, entry, stop, k_position, key_position, there, rule_keys, guard, KEYS, GATHER, RULE
+        k, v, scores, seen = listed_keys(
+            q, position, scale, entry, stop, keys, tables, rule, D, BLOCK_D, KEYS, GATHER, CAUSAL, WEIGHTED, RULE,
+            PRECISION,
         )  # fmt: skip
         weights = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
         d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)

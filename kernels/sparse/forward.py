@@ -4,13 +4,11 @@ from longspan.kernels.compiler import tl, triton
 from longspan.kernels.launch import launched
 from longspan.kernels.sparse.tiles import (
     LOG2E,
-    key_rows,
+    listed_keys,
     load_rule,
     load_tile,
     program_of,
     query_rows,
-    query_scores,
-    rule_of_list,
     store_tile,
 )
 
@@ -42,6 +40,8 @@ def forward_kernel(
     low, high = load_rule(
         rule_rows, first + row, first_head + place, valid, RULE, HEADS, RULE_HEADS, CHOICES, PADDED
     )  # fmt: skip
+    keys, tables = (k_ptr, k_stride_t, v_ptr, v_stride_t), (row_idx, k_start, k_length, k_position, k_step, weight_ptr)
+    rule = low, high, rule_keys, guard
 
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -53,17 +53,9 @@ def forward_kernel(
         out = load_tile(onto_out + rows_at * D, row, HEADS * D, place * D, valid, D, BLOCK_D).to(tl.float32)
     stop = tl.load(row_ptr + 1)
     for entry in range(tl.load(row_ptr), stop, GATHER):
-        key_first, key_row, key_position, weight, there = key_rows(
-            row_idx, entry, stop, k_start, k_length, k_position, k_step, weight_ptr, KEYS, GATHER, CAUSAL, WEIGHTED,
-            RULE,
-        )  # fmt: skip
-        k = load_tile(k_ptr + key_first * k_stride_t, key_row, k_stride_t, 0, there, D, BLOCK_D)
-        v = load_tile(v_ptr + key_first * v_stride_t, key_row, v_stride_t, 0, there, D, BLOCK_D)
-        scores, seen = query_scores(
-            q, k, scale, weight, there, key_position, position, GATHER, CAUSAL, WEIGHTED, PRECISION
-        )  # fmt: skip
-        seen = rule_of_list(
-            seen, low, high, row_idx, entry, stop, k_position, key_position, there, rule_keys, guard, KEYS, GATHER, RULE
+        k, v, scores, seen = listed_keys(
+            q, position, scale, entry, stop, keys, tables, rule, D, BLOCK_D, KEYS, GATHER, CAUSAL, WEIGHTED, RULE,
+            PRECISION,
         )  # fmt: skip
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))

@@ -16,18 +16,32 @@ def program_of(M, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.conste
 
 
 @triton.jit
-def query_scores(
-    q, k, scale, weight, there, key_position, position,
-    GATHER: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+def listed_keys(
+    q, position, scale, entry, stop, keys, tables, rule,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, GATHER: tl.constexpr, CAUSAL: tl.constexpr,
+    WEIGHTED: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[queries, keys] scores in base 2, weights added, and which of them are seen."""
+    """Of the key blocks of GATHER successive entries of a list: keys, values, [queries, keys] scores in base 2, weights
+    added, and which of them are seen. rule: what load_rule gives of the queries, rule_keys, guard."""
+    k_ptr, k_stride_t, v_ptr, v_stride_t = keys
+    list_ptr, start_ptr, length_ptr, position_ptr, step_ptr, weight_ptr = tables
+    low, high, rule_keys, guard = rule
+    first, row, key_position, weight, there = key_rows(
+        list_ptr, entry, stop, start_ptr, length_ptr, position_ptr, step_ptr, weight_ptr, KEYS, GATHER, CAUSAL,
+        WEIGHTED, RULE,
+    )  # fmt: skip
+    k = load_tile(k_ptr + first * k_stride_t, row, k_stride_t, 0, there, D, BLOCK_D)
+    v = load_tile(v_ptr + first * v_stride_t, row, v_stride_t, 0, there, D, BLOCK_D)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
     seen = there[None, :]
     if WEIGHTED:
         scores += weight if GATHER == 1 else weight[None, :]
     if CAUSAL:
         seen = seen & (key_position[None, :] <= position[:, None])
-    return scores, seen
+    seen = rule_of_list(
+        seen, low, high, list_ptr, entry, stop, position_ptr, key_position, there, rule_keys, guard, KEYS, GATHER, RULE
+    )  # fmt: skip
+    return k, v, scores, seen
 
 
 @triton.jit

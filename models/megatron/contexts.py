@@ -48,10 +48,10 @@ class Contexts:
 
     def angles(self, seq: SequenceContext, model, dtype: torch.dtype) -> Rotary:
         """Rotary angles of the tokens of seq; see models.rope."""
-        key = seq, model.head_size, model.rope_base, model.rope_scaling, wide_dtype(dtype)
+        key = seq, model.head_size, model.rope, wide_dtype(dtype)
         if self._turned[0] != key:
-            _, size, base, scaling, wide = key
-            self._turned = key, rotary_angles(seq.positions, size, base=base, scaling=scaling, dtype=wide)
+            _, size, rope, wide = key
+            self._turned = key, rotary_angles(seq.positions, size, **rope, dtype=wide)
         return self._turned[1]
 
     def _join(self, group, device):

@@ -8,6 +8,7 @@ As a script it compiles what the linear forms and sparse attention launch and pr
     python tests/common/absent_gpu.py layer WIDTH...          # what a layer does beside attention, and the loss
     python tests/common/absent_gpu.py hopper WIDTH...         # what is in Gluon, bfloat16
     python tests/common/absent_gpu.py branch WIDTH...         # the linear branch beside it, bfloat16
+    python tests/common/absent_gpu.py peers WIDTH...          # what goes through memory that GPUs share, in which order
 
 A change that should not touch the code shows in neither `sass` nor `ptx`, digests of both: run it before and after with
 TRITON_DISABLE_LINE_INFO=1, as the assembler goes by line numbers too. One of the two is enough: equal PTX may get its
@@ -71,6 +72,12 @@ def disassemble(kernel) -> str:
         file.flush()
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def memory_order(sass: str) -> list[str]:
+    """What touches global memory, in its order, with barriers; once where the same follows itself."""
+    names = re.findall(r"\b((?:LDG|STG|ATOMG|REDG|MEMBAR|BAR\.SYNC)[.A-Z0-9_]*)", sass)
+    return [name for name, before in zip(names, ["", *names]) if name != before]
 
 
 def digest(text: str) -> str:
@@ -143,24 +150,32 @@ def compile_linear(dtype, sizes, few):
 
 def compile_sparse(dtype, head_dim, few):
     """What attention over lists of blocks launches: with the largest blocks, and with small ones, packed heads, a mask
-    and weights; parts that go on from others, and shares in gradients of means."""
+    and weights; parts that go on from others, and shares in gradients of means; rules for single queries."""
     import torch
 
     from longspan.kernels.sparse import BlockPlan, Blocks, Shares, Tree, fused
+    from longspan.kernels.sparse.rules import Boxes, Picks
 
-    # query block, key block, query heads, key heads, list heads, causal and weighted
-    cases = [(128, 128, 2, 1, 1, False), (16, 16, 8, 2, 2, True), (16, 16, 2, 2, 2, True), (128, 16, 2, 2, 2, True)]
-    cases += [] if few else [(128, 64, 2, 1, 1, True), (64, 64, 2, 2, 1, False), (64, 16, 4, 2, 4, True)]
-    for query_block, key_block, heads, key_heads, lists, masked in cases:
+    def numbers(*shape):
+        return torch.zeros(shape, dtype=torch.int32)
+
+    rules = Picks(numbers(300, 1, 3)), Boxes(numbers(300), numbers(300, 2), 1)
+    # query block, key block, query heads, key heads, list heads, causal and weighted, rule
+    cases = [(128, 128, 2, 1, 1, False, None), (16, 16, 8, 2, 2, True, None), (16, 16, 2, 2, 2, True, None)]
+    cases += [(128, 16, 2, 2, 2, True, None), *((64, 16, 2, 1, 1, True, rule) for rule in rules)]
+    if not few:
+        cases += [(128, 64, 2, 1, 1, True, None), (64, 64, 2, 2, 1, False, None), (64, 16, 4, 2, 4, True, None)]
+        cases += [(64, 64, 2, 1, 1, False, rule) for rule in rules]
+    for query_block, key_block, heads, key_heads, lists, masked, rule in cases:
         queries, keys = Blocks.of((0, 300), query_block), Blocks.of((0, 300), key_block)
         chosen = torch.zeros(lists, len(queries), 1, dtype=torch.int64)
         weight = torch.zeros(len(keys)) if masked else None
-        plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight)
+        plan = BlockPlan.of(queries, keys, chosen, causal=masked, log_weight=weight, rule=rule)
         if fused.refusal(dtype, head_dim, plan.queries.size, plan.keys.size) is None:
             q, k, v = (torch.zeros(300, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
             onto = (q.float(), torch.zeros(300, heads)) if masked else None
             out, lse = fused.forward(q, k, v, plan, 0.3, onto)
-            tables = (torch.zeros(len(keys), dtype=torch.int32) for _ in range(2))
+            tables = numbers(len(keys)), numbers(len(keys))
             shares = Shares(Tree(*tables, 3), k[: len(keys)], v[: len(keys)]) if masked else None
             fused.backward(q, lse, q, k, v, out, lse, plan, 0.3, onto=onto and onto[0], shares=shares)
 
@@ -307,12 +322,15 @@ def compile_choosing(width):
 
 
 def compile_layer(width):
-    """Norms, rotations, gates, SwiGLU, sums over runs and the loss of a model of this width, heads of 128, in bf16."""
+    """Norms, rotations, gates, SwiGLU, convolutions, merges of partial results, sums over runs and the loss of a model
+    of this width, heads of 128, in bf16."""
     import torch
 
     from longspan.kernels.channel_gates_triton import channel_gate_backward_triton, channel_gate_triton
+    from longspan.kernels.convolution_triton import convolve_backward_triton, convolve_triton
     from longspan.kernels.elu_triton import elu1_backward_triton, elu1_triton
     from longspan.kernels.loss_triton import label_scores_triton, logits_gradient_triton
+    from longspan.kernels.merge_triton import merge_triton
     from longspan.kernels.norm_triton import norm_backward_triton, norm_triton
     from longspan.kernels.rotation_triton import rotate_backward_triton, rotate_triton
     from longspan.kernels.scalar_gate_triton import scalar_gate_backward_triton, scalar_gate_triton
@@ -342,12 +360,44 @@ def compile_layer(width):
     elu1_backward_triton(heads, heads)
     swiglu_triton(stream, stream)
     swiglu_backward_triton(stream, stream, stream)
+    for taps, bias, activation in ((4, None, "silu"), (3, zeros(width), None)):
+        weight, reach = zeros(width, taps), zeros(64, dtype=torch.int8)
+        convolve_triton(stream, weight, bias, activation, reach)
+        convolve_backward_triton(stream, stream, weight, bias, activation, reach, torch.bfloat16)
+    for rows in (None, torch.arange(64)):
+        lse = zeros(64, width // 128, dtype=torch.float32)
+        merge_triton(heads.float(), lse, heads, lse.clone(), rows)
     first = zeros(1, dtype=torch.int64)
     for tokens in (64, 2 * LEAST):  # by one program, and by several
         segment_sums_triton(zeros(tokens, 3 * 128), first, first + tokens - 1)
     labels = zeros(64, dtype=torch.int64)
     lse, _ = label_scores_triton(stream.float(), labels)
     logits_gradient_triton(stream.float(), lse, labels, torch.bfloat16)
+
+
+def compile_peers(width):
+    """Gathers, signals, and blocks there and back, for heads of this width."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from longspan.kernels import peer_triton
+    from longspan.kernels.sparse import peers_triton
+
+    def zeros(*shape, dtype=torch.int32):
+        return torch.zeros(shape, dtype=dtype)
+
+    addresses, calls = zeros(2, dtype=torch.int64), zeros(2, 2, peer_triton.PARTS)
+    given = addresses, addresses, calls, 1, peer_triton.ALIGNED * 2**18
+    peer_triton.push(zeros(1000), zeros(64), *given)
+    peer_triton.collect(zeros(2, 1000), zeros(2, 64), *given)
+    peer_triton.signal(addresses, calls, 1, 2)
+    peer_triton.wait(addresses, calls, 1, 2, 1)
+    keys = SimpleNamespace(size=64, width=40, tokens=(2560, 2560), lengths=zeros(80), starts=zeros(80))
+    buffers = zeros(400, 4, width, dtype=torch.bfloat16).chunk(2, 1)
+    table, starts = zeros(2, 80), zeros(100)
+    peers_triton.pull_blocks(*buffers, addresses, table, starts, keys, 1, 7, range(2), 24)
+    peers_triton.push_blocks(*buffers, addresses, 4096, table, starts, keys, 1, 7, 24)
 
 
 def main():
@@ -358,7 +408,7 @@ def main():
     for width in widths:
         key_size, value_size = [int(size) for size in (*width.split(","), width)[:2]]
         others = {"choosing": compile_choosing, "layer": compile_layer, "hopper": compile_hopper}
-        others["branch"] = compile_branch
+        others |= {"branch": compile_branch, "peers": compile_peers}
         if dtype in others:
             others[dtype](key_size)
             if dtype == "hopper":
@@ -376,6 +426,8 @@ def main():
         # Where the assembler cannot let products run on, it waits after every one of them.
         waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass)), kernel.asm["ptx"].count("wgmma.wait_group")
         record["serialized"] = waits[0] > waits[1]
+        if dtype == "peers":
+            record["order"] = memory_order(sass)
         record |= {"sass": digest(sass), "ptx": digest(re.sub(r"//.*", "", kernel.asm["ptx"]))}
         print(json.dumps(record), flush=True)
 

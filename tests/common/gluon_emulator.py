@@ -2,8 +2,8 @@
 
 `load(path, ...)` imports sources with these definitions in the place of Triton's. What is checked on the way: barriers
 (a wait that nothing ends, and a count of bytes that is not what arrives, end in TimeoutError), that products are waited
-for before they are used, and that shared memory keeps what a product reads until it is done. Layouts are not looked at,
-nor whether the threads of a warpgroup wait for one another.
+for before they are used, that shared memory keeps what a product reads until it is done, and that no pointer leaves the
+tensor it was given for. Layouts are not looked at, nor whether the threads of a warpgroup wait for one another.
 """
 
 import importlib.util
@@ -33,9 +33,9 @@ class Tensor(torch.Tensor):
         return self * other
 
 
-def _from_here_on(x):
-    """All numbers in memory from the first of x on."""
-    count = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+def _memory(x):
+    """All numbers in memory from the first to the last of x: a kernel may touch no others through it."""
+    count = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride())) + 1 if x.numel() else 0
     return x.as_strided((count,), (1,))
 
 
@@ -199,7 +199,7 @@ class Kernel:
         def launch(*args, **options):
             options.pop("maxnreg", None)
             warps = options.pop("num_warps")
-            given = [Pointer(_from_here_on(x)) if isinstance(x, torch.Tensor) else x for x in args]
+            given = [Pointer(_memory(x)) if isinstance(x, torch.Tensor) else x for x in args]
 
             def run(program):
                 _here.program, _here.programs, _here.products, _here.warps = _tensor(program), grid[0], [], warps
@@ -242,18 +242,25 @@ def _jit(function=None, **options):
     return Kernel if function is None else Kernel(function)
 
 
-def _load(pointer, mask=None, other=0.0):
+def _places(pointer, mask):
+    """Where the pointers point, and which of them are used. What is past the end torch finds by itself."""
     at = _tensor(pointer.offset)
+    used = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand(at.shape)
+    if (used & (at < 0)).any():  # to torch, places counted from the end
+        raise IndexError(f"{int((used & (at < 0)).sum())} elements in front of a tensor, from {int(at.min())}")
+    return at, used
+
+
+def _load(pointer, mask=None, other=0.0):
+    at, used = _places(pointer, mask)
     if mask is None:
         return _tensor(pointer.memory[at])
-    mask = mask.expand(at.shape) if mask.ndim else mask
-    return torch.where(mask, _tensor(pointer.memory)[torch.where(mask, at, 0)], other).to(pointer.memory.dtype)
+    return torch.where(used, _tensor(pointer.memory)[torch.where(used, at, 0)], other).to(pointer.memory.dtype)
 
 
 def _store(pointer, value, mask=None):
-    at = _tensor(pointer.offset)
-    keep = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand(at.shape)
-    pointer.memory[at[keep]] = _tensor(value).expand(at.shape)[keep].to(pointer.memory.dtype)
+    at, used = _places(pointer, mask)
+    pointer.memory[at[used]] = _tensor(value).expand(at.shape)[used].to(pointer.memory.dtype)
 
 
 def _atomic_add(pointer, value, sem=None, scope=None):

@@ -39,8 +39,9 @@ def run_ranks(fn, world_size, *args, timeout=120, places=None):
     seed (0) and NaN-filled scratch memory in longspan code (see poison.py). places: where each rank runs, of
     emulated_nodes.
 
-    Returns the list of results, indexed by rank. Raises RanksFailed with the traceback of every rank otherwise;
-    after `timeout` seconds for all of it, with the place where each rank was stuck. No process is left behind.
+    Returns the list of results, indexed by rank. Raises RanksFailed otherwise, with the traceback of every rank, or
+    where it crashed; after `timeout` seconds for all of it, with the place where each was stuck. No process is left
+    behind.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -106,20 +107,26 @@ def _describe(processes, results, failures, timeout, folder):
     while time.monotonic() < limit and not all(file.exists() and file.stat().st_size for file in files):
         time.sleep(0.1)
     time.sleep(0.3 if stuck else 0)
-    parts = [f"rank {rank}: {text}" for rank, text in failures.items() if text]
+    # What died of a signal has written its stacks, nothing else that failed by itself has.
+    parts = [f"rank {rank}: {text}{_stacks(folder, rank)}" for rank, text in failures.items() if text]
     reason = "stopped after another rank failed" if parts else f"still running after {timeout} s"
     for rank in stuck:
-        stacks = folder / f"stacks.{rank}"
-        parts.append(f"rank {rank}: {reason}, at\n{stacks.read_text() if stacks.exists() else '  (not started)'}")
+        parts.append(f"rank {rank}: {reason}, at\n{_stacks(folder, rank, '  (not started)')}")
     if results:
         parts.append(f"ranks {sorted(results)}: returned normally")
     return f"{len(processes)} ranks, {len(failures)} failed\n" + "\n".join(parts)
+
+
+def _stacks(folder, rank, otherwise=""):
+    file = folder / f"stacks.{rank}"
+    return file.read_text() if file.exists() else otherwise
 
 
 def _rank_main(rank, world_size, where, payload, sender, folder, timeout, place):
     threading.Thread(target=_die_with_parent, daemon=True).start()
     stacks = open(Path(folder) / f"stacks.{rank}", "w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    faulthandler.enable(stacks)  # a crash leaves no other trace
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     if Path("/sys/class/net/lo").exists():  # The host name of a container may not resolve.
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -132,6 +139,10 @@ def _rank_main(rank, world_size, where, payload, sender, folder, timeout, place)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     poison.install()
+    if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+        import interpreter_bounds
+
+        interpreter_bounds.install()
     try:
         dist.init_process_group(
             "gloo",

@@ -27,6 +27,12 @@ def die_on_one(rank, world_size):
     time.sleep(60)
 
 
+def crash_on_one(rank, world_size):
+    if rank == 1:
+        os.abort()  # as glibc does where it finds its heap destroyed
+    time.sleep(60)
+
+
 def hang_on_one(rank, world_size, folder):
     (folder / str(rank)).write_text(str(os.getpid()))
     if rank == 0:
@@ -53,6 +59,11 @@ def test_a_dead_rank_ends_the_others_and_shows_where_they_were():
     with pytest.raises(RanksFailed, match="exit code 7[^$]*stopped after another rank failed[^$]*die_on_one"):
         run_ranks(die_on_one, 3)
     assert time.monotonic() - start < 10
+
+
+def test_a_crashed_rank_shows_where_it_was():
+    with pytest.raises(RanksFailed, match="rank 1: died with exit code -6[^$]*Aborted[^$]*crash_on_one[^$]*rank 0: st"):
+        run_ranks(crash_on_one, 2)
 
 
 def test_a_hang_is_ended_at_the_time_limit(tmp_path):

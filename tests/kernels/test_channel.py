@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import forms
 import pytest
 import torch
+from interpreted import compilations
 
 from longspan.attention import outline
 from longspan.kernels.linear import splits as splits_module
@@ -239,13 +240,9 @@ class TestOnGpu:
 
     def test_lengths_do_not_recompile(self):
         kernels = channel.prepare_kernel, channel.states_kernel, channel.sweep_kernel, channel.gradients_kernel
-
-        def compiled():
-            return [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
-
         sizes = {"key_size": 64, "value_size": 64, "device": "cuda"}
         check(self.spans(100), "medium", torch.bfloat16, **sizes)
-        before = compiled()
+        before = compilations(*kernels)
         for length in (1, 64, 999, 2000):
             check(self.spans(length), "medium", torch.bfloat16, **sizes)
-        assert compiled() == before
+        assert compilations(*kernels) == before

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -60,6 +61,33 @@ def test_kernels_of_a_layer_compile_without_spills(tmp_path):
     assert {*names, "swiglu_kernel", "swiglu_backward_kernel"} <= {kernel["name"] for kernel in kernels}
     for kernel in kernels:
         assert not kernel["spills"] and not kernel["undefined"], kernel
+
+
+def test_kernels_of_shared_memory_keep_their_order(tmp_path):
+    """Flags are seen and set for the whole system; nothing of a window is read before, or written after, by any thread,
+    nor read through caches that do not see what others write."""
+    seen, flag, read = "LDG.E.STRONG.SYS", "ATOMG.E.EXCH.STRONG.SYS", re.compile(r"LDG\S*STRONG\.GPU")
+    kernels, names = compiled(tmp_path, "peers", "128"), []
+    for kernel in kernels:
+        order, name = kernel["order"], kernel["name"]
+        names.append(name)
+        assert not any("CONSTANT" in x for x in order), kernel  # of memory that nobody writes to
+        if name in ("peer_push_kernel", "peer_collect_kernel", "peer_wait_kernel"):
+            met = order.index(seen)
+            assert order[met + 1].startswith("BAR"), kernel
+            assert not any(x.startswith("STG") or read.match(x) for x in order[:met]), kernel
+        if name in ("peer_push_kernel", "peer_collect_kernel", "peer_signal_kernel"):
+            ready = order.index(flag)
+            assert order[ready - 1].startswith("MEMBAR") and order[ready - 1].endswith("SYS"), kernel
+            assert order[ready + 1 :] == ["STG.E"], kernel  # the count of launches
+            if name != "peer_signal_kernel":  # all threads have written what the one with the flag speaks for
+                met = max(n for n in range(ready) if order[n].startswith("BAR"))
+                assert not any(x.startswith("STG") for x in order[met:ready]), kernel
+        if name in ("peer_push_kernel", "peer_collect_kernel"):
+            assert any(map(read.match, order)), kernel
+    assert {f"peer_{name}_kernel" for name in ("push", "collect", "signal", "wait", "blocks")} <= set(names)
+    pulls = [any(map(read.match, kernel["order"])) for kernel in kernels if kernel["name"] == "peer_blocks_kernel"]
+    assert sorted(pulls) == [False, True]  # gradients, which this GPU made, and keys
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreted import interpreted
+from interpreted import compilations, interpreted
 
 from longspan.kernels.convolution import convolve, convolve_backward, convolve_backward_naive, convolve_naive
 
@@ -79,12 +79,8 @@ class TestFused:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        convolution_triton = interpreted("convolution_triton")
-
-        self.kernels = convolution_triton
-        monkeypatch.setattr(convolution_triton, "BLOCK_CHANNELS", 16)
-        monkeypatch.setattr(convolution_triton, "FORWARD_STEPS", 8)
-        monkeypatch.setattr(convolution_triton, "BACKWARD_STEPS", 16)
+        small = {"BLOCK_CHANNELS": 16, "FORWARD_STEPS": 8, "BACKWARD_STEPS": 16}
+        self.kernels = interpreted("convolution_triton", monkeypatch, **small)
 
     @pytest.mark.parametrize("activation", [None, "silu"])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -129,14 +125,11 @@ class TestOnGpu:
     def test_one_compilation_for_every_number_of_tokens(self):
         from longspan.kernels.convolution_triton import forward_kernel
 
-        def compiled():
-            return sum(len(caches[0]) for caches in forward_kernel.device_caches.values())
-
         counts = []
         for num_tokens in (1, 16, 17, 1024, 5000):
             _, x, weight, _, reach = make_inputs(num_tokens, 64, 5, False, torch.bfloat16, "cuda")
             convolve(x, weight, None, None, reach)
-            counts.append(compiled())
+            counts.append(compilations(forward_kernel))
         assert len(set(counts)) == 1
 
     def test_more_than_two_billion_elements(self):

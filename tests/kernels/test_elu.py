@@ -44,10 +44,7 @@ class TestTriton:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        elu_triton = interpreted("elu_triton")
-
-        self.kernels = elu_triton
-        monkeypatch.setattr(elu_triton, "BLOCK", 16)
+        self.kernels = interpreted("elu_triton", monkeypatch, BLOCK=16)
 
     @FORMS
     @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import forms
 import pytest
 import torch
+from interpreted import compilations
 
 from longspan.kernels.linear import choose_form
 from longspan.kernels.linear.form import Spans
@@ -204,16 +205,12 @@ def test_on_a_gpu(sizes, dtype, num_tokens):
 @pytest.mark.gpu
 def test_lengths_do_not_recompile():
     kernels = kda_prepare.kda_prepare_kernel, kda_gradients.kda_gradients_kernel
-
-    def compiled():
-        return [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
-
     counts = []
     for length in (100, 1, 64, 999, 2000):
         for spans in forms.documents(length):
             given = make(spans, "medium", 2, 64, 64, torch.bfloat16, "cuda")
             check(spans, given, split=512, wanted=forms.by_general(spans, given, SCALE))
-        counts.append(compiled())
+        counts.append(compilations(*kernels))
     assert counts[-1] == counts[0]
 
 

@@ -93,10 +93,8 @@ class TestTriton:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        loss_triton = interpreted("loss_triton")
-
+        loss_triton = interpreted("loss_triton", monkeypatch, BLOCK=8)
         self.scores, self.gradient = loss_triton.label_scores_triton, loss_triton.logits_gradient_triton
-        monkeypatch.setattr(loss_triton, "BLOCK", 8)
 
     @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=["fp32", "bf16"])
     @pytest.mark.parametrize("vocabulary", [1, 7, 29, 32])

@@ -1,11 +1,8 @@
 """Merging (out, lse): against softmax over the union of keys, with empty sides, strides, row subsets and both twins."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import interpreted
 
 from longspan.kernels.merge import merge, merge_naive
 
@@ -67,14 +64,7 @@ def test_naive_takes_no_rows():
 
 
 def test_fused_in_the_interpreter():
-    """In a process of its own: Triton decides at import time whether kernels are interpreted."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    subprocess.run([sys.executable, __file__], check=True, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=300)
-
-
-def interpret():
-    from longspan.kernels.merge_triton import merge_triton
-
+    merge_triton = interpreted("merge_triton").merge_triton
     check_twins(merge_triton, "cpu", 23, 3, 5, torch.float32)
     check_twins(merge_triton, "cpu", 130, 2, 64, torch.float16)
     out_acc, lse_acc = partial(4, 2, 3, torch.float32, seed=0)
@@ -100,7 +90,3 @@ class TestOnGpu:
             and (out_acc[-8:] == 0.5).all()
             and out_acc.sum(dtype=torch.float64) == out.numel() / 2
         )
-
-
-if __name__ == "__main__":
-    interpret()

@@ -4,7 +4,7 @@ import fp64
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreted import interpreted
+from interpreted import compilations, interpreted
 
 from longspan.kernels.norm import (
     l2_norm,
@@ -111,11 +111,7 @@ class TestTriton:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        norm_triton = interpreted("norm_triton")
-
-        self.kernels = norm_triton
-        monkeypatch.setattr(norm_triton, "TILE", 128)
-        monkeypatch.setattr(norm_triton, "PROGRAMS", 3)
+        self.kernels = interpreted("norm_triton", monkeypatch, TILE=128, PROGRAMS=3)
 
     @FORMS
     @pytest.mark.parametrize("case", CASES, ids=str)
@@ -167,9 +163,8 @@ class TestOnGpu:
             x, _, weight, *_, d_out = make_inputs((num_tokens, 96), (False, True, False), torch.bfloat16, "cuda")
             norm(x, None, weight, None, True, EPS)
             norm_backward(d_out, None, x, weight, None, True, EPS)
-            kernels = norm_kernel, norm_backward_kernel
-            counts.append([sum(len(caches[0]) for caches in k.device_caches.values()) for k in kernels])
-        assert all(count == counts[0] for count in counts)
+            counts.append(compilations(norm_kernel, norm_backward_kernel))
+        assert len(set(counts)) == 1
 
     def test_more_than_two_billion_elements(self):
         rows = 2**31 // 2048 + 70

@@ -4,7 +4,7 @@ import fp64
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreted import interpreted
+from interpreted import compilations, interpreted
 
 from longspan.kernels.rotation import (
     rotate,
@@ -69,12 +69,7 @@ class TestTriton:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        rotation_triton = interpreted("rotation_triton")
-
-        self.kernels = rotation_triton
-        monkeypatch.setattr(rotation_triton, "TILE", 32)
-        monkeypatch.setattr(rotation_triton, "NORM_TILE", 16)
-        monkeypatch.setattr(rotation_triton, "PROGRAMS", 2)
+        self.kernels = interpreted("rotation_triton", monkeypatch, TILE=32, NORM_TILE=16, PROGRAMS=2)
 
     @FORMS
     @NORMS
@@ -124,9 +119,8 @@ class TestOnGpu:
             x, cos, sin, weight, d_out = make_inputs((num_tokens, 2, 32), True, torch.bfloat16, "cuda")
             rotate_forward(x, cos, sin, weight, EPS)
             rotate_backward(d_out, cos, sin, x, weight, EPS)
-            kernels = rotate_kernel, norm_rotate_backward_kernel
-            counts.append([sum(len(caches[0]) for caches in k.device_caches.values()) for k in kernels])
-        assert all(count == counts[0] for count in counts)
+            counts.append(compilations(rotate_kernel, norm_rotate_backward_kernel))
+        assert len(set(counts)) == 1
 
     def test_more_than_two_billion_elements(self):
         x = torch.zeros(2**31 // 2048 + 9, 16, 128, device="cuda", dtype=torch.bfloat16)

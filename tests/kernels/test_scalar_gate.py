@@ -73,9 +73,7 @@ class TestTriton:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        self.kernels = interpreted("scalar_gate_triton")
-        monkeypatch.setattr(self.kernels, "TILE", 32)
-        monkeypatch.setattr(self.kernels, "TILES", 3)
+        self.kernels = interpreted("scalar_gate_triton", monkeypatch, TILE=32, TILES=3)
 
     @FORMS
     @BOTH

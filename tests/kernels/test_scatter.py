@@ -1,11 +1,8 @@
 """Rows added to or put into a whole: the Triton kernel against indexing, and what neither may touch."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import interpreted
 
 from longspan.kernels.scatter import scatter_rows
 
@@ -39,17 +36,9 @@ def test_plain_pytorch():
 
 
 def test_fused_in_the_interpreter():
-    """In a process of its own: Triton decides at import time whether kernels are interpreted."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    subprocess.run([sys.executable, __file__], check=True, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=300)
+    check(interpreted("scatter_triton").scatter_rows_triton, "cpu")
 
 
 @pytest.mark.gpu
 def test_on_a_gpu():
     check(scatter_rows, "cuda")
-
-
-if __name__ == "__main__":
-    from longspan.kernels.scatter_triton import scatter_rows_triton
-
-    check(scatter_rows_triton, "cpu")

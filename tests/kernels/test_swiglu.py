@@ -4,7 +4,7 @@ import fp64
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreted import interpreted
+from interpreted import compilations, interpreted
 
 from longspan.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_naive, swiglu_forward, swiglu_naive
 
@@ -43,10 +43,7 @@ class TestTriton:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        swiglu_triton = interpreted("swiglu_triton")
-
-        self.kernels = swiglu_triton
-        monkeypatch.setattr(swiglu_triton, "BLOCK", 16)
+        self.kernels = interpreted("swiglu_triton", monkeypatch, BLOCK=16)
 
     @FORMS
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -84,7 +81,7 @@ class TestOnGpu:
         for num_tokens in (1, 16, 17, 1024):
             gate, up, _ = make_inputs((num_tokens, 96), torch.bfloat16, "cuda")
             swiglu_forward(gate, up)
-            counts.append(sum(len(caches[0]) for caches in swiglu_kernel.device_caches.values()))
+            counts.append(compilations(swiglu_kernel))
         assert len(set(counts)) == 1
 
     def test_more_than_two_billion_elements(self):

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from llama_oracle import llama_logits
 from spawn import run_ranks
 from tiny_runs import tiny_config, train, write_corpus
 
@@ -89,42 +90,8 @@ def test_the_layout_of_transformers_computes_the_same_logits(runs, tmp_path, nam
     model = load_model(*stored(str(runs / name))).double()
     with torch.no_grad():
         wanted = model.logits(tokens, SequenceParallel(device="cpu").context([50]))
-    found = _logits({key: value.double() for key, value in weights.items()}, config, tokens)
+    found = llama_logits({key: value.double() for key, value in weights.items()}, config, tokens)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-
-
-def _logits(weights, config, tokens):
-    def norm(x, name):
-        return x / (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * weights[f"{name}.weight"]
-
-    size, count = config["head_dim"], len(tokens)
-    turns = config["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    angles = (torch.arange(count)[:, None] * turns).repeat(1, 2)[:, None]
-
-    def heads(x, layer, name):
-        x = (x @ weights[f"{layer}.self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, size))
-        if f"{layer}.self_attn.{name}_norm.weight" in weights:
-            x = norm(x, f"{layer}.self_attn.{name}_norm")
-        if name == "v":
-            return x
-        first, second = x.chunk(2, -1)
-        return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
-
-    x = weights["model.embed_tokens.weight"][tokens]
-    for number in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{number}"
-        y = norm(x, f"{layer}.input_layernorm")
-        q, k, v = (heads(y, layer, name) for name in "qkv")
-        shared = config["num_attention_heads"] // config["num_key_value_heads"]
-        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-        scores = torch.einsum("thd,shd->hts", q, k) * size**-0.5
-        scores = scores.masked_fill(torch.ones(count, count, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
-        x = x + torch.einsum("hts,shd->thd", scores, v).flatten(1) @ weights[f"{layer}.self_attn.o_proj.weight"].T
-        y = norm(x, f"{layer}.post_attention_layernorm")
-        gate, up, down = (weights[f"{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
-        x = x + (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down.T
-    head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
-    return norm(x, "model.norm") @ weights[head].T
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen"])

@@ -147,6 +147,19 @@ def test_pattern_repeats_and_is_cut():
         ),
         ({"head_dim": 2, "rope_scaling": 4.0}, "model.rope_scaling=4.0 needs more than the 2 dimensions of a head"),
         ({"rope_scaling": 0.5}, "model.rope_scaling=0.5 must be at least 1; 1 means none"),
+        (
+            {"rope_type": "yarm"},
+            "model.rope_type 'yarm' is unknown; did you mean 'yarn'? allowed: ntk, llama3, yarn",
+        ),
+        (
+            {"rope_type": "yarn"},
+            "model.rope_type=yarn needs the tokens of context trained before, such as model.rope_trained=8K",
+        ),
+        ({"rope_trained": 64}, "model.rope_trained=64 is for model.rope_type=llama3 and yarn; leave it out"),
+        (
+            {"rope_type": "llama3", "rope_trained": 64, "task": "images", "pattern": ["softmax"]},
+            "model.rope_type=llama3 is for model.task=text; use ntk",
+        ),
         ({"pattern": []}, "model.pattern is empty; give at least one layer, such as [linear, softmax]"),
         (
             {"pattern": ["linear:fixd"]},

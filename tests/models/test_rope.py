@@ -5,6 +5,7 @@ from decimal import Decimal, localcontext
 
 import pytest
 import torch
+from llama_oracle import frequencies
 
 from longspan.models.rope import Rotary, rotary_angles, rotate
 
@@ -40,6 +41,24 @@ def test_scaling_slows_the_slowest_dimension_only():
     plain, scaled = angles(positions=[100]), angles(positions=[400], scaling=4.0)
     torch.testing.assert_close(scaled.cos[..., -1], plain.cos[..., -1], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(angles(positions=[100], scaling=4.0).sin[..., 0], plain.sin[..., 0])
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+@pytest.mark.parametrize(
+    ("base", "scaling", "trained"), [(500_000.0, 8.0, 8192), (1e6, 4.0, 32768), (100.0, 2.0, 50), (20.0, 4.0, 8192)]
+)
+def test_scaling_by_wavelength(kind, base, scaling, trained):
+    """Against the formulas of llama_oracle, pair by pair; position 1 has the frequencies themselves as angles."""
+    config = {"head_dim": 64, "rope_theta": base}
+    config["rope_scaling"] = {"rope_type": kind, "factor": scaling, "original_max_position_embeddings": trained}
+    wanted, length = frequencies(config)
+    found = rotary_angles(
+        torch.tensor([0, 1]), 64, base=base, scaling=scaling, dtype=torch.float64, kind=kind, trained=trained
+    )
+    assert found.cos[0].unique().tolist() == [length] and (length > 1) == (kind == "yarn")
+    torch.testing.assert_close(
+        torch.atan2(found.sin, found.cos)[1, 0], torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=0
+    )
 
 
 def test_rotation_is_a_complex_product_and_its_gradient_the_rotation_back():
