@@ -36,16 +36,12 @@ class Way(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Keys, and what to attend to among them. rows: of the coarse keys, those that the plan is over; way: of those that
-    come from other ranks. Without either this rank's tokens."""
+    """Keys, and what to attend to among them. coarse: whether they are the coarse keys; way: of those that come from
+    other ranks. Without either this rank's tokens."""
 
     plan: BlockPlan
-    rows: slice | None = None
+    coarse: bool = False
     way: Way | None = None
-
-    @property
-    def coarse(self) -> bool:
-        return self.rows is not None
 
     @property
     def remote(self) -> bool:

@@ -65,7 +65,7 @@ class Hierarchical:
 
     def choose(self, q, k, coarse_k, tables, ranks):
         """(fine, coarse): int32 [Hkv, local pieces, n], blocks of tokens, and [Hkv, local tiles, m], blocks of coarse
-        rows, -1 for none; None where there is one level."""
+        rows, those of the last level last, -1 for none; None where there is one level."""
         # Sums in place of means: a factor for each query changes no order.
         if tables.keys.whole:
             queries = sum_levels(q, tables.under, k.shape[1])
@@ -84,7 +84,8 @@ class Hierarchical:
         for depth in range(self.levels - 2, -1, -1):  # found: rows of the level above, for each of its rows
             level = tables.levels[depth]
             # Under a causal mask the children of the row above as well: those which are past, as the mask says.
-            listed.append(blocks_below(found, level.above, level.blocks, causal))
+            last = tables.always if depth == self.levels - 2 else None
+            listed.append(blocks_below(found, level.above, level.blocks, causal, last))
             found = descend(queries[depth], keys[depth], found, level.families, self.keep, causal, always[depth])
         if len(listed) > 1:
             listed = [torch.cat(listed[::-1], 2)]

@@ -22,8 +22,8 @@ class Level:
     """Level l of all documents; int32 on the device, above int64. The last has candidates, and router: the row whose
     mean query chooses for each that does. The others have families, what leads down from the level above; above:
     [local tiles], the row there that each tile is in; blocks: [rows above + 1, 1 or 2], blocks of coarse keys under
-    each, ascending, -1 after the last and for row -1. Where pieces are not
-    the blocks, routers of level 1 are local pieces, whose mean query is that of the row that chooses for them."""
+    each, ascending, -1 after the last and for row -1. Where pieces are not the blocks, routers of level 1 are local
+    pieces, whose mean query is that of the row that chooses for them."""
 
     router: torch.Tensor | None = None
     candidates: Ranges | None = None
@@ -68,12 +68,13 @@ class HierarchyTables:
     rows of all levels, level after level, so many in each: rows. under: per level what its rows are made of, in blocks,
     one for each: rows of the level before, on level 1 tokens or, where ranks add up their sums, one sum each. second:
     blocks of tokens, one for each row of level 2, and runs: local pieces of keys in each local piece of those; None
-    where there is one level. coarse_blocks, coarse_weight: blocks of the rows but those of the last level, coarse_rows;
-    chunk: of their plans. dense: the plan over all rows of the last level, dense_rows, which follows from the layout
-    alone. Its queries, this rank's, are in blocks for which coarse rows are listed as well: all under one row of
-    level 2 see the same, in larger tiles than those of fine blocks. diagonal: int32 [local pieces, 1 or 0]. owned:
-    where gradients of means go. full: no list of blocks will have a -1: there is enough to choose from everywhere, and
-    no row has two blocks under it."""
+    where there is one level. coarse_blocks, coarse_weight: blocks of the rows of all levels, for which queries are in
+    larger tiles than for fine blocks: all under one row of level 2 see the same. always: int32 [local tiles, n], those
+    of the last level, of which a tile lists all, -1 after the last; chosen_blocks: the others, which come first.
+    Gradients of the last level are made in larger blocks by the plan `dense`, which follows from the layout alone and
+    has the tiles as queries, those of the others by what was chosen, `chunk` tiles a program. diagonal: int32 [local
+    pieces, 1 or 0]. owned: where gradients of means go. full: no list of blocks will have a -1: there is enough to
+    choose from everywhere, no row has two blocks under it, and documents are of as many blocks of the last level."""
 
     queries: Pieces
     keys: Pieces
@@ -86,10 +87,10 @@ class HierarchyTables:
     runs: Blocks | None
     coarse_blocks: Blocks
     coarse_weight: torch.Tensor
-    coarse_rows: slice
+    chosen_blocks: Blocks
+    always: torch.Tensor
     chunk: int
     dense: BlockPlan
-    dense_rows: slice
     diagonal: torch.Tensor
     owned: Owned
     full: bool
@@ -116,8 +117,9 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
     mine, last = fine.block.numpy(), rows[-1]
     tiles = pieces(layout, rank, tile_rows(block)).local
     document, position = tiles.document.numpy(), tiles.position.numpy()
-    blocks, weight, blocks_under = _coarse_blocks(rows[:-1], lengths, block)
+    blocks, weight, blocks_under = _coarse_blocks(rows, lengths, block)
     dense_from = sum(len(level.place) for level in rows[:-1])
+    always = _always(last, blocks_under[-1], tiles, block, causal)
 
     tables = []
     for level, above, under in zip(rows, rows[1:], blocks_under):
@@ -131,7 +133,8 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         tile_above = torch.from_numpy(above.base[document] + position // above.span)
         tables.append(Level(families=families, above=tile_above, blocks=_int32(under)))
     full = not causal and np.diff(last.base).min() >= keep
-    full = bool(full and all(level.blocks.shape[1] == 1 for level in tables))
+    if tables:
+        full = full and all(level.blocks.shape[1] == 1 for level in tables) and (always >= 0).all()
     chosen_for = np.arange(len(last.place)) if levels > 1 else mine  # of fine blocks, those of local queries
     first = last.base[last.document[chosen_for]]
     stop = first + last.place[chosen_for] if causal else last.base[last.document[chosen_for] + 1]
@@ -150,13 +153,13 @@ def hierarchy_tables(layout: Layout, rank: int, block: int, keep: int, levels: i
         runs=None if second is None else _runs(fine.local, second.local),
         coarse_blocks=Blocks(block, *map(_int32, blocks)),
         coarse_weight=torch.from_numpy(weight),
-        coarse_rows=slice(0, dense_from),
+        chosen_blocks=Blocks(block, *map(_int32, blocks[:, blocks[0] < dense_from])),
+        always=_int32(always),
         chunk=max(1, LISTED_QUERIES // tiles.size),
-        dense=_dense_plan(last, lengths, tiles, causal),
-        dense_rows=slice(dense_from, dense_from + len(last.place)),
+        dense=_dense_plan(last, dense_from, lengths, tiles, causal),
         diagonal=_int32(mine[:, None] if causal else np.zeros((len(mine), 0))),
         owned=_owned(fine, rank, layout.world_size, rows),
-        full=full,
+        full=bool(full),
     )
 
 
@@ -289,9 +292,28 @@ def tile_rows(block):
     return block * max(n for n in range(1, block + 1) if block % n == 0 and (n == 1 or n * block <= TILE))
 
 
-def _dense_plan(level, lengths, tiles, causal):
+def _always(level, under, tiles, block, causal):
+    """[tiles, n]: blocks of a level's rows, all that a tile's document has; causal, those of which any of the tile's
+    queries sees a row. -1 after the last. under: the blocks by row of the level above."""
+    of_above = level.document[level.children[:, 0]]
+    place = np.arange(len(under)) - np.searchsorted(of_above, of_above)
+    table = np.full((len(level.base) - 1, place.max(initial=-1) + 1, 2), -1)
+    table[of_above, place] = under
+    listed = _packed(table.reshape(len(table), -1))[tiles.document.numpy()]
+    if causal:
+        stop = -(-_rows_before(level, tiles) // block)
+        listed = np.where(np.arange(listed.shape[1]) < stop[:, None], listed, -1)[:, : stop.max(initial=0)]
+    return listed
+
+
+def _rows_before(level, tiles):
+    """Rows of a level in the past of each tile's last query."""
+    return (tiles.position.numpy() + tiles.length.numpy() - 1) // level.span
+
+
+def _dense_plan(level, first, lengths, tiles, causal):
     """All rows of a level for every tile of its document; causal, those which any of the tile's queries sees. A last
-    row with fewer tokens is a block of its own."""
+    row with fewer tokens is a block of its own. first: row of the level's first."""
     counts = np.diff(level.base)
     whole = counts - (lengths % level.span > 0)  # rows of each document
     blocks = -(-whole // DENSE)
@@ -303,13 +325,12 @@ def _dense_plan(level, lengths, tiles, causal):
     size = np.where(short, 1, np.minimum(DENSE, whole[document] - place))
     seen = np.where(short, lengths[document], (place + 1) * level.span)  # from the token after a row's last on
     rows = level.base[document] + place
-    keys = Blocks(DENSE, *map(_int32, (rows, size, seen, np.where(short, 1, level.span), document)))
+    keys = Blocks(DENSE, *map(_int32, (first + rows, size, seen, np.where(short, 1, level.span), document)))
 
     document = tiles.document.numpy()
     stop = base[document + 1] - base[document]
     if causal:
-        past = (tiles.position.numpy() + tiles.length.numpy() - 1) // level.span  # rows before the last query
-        stop = -(-past // DENSE)
+        stop = -(-_rows_before(level, tiles) // DENSE)
     listed = np.arange(int(stop.max(initial=0)))
     chosen = _int32(np.where(listed < stop[:, None], base[document, None] + listed, -1))[None]
     weight = torch.from_numpy(np.log(level.size[rows].astype(np.float64)))

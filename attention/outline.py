@@ -439,15 +439,13 @@ class _Sparse:
         """([(tokens of a query block, blocks of a list)], those of fine blocks first; tokens of a key block)."""
         selection, longest = self.selection, max(self.outline.lengths)
         if isinstance(selection, Hierarchical):  # under a mask with what is around queries
-            keys, rows = (
-                selection.block,
-                -(-longest // selection.block**selection.levels) - self.causal,
-            )
+            keys, rows = selection.block, -(-longest // selection.block**selection.levels) - self.causal
             widths = [selection.keep + self.causal] * (selection.levels - 1) + [min(selection.keep, rows) + self.causal]
             sizes = [(selection.block, widths[0])]
             if selection.levels > 1:
                 under = sum(self._turns(level) * width for level, width in enumerate(widths[1:], 1))
-                sizes.append((tile_rows(selection.block), under))
+                last = -(-rows // selection.block) + self._turns(selection.levels) - 1  # all of the last level
+                sizes.append((tile_rows(selection.block), under + last))
         else:
             sizes, keys = [(selection.query_block, self._longest_list())], selection.key_block
         return sizes, keys

@@ -172,12 +172,13 @@ def parts_of(chosen, tables, causal, strategy, group, apart=False, peers=None, s
     here, dense = [], getattr(tables, "dense", None)
     how = {"full": full, "apart": apart, "alone": dense is None, "peers": peers, "staged": staged}
     local, remote = block_parts(fine, tables, causal, strategy, group, *rule, **how)
-    if dense is not None:
-        here.append(Part(dense, tables.dense_rows))
     if coarse is not None:
-        options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "chunk": tables.chunk}
-        plan = BlockPlan.of(tables.dense.queries, tables.coarse_blocks, coarse, full=full, **options)
-        here.append(Part(plan, tables.coarse_rows))
+        options = {"causal": causal, "log_weight": tables.coarse_weight, "ascending": True, "full": full}
+        plan = BlockPlan.of(dense.queries, tables.coarse_blocks, coarse, **options)
+        entries = coarse.shape[1] * (coarse.shape[2] - tables.always.shape[1])
+        dense = plan.beside(dense, tables.chosen_blocks, entries, tables.chunk)
+    if dense is not None:
+        here.append(Part(dense, coarse=True))
     return [*here, *local], remote
 
 
@@ -232,12 +233,8 @@ def gradients_of(
     added to, or None; meanwhile: adds to those of local keys and values while others are on their way back, or None.
     states: whether the branch's own may be added where attention's are made, instead."""
     here, remote = ([part for part in parts if part.remote == there] for there in (False, True))
-    if coarse[0] is not None:  # owned ones are all of parts that are here
-        d_coarse = [x.new_zeros(x.shape) if owned is None else x.new_empty(x.shape) for x in coarse]
-    else:
-        d_coarse = [None, None]
     sums, returning, passing, arrived = {}, [], None, list(zip(arrived[::2], arrived[1::2], strict=True))
-    own = blocks = None
+    own, blocks, d_coarse = None, None, (None, None)
     (tokens, _, head_dim), dtype, device_type = q.shape, q.dtype, q.device.type
 
     def send(part, keys, values, *gradients):
@@ -247,14 +244,13 @@ def gradients_of(
 
     for number, part in enumerate(remote[::-1] + here, 1):
         keys, values = arrived.pop() if part.remote else _keys_of(part, local, coarse)
-        into = [x[part.rows] for x in d_coarse] if part.coarse else None
         shares, plan, is_local = None, part.plan, not (part.remote or part.coarse)
         if owned is not None and is_local:  # the last part: all means have their gradients
             passing = owned.start(d_coarse, group)
             if not remote:
                 shares, passing = owned.shares(passing), None
         if not tokens or not len(plan.keys):
-            gradients = [torch.zeros_like(x) for x in (keys, values)] if into is None else [x.zero_() for x in into]
+            gradients = [torch.zeros_like(x) for x in (keys, values)]
             if shares is not None:
                 add_shares(gradients, plan.keys, shares)
             if part.remote:
@@ -264,7 +260,7 @@ def gradients_of(
             if len(parts) > 1 and form not in sums:
                 sums[form] = form.row_sums(d_out, None, out, lse)
             made_in, given = dtype if number == len(parts) else _sum_dtype(q, len(parts)), None
-            more = {"rows": sums.get(form), "onto": dq, "into": into, "shares": shares, "dtype": made_in}
+            more = {"rows": sums.get(form), "onto": dq, "shares": shares, "dtype": made_in}
             if part.remote:
                 more["send"] = partial(send, part, keys, values)
             if states and is_local and form.takes_states(q, keys, plan, scale):
@@ -275,6 +271,8 @@ def gradients_of(
                 branch.lonely_gradients(part, keys, values, given, gradients)
         if is_local:
             own, blocks = gradients, plan.keys
+        if part.coarse:
+            d_coarse = gradients
     if own is None and owned is not None:
         passing = owned.start(d_coarse, group)
     if meanwhile is not None:
@@ -288,7 +286,7 @@ def gradients_of(
 
 def _keys_of(part, local, coarse):
     """Keys and values of a part that is here."""
-    return [x[part.rows] for x in coarse] if part.coarse else local
+    return coarse if part.coarse else local
 
 
 def _as(gradient, like):

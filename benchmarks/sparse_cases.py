@@ -213,7 +213,8 @@ class Bench:
         with torch.no_grad():
             coarse, chosen = choose()
             parts = plan(chosen)
-            listed = [part.plan for part in parts if "columns" not in vars(part.plan)]  # others come with the batch
+            plans = [plan for part in parts for plan in part.plan.by_key or (part.plan,)]
+            listed = [plan for plan in plans if "columns" not in vars(plan)]  # others come with the batch
             out, lse, *_ = sparse.attend(q, (k, v), coarse, parts, [], None, self.scale)
             calls = {
                 "select": choose,

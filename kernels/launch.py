@@ -55,7 +55,8 @@ class Launcher:
             describe = describing(self.kernel.params, classes, len(self._describing))
             self._describing[classes] = describe
         described, passed = describe(*args)
-        device = driver.active.get_current_device()
+        active = driver.active
+        device = active.get_current_device()
         key = device, described, *options, *options.values()
         known, enter, leave = self._known.get(key), knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         if known is None or (enter and enter.calls) or (leave and leave.calls):
@@ -67,7 +68,7 @@ class Launcher:
             return kernel
         run, head, constants, kernel, _ = known
         size_x, size_y, size_z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        run(size_x, size_y, size_z, driver.active.get_current_stream(device), *head, *passed, *constants)
+        run(size_x, size_y, size_z, active.get_current_stream(device), *head, *passed, *constants)
         return kernel
 
     def _constants(self, args, options):

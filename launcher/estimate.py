@@ -259,7 +259,7 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
     if job.sp > 1 and not set(SPARSE_KINDS).isdisjoint(job.config.model.layer_kinds):
         yield "blocks of sparse attention are taken as chosen evenly: where choices agree, ranks fetch fewer"
     if job.peer_blocks:
-        yield "times of sparse layers are those by NCCL: what parallel.peer_memory=on saves is not measured"
+        yield "times of sparse layers are those by NCCL, without what parallel.peer_memory=on saves"
     if job.offload or job.config.train.offload_activations:
         yield "PCIe and the rate of host memory are not measured, but taken from data sheets"
     if job.offload:

@@ -71,8 +71,8 @@ def mark_kernel(
     cells = cells_ptr + (head * num_cells + (row >> shift)) * num_cols
     for begin in range(0, tl.max(stop - first), ENTRIES):
         entry = first[:, None] + begin + tl.arange(0, ENTRIES)[None, :]
-        there = entry < stop[:, None]
-        column = tl.load(row_idx + head * capacity + entry, mask=there, other=0)
+        column = tl.load(row_idx + head * capacity + entry, mask=entry < stop[:, None], other=num_cols)
+        there = column < num_cols
         tl.atomic_add(cells[:, None] + column, 1, mask=there, sem="relaxed")
 
 
@@ -137,8 +137,8 @@ def place_kernel(
     col_ptr += head * (num_cols + 1)
     for begin in range(0, tl.max(stop - first), ENTRIES):
         entry = first[:, None] + begin + tl.arange(0, ENTRIES)[None, :]
-        there = entry < stop[:, None]
-        column = tl.load(row_idx + head * capacity + entry, mask=there, other=0)
+        column = tl.load(row_idx + head * capacity + entry, mask=entry < stop[:, None], other=num_cols)
+        there = column < num_cols
         slot = tl.load(col_ptr + column, mask=there, other=0)
         slot += tl.atomic_add(cells[:, None] + column, 1, mask=there, sem="relaxed")
         tl.store(listed_ptr + head * capacity + slot, tl.broadcast_to(row[:, None], slot.shape), mask=there)

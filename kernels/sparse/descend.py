@@ -33,17 +33,19 @@ class Families:
         return replace(self, **{name: move(x) for name, x in vars(self).items() if isinstance(x, torch.Tensor)})
 
 
-def blocks_below(found, rows, blocks, causal: bool) -> torch.Tensor:
+def blocks_below(found, rows, blocks, causal: bool, always=None) -> torch.Tensor:
     """int32 [H, len(rows), n]: what `blocks` [rows above + 1, w], int32, says of each in found [H, rows above, m] at
-    `rows`, int64, one after the other; its last line of -1. causal: and of the row itself."""
+    `rows`, int64, one after the other; its last line of -1. causal: and of the row itself. always: int32
+    [len(rows), a], listed last, or None."""
     if forms.takes(found):
         from longspan.kernels.sparse.descend_triton import blocks_below_triton
 
-        return blocks_below_triton(found, rows, blocks, causal)
-    found = found[:, rows]
+        return blocks_below_triton(found, rows, blocks, causal, always)
+    heads, found = len(found), found[:, rows]
     if causal:
-        found = torch.cat([found, rows[:, None].expand(found.shape[0], -1, 1)], 2)
-    return blocks[found].flatten(2)
+        found = torch.cat([found, rows[:, None].expand(heads, -1, 1)], 2)
+    listed = blocks[found].flatten(2)
+    return listed if always is None else torch.cat([listed, always.expand(heads, -1, -1)], 2)
 
 
 def descend(means, keys, above, families: Families, keep: int, causal: bool, always=None) -> torch.Tensor:

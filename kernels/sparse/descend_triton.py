@@ -8,7 +8,7 @@ from longspan.kernels.linear.splits import padded, unit_stride
 from longspan.kernels.sparse.tiles import load_tile
 from longspan.kernels.sparse.top_triton import LOWEST, halves, ordered_scores
 
-ENTRIES = 1024  # entries of lists that a program writes
+ENTRIES = 512  # entries of lists that a program writes
 
 
 def descend_triton(means, keys, above, families, keep: int, causal: bool, always=None) -> torch.Tensor:
@@ -31,35 +31,40 @@ def descend_triton(means, keys, above, families, keep: int, causal: bool, always
     return chosen
 
 
-def blocks_below_triton(found, rows, blocks, causal: bool):
+def blocks_below_triton(found, rows, blocks, causal: bool, always=None):
     """See kernels.sparse.descend.blocks_below."""
     found, (heads, _, most), width = unit_stride(found), found.shape, blocks.shape[1]
-    listed = found.new_empty(heads, len(rows), (most + causal) * width)
+    more = 0 if always is None else always.shape[1]
+    listed = found.new_empty(heads, len(rows), (most + causal) * width + more)
     count = listed.shape[1] * listed.shape[2]
     if listed.numel():
         blocks_below_kernel[(cdiv(count, ENTRIES), heads)](
-            found, rows, blocks, listed, *found.stride()[:2], count, len(blocks) - 1, most, width, causal, ENTRIES
-        )
+            found, rows, blocks, blocks if always is None else always, listed, *found.stride()[:2], count,
+            len(blocks) - 1, more, most, width, causal, ENTRIES,
+        )  # fmt: skip
     return listed
 
 
 @launched
-@triton.jit(do_not_specialize=["stride_h", "stride_r", "count", "none"])
+@triton.jit(do_not_specialize=["stride_h", "stride_r", "count", "none", "more"])
 def blocks_below_kernel(
-    found_ptr, rows_ptr, blocks_ptr, listed_ptr, stride_h, stride_r, count, none,
+    found_ptr, rows_ptr, blocks_ptr, always_ptr, listed_ptr, stride_h, stride_r, count, none, more,
     MOST: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """TILE entries of the lists of one head; none: the last line of blocks."""
+    """TILE entries of the lists of one head; none: the last line of blocks; more: entries of each that always has."""
+    BELOW: tl.constexpr = (MOST + CAUSAL) * WIDTH
     entry, head = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1).to(tl.int64)
-    there, place = entry < count, entry // WIDTH % (MOST + CAUSAL)
-    row = tl.load(rows_ptr + entry // (WIDTH * (MOST + CAUSAL)), mask=there, other=0)
+    there, line, inside = entry < count, entry // (BELOW + more), entry % (BELOW + more)
+    below, place = inside < BELOW, inside // WIDTH
+    row = tl.load(rows_ptr + line, mask=there, other=0)
     found_ptr += head * stride_h
     found = tl.load(found_ptr + row * stride_r + place, mask=there & (place < MOST), other=-1)
     if CAUSAL:
         found = tl.where(place == MOST, row.to(tl.int32), found)
     found = tl.where(found < 0, none, found)
-    listed = tl.load(blocks_ptr + found * WIDTH + entry % WIDTH, mask=there, other=-1)
-    tl.store(listed_ptr + head * count + entry, listed, mask=there)
+    listed = tl.load(blocks_ptr + found * WIDTH + inside % WIDTH, mask=there & below, other=-1)
+    always = tl.load(always_ptr + (line * more + (inside - BELOW)), mask=there & (inside >= BELOW), other=-1)
+    tl.store(listed_ptr + head * count + entry, tl.where(below, listed, always), mask=there)
 
 
 @launched

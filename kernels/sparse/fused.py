@@ -122,27 +122,28 @@ def empty_rows(like, queries: Blocks):
 
 
 def backward(
-    d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None, into=None,
+    d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None,
     shares=None, states=None, send=None,
 ):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv in those of k and v); d_lse: [Tq, Hq] or None. out and lse: of all keys that
     the queries see, also where the plan lists some of them. rows: their row_sums, if known; onto: dq of other keys, to
-    which that of the plan is added; it may be overwritten. into: contiguous tensors for dk and dv. shares: Shares of
-    the keys and values in gradients of their means, to be added to dk and dv. states: KeyStates that the keys are part
-    of; what keys get from these is added for blocks that some query chose, where `takes_states`. send: called with dk
-    and dv once they are queued, and before dq is, or None."""
+    which that of the plan is added; it may be overwritten. shares: Shares of the keys and values in gradients
+    of their means, to be added to dk and dv. states: KeyStates that the keys are part of; what keys get from these is
+    added for blocks that some query chose, where `takes_states`. send: called with dk and dv once they are queued, and
+    before dq is, or None."""
     d_out, q, k, v = unit_stride(d_out), unit_stride(q), unit_stride(k), unit_stride(v)
-    dk, dv = into or (k.new_empty(k.shape), v.new_empty(v.shape))
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     dtype = dtype or q.dtype
     dq = onto if onto is not None and onto.dtype == dtype else q.new_empty(q.shape, dtype=dtype)
-    tile, heads = _tile(q, k, plan), q.shape[1]
+    tile, heads, by_key = _tile(q, k, plan), q.shape[1], plan.by_key or (plan,)
     here = hopper.takes(q, plan, tile["ROWS"], scale)
+    on_hopper = [hopper.takes_keys(x) and hopper.takes(q, x, tile["ROWS"], scale) for x in by_key]
     # Rows are made where dq is, if that comes first.
-    alone = OWN_ROWS and here and hopper.takes_keys(plan) and d_lse is None and send is None
+    alone = OWN_ROWS and here and all(on_hopper) and d_lse is None and send is None
     if rows is None and not alone:
         rows = row_sums(d_out, d_lse, out, lse)
     of_rows = None
-    if here:
+    if here or any(on_hopper):
         of_rows = empty_rows(lse, plan.queries) if rows is None else rows.of(plan.queries)
 
     def make_queries():
@@ -157,11 +158,16 @@ def backward(
             )  # fmt: skip
 
     def make_keys():
-        if here and hopper.takes_keys(plan):
-            hopper.kernels().key_gradients(d_out, q, k, v, *of_rows, dk, dv, plan, scale, states)
-            _with_shares(dk, dv, plan.keys, shares)
-        else:
-            _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares, tile)
+        if not all(x.most_items for x in by_key):
+            dk.zero_(), dv.zero_()
+        for part, takes in zip(by_key, on_hopper):
+            if part.most_items and not takes:
+                _key_gradients(d_out, q, k, v, rows, dk, dv, part, scale, shares)
+                continue
+            if part.most_items:
+                hopper.kernels().key_gradients(d_out, q, k, v, *of_rows, dk, dv, part, scale, states)
+            if shares is not None:
+                add_shares_triton((dk, dv), part.keys, shares)
 
     if send is None:
         make_queries()
@@ -173,13 +179,10 @@ def backward(
     return dq, dk, dv
 
 
-def _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares, tile):
+def _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares):
     """Writes dk and dv."""
     columns, groups, num_columns = plan.columns, max(plan.heads, k.shape[1]), len(plan.keys)
-    items = columns.item_col.shape[1]
-    if not items:
-        _with_shares(dk.zero_(), dv.zero_(), plan.keys, shares)
-        return
+    items, tile = plan.most_items, _tile(q, k, plan)
     parts = q.new_empty(2, groups, items, plan.keys.size, q.shape[2], dtype=torch.float32).unbind()
     tables = _tables(plan)
     given, depth = shares_arguments(shares, dk)
@@ -195,11 +198,6 @@ def _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares, tile):
 def takes_states(q, k, plan: BlockPlan, scale: float) -> bool:
     """Whether `backward` takes states."""
     return FUSES and hopper.takes(q, plan, _tile(q, k, plan)["ROWS"], scale) and hopper.takes_keys(plan)
-
-
-def _with_shares(dk, dv, blocks, shares):
-    if shares is not None:
-        add_shares_triton((dk, dv), blocks, shares)
 
 
 def _tile(q, k, plan):

@@ -39,13 +39,13 @@ def takes_states(q, k, plan: BlockPlan, scale: float) -> bool:
 
 
 def backward(
-    d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None, into=None,
+    d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None,
     shares=None, send=None,
 ):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv); d_lse: [Tq, Hq] or None. out and lse: of all keys that the queries see,
-    also where the plan lists some of them. onto: dq of other keys, to which that of the plan is added. into: tensors
-    for dk and dv. shares: Shares of the keys and values in gradients of their means, to be added to dk and dv. send:
-    called with dk and dv when they are there, or None."""
+    also where the plan lists some of them. onto: dq of other keys, to which that of the plan is added. shares:
+    Shares of the keys and values in gradients of their means, to be added to dk and dv. send: called with dk and dv
+    when they are there, or None."""
     wide = wide_dtype(q.dtype)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     delta = (d_out.to(wide) * out.to(wide)).sum(-1)
@@ -61,7 +61,7 @@ def backward(
     dq = dq if onto is None else dq.add_(onto)
     if shares is not None:
         shares.add(dk, dv, plan.keys)
-    dk, dv = (dk.to(k.dtype), dv.to(v.dtype)) if into is None else (x.copy_(y) for x, y in zip(into, (dk, dv)))
+    dk, dv = dk.to(k.dtype), dv.to(v.dtype)
     if send is not None:
         send(dk, dv)
     return dq.to(dtype or q.dtype), dk, dv

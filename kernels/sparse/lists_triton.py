@@ -40,7 +40,7 @@ def rows_triton(chosen: torch.Tensor, width: int, parts: int = 1):
 
 
 def columns_triton(row_ptr, row_idx, num_cols: int, chunk: int, most_items: int):
-    """(col_ptr, col_idx, item_ptr, item_col) of BlockPlan."""
+    """(col_ptr, col_idx, item_ptr, item_col) of BlockPlan; entries from num_cols on are left out."""
     (heads, capacity), num_rows = row_idx.shape, row_ptr.shape[1] - 1
     col_idx = torch.empty_like(row_idx)
     if not capacity or not num_cols:
@@ -168,7 +168,8 @@ def mark_rows_kernel(
         for at in range(0, tl.max(last - first), ENTRIES):
             entry = first[:, None] + at + tl.arange(0, ENTRIES)[None, :]
             mine = entry < last[:, None]
-            column = tl.load(row_idx + entry, mask=mine, other=0)
+            column = tl.load(row_idx + entry, mask=mine, other=num_cols)
+            mine = column < num_cols
             tl.atomic_or(words[:, None] + column, tl.where(mine, bit, 0), mask=mine, sem="relaxed")
             tl.atomic_add(sums_ptr + (column // COLUMNS * parts + part), 1, mask=mine, sem="relaxed")
 
@@ -252,10 +253,10 @@ def list_columns_kernel(
         word = ((row >> 5).to(tl.int64) * num_cols)[:, None]
         for at in range(0, tl.max(last - first), ENTRIES):
             entry = first[:, None] + at + tl.arange(0, ENTRIES)[None, :]
-            mine = entry < last[:, None]
-            column = word + tl.load(row_idx + entry, mask=mine, other=0)
-            bits = tl.load(bits_ptr + column, mask=mine, other=0) & below
-            to = tl.load(begin_ptr + column, mask=mine, other=0) + _ones(bits)
+            column = tl.load(row_idx + entry, mask=entry < last[:, None], other=num_cols)
+            mine = column < num_cols
+            bits = tl.load(bits_ptr + (word + column), mask=mine, other=0) & below
+            to = tl.load(begin_ptr + (word + column), mask=mine, other=0) + _ones(bits)
             tl.store(col_idx + to, row[:, None] + entry * 0, mask=mine)
 
 

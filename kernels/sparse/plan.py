@@ -88,7 +88,9 @@ class BlockPlan:
     What goes by key blocks is made when it is first asked for: a forward pass alone does without.
     log_weight: floats [T], added to the scaled scores of a key block's rows, or None. causal: keys at later positions
     of their document than the query are not seen; a coarse key has the position from which on it is seen. rule: what
-    single queries see of listed blocks, or None for all; keys have step 1 then.
+    single queries see of listed blocks, or None for all; keys have step 1 then. by_key: plans over the same tensors, of
+    the same queries, that together list the same pairs and make the gradients of keys in place of this one, each in
+    blocks that suit it; what goes by key blocks leaves out entries of row_idx from T on, which are another plan's.
     """
 
     queries: Blocks
@@ -100,6 +102,7 @@ class BlockPlan:
     log_weight: torch.Tensor | None = None
     rule: Picks | Boxes | None = None
     chunk: int = CHUNK
+    by_key: tuple["BlockPlan", ...] = ()
 
     @property
     def heads(self) -> int:
@@ -146,7 +149,7 @@ class BlockPlan:
                 chosen = torch.where(chosen < 0, len(keys), chosen).int().sort(-1).values
             row_ptr, row_idx = _rows_of(chosen, len(keys), 1)
         chunk = chunk or _chunk_of(keys, row_idx)
-        most = _most_items(len(keys), row_idx, chunk)
+        most = _most_items(len(keys), row_idx.shape[1], chunk)
         return cls(queries, keys, row_ptr, row_idx, most, causal, log_weight, rule, chunk)
 
     @classmethod
@@ -158,7 +161,7 @@ class BlockPlan:
         for number, blocks in enumerate(keys):
             ends = row_ptr[:, number * rows : (number + 1) * rows + 1].contiguous()
             chunk = _chunk_of(blocks, row_idx)
-            most = _most_items(len(blocks), row_idx, chunk)
+            most = _most_items(len(blocks), row_idx.shape[1], chunk)
             plans.append(cls(queries, blocks, ends, row_idx, most, causal, None, rule, chunk))
         return plans
 
@@ -166,7 +169,13 @@ class BlockPlan:
         """The same over other blocks, of which lists of a head name at most `listed`: memory for gradients follows
         it."""
         chunk = _chunk_of(keys, self.row_idx)
-        return replace(self, keys=keys, chunk=chunk, most_items=_most_items(listed, self.row_idx, chunk))
+        return replace(self, keys=keys, chunk=chunk, most_items=_most_items(listed, self.row_idx.shape[1], chunk))
+
+    def beside(self, other: "BlockPlan", keys: Blocks, entries: int, chunk: int) -> "BlockPlan":
+        """The same with gradients of keys by `other` and, of `keys`, the first of its blocks, which a head's lists name
+        at most `entries` times, by its own lists."""
+        most = _most_items(len(keys), entries, chunk)
+        return replace(self, by_key=(other, replace(self, keys=keys, chunk=chunk, most_items=most)))
 
     def map(self, move) -> "BlockPlan":
         """The same with every tensor passed through `move`, without a rule; lists by key block as well if there are."""
@@ -182,9 +191,8 @@ def _chunk_of(keys, row_idx):
     return CHUNK if row_idx.shape[1] <= CHUNK * len(keys) else max(CHUNK, LONG_CHUNK)
 
 
-def _most_items(listed, row_idx, chunk):
-    capacity = row_idx.shape[1]
-    return min(listed, capacity) + capacity // chunk
+def _most_items(listed, entries, chunk):
+    return min(listed, entries) + entries // chunk
 
 
 def _rows_of(chosen, width, parts):

@@ -74,15 +74,19 @@ class Group:
 
 
 def summarize(run: Run, warmup: int) -> Summary:
-    """Medians over all steps but the first `warmup` of the run; of a continued run no other is left out, which is why
-    they are medians. Memory is the largest of all steps."""
+    """Medians over all steps but the first `warmup` of the run, or the last step of one that has no others; of a
+    continued run no other is left out, which is why they are medians. Memory is the largest of all steps."""
     start = run.rows[0]["step"] if run.rows else 0
     steady = [row for row in run.rows if row["step"] >= start + warmup]
+    few = []
+    if run.rows and not steady:  # steps of minutes, of which few are made
+        steady = run.rows[1:][-1:]
+        speeds = "speeds are those of the last" if steady else "no speeds"
+        few = [f"{counted(len(run.rows), 'step')}, none after the warm-up: {speeds}"]
     losses, values = _numbers(run.rows, "loss"), _numbers(run.rows, "val_loss")
     gpus = run.environment.get("world_size") or _ranks(run.rows)
     sp = run.environment.get("sp") or run.settings.get("parallel.sp") or None
     names = dict.fromkeys(name for row in steady for name in row if name.endswith("_s") and name not in KNOWN_SECONDS)
-    idle = [f"{counted(len(run.rows), 'step')}, none after the warm-up: no speeds"] if run.rows and not steady else []
     return Summary(
         run=run,
         gpus=gpus,
@@ -97,7 +101,7 @@ def summarize(run: Run, warmup: int) -> Summary:
         first_loss=losses[0] if losses else None,
         last_loss=statistics.fmean(losses[-LOSS_STEPS:]) if losses else None,
         val_loss=values[-1] if values else None,
-        notes=run.notes + idle,
+        notes=run.notes + few,
     )
 
 

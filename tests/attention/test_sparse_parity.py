@@ -163,13 +163,12 @@ def test_lists_ascend(variant):
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("form", ["plain", "triton"])
 def test_lists_without_gaps_are_taken_as_they_are(levels, form, monkeypatch):
-    """Where there is enough to choose from, and documents are of whole rows."""
+    """Where there is enough to choose from, and documents are of whole rows and as many blocks of the last level."""
     monkeypatch.setattr(forms, "takes", lambda x: form == "triton")
     selection = Hierarchical(4, 2, levels)
     few = 4**levels
-    cases = (256, False, True), (250, False, levels == 1), (256, True, False), (few, False, False)
-    for length, causal, full in cases:
-        lengths = length, length
+    cases = [((256,) * 2, False, True), ((250,) * 2, False, levels == 1), ((256,) * 2, True, False)]
+    for lengths, causal, full in [*cases, ((few,) * 2, False, False), ((256, 512), False, levels == 1)]:
         tables = selection.tables(SequenceParallel().context(contiguous(lengths, 1)), causal)
         assert tables.full == full
         if full:

@@ -65,7 +65,7 @@ def test_ranks_wait_once_after_local_work():
         ring, fetch, auto, levels_fetch = (" ".join(x) for x in found)
         assert ring == "kernel kernel"
         assert fetch == "wait kernel" and auto in (fetch, fetch + " kernel")  # a ring has a part more
-        assert levels_fetch == "kernel kernel wait kernel"  # coarse rows, then all blocks at once
+        assert levels_fetch == "kernel wait kernel"  # coarse rows, then all blocks at once
 
 
 def run_traffic(rank, world_size, cases):

@@ -40,6 +40,42 @@ def make(name, chosen=None, device="cpu", dtype=torch.float32, case=None):
     return plan, q.to(dtype), k.to(dtype), v.to(dtype), d_out.to(dtype), d_lse
 
 
+# name: whether dense blocks and chosen ones are there
+BESIDE = {"both": (True, True), "none chosen": (True, False), "all chosen": (False, True)}
+
+
+def make_beside(name, query_block=32, dim=16, causal=True, dtype=torch.float32):
+    """As `make`: queries of two documents attend to some of 5 blocks of 16 keys, chosen for each of two heads, and to
+    all of 50 and 90 keys behind these, in blocks of 16 by query and of 64 by key, for both heads."""
+    dense, few = BESIDE[name]
+    generator, offsets, ends = torch.Generator().manual_seed(7), (0, 150, 320), (0, 50, 140)
+    queries, chosen, small, large = (
+        Blocks.of(*x) for x in ((offsets, query_block), ((0, 80), 16), (ends, 16), (ends, 64))
+    )
+    document = queries.document[:, None]
+
+    def listed(blocks):
+        """[queries, n]: all blocks of a query block's document, -1 for others."""
+        here = torch.where(blocks.document == document, torch.arange(len(blocks)), -1)
+        return here if dense else here[:, :0]
+
+    both = {x: torch.cat([getattr(chosen, x), getattr(small, x)]) for x in ("length", "position", "step", "document")}
+    keys = Blocks(16, torch.cat([chosen.start, small.start + 80]), **both)
+    behind = Blocks(64, large.start + 80, large.length, large.position, large.step, large.document)
+    some = torch.rand(2, len(queries), 5, generator=generator).argsort(-1)[..., : 3 * few]
+    by_query = torch.where(listed(small) < 0, -1, listed(small) + 5).expand(2, -1, -1)
+    weights = torch.randn(3, generator=generator)
+    weight = torch.cat([weights[:1].expand(5), weights[1:][small.document.long()]])
+    options = {"causal": causal, "ascending": True}
+    plan = BlockPlan.of(queries, keys, torch.cat([some, by_query], 2).int(), log_weight=weight, **options)
+    weight = weights[1:][large.document.long()]
+    other = BlockPlan.of(queries, behind, listed(large)[None].int(), log_weight=weight, chunk=2, **options)
+    plan = plan.beside(other, chosen, some[0].numel(), 3)
+    q, d_out = (torch.randn(320, 2, dim, generator=generator).to(dtype) for _ in range(2))
+    k, v = (torch.randn(220, 2, dim, generator=generator).to(dtype) for _ in range(2))
+    return plan, q, k, v, d_out, torch.randn(320, 2, generator=generator)
+
+
 def check(form, plan, q, k, v, d_out, d_lse):
     """Outputs, lse and every gradient of a form against the definition; gives what the form gave."""
     leaves = [x.double().requires_grad_() for x in (q, k, v)]

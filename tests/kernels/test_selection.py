@@ -295,7 +295,7 @@ def test_blocks_below(causal, form):
 
 
 def check_blocks_below(causal, device):
-    """Lists of rows above turn into the blocks under them, and under the row itself."""
+    """Lists of rows above turn into the blocks under them, and under the row itself; and what is always listed."""
     generator = torch.Generator().manual_seed(0)
     found = torch.randint(-1, 700, (3, 700, 5), generator=generator).int()
     blocks = torch.cat([torch.randint(-1, 99, (700, 2), generator=generator), torch.full((1, 2), -1)]).int()
@@ -304,7 +304,12 @@ def check_blocks_below(causal, device):
         [[n for above in [*line, *[row] * causal] for n in blocks[above].tolist()] for row, line in zip(rows, lines)]
         for lines in found[:, rows].tolist()
     ]
-    assert blocks_below(*(x.to(device) for x in (found, rows, blocks)), causal).tolist() == wanted
+    given = [x.to(device) for x in (found, rows, blocks)]
+    assert blocks_below(*given, causal).tolist() == wanted
+    for more in (0, 3):
+        always = torch.randint(-1, 99, (1400, more), generator=generator).int()
+        lists = [[line + last for line, last in zip(lines, always.tolist())] for lines in wanted]
+        assert blocks_below(*given, causal, always.to(device)).tolist() == lists
 
 
 @settings(max_examples=8, deadline=None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from plan_cases import CASES, LIMITS, SCALE, check, make
+from plan_cases import BESIDE, CASES, LIMITS, SCALE, check, make, make_beside
 from sparse_oracle import make_shares
 
 from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, choose, forms, gathered, naive
@@ -110,6 +110,16 @@ def test_extreme_lists(form, chosen, monkeypatch):
     plan, *rest = make("extreme", chosen, case=((0, 150), 32, 32, 2, 4, 2, 16, False, True, 0))
     assert chosen is nothing or (plan.item_ptr.diff() > 1).any()
     check(form, plan, *rest)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_gradients_of_keys_by_several_plans(name):
+    """Lists of one plan, and of two by key, of which one or the other may be empty."""
+    plan, *given = make_beside(name)
+    assert [x.keys.size for x in plan.by_key] == [64, 16]
+    assert [x.most_items > 0 for x in plan.by_key] == [name != "all chosen", name != "none chosen"]
+    found = check(fused, plan, *given)
+    assert all(map(torch.equal, found, check(fused, plan, *given)))
 
 
 def test_all_blocks_make_it_dense():
@@ -222,6 +232,10 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
             patch.setattr(cells_triton, "_cell_shift", lambda *_: 6)
         plan = BlockPlan.of(queries, keys, chosen, causal=False, ascending=form == "sorted")
         assert plan.columns is plan.columns  # made once
+        few = columns // 2
+        named = ((chosen >= 0) & (chosen < few)).sum((1, 2)).max().item()
+        _, first = plan.beside(plan, Blocks.of((0, few * 4), 4), named, 4).by_key
+        assert first.columns is first.columns  # of some of the blocks, with room for no more than lists name
     assert plan.col_idx.dtype == plan.row_idx.dtype == plan.item_col.dtype == torch.int32
     for head in range(heads):
         wanted = {(i, j) for i in range(rows) for j in chosen[head, i].tolist() if j >= 0}
@@ -230,9 +244,12 @@ def test_both_orders_list_the_same_pairs(seed, rows, columns, most, heads, form)
         assert all(x == sorted(x) for x in by_row + by_column)
         assert {(i, j) for i, row in enumerate(by_row) for j in row} == wanted
         assert {(i, j) for j, column in enumerate(by_column) for i in column} == wanted
-        items = [j for j, column in enumerate(by_column) for _ in range(-(-len(column) // 4))]
-        rest = plan.item_col[head].tolist()
-        assert rest[: len(items)] == items and set(rest[len(items) :]) <= {columns}
+        of_first = [first.col_idx[head, a:b].tolist() for a, b in zip(first.col_ptr[head], first.col_ptr[head, 1:])]
+        assert of_first == by_column[:few]
+        for part, count in ((plan, columns), (first, few)):
+            items = [j for j, column in enumerate(by_column[:count]) for _ in range(-(-len(column) // 4))]
+            rest = part.item_col[head].tolist()
+            assert rest[: len(items)] == items and set(rest[len(items) :]) <= {count}
 
 
 @pytest.mark.parametrize("form", ["triton", "plain"])
@@ -305,7 +322,7 @@ def check_long_lists(rows, columns, device):
 @pytest.mark.parametrize("form", [fused, gathered], ids=["fused", "gathered"])
 @pytest.mark.parametrize("name", ["ragged", "packed heads", "list per query head", "keys for one head", "nothing"])
 def test_gradients_of_means_come_to_keys(form, name, monkeypatch):
-    """With every form of list: of one part, of several that are added, none; and into tensors that are given."""
+    """With every form of list: of one part, of several that are added, none."""
     nothing = (lambda queries, keys, heads: torch.full((heads, len(queries), 1), -1)) if name == "nothing" else None
     plan, q, k, v, d_out, _ = make("ragged" if nothing else name, nothing)
     plan = replace(plan, chunk=2, most_items=plan.most_items * 32)
@@ -313,9 +330,7 @@ def test_gradients_of_means_come_to_keys(form, name, monkeypatch):
     given = d_out, None, q, k, v, out, lse, plan, SCALE
     plain = form.backward(*given)
     shares, *wanted = make_shares(plan.keys, *k.shape[1:])
-    into = torch.empty_like(k), torch.empty_like(v)
-    actual = form.backward(*given, into=into, shares=shares)
-    assert actual[1] is into[0] and actual[2] is into[1]
+    actual = form.backward(*given, shares=shares)
     for x, y, more in zip(actual, plain, (0, *wanted), strict=True):
         torch.testing.assert_close(x.double(), y.double() + more, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(backward, "ADDING", 2)  # several key blocks to a program that adds parts
@@ -323,7 +338,7 @@ def test_gradients_of_means_come_to_keys(form, name, monkeypatch):
     monkeypatch.setattr(backward, "FEW_ADDING", 0)  # and whole ones
     assert all(map(torch.equal, form.backward(*given, shares=shares), actual))
     alone = torch.zeros_like(k), torch.zeros_like(v)
-    fused._with_shares(*alone, plan.keys, shares)  # as after kernels that know no shares
+    fused.add_shares_triton(alone, plan.keys, shares)  # as after kernels that know no shares
     for x, more in zip(alone, wanted, strict=True):
         torch.testing.assert_close(x.double(), more, rtol=1e-5, atol=1e-5)
 

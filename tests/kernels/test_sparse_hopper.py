@@ -6,7 +6,7 @@ import gluon_emulator
 import pytest
 import sparse_oracle
 import torch
-from plan_cases import check, make
+from plan_cases import BESIDE, check, make, make_beside
 
 from longspan.attention import LinearBranch, TopBlocks, linear_branch
 from longspan.attention import sparse as attention
@@ -23,6 +23,7 @@ CASES = {
     "small keys": ((0, 250, 283), 128, 16, 2, 2, 2, 64, True, True, 9),
     "parts of a block": ((0, 500), 128, 128, 2, 2, 1, 64, False, True, 4),
     "wide": ((0, 400, 650), 128, 64, 1, 1, 1, 128, True, True, 7),
+    "wide, small keys": ((0, 250, 283), 128, 16, 2, 2, 2, 128, True, True, 9),
 }
 STATES = {"lists of queries": ((0, 300, 390), 128, 64, 4, 4, 2, 64)}
 FORMS = {"fed": (128, 2, 4, None), "fed, tile after tile": (128, 2, 4, None), "feeds itself": (64, 3, 8, 128)}
@@ -56,7 +57,14 @@ def test_kernels_equal_the_definition(name, form, launched, monkeypatch):
     given = make(name, dtype=torch.bfloat16, case=CASES[name])
     assert name != "long lists" or given[0].row_ptr.diff().max() > 2 * 3 * 2
     check(fused, *given)
-    assert launched == ["forward_kernel", "queries_kernel", *["keys_kernel"] * (name != "small keys")]
+    assert launched == ["forward_kernel", "queries_kernel", *["keys_kernel"] * (CASES[name][2] >= 64)]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", BESIDE)
+def test_gradients_of_keys_by_several_plans(name, dim, launched):
+    check(fused, *make_beside(name, 128, dim, dtype=torch.bfloat16))
+    assert launched == ["forward_kernel", "queries_kernel", *["keys_kernel"] * BESIDE[name][0]]
 
 
 def test_lists_in_turn_and_keys_before_queries(launched):

@@ -42,10 +42,13 @@ def test_warm_up_counts_from_the_first_step_that_is_there():
     assert summary.counted == [13, 14]
 
 
-def test_a_run_of_warm_up_alone_has_losses_and_no_speed():
-    summary = summarize(Run("a", None, [row(1), row(2)], notes=["x"]), 2)
+def test_a_run_of_warm_up_alone_has_the_speed_of_its_last_step_if_it_is_not_its_first():
+    summary = summarize(Run("a", None, [row(1, 9.0), row(2, 4.0)], notes=["x"]), 2)
+    assert summary.medians["step_time_s"] == 4.0 and summary.counted == [2] and summary.first_loss == 8.0
+    assert summary.notes == ["x", "2 steps, none after the warm-up: speeds are those of the last"]
+    summary = summarize(Run("a", None, [row(1)], notes=["x"]), 2)
     assert summary.medians == {} and summary.steps == "none" and summary.first_loss == 8.0
-    assert summary.notes == ["x", "2 steps, none after the warm-up: no speeds"]
+    assert summary.notes == ["x", "1 step, none after the warm-up: no speeds"]
     assert groups([summary]) == []
 
 

@@ -49,10 +49,7 @@ def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, 
 def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
     """Writes dk and dv, see kernels.sparse.fused.backward. states: KeyStates that the keys are part of, or None."""
     head_dim, size, columns = q.shape[2], plan.keys.size, plan.columns
-    groups, items = max(plan.heads, k.shape[1]), columns.item_col.shape[1]
-    if not items:
-        dk.zero_(), dv.zero_()
-        return
+    groups, items = max(plan.heads, k.shape[1]), plan.most_items
     parts = log.new_empty(2, groups, items, size, head_dim).unbind()
     rows, feature_map = matrix_of(q, 64), ""
     of_states = rows, log, plan.keys.start
