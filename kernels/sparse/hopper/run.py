@@ -11,8 +11,8 @@ from longspan.kernels.sparse.hopper.tiles import descriptor, matrix_of
 
 # By width of heads: keys in a tile, how many tiles are under way, warps (twice four that another one feeds, or eight
 # that feed themselves) and the most registers of a thread: with 128 two programs share a processor.
-FORWARD = {64: (64, 3, 8, 128), 128: (128, 2, 4, None)}
-QUERIES = {64: (64, 3, 8, 128), 128: (64, 4, 4, None)}
+FORWARD = {64: (64, 2, 8, 128), 128: (128, 2, 4, None)}
+QUERIES = {64: (64, 2, 8, 128), 128: (64, 4, 4, None)}
 KEY_GRADIENTS = 2, 2  # tiles of queries and of their gradients that are under way
 PERSISTENT = True  # whether programs that are fed take tile after tile, one on a processor
 IN_TURN = True  # whether warpgroups start their products one after the other, forward
