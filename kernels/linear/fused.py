@@ -2,7 +2,7 @@
 
 No state of a chunk goes to memory. Launches: 3 forward and 4 backward (5 if widths or token strides differ), with a
 scalar gate 4 and 6 (on Hopper 3 and 5), and 2 more each where spans are linked to other ranks. On Hopper, where none
-are, 1 and 2, with a gate 3: sums, folds and sweeps of a direction in one.
+are, a gate takes 1 and 3: sums, folds and sweeps of a direction in one.
 """
 
 import torch
@@ -179,14 +179,19 @@ class Fused:
     def _sum(self, y, z, scale, direction, *, reverse):
         """(states [num_sums, H, K, V], log decays [num_sums, H] or None) of the splits the direction needs. Where
         `self.parts` [num_sums, H] is not None, a state is the sum of so many [num_sums, parts, H, K, V]."""
-        splits = self.splits
-        states, totals, self.parts = self.room_for_sums(y.shape[2], z.shape[2])
+        splits, shape, self.parts = self.splits, (self.heads, y.shape[2], z.shape[2]), None
+        totals = self.q.new_empty(splits.num_sums, self.heads, dtype=torch.float32)
         if hopper.takes(self):
             from longspan.kernels.linear.hopper import sweep_sum
 
+            if sweep_sum.PARTS[self.decay] > 1:
+                shape = sweep_sum.PARTS[self.decay], *shape
+                self.parts = totals.new_empty(totals.shape, dtype=torch.int32)
+            states = totals.new_empty(splits.num_sums, *shape)
             if len(direction.splits):
                 sweep_sum.launch(self, y, z, scale, direction, states, totals, self.parts, reverse=reverse)
             return states, None if self.decay == "none" else totals
+        states = totals.new_empty(splits.num_sums, *shape)
         block, warps, stages = self._config(SUM, y.shape[2])
         if len(direction.splits):
             sum_kernel[(-(-z.shape[2] // block) * self.heads * len(direction.splits),)](
@@ -196,19 +201,6 @@ class Fused:
                 self.decay, reverse, self.precision, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         return states, None if self.decay == "none" else totals
-
-    def room_for_sums(self, y_size, z_size):
-        """(states, log decays, parts) of `_sum`, undefined."""
-        rows, parts = self.splits.num_sums, None
-        totals = self.q.new_empty(rows, self.heads, dtype=torch.float32)
-        shape = self.heads, y_size, z_size
-        if hopper.takes(self):
-            from longspan.kernels.linear.hopper import sweep_sum
-
-            if sweep_sum.PARTS[self.decay] > 1:
-                shape = sweep_sum.PARTS[self.decay], *shape
-                parts = totals.new_empty(totals.shape, dtype=torch.int32)
-        return totals.new_empty(rows, *shape), totals, parts
 
     def _states(self, rows):
         return self.q.new_empty(rows, self.heads, self.key_size, self.value_size, dtype=torch.float32)

@@ -267,9 +267,8 @@ class TestOnGpu:
                 assert x is None or torch.equal(x, actual[name]), f"{name} differs from run to run"
 
     @pytest.mark.parametrize("decay", DECAYS, ids=str)
-    def test_where_nothing_travels(self, decay, monkeypatch):
-        """On Hopper sums and sweep are one launch then: many splits to a document, and again in a graph."""
-        monkeypatch.setattr("longspan.kernels.linear.hopper.AT_ONCE", ("none", "fixed", "scalar"))
+    def test_where_nothing_travels(self, decay):
+        """On Hopper sums and sweep of a gate are one launch then: many splits to a document, and again in a graph."""
         form, chunk = fused()
         spans = Spans((0, 1, 2, 1300, 1301, 5400))
         given = forms.random_inputs(spans, 3, 128, 128, decay, 0, device="cuda", dtype=torch.bfloat16)

@@ -32,8 +32,6 @@ def launched(emulated, monkeypatch):
 
     names = []
     monkeypatch.setattr(sparse_hopper, "on_hopper", lambda x: True)
-    monkeypatch.setattr(sparse_hopper, "processors", lambda device: 4)
-    monkeypatch.setattr(hopper, "AT_ONCE", ("none", "fixed", "scalar"))
     monkeypatch.setattr(emulated["sweep_sum"], "STAGES", 3)  # fewer than chunks
     monkeypatch.setattr(emulated["at_once"], "SUM_STAGES", 3)
     for name in MODULES:
@@ -138,14 +136,14 @@ def test_the_first_chunk_may_be_done_with_before_the_warp_that_fetches_begins(em
 ALONE = Spans((0, 1, 2, 66, 67, 690, 755))  # of 1, 1, 1, 1, 10 and 2 splits of a chunk
 
 
-@pytest.mark.parametrize("decay", [None, -0.01, "fixed_closed", "medium", "weak", "strong", "spiky", "closed"])
+@pytest.mark.parametrize("decay", [0.0, -0.01, "medium", "weak", "strong", "spiky", "closed"])
 def test_one_launch_each_way(launched, monkeypatch, decay):
     """Where nothing travels. Programs run one after another, so that none can wait for a later one."""
     monkeypatch.setattr(gluon_emulator, "SECONDS", 2.0)
-    slow = isinstance(decay, float)  # half of a state is left of it after a split
-    given = forms.random_inputs(ALONE, 1, 128, 128, "fixed" if slow else decay, 0, dtype=torch.bfloat16)
-    if slow:
-        given[0]["log_decay"] = torch.tensor([decay])
+    same = isinstance(decay, float)  # of -0.01 half of a state is left after a split
+    given = forms.random_inputs(ALONE, 1, 128, 128, "medium" if same else decay, 0, dtype=torch.bfloat16)
+    if same:
+        given[0]["log_decay"].fill_(decay)
     undo = poison.install()
     try:
         found = forms.run_form(_fused(), Splits.of(ALONE, 64, 64), *given, 0.3, states_travel=False)
@@ -157,23 +155,23 @@ def test_one_launch_each_way(launched, monkeypatch, decay):
 
 
 def test_one_launch_does_what_three_do(emulated, launched, monkeypatch):
-    """With heads that remember unlike numbers of splits, and sums in parts."""
+    """With heads that remember none, one and all of 8 splits, and four programs at work."""
     from longspan.kernels.linear import hopper
 
-    monkeypatch.setattr(emulated["sweep_sum"], "MIN_PART", 1)
     monkeypatch.setattr(gluon_emulator, "TOGETHER", 4)
     spans = Spans((0, 70, 1900))
-    inputs, *states = forms.random_inputs(spans, 4, 128, 128, "fixed", 0, dtype=torch.bfloat16)
-    inputs["log_decay"] = torch.tensor([-1.0, -2.0, -0.005, -3.0])
-    tables = Splits.of(spans, 384, 64)
+    inputs, *states = forms.random_inputs(spans, 4, 128, 128, "medium", 0, dtype=torch.bfloat16)
+    inputs["log_decay"] *= torch.tensor([5.0, 1.2, 0.025, 10.0])
+    tables = Splits.of(spans, 256, 64)
     module, waits = emulated["chain"], []
     wait_for = module.wait_for
     monkeypatch.setattr(module, "wait_for", lambda flags, index: waits.append(int(index)) or wait_for(flags, index))
     found = forms.run_form(_fused(), tables, inputs, *states, 0.3, states_travel=False)
     assert launched == ["at_once", "sweep", "reverse_at_once"]
-    assert {index // 8 % 4 for index in waits} == {0, 1}  # for nodes, and for second parts of sums
+    waits_of_heads = [sum(index % 4 == head for index in waits) for head in range(4)]
+    assert waits_of_heads == [4 * 7, 4 * 10, 4 * 12, 4 * 7]  # of two warpgroups each way
     launched.clear()
-    monkeypatch.setattr(hopper, "AT_ONCE", ())
+    monkeypatch.setattr(hopper, "takes_at_once", lambda call, name: False)
     others = forms.run_form(_fused(), tables, inputs, *states, 0.3, states_travel=False)
     assert launched == ["sweep_sum", "sweep", "sweep_sum", "sweep", "sweep_reverse"]
     wanted = forms.expected(spans, inputs, *states, 0.3)
@@ -190,8 +188,8 @@ def test_programs_wait_for_what_is_remembered(emulated, launched, monkeypatch, d
     wait_for = chain.wait_for
     monkeypatch.setattr(chain, "wait_for", lambda flags, index: seen.append(index) or wait_for(flags, index))
     spans = Spans((0, 9 * 64))
-    inputs, entry, *_ = forms.random_inputs(spans, 1, 128, 128, None, 0, dtype=torch.bfloat16)
-    inputs["log_decay"] = torch.tensor([decay])
+    inputs, entry, *_ = forms.random_inputs(spans, 1, 128, 128, "medium", 0, dtype=torch.bfloat16)
+    inputs["log_decay"].fill_(decay)
     if decay < -1:
         inputs["v"][:64] = torch.nan
     work = _fused()(Splits.of(spans, 64, 64), *inputs.values(), 0.3)
@@ -240,16 +238,14 @@ def test_flags_are_of_a_stream_or_of_a_launch_in_a_graph():
     assert all(words.data_ptr() % 16 == 0 and len(words) >= 18 and not words.any() for words in seen)
 
 
-def test_sums_stay_apart_where_states_travel_or_heads_do_not_fit(launched):
-    """Also where those of other ranks do, and none of this one."""
-    given = forms.random_inputs(SPANS, 1, 128, 128, "medium", 0, dtype=torch.bfloat16)
-    forms.run_form(_fused(), Splits.of(SPANS, 384, 64), *given, 0.3, states_travel=False)
-    spans = Spans((0, 128))
-    given = forms.random_inputs(spans, 1, 128, 128, "fixed", 0, dtype=torch.bfloat16)
-    forms.run_form(_fused(), Splits.of(spans, 64, 64), *given, 0.3)
-    given = forms.random_inputs(spans, 5, 128, 128, "medium", 0, dtype=torch.bfloat16)
-    forms.run_form(_fused(), Splits.of(spans, 64, 64), *given, 0.3, states_travel=False)
-    assert launched == 3 * ["sweep_sum", "sweep", "sweep_sum", "sweep", "sweep_reverse"]
+def test_sums_stay_apart_where_states_travel_or_there_is_no_gate(launched):
+    """Also where those of other ranks travel, and none of this one."""
+    alone = Spans((0, 128))
+    cases = (SPANS, "medium", False), (alone, "medium", True), (alone, None, False), (alone, "fixed", False)
+    for spans, decay, travel in cases:
+        given = forms.random_inputs(spans, 1, 128, 128, decay, 0, dtype=torch.bfloat16)
+        forms.run_form(_fused(), Splits.of(spans, 384 if spans is SPANS else 64, 64), *given, 0.3, states_travel=travel)
+    assert launched == 4 * ["sweep_sum", "sweep", "sweep_sum", "sweep", "sweep_reverse"]
 
 
 def _fused():

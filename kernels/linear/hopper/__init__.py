@@ -2,9 +2,6 @@
 
 from longspan.kernels.sparse import hopper
 
-# Decays of which one launch sums and sweeps, where it can. Of a fixed one it takes 1.1 times as long on an H200.
-AT_ONCE = ("scalar",)
-
 
 def takes(call) -> bool:
     """Whether these kernels take a case."""
@@ -17,7 +14,7 @@ def takes_heads(k, v) -> bool:
 
 
 def takes_at_once(call, name: str) -> bool:
-    """Whether it takes a `Fused` in a direction: some split is summed, nothing travels, and all heads of a split, which
-    sum for each other, are on the GPU at the same time."""
-    alone = call.decay in AT_ONCE and not call.splits.linked and len(getattr(call.splits, name).splits) > 0
-    return alone and takes(call) and call.heads <= hopper.processors(call.q.device)
+    """Whether one launch sums and sweeps in a direction of a `Fused`: with a scalar gate (of a fixed decay it takes 1.1
+    times as long on H200), where some split is summed and nothing travels."""
+    alone = not call.splits.linked and len(getattr(call.splits, name).splits) > 0
+    return call.decay == "scalar" and alone and takes(call)

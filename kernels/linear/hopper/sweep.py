@@ -58,7 +58,7 @@ def _fetch(
 @gluon.jit
 def _pass(
     part: gl.constexpr, place, given, to, tiles_of, scale, H, D: gl.constexpr, TRANSPOSED: gl.constexpr,
-    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr, PARTS: gl.constexpr,
+    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     first, length, head, chunks = place
     out_ptr, rows_ptr, T = to
@@ -68,7 +68,7 @@ def _pass(
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     dtype: gl.constexpr = x_tiles.dtype
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
-    state = entry_state(part, head, given, OUT, H, D, TRANSPOSED, DECAY, False, CHAINED, PARTS)
+    state = entry_state(part, head, given, OUT, H, D, TRANSPOSED, False, CHAINED)
     entering = states.index(part)
     entering.store(state.to(dtype))
     fence_async_shared()
@@ -126,10 +126,10 @@ def _pass(
 @gluon.jit
 def sweep_split(
     first, length, head, feed, given, to, scale, H: gl.constexpr, D: gl.constexpr, TRANSPOSED: gl.constexpr,
-    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr, PARTS: gl.constexpr,
+    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     """The sweep through `length` tokens from `first` on of a head. feed: descriptors of x, y, z and extra, decays and
-    their strides; given, CHAINED, PARTS: see `entry_state`; to: out, rows and T."""
+    their strides; given, CHAINED: see `entry_state`; to: out, rows and T."""
     x_desc, y_desc, z_desc, extra_desc, decay_ptr, stride_t, stride_h = feed
     dtype: gl.constexpr = x_desc.dtype
     shared: gl.constexpr = shared_layout(16)
@@ -148,8 +148,8 @@ def sweep_split(
     feed = x_desc, y_desc, z_desc, extra_desc, decay_ptr, stride_t, gamma
     gl.warp_specialize(
         [
-            (_pass, (0, place, given, to, tiles_of, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES, CHAINED, PARTS)),
-            (_pass, (1, place, given, to, tiles_of, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES, CHAINED, PARTS)),
+            (_pass, (0, place, given, to, tiles_of, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES, CHAINED)),
+            (_pass, (1, place, given, to, tiles_of, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES, CHAINED)),
             (_fetch, (place, feed, tiles_of, D, DECAY, GATE, STAGES)),
         ],
         [4, 1], [232, 40],
@@ -169,7 +169,7 @@ def hopper_sweep_kernel(
     feed = x_desc, y_desc, z_desc, extra_desc, decay_ptr, decay_stride_t, decay_stride_h
     first, length, row = gl.load(first_ptr + split), gl.load(length_ptr + split), gl.load(row_ptr + split)
     given, to = (state_ptr, row), (out_ptr, rows_ptr, T)
-    sweep_split(first, length, head, feed, given, to, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES, False, 1)
+    sweep_split(first, length, head, feed, given, to, scale, H, D, TRANSPOSED, DECAY, GATE, STAGES, False)
 
 
 def launch(call, x, y, z, out, entries, reads, *, transposed):

@@ -58,7 +58,7 @@ def _fetch(place, feed, tiles_of, D: gl.constexpr, DECAY: gl.constexpr, STAGES: 
 @gluon.jit
 def _pass(
     WHICH: gl.constexpr, place, given, out_ptr, gate, tiles_of, scale, H, D: gl.constexpr, DECAY: gl.constexpr,
-    GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr, PARTS: gl.constexpr,
+    GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     """WHICH: 0, of dk, which reads v and what d_out and q make, with the first half of dS; 1, of dv, which reads k and
     what q and d_out make."""
@@ -73,7 +73,7 @@ def _pass(
     nothing = gl.full([64, 64], 0.0, gl.float32, S)
     nothing_wide = gl.full([64, D], 0.0, gl.float32, OUT)
     column = gl.arange(0, 64, ROW)
-    state = entry_state(WHICH, head, given, OUT, H, D, False, DECAY, True, CHAINED, PARTS) * inverse_scale
+    state = entry_state(WHICH, head, given, OUT, H, D, False, True, CHAINED) * inverse_scale
     d_state.slice(WHICH * 64, 64).store(state.to(dtype))
     fence_async_shared()
     synchronize()
@@ -146,10 +146,10 @@ def _pass(
 @gluon.jit
 def reverse_split(
     first, length, head, feed, given, to, gate, scale, inverse_scale, H: gl.constexpr, D: gl.constexpr,
-    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr, PARTS: gl.constexpr,
+    DECAY: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     """The sweep back through `length` tokens from `first` on of a head. feed: descriptors of v, d_out, q and k, decays
-    and their strides; given, CHAINED, PARTS: see `entry_state`; to: dk and dv; gate: rows, through, T, the first chunk
+    and their strides; given, CHAINED: see `entry_state`; to: dk and dv; gate: rows, through, T, the first chunk
     and the number of all."""
     v_desc, d_out_desc, q_desc, k_desc, decay_ptr, stride_t, stride_h = feed
     dk_ptr, dv_ptr = to
@@ -176,8 +176,8 @@ def reverse_split(
     gate = rows_ptr, through_ptr, through_ptr + gl.to_tensor(num_chunks).to(gl.int64) * H
     gl.warp_specialize(
         [
-            (_pass, (0, place, given, dk_ptr, gate, tiles_of, scale, H, D, DECAY, GATE, STAGES, CHAINED, PARTS)),
-            (_pass, (1, place, given, dv_ptr, gate, tiles_of, scale, H, D, DECAY, GATE, STAGES, CHAINED, PARTS)),
+            (_pass, (0, place, given, dk_ptr, gate, tiles_of, scale, H, D, DECAY, GATE, STAGES, CHAINED)),
+            (_pass, (1, place, given, dv_ptr, gate, tiles_of, scale, H, D, DECAY, GATE, STAGES, CHAINED)),
             (_fetch, (place, feed, tiles_of, D, DECAY, STAGES)),
         ],
         [4, 1], [232, 40],
@@ -199,7 +199,7 @@ def hopper_reverse_kernel(
     gate = rows_ptr, through_ptr, T, gl.load(split_chunk_ptr + split), num_chunks
     reverse_split(
         first, length, head, feed, (state_ptr, row), (dk_ptr, dv_ptr), gate, scale, inverse_scale, H, D, DECAY, GATE,
-        STAGES, False, 1,
+        STAGES, False,
     )  # fmt: skip
 
 

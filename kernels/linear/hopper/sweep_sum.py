@@ -18,9 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longspan.kernels.launch import launched
-from longspan.kernels.linear.hopper.chain import columns_of, flag_of
+from longspan.kernels.linear.hopper.chain import columns_of
 from longspan.kernels.linear.hopper.decays import LEFT_OUT, gates_of, load_gates, log_decay_per_token, log_decays
-from longspan.kernels.linear.hopper.flags import raise_flag
 from longspan.kernels.linear.hopper.tiles import clear_rows, synchronize, tokens_descriptor
 from longspan.kernels.linear.splits import padded
 from longspan.kernels.linear.sweep import LOG2E
@@ -167,11 +166,10 @@ def _operand(
 
 @gluon.jit
 def _pass(
-    half: gl.constexpr, place, decay_ptr, to, tiles_of, scale, H: gl.constexpr, D: gl.constexpr,
+    half: gl.constexpr, place, decay_ptr, sum_ptr, tiles_of, scale, H: gl.constexpr, D: gl.constexpr,
     DECAY: gl.constexpr, REVERSE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
-    row, sum_ptr = place[2], to[0]
-    y_tiles, ready, free = tiles_of[2], tiles_of[4], tiles_of[5]
+    row, y_tiles, ready, free = place[2], tiles_of[2], tiles_of[4], tiles_of[5]
     OUT: gl.constexpr = product_layout(D)
     number = 0
     for part in range(0, PARTS):
@@ -200,9 +198,6 @@ def _pass(
             number += 1
             sum_at = sum_ptr + ((row * PARTS + part) * H + head) * (D * D)
             gl.store(columns_of(sum_at, half, CHAINED, OUT, D), state * scale)
-            if CHAINED and PARTS > 1:
-                if part > 0:  # the program of that head waits for it
-                    raise_flag(to[1], flag_of(row, part, half, head, H, PARTS))
 
 
 @gluon.jit
@@ -211,10 +206,9 @@ def sum_split(
     REVERSE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     """The sum of `length` tokens from `first` on of a head, and with parts of others. feed: descriptors of y and z,
-    decays and their strides; sums: sums, log decays and parts. CHAINED: sums are transposed, and flags of parts raised,
-    for which there is what `flag_of` takes."""
+    decays and their strides; sums: sums, log decays and parts. CHAINED: sums are transposed."""
     y_desc, z_desc, decay_ptr, stride_t, stride_h = feed
-    sum_ptr, total_ptr, parts_ptr = sums[0], sums[1], sums[2]
+    sum_ptr, total_ptr, parts_ptr = sums
     dtype: gl.constexpr = y_desc.dtype
     shared: gl.constexpr = shared_layout(16)
     numbers: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -245,12 +239,11 @@ def sum_split(
             gl.store(parts_ptr + row * H + head, _num_parts(_remembered(gamma, length, chunks), mean, PARTS))
     decay_ptr = gates_of(decay_ptr, first, head, stride_t, stride_h, DECAY)
     place, feed = (first, length, row, head, chunks, mean), (y_desc, z_desc, decay_ptr, stride_t)
-    to = sum_ptr, sums[3]
     if DECAY == "scalar":
         gl.warp_specialize(
             [
-                (_pass, (0, place, decay_ptr, to, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
-                (_pass, (1, place, decay_ptr, to, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
+                (_pass, (0, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
+                (_pass, (1, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
                 (_fetch_gated, (place, feed, tiles_of, total_ptr, D, REVERSE, STAGES)),
             ],
             [4, 1], [216, 56],
@@ -258,8 +251,8 @@ def sum_split(
     else:
         gl.warp_specialize(
             [
-                (_pass, (0, place, decay_ptr, to, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
-                (_pass, (1, place, decay_ptr, to, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
+                (_pass, (0, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
+                (_pass, (1, place, decay_ptr, sum_ptr, tiles_of, scale, H, D, DECAY, REVERSE, PARTS, STAGES, CHAINED)),
                 (_fetch, (place, feed, tiles_of, H, D, DECAY, REVERSE, PARTS, STAGES)),
             ],
             [4, 1], [232, 40],
@@ -278,7 +271,7 @@ def hopper_sum_kernel(
     split, head = gl.load(list_ptr + gl.program_id(0) // H), gl.program_id(0) % H
     first, length = gl.load(first_ptr + split), gl.load(length_ptr + split)
     row = gl.load(row_ptr + split).to(gl.int64)
-    feed, sums = (y_desc, z_desc, decay_ptr, decay_stride_t, decay_stride_h), (sum_ptr, total_ptr, parts_ptr, None)
+    feed, sums = (y_desc, z_desc, decay_ptr, decay_stride_t, decay_stride_h), (sum_ptr, total_ptr, parts_ptr)
     sum_split(first, length, row, head, feed, sums, scale, H, D, DECAY, REVERSE, PARTS, STAGES, False)
 
 
