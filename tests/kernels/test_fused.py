@@ -274,6 +274,8 @@ class TestOnGpu:
         given = forms.random_inputs(spans, 3, 128, 128, decay, 0, device="cuda", dtype=torch.bfloat16)
         if decay == "fixed":  # of unlike reach
             given[0]["log_decay"] = torch.tensor([0.0, -2.0, -0.02], device="cuda")
+        elif decay == "medium":  # heads remember none, one and more splits of 512
+            given[0]["log_decay"] *= torch.tensor([5.0, 0.6, 0.025], device="cuda")
         exact = {name: x if x is None else x.double() for name, x in given[0].items()}
         exact = exact, *(x.double() for x in given[1:])
         tables = Chunked.tables(spans).map(lambda x: x.cuda())
