@@ -50,6 +50,12 @@ def test_help_says_what_every_command_and_benchmark_does(capsys):
     assert "Linear attention on one GPU" in out
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(capsys, command):
+    code, out, _ = printed(capsys, [command, "--help"])
+    assert code == 0 and out.startswith(f"usage: longspan {command} ")
+
+
 def test_version(capsys):
     assert printed(capsys, ["--version"])[:2] == (0, f"longspan {longspan.__version__}\n")
 
