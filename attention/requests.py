@@ -20,12 +20,10 @@ from longspan.parallel.exchange import (
     gather,
     group_rank,
     group_size,
-    let_begin,
     start_all_to_all,
     start_exchange,
 )
 
-HEAD_START = True  # of transfers back before gradients of queries
 GROUPS = 2  # of lists at most, whose keys travel one after the other where nothing else is beside them
 
 
@@ -201,8 +199,6 @@ class Fetched(Asked):
         returned = [x.new_empty(rows, *x.shape[1:]) for x in gradients]
         sends = [run for x in gradients for run in _runs(x[self.own :], self.received)]
         pending = start_exchange(sends, [run for x in returned for run in _runs(x, self.sent)], group)
-        if HEAD_START:
-            let_begin(gradients[0])  # what follows would take all processors, for as long as it runs
         return Pending((pending,), returned + [x[: self.own] for x in gradients])
 
 

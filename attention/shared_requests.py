@@ -68,7 +68,7 @@ def is_cut(rows: int, room: int) -> bool:
 def stage(k, v, keys, strategy, peers) -> Staged | None:
     """Lays keys and values [T, H, D] into this rank's window, for blocks of `keys`, Pieces; None where they are not
     asked for through `peers`, a PeerMemory or None. The same on all ranks."""
-    if peers is None or not peers.blocks:
+    if peers is None:
         return None
     most, (_, heads, head_dim) = max(keys.tokens), k.shape
     sizes = window_sizes(strategy, most, len(keys.tokens), heads, head_dim, k.element_size())

@@ -67,8 +67,6 @@ class Ranks:
     def __init__(self, mesh, device: torch.device, repetitions: int):
         self.mesh, self.device, self.repetitions = mesh, device, repetitions
         self.peers = open_peer_memory(mesh.sp_state_group, mesh.sp_topology, device, peer_kernels, "auto")
-        if self.peers is not None:
-            self.peers.blocks = True  # whatever a benchmark says of blocks
 
     def context(self, lengths, layout: str, strategy: str = "auto"):
         """strategy: of linear attention, as in parallel.linear; with NCCL behind it, not through shared memory."""

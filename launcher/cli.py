@@ -161,6 +161,9 @@ def prepare(argv: list[str]) -> None:
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the corpus without .bin/.idx")
     parser.add_argument("--eod", metavar="TOKEN", help="the tokenizer's token that ends a document")
+    parser.add_argument(
+        "--bos", metavar="TOKEN", help="its token that begins one, such as <|begin_of_text|> of Llama 3 (default: none)"
+    )
     parser.add_argument("--suffix", nargs="+", metavar=".py", help="only files of folders with these endings")
     arguments = parser.parse_args(argv)
     from longspan.launcher.corpus import prepare as prepare_corpus  # imports torch
@@ -170,6 +173,7 @@ def prepare(argv: list[str]) -> None:
         arguments.output,
         arguments.tokenizer,
         eod=arguments.eod,
+        bos=arguments.bos,
         suffixes=arguments.suffix,
     )
 

@@ -108,7 +108,7 @@ class ParallelConfig:
     key_blocks: int = setting(0, "most thread blocks of NCCL for keys on their way, such as 4; 0: NCCL's own choice")
     peer_memory: Literal["auto", "on", "off"] = setting(
         "auto",
-        "states and halos through memory that GPUs of one machine share; on: blocks of sparse layers too; off: by NCCL",
+        "states, halos and blocks of sparse layers through memory that GPUs of one machine share; off: by NCCL",
     )
     backend: Literal["auto", "fa4", "cudnn_ragged", "cudnn", "flash", "cpu", "math"] = setting(
         "auto", "kernel of softmax attention; auto: the fastest that is installed and fits"

@@ -37,6 +37,7 @@ class CorpusInfo:
     eod: int
     documents: int
     tokens: int
+    bos: int | None = None
 
 
 def prepare(
@@ -45,14 +46,16 @@ def prepare(
     tokenizer: str = "bytes",
     *,
     eod: str | None = None,
+    bos: str | None = None,
     suffixes: Collection[str] | None = None,
     progress: Callable[[str], None] = print,
 ) -> CorpusInfo:
-    """Writes the text of `inputs` as one corpus; every document ends with the end-of-document token.
+    """Writes the text of `inputs` as one corpus; every document ends with the end-of-document token, and begins with
+    `bos` if that is given.
 
     inputs: files and folders (see texts.find_files). A .jsonl file is one document a line, any other file one
     document; binary, non-UTF-8 and empty ones are left out and counted. tokenizer: "bytes" or a tokenizer.json; `eod`
-    names its end-of-document token. `progress` gets one line every two seconds and one at the end.
+    and `bos` are tokens of it. `progress` gets one line every two seconds and one at the end.
     The files appear under their names only when all is written. Raises UserError for anything that does not fit.
     """
     if str(output_prefix).endswith(os.sep):
@@ -60,7 +63,8 @@ def prepare(
             f"output {output_prefix}: that is a folder; name the corpus in it, such as {output_prefix}corpus"
         )
     prefix = _prefix(output_prefix)
-    encoder = load_tokenizer(tokenizer, eod)
+    encoder = load_tokenizer(tokenizer, eod, bos)
+    first = [] if encoder.bos is None else [encoder.bos]
     outputs = [Path(f"{prefix}.{kind}").resolve() for kind in ("bin", "idx", "json")]
     files = find_files(inputs, suffixes, exclude=outputs)
     indexed_dataset = _indexed_dataset()
@@ -73,7 +77,7 @@ def prepare(
         documents = tokens = 0
         for texts in reader.batches():
             for ids in encoder.encode_batch(texts):
-                ids = np.concatenate((ids, [encoder.eod]), dtype=dtype, casting="unsafe")
+                ids = np.concatenate((first, ids, [encoder.eod]), dtype=dtype, casting="unsafe")
                 whole, rest = divmod(len(ids), MAX_SEQUENCE)
                 builder.add_document(ids, [MAX_SEQUENCE] * whole + [rest] * (rest > 0))
                 documents += 1
@@ -82,7 +86,7 @@ def prepare(
         if not documents:
             raise UserError(f"input {', '.join(map(str, inputs))}: no text in {len(files)} files ({reader.skipped()})")
         builder.finalize(f"{partial}.idx")
-        info = CorpusInfo(encoder.name, encoder.vocab_size, encoder.eod, documents, tokens)
+        info = CorpusInfo(encoder.name, encoder.vocab_size, encoder.eod, documents, tokens, encoder.bos)
         Path(f"{partial}.json").write_text(json.dumps(asdict(info), indent=2) + "\n")
         # While an older corpus is replaced there is no index: an interruption leaves nothing that looks whole.
         Path(f"{prefix}.idx").unlink(missing_ok=True)

@@ -134,13 +134,13 @@ class Job:
         ):
             if given:
                 raise UserError(f"{setting} is not counted by longspan plan: {remedy}")
-        if self.peer_blocks and (refusal := refusal_of_ranks(self.topology)):
+        if self.config.parallel.peer_memory == "on" and (refusal := refusal_of_ranks(self.topology)):
             raise UserError(cannot_be_honoured(refusal))
 
     @property
     def peer_blocks(self) -> bool:
         """Whether blocks of sparse layers go through memory that GPUs share."""
-        return self.config.parallel.peer_memory == "on"
+        return self.config.parallel.peer_memory != "off" and refusal_of_ranks(self.topology) is None
 
     @property
     def shards(self) -> int:
@@ -258,8 +258,8 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
         yield f"rates of {job.cluster.name} are not measured by longspan"
     if job.sp > 1 and not set(SPARSE_KINDS).isdisjoint(job.config.model.layer_kinds):
         yield "blocks of sparse attention are taken as chosen evenly: where choices agree, ranks fetch fewer"
-    if job.peer_blocks:
-        yield "times of sparse layers are those by NCCL, without what parallel.peer_memory=on saves"
+        if job.peer_blocks:
+            yield "times of sparse layers are those by NCCL, not through shared memory (parallel.peer_memory)"
     if job.offload or job.config.train.offload_activations:
         yield "PCIe and the rate of host memory are not measured, but taken from data sheets"
     if job.offload:

@@ -35,7 +35,7 @@ def generate_run(
         raise UserError(f"{info.path} holds a model of model.task={config.model.task}; `longspan sample` draws with it")
     if prompt_file is not None:
         prompt = _read(Path(prompt_file))
-    encoder = load_tokenizer(tokenizer or _tokenizer_of(config))
+    encoder = load_tokenizer(*((tokenizer,) if tokenizer else _tokenizer_of(config)))
     if encoder.vocab_size > config.model.vocab_size:
         raise UserError(
             f"tokenizer {encoder.name} has {encoder.vocab_size} token ids, the model model.vocab_size="
@@ -43,7 +43,9 @@ def generate_run(
         )
     device = choose_device(config.run.device)
     model = cast(load_model(info, config), getattr(torch, config.train.dtype)).to(device)
-    start = encoder.encode_batch([prompt])[0].tolist() or [encoder.eod]  # behind which documents begin
+    start = [] if encoder.bos is None else [encoder.bos]
+    start += encoder.encode_batch([prompt])[0].tolist()
+    start = start or [encoder.eod]  # behind which documents begin
     print(prompt, end="", flush=True)
     found, shown = [], ""
     for token in continuation(model, start, device, temperature=temperature, top_p=top_p, seed=seed):
@@ -95,8 +97,10 @@ def _read(path: Path) -> str:
         raise UserError(f"--prompt-file {path}: cannot be read ({error}); name a text file in UTF-8") from None
 
 
-def _tokenizer_of(config: Config) -> str:
+def _tokenizer_of(config: Config) -> tuple[str, int, int | None]:
+    """Name, eod and bos."""
     path = Path(f"{config.data.corpora[0].path}.json").expanduser()
     if not path.is_file():
         raise UserError(f"{path} is missing, which says what tokenizer the run has: name it with --tokenizer")
-    return read_info(path).tokenizer
+    info = read_info(path)
+    return info.tokenizer, info.eod, info.bos

@@ -26,6 +26,7 @@ class ByteTokenizer:
 
     name = "bytes"
     eod = 256
+    bos = None
     vocab_size = 257
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -38,12 +39,13 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`; `eod` names the end-of-document token, by default one of END_OF_DOCUMENT_TOKENS.
+    """A `tokenizer.json`. eod: the token that ends a document, or its id, by default one of END_OF_DOCUMENT_TOKENS.
+    bos: one that begins it, by default none.
 
     Raises UserError when the file is missing or malformed, or has no such token.
     """
 
-    def __init__(self, path: str | Path, eod: str | None = None):
+    def __init__(self, path: str | Path, eod: str | int | None = None, bos: str | int | None = None):
         from tokenizers import Tokenizer
 
         path = Path(path).expanduser()
@@ -59,19 +61,24 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        candidates = END_OF_DOCUMENT_TOKENS if eod is None else (eod,)
-        found = [vocabulary[token] for token in candidates if token in vocabulary]
-        if not found:
-            raise UserError(
-                f"tokenizer {path}: no end-of-document token ({', '.join(candidates)}) in its vocabulary of "
-                f"{len(vocabulary)} tokens; name one that it has with --eod"
-            )
         self.name = str(path)
-        self.eod = found[0]
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
 
+        def id_of(option, kind, candidates):
+            found = [vocabulary.get(token, token) for token in candidates]
+            for number in found:
+                if isinstance(number, int):
+                    return number
+            raise UserError(
+                f"tokenizer {path}: no {kind}-of-document token ({', '.join(candidates)}) in its vocabulary of "
+                f"{len(vocabulary)} tokens; name one that it has with {option}"
+            )
+
+        self.eod = id_of("--eod", "end", END_OF_DOCUMENT_TOKENS if eod is None else (eod,))
+        self.bos = None if bos is None else id_of("--bos", "beginning", (bos,))
+
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, without the end-of-document token: int64 [number of tokens]."""
+        """Token ids of each text, without those that begin and end a document: int64 [number of tokens]."""
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
@@ -80,13 +87,18 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load_tokenizer(spec: str | Path, eod: str | None = None) -> ByteTokenizer | HuggingFaceTokenizer:
-    """The tokenizer called `spec`: "bytes", or the path of a tokenizer.json or of the folder that holds one.
+def load_tokenizer(
+    spec: str | Path, eod: str | int | None = None, bos: str | int | None = None
+) -> ByteTokenizer | HuggingFaceTokenizer:
+    """The tokenizer called `spec`: "bytes", or the path of a tokenizer.json or of the folder that holds one, whose
+    documents end with `eod` and begin with `bos`, tokens or their ids.
 
-    Raises UserError when there is no such tokenizer or no end-of-document token.
+    Raises UserError when there is no such tokenizer or token.
     """
     if spec != ByteTokenizer.name:
-        return HuggingFaceTokenizer(spec, eod)
-    if eod is not None:
+        return HuggingFaceTokenizer(spec, eod, bos)
+    if eod not in (None, ByteTokenizer.eod):
         raise UserError(f"--eod {eod}: the byte tokenizer ends documents with its own id 256; drop --eod")
+    if bos is not None:
+        raise UserError(f"--bos {bos}: the byte tokenizer has no token that begins a document; drop --bos")
     return ByteTokenizer()

@@ -77,13 +77,6 @@ def aside(*tensors):
         yield stream.record_event
 
 
-def let_begin(x: torch.Tensor) -> None:
-    """On a GPU, that of x, what is queued from here on begins after communication that was started just before."""
-    with aside(x) as mark:  # two streams wait for one another; one waits for this one before it communicates
-        begun = mark()
-    begun.wait()
-
-
 class Done:
     """Work that is done."""
 

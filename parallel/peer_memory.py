@@ -26,15 +26,13 @@ class PeerMemory:
     kernels: longspan.kernels.peer_triton, or what has its names. windows, flags: int64 [ranks], where each rank's
     window and flags are for this GPU. keep: what owns that memory. allocate: makes more of it, a collective call:
     allocate(words) gives a Room, or None on all ranks where one has no more. received: bytes from other ranks so far.
-    blocks: whether sparse attention's blocks go through it as well.
     """
 
     def __init__(
-        self, kernels, rank: int, windows: torch.Tensor, flags: torch.Tensor, capacity: int, keep=(), allocate=None,
-        blocks: bool = True,
+        self, kernels, rank: int, windows: torch.Tensor, flags: torch.Tensor, capacity: int, keep=(), allocate=None
     ):  # fmt: skip
         self._kernels, self._capacity, self._keep, self.rank = kernels, capacity, keep, rank
-        self._allocate, self._room, self.blocks = allocate, None, blocks
+        self._allocate, self._room = allocate, None
         signals = torch.zeros(2, kernels.CHANNELS, len(windows), dtype=torch.int32, device=windows.device)
         self._signals = flags, signals, rank
         self._world_size, self._under_way, self.received = len(windows), deque(), 0
@@ -123,15 +121,15 @@ class Gathering:
 def open_peer_memory(
     group, topology, device: torch.device, kernels, wanted: Literal["auto", "on", "off"] = "auto"
 ) -> PeerMemory | None:
-    """Shared memory for the ranks of a group, or None where it is not wanted, or with "auto" where there is none; for
-    blocks of sparse attention with "on" alone. kernels: gives what PeerMemory takes. Collective. Raises ValueError, on
-    all ranks, if `wanted` is "on" and it cannot be had."""
+    """Shared memory for the ranks of a group, or None where it is not wanted, or with "auto" where there is none.
+    kernels: gives what PeerMemory takes. Collective. Raises ValueError, on all ranks, if `wanted` is "on" and it cannot
+    be had."""
     if wanted == "off" or wanted == "auto" and group_size(group) == 1:
         return None
     refusal, found = _first(_refusal(topology, device), group), None
     if refusal is None:  # then all ranks try
         try:
-            found = _open(group, device, kernels(), wanted == "on")
+            found = _open(group, device, kernels())
         except Exception as problem:  # what torch raises where memory cannot be shared is not documented
             refusal = f"memory cannot be shared: {type(problem).__name__}: {problem}".splitlines()[0]
         refusal = _first(refusal, group)
@@ -140,7 +138,7 @@ def open_peer_memory(
     if wanted == "on":
         raise ValueError(cannot_be_honoured(refusal))
     if device.type == "cuda":
-        log.info("states travel by NCCL, not through shared memory: %s", refusal)
+        log.info("states and blocks travel by NCCL, not through shared memory: %s", refusal)
     return None
 
 
@@ -179,7 +177,7 @@ def _refusal(topology, device) -> str | None:
     return None
 
 
-def _open(group, device, kernels, blocks) -> PeerMemory:
+def _open(group, device, kernels) -> PeerMemory:
     world_size, rank = group_size(group), dist.get_rank(group)
     flag_words = -(-kernels.flag_words(world_size) // 256) * 256
     room = _share(_memory(flag_words + kernels.SLOTS * world_size * CAPACITY, device), group)
@@ -200,7 +198,7 @@ def _open(group, device, kernels, blocks) -> PeerMemory:
         return _share(memory, group)
 
     flags, keep = room.addresses, (room, group)
-    return PeerMemory(kernels, rank, flags + 4 * flag_words, flags, CAPACITY, keep, allocate, blocks)
+    return PeerMemory(kernels, rank, flags + 4 * flag_words, flags, CAPACITY, keep, allocate)
 
 
 def _memory(words, device):

@@ -112,11 +112,9 @@ def test_nobody_reads_or_writes_too_early():
     run_ranks(one_is_late, 2)
 
 
-def by_the_group(rank, world_size, blocks):
-    if blocks:
-        peer_memory.MOST_ROOM = 1000
+def by_the_group(rank, world_size):
+    peer_memory.MOST_ROOM = 1000
     peers = shared_windows(rank, world_size)
-    peers.blocks = blocks
     layout = contiguous(LENGTHS["one"], world_size)
     given = "full_gqa", layout, rank
     (wanted, _), (found, traffic) = (run(*given, memory, False, torch.float32, None) for memory in (None, peers))
@@ -124,7 +122,6 @@ def by_the_group(rank, world_size, blocks):
     return traffic.calls["all_to_all_single"]
 
 
-@pytest.mark.parametrize("blocks", [True, False], ids=["no room", "not wanted"])
-def test_blocks_go_by_the_group(blocks):
-    """Where a rank's keys and gradients of them are more than windows take, and where `on` has not been set."""
-    assert all(calls > 0 for calls in run_ranks(by_the_group, 2, blocks))
+def test_blocks_go_by_the_group_where_there_is_no_room():
+    """Where a rank's keys and gradients of them are more than windows take."""
+    assert all(calls > 0 for calls in run_ranks(by_the_group, 2))

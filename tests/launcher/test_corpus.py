@@ -11,7 +11,7 @@ from corpora import write_megatron
 from unreadable import locked, open_folder
 
 from longspan.launcher import corpus as corpus_module
-from longspan.launcher.corpus import open_corpus, prepare
+from longspan.launcher.corpus import open_corpus, prepare, read_info
 from longspan.launcher.errors import UserError
 from longspan.launcher.tokenizer import load_tokenizer
 
@@ -153,6 +153,19 @@ def test_hugging_face_tokenizer(tmp_path):
     assert load_tokenizer(tmp_path, eod="<unk>").eod == 0
 
 
+def test_documents_begin_and_end_with_tokens_of_ones_own(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "tokenizer.json", ["<start>", "<stop>"])
+    (tmp_path / "a.txt").write_text("the cat")
+    given = dict(eod="<stop>", bos="<start>", progress=lambda line: None)
+    info = prepare([tmp_path / "a.txt"], tmp_path / "corpus", tmp_path / "tokenizer.json", **given)
+    ids = open_corpus(tmp_path / "corpus").read(0, 0, info.tokens).tolist()
+    assert [ids[0], ids[-1]] == [info.bos, info.eod] == [tokenizer.token_to_id(x) for x in ("<start>", "<stop>")]
+    assert tokenizer.decode(ids[1:-1]).replace("Ġ", "").replace(" ", "") == "thecat"
+    assert read_info(tmp_path / "corpus.json") == info
+    again = load_tokenizer(info.tokenizer, info.eod, info.bos)  # as text is generated
+    assert (again.eod, again.bos) == (info.eod, info.bos)
+
+
 def test_tokenizer_errors(tmp_path):
     make_tokenizer(tmp_path / "tokenizer.json", ["<stop>"])
     (tmp_path / "broken.json").write_text("{}")
@@ -161,7 +174,9 @@ def test_tokenizer_errors(tmp_path):
         ((tmp_path / "tokenizer.json", "</s>"), r"no end-of-document token \(</s>\)"),
         ((tmp_path / "broken.json",), "not a Hugging Face tokenizer.json"),
         (("byte",), "tokenizer byte: no such file; give 'bytes' or"),
+        ((tmp_path / "tokenizer.json", "<stop>", "<s>"), r"no beginning-of-document token \(<s>\) .*--bos"),
         (("bytes", "<eos>"), "drop --eod"),
+        (("bytes", None, "<s>"), "drop --bos"),
     ]:
         with pytest.raises(UserError, match=message):
             load_tokenizer(*arguments)

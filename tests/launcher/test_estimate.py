@@ -330,14 +330,16 @@ def test_windows_that_gpus_share_are_held_once_for_all_layers():
     def found(*settings, gpus="4xH200"):
         return estimate(job_of("model.pattern=[llsa]", "data.seq_len=64K", *settings, gpus=gpus))
 
-    auto, on = found(), found("parallel.peer_memory=on")
+    off, on = found("parallel.peer_memory=off"), found()
     window = 2 * 2**16 * 256 * 2  # on any number of ranks keys and values of all tokens, in bf16
-    assert auto.memory[WINDOWS] == 0 and on.memory[WINDOWS] == window
-    assert on.peak == sum(on.memory.values()) and on.other_peak == auto.other_peak + window
+    assert off.memory[WINDOWS] == 0 and on.memory[WINDOWS] == window
+    assert on.peak == sum(on.memory.values()) and on.other_peak == off.other_peak + window
     assert any("parallel.peer_memory" in note for note in on.notes)
-    assert found("parallel.peer_memory=on", "data.seq_len=4M", "train.checkpointing=full").memory[WINDOWS] == 4 * 2**30
+    assert found("parallel.peer_memory=on").memory == on.memory
+    assert found("data.seq_len=4M", "train.checkpointing=full").memory[WINDOWS] == 4 * 2**30
     for setting in ("data.seq_len=5M", "parallel.sparse=ring", "model.pattern=[linear]"):
-        assert found("parallel.peer_memory=on", setting).memory[WINDOWS] == 0, setting
+        assert found(setting).memory[WINDOWS] == 0, setting
+    assert found(gpus="16xH200").memory[WINDOWS] == 0
     for gpus, part in (("16xH200", "are on 2 machines"), ("H200", "1 ranks share a sequence; it takes 2 to 8")):
         with pytest.raises(UserError, match=f"parallel.peer_memory=on cannot be honoured: .*{part}; use auto or off"):
             found("parallel.peer_memory=on", gpus=gpus)

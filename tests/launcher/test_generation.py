@@ -5,7 +5,7 @@ import torch
 from spawn import run_ranks
 from tiny_runs import tiny_config, train, write_corpus
 
-from longspan.launcher import cli
+from longspan.launcher import cli, generation
 from longspan.launcher.generation import continuation, draw
 from longspan.launcher.stored_models import cast, load_model, stored
 from longspan.launcher.tokenizer import ByteTokenizer
@@ -92,6 +92,16 @@ def test_what_does_not_fit_is_one_line(run, capsys, arguments, said):
         cli.main(["generate", str(run), *arguments])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("longspan: error: ") and said in error
+
+
+@pytest.mark.parametrize("bos, start", [(None, [97, 98]), (7, [7, 97, 98])])
+def test_prompts_begin_as_documents_do(bos, start, run, monkeypatch):
+    encoder, given = ByteTokenizer(), []
+    encoder.bos = bos
+    monkeypatch.setattr(generation, "load_tokenizer", lambda *names: given.append(names) or encoder)
+    monkeypatch.setattr(generation, "continuation", lambda model, ids, device, **_: given.append(ids) or iter([256]))
+    cli.main(["generate", str(run), "--prompt", "ab"])
+    assert given == [("bytes", 256, None), start]
 
 
 def test_a_corpus_of_others_needs_a_named_tokenizer(run, capsys):
