@@ -193,10 +193,11 @@ def _readable(folder: Path) -> Iterator[None]:
     """UserError in place of what reading damaged or missing files raises."""
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         name = Path(error.filename or str(error)).name
+        found = f"has no {name}" if isinstance(error, FileNotFoundError) else "is no folder"
         raise UserError(
-            f"{folder}: has no {name}; name a folder with config.json and {ONE}, or {INDEX} and its files"
+            f"{folder}: {found}; name a folder with config.json and {ONE}, or {INDEX} and its files"
         ) from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from None

@@ -225,7 +225,9 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     assert f"{tmp_path / 'none'}: has no config.json; name a folder with" in error(
         tmp_path / "none", "--output", output
     )
-    (folder / "model-1.safetensors").rename(tmp_path / "away")
+    file = folder / "model-1.safetensors"
+    assert f"{file}: is no folder; name a folder with config.json" in error(file, "--output", output)
+    file.rename(tmp_path / "away")
     assert f"{folder}: has no model-1.safetensors; name" in error(folder, "--output", output)
     (folder / "model-1.safetensors").write_bytes((tmp_path / "away").read_bytes()[:-1])
     assert f"{folder}: cannot be read (SafetensorError" in error(folder, "--output", output)
