@@ -67,6 +67,8 @@ def _allocate(size: int, pinned: bool) -> torch.Tensor:
         memory.madvise(mmap.MADV_HUGEPAGE)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     if pinned:
+        if hasattr(mmap, "MADV_DONTFORK"):  # else a fork copies all of it, or parts it from what the device writes to
+            memory.madvise(mmap.MADV_DONTFORK)
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(torch.Tensor.zero_, buffer.chunk(THREADS)))
         address = buffer.data_ptr()

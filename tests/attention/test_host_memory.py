@@ -1,5 +1,7 @@
 """Host memory for tensors that wait: given out again, never more than was in use at a time, and as laid out as they."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +106,21 @@ def test_memory_stays_pinned_until_copies_from_it_have_ended(cuda):
     memory.give_back(buffer)
     del buffer, memory  # of a model that is dropped
     assert cuda.asked == ["synchronize 3", "unregister"] * 2 and not cuda.pinned
+
+
+def test_no_process_that_is_forked_gets_pinned_memory(cuda):
+    buffer = HostMemory(pinned=True).take(6 * MIB)
+    child = os.fork()
+    if not child:
+        os._exit(any(start <= buffer.data_ptr() < stop for start, stop in mapped()))
+    assert os.waitpid(child, 0)[1] == 0
+    assert any(start <= buffer.data_ptr() < stop for start, stop in mapped())
+
+
+def mapped():
+    """What this process has of addresses."""
+    areas = Path("/proc/self/maps").read_text().splitlines()
+    return [[int(end, 16) for end in area.split()[0].split("-")] for area in areas]
 
 
 def test_a_parcel_dropped_by_any_thread_waits_on_its_own_device(monkeypatch):
