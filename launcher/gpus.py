@@ -83,7 +83,8 @@ LINEAR_NS = {
 # Block-sparse attention on an H200: share of the dense rate forward, and backward, everything included for Hierarchical
 # (llsa layers of a 1B model at 512K tokens, runs_2xH200.json), kernels for TopBlocks (sparse_kernels_H200.json).
 SPARSE_SHARE = {"TopBlocks": (0.75, 0.65), "Hierarchical": (0.15, 0.19)}
-# Bytes per second of a GPU from and to host memory (PCIe 5, 63 by data sheet), and of a host's memory; not measured.
+# Bytes per second of a GPU from and to host memory (55 by one H200 alone, host_memory_H200.json; 63 by data sheet), and
+# of a host's memory, by data sheet.
 HOST_LINK, HOST_RATE = 50e9, 400e9
 # Bytes per second of an update on the host in one thread, which is what torchrun gives a rank: 418 million parameters
 # took 1.84 s more than on the GPU, 40 bytes each (last steps of loss_parity_memory_H200.json, when it ran alone).
