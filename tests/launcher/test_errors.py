@@ -28,8 +28,7 @@ from longspan.launcher.errors import UserError, main_guard
 from longspan.models.config import ModelConfig
 case, rank = sys.argv[1], int(os.environ["RANK"])
 if case == "only at first":
-    from longspan.attention.host_memory import HostMemory
-from longspan.launcher import errors
+    from longspan.launcher import errors
     errors.POLL_SECONDS = 0.01  # so that a failure is seen while the groups are formed
 with main_guard():
     if case == "all ranks, early":
