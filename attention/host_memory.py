@@ -63,12 +63,10 @@ def _allocate(size: int, pinned: bool) -> torch.Tensor:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{size / 2**30:.2f} GiB of host memory cannot be had ({error.strerror})") from None
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    _advise(memory, "MADV_HUGEPAGE")
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     if pinned:
-        if hasattr(mmap, "MADV_DONTFORK"):  # else a fork copies all of it, or parts it from what the device writes to
-            memory.madvise(mmap.MADV_DONTFORK)
+        _advise(memory, "MADV_DONTFORK")  # else a fork copies all of it, or parts it from what the device writes to
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(torch.Tensor.zero_, buffer.chunk(THREADS)))
         address = buffer.data_ptr()
@@ -77,6 +75,13 @@ def _allocate(size: int, pinned: bool) -> torch.Tensor:
             raise MemoryError(f"{size / 2**30:.2f} GiB of host memory cannot be pinned (CUDA error {error})")
         weakref.finalize(buffer, _unpin, torch.cuda.current_device(), address).atexit = False
     return buffer
+
+
+def _advise(memory: mmap.mmap, advice: str) -> None:
+    """What the system does not know it does without."""
+    if hasattr(mmap, advice):
+        with suppress(OSError):
+            memory.madvise(getattr(mmap, advice))
 
 
 def _unpin(device: int, address: int) -> None:

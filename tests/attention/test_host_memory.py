@@ -108,6 +108,11 @@ def test_memory_stays_pinned_until_copies_from_it_have_ended(cuda):
     assert cuda.asked == ["synchronize 3", "unregister"] * 2 and not cuda.pinned
 
 
+def test_systems_without_large_pages(monkeypatch):
+    monkeypatch.setattr(host_memory.mmap, "MADV_HUGEPAGE", 999, raising=False)  # refused, as by kernels without them
+    assert len(HostMemory(pinned=False).take(3 * MIB)) == 4 * MIB
+
+
 def test_no_process_that_is_forked_gets_pinned_memory(cuda):
     buffer = HostMemory(pinned=True).take(6 * MIB)
     child = os.fork()
