@@ -174,7 +174,10 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Every tensor by name with its file."""
     files = [ONE]
     if not (folder / ONE).exists():
-        files = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        named = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+            raise UserError(f"{folder / INDEX}: has no weight_map, which names the file of every tensor")
+        files = sorted(set(named.values()))
     for file in files:
         with safe_open(folder / file, framework="pt") as tensors:
             yield from ((name, folder / file) for name in tensors.keys())
