@@ -66,13 +66,13 @@ def _allocate(size: int, pinned: bool) -> torch.Tensor:
     _advise(memory, "MADV_HUGEPAGE")
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     if pinned:
-        _advise(memory, "MADV_DONTFORK")  # else a fork copies all of it, or parts it from what the device writes to
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(torch.Tensor.zero_, buffer.chunk(THREADS)))
         address = buffer.data_ptr()
         error = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
         if error:
             raise MemoryError(f"{size / 2**30:.2f} GiB of host memory cannot be pinned (CUDA error {error})")
+        _advise(memory, "MADV_DONTFORK")  # else a fork copies all of it, or parts it from what the device writes to
         weakref.finalize(buffer, _unpin, torch.cuda.current_device(), address).atexit = False
     return buffer
 
