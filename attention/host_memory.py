@@ -7,6 +7,7 @@ than what is asked for, and several threads touch their (large) pages before tho
 import mmap
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -32,16 +33,18 @@ class HostMemory:
         self._used, self._most, self._free = 0, 0, {}  # size: buffers
 
     def take(self, num_bytes: int) -> torch.Tensor:
-        """A buffer for so many bytes: uint8 [size]. Raises MemoryError where it cannot be pinned."""
+        """A buffer for so many bytes: uint8 [size]. Raises MemoryError where there is none, or it cannot be pinned."""
         size = buffer_size(num_bytes)
         free = self._free.setdefault(size, [])
-        self._used += size
-        self._most = max(self._most, self._used)
+        most = max(self._most, self._used + size)
         if free:
-            return free.pop()
-        self._shrink(self._most - size)
-        self.held += size
-        return _allocate(size, self.pinned)
+            buffer = free.pop()
+        else:
+            self._shrink(most - size)
+            buffer = _allocate(size, self.pinned)
+            self.held += size
+        self._used, self._most = self._used + size, most
+        return buffer
 
     def give_back(self, buffer: torch.Tensor) -> None:
         self._used -= len(buffer)
@@ -51,23 +54,37 @@ class HostMemory:
         """Frees buffers that nobody uses until no more than so many bytes are left."""
         for size, free in self._free.items():
             while free and self.held > limit:
-                if self.pinned:
-                    torch.cuda.synchronize()  # copies may be under way
                 self.held -= size
                 del free[-1]
 
 
 def _allocate(size: int, pinned: bool) -> torch.Tensor:
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size / 2**30:.2f} GiB of host memory cannot be had ({error.strerror})") from None
+    _advise(memory, "MADV_HUGEPAGE")
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     if pinned:
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(torch.Tensor.zero_, buffer.chunk(THREADS)))
-        runtime, address = torch.cuda.cudart(), buffer.data_ptr()
-        error = int(runtime.cudaHostRegister(address, size, 0))
+        address = buffer.data_ptr()
+        error = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
         if error:
             raise MemoryError(f"{size / 2**30:.2f} GiB of host memory cannot be pinned (CUDA error {error})")
-        weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
+        _advise(memory, "MADV_DONTFORK")  # else a fork copies all of it, or parts it from what the device writes to
+        weakref.finalize(buffer, _unpin, torch.cuda.current_device(), address).atexit = False
     return buffer
+
+
+def _advise(memory: mmap.mmap, advice: str) -> None:
+    """What the system does not know it does without."""
+    if hasattr(mmap, advice):
+        with suppress(OSError):
+            memory.madvise(getattr(mmap, advice))
+
+
+def _unpin(device: int, address: int) -> None:
+    with suppress(RuntimeError):  # of a device that has failed, which copies nothing any more
+        torch.cuda.synchronize(device)  # copies may be under way
+    torch.cuda.cudart().cudaHostUnregister(address)

@@ -57,8 +57,9 @@ class Offload:
         return event
 
     def wait(self, event, device: torch.device) -> None:
-        """Lets the current stream wait for the copies in front of the event."""
-        torch.get_device_module(device).current_stream().wait_event(event)
+        """Lets the device's current stream wait for the copies in front of the event. In any thread: garbage may be
+        collected in one whose device is another."""
+        torch.get_device_module(device).current_stream(device).wait_event(event)
 
 
 class Parcel:

@@ -230,11 +230,10 @@ def evaluate(argv: list[str]) -> None:
 def import_weights(argv: list[str]) -> None:
     """Writes a config for runs that start from weights. Raises UserError for arguments and files that do not fit."""
     parser = _Parser(
-        prog="longspan import",
-        description="Writes a config for training that starts from the weights of a published Llama or Qwen3, or of "
+        "longspan import",
+        "Writes a config for training that starts from the weights of a published Llama or Qwen3, or of "
         "`longspan export`: the model's settings, and checkpoint.weights=PATH. No weights are copied.",
         epilog="More: docs/trained-models.md",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "path", metavar="PATH",
@@ -340,8 +339,7 @@ BENCHMARKS = {
 }  # fmt: skip
 COMMANDS = {
     "prepare": prepare, "plan": plan, "train": train, "verify": verify, "evaluate": evaluate, "import": import_weights,
-    "export": export,
-    "generate": generate, "profile": profile, "sample": sample, "bench": bench, "report": report,
+    "export": export, "generate": generate, "profile": profile, "sample": sample, "bench": bench, "report": report,
 }  # fmt: skip
 COMMAND_HELP = {
     "prepare": "turns text into a corpus",

@@ -101,6 +101,11 @@ def _describe(error: BaseException) -> str:
             " neither failed nor answered: look at its process, machine and network, or raise train.timeout_s if it may"
             " take so long"
         )
+    if isinstance(error, MemoryError) and _raised_by_us(error):  # attention.host_memory
+        return (
+            f"longspan: error: rank {rank} ({host}): {line}, which train.offload_activations=true needs: use a smaller"
+            " data.seq_len or more machines; `longspan plan` says how much a machine needs"
+        )
     if isinstance(error, BrokenPipeError):
         return f"longspan: error: rank {rank} ({host}) stops: what read its output has ended"
     trace = "".join(traceback.format_exception(error)).rstrip()

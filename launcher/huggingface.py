@@ -29,6 +29,7 @@ TYPES = {False: ("llama", "Llama"), True: ("qwen3", "Qwen3")}  # by model.qk_nor
 COMMON = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
 # Of rope_scaling there, by rope_type: constants of models.rope, where it says something of them.
 ROPE_CONSTANTS = {
+    "default": {"factor": 1.0, "partial_rotary_factor": 1.0},
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True},
 }
@@ -80,7 +81,7 @@ def model_settings(config: Mapping[str, Any], source: str) -> ModelConfig:
     model here."""
     config = {key: value for key, value in config.items() if value is not None}
     qk_norm = {kind: normed for normed, (kind, _) in TYPES.items()}
-    if config.get("model_type") not in qk_norm:
+    if config.get("model_type") not in tuple(qk_norm):
         raise UserError(
             f"{source}: model_type={config.get('model_type')} cannot be read, only {' and '.join(qk_norm)}: layers here"
             " have no biases and no experts"
@@ -88,6 +89,8 @@ def model_settings(config: Mapping[str, Any], source: str) -> ModelConfig:
     for key, value in COMMON.items():
         _require(source, key, config.get(key, value), value)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the first since transformers 5
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{source}: rope_scaling is {rope} there, and has settings in the layout of transformers")
     config |= {key: value for key, value in rope.items() if key == "rope_theta"}
     missing = [key for key, default in SETTINGS.values() if default is None and key not in config]
     if missing:
@@ -100,16 +103,17 @@ def model_settings(config: Mapping[str, Any], source: str) -> ModelConfig:
 def _rope(rope: Mapping[str, Any], config: Mapping[str, Any], source: str) -> dict[str, Any]:
     given = {key: value for key, value in rope.items() if value is not None and key != "rope_theta"}
     kind = given.pop("rope_type", given.pop("type", "default"))
-    if kind == "default":
-        return {}
-    if kind not in ROPE_CONSTANTS:
-        known = ", ".join(("default", *ROPE_CONSTANTS))
-        raise UserError(f"{source}: positions of rope_type={kind} are not known here: {known}")
-    trained = given.pop(ORIGINAL, config.get("max_position_embeddings", 0))
-    factor = given.pop("factor", 1)
+    if kind not in tuple(ROPE_CONSTANTS):
+        raise UserError(f"{source}: positions of rope_type={kind} are not known here: {', '.join(ROPE_CONSTANTS)}")
+    settings = {}
+    if kind != "default":
+        if "factor" not in given:
+            raise UserError(f"{source}: {kind} has no factor, which the layout of transformers has")
+        trained = given.pop(ORIGINAL, config.get("max_position_embeddings", 0))
+        settings = {"rope_type": kind, "rope_scaling": given.pop("factor"), "rope_trained": trained}
     for key, value in given.items():
         _require(source, f"{kind}'s {key}", value, ROPE_CONSTANTS[kind].get(key))
-    return {"rope_type": kind, "rope_scaling": factor, "rope_trained": trained}
+    return settings
 
 
 def _require(source: str, key: str, found: Any, wanted: Any) -> None:

@@ -174,7 +174,10 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Every tensor by name with its file."""
     files = [ONE]
     if not (folder / ONE).exists():
-        files = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        named = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+            raise UserError(f"{folder / INDEX}: has no weight_map, which names the file of every tensor")
+        files = sorted(set(named.values()))
     for file in files:
         with safe_open(folder / file, framework="pt") as tensors:
             yield from ((name, folder / file) for name in tensors.keys())
@@ -193,10 +196,11 @@ def _readable(folder: Path) -> Iterator[None]:
     """UserError in place of what reading damaged or missing files raises."""
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         name = Path(error.filename or str(error)).name
+        found = f"has no {name}" if isinstance(error, FileNotFoundError) else "is no folder"
         raise UserError(
-            f"{folder}: has no {name}; name a folder with config.json and {ONE}, or {INDEX} and its files"
+            f"{folder}: {found}; name a folder with config.json and {ONE}, or {INDEX} and its files"
         ) from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from None

@@ -1,5 +1,9 @@
 """Host memory for tensors that wait: given out again, never more than was in use at a time, and as laid out as they."""
 
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,6 +56,85 @@ def test_copies_are_laid_out_as_tensors(device, make):
     host, buffer = traffic.host_like(x)
     assert host.stride() == torch.empty_like(x).stride() and buffer.is_pinned() == (device == "cuda")
     assert host.copy_(x).equal(x.cpu()) and traffic.memory.held == len(buffer) == buffer_size(x.nbytes)
+
+
+class Cuda:
+    """A CUDA runtime that pins no more than `room` bytes, and what it was asked, in order."""
+
+    def __init__(self, room):
+        self.room, self.pinned, self.asked = room, {}, []
+
+    def cudaHostRegister(self, address, size, flags):
+        if sum(self.pinned.values()) + size > self.room:
+            return 2
+        self.pinned[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address):
+        del self.pinned[address]
+        self.asked.append("unregister")
+        return 0
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    runtime = Cuda(8 * MIB)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: runtime.asked.append(f"synchronize {device}"))
+    return runtime
+
+
+def test_memory_that_cannot_be_pinned_or_had_is_not_counted(cuda):
+    memory = HostMemory(pinned=True)
+    buffer = memory.take(6 * MIB)
+    with pytest.raises(MemoryError, match=r"^0\.00 GiB of host memory cannot be pinned \(CUDA error 2\)$"):
+        memory.take(4 * MIB)
+    assert memory.held == 6 * MIB
+    memory.give_back(buffer)
+    del buffer
+    assert len(memory.take(8 * MIB)) == memory.held == 8 * MIB == sum(cuda.pinned.values())
+    with pytest.raises(MemoryError, match=r"^1048576\.00 GiB of host memory cannot be had \(Cannot allocate memory\)$"):
+        HostMemory(pinned=False).take(2**50)
+
+
+def test_memory_stays_pinned_until_copies_from_it_have_ended(cuda):
+    memory = HostMemory(pinned=True)
+    memory.give_back(memory.take(6 * MIB))
+    buffer = memory.take(8 * MIB)
+    assert cuda.asked == ["synchronize 3", "unregister"]
+    memory.give_back(buffer)
+    del buffer, memory  # of a model that is dropped
+    assert cuda.asked == ["synchronize 3", "unregister"] * 2 and not cuda.pinned
+
+
+def test_systems_without_large_pages(monkeypatch):
+    monkeypatch.setattr(host_memory.mmap, "MADV_HUGEPAGE", 999, raising=False)  # refused, as by kernels without them
+    assert len(HostMemory(pinned=False).take(3 * MIB)) == 4 * MIB
+
+
+def test_no_process_that_is_forked_gets_pinned_memory(cuda):
+    buffer = HostMemory(pinned=True).take(6 * MIB)
+    child = os.fork()
+    if not child:
+        os._exit(any(start <= buffer.data_ptr() < stop for start, stop in mapped()))
+    assert os.waitpid(child, 0)[1] == 0
+    assert any(start <= buffer.data_ptr() < stop for start, stop in mapped())
+
+
+def mapped():
+    """What this process has of addresses."""
+    areas = Path("/proc/self/maps").read_text().splitlines()
+    return [[int(end, 16) for end in area.split()[0].split("-")] for area in areas]
+
+
+def test_a_parcel_dropped_by_any_thread_waits_on_its_own_device(monkeypatch):
+    waited = []
+    stream = {"cuda:2": SimpleNamespace(wait_event=waited.append)}
+    module = SimpleNamespace(current_stream=lambda device=None: stream[str(device)])
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    Offload().wait("event", torch.device("cuda:2"))
+    assert waited == ["event"]
 
 
 @pytest.mark.gpu

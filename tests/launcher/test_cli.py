@@ -50,6 +50,12 @@ def test_help_says_what_every_command_and_benchmark_does(capsys):
     assert "Linear attention on one GPU" in out
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(capsys, command):
+    code, out, _ = printed(capsys, [command, "--help"])
+    assert code == 0 and out.startswith(f"usage: longspan {command} ")
+
+
 def test_version(capsys):
     assert printed(capsys, ["--version"])[:2] == (0, f"longspan {longspan.__version__}\n")
 
@@ -92,8 +98,8 @@ def test_train_hands_the_resolved_config_to_the_trainer(monkeypatch):
 def test_prepare_hands_its_arguments_to_the_corpus(monkeypatch):
     calls = []
     monkeypatch.setattr("longspan.launcher.corpus.prepare", lambda *given, **named: calls.append((given, named)))
-    cli.main(["prepare", "--input", "a", "b", "--output", "data/x", "--suffix", ".py", ".md"])
-    assert calls == [((["a", "b"], "data/x", "bytes"), {"eod": None, "suffixes": [".py", ".md"]})]
+    cli.main(["prepare", "--input", "a", "b", "--output", "data/x", "--bos", "<s>", "--suffix", ".py", ".md"])
+    assert calls == [((["a", "b"], "data/x", "bytes"), {"eod": None, "bos": "<s>", "suffixes": [".py", ".md"]})]
 
 
 def test_help_does_not_wait_for_torch():

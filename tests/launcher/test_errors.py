@@ -15,6 +15,7 @@ import torch.distributed as dist
 from spawn import run_ranks
 from tiny_runs import SETTINGS, write_corpus
 
+from longspan.attention.host_memory import HostMemory
 from longspan.launcher import errors
 from longspan.launcher.corpus import open_corpus
 from longspan.launcher.errors import UserError, main_guard
@@ -225,6 +226,21 @@ def test_a_rank_that_was_killed_is_not_taken_for_a_fault_of_those_that_wait_for_
 
         line = _output_of(fail, capsys)
         assert "lost another rank, which ended without a word" in line and line.count("\n") == 1
+
+
+def test_host_memory_that_cannot_be_had_is_one_line(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    class Layer(torch.autograd.Function):  # layers take host memory inside of autograd
+        @staticmethod
+        def forward(ctx, x):
+            HostMemory(pinned=False).take(2**50)
+
+    line = _output_of(lambda: Layer.apply(torch.ones(1, requires_grad=True)), capsys)
+    assert line.startswith("longspan: error: rank 0 (") and line.count("\n") == 1
+    assert "1048576.00 GiB of host memory cannot be had (Cannot allocate memory), which train.offload_act" in line
+    other = _output_of(lambda: bytearray(2**60), capsys)
+    assert other.startswith("Traceback") and "MemoryError" in other
 
 
 def test_output_that_nobody_reads_any_more():

@@ -185,6 +185,12 @@ CONFIGS = {
     "positions of rope_type=dynamic are not known here: default, llama3, yarn": {"rope_scaling": {"type": "dynamic"}},
     "llama3's low_freq_factor is 2.0 there": {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 2.0}},
     "yarn's attention_factor is 2 there and has no counterpart": {"rope_parameters": YARN | {"attention_factor": 2}},
+    "llama3 has no factor": {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "factor": None}},
+    "default's full_attention is {'rope_theta': 5} there and has no": {
+        "rope_parameters": {"full_attention": {"rope_theta": 5}}
+    },
+    "rope_scaling is 8 there, and has settings": {"rope_scaling": 8},
+    "model_type=['llama'] cannot be read": {"model_type": ["llama"]},
     "has no vocab_size, hidden_size, which": {"vocab_size": None, "hidden_size": None},
     "num_layers: expected an integer, found 'three'": {"num_hidden_layers": "three"},
     "model.num_kv_heads=3 does not divide model.num_heads=4": {"num_key_value_heads": 3},
@@ -225,10 +231,15 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     assert f"{tmp_path / 'none'}: has no config.json; name a folder with" in error(
         tmp_path / "none", "--output", output
     )
-    (folder / "model-1.safetensors").rename(tmp_path / "away")
+    file = folder / "model-1.safetensors"
+    assert f"{file}: is no folder; name a folder with config.json" in error(file, "--output", output)
+    file.rename(tmp_path / "away")
     assert f"{folder}: has no model-1.safetensors; name" in error(folder, "--output", output)
     (folder / "model-1.safetensors").write_bytes((tmp_path / "away").read_bytes()[:-1])
     assert f"{folder}: cannot be read (SafetensorError" in error(folder, "--output", output)
+    for content in ("{}", '{"weight_map": []}', '{"weight_map": {"x": 3}}'):
+        (folder / "model.safetensors.index.json").write_text(content)
+        assert "model.safetensors.index.json: has no weight_map, which" in error(folder, "--output", output)
     (folder / "model.safetensors.index.json").unlink()
     assert f"{folder}: has no model.safetensors.index.json; name" in error(folder, "--output", output)
     (folder / "config.json").write_text("[")

@@ -7,7 +7,6 @@ from functools import cache
 import torch
 
 ROWS = 64  # of a warpgroup
-SMALL_BESIDE = 64, 128  # heads so wide may have key blocks smaller than that
 
 
 def takes(q, plan, rows: int, scale: float) -> bool:
@@ -18,7 +17,6 @@ def takes(q, plan, rows: int, scale: float) -> bool:
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[2] in (64, 128)
         and plan.queries.size % ROWS == 0
-        and (plan.keys.size % ROWS == 0 or q.shape[2] in SMALL_BESIDE)
         and plan.rule is None
         and scale > 0
         and 0 < len(plan.queries) * plan.queries.size * q.shape[1] < 2**31
