@@ -2,9 +2,11 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -75,4 +77,20 @@ def memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> float:
 def _had() -> tuple[float, int]:
     """(bytes of this machine's memory for each of its ranks, how many there are)."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks, ranks
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([whole, *allowed(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))]) / ranks, ranks
+
+
+def allowed(groups: Path, root: Path) -> Iterator[int]:
+    """Bytes that a container or a job may have: the limits of this process's control groups and of those above."""
+    if not groups.is_file():
+        return
+    for line in groups.read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2, 1
+            folder, name = root / controllers, "memory.limit_in_bytes" if controllers else "memory.max"
+            below = folder / group.lstrip("/")  # in a container it may not be there, but its limit is at the root
+            for path in (below, *below.parents):
+                if path.is_relative_to(folder) and (path / name).is_file():
+                    with suppress(ValueError, OSError):  # "max"
+                        yield int((path / name).read_text())

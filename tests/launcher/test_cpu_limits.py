@@ -63,6 +63,25 @@ def test_a_model_that_the_machine_cannot_hold_is_refused(monkeypatch):
         check_model(Config.load("hybrid-8b", ["data.corpora=[{path: x}]"]))
 
 
+def test_what_a_container_or_a_job_may_have(tmp_path):
+    def limits(text, **files):
+        (tmp_path / "cgroup").write_text(text)
+        for name, content in files.items():
+            path = tmp_path / "root" / name.replace("__", "/").replace("memory_", "memory.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return sorted(cpu_limits.allowed(tmp_path / "cgroup", tmp_path / "root"))
+
+    assert limits("0::/\n") == [] == [*cpu_limits.allowed(tmp_path / "none", tmp_path)]
+    assert limits("0::/\n", memory_max="max\n") == []
+    assert limits("0::/seen/outside\n", memory_max="4096\n") == [4096]  # in a container
+    assert limits("0::/job/step\n", memory_max="max\n", job__memory_max="2048\n", job__step__memory_max="max\n") == [
+        2048
+    ]
+    assert limits("9:cpu:/job\n4:memory:/old\n", memory__old__memory_limit_in_bytes="512") == [512]
+    assert cpu_limits._had()[0] > 0
+
+
 def test_a_run_asks_before_its_first_step(tmp_path):
     corpus = write_corpus(tmp_path)
     messages = run_ranks(refused, 2, corpus, tmp_path)
