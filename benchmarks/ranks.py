@@ -66,7 +66,7 @@ class Ranks:
 
     def __init__(self, mesh, device: torch.device, repetitions: int):
         self.mesh, self.device, self.repetitions = mesh, device, repetitions
-        self.peers = open_peer_memory(mesh.sp_state_group, mesh.sp_topology, device, peer_kernels, "auto")
+        self.peers = open_peer_memory(mesh.sp_state_group, mesh.sp_topology, device, peer_kernels)
 
     def context(self, lengths, layout: str, strategy: str = "auto"):
         """strategy: of linear attention, as in parallel.linear; with NCCL behind it, not through shared memory."""

@@ -261,7 +261,7 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
         if job.peer_blocks:
             yield "times of sparse layers are those by NCCL, not through shared memory (parallel.peer_memory)"
     if job.offload or job.config.train.offload_activations:
-        yield "PCIe was measured by one H200 alone, the rate of host memory is taken from data sheets"
+        yield "PCIe is taken as 50 GB/s a GPU (one H200 alone has 55), the rate of host memory from data sheets"
     if job.offload:
         yield "the host updates in one thread of each rank, as torchrun has it: OMP_NUM_THREADS=8 or so takes less"
     if seconds.get(WAITING, 0.0) > 0.02 * sum(seconds.values()):

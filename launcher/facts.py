@@ -24,7 +24,7 @@ def facts_of(config: Config) -> dict[str, str]:
         f"{section}.{name}": str(value) for section, fields in asdict(config).items() for name, value in fields.items()
     }
     corpora = *config.data.corpora, *config.data.validation_corpora
-    return settings | versions() | sizes(corpus.path for corpus in corpora) | _weights(config.checkpoint.weights)
+    return settings | versions() | sizes(corpus.path for corpus in corpora)
 
 
 def versions() -> dict[str, str]:
@@ -40,11 +40,9 @@ def sizes(corpora: Iterable[str]) -> dict[str, str]:
     return {file: _size(Path(file)) for prefix in corpora for file in (f"{prefix}.idx", f"{prefix}.bin")}
 
 
-def _weights(folder: str) -> dict[str, str]:
-    """Sizes of the files that a new run starts from."""
-    if not folder:
-        return {}
-    files = [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]
+def weights_in(folder: Path) -> dict[str, str]:
+    """Sizes of the files that a new run starts from; one that goes on does not need them."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return {str(file): _size(file) for file in files}
 
 

@@ -24,7 +24,7 @@ from longspan.launcher.config import CheckpointConfig, Config
 from longspan.launcher.cpu_limits import check_model, check_step
 from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
-from longspan.launcher.facts import facts_of
+from longspan.launcher.facts import facts_of, weights_in
 from longspan.launcher.files import replace_text, writing
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
 from longspan.launcher.profiling import StepProfiler
@@ -123,7 +123,9 @@ class Trainer:
         with mesh.device:
             model = build_model(config.model)
         if start is None and config.checkpoint.weights:
-            weights.take_over(weights.find(Path(config.checkpoint.weights)), model)
+            folder = Path(config.checkpoint.weights)
+            agree_on(weights_in(folder))
+            weights.take_over(weights.find(folder), model)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = parallelize(
             model,

@@ -30,7 +30,7 @@ class PeerMemory:
 
     def __init__(
         self, kernels, rank: int, windows: torch.Tensor, flags: torch.Tensor, capacity: int, keep=(), allocate=None
-    ):  # fmt: skip
+    ):
         self._kernels, self._capacity, self._keep, self.rank = kernels, capacity, keep, rank
         self._allocate, self._room = allocate, None
         signals = torch.zeros(2, kernels.CHANNELS, len(windows), dtype=torch.int32, device=windows.device)

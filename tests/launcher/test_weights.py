@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from spawn import run_ranks
 from tiny_runs import SETTINGS, rows, start, tiny_config, train, write_corpus
 
-from longspan.launcher import cli
+from longspan.launcher import cli, trainer
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.export import export_run
-from longspan.launcher.facts import facts_of
+from longspan.launcher.facts import weights_in
 from longspan.launcher.stored_models import load_model, stored
 from longspan.launcher.weights import find, import_model, take_over
 from longspan.models.build import build_model
@@ -391,11 +391,33 @@ REFUSED = {
 }
 
 
-def test_ranks_compare_sizes_of_files(trained):
-    config = Config.load(trained / "config.yaml", ["data.corpora=[{path: x}]"])
+def test_ranks_compare_sizes_of_files_that_a_new_run_reads(trained, tmp_path):
     files = sorted(path for path in (trained / "published").iterdir() if path.name != "model.safetensors.index.json")
     sizes = {str(file): f"{file.stat().st_size} bytes" for file in files}
-    assert len(sizes) == 3 and sizes.items() <= facts_of(config).items()
+    assert len(sizes) == 3 and weights_in(trained / "published") == sizes
+    for said in run_ranks(_other_files, 2, trained, tmp_path, timeout=300):
+        assert "ranks differ: " in said
+        assert f"{files[-1]} is {sizes[str(files[-1])]} on rank 0 and 7 bytes on rank 1" in said
+
+
+def _other_files(rank, world_size, folder, tmp_path):
+    def otherwise(place):
+        found = weights_in(place)
+        return found | {max(found): "7 bytes"} if rank else found
+
+    settings = _settings(folder / "corpus", tmp_path / "run", "train.steps=2")
+    same, trainer.weights_in = trainer.weights_in, otherwise
+    with pytest.raises(UserError) as error:
+        start(Config.load(folder / "config.yaml", settings))
+    trainer.weights_in = same
+    run = start(Config.load(folder / "config.yaml", settings))
+    run.train()
+    run.close()
+    trainer.weights_in = otherwise
+    run = start(Config.load(folder / "config.yaml", [*settings, "train.steps=3"]))  # reads its checkpoint alone
+    assert run.step == 2
+    run.close()
+    return str(error.value)
 
 
 def test_widths_of_linear_layers_that_do_not_fit(trained):
