@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longspan.attention.host_memory import HostMemory
+from longspan.attention.host_buffers import HostBuffers
 
 LEAST_BYTES = 2**20  # smaller tensors stay: a copy of them costs more than it frees
 
@@ -33,7 +33,7 @@ class Offload:
 
     def host_like(self, tensor):
         """(host memory for a copy of the tensor, the buffer that it lies in)."""
-        self.memory = self.memory or HostMemory(pinned=tensor.is_cuda)
+        self.memory = self.memory or HostBuffers(pinned=tensor.is_cuda)
         buffer = self.memory.take(tensor.nbytes)
         strides = torch.empty_like(tensor, device="meta").stride()
         return buffer[: tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, strides), buffer

@@ -101,7 +101,7 @@ def _describe(error: BaseException) -> str:
             " neither failed nor answered: look at its process, machine and network, or raise train.timeout_s if it may"
             " take so long"
         )
-    if isinstance(error, MemoryError) and _raised_by_us(error):  # attention.host_memory
+    if isinstance(error, MemoryError) and _raised_by_us(error):  # attention.host_buffers
         return (
             f"longspan: error: rank {rank} ({host}): {line}, which train.offload_activations=true needs: use a smaller"
             " data.seq_len or more machines; `longspan plan` says how much a machine needs"

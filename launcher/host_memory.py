@@ -4,7 +4,7 @@ torch gives out pinned memory in powers of two and keeps what is given back, so 
 count as the next one.
 """
 
-from longspan.attention.host_memory import buffer_size
+from longspan.attention.host_buffers import buffer_size
 from longspan.launcher.gpus import PROCESS
 from longspan.models.activations import Measured
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from spawn import run_ranks
 from tiny_runs import SETTINGS, write_corpus
 
-from longspan.attention.host_memory import HostMemory
+from longspan.attention.host_buffers import HostBuffers
 from longspan.launcher import errors
 from longspan.launcher.corpus import open_corpus
 from longspan.launcher.errors import UserError, main_guard
@@ -234,7 +234,7 @@ def test_host_memory_that_cannot_be_had_is_one_line(capsys, monkeypatch):
     class Layer(torch.autograd.Function):  # layers take host memory inside of autograd
         @staticmethod
         def forward(ctx, x):
-            HostMemory(pinned=False).take(2**50)
+            HostBuffers(pinned=False).take(2**50)
 
     line = _output_of(lambda: Layer.apply(torch.ones(1, requires_grad=True)), capsys)
     assert line.startswith("longspan: error: rank 0 (") and line.count("\n") == 1

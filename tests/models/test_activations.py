@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import longspan.attention.offload as offload
-from longspan.attention.host_memory import buffer_size
+from longspan.attention.host_buffers import buffer_size
 from longspan.models.activations import GRADIENTS, LOSS, NORMS, measure
 from longspan.models.build import build_model
 from longspan.models.checkpointing import checkpoint_blocks

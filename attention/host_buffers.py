@@ -21,7 +21,7 @@ def buffer_size(num_bytes: int) -> int:
     return (last // step + 1) * step
 
 
-class HostMemory:
+class HostBuffers:
     """Buffers that are copied to and from on one stream: one given back may be taken while a copy from it is under way.
 
     pinned: for copies that run beside computation on a GPU. held: bytes of all buffers, never more than were in use at

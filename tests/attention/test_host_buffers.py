@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.attention import host_memory
-from longspan.attention.host_memory import HostMemory, buffer_size
+from longspan.attention import host_buffers
+from longspan.attention.host_buffers import HostBuffers, buffer_size
 from longspan.attention.offload import Offload
 
 KIB, MIB = 2**10, 2**20
@@ -19,12 +19,12 @@ KIB, MIB = 2**10, 2**20
 @given(st.integers(0, 2**40))
 def test_sizes(num_bytes):
     size = buffer_size(num_bytes)
-    assert num_bytes <= size <= max(num_bytes + host_memory.PAGE, num_bytes * 17 / 16)
-    assert size % host_memory.PAGE == 0 and buffer_size(size) == size
+    assert num_bytes <= size <= max(num_bytes + host_buffers.PAGE, num_bytes * 17 / 16)
+    assert size % host_buffers.PAGE == 0 and buffer_size(size) == size
 
 
 def test_the_same_sizes_take_no_more_the_next_time():
-    memory, sizes = HostMemory(pinned=False), [3 * MIB, 3 * MIB, 8 * MIB, 0]
+    memory, sizes = HostBuffers(pinned=False), [3 * MIB, 3 * MIB, 8 * MIB, 0]
     held = []
     for _ in range(3):
         buffers = [memory.take(size) for size in sizes]
@@ -39,7 +39,7 @@ def test_the_same_sizes_take_no_more_the_next_time():
 
 @given(st.lists(st.lists(st.integers(0, 64 * MIB), max_size=5), max_size=8))
 def test_no_more_is_held_than_was_in_use_at_a_time(steps):
-    memory, most = HostMemory(pinned=False), 0
+    memory, most = HostBuffers(pinned=False), 0
     for sizes in steps:
         buffers = [memory.take(size) for size in sizes]
         most = max(most, sum(map(len, buffers)))
@@ -86,7 +86,7 @@ def cuda(monkeypatch):
 
 
 def test_memory_that_cannot_be_pinned_or_had_is_not_counted(cuda):
-    memory = HostMemory(pinned=True)
+    memory = HostBuffers(pinned=True)
     buffer = memory.take(6 * MIB)
     with pytest.raises(MemoryError, match=r"^0\.00 GiB of host memory cannot be pinned \(CUDA error 2\)$"):
         memory.take(4 * MIB)
@@ -95,11 +95,11 @@ def test_memory_that_cannot_be_pinned_or_had_is_not_counted(cuda):
     del buffer
     assert len(memory.take(8 * MIB)) == memory.held == 8 * MIB == sum(cuda.pinned.values())
     with pytest.raises(MemoryError, match=r"^1048576\.00 GiB of host memory cannot be had \(Cannot allocate memory\)$"):
-        HostMemory(pinned=False).take(2**50)
+        HostBuffers(pinned=False).take(2**50)
 
 
 def test_memory_stays_pinned_until_copies_from_it_have_ended(cuda):
-    memory = HostMemory(pinned=True)
+    memory = HostBuffers(pinned=True)
     memory.give_back(memory.take(6 * MIB))
     buffer = memory.take(8 * MIB)
     assert cuda.asked == ["synchronize 3", "unregister"]
@@ -109,12 +109,12 @@ def test_memory_stays_pinned_until_copies_from_it_have_ended(cuda):
 
 
 def test_systems_without_large_pages(monkeypatch):
-    monkeypatch.setattr(host_memory.mmap, "MADV_HUGEPAGE", 999, raising=False)  # refused, as by kernels without them
-    assert len(HostMemory(pinned=False).take(3 * MIB)) == 4 * MIB
+    monkeypatch.setattr(host_buffers.mmap, "MADV_HUGEPAGE", 999, raising=False)  # refused, as by kernels without them
+    assert len(HostBuffers(pinned=False).take(3 * MIB)) == 4 * MIB
 
 
 def test_no_process_that_is_forked_gets_pinned_memory(cuda):
-    buffer = HostMemory(pinned=True).take(6 * MIB)
+    buffer = HostBuffers(pinned=True).take(6 * MIB)
     child = os.fork()
     if not child:
         os._exit(any(start <= buffer.data_ptr() < stop for start, stop in mapped()))
@@ -139,7 +139,7 @@ def test_a_parcel_dropped_by_any_thread_waits_on_its_own_device(monkeypatch):
 
 @pytest.mark.gpu
 def test_buffers_are_given_up_while_copies_from_them_are_under_way():
-    memory, size = HostMemory(pinned=True), 256 * MIB
+    memory, size = HostBuffers(pinned=True), 256 * MIB
     buffer = memory.take(size)
     buffer.fill_(7)
     there = torch.empty(size, dtype=torch.uint8, device="cuda")
