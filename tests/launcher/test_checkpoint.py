@@ -105,19 +105,19 @@ def _fake_with_digests(run_dir, step, content):
 
 def test_verify_reads_all_checkpoints_of_a_run(tmp_path, capsys):
     old, whole = _fake(tmp_path, 1), _fake_with_digests(tmp_path, 2, b"12345")
-    cli.verify([str(tmp_path)])
+    cli.COMMANDS["verify"]([str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [
         f"{old}: files have their sizes; it is of an earlier release, without digests",
         f"{whole}: all files are as they were written",
     ]
     damaged = _fake_with_digests(tmp_path, 3, b"12346")
     with pytest.raises(UserError, match=f"damaged checkpoints in {tmp_path}: 1"):
-        cli.verify([str(tmp_path)])
+        cli.COMMANDS["verify"]([str(tmp_path)])
     assert f"{damaged} is damaged (weights has other bytes" in capsys.readouterr().out
-    cli.verify([str(whole)])
+    cli.COMMANDS["verify"]([str(whole)])
     assert capsys.readouterr().out == f"{whole}: all files are as they were written\n"
     with pytest.raises(UserError, match="no complete checkpoint there"):
-        cli.verify([str(tmp_path / "nowhere")])
+        cli.COMMANDS["verify"]([str(tmp_path / "nowhere")])
 
 
 @pytest.mark.filterwarnings("ignore")  # that there is one process

@@ -330,7 +330,7 @@ def test_table_beside_a_plan(runs, capsys):
     for name, seconds in planned.items():
         row = table[{value: key for key, value in PLANNED.items()}.get(name, name)]
         assert row.endswith(f"{1000 * seconds:,.1f}")
-    cli.profile([str(runs[0] / "full")])
+    cli.COMMANDS["profile"]([str(runs[0] / "full")])
     printed = capsys.readouterr().out
     assert "profile of steps 2 to 3, ranks 0, 1" in printed and "validation and saving, not in the step" in printed
 
@@ -348,7 +348,7 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="profile.ranks has 4, but the run has the ranks 0 to 3"):
         config.validate(world_size=4)
     with pytest.raises(UserError, match="no run directory with a profile"):
-        cli.profile([str(tmp_path)])
+        cli.COMMANDS["profile"]([str(tmp_path)])
 
 
 def test_memory_needs_a_gpu_and_a_resumed_run_says_what_it_skips(tmp_path):
