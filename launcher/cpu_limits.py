@@ -12,8 +12,9 @@ import torch
 
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
-from longspan.launcher.estimate import COUNTED, MASTER, MOMENTS, prepare
+from longspan.launcher.estimate import COUNTED, prepare
 from longspan.launcher.gpus import GIB
+from longspan.launcher.state_sizes import MASTER, state_sizes
 from longspan.models.activations import measure
 from longspan.models.flops import model_flops, num_parameters
 from longspan.parallel.mesh import Mesh
@@ -70,8 +71,8 @@ def memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> float:
         config.model, lengths, world_size=mesh.sp, dtype=getattr(torch, train.dtype), gpu=False, tp=mesh.tp,
         prepare=partial(prepare, train),
     )  # fmt: skip
-    states = (2 * MASTER + MOMENTS) * measured.num_parameters * mesh.tp / mesh.world_size
-    return measured.peak + sum(measured.put_away) + states
+    states = state_sizes(measured.num_parameters, mesh.shards)
+    return measured.peak + sum(measured.put_away) + sum(states.values())
 
 
 def _had() -> tuple[float, int]:

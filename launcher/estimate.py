@@ -19,7 +19,8 @@ from longspan.launcher.config import Config, TrainConfig
 from longspan.launcher.errors import UserError
 from longspan.launcher.gpus import CONTEXT, FRAGMENTS, LAUNCH_S, Cluster
 from longspan.launcher.host_memory import host_memory
-from longspan.launcher.step_time import HEAD_PARALLEL, MASTER, WAITING, step_seconds
+from longspan.launcher.state_sizes import MASTER, state_sizes
+from longspan.launcher.step_time import HEAD_PARALLEL, WAITING, step_seconds
 from longspan.models.activations import GRADIENTS, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import SPARSE_KINDS
@@ -27,7 +28,6 @@ from longspan.models.flops import model_flops, num_parameters
 from longspan.parallel.peer_memory import cannot_be_honoured, refusal_of_ranks
 from longspan.parallel.topology import Topology
 
-MOMENTS = 8  # bytes of Adam's two moments of a parameter
 GATHERED = 3  # blocks whose parameters are whole at once: in use, arriving, and in the buffer they arrived in
 WINDOWS = "windows shared with other ranks"
 COUNTED = ("top", "hierarchical")  # of model.sparse_selection
@@ -153,6 +153,10 @@ class Job:
         """Whether parameters, gradients and optimizer states are in host memory."""
         return self.config.optim.offload == "cpu"
 
+    def state_sizes(self, num_parameters: int) -> dict[str, float]:
+        """Bytes that a GPU keeps of so many parameters from step to step, by what they are."""
+        return state_sizes(0 if self.offload else num_parameters, self.shards)
+
     @property
     def reduce_size(self) -> int:
         """Bytes of a number of a gradient that travels."""
@@ -208,8 +212,7 @@ def estimate(job: Job) -> Estimate:
     """What a step of the job takes and holds."""
     measured = job.measure()
     memory = memory_at_peak(job, measured)
-    states = 0 if job.offload else (2 * MASTER + MOMENTS) * measured.num_parameters / job.shards
-    states += memory[WINDOWS]
+    states = sum(job.state_sizes(measured.num_parameters).values()) + memory[WINDOWS]
     seconds = step_seconds(job, measured)
     model, samples, count = job.config.model, job.config.train.global_batch, job.cluster.count
     mfu = model_flops(model, job.lengths) * samples / sum(seconds.values()) / count / (job.cluster.peak_tflops * 1e12)
@@ -227,15 +230,12 @@ def usable(cluster: Cluster) -> float:
 
 def memory_at_peak(job: Job, measured: Measured) -> dict[str, float]:
     """Bytes of a rank by what they are, when most exist."""
-    share = 0 if job.offload else measured.num_parameters / job.shards
-    at_peak = dict(measured.at_peak)
+    states, at_peak = job.state_sizes(measured.num_parameters), dict(measured.at_peak)
     gradients = at_peak.pop(GRADIENTS, 0)
-    if job.micro_batches > 1:  # those of the micro-batches before
-        gradients = MASTER * share
+    if job.micro_batches == 1:  # else all of them, from the micro-batches before
+        states["gradients"] = gradients
     return {
-        "parameters": MASTER * share,
-        "optimizer state": MOMENTS * share,
-        "gradients": gradients,
+        **states,
         "gathered parameters, reduced gradients": sharding_buffers(job, measured),
         WINDOWS: measured.window,
         **at_peak,

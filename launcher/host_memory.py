@@ -6,9 +6,8 @@ count as the next one.
 
 from longspan.attention.host_buffers import buffer_size
 from longspan.launcher.gpus import PROCESS
+from longspan.launcher.state_sizes import MASTER, MOMENTS
 from longspan.models.activations import Measured
-
-PARAMETER, GRADIENT, MOMENTS = 4, 4, 8  # bytes of a parameter with optim.offload=cpu; the moments are not pinned
 
 
 def host_memory(job, measured: Measured) -> dict[str, float]:
@@ -16,8 +15,8 @@ def host_memory(job, measured: Measured) -> dict[str, float]:
     found = {"processes": PROCESS, "what layers keep": sum(map(buffer_size, measured.put_away))}
     if job.offload:
         shares = [size / job.shards for size in measured.parameter_sizes]
-        found["parameters, gradients"] = sum(_pinned(PARAMETER * s) + _pinned(GRADIENT * s) for s in shares)
-        found["optimizer state"] = MOMENTS * sum(shares)
+        found["parameters, gradients"] = sum(2 * _pinned(MASTER * share) for share in shares)
+        found["optimizer state"] = MOMENTS * sum(shares)  # not pinned
     return {name: size * job.cluster.per_node for name, size in found.items() if size}
 
 

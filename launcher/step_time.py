@@ -27,12 +27,12 @@ from longspan.launcher.gpus import (
     SPARSE_SHARE,
     THREAD_RATE,
 )
+from longspan.launcher.state_sizes import MASTER
 from longspan.models.activations import LOSS, Measured, Stage
 from longspan.parallel.costs import token_bytes
 from longspan.parallel.layout import Span
 
 EXPOSED, WAITING, COPIES = "communication, exposed", "waiting for the host", "copies of sharding"
-MASTER = 4  # bytes of a parameter in fp32
 OPTIMIZER_TRAFFIC = 40  # bytes per parameter: norm, clipping, and an update that reads four numbers and writes three
 HEAD_PARALLEL = ("ulysses", "usp", "hybrid")
 CALL_LAUNCHES = 8  # kernels of one call of attention, about

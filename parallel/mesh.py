@@ -42,6 +42,11 @@ class Mesh:
     def world_size(self) -> int:
         return self.dp * self.sp * self.tp
 
+    @property
+    def shards(self) -> int:
+        """Ranks that share one copy of the parameters, or of a tensor-parallel rank's part of them."""
+        return self.fsdp_mesh.size(self.fsdp_mesh.ndim - 1)
+
     def __str__(self) -> str:
         shared = f" x {self.tp} tensor-parallel" if self.tp > 1 else ""
         return f"{self.dp} data-parallel x {self.sp} sequence-parallel{shared}"

@@ -15,7 +15,7 @@ from longspan.launcher.errors import UserError
 from longspan.launcher.gpus import GIB
 
 MODEL_ALONE = 80_000  # bytes that hold the weights of tiny_runs, and no step
-MESH = SimpleNamespace(sp=2, tp=1, world_size=2)
+MESH = SimpleNamespace(sp=2, tp=1, world_size=2, shards=2)
 
 
 def batch(*lengths):
@@ -52,6 +52,8 @@ def test_memory_is_what_a_step_holds_and_all_states():
     states = 16 * 968_160 / 2
     assert long - states == pytest.approx(2 * (short - states), rel=0.02)
     assert memory(config_of("train.checkpointing=full"), MESH, [2**15]) < 0.7 * long
+    whole = SimpleNamespace(**vars(MESH) | {"shards": 1})  # parallel.engine=ddp
+    assert memory(config_of(), whole, [2**14]) - short == states
     away = memory(config_of("train.checkpointing=full", "train.offload_activations=true"), MESH, [2**20])
     assert away == pytest.approx(memory(config_of("train.checkpointing=full"), MESH, [2**20]), rel=0.2)
 

@@ -20,6 +20,7 @@ def test_groups_of_four_ranks():
         first = rank // 2 * 2
         assert seen["sp 2"] == (2, 2, rank // 2, rank % 2, [first, first + 1], (4,))
         assert seen["hsdp"][-1] == (2, 2) and seen["hsdp shards"] == [first, first + 1]
+        assert seen["shards"] == [4, 2, 1]
         assert (
             "parallel.sp=3 does not divide the 4 ranks of this run; use one of 1, 2, 4, or 0 for all" in seen["refused"]
         )
@@ -40,6 +41,7 @@ def _groups(rank, world_size):
     mesh = _build(4, "hsdp")
     seen["hsdp"] = _describe(mesh)
     seen["hsdp shards"] = dist.get_process_group_ranks(mesh.fsdp_mesh.get_group("shard"))
+    seen["shards"] = [_build(4, sharding).shards for sharding in ("fsdp", "hsdp", "none")]
     os.environ["LOCAL_WORLD_SIZE"] = "3"
     with pytest.raises(ValueError) as error:
         _build(2, "hsdp")
