@@ -6,8 +6,10 @@ than what is asked for, and several threads touch their (large) pages before tho
 
 import mmap
 import weakref
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from threading import Lock
 
 import torch
 
@@ -25,30 +27,39 @@ class HostBuffers:
     """Buffers that are copied to and from on one stream: one given back may be taken while a copy from it is under way.
 
     pinned: for copies that run beside computation on a GPU. held: bytes of all buffers, never more than were in use at
-    a time.
+    a time. Any thread may take buffers and give them back, also one that collects garbage amid a call of `take`: what
+    is given back is counted by the next `take`, under a lock that nothing else needs.
     """
 
     def __init__(self, *, pinned: bool):
         self.pinned, self.held = pinned, 0
         self._used, self._most, self._free = 0, 0, {}  # size: buffers
+        self._lock, self._given_back = Lock(), deque()
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """A buffer for so many bytes: uint8 [size]. Raises MemoryError where there is none, or it cannot be pinned."""
         size = buffer_size(num_bytes)
-        free = self._free.setdefault(size, [])
-        most = max(self._most, self._used + size)
-        if free:
-            buffer = free.pop()
-        else:
-            self._shrink(most - size)
-            buffer = _allocate(size, self.pinned)
-            self.held += size
-        self._used, self._most = self._used + size, most
-        return buffer
+        with self._lock:
+            self._count_free()
+            free = self._free.setdefault(size, [])
+            most = max(self._most, self._used + size)
+            if free:
+                buffer = free.pop()
+            else:
+                self._shrink(most - size)
+                buffer = _allocate(size, self.pinned)
+                self.held += size
+            self._used, self._most = self._used + size, most
+            return buffer
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        self._used -= len(buffer)
-        self._free[len(buffer)].append(buffer)
+        self._given_back.append(buffer)  # in one step, whatever it comes between
+
+    def _count_free(self) -> None:
+        while self._given_back:
+            buffer = self._given_back.popleft()
+            self._used -= len(buffer)
+            self._free[len(buffer)].append(buffer)
 
     def _shrink(self, limit: int) -> None:
         """Frees buffers that nobody uses until no more than so many bytes are left."""

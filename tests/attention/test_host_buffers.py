@@ -1,7 +1,10 @@
 """Host memory for tensors that wait: given out again, never more than was in use at a time, and as laid out as they."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +59,52 @@ def test_copies_are_laid_out_as_tensors(device, make):
     host, buffer = traffic.host_like(x)
     assert host.stride() == torch.empty_like(x).stride() and buffer.is_pinned() == (device == "cuda")
     assert host.copy_(x).equal(x.cpu()) and traffic.memory.held == len(buffer) == buffer_size(x.nbytes)
+
+
+def test_buffers_given_back_while_others_are_counted(monkeypatch):
+    """Whatever runs may be interrupted by a collection of garbage, which gives back what it finds."""
+    memory, garbage = HostBuffers(pinned=False), []
+
+    class Buffer(SimpleNamespace):
+        def __len__(self):
+            while garbage:
+                memory.give_back(garbage.pop())
+            return self.size
+
+    def allocate(size, pinned):
+        while garbage:
+            memory.give_back(garbage.pop())
+        return Buffer(size=size)
+
+    monkeypatch.setattr(host_buffers, "_allocate", allocate)
+    first, *others = [memory.take(2 * MIB) for _ in range(5)]
+    garbage += others[:2]
+    memory.give_back(first)
+    taken = [memory.take(2 * MIB)]
+    garbage += others[2:]
+    taken.append(memory.take(4 * MIB))
+    assert memory.held == 10 * MIB  # as were in use at a time; now 6 are, and 4 free
+    for buffer in taken:
+        memory.give_back(buffer)
+    assert len(memory.take(64 * MIB)) == memory.held  # of nobody else's
+
+
+def test_threads_that_take_buffers_at_once(monkeypatch):
+    """A thread that runs a backward recomputes, and keeps, while another one runs a forward."""
+    memory, both = HostBuffers(pinned=False), Barrier(2)
+    for buffer in [memory.take(2 * MIB) for _ in range(5)]:
+        memory.give_back(buffer)
+    allocate = host_buffers._allocate
+
+    def allocate_at_once(size, pinned):
+        with suppress(BrokenBarrierError):
+            both.wait(0.2)
+        return allocate(size, pinned)
+
+    monkeypatch.setattr(host_buffers, "_allocate", allocate_at_once)
+    with ThreadPoolExecutor(2) as threads:
+        buffers = list(threads.map(memory.take, [4 * MIB, 8 * MIB]))
+    assert memory.held == sum(map(len, buffers)) == 12 * MIB
 
 
 class Cuda:
