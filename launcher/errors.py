@@ -150,23 +150,35 @@ class _Alarm:
     def __init__(self):
         from torch.distributed import PrefixStore, TCPStore
 
-        try:
-            address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']} without a valid {error}: start several ranks with torchrun"
-            ) from None
-        # torchrun's agent hosts the store; under other launchers rank 0 does, and init_process_group shares it.
-        self._hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._world_size = int(os.environ["WORLD_SIZE"])
-        store = TCPStore(
-            address,
-            port,
-            is_master=self._hosts_store,
-            timeout=timedelta(seconds=CONNECT_SECONDS),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
+        address, port, rank = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+        for name, value, fits in (
+            ("MASTER_ADDR", address, address != ""),
+            ("MASTER_PORT", port, port.isdecimal() and int(port) < 2**16),
+            ("RANK", rank, rank.isdecimal() and int(rank) < self._world_size),
+        ):
+            if not fits:
+                found = f"{name}={value}" if value else f"no {name}"
+                raise UserError(f"WORLD_SIZE={self._world_size} with {found}: start several ranks with torchrun")
+        # torchrun's agent hosts the store; under other launchers rank 0 does, and init_process_group shares it.
+        self._hosts_store = int(rank) == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            store = TCPStore(
+                address,
+                int(port),
+                is_master=self._hosts_store,
+                timeout=timedelta(seconds=CONNECT_SECONDS),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except RuntimeError as error:
+            remedy = "rank 0 has to run there, and what it says tells more; this machine has to reach it"
+            if self._hosts_store:
+                remedy = "use a free port of this machine"
+            raise UserError(
+                f"rank {rank} ({socket.gethostname()}) cannot meet the others at MASTER_ADDR={address},"
+                f" MASTER_PORT={port} ({str(error).splitlines()[0]}): {remedy}"
+            ) from None
         # torchrun's store outlives ranks that it starts again (--max-restarts): what ended them must not end these.
         self._store = PrefixStore(f"longspan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # One user of the connection at a time. A thread that has begun to end the process never lets go.

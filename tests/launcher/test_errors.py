@@ -253,10 +253,34 @@ def test_output_that_nobody_reads_any_more():
     assert re.fullmatch(r"longspan: error: rank 0 \(.+\) stops: what read its output has ended\n", done.stderr)
 
 
-def test_ranks_without_a_place_to_meet(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert "start several ranks with torchrun" in _output_of(lambda: None, capsys)
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ({"MASTER_ADDR": ""}, "WORLD_SIZE=2 with no MASTER_ADDR: start several ranks with torchrun"),
+        ({"MASTER_PORT": "70000"}, "WORLD_SIZE=2 with MASTER_PORT=70000: start"),
+        ({"RANK": "2"}, "WORLD_SIZE=2 with RANK=2: start"),
+        (
+            {"RANK": "0"},
+            r"rank 0 \(.+\) cannot meet .* MASTER_PORT=TAKEN \(.*in use\): use a free port",
+        ),
+        (
+            {"MASTER_PORT": "1"},
+            r"rank 1 \(.+\) cannot meet .* .*, MASTER_PORT=1 \(.*\): rank 0 has",
+        ),
+    ],
+)
+def test_ranks_without_a_place_to_meet(given, found, capsys, monkeypatch):
+    monkeypatch.setattr(errors, "CONNECT_SECONDS", 1.0)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "1"} | given
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        output = _output_of(lambda: None, capsys)
+    assert re.fullmatch(f"longspan: error: {found.replace('TAKEN', port)}.*\n", output)
 
 
 def test_system_exit_passes(monkeypatch):
