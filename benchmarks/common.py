@@ -1,7 +1,6 @@
 """What the benchmarks share: timing over ranks, bytes on the wire, the JSON record and the printed table."""
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.launcher.clock import Clock
-from longspan.launcher.environment import commit
+from longspan.launcher.environment import commit, package_version
 
 _PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-cudnn-frontend", "numpy")
 
@@ -164,11 +163,7 @@ def _run_once(step, device: torch.device, group) -> list[float]:
 
 def _versions() -> dict:
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    versions |= {package: package_version(package) for package in _PACKAGES}
     if torch.cuda.is_available():
         versions["cudnn"] = torch.backends.cudnn.version()
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -1,6 +1,7 @@
 """Commands of `longspan` as data, and how their words are read: options, and settings written key=value."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
@@ -27,7 +28,7 @@ Argument = tuple[str, dict[str, Any]]  # of argparse: name or flag, and options
 class Command:
     """One thing to do: `summary` is its line in `longspan --help`, the rest is its own help. `run` gets the arguments
     by name, and of a command with `settings` also the `config` that the words ask for. An epilog that takes time to
-    make is a function."""
+    make is a function. ranks: whether several may run it together."""
 
     name: str
     summary: str
@@ -36,10 +37,14 @@ class Command:
     run: Callable[..., None]
     epilog: str | Callable[[], str] = ""
     settings: bool = False
+    ranks: bool = False
 
     def __call__(self, argv: list[str]) -> None:
         """Reads the arguments and runs. Raises UserError for whatever does not fit."""
-        self.run(**self.read(argv))
+        arguments, ranks = self.read(argv), os.environ.get("WORLD_SIZE", "1")
+        if ranks != "1" and not self.ranks:
+            raise UserError(f"longspan {self.name} is for one rank, and WORLD_SIZE={ranks}: start it without torchrun")
+        self.run(**arguments)
 
     def read(self, argv: list[str]) -> dict[str, Any]:
         """What `run` gets. UserError where the arguments are wrong; asked for help, it prints that and exits."""

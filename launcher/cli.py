@@ -155,6 +155,7 @@ COMMANDS = (
         train,
         settings_help,
         settings=True,
+        ranks=True,
     ),
     Command(
         "verify",
@@ -191,6 +192,7 @@ COMMANDS = (
         ),
         _later("evaluation", "evaluate_run"),
         TRAINED,
+        ranks=True,
     ),
     Command(
         "import",
@@ -272,6 +274,7 @@ COMMANDS = (
         choice("benchmark", BENCHMARKS, "longspan bench"),
         bench,
         _summaries,
+        ranks=True,
     ),
     Command(
         "report",

@@ -62,7 +62,7 @@ def prepare(
         raise UserError(
             f"output {output_prefix}: that is a folder; name the corpus in it, such as {output_prefix}corpus"
         )
-    prefix = _prefix(output_prefix)
+    prefix = prefix_of(output_prefix)
     encoder = load_tokenizer(tokenizer, eod, bos)
     first = [] if encoder.bos is None else [encoder.bos]
     outputs = [Path(f"{prefix}.{kind}").resolve() for kind in ("bin", "idx", "json")]
@@ -180,7 +180,7 @@ class Corpus:
 def open_corpus(prefix_or_path: str | Path) -> Corpus:
     """The corpus PREFIX (or PREFIX.bin, PREFIX.idx). UserError when a file is missing, not readable, truncated or
     malformed."""
-    prefix = _prefix(prefix_or_path)
+    prefix = prefix_of(prefix_or_path)
     try:
         return Corpus(prefix)
     except OSError as error:
@@ -247,7 +247,8 @@ def read_info(path: Path) -> CorpusInfo:
         ) from error
 
 
-def _prefix(path: str | Path) -> str:
+def prefix_of(path: str | Path) -> str:
+    """The path of a corpus without .bin and .idx, from the home folder where it says ~."""
     path = Path(path).expanduser()
     return str(path.with_suffix("") if path.suffix in (".bin", ".idx") else path)
 

@@ -62,12 +62,12 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "longspan": longspan.__version__,
-        "commit": commit(),
+        "commit": commit() if mesh.is_main else None,  # git looks at every file, and the first rank alone writes this
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "world_size": mesh.world_size,
         "dp": mesh.dp,
@@ -80,7 +80,8 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """None of one that is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -6,13 +6,14 @@ import hashlib
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import longspan
 from longspan.launcher.config import Config
+from longspan.launcher.corpus import prefix_of
+from longspan.launcher.environment import package_version
 
 ROOMS = ("attention", "kernels", "launcher", "models", "parallel")
 PACKAGES = ("numpy", "triton")
@@ -29,28 +30,22 @@ def facts_of(config: Config) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Of what the run is made with."""
-    found = {name: _version(name) for name in PACKAGES}
+    found = {name: package_version(name) or "not installed" for name in PACKAGES}
     code = f"{longspan.__version__} ({_code()})"
     python = ".".join(platform.python_version_tuple()[:2])
     return {"longspan": code, "python": python, "torch": torch.__version__, **found}
 
 
 def sizes(corpora: Iterable[str]) -> dict[str, str]:
-    """Of the files of corpora PREFIX: other documents would have other lengths."""
-    return {file: _size(Path(file)) for prefix in corpora for file in (f"{prefix}.idx", f"{prefix}.bin")}
+    """Of the files of corpora: other documents would have other lengths."""
+    prefixes = [prefix_of(corpus) for corpus in corpora]
+    return {file: _size(Path(file)) for prefix in prefixes for file in (f"{prefix}.idx", f"{prefix}.bin")}
 
 
 def weights_in(folder: Path) -> dict[str, str]:
     """Sizes of the files that a new run starts from; one that goes on does not need them."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return {str(file): _size(file) for file in files}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _size(path: Path) -> str:

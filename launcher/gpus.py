@@ -144,6 +144,14 @@ def parse_gpus(text: str, per_node: int = PER_NODE, host_gib: float = 0) -> Clus
     return Cluster(match[2].upper(), count, min(count, per_node), host_gib * GIB)
 
 
+def kind_of(device: str) -> str:
+    """The kind of a GPU by the name that its driver has for it. UserError for one that is not in the tables."""
+    kind = next((name for name in GPUS if name in device), None)
+    if kind is None:
+        raise UserError(f"longspan plan knows no {device}")
+    return kind
+
+
 def _meant(text: str) -> str:
     """What someone may have meant who wrote this: a kind of the tables somewhere in it, and a number beside it."""
     text = text.upper().replace("O", "0")

@@ -236,7 +236,7 @@ def _rows_before(path: Path, first_step: int) -> list[str]:
     if not path.exists():
         return []
     kept = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):

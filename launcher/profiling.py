@@ -21,7 +21,7 @@ from longspan.launcher.breakdown import break_down
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import Job, estimate
-from longspan.launcher.gpus import GPUS, Cluster
+from longspan.launcher.gpus import Cluster, kind_of
 from longspan.launcher.profile_report import lines
 from longspan.launcher.timeline import LAYERS, LOSS, MIXER, MLP, attribute, read_trace
 from longspan.parallel.mesh import Mesh
@@ -169,11 +169,8 @@ class StepProfiler:
         if self._mesh.device.type != "cuda":
             return None, "longspan plan is for GPUs"
         device, count = torch.cuda.get_device_name(self._mesh.device), self._mesh.world_size
-        name = next((name for name in GPUS if name in device), None)
-        if name is None:
-            return None, f"longspan plan knows no {device}"
         try:
-            cluster = Cluster(name, count, min(count, int(os.environ.get("LOCAL_WORLD_SIZE", count))))
+            cluster = Cluster(kind_of(device), count, min(count, int(os.environ.get("LOCAL_WORLD_SIZE", count))))
             return estimate(Job(self._config, cluster, document)).seconds, ""
         except UserError as error:
             return None, str(error)

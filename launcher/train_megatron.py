@@ -4,22 +4,23 @@
 Losses depend on neither the number of ranks nor how they are used.
 """
 
-import argparse
 import os
 import sys
 import warnings
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from longspan.launcher.agreement import agree_on
+from longspan.launcher.arguments import Parser, option, tokens
 from longspan.launcher.batches import NO_LABEL, BatchLoader, TextBuilder
 from longspan.launcher.config import CorpusConfig, DataConfig
 from longspan.launcher.corpus import open_corpus
+from longspan.launcher.environment import choose_device
 from longspan.launcher.errors import UserError, main_guard
 from longspan.launcher.facts import sizes, versions
-from longspan.launcher.parsing import parse_tokens
 from longspan.launcher.samples import SampleStream
 from longspan.parallel import SequenceParallel
 from longspan.parallel.mesh import group_topology
@@ -30,11 +31,8 @@ VOCABULARY_MULTIPLE = 128  # embeddings are cut by vocabulary for tensor-paralle
 def main(argv: list[str]) -> list[float]:
     """Trains as the arguments say; the losses of the steps."""
     options, losses = parse(argv), []
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    state = join(options, on_gpu)
+    device = choose_device("auto")
+    state = join(options, on_gpu=device.type == "cuda")
     agree_on({name: str(value) for name, value in vars(options).items()} | versions() | sizes([options.data]))
     corpus = open_corpus(options.data)
     vocabulary = -(-(corpus.vocab_size or options.vocab_size) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -64,22 +62,27 @@ def main(argv: list[str]) -> list[float]:
     return losses
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train_megatron", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--data", required=True, metavar="PREFIX", help="corpus PREFIX.bin, PREFIX.idx")
-    parser.add_argument("--pattern", nargs="+", default=["linear:gated_delta", "softmax"], help="kinds of layers")
-    for name, default in {
-        "tp": 1, "cp": 1, "steps": 20, "global-batch": 4, "layers": 4, "hidden-size": 128, "heads": 4, "seed": 0,
-        "vocab-size": 65536,
-    }.items():  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
-    parser.add_argument("--seq-len", type=parse_tokens, default=1024, metavar="TOKENS", help="such as 128K; default 1K")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all weights")
-    parser.add_argument(
-        "--peer-memory", choices=["auto", "on", "off"], default="auto", help="states through memory that GPUs share"
-    )
-    options = parser.parse_args(argv)
+def parse(argv: list[str]) -> SimpleNamespace:
+    parser = Parser("train_megatron", __doc__.splitlines()[0])
+    for name, options in (
+        option("--data", "PREFIX", "corpus PREFIX.bin, PREFIX.idx", required=True),
+        option("--pattern", "KIND", "kinds of layers", nargs="+", default=["linear:gated_delta", "softmax"]),
+        option("--tp", "N", "ranks that share layers", 1),
+        option("--cp", "N", "ranks that share a sequence", 1),
+        option("--steps", "N", "of the optimizer", 20),
+        option("--global-batch", "N", "samples of a step", 4),
+        option("--layers", "N", "of the model", 4),
+        option("--hidden-size", "N", "width of the residual stream", 128),
+        option("--heads", "N", "of every layer", 4),
+        option("--seed", "N", "of weights and the order of samples", 0),
+        option("--vocab-size", "N", "where no PREFIX.json says it", 65536),
+        option("--seq-len", "TOKENS", "such as 128K (default 1K)", type=tokens, default=1024),
+        option("--lr", "X", "learning rate", 1e-3),
+        option("--dtype", None, "of all weights", "float32", choices=["float32", "bfloat16"]),
+        option("--peer-memory", None, "states through memory that GPUs share", "auto", choices=["auto", "on", "off"]),
+    ):
+        parser.add_argument(name, **options)
+    options = SimpleNamespace(**parser.read(argv))
     for name, value in vars(options).items():
         least = 0 if name == "seed" else 1
         if isinstance(value, int) and value < least:

@@ -9,7 +9,7 @@ from longspan.launcher.cli import train_config
 from longspan.launcher.config import Config, shipped_configs
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import WINDOWS, Job, estimate
-from longspan.launcher.gpus import GIB, GPUS, Cluster
+from longspan.launcher.gpus import GIB, Cluster, kind_of
 from longspan.launcher.parsing import update
 from longspan.launcher.profile_report import PLANNED, ROWS
 from longspan.launcher.report.results import OF_THEN, Run
@@ -44,9 +44,7 @@ def plan(summary: Summary) -> Planned:
     steps; where none are, a sample is one."""
     run = summary.run
     device, machines = str(run.environment.get("device")), run.environment.get("machines") or {}
-    name = next((name for name in GPUS if name in device), None)
-    if name is None:
-        raise UserError(f"longspan plan knows no {device}")
+    name = kind_of(device)
     if not summary.gpus:
         raise UserError("it does not say on how many GPUs it ran")
     cluster = Cluster(name, summary.gpus, max(machines.values(), default=summary.gpus))

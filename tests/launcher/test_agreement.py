@@ -60,6 +60,14 @@ def test_facts_are_settings_versions_code_and_corpora(tmp_path, monkeypatch):
     assert changed() == ["longspan", f"{tmp_path}/corpus.bin"]
 
 
+def test_files_of_corpora_are_found_as_they_are_opened(tmp_path, monkeypatch):
+    write_corpus(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = facts.sizes([f"{tmp_path}/corpus"])
+    assert len(files) == 2 and all(size.endswith(" bytes") for size in files.values())
+    assert files == facts.sizes(["~/corpus"]) == facts.sizes([f"{tmp_path}/corpus.bin"])
+
+
 def _other_setting(rank, world_size, corpus, folder):
     """Of the number of ranks that share a sequence, with which they would form other groups."""
     config = tiny_config(corpus, folder / "run", f"parallel.sp={rank + 1}", "run.device=cpu")

@@ -11,6 +11,7 @@ import pytest
 import longspan
 from longspan.launcher import cli
 from longspan.launcher.config import Config
+from longspan.launcher.errors import UserError
 from longspan.launcher.parsing import settings_of
 
 CORPUS = "data.corpora=[{path: data/x}]"
@@ -148,6 +149,16 @@ def test_commands_hand_their_arguments_over_by_name(function, argv, given, monke
     monkeypatch.setattr(module, name, lambda **named: calls.append(signature.bind(**named).arguments) or [])
     cli.main(argv)
     assert calls == [given]
+
+
+@pytest.mark.parametrize("command", ["prepare", "plan", "verify", "import", "export", "generate", "sample", "report"])
+def test_commands_for_one_rank_refuse_several(command, monkeypatch):
+    """Which would write the same files, or print the same lines."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = {"prepare": ["--input", "x"], "plan": [CORPUS]}.get(command, ["x"])
+    words += ["--output", "x"] if command in ("prepare", "import", "export", "sample") else []
+    with pytest.raises(UserError, match=f"longspan {command} is for one rank, and WORLD_SIZE=2: start it without"):
+        cli.COMMANDS[command](words)
 
 
 def test_help_does_not_wait_for_torch():

@@ -41,6 +41,7 @@ def train_in_all_ways(rank, world_size, corpus):
         (3, 1, [], "--tp 3 times --cp 1 does not divide the 2 ranks"),
         (0, 1, [], "--tp 0: use 1 or more"),
         (1, 2, ["--seq-len", "62"], "--seq-len 62 must be a multiple of 2 --cp, 4"),
+        (1, 1, ["--sequence", "64"], "train_megatron: unknown option --sequence: did you mean --seq-len"),
         (2, 1, ["--data", "none"], "corpus none: there is no such corpus"),
     ]:
         with pytest.raises(UserError, match=message):
