@@ -28,18 +28,21 @@ from longspan.attention.shared_requests import is_cut, room_for, window_sizes
 from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.block_states import state_dtype
 from longspan.kernels.linear import hopper
+from longspan.kernels.linear.form import Spans
 from longspan.kernels.linear.groups import CHUNK, ROWS
+from longspan.kernels.linear.splits import split_size
 from longspan.kernels.sparse import kept_of
 from longspan.kernels.wide import wide_dtype
 from longspan.parallel.balanced import balanced
 from longspan.parallel.geometry import Mask
 from longspan.parallel.topology import Topology
 
-# Of the fused kernels of linear attention (kernels.linear): multiprocessors that splits are made for, programs per one,
-# columns of a program, fewest tokens of a split; numbers per token and head that the delta rule keeps of chunks;
-# bytes of the states of chunks in one wave of decay per channel; columns of scores kept there.
-PROCESSORS, ROUNDS, COLUMNS, MIN_SPLIT = 132, 2, 64, 512
-DELTA_CHUNK_NUMBERS, CHANNEL_WAVE_NUMBERS, CHANNEL_SCORES = 144, 1 << 27, 64
+# Of the fused kernels of linear attention (kernels.linear), which need Triton to be asked: multiprocessors that splits
+# are made for; columns of a program and programs per multiprocessor, and those of the delta rule with wide keys; fp32
+# numbers per token and head that the delta rule keeps beside two matrices of chunks; numbers in the states of chunks in
+# one wave of decay per channel; columns of scores kept there.
+PROCESSORS, COLUMNS, ROUNDS, WIDE_DELTA = 132, 64, 2, (32, 1)
+DELTA_ROW_NUMBERS, CHANNEL_WAVE_NUMBERS, CHANNEL_SCORES = 8, 1 << 27, 64
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,9 @@ class _Linear:
         splits = self._splits(form, q, v)
         saved = [self._states(splits, q, v)]
         if form in ("delta", "kda"):
-            saved += [self._states(splits, q, q), q.new_empty(len(q), q.shape[1], DELTA_CHUNK_NUMBERS)]
+            matrices = q.new_empty(len(q), q.shape[1], 2 * CHUNK)
+            rows = q.new_empty(len(q), q.shape[1], DELTA_ROW_NUMBERS, dtype=torch.float32)
+            saved += [self._states(splits, q, q), matrices, rows]
         if form in ("fused", "kda"):
             saved += scratch
         return out, tuple(saved)
@@ -294,10 +299,12 @@ class _Linear:
         return forms.get(name, "fused"), name
 
     def _splits(self, form, q, v):
-        programs = q.shape[1] * -(-v.shape[2] // COLUMNS)
+        wide = form in ("delta", "kda") and q.shape[2] > 128
+        columns, rounds = WIDE_DELTA if wide else (COLUMNS, ROUNDS)
         tokens = min(len(q), self._wave(q, v) * CHUNK) if form == "channel" else len(q)
-        splits = max(1, min(tokens // MIN_SPLIT, ROUNDS * PROCESSORS // programs))
-        return max(self.outline.spans, splits * -(-len(q) // max(1, tokens)))
+        programs = q.shape[1] * -(-v.shape[2] // columns)
+        size = split_size(Spans((0, tokens)), programs, CHUNK, rounds, PROCESSORS)
+        return max(self.outline.spans, -(-len(q) // size))
 
     def _wave(self, q, v):
         """Chunks whose states exist at once, with a decay per channel."""

@@ -18,9 +18,13 @@ LEFT_OUT_LOG2_SHORT = -52.0  # where states are rounded to 16 bits before they a
 MIN_SPLIT = 512  # tokens; a split of 128 x 128 costs a state of 64 KiB, written and read, against 768 B per token
 
 
-def split_size(spans: Spans, programs_per_split: int, chunk: int, rounds: int = 2) -> int:
-    """Tokens per split such that about `rounds` programs run on every multiprocessor; a multiple of `chunk`."""
-    processors = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
+def split_size(
+    spans: Spans, programs_per_split: int, chunk: int, rounds: int = 2, processors: int | None = None
+) -> int:
+    """Tokens per split such that about `rounds` programs run on every multiprocessor, of this GPU unless said
+    otherwise; a multiple of `chunk`."""
+    if processors is None:
+        processors = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
     splits = max(1, rounds * processors // programs_per_split)
     return -(-max(MIN_SPLIT, -(-spans.offsets[-1] // splits)) // chunk) * chunk
 
