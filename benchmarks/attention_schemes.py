@@ -21,21 +21,18 @@ import torch.distributed as dist
 
 from longspan.attention import softmax, softmax_attention
 from longspan.attention.moved import pairs_per_rank
+from longspan.benchmarks.arguments import ONE, parse_attention_schemes
 from longspan.benchmarks.calibrate import (
-    add_arguments,
-    check_arguments,
     fit,
     peers,
     time_attention,
     time_exchange,
 )
-from longspan.benchmarks.common import Traffic, format_table, new_record, require_positive, save, writable
+from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.emulated_nodes import run_on_emulated_nodes
-from longspan.benchmarks.length_mixes import MIXES, draw
+from longspan.benchmarks.length_mixes import draw
 from longspan.benchmarks.ranks import Ranks, join, layer_step
 from longspan.launcher.calibration import read_costs
-from longspan.launcher.errors import UserError
-from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import SequenceParallel, Topology, routes
 from longspan.parallel.exchange import Pending
 
@@ -51,11 +48,10 @@ SCHEMES = {
     "balanced": ("auto", "auto"),
     "zeppelin": ("auto", "zeppelin"),
 }
-ONE = "one"  # a single document
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace | None = None) -> int:
+    arguments = arguments or parse_attention_schemes()
     if arguments.nodes and "RANK" not in os.environ:
         topology = Topology(arguments.nodes, arguments.ranks_per_node)
         return run_on_emulated_nodes("longspan.benchmarks.attention_schemes", topology, arguments.megabits)
@@ -187,41 +183,6 @@ def table(rows: list[dict]) -> str:
         line[row["scheme"]] = cell
     columns = ["mix", "tokens/rank", *dict.fromkeys(row["scheme"] for row in rows)]
     return format_table(list(lines.values()), columns)
-
-
-def parse_arguments(argv=None):
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add, default = parser.add_argument, "(default: %(default)s)"
-    sizes = [32 << 10, 128 << 10] if on_gpu else [1 << 10]
-    add("--output", type=writable, help="JSON file, saved again after every measurement")
-    add("--mixes", nargs="+", choices=[*MIXES, ONE], default=[*MIXES, ONE], help="of document lengths (default: all)")
-    add("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), help="(default: all)")
-    add("--tokens", type=parse_tokens, nargs="+", default=sizes, help=f"per rank {default}")
-    add("--costs", help="file of calibrate.py for the plans; otherwise those measured first, as there")
-    add("--nodes", type=int, default=0, help="emulate as many nodes on this machine")
-    add("--ranks-per-node", type=int, default=2, help=f"of emulated nodes {default}")
-    add("--megabits", type=float, default=200.0, help=f"per second, of an emulated rank's link {default}")
-    add(
-        "--exposed", action="store_true", help="time each scheme without its transfers, and within a decoder layer, too"
-    )
-    add("--seed", type=int, default=0, help="of the lengths")
-    add("--repetitions", type=int, default=20 if on_gpu else 5, help=default)
-    add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {default}")
-    add_arguments(parser)
-    if not on_gpu:
-        parser.set_defaults(heads=8, kv_heads=4, head_dim=32, megabytes=1)
-    arguments = parser.parse_args(argv)
-    check_arguments(parser, arguments)
-    require_positive(parser, arguments, "ranks_per_node", "megabits", "repetitions", "budget")
-    if arguments.nodes < 0:
-        parser.error(f"--nodes {arguments.nodes} must be 0 (none are emulated) or more")
-    if arguments.costs:
-        try:
-            read_costs(arguments.costs)
-        except UserError as error:
-            parser.error(str(error))
-    return arguments
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention import softmax_attention
-from longspan.benchmarks.common import device_name, format_table, measure, new_record, require_positive, save, writable
+from longspan.benchmarks.arguments import parse_calibrate
+from longspan.benchmarks.common import format_table, measure, new_record, save
 from longspan.benchmarks.ranks import join
-from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import Costs, SequenceParallel
 from longspan.parallel.costs import key_bytes, token_bytes
 from longspan.parallel.exchange import start_exchange
@@ -25,8 +25,8 @@ from longspan.parallel.exchange import start_exchange
 MODEL = ("heads", "kv_heads", "head_dim", "bytes_per_number")
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace | None = None) -> int:
+    arguments = arguments or parse_calibrate()
     mesh = join(arguments.device)
     device = mesh.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -126,39 +126,6 @@ def summary(record: dict) -> str:
     missing = [names for where, names in missing.items() if where not in record["measured"]["seconds_per_byte"]]
     note = f"\nnot measured, built in: {', '.join(missing)}" if missing else ""
     return format_table(rows, ["", "here", "H200"]) + note
-
-
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--output", type=writable, help="JSON file for parallel.costs; without it the costs are only printed"
-    )
-    add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    check_arguments(parser, arguments)
-    return arguments
-
-
-def add_arguments(parser) -> None:
-    """Those of a model's attention and of how it and the links are measured."""
-    on_gpu, default = torch.cuda.is_available(), "(default: %(default)s)"
-    add = parser.add_argument
-    add("--heads", type=int, default=32, help=f"query heads of the model {default}")
-    add("--kv-heads", type=int, default=8, help=f"key and value heads {default}")
-    add("--head-dim", type=int, default=128, help=default)
-    add("--short", type=parse_tokens, default=4096 if on_gpu else 64, help=f"tokens of short documents {default}")
-    add("--long", type=parse_tokens, default=32768 if on_gpu else 1024, help=f"tokens of the long one {default}")
-    add("--megabytes", type=int, default=256 if on_gpu else 16, help=f"of one exchange {default}")
-    add("--seconds", type=float, default=5.0, help=f"of one measurement of cost, about {default}")
-    add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
-
-
-def check_arguments(parser, arguments) -> None:
-    require_positive(parser, arguments, "heads", "kv_heads", "head_dim", "short", "megabytes", "seconds")
-    if arguments.long < 2 * arguments.short:
-        parser.error(f"--long {arguments.long} must be at least twice --short {arguments.short}")
-    if arguments.heads % arguments.kv_heads:
-        parser.error(f"--kv-heads {arguments.kv_heads} does not divide --heads {arguments.heads}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the benchmarks share: timing over ranks, bytes on the wire, the JSON record and the printed table."""
 
-import argparse
 import json
 import math
 import os
@@ -41,36 +40,6 @@ def save(record: dict, path: str | Path):
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n")
     partial.replace(path)
-
-
-def writable(text: str) -> str:
-    """The path of a file that `save` can write, as the type of an argument: it is tried before anything is measured."""
-    path = Path(text)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # ranks try at the same time
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); name another file") from None
-    return text
-
-
-def device_name(text: str) -> str:
-    """cuda or cpu, as the type of an argument: cuda only where torch sees a GPU."""
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("torch sees no GPU for cuda; use cpu, or install a CUDA build of torch")
-    return text
-
-
-def require_positive(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str) -> None:
-    """Ends with an error where one of these arguments is given and not above 0."""
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} {value} must be greater than 0")
 
 
 def format_table(rows: list[dict], columns: list[str]) -> str:

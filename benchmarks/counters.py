@@ -18,7 +18,8 @@ from collections.abc import Callable
 import torch
 
 from longspan.benchmarks import linear_worker, sparse_cases
-from longspan.benchmarks.common import format_table, new_record, save, writable
+from longspan.benchmarks.arguments import writable
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.launcher.parsing import parse_tokens
 

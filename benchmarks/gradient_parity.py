@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from longspan.benchmarks.common import device_name, format_table, new_record, save, writable
+from longspan.benchmarks.arguments import device_name, writable
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.ranks import join
 from longspan.launcher.config import Config
 from longspan.launcher.engines.fsdp2 import shard

@@ -18,7 +18,8 @@ from unittest import mock
 
 import torch
 
-from longspan.benchmarks.common import format_table, new_record, save, writable
+from longspan.benchmarks.arguments import writable
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.pointwise import layer_step, profile
 from longspan.benchmarks.pointwise_cases import Sizes, eager_layers
 from longspan.benchmarks.worker import describe

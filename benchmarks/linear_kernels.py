@@ -14,12 +14,12 @@ import time
 
 import torch
 
-from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
-from longspan.benchmarks.linear_cases import FAMILIES, Problem, bytes_per_token_head
+from longspan.benchmarks.arguments import parse_linear_kernels
+from longspan.benchmarks.common import format_table, new_record, save
+from longspan.benchmarks.linear_cases import Problem, bytes_per_token_head
 from longspan.benchmarks.linear_peers import IMPLEMENTATIONS
 from longspan.benchmarks.linear_worker import Step
 from longspan.benchmarks.worker import prepare_all, run_steps
-from longspan.launcher.parsing import parse_tokens
 
 DIRECTIONS = ("forward", "forward+backward")
 ERRORS = ("out", "dq", "dk", "dv", "dg", "dbeta")
@@ -28,9 +28,9 @@ FLAT_HEADS, FLAT_HEADS_TOKENS = (4, 8, 16, 32), 1 << 15
 CHECK_TOKENS = 1024
 
 
-def main() -> int:
+def main(arguments: argparse.Namespace | None = None) -> int:
     start = time.monotonic()
-    arguments = parse_arguments()
+    arguments = arguments or parse_linear_kernels()
     deadline = start + arguments.budget
     device = torch.device(arguments.device)
     record = new_record("linear_kernels", vars(arguments)) | {"reference": {}, "rows": [], "errors": []}
@@ -217,32 +217,6 @@ def _versions(names):
         except importlib.metadata.PackageNotFoundError:
             versions[distribution] = None
     return versions
-
-
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    on_gpu = torch.cuda.is_available()
-    peers = [name for name in IMPLEMENTATIONS if name != "longspan"]
-    parser.add_argument("--output", type=writable, help="JSON file, saved again after every measurement")
-    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--tokens", type=parse_tokens, nargs="+", default=[1 << 15, 1 << 17])
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--peers", nargs="*", choices=peers, default=peers, help="those not installed are left out")
-    parser.add_argument("--sweep", choices=["flat"], help="longspan alone, 1K to 1M tokens and 4 to 32 heads")
-    parser.add_argument("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--seconds", type=float, default=1.0, help="timed repetitions of one measurement, about")
-    parser.add_argument(
-        "--prepare-seconds", type=float, default=200.0, help="limit of compiling all cases at once first; 0: do not"
-    )
-    parser.add_argument(
-        "--step-seconds", type=float, default=200.0, help="limit of one measurement, autotuning included"
-    )
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing more is started")
-    arguments = parser.parse_args(argv)
-    require_positive(parser, arguments, "heads", "head_dim", "seconds", "budget", "step_seconds")
-    return arguments
 
 
 if __name__ == "__main__":

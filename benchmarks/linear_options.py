@@ -17,7 +17,8 @@ import time
 
 import torch
 
-from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
+from longspan.benchmarks.arguments import device_name, require_positive, writable
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.benchmarks.linear_worker import KINDS, Step
 from longspan.benchmarks.worker import describe

@@ -18,16 +18,14 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention import linear_attention
-from longspan.benchmarks.common import Traffic, device_name, format_table, new_record, require_positive, save, writable
+from longspan.benchmarks.arguments import LAYOUTS, parse_linear_ranks
+from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.head_parallel import HEAD_PARALLEL, HeadParallel
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.benchmarks.linear_parity import drift, parity
-from longspan.benchmarks.ranks import DIRECTIONS, NCCL, Ranks, join, layer_step
-from longspan.launcher.parsing import parse_tokens
+from longspan.benchmarks.ranks import DIRECTIONS, Ranks, join, layer_step
 from longspan.models import mixers
-from longspan.parallel.scan import TRANSPORTS
 
-LAYOUTS = ("contiguous", "zigzag")
 LAYER_KINDS = {name: f"linear:{name}" for name in FAMILIES} | {"channel": "linear:gla"}
 
 
@@ -104,9 +102,9 @@ def efficiency_table(rows: list[dict], direction: str) -> str:
     return f"{direction}: ms, share, exposed ms\n" + format_table(list(lines.values()), columns)
 
 
-def main() -> int:
+def main(arguments: argparse.Namespace | None = None) -> int:
     start = time.monotonic()
-    arguments = parse_arguments()
+    arguments = arguments or parse_linear_ranks()
     mesh = join(arguments.device)
     device = mesh.device
     ranks = Ranks(mesh, device, arguments.repetitions)
@@ -181,36 +179,6 @@ def summary(rows: list[dict], is_parity: bool) -> str:
     lines += [f"worst {worst}", "", "error in the first and in the last chunks"]
     lines.append(format_table(drifts, ["family", "run", *columns]))
     return "\n".join(lines)
-
-
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    strategies = [*TRANSPORTS, f"lasp2{NCCL}", HEAD_PARALLEL]
-    parser.add_argument("--output", type=writable, help="JSON file, saved again after every measurement")
-    parser.add_argument("--families", nargs="+", choices=list(FAMILIES),
-                        help="default: fixed scalar gated_delta; with --parity all")  # fmt: skip
-    parser.add_argument("--strategies", nargs="+", choices=strategies, default=strategies)
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--tokens", type=parse_tokens, nargs="+", help="per GPU; default 32K 128K 512K, layer 32K 128K")
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--layer", action="store_true", help="time a whole decoder layer instead of the operator")
-    parser.add_argument("--parity", action="store_true", help="compare errors instead of timing")
-    parser.add_argument("--parity-tokens", type=parse_tokens, default=1 << 13, help="in several documents")
-    parser.add_argument("--drift-tokens", type=parse_tokens, default=1 << 16, help="in one document")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs of --parity")
-    parser.add_argument("--repetitions", type=int, default=20)
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds after which no case is started")
-    arguments = parser.parse_args(argv)
-    if arguments.layer and arguments.parity:
-        parser.error("--layer and --parity exclude each other; give one of them")
-    require_positive(parser, arguments, "heads", "head_dim", "repetitions", "parity_tokens", "drift_tokens")
-    if arguments.families is None:
-        arguments.families = [*FAMILIES] if arguments.parity else ["fixed", "scalar", "gated_delta"]
-    arguments.tokens = arguments.tokens or [1 << 15, 1 << 17] + ([] if arguments.layer else [1 << 19])
-    return arguments
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
+from longspan.benchmarks.arguments import device_name, require_positive, writable
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.loss_sets import SETS
 from longspan.benchmarks.training_peers import Ranks, read_lines
 from longspan.launcher import train

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longspan.attention.offload import Parcel
-from longspan.benchmarks.common import device_name, format_table, new_record, save, writable
+from longspan.benchmarks.arguments import device_name, writable
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.ranks import join
 from longspan.launcher.config import Config, OptimConfig
 from longspan.launcher.engines.fsdp2 import shard

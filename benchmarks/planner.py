@@ -14,12 +14,12 @@ import time
 
 import numpy as np
 
-from longspan.benchmarks.common import format_table, new_record, require_positive, save, writable
+from longspan.benchmarks.arguments import parse_planner
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.length_mixes import MIXES, draw
-from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import Layout, Mask, Topology, attention_pairs, rebalance
 from longspan.parallel.costs import Costs
-from longspan.parallel.planner import STRATEGIES, plan_attention
+from longspan.parallel.planner import plan_attention
 from longspan.parallel.water_fill import least_level
 
 COSTS = {"pairs": Costs.pairs_only, "default": Costs}
@@ -168,14 +168,15 @@ def progress(row: dict, done: float, elapsed_s: float) -> str:
     return head + f"pairs {cells['pairs']}, moved {row['moved_percent']['mean']:.1f} %, {cells['ms']} ms"
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace | None = None) -> int:
+    arguments = arguments or parse_planner()
     start, failed = time.monotonic(), False
-    record = new_record("planner", vars(arguments) | {"topologies": list(map(name_of, arguments.topologies))})
+    topologies = [Topology(*sizes) for sizes in arguments.topologies]
+    record = new_record("planner", vars(arguments) | {"topologies": list(map(name_of, topologies))})
     record["rows"] = rows = []
     cases = [
         (mix, topology, strategy, costs)
-        for topology in arguments.topologies
+        for topology in topologies
         for mix in arguments.mixes
         for strategy in arguments.strategies
         for costs in arguments.costs
@@ -199,42 +200,6 @@ def main() -> int:
 
 def name_of(topology: Topology) -> str:
     return f"{topology.nodes}x{topology.ranks_per_node}"
-
-
-def parse_topology(text: str) -> Topology:
-    try:
-        nodes, ranks_per_node = map(int, text.split("x"))
-        return Topology(nodes, ranks_per_node)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NODESxRANKS with both at least 1, e.g. 2x8") from None
-
-
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    topologies = [Topology(nodes, 8) for nodes in (2, 8, 16)]
-    add, default = parser.add_argument, "(default: %(default)s)"
-    add("--output", type=writable, help="JSON file, saved again after every row; without it only the table is printed")
-    add("--mixes", nargs="+", choices=list(MIXES), default=list(MIXES), help="document lengths (default: all four)")
-    add("--topologies", type=parse_topology, nargs="+", default=topologies, metavar="NODESxRANKS",
-        help="machines to plan for: nodes x ranks of a node (default: 2x8 8x8 16x8)")  # fmt: skip
-    add("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="of the planner (default: all)")
-    add("--costs", nargs="+", choices=list(COSTS), default=list(COSTS),
-        help="what plans balance: query-key pairs alone, or the default costs (default: both, a row each)")  # fmt: skip
-    add("--batches", type=int, default=40, help=f"per row {default}")
-    add("--tokens-per-rank", type=parse_tokens, default=4096, metavar="TOKENS",
-        help=f"room of a rank; no document is longer than what all ranks have room for {default}")  # fmt: skip
-    add("--fill", type=float, default=0.97, help=f"tokens of a batch as a share of the room of all ranks {default}")
-    add("--token-cap", type=float, default=1.5, help=f"handed to the planner {default}")
-    add("--seed", type=int, default=0, help=f"of the batches {default}")
-    arguments = parser.parse_args(argv)
-    require_positive(parser, arguments, "batches", "tokens_per_rank")
-    if not 0 < arguments.fill <= 1:
-        parser.error(f"--fill {arguments.fill} must be above 0 and at most 1")
-    if not 1 <= arguments.token_cap < float("inf"):
-        parser.error(f"--token-cap {arguments.token_cap} must be at least 1")
-    if arguments.seed < 0:
-        parser.error(f"--seed {arguments.seed} must be at least 0")
-    return arguments
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from functools import partial
 
 import torch
 
-from longspan.benchmarks.common import device_name, format_table, measure, new_record, require_positive, save, writable
+from longspan.benchmarks.arguments import device_name, require_positive, writable
+from longspan.benchmarks.common import format_table, measure, new_record, save
 from longspan.benchmarks.linear_options import Option, literal
 from longspan.benchmarks.linear_worker import describe
 from longspan.benchmarks.pointwise_cases import CASES, Sizes, eager_layers, ready

@@ -11,7 +11,6 @@ import argparse
 import itertools
 import multiprocessing
 import multiprocessing.connection
-import os
 import sys
 import time
 import traceback
@@ -20,31 +19,16 @@ from pathlib import Path
 
 import torch
 
-from longspan.benchmarks.common import device_name, new_record, require_positive, save
+from longspan.benchmarks.arguments import parse_recall
+from longspan.benchmarks.common import new_record, save
 from longspan.benchmarks.recall_report import join, load, write_report
 from longspan.benchmarks.recall_task import Run, Task, train
 
-FAMILIES = ("none", "fixed", "scalar", "gla", "hgrn2", "delta", "gated_delta")
-HYBRIDS = tuple(f"{family}-{ratio}" for family in ("fixed", "hgrn2", "gated_delta") for ratio in ("7:1", "3:1"))
-MODELS = (*FAMILIES, *HYBRIDS, "softmax")
-QUICK = {
-    "models": ["fixed", "gated_delta", "softmax"],
-    "pairs": [4, 8, 16],
-    "tokens": 1024,
-    "num_keys": 64,
-    "num_values": 64,
-    "layers": 2,
-    "hidden": 64,
-    "heads": 2,
-    "steps": 600,
-    "learning_rates": [3e-3],
-    "evaluation_batches": 2,
-}
 STATUS_S = 5.0  # between two lines of progress
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace | None = None) -> int:
+    arguments = arguments or parse_recall()
     if arguments.plot:
         return report(arguments.plot, arguments.output)
     runs = make_runs(arguments)
@@ -186,55 +170,6 @@ class Progress:
 
 def _name(run: Run) -> str:
     return f"{run.model} lr {run.learning_rate:g} seed {run.seed}"
-
-
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--output", metavar="DIR", help="where results.json, recall.md and recall.svg go")
-    parser.add_argument(
-        "--plot",
-        metavar="RESULTS",
-        nargs="+",
-        help="only draw table and plot of a results.json again, beside it; several are joined into --output",
-    )
-    parser.add_argument("--models", nargs="+", default=MODELS, help=f"families, FAMILY-7:1 and the like: {MODELS}")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128], help="pairs per document")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens per batch of each number of pairs")
-    parser.add_argument("--num-keys", type=int, default=256)
-    parser.add_argument("--num-values", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=128, help="width of the residual stream")
-    parser.add_argument("--heads", type=int, default=4, help="of hidden / heads dimensions, in every layer")
-    parser.add_argument(
-        "--conv-width", type=int, default=4, help="short convolution of linear layers; 0: none, -1: the family's"
-    )
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument(
-        "--learning-rates", type=float, nargs="+", default=[2e-3], help="of several, validation picks the model's"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and training batches")
-    parser.add_argument("--evaluation-batches", type=int, default=8)
-    parser.add_argument("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: 1 on CPU, on a GPU one per CPU core")
-    parser.add_argument("--no-graphs", action="store_true", help="on a GPU, do without CUDA graphs")
-    parser.add_argument("--time-limit", type=float, help="seconds after which what still runs is stopped")
-    parser.add_argument("--quick", action="store_true", help=f"minutes on a CPU; other defaults: {QUICK}")
-    if parser.parse_known_args(argv)[0].quick:
-        parser.set_defaults(**QUICK)
-    arguments = parser.parse_args(argv)
-    if not arguments.output and len(arguments.plot or ()) != 1:
-        parser.error("give --output DIR, or --plot RESULTS of one file, or both for several")
-    require_positive(
-        parser, arguments, "layers", "hidden", "heads", "steps", "evaluation_batches", "jobs", "num_keys", "num_values"
-    )
-    if arguments.jobs is None:
-        arguments.jobs = (os.cpu_count() or 1) if arguments.device == "cuda" else 1
-    try:
-        make_runs(arguments)
-    except ValueError as error:
-        parser.error(str(error))
-    return arguments
 
 
 if __name__ == "__main__":

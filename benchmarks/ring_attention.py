@@ -24,7 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longspan.attention import softmax_attention
-from longspan.benchmarks.common import Traffic, device_name, format_table, measure, new_record, save, writable
+from longspan.benchmarks.arguments import parse_ring_attention
+from longspan.benchmarks.common import Traffic, format_table, measure, new_record, save
 from longspan.benchmarks.ranks import join
 from longspan.kernels.softmax import BACKENDS, Pack
 from longspan.kernels.softmax import math as math_backend
@@ -280,33 +281,9 @@ def make_cases(arguments, device: torch.device, dtype: torch.dtype) -> tuple[lis
     return cases, {name: reason for name, reason in refusals.items() if reason is not None}
 
 
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--output", type=writable, help="JSON file, saved again after every measurement")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[131072, 524288], help="global tokens of one sequence"
-    )
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=0, help="0: as many as --heads")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument(
-        "--backends", default="fa4,cudnn,flash" if on_gpu else "cpu", help="those that cannot are skipped"
-    )
-    parser.add_argument("--strategies", default="ring,grouped_ring,all_gather")
-    parser.add_argument(
-        "--key-blocks", type=int, nargs="+", default=[0], help="most thread blocks of NCCL for keys; 0: its own choice"
-    )
-    parser.add_argument("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--check-length", type=int, default=4096, help="tokens of the gradient check")
-    parser.add_argument("--case-seconds", type=float, default=6.0, help="timed repetitions of one case")
-    parser.add_argument("--time-limit", type=float, default=420.0, help="seconds after which no case is started")
-    return parser.parse_args(argv)
-
-
-def main() -> int:
+def main(arguments: argparse.Namespace | None = None) -> int:
     start = time.monotonic()
-    arguments = parse_arguments()
+    arguments = arguments or parse_ring_attention()
     mesh = join(arguments.device)
     device, is_main = mesh.device, mesh.is_main
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

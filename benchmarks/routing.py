@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from longspan.attention.double_ring import double_ring_schedule
 from longspan.attention.softmax import arriving, softmax_attention
-from longspan.benchmarks.calibrate import add_arguments, check_arguments, fit, peers, time_attention, time_exchange
-from longspan.benchmarks.common import format_table, new_record, require_positive, save, writable
+from longspan.benchmarks.arguments import add_model_arguments, check_model_arguments, read, require_positive, writable
+from longspan.benchmarks.calibrate import fit, peers, time_attention, time_exchange
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.emulated_nodes import run_on_emulated_nodes, sent_bytes
 from longspan.benchmarks.length_mixes import MIXES, draw
 from longspan.benchmarks.ranks import DIRECTIONS, join
@@ -233,10 +234,10 @@ def parse_arguments(argv=None):
     add("--tokens", type=parse_tokens, default=1 << 10, help=f"per rank, on average {default}")
     add("--seed", type=int, default=0, help="of the lengths")
     add("--repetitions", type=int, default=9, help=default)
-    add_arguments(parser)
+    add_model_arguments(parser)
     parser.set_defaults(heads=8, kv_heads=8, head_dim=32, megabytes=2, short=64, long=1024, seconds=2.0, device="cpu")
-    arguments = parser.parse_args(argv)
-    check_arguments(parser, arguments)
+    arguments = read(parser, argv)
+    check_model_arguments(parser, arguments)
     require_positive(parser, arguments, "nodes", "ranks_per_node", "megabits", "tokens", "repetitions")
     return arguments
 

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention import softmax_attention
+from longspan.benchmarks.arguments import device_name, require_positive, writable
 from longspan.benchmarks.attention_schemes import SCHEMES
-from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.ranks import Ranks, join
 from longspan.launcher.environment import make_deterministic
 from longspan.launcher.parsing import parse_tokens

@@ -13,7 +13,8 @@ from dataclasses import asdict, replace
 
 import torch
 
-from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
+from longspan.benchmarks.arguments import device_name, require_positive, writable
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.sparse_cases import LINEAR, OURS, SELECTIONS, Case, Step
 from longspan.benchmarks.sparse_peers import PEERS, peers_of
 from longspan.benchmarks.worker import prepare_all, run_steps

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from longspan.attention import Hierarchical, LinearBranch, TopBlocks, requests, sparse, sparse_attention
 from longspan.attention.block_parts import STRATEGIES, pieces_of
 from longspan.attention.requests import Asked
-from longspan.benchmarks.common import Traffic, device_name, format_table, new_record, require_positive, save, writable
+from longspan.benchmarks.arguments import device_name, require_positive, writable
+from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.linear_ranks import with_efficiency
 from longspan.benchmarks.ranks import DIRECTIONS, NCCL, Ranks, join, layer_step
 from longspan.launcher.breakdown import EXPOSED, Work, break_down

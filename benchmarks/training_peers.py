@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from longspan.benchmarks.common import device_name, format_table, new_record, require_positive, save, writable
+from longspan.benchmarks.arguments import device_name, require_positive, writable
+from longspan.benchmarks.common import format_table, new_record, save
 from longspan.launcher import train
 from longspan.launcher.corpus import prepare
 from longspan.launcher.metrics import peak_tflops

@@ -3,12 +3,11 @@
 What runs is imported once the arguments are right: it imports torch, for which neither help nor a mistake waits.
 """
 
-import ast
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import longspan
 from longspan.launcher.allocator import set_allocator
@@ -82,8 +81,9 @@ def verify(run: str) -> None:
 
 def bench(benchmark: str, argv: list[str]) -> None:
     """Runs a benchmark on one rank."""
-    sys.argv = [f"longspan bench {benchmark}", *argv]
-    sys.exit(import_module(f"longspan.benchmarks.{BENCHMARKS[benchmark]}").main())
+    module, sys.argv = BENCHMARKS[benchmark], [f"longspan bench {benchmark}", *argv]
+    arguments = _benchmark("arguments").PARSERS[module]()
+    sys.exit(_benchmark(module).main(arguments))
 
 
 def report(**arguments) -> None:
@@ -99,13 +99,14 @@ def _later(module: str, name: str) -> Callable[..., None]:
     return lambda **arguments: getattr(import_module(f"longspan.launcher.{module}"), name)(**arguments)
 
 
+def _benchmark(module: str) -> ModuleType:
+    return import_module(f"longspan.benchmarks.{module}")
+
+
 def _summaries() -> str:
-    """The first lines of the docstrings of benchmarks, read from the files: they import torch."""
-    entries = {}
-    for name, module in BENCHMARKS.items():
-        source = Path(find_spec(f"longspan.benchmarks.{module}").origin).read_text(encoding="utf-8")
-        entries[f"{name} ({module})"] = ast.get_docstring(ast.parse(source)).splitlines()[0]
-    return listed(entries)
+    """What each benchmark measures."""
+    summary = _benchmark("arguments").summary
+    return listed({f"{name} ({module})": summary(module) for name, module in BENCHMARKS.items()})
 
 
 # name: module of longspan.benchmarks

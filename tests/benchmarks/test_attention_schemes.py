@@ -61,7 +61,7 @@ def test_errors_over_ranks_are_recorded(tmp_path):
 )
 def test_refusals(arguments, expected, capsys):
     with pytest.raises(SystemExit):
-        attention_schemes.parse_arguments(arguments)
+        attention_schemes.parse_attention_schemes(arguments)
     assert expected in capsys.readouterr().err
 
 

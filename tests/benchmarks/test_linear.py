@@ -124,10 +124,10 @@ def test_a_killed_process_costs_one_step_and_a_late_one_the_rest():
 @pytest.mark.parametrize(
     "parse, line, message",
     [
-        (linear_kernels.parse_arguments, "--families nothing", "invalid choice: 'nothing'"),
-        (linear_kernels.parse_arguments, "--budget 0", "--budget 0.0 must be greater than 0"),
-        (linear_ranks.parse_arguments, "--layer --parity", "--layer and --parity exclude each other"),
-        (linear_ranks.parse_arguments, "--repetitions 0", "--repetitions 0 must be greater than 0"),
+        (linear_kernels.parse_linear_kernels, "--families nothing", "invalid choice: 'nothing'"),
+        (linear_kernels.parse_linear_kernels, "--budget 0", "--budget 0.0 must be greater than 0"),
+        (linear_ranks.parse_linear_ranks, "--layer --parity", "--layer and --parity exclude each other"),
+        (linear_ranks.parse_linear_ranks, "--repetitions 0", "--repetitions 0 must be greater than 0"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(parse, line, message, capsys):
@@ -137,11 +137,11 @@ def test_bad_arguments_are_refused_in_one_line(parse, line, message, capsys):
 
 
 def test_defaults():
-    arguments = linear_kernels.parse_arguments([])
+    arguments = linear_kernels.parse_linear_kernels([])
     assert arguments.tokens == [32768, 131072] and arguments.families == list(FAMILIES)
-    assert linear_ranks.parse_arguments([]).tokens == [32768, 131072, 524288]
-    assert linear_ranks.parse_arguments(["--layer", "--tokens", "4K"]).tokens == [4096]
-    assert linear_ranks.parse_arguments(["--parity"]).families == list(FAMILIES)
+    assert linear_ranks.parse_linear_ranks([]).tokens == [32768, 131072, 524288]
+    assert linear_ranks.parse_linear_ranks(["--layer", "--tokens", "4K"]).tokens == [4096]
+    assert linear_ranks.parse_linear_ranks(["--parity"]).families == list(FAMILIES)
 
 
 def test_kernels_on_cpu(tmp_path):

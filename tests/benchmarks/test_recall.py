@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from longspan.benchmarks import recall, recall_report, recall_task
+from longspan.benchmarks.arguments import MODELS
 from longspan.benchmarks.recall_task import Run, Task, layer_pattern, train
 
 TASK = Task(pairs=(2, 5, 8), tokens=160, num_keys=12, num_values=9)
@@ -78,7 +79,7 @@ def test_models_by_name():
             layer_pattern(name)
     with pytest.raises(ValueError, match="multiple of 8 layers"):
         tiny("gla-7:1").validate()
-    for name in recall.MODELS:
+    for name in MODELS:
         tiny(name, num_layers=8).validate()
 
 
@@ -153,13 +154,13 @@ def test_what_fails_or_is_late_is_recorded(tmp_path, monkeypatch):
 )
 def test_bad_arguments_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        recall.parse_arguments(command(tmp_path, *words)[1:])
+        recall.parse_recall(command(tmp_path, *words)[1:])
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_results_to_join_want_a_folder(capsys):
     with pytest.raises(SystemExit):
-        recall.parse_arguments(["--plot", "a.json", "b.json"])
+        recall.parse_recall(["--plot", "a.json", "b.json"])
     assert "give --output DIR" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -173,7 +174,7 @@ def results(**runs):
         for model, tried in runs.items()
         for rate, seed, v, a in tried
     ]  # fmt: skip
-    arguments = vars(recall.parse_arguments(["--output", "x", "--pairs", "8", "16"])) | {"models": list(runs)}
+    arguments = vars(recall.parse_recall(["--output", "x", "--pairs", "8", "16"])) | {"models": list(runs)}
     machine, versions = {"gpus": [], "architecture": "any"}, {"torch": "2"}
     head = {"benchmark": "recall", "commit": "c", "date": "d", "command": "e", "machine": machine, "versions": versions}
     return head | {"arguments": arguments | {"learning_rates": [0.001, 0.01]}, "runs": rows}

@@ -162,9 +162,9 @@ def test_commands_for_one_rank_refuse_several(command, monkeypatch):
 
 
 def test_help_does_not_wait_for_torch():
-    asked = [["--help"], *([command, "--help"] for command in cli.COMMANDS)]
+    asked = [[], *([command] for command in cli.COMMANDS), *(["bench", name] for name in cli.BENCHMARKS)]
     code = (
-        f"import sys; from longspan.launcher import cli\nfor argv in {asked}:\n    try: cli.main(argv)\n"
+        f"import sys; from longspan.launcher import cli\nfor argv in {asked}:\n    try: cli.main([*argv, '--help'])\n"
         "    except SystemExit: assert 'torch' not in sys.modules, argv"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=60)
