@@ -192,6 +192,7 @@ class Job:
             gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
             softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
             sparse=self.config.parallel.sparse, topology=self.topology, peer_blocks=self.peer_blocks,
+            head_groups=self.config.parallel.head_groups,
         )  # fmt: skip
 
 

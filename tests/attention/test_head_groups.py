@@ -1,0 +1,89 @@
+"""Softmax attention by groups of heads: the full matrix, the bits of all heads at once, no more memory than said."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import LENGTHS, layouts
+from oracles import softmax_attention as full_matrix
+from oracles import with_gradients
+from parity import disagreements, run_share
+from spawn import run_ranks
+
+from longspan.attention import softmax, softmax_attention
+from longspan.kernels.merge import merge
+from longspan.parallel import SequenceParallel, Topology
+
+HEADS = {"mha": (4, 4), "gqa": (8, 4)}
+MASKS = {"causal": {}, "full": {"causal": False}, "window": {"window": 13}}
+GROUPS = (1, 2, 4)
+DOUBLE, BF16 = torch.float64, torch.bfloat16
+CASES = [  # heads, mask, lengths, layout, strategy, dtype
+    ("mha", "causal", "one", "zigzag", "ring", DOUBLE),
+    ("gqa", "causal", "mixed", "holes", "ring", DOUBLE),
+    ("gqa", "window", "one", "zigzag", "ring", DOUBLE),
+    ("mha", "full", "mixed", "balanced", "double_ring", DOUBLE),
+    ("gqa", "causal", "one", "zigzag", "double_ring", BF16),
+    ("gqa", "full", "few", "contiguous", "grouped_ring", DOUBLE),
+    ("mha", "causal", "one", "zigzag", "all_gather", DOUBLE),
+    ("gqa", "causal", "mixed", "balanced", "zeppelin", DOUBLE),
+    ("mha", "window", "mixed", "contiguous", "zeppelin", BF16),
+    ("gqa", "causal", "one", "zigzag", "usp", DOUBLE),
+]
+
+
+def inputs_of(heads, lengths, dtype):
+    """(inputs, gradient of the output), the same on every rank."""
+    generator, (num_heads, kv_heads) = torch.Generator().manual_seed(len(lengths)), HEADS[heads]
+
+    def normal(count):
+        return torch.randn(sum(lengths), count, 8, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {"q": normal(num_heads), "k": normal(kv_heads), "v": normal(kv_heads)}, normal(num_heads)
+
+
+def merge_head_by_head(out_acc, lse_acc, out, lse, rows=None):
+    """merge, where exp and log of an element do not depend on its place in a vector register."""
+    rows = slice(None) if rows is None else rows
+    for head in range(out.shape[1]):
+        parts = [x[rows, head : head + 1].clone() for x in (out_acc, lse_acc)]
+        merge(*parts, *(x[:, head : head + 1].contiguous() for x in (out, lse)))
+        out_acc[rows, head : head + 1], lse_acc[rows, head : head + 1] = parts
+
+
+def run_cases(rank, world_size):
+    """Shares of every case by the number of groups."""
+    softmax.merge, results = merge_head_by_head, []
+    topology = Topology(2, world_size // 2) if world_size % 2 == 0 else Topology(1, world_size)
+    for heads, mask, name, layout_name, strategy, dtype in CASES:
+        inputs, grad_out = inputs_of(heads, LENGTHS[name], dtype)
+        shares = {}
+        for groups in GROUPS:
+            parallel = SequenceParallel(
+                dist.group.WORLD, softmax=strategy, head_groups=groups, topology=topology, token_cap=3.0
+            )
+            seq = parallel.context(layouts(LENGTHS[name], world_size)[layout_name])
+
+            def grouped(*, layout, seq=seq, **kwargs):
+                return softmax_attention(seq=seq, **kwargs)
+
+            shares[groups] = run_share(grouped, inputs, grad_out, seq.layout, rank, **MASKS[mask])
+        results.append(shares)
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_groups_are_exact_and_equal_to_the_bit(world_size):
+    ranks = run_ranks(run_cases, world_size, timeout=240)
+    problems = []
+    for n, (heads, mask, name, layout_name, strategy, dtype) in enumerate(CASES):
+        case, layout = f"{heads}-{mask}-{name}-{layout_name}-{strategy}-{dtype}", layouts(LENGTHS[name], world_size)
+        inputs, grad_out = inputs_of(heads, LENGTHS[name], dtype)
+        exact = with_gradients(full_matrix, inputs, grad_out, LENGTHS[name], **MASKS[mask])
+        limits = dict.fromkeys(exact, 1e-9 if dtype == torch.float64 else 2e-2)
+        for groups in GROUPS:
+            shares = [results[n][groups] for results in ranks]
+            problems += disagreements(f"{case} {groups}", shares, layout[layout_name], exact, dtype, limits)
+            for share, once in zip(shares, (results[n][1] for results in ranks)):
+                different = [key for key in once if not torch.equal(share[key], once[key])]
+                problems += [f"{case}: {groups} groups change {different}"] * bool(different)
+    assert not problems, f"{len(problems)} problems\n" + "\n".join(problems)
