@@ -6,24 +6,25 @@ among all others, where kernels are deterministic. Calls and messages are smalle
 
 import torch
 
-# Tokens of a rank times query heads of a group, at least. A call has then 8,192 tiles of 128 queries, 62 for each
-# multiprocessor of an H200, the last of which leaves it 1 % idle on average. In bf16 with heads of 128, queries of a
-# group are 256 MiB, and so is a message with as many key heads: 0.8 ms over NVLink beside kernels of 100 and more.
-FEWEST = 1 << 20
+# Tokens of a rank times query heads: of a group at least, and of all heads before they are divided. A call for a group
+# then has 8,192 tiles of 128 queries, 62 for each multiprocessor of an H200, some of which are idle during the last. In
+# bf16 with heads of 128, queries of all heads are 1 GiB from where on heads are divided, and of a group 256 MiB.
+GROUP, ALL = 1 << 20, 1 << 22
 
 
 def head_groups(wanted: int, tokens: int, heads: int, kv_heads: int) -> int:
     """Groups of key heads, with their query heads, that attention works on one after the other.
 
-    wanted: so many; 0: as many as leave each with FEWEST. tokens: of a rank, on average, so that all ranks get the
-    same. ValueError where key heads do not come out even.
+    wanted: so many; 0: as many as leave each with GROUP. tokens: of a rank, on average, so that all ranks get the same.
+    ValueError where key heads do not come out even.
     """
-    if wanted and kv_heads % wanted:
-        raise ValueError(
-            f"head_groups={wanted} does not divide the {kv_heads} key heads: use {', '.join(map(str, _even(kv_heads)))}"
-            " or 0, as many as are fast"
-        )
-    return wanted or max(n for n in _even(kv_heads) if n == 1 or tokens * heads >= n * FEWEST)
+    even = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+    if wanted and wanted not in even:
+        allowed = ", ".join(map(str, even))
+        raise ValueError(f"head_groups={wanted} does not divide the {kv_heads} key heads: use one of {allowed}, or 0")
+    if wanted or tokens * heads < ALL:
+        return wanted or 1
+    return max(n for n in even if tokens * heads >= n * GROUP)
 
 
 def by_groups(run, groups: int, tensors, *rest) -> tuple[torch.Tensor, ...]:
@@ -49,7 +50,3 @@ def _of(number, groups, x):
     """The heads of a group, in place."""
     heads = x.shape[1] // groups
     return x[:, number * heads : (number + 1) * heads]
-
-
-def _even(heads):
-    return [n for n in range(1, heads + 1) if heads % n == 0]

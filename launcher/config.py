@@ -328,11 +328,11 @@ class Config:
     def _validate_head_groups(self) -> None:
         model, groups, tp = self.model, self.parallel.head_groups, self.parallel.tp
         heads = model.kv_heads // tp
-        allowed = " or ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         _require(
             groups == 0 or heads % groups == 0 or set(SOFTMAX_KINDS).isdisjoint(model.layer_kinds),
             f"parallel.head_groups={groups} does not divide the {heads} key heads of a rank (model.num_kv_heads="
-            f"{model.kv_heads}{f' / parallel.tp={tp}' * (tp > 1)}): use {allowed}, or 0",
+            f"{model.kv_heads}{f' / parallel.tp={tp}' * (tp > 1)}): use one of {allowed}, or 0",
         )
 
     def _validate_engine(self) -> None:
