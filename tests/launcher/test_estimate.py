@@ -34,9 +34,8 @@ def job_of(*settings, gpus="2xH200", **options):
 def test_peaks_of_measured_runs_are_within_a_tenth():
     for name, tokens in (("train_hybrid_0.4b_128k_2xH200", 2**17), ("train_hybrid_0.4b_512k_2xH200", 2**19)):
         measured = json.loads((RESULTS / f"{name}.json").read_text())["summary"]["peak_mem_gb"]
-        found = estimate(
-            Job(Config.load("hybrid-0.4b", [f"data.seq_len={tokens}", "parallel.head_groups=1"]), parse_gpus("2xH200"))
-        )
+        settings = f"data.seq_len={tokens}", "parallel.head_groups=1"
+        found = estimate(Job(Config.load("hybrid-0.4b", settings), parse_gpus("2xH200")))
         assert found.peak / GIB == pytest.approx(measured, rel=0.1)
 
 
@@ -332,14 +331,9 @@ def test_groups_of_heads_take_less_memory_and_as_long():
     """Of one group fewer keys are on their way, and the same work is divided."""
 
     def found(groups, *settings, seq_len="1M"):
-        given = (
-            "model.pattern=[linear, softmax]",
-            "model.num_heads=8",
-            "train.checkpointing=full",
-            "model.loss_chunk=1K",
-        )
-        more = f"parallel.head_groups={groups}", "model.head_dim=128", "train.mlp_tile=4K", f"data.seq_len={seq_len}"
-        return estimate(job_of(*given, *more, *settings))
+        settings += "model.pattern=[softmax]", "model.num_heads=8", "model.head_dim=128", "model.loss_chunk=1024"
+        settings += "train.checkpointing=full", "train.mlp_tile=4K", f"data.seq_len={seq_len}"
+        return estimate(job_of(*settings, f"parallel.head_groups={groups}"))
 
     once, two, all_apart = (found(groups) for groups in (1, 2, 8))
     assert all_apart.peak < 0.85 * two.peak and two.peak < 0.85 * once.peak
