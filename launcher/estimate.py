@@ -13,6 +13,7 @@ from math import gcd
 import torch
 from torch import nn
 
+from longspan.attention.head_groups import head_groups
 from longspan.attention.offload import Offload
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.launcher.config import Config, TrainConfig
@@ -170,6 +171,13 @@ class Job:
         if self.config.model.task == "images":
             size = data.image_size**2
         return [size] * (data.seq_len // size) + [data.seq_len % size] * (data.seq_len % size > 0)
+
+    @property
+    def head_groups(self) -> int:
+        """Groups of heads on which softmax layers work one after the other."""
+        model, tokens = self.config.model, sum(self.lengths) // self.sp
+        heads, kv_heads = model.num_heads // self.tp, model.kv_heads // self.tp
+        return head_groups(self.config.parallel.head_groups, tokens, heads, kv_heads)
 
     @property
     def itemsize(self) -> int:
