@@ -13,6 +13,7 @@ from math import gcd
 import torch
 from torch import nn
 
+from longspan.attention.head_groups import head_groups
 from longspan.attention.offload import Offload
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.launcher.config import Config, TrainConfig
@@ -163,6 +164,13 @@ class Job:
         return lengths_of(self.config, self.document)
 
     @property
+    def head_groups(self) -> int:
+        """Groups of heads on which softmax layers work one after the other."""
+        model, tokens = self.config.model, sum(self.lengths) // self.sp
+        heads, kv_heads = model.num_heads // self.tp, model.kv_heads // self.tp
+        return head_groups(self.config.parallel.head_groups, tokens, heads, kv_heads)
+
+    @property
     def itemsize(self) -> int:
         return self.dtype.itemsize
 
@@ -183,6 +191,7 @@ class Job:
             gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
             softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
             sparse=self.config.parallel.sparse, topology=self.topology, peer_blocks=self.peer_blocks,
+            head_groups=self.config.parallel.head_groups,
         )  # fmt: skip
 
 

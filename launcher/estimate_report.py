@@ -7,6 +7,7 @@ from longspan.launcher.estimate import WINDOWS, Estimate, Job, estimate
 from longspan.launcher.fitting import largest, refuse
 from longspan.launcher.gpus import GIB, Cluster
 from longspan.launcher.memory_choice import NAMES, described, settle, smallest
+from longspan.models.config import SOFTMAX_KINDS
 
 STATE = ("parameters", "optimizer state", "gradients", "gathered parameters, reduced gradients", WINDOWS)
 
@@ -35,12 +36,13 @@ def report(config: Config, cluster: Cluster, document: int = 0, *, as_json: bool
 def lines(job: Job, found: Estimate) -> list[str]:
     """The table."""
     config, shared = job.config, f" x {job.tp} tensor-parallel" * (job.tp > 1)
+    apart = job.head_groups > 1 and not set(SOFTMAX_KINDS).isdisjoint(config.model.layer_kinds)
     peak, limit = found.peak / GIB, found.limit / GIB
     activations = {name: size for name, size in found.memory.items() if name not in STATE}
     rows = [
         f"{config.run.name} on {job.cluster}: {found.num_parameters:,} parameters, {found.tokens:,} tokens a step",
         f"{job.dp} data-parallel x {job.sp} sequence-parallel{shared}, {config.train.dtype}, checkpointing"
-        f" {config.train.checkpointing}, {config.parallel.engine}",
+        f" {config.train.checkpointing}, {config.parallel.engine}" + f", {job.head_groups} groups of heads" * apart,
         "",
         *_table("memory of a rank at the peak, GiB", {name: found.memory[name] / GIB for name in STATE}),
         *_table("activations then", {name: size / GIB for name, size in activations.items()}),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import Estimate, Job, estimate, share_of_memory
 from longspan.launcher.gpus import GIB, Cluster
+from longspan.models.config import SOFTMAX_KINDS
 
 
 def largest(job: Job) -> tuple[int, int]:
@@ -83,6 +84,9 @@ def _alternatives(job: Job) -> Iterator[tuple[str, Job]]:
         yield "train.checkpointing=full", job.with_settings(train={"checkpointing": "full"})
     if not config.train.mlp_tile:
         yield "train.mlp_tile=8192", job.with_settings(train={"mlp_tile": 8192})
+    heads = config.model.kv_heads // job.tp
+    if config.parallel.head_groups != heads and not set(SOFTMAX_KINDS).isdisjoint(config.model.layer_kinds):
+        yield f"parallel.head_groups={heads}", job.with_settings(parallel={"head_groups": heads})
     if config.train.checkpointing != "none" and not config.train.offload_activations:
         yield "train.offload_activations=true", job.with_settings(train={"offload_activations": True})
     if not job.offload:

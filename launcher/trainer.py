@@ -88,6 +88,7 @@ def build_sequence_parallel(config: Config, mesh: Mesh) -> SequenceParallel:
         backend=config.parallel.backend,
         costs=decide(lambda: load_costs(config)),
         token_cap=config.parallel.token_cap,
+        head_groups=config.parallel.head_groups,
         device=mesh.device,
     )
 

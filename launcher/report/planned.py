@@ -16,6 +16,8 @@ from longspan.launcher.profile_report import PLANNED, ROWS
 from longspan.launcher.report.results import OF_THEN, Run
 from longspan.launcher.report.series import Summary
 
+OF_OLD = {"parallel.head_groups": 1}  # how runs were made that do not have these settings yet
+
 
 def config_of(run: Run) -> Config:
     """The config that a run had; of one whose command alone is known, what this says with the shipped config as it is
@@ -25,8 +27,8 @@ def config_of(run: Run) -> Config:
     if "--config" in run.settings:
         shipped = shipped_configs()
         words = (Path(word).stem if Path(word).stem in shipped else word for word in run.environment["command"][1:])
-        return train_config(list(words))
-    config = update(Config(), _tree(run.settings), run.name)
+        return train_config(["=".join(map(str, word)) for word in OF_OLD.items()] + list(words))
+    config = update(Config(), _tree(OF_OLD | run.settings), run.name)
     config.validate()
     return config
 
