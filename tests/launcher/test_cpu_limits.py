@@ -91,7 +91,7 @@ def test_a_run_asks_before_its_first_step(tmp_path):
 
 
 def refused(rank, world_size, corpus, folder):
-    cpu_limits.SHORT_S, cpu_limits._had = 0, lambda: (MODEL_ALONE, 2)
+    cpu_limits.SHORT_S, cpu_limits.memory_here = 0, lambda: (MODEL_ALONE, 2)
     trainer = start(tiny_config(corpus, folder / "run"))
     with pytest.raises(UserError) as refusal:
         trainer.train()
