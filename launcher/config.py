@@ -151,8 +151,10 @@ class TrainConfig:
     reduce_dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype in which gradients are summed over ranks; bfloat16 only with train.dtype=bfloat16"
     )
-    checkpointing: Literal["none", "full", "selective"] = setting(
-        "none", "what layers compute again in the backward: none, full: all but attention, selective: no projections"
+    checkpointing: Literal["none", "selective", "full", "auto"] = setting(
+        "none",
+        "what layers compute again in the backward: none, full: all but attention, selective: no projections, auto: as"
+        " little as memory allows, with train.mlp_tile and train.offload_activations if it must be",
     )
     checkpoint_layers: list[str] = setting(
         [], "kinds of layers that train.checkpointing is for, such as [softmax] or [linear]; empty: all layers"

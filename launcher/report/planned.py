@@ -10,6 +10,7 @@ from longspan.launcher.config import Config, shipped_configs
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import WINDOWS, Job, estimate
 from longspan.launcher.gpus import GIB, GPUS, Cluster
+from longspan.launcher.memory_choice import settle
 from longspan.launcher.parsing import update
 from longspan.launcher.profile_report import PLANNED, ROWS
 from longspan.launcher.report.results import OF_THEN, Run
@@ -52,7 +53,7 @@ def plan(summary: Summary) -> Planned:
     if not summary.gpus:
         raise UserError("it does not say on how many GPUs it ran")
     cluster = Cluster(name, summary.gpus, max(machines.values(), default=summary.gpus))
-    found = estimate(Job(config_of(run), cluster, run.document))
+    found = estimate(settle(Job(config_of(run), cluster, run.document)))
     measured = {where: seconds for where, seconds in run.breakdowns.items() if not where.endswith(OF_THEN)}
     compared = {where: list(_components(seconds, found.seconds)) for where, seconds in measured.items()}
     allocated = found.peak - found.memory[WINDOWS]  # torch's allocator, which runs report of, does not make windows
