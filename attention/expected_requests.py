@@ -4,6 +4,9 @@ Choices depend on the data. Here every chooser draws its blocks evenly and by it
 given sizes of lists and candidates, what it asks for in expectation is then the most that independent choices can be
 (a block that none names has chance prod(1 - p), at least when all p are equal). Choices that agree ask for less; only
 choosers that avoid what others took ask for more.
+
+Choices of a model agree: some blocks are what most queries want. Where the popularity of blocks is taken as exponential
+around what even draws give, with n = -sum(log(1 - p)) a block is not named with chance 1 / (1 + n) in place of exp(-n).
 """
 
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from longspan.kernels.sparse import kept_of
 from longspan.parallel.layout import Layout, Span
 
 LEAST = 1e-20  # chance below which it makes no difference how small it is; its logarithm must be finite
+CERTAIN = 0.99 * np.log(LEAST)  # of a block that a chooser takes in any case, but for rounding
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,12 @@ class _Choosers:
 
 
 @lru_cache(maxsize=16)
-def expected_requests(selection, layout: Layout, causal: bool) -> tuple[np.ndarray, np.ndarray]:
+def expected_requests(selection, layout: Layout, causal: bool, alike: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, listed): float [who, whom], of one list of blocks (a key head's): the tokens that rank `who` gets of
     rank `whom`, and the blocks of those that its lists name, each as often as it is named.
 
-    selection: TopBlocks or Hierarchical. Blocks that the queries' own block meets are taken as held by their rank.
+    selection: TopBlocks or Hierarchical. alike: whether choices agree as those of a model do. Blocks that the queries'
+    own block meets are taken as held by their rank.
     """
     found = np.zeros((2, layout.world_size, layout.world_size))
     layout = _cut_documents(layout)
@@ -48,7 +53,7 @@ def expected_requests(selection, layout: Layout, causal: bool) -> tuple[np.ndarr
         levels, sizes = _top(selection, layout.lengths, causal), (selection.query_block, selection.key_block)
     ends, block = np.cumsum([0, *(-(-n // sizes[1]) for n in layout.lengths)]), sizes[1]
     for who in range(layout.world_size):
-        totals = [np.concatenate([[0], x.cumsum()]) for x in _named(levels, _held(layout, who, sizes[0]))]
+        totals = [np.concatenate([[0], x.cumsum()]) for x in _named(levels, _held(layout, who, sizes[0]), alike)]
         for whom in set(range(layout.world_size)) - {who}:
             for span in layout.spans[whom]:  # of cut blocks a part
                 at = ends[span.document] + np.array([span.start, span.stop]) / block
@@ -78,7 +83,14 @@ def _at(total, places):
     return total[below] + (places - below) * (total[below + 1] - total[below])
 
 
-def _named(levels, here):
+def _unnamed(draws, alike):
+    """Chance that no chooser names a block. draws: sums of log(1 - p)."""
+    if not alike:
+        return np.exp(draws)
+    return np.where(draws <= CERTAIN, 0.0, 1 / (1 - draws))
+
+
+def _named(levels, here, alike):
     """(chance that a rank names each block of keys, how often it does). here: of the choosers of the first level, those
     that are the rank's."""
     spared, often = 1.0 - here, here.astype(float)  # of a chooser: chance that what it lists is not named below it
@@ -89,12 +101,12 @@ def _named(levels, here):
         counts.append(_over(level, times))
         if level.parent is not None:
             size = int(level.parent.max()) + 1
-            spared = np.exp(np.bincount(level.parent, draws, size))
+            spared = _unnamed(np.bincount(level.parent, draws, size), alike)
             often = np.bincount(level.parent, times, size)
     chance, count = chances[-1], counts[-1]
     for level, own, times in zip(levels[-2::-1], chances[-2::-1], counts[-2::-1]):
         chance, count = chance[level.parent] + own, count[level.parent] + times
-    return -np.expm1(chance), count
+    return 1 - _unnamed(chance, alike), count
 
 
 def _over(level, values):

@@ -49,9 +49,9 @@ DELTA_ROW_NUMBERS, CHANNEL_WAVE_NUMBERS, CHANNEL_SCORES = 8, 1 << 27, 64
 @dataclass(frozen=True)
 class Call:
     """One call of an attention kernel: kind is softmax, linear, sparse or convolution; detail says which (a Mask, a
-    form of linear attention, a selection, a width). asked: of sparse layers whose keys come by request, for which the
-    host waits, the tokens of others whose keys this rank gets, None for others and in a ring. window: of those that
-    come through memory that ranks share, bytes of this rank's window, which all layers use."""
+    form of linear attention, a selection, a width). asked: of sparse layers whose keys come by request, the tokens of
+    others whose keys this rank gets, None for others and in a ring. window: of those that come through memory that
+    ranks share, for which no host waits, bytes of this rank's window, which all layers use."""
 
     kind: str
     detail: Any
@@ -405,14 +405,20 @@ class _Sparse:
         if not self._window(k):
             return 0
         size = self.selection.block if isinstance(self.selection, Hierarchical) else self.selection.key_block
-        apart = self.branch is not None and self.branch.rest
-        return room_for(self.outline.num_tokens - apart * self.outline.num_tokens_local, self._entries(), size)
+        return room_for(self.outline.num_tokens - self._apart * self.outline.num_tokens_local, self._entries(), size)
+
+    @property
+    def _apart(self):
+        """Whether local blocks do not lie with those that arrive."""
+        return self.branch is not None and self.branch.rest
 
     def _buffers(self, q, k):
-        """Rows of what arrives, and of what others get. By request this rank's own that are chosen lie in
-        front, about as many as of another rank."""
+        """Rows of what arrives, and of what others get. By request this rank's own that are chosen lie in front, unless
+        they are a part of their own: under a mask all, which their own queries see, else about as many as of another
+        rank."""
         asked, given, by_request = self._asked_and_given(q, k)
-        return asked + by_request * -(-asked // max(1, self.outline.world_size - 1)), given
+        own = self.outline.num_tokens_local if self.causal else -(-asked // max(1, self.outline.world_size - 1))
+        return asked + (by_request and not self._apart) * own, given
 
     def _asked_and_given(self, q, k):
         """Tokens whose keys this rank gets of others, and others of it, for every key head, of the rank that holds
@@ -424,7 +430,7 @@ class _Sparse:
         if strategy == "ring" or not isinstance(self.selection, (Hierarchical, TopBlocks)):
             return others, others, strategy != "ring"
         layout = _layout(outline.lengths, outline.world_size)
-        tokens, listed = expected_requests(self.selection, layout, self.causal)
+        tokens, listed = expected_requests(self.selection, layout, self.causal, alike=True)
         if strategy == "auto" and not self._window(k):
             topology, lists = outline.topology or Topology(1, outline.world_size), k.shape[1]
             way = Estimate(q.shape[1], lists, k.shape[2], k.itemsize, topology)

@@ -22,14 +22,14 @@ from longspan.launcher.gpus import CONTEXT, FRAGMENTS, LAUNCH_S, Cluster
 from longspan.launcher.host_memory import host_memory
 from longspan.launcher.state_sizes import MASTER, state_sizes
 from longspan.launcher.step_time import HEAD_PARALLEL, WAITING, step_seconds
-from longspan.models.activations import GRADIENTS, Measured, measure
+from longspan.models.activations import GRADIENTS, WHOLE, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import SPARSE_KINDS
 from longspan.models.flops import model_flops, num_parameters
 from longspan.parallel.peer_memory import cannot_be_honoured, refusal_of_ranks
 from longspan.parallel.topology import Topology
 
-GATHERED = 3  # blocks whose parameters are whole at once: in use, arriving, and in the buffer they arrived in
+GATHERED = 2  # blocks whose parameters are whole at once: in use, and arriving or in the buffer they arrived in
 WINDOWS = "windows shared with other ranks"
 COUNTED = ("top", "hierarchical")  # of model.sparse_selection
 
@@ -259,26 +259,36 @@ def share_of_memory(job: Job) -> float:
 
 def memory_at_peak(job: Job, measured: Measured) -> dict[str, float]:
     """Bytes of a rank by what they are, when most exist."""
-    states, at_peak = job.state_sizes(measured.num_parameters), dict(measured.at_peak)
-    gradients = at_peak.pop(GRADIENTS, 0)
+    stages = range(len(measured.stages))
+    return max((_memory(job, measured, number) for number in stages), key=lambda memory: sum(memory.values()))
+
+
+def _memory(job: Job, measured: Measured, number: int) -> dict[str, float]:
+    """When most exist in one stage."""
+    states, at_peak = job.state_sizes(measured.num_parameters), dict(measured.stages[number].at_peak)
+    gradients, whole = at_peak.pop(GRADIENTS, 0), at_peak.pop(WHOLE, 0)
     if job.micro_batches == 1:  # else all of them, from the micro-batches before
         states["gradients"] = gradients
     return {
         **states,
-        "gathered parameters, reduced gradients": sharding_buffers(job, measured),
+        "gathered parameters, reduced gradients": whole + sharding_buffers(job, measured, number),
         WINDOWS: measured.window,
         **at_peak,
     }
 
 
-def sharding_buffers(job: Job, measured: Measured) -> float:
-    """Bytes of FSDP2: whole parameters of the root and of some blocks, whole gradients of the root and of one block in
-    the compute dtype, and those of two blocks on their way. From and to host memory parts of the root and of a block
-    travel too, in fp32."""
-    block = max(measured.block_parameters)
-    whole = measured.root_parameters + GATHERED * block
-    moved = 2 * MASTER * (measured.root_parameters + block) / job.shards if job.offload else 0
-    return (whole + measured.root_parameters + block) * job.itemsize + 2 * job.reduce_size * block + moved
+def sharding_buffers(job: Job, measured: Measured, number: int) -> float:
+    """Bytes of FSDP2 in a stage, without whole gradients of what it computes: whole parameters of the root and of some
+    blocks, and gradients on their way, of the block that is done, at the end of the root. From and to host memory parts
+    of the root and of a block travel too, in fp32."""
+    stage, block, root = measured.stages[number], max(measured.block_parameters), measured.root_parameters
+    reduced = 0
+    if stage.backward and stage.block is not None:
+        reduced = block * (stage.block + 1 < len(measured.block_parameters))
+    elif number + 1 == len(measured.stages):
+        reduced = max(block, root)
+    moved = 2 * MASTER * (root + block) / job.shards if job.offload else 0
+    return (root + GATHERED * block) * job.itemsize + reduced * job.reduce_size + moved
 
 
 def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
@@ -287,8 +297,6 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
         yield f"rates of {job.cluster.name} are not measured by longspan"
     if job.sp > 1 and not set(SPARSE_KINDS).isdisjoint(job.config.model.layer_kinds):
         yield "blocks of sparse attention are taken as chosen evenly: where choices agree, ranks fetch fewer"
-        if job.peer_blocks:
-            yield "times of sparse layers are those by NCCL, not through shared memory (parallel.peer_memory)"
     if job.offload or job.config.train.offload_activations:
         yield "PCIe is taken as 50 GB/s a GPU (one H200 alone has 55), the rate of host memory from data sheets"
     if job.offload:

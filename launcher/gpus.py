@@ -23,7 +23,7 @@ PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "A100":
 class GPU:
     """memory: bytes that a process sees. products, products_fp32: TFLOP/s of matrix products of layers. attention:
     width of a head -> TFLOP/s of dense softmax attention forward, and backward. memory_rate: bytes per second of
-    copies, which other operations are taken to reach. linear: how many times longer linear attention takes than on an
+    copies, of which other operations reach a share. linear: how many times longer linear attention takes than on an
     H200. intra, inter: bytes per second of one GPU to others of its machine, and to other machines. hopper: whether
     kernels for Hopper run."""
 
@@ -50,9 +50,9 @@ GPUS = {
         " products 680 TFLOP/s, assumed",
     ),
     "H200": GPU(
-        memory=139.8 * GIB, products=700, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=4.27e12,
+        memory=139.8 * GIB, products=680, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=4.27e12,
         linear=1.0, intra=326e9, inter=45e9, measured=True, hopper=True,
-        source="measured 2026-11-22: copies 4.27 TB/s, products 700 TFLOP/s (whole layers, linear_layer_4xH200.json),"
+        source="measured 2026-11-22: copies 4.27 TB/s, products 680 TFLOP/s (profiles of steps, runs_2xH200.json),"
         " FlashAttention-4 600 to 660, NCCL over NVLink 326 GB/s; between machines 90 % of 400 Gb/s, assumed",
     ),
     "A100": GPU(
@@ -69,20 +69,29 @@ GPUS = {
     ),
 }  # fmt: skip
 
-# Linear attention on an H200, K = V = 128, bf16: ns per token and head forward, and backward.
+# Shares of the rate of copies that other operations reach on an H200: norms, rotations, gates and SwiGLU of a layer
+# together (pointwise_H200.json: 0.91 and 0.92); what FSDP2 copies around its transfers, many small pieces a kernel, and
+# the fused update (profiles of runs_2xH200.json: 0.53 to 0.57, and 0.74 to 0.77).
+POINTWISE_SHARE, SHARDING_SHARE, UPDATE_SHARE = 0.92, 0.55, 0.75
+# Linear attention on an H200, K = V = 128, bf16: ns per token and head forward, and backward, of kernels alone.
 LINEAR_NS = {
     "none": (0.398, 0.868),  # 32,768 tokens, linear_hopper_H200.json
-    "fixed": (0.269, 0.749),  # 131,072 tokens, linear_long_H200.json
-    "scalar": (0.314, 0.909),  # 131,072 tokens, linear_hopper_H200.json
-    "channel": (1.072, 3.031),  # 32,768 tokens, linear_kernels_H200_peers.json
+    "fixed": (0.307, 0.767),  # 131,072 tokens, linear_kernels_H200_fla.json, in a graph, as those below
+    "scalar": (0.284, 0.913),
+    "channel": (1.014, 2.976),
+    "kda": (1.220, 2.704),
     "gated_delta": (0.783, 1.828),  # 32,768 tokens, linear_kernels_H200_gated_delta.json
     "delta": (0.931, 1.813),  # linear_hopper_H200.json
-    "kda": (1.46, 2.87),  # its kernels added up, counters_kda_H200.json
     "whole": (4.0, 8.0),  # plain PyTorch without a causal mask, not measured
 }
-# Block-sparse attention on an H200: share of the dense rate forward, and backward, everything included for Hierarchical
-# (llsa layers of a 1B model at 512K tokens, runs_2xH200.json), kernels for TopBlocks (sparse_kernels_H200.json).
-SPARSE_SHARE = {"TopBlocks": (0.75, 0.65), "Hierarchical": (0.15, 0.19)}
+# How many times longer they take in a step: 1.14 to 1.17 as long in profiles of 512K tokens (runs_2xH200.json) as those
+# of then alone (linear_hopper_H200.json), 1.37 of 128K. Supposed: between products the clock is lower than alone.
+LINEAR_IN_STEP = 1.17
+# Block-sparse attention on an H200: share of the dense rate forward, and backward, choosing and lists included, packing
+# for other ranks not. Hierarchical: llsa layers of a 1B model at 512K tokens (runs_2xH200.json), by what kernels took
+# then and take now (sparse_llsa_H200_one_list.json: 0.84 and 0.91). TopBlocks: 256K tokens, alone
+# (sparse_ranks_2xH200_variants.json).
+SPARSE_SHARE = {"TopBlocks": (0.57, 0.62), "Hierarchical": (0.18, 0.21)}
 # Bytes per second of a GPU from and to host memory (55 by one H200 alone, host_memory_H200.json; 63 by data sheet), and
 # of a host's memory, by data sheet.
 HOST_LINK, HOST_RATE = 50e9, 400e9

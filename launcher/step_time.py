@@ -14,18 +14,23 @@ from math import ceil
 import torch
 
 from longspan.attention.hierarchy import Hierarchical
-from longspan.attention.outline import Call
+from longspan.attention.outline import PROCESSORS, Call
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.attention.schedules import ranks_at_once
+from longspan.attention.shared_requests import PROGRAMS
 from longspan.launcher.gpus import (
     BLOCK_S,
     HOST_LINK,
     HOST_RATE,
     LATENCY_S,
     LAUNCH_S,
+    LINEAR_IN_STEP,
     LINEAR_NS,
+    POINTWISE_SHARE,
+    SHARDING_SHARE,
     SPARSE_SHARE,
     THREAD_RATE,
+    UPDATE_SHARE,
 )
 from longspan.launcher.state_sizes import MASTER
 from longspan.models.activations import LOSS, Measured, Stage
@@ -46,12 +51,12 @@ def step_seconds(job, measured: Measured) -> dict[str, float]:
     forward = backward = 0.0
     for number, stage in enumerate(measured.stages):
         computing = compute_seconds(job, stage)
-        computing[COPIES] += _copied(job, measured, number) / gpu.memory_rate
+        computing[COPIES] += _copied(job, measured, number) / (SHARDING_SHARE * gpu.memory_rate)
         seconds = sum(computing.values())
         times.update(computing)
         parts.append(_part(job, measured, number, seconds))
         forward, backward = (forward, backward + seconds) if stage.backward else (forward + seconds, backward)
-    update = min(THREAD_RATE, HOST_RATE / job.cluster.per_node) if job.offload else gpu.memory_rate
+    update = min(THREAD_RATE, HOST_RATE / job.cluster.per_node) if job.offload else UPDATE_SHARE * gpu.memory_rate
     optimizer = OPTIMIZER_TRAFFIC * measured.num_parameters / job.shards / update
     shown, idle = timeline(parts, job.micro_batches, optimizer)
     times = Counter({name: seconds * job.micro_batches for name, seconds in times.items()})
@@ -68,7 +73,8 @@ def compute_seconds(job, stage: Stage) -> Counter:
     for name, count in stage.flops.items():
         times["loss" if name == LOSS else "projections and MLP"] += count / products
     for name, size in stage.traffic.items():
-        times["loss" if name == LOSS else "norms, gates, rotations"] += size / gpu.memory_rate
+        share = 1 if name == LOSS else POINTWISE_SHARE
+        times["loss" if name == LOSS else "norms, gates, rotations"] += size / (share * gpu.memory_rate)
     for call, count in stage.calls.items():
         times[NAMES[call.kind]] += count * call_seconds(job, call)
     return times
@@ -193,19 +199,31 @@ def call_seconds(job, call: Call) -> float:
     gpu, tokens = job.cluster.gpu, sum(job.lengths) / job.sp
     if call.kind == "linear":
         width = max((call.key_size + call.value_size) / 256, _padded(call.key_size) * _columns(call.value_size) / 2**14)
-        return LINEAR_NS[call.detail][call.backward] * 1e-9 * tokens * call.heads * width * gpu.linear
+        rate = LINEAR_NS[call.detail][call.backward] * 1e-9 * LINEAR_IN_STEP * gpu.linear
+        return rate * tokens * call.heads * width
     if call.kind == "convolution":
         return (3 if call.backward else 2) * tokens * call.key_size * job.itemsize / gpu.memory_rate
     if call.kind == "softmax":
         pairs, share = sum(call.detail.pairs(Span(0, 0, length), length) for length in job.lengths), 1.0
+        packing = 0.0
     else:
         direction = {} if job.config.model.causal else {"causal": False}
         pairs = sum(call.detail.pairs(length, **direction) for length in job.lengths)
         share = SPARSE_SHARE[type(call.detail).__name__][call.backward]
+        packing = _packed(job, call) / gpu.memory_rate
     rates = gpu.attention[min(gpu.attention, key=lambda width: abs(width - call.key_size))]
     rate = rates[call.backward] if job.dtype == torch.bfloat16 else gpu.products_fp32
     flops = 4.0 * pairs / job.sp * call.heads * call.key_size * (2.5 if call.backward else 1)
-    return flops / (rate * share * 1e12)
+    return flops / (rate * share * 1e12) + packing
+
+
+def _packed(job, call: Call) -> float:
+    """Bytes read and written on the device where keys come by request: forward this rank's are packed for others, or
+    laid into its window, and laid beside those that arrive, about all each time; backward their gradients and those
+    that return are added."""
+    if call.asked is None or job.sp == 1:
+        return 0.0
+    return (3 if call.backward else 4) * _key_bytes(job, call) * sum(job.lengths) / job.sp
 
 
 def ring_transfer(job, call: Call, seconds: float) -> float:
@@ -235,15 +253,16 @@ def ring_transfer(job, call: Call, seconds: float) -> float:
 
 def request_transfer(job, call: Call, seconds: float) -> float:
     """What shows of keys of sparse layers: flags of who asks for what, and means of keys where there are levels, which
-    choices wait for; what is asked for travels beside attention to local keys, backward its gradients do. In a ring as
-    softmax attention's."""
+    choices wait for; what is asked for travels beside attention to local keys, backward its gradients do. Through
+    memory that ranks share some processors move it, and attention has the others. In a ring as softmax attention's."""
     if job.sp == 1:
         return 0.0
     beside = seconds / job.sp
     if call.asked is None:
         shown, waits = max(0.0, _key_seconds(job, call, sum(job.lengths) * (1 - 1 / job.sp)) - seconds + beside), 0
     else:
-        shown, waits = max(0.0, _key_seconds(job, call, call.asked) - beside), LATENCY_S
+        away = _key_seconds(job, call, call.asked)
+        shown, waits = max(0.0, away - beside) + (call.window > 0) * away * PROGRAMS / PROCESSORS, LATENCY_S
     if isinstance(call.detail, Hierarchical):
         block, levels = call.detail.block, range(1, call.detail.levels + 1)
         means = sum(job.lengths) * (1 - 1 / job.sp) * sum(block**-level for level in levels)
@@ -254,8 +273,13 @@ def request_transfer(job, call: Call, seconds: float) -> float:
 def _key_seconds(job, call: Call, tokens: float) -> float:
     """Of keys and values of so many tokens on their way to one rank, to each machine once over the links of all its
     ranks."""
-    size, gpu = 2 * call.kv_heads * call.key_size * job.itemsize * tokens, job.cluster.gpu
+    size, gpu = _key_bytes(job, call) * tokens, job.cluster.gpu
     return size / gpu.intra + (job.sp > job.per_node) * size / gpu.inter / job.per_node
+
+
+def _key_bytes(job, call: Call) -> int:
+    """Of the key and the value of one token."""
+    return 2 * call.kv_heads * call.key_size * job.itemsize
 
 
 def _ranks_of_a_document(job) -> int:

@@ -32,7 +32,7 @@ from longspan.parallel.topology import Topology
 
 # What storages and work are booked under.
 BATCH, EMBEDDING, RESIDUAL, MLP, NORMS, LOSS = "batch", "embedding, angles", "residual stream", "MLP", "norms", "loss"
-BACKWARD, GRADIENTS = "backward scratch", "gradients"
+BACKWARD, GRADIENTS, WHOLE = "backward scratch", "gradients", "whole gradients"
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # matrix products: where the left operand stands
 LOOKUPS = ("embedding", "index", "gather", "index_select", "scatter_")  # read as much as they write
 SILENT = ("empty", "detach", "alias", "view", "record_stream")  # beginnings of the names of what touches no memory
@@ -46,7 +46,7 @@ class Stage:
     included. waits: whether the host waits, before it queues this stage, until the device has done the one before.
     flops: of matrix products, traffic: bytes read and written by all other operations, both by name; attention is in
     `calls` instead. launches: operations. exchanged: bytes that the rank gets from those that share its layers, in so
-    many exchanges.
+    many exchanges. peak: the most bytes at any time, and at_peak what they were.
     """
 
     block: int | None
@@ -58,24 +58,33 @@ class Stage:
     launches: int = 0
     exchanged: float = 0
     exchanges: int = 0
+    peak: int = 0
+    at_peak: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Measured:
     """Of one micro-batch, forward and backward, on one rank; parameters not included.
 
-    kept: bytes by name at the end of the forward pass, all that the backward pass will need. peak: the most bytes at
-    any time, and at_peak what they were. stages: the work, in order. put_away: bytes of every tensor that waits in host
-    memory for the backward pass.
+    kept: bytes by name at the end of the forward pass, all that the backward pass will need. stages: the work, in
+    order. put_away: bytes of every tensor that waits in host memory for the backward pass.
     """
 
     kept: dict[str, int]
-    peak: int
-    at_peak: dict[str, int]
     stages: tuple[Stage, ...]
     parameter_sizes: tuple[int, ...]
     block_parameters: tuple[int, ...]
     put_away: tuple[int, ...]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at any time."""
+        return max(stage.peak for stage in self.stages)
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """What they were."""
+        return max(self.stages, key=lambda stage: stage.peak).at_peak
 
     @property
     def flops(self) -> Counter:
@@ -132,11 +141,11 @@ def measure(
     dtype: of compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of
     GPUs, hopper: of Hopper GPUs. prepare: does to the model what training does to it before it is sharded, such as
     checkpointing, for which it gets an Offload without data; it is not compiled. gradient_bytes: what stays of the
-    gradient of one parameter once its block is done. tp: ranks that share layers; parameters are then those of one of
-    them. softmax: the strategy by which keys travel, one of longspan.attention.schedules. sparse, topology:
-    parallel.sparse, and which of the ranks share a machine (default: all), which "auto" goes by; peer_blocks: whether
-    blocks of sparse layers go through memory that ranks share, whose windows are in no peak. head_groups:
-    parallel.head_groups.
+    gradient of one parameter once its block is done; until then it is whole. tp: ranks that share layers; parameters
+    are then those of one of them. softmax: the strategy by which keys travel, one of longspan.attention.schedules.
+    sparse, topology: parallel.sparse, and which of the ranks share a machine (default: all), which "auto" goes by;
+    peer_blocks: whether blocks of sparse layers go through memory that ranks share, whose windows are in no peak.
+    head_groups: parallel.head_groups.
     """
     lengths, meter = tuple(lengths), _Meter(gradient_bytes)
     with torch.device("meta"):
@@ -171,7 +180,7 @@ def measure(
                     work[LOSS] *= max(1.0, tokens / config.loss_chunk)
         meter.end_of_forward.exchanges += (tp > 1) * (tokens // config.loss_chunk)  # of few bytes
     return Measured(
-        kept, meter.peak, meter.at_peak, tuple(meter.stages),
+        kept, tuple(meter.stages),
         tuple(parameter.numel() for parameter in parameters),
         tuple(sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks), tuple(meter.away),
     )  # fmt: skip
@@ -213,16 +222,20 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self, gradient_bytes: float = 0.0):
         super().__init__()
-        self.live, self.total, self.peak = Counter(), 0, 0
+        self.live, self.total = Counter(), 0
         self.stages = [Stage(None, backward=False)]
         self._repeats, self._counts, self.away = 1, True, []
-        self.at_peak, self.gradient_bytes = {}, gradient_bytes
+        self.gradient_bytes, self._whole = gradient_bytes, []
         self._names, self._known = [], {}
 
     def enter(self, block: int | None, *, backward: bool | None = None, waits: bool = False) -> None:
         """What comes is of this block; backward: None for as before."""
-        backward = self.stages[-1].backward if backward is None else backward
-        self.stages.append(Stage(block, backward, waits))
+        last = self.stages[-1]
+        if last.backward and last.block is not None:
+            self._reduce_gradients()
+        self._whole = []
+        backward = last.backward if backward is None else backward
+        self.stages.append(Stage(block, backward, waits, peak=self.total, at_peak=self._alive()))
 
     def begin_backward(self) -> None:
         self.end_of_forward = self.stages[-1]
@@ -264,7 +277,7 @@ class _Meter(TorchDispatchMode):
         return absent
 
     def record(self, call: Call) -> None:
-        if call.asked is not None and not call.backward:
+        if call.asked is not None and not call.window and not call.backward:
             self.enter(self.stages[-1].block, waits=True)
         self.stages[-1].calls[call] += 1
 
@@ -273,9 +286,19 @@ class _Meter(TorchDispatchMode):
         self.stages[-1].exchanges += self._repeats
 
     def take_gradient(self, parameter) -> None:
-        """What happens to a gradient where parameters are sharded: a part of it stays."""
+        """What happens to a gradient where parameters are sharded: it is whole until its block, or all, is done."""
         parameter.grad = None
-        self._add(GRADIENTS, int(parameter.numel() * self.gradient_bytes))
+        self._whole.append(parameter)
+        self._add(WHOLE, parameter.nbytes)
+
+    def _reduce_gradients(self) -> None:
+        """Of the block that is done: a part of them stays."""
+        for parameter in self._whole:
+            self._add(WHOLE, -parameter.nbytes)
+            self._add(GRADIENTS, int(parameter.numel() * self.gradient_bytes))
+
+    def _alive(self) -> dict[str, int]:
+        return {name: count for name, count in self.live.items() if count}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -303,8 +326,9 @@ class _Meter(TorchDispatchMode):
     def _add(self, name, size):
         self.live[name] += size
         self.total += size
-        if self.total > self.peak:
-            self.peak, self.at_peak = self.total, {name: count for name, count in self.live.items() if count}
+        stage = self.stages[-1]
+        if self.total > stage.peak:
+            stage.peak, stage.at_peak = self.total, self._alive()
 
     def _count(self, func, args, outputs) -> None:
         name, where, stage = func._schema.name.removeprefix("aten::"), self._names[-1], self.stages[-1]

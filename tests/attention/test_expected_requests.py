@@ -147,3 +147,21 @@ def test_documents_on_one_rank_ask_for_nothing(ranks):
         assert (found == wanted).all() and found.sum() > 0
     for found in expected_requests(selection, balanced([64] * 4, 4), True):
         assert found.shape == (4, 4) and not found.any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_of_unequal_popularity_are_named_less_often(causal):
+    """Each drawn as often, beside others, as a weight of its own says, from an exponential distribution."""
+    random, selection, layout = np.random.default_rng(0), TopBlocks(3, query_block=8, key_block=8), zigzag([2400], 2)
+    counts = []
+    for _ in range(30):
+        weights = random.exponential(size=300)
+        # The first of exponential times with these rates: one draw after the other without putting back.
+        times = random.exponential(size=(300, 300)) / weights
+        if causal:
+            times[np.triu_indices(300)] = np.inf
+        rows = [np.argsort(row)[: min(3, np.isfinite(row).sum())] for row in times]
+        counts.append(requests(rows, layout, 8, 8)[0])
+    wanted = np.mean(counts, 0).sum(1)
+    even, found = (expected_requests(selection, layout, causal, alike)[0].sum(1) for alike in (False, True))
+    assert np.abs(found / wanted - 1).max() < 0.1 < (even / wanted - 1).min(), (found, wanted, even)

@@ -148,14 +148,28 @@ def test_the_guide_has_the_recipes_of_its_records():
 
 
 def test_measured_runs_are_as_planned():
-    """Steps within 15 %, peaks within 10 %; but for the one with llsa, which was measured before blocks of a rank's own
-    were laid in front of those that arrive, keys, values and their gradients while a layer runs."""
-    runs, _ = read([ROOT / "benchmarks" / "results" / "runs_2xH200.json"])
-    assert len(runs) == 4
+    """Steps within 15 %, peaks within 10 %, of every record of runs on GPUs whose config is known. Since the one with
+    llsa was measured, layers lay a rank's own blocks in front of those that arrive, 2.0 GiB and a copy of those (0.7
+    GiB by the same arithmetic): it holds more today."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("runs_*xH*.json"))
+    runs, _ = read(files)
+    assert len(runs) >= 6 and len({run.name.split("/")[0] for run in runs}) == len(files)
     for run in runs:
         measured, planned = summarize(run, 2), plan(summarize(run, 2))
-        own_blocks = (
-            4.0 if run.name.endswith("s512K") else 0.0
-        )  # GiB: 2 x 2 x 262,144 tokens x 2,048 channels x 2 bytes
-        assert planned.peak_gib - own_blocks == pytest.approx(measured.peak_mem_gb, rel=0.1), run.name
+        assert planned.peak_gib == pytest.approx(measured.peak_mem_gb, rel=0.1), run.name
         assert planned.step_s == pytest.approx(measured.medians["step_time_s"], rel=0.15), run.name
+
+
+def test_components_of_measured_steps_are_as_planned():
+    """What computes within a tenth, but for linear attention and the loss, which took 14 and 16 % more and less in one
+    run than in another. What shows of communication in a profiled step is mostly what starts once."""
+    runs, _ = read([ROOT / "benchmarks" / "results" / "runs_2xH200.json"])
+    compared = 0
+    for run in runs:
+        for rows in plan(summarize(run, 2)).components.values():
+            for name, measured, planned in rows:
+                if name not in ("communication, exposed", "data", "other", "idle"):
+                    near = 0.2 if name in ("linear attention", "loss") else 0.1
+                    assert planned == pytest.approx(measured, rel=near), (run.name, name)
+                    compared += 1
+    assert compared >= 27

@@ -1,5 +1,6 @@
 """Seconds of a step: the timeline of stages by hand, transfers by counted bytes, and what measured steps leave."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from longspan.launcher.step_time import (
     WAITING,
     Part,
     activations_exposed,
+    call_seconds,
     compute_seconds,
     per_parameter,
     request_transfer,
@@ -118,7 +120,7 @@ def test_keys_cross_between_machines_once_over_all_links():
 
 
 def test_requests_wait_for_flags_and_means():
-    job = job_of("model.pattern=[llsa]", "data.seq_len=64K")
+    job = job_of("model.pattern=[llsa]", "data.seq_len=64K", "parallel.peer_memory=off")
     (call,) = {c for stage in job.measure().stages for c in stage.calls if not c.backward}
     assert 0 < call.asked < 2**15
     row = 2 * 4 * 64 * 2 / NEAR
@@ -130,6 +132,42 @@ def test_requests_wait_for_flags_and_means():
     assert not any(c.asked for stage in ring.stages for c in stage.calls)
     waits = [stage.block for stage in job.measure().stages if stage.waits]
     assert waits == [0, 1, 2, 3] and not any(stage.waits for stage in ring.stages)
+    # Through shared memory no host waits, and 24 of 132 processors move blocks.
+    shared = job_of("model.pattern=[llsa]", "data.seq_len=64K").measure()
+    (through,) = {c for stage in shared.stages for c in stage.calls if not c.backward}
+    assert through.window and through.asked == call.asked and not any(stage.waits for stage in shared.stages)
+    lent = call.asked * row * 24 / 132
+    assert request_transfer(job, through, 1.0) == pytest.approx(3 * LATENCY_S + means + lent)
+
+
+def test_blocks_are_packed_and_added_by_request():
+    job = job_of("model.pattern=[llsa]", "data.seq_len=64K")
+    calls = {c.backward: c for stage in job.measure().stages for c in stage.calls}
+    own = 2**15 * 2 * 4 * 64 * 2  # keys and values of a rank
+    for backward, times in ((False, 4), (True, 3)):
+        alone = call_seconds(job, replace(calls[backward], asked=None))
+        assert call_seconds(job, calls[backward]) - alone == pytest.approx(times * own / 4.27e12)
+
+
+@pytest.mark.parametrize("case, keep", [("llsa2", "llsa_levels=2"), ("llsa3", "llsa_levels=3")])
+def test_layers_over_two_ranks_take_as_long_as_measured(case, keep):
+    """What a call takes longer than alone, forward and backward, with 256K tokens, 16 heads and 4 of keys: a third to
+    twice. Kernels with half of the queries are slower besides, which is not planned."""
+    rows = json.loads((RESULTS / "sparse_ranks_2xH200_variants.json").read_text())["rows"]
+    variants = {"peers": "auto", "nccl": "off"}
+    for row in rows:
+        if row["case"] == case and row["variant"] in variants:
+            settings = "model.hidden_size=2048", "model.num_heads=16", "model.num_kv_heads=4", f"model.{keep}"
+            shared = f"parallel.peer_memory={variants[row['variant']]}"
+            job = job_of("model.pattern=[llsa]", "data.seq_len=256K", "model.num_layers=1", shared, *settings)
+            planned = 0.0
+            for stage in job.measure().stages:
+                for call in stage.calls:
+                    seconds = call_seconds(job, call)
+                    alone = call_seconds(job, replace(call, asked=None))
+                    planned += seconds - alone + request_transfer(job, call, seconds)
+            measured = row["exposed_ms"]["forward+backward"] / 1000
+            assert measured / 3 < planned < 2 * measured, (row["variant"], planned, measured)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "llsa"])  # of llsa a block's forward is two stages
@@ -140,9 +178,9 @@ def test_copies_of_sharding_by_hand(kind):
     # Read in fp32 and written in bf16, packed, unpacked; gradients read in bf16 and written in fp32.
     gathered, reduced = (4 + 2 + 2 + 2) / 2 + (2 + 2), 2 + 4
     size = blocks * (2 * gathered + reduced) + root * (gathered + reduced)
-    assert step_seconds(job, measured)[COPIES] == pytest.approx(size / 4.27e12)
+    assert step_seconds(job, measured)[COPIES] == pytest.approx(size / (0.55 * 4.27e12))
     twice = step_seconds(job.with_settings(train={"global_batch": 2}), measured)
-    assert twice[COPIES] == pytest.approx(2 * size / 4.27e12)
+    assert twice[COPIES] == pytest.approx(2 * size / (0.55 * 4.27e12))
 
 
 def test_parameters_travel_by_shards_copies_and_from_host_memory():
