@@ -195,6 +195,9 @@ def sample(argv: list[str]) -> None:
     sample_run(**vars(arguments))
 
 
+MODEL = "run directory, one of its checkpoints, or a folder of weights: config.json and safetensors"
+
+
 def evaluate(argv: list[str]) -> None:
     """Prints perplexities. Raises UserError for arguments and runs that do not fit."""
     parser = _Parser(
@@ -203,22 +206,22 @@ def evaluate(argv: list[str]) -> None:
         "lengths of context, and by position. Over ranks: torchrun --nproc-per-node N --no-python longspan evaluate",
         epilog="More: docs/trained-models.md",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
     parser.add_argument(
         "overrides",
         nargs="*",
         default=[],
         metavar="key=value",
-        help="settings that differ from training: model.rope_scaling=4",
+        help="settings that differ from training: model.rope_scaling=4 train.dtype=bfloat16",
     )
     parser.add_argument(
         "--lengths", nargs="+", type=_tokens, default=[], metavar="TOKENS",
-        help="such as 4K 16K 64K (default: that of training); shorter ones cut the samples of the longest",
+        help="such as 4K 16K 64K (default: that of training, for weights 4K); shorter ones cut samples of the longest",
     )  # fmt: skip
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="of the longest length (default 8)")
     parser.add_argument(
         "--corpora", nargs="+", default=[], metavar="PREFIX",
-        help="corpora of `longspan prepare` (default: what the run kept for validation)",
+        help="corpora of `longspan prepare` (default: what the run kept for validation; weights need some)",
     )  # fmt: skip
     parser.add_argument("--output", metavar="FILE.json", help="also write the figures to this file")
     arguments = parser.parse_intermixed_args(argv)
@@ -272,7 +275,10 @@ def generate(argv: list[str]) -> None:
     parser = _Parser(
         "longspan generate", "Continues a text with a trained model, on one rank; to look at a model, not to serve it."
     )
-    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that differ from training"
+    )
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
     parser.add_argument("--prompt-file", metavar="FILE", help="a text file to continue, in the place of --prompt")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="how many at most (default 200)")
@@ -285,9 +291,11 @@ def generate(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choices (default 0)")
     parser.add_argument(
-        "--tokenizer", metavar="bytes|FILE", help="as of `longspan prepare` (default: that of the run's first corpus)"
+        "--tokenizer",
+        metavar="bytes|FILE",
+        help="as of `longspan prepare` (default: that of the run's first corpus, of weights their tokenizer.json)",
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     from longspan.launcher.generation import generate_run  # imports torch
 
     generate_run(**vars(arguments))

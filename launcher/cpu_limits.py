@@ -12,7 +12,7 @@ import torch
 
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
-from longspan.launcher.estimate import COUNTED, MASTER, MOMENTS, prepare
+from longspan.launcher.estimate import COUNTED, MASTER, held_by_update, prepare
 from longspan.launcher.gpus import GIB
 from longspan.models.activations import measure
 from longspan.models.flops import model_flops, num_parameters
@@ -40,7 +40,8 @@ def check_step(config: Config, mesh: Mesh, batches: Sequence) -> None:
     """Of the micro-batches of a rank's step: a warning if it takes long. UserError if a rank needs more memory than
     the machine has for each of its ranks."""
     model, train, (had, ranks) = config.model, config.train, _had()
-    work = {batch.seq.layout.lengths: model_flops(model, batch.seq.layout.lengths) for batch in batches}
+    lengths = {batch.seq.layout.lengths for batch in batches}
+    work = {found: model_flops(model, found, config.optim.trainable) for found in lengths}
     flops = sum(work[batch.seq.layout.lengths] for batch in batches) / mesh.sp / mesh.tp
     seconds = flops / (CORE_FLOPS * min(torch.get_num_threads(), (os.cpu_count() or 1) / ranks))
     if seconds < SHORT_S:
@@ -65,12 +66,11 @@ def check_step(config: Config, mesh: Mesh, batches: Sequence) -> None:
 
 def memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> float:
     """Bytes that a rank holds at least in a step over documents of these lengths."""
-    train = config.train
     measured = measure(
-        config.model, lengths, world_size=mesh.sp, dtype=getattr(torch, train.dtype), gpu=False, tp=mesh.tp,
-        prepare=partial(prepare, train),
+        config.model, lengths, world_size=mesh.sp, dtype=getattr(torch, config.train.dtype), gpu=False, tp=mesh.tp,
+        prepare=partial(prepare, config),
     )  # fmt: skip
-    states = (2 * MASTER + MOMENTS) * measured.num_parameters * mesh.tp / mesh.world_size
+    states = held_by_update(measured) * mesh.tp / mesh.world_size
     return measured.peak + sum(measured.put_away) + states
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from longspan.attention.offload import Offload
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
-from longspan.launcher.config import Config, TrainConfig
+from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.gpus import CONTEXT, FRAGMENTS, LAUNCH_S, Cluster
 from longspan.launcher.host_memory import host_memory
@@ -23,7 +23,8 @@ from longspan.launcher.step_time import HEAD_PARALLEL, MASTER, WAITING, step_sec
 from longspan.models.activations import GRADIENTS, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import SPARSE_KINDS
-from longspan.models.flops import model_flops, num_parameters
+from longspan.models.flops import model_flops, num_parameters, num_trained
+from longspan.models.parallelize import freeze
 from longspan.parallel.peer_memory import cannot_be_honoured, refusal_of_ranks
 from longspan.parallel.topology import Topology
 
@@ -51,6 +52,7 @@ class Estimate:
     gpus: int
     mfu: float
     num_parameters: int
+    num_trained: int
     notes: tuple[str, ...]
 
     @property
@@ -77,7 +79,8 @@ class Estimate:
     def as_dict(self) -> dict:
         """For JSON: bytes, seconds and what follows from them."""
         return {
-            "parameters": self.num_parameters, "memory_bytes": self.memory, "kept_bytes": self.kept,
+            "parameters": self.num_parameters, "trained_parameters": self.num_trained,
+            "memory_bytes": self.memory, "kept_bytes": self.kept,
             "peak_bytes": self.peak, "limit_bytes": self.limit, "host_bytes": self.host,
             "host_limit_bytes": self.host_limit, "fits": self.fits, "seconds": self.seconds,
             "step_time_s": self.step_s, "binds": self.binds, "tokens": self.tokens,
@@ -188,36 +191,45 @@ class Job:
         """One micro-batch of a rank; gradients stay, sharded, from the first."""
         return measure(
             self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
-            prepare=partial(prepare, self.config.train), hopper=self.cluster.gpu.hopper,
+            prepare=partial(prepare, self.config), hopper=self.cluster.gpu.hopper,
             gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
             softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
             sparse=self.config.parallel.sparse, topology=self.topology, peer_blocks=self.peer_blocks,
         )  # fmt: skip
 
 
-def prepare(train: TrainConfig, model: nn.Module, offload: Offload) -> None:
+def prepare(config: Config, model: nn.Module, offload: Offload) -> None:
     """What `parallelize` does that changes what layers keep."""
+    train = config.train
     for block in model.blocks:
         block.mlp_tile = train.mlp_tile
     if train.checkpointing != "none":
         away = offload if train.offload_activations else None
         checkpoint_blocks(model, train.checkpointing, train.checkpoint_layers, away)
+    freeze(model, config.optim.trainable)
 
 
 def estimate(job: Job) -> Estimate:
     """What a step of the job takes and holds."""
     measured = job.measure()
     memory = memory_at_peak(job, measured)
-    states = 0 if job.offload else (2 * MASTER + MOMENTS) * measured.num_parameters / job.shards
+    states = 0 if job.offload else held_by_update(measured) / job.shards
     states += memory[WINDOWS]
     seconds = step_seconds(job, measured)
     model, samples, count = job.config.model, job.config.train.global_batch, job.cluster.count
-    mfu = model_flops(model, job.lengths) * samples / sum(seconds.values()) / count / (job.cluster.peak_tflops * 1e12)
+    flops = model_flops(model, job.lengths, job.config.optim.trainable) * samples
+    mfu = flops / sum(seconds.values()) / count / (job.cluster.peak_tflops * 1e12)
     return Estimate(
         memory, states, dict(measured.kept), usable(job.cluster), host_memory(job, measured),
         job.cluster.host_memory, seconds,
-        job.config.data.seq_len * samples, count, mfu, num_parameters(model), tuple(notes(job, seconds)),
+        job.config.data.seq_len * samples, count, mfu, num_parameters(model),
+        num_trained(model, job.config.optim.trainable), tuple(notes(job, seconds)),
     )  # fmt: skip
+
+
+def held_by_update(measured: Measured) -> float:
+    """Bytes of parameters, gradients and optimizer states, on all ranks that share them together."""
+    return MASTER * measured.num_parameters + (MASTER + MOMENTS) * measured.num_trained
 
 
 def usable(cluster: Cluster) -> float:
@@ -228,13 +240,14 @@ def usable(cluster: Cluster) -> float:
 def memory_at_peak(job: Job, measured: Measured) -> dict[str, float]:
     """Bytes of a rank by what they are, when most exist."""
     share = 0 if job.offload else measured.num_parameters / job.shards
+    trained = 0 if job.offload else measured.num_trained / job.shards
     at_peak = dict(measured.at_peak)
     gradients = at_peak.pop(GRADIENTS, 0)
     if job.micro_batches > 1:  # those of the micro-batches before
-        gradients = MASTER * share
+        gradients = MASTER * trained
     return {
         "parameters": MASTER * share,
-        "optimizer state": MOMENTS * share,
+        "optimizer state": MOMENTS * trained,
         "gradients": gradients,
         "gathered parameters, reduced gradients": sharding_buffers(job, measured),
         WINDOWS: measured.window,
@@ -246,10 +259,11 @@ def sharding_buffers(job: Job, measured: Measured) -> float:
     """Bytes of FSDP2: whole parameters of the root and of some blocks, whole gradients of the root and of one block in
     the compute dtype, and those of two blocks on their way. From and to host memory parts of the root and of a block
     travel too, in fp32."""
-    block = max(measured.block_parameters)
+    block, with_gradients = max(measured.block_parameters), max(measured.block_trained)
     whole = measured.root_parameters + GATHERED * block
-    moved = 2 * MASTER * (measured.root_parameters + block) / job.shards if job.offload else 0
-    return (whole + measured.root_parameters + block) * job.itemsize + 2 * job.reduce_size * block + moved
+    gradients = measured.root_trained + with_gradients
+    moved = measured.root_parameters + block + gradients if job.offload else 0
+    return (whole + gradients) * job.itemsize + 2 * job.reduce_size * with_gradients + MASTER * moved / job.shards
 
 
 def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:

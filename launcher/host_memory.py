@@ -15,9 +15,10 @@ def host_memory(job, measured: Measured) -> dict[str, float]:
     """Bytes of one machine of the job (an estimate.Job), of all its ranks, by what they are."""
     found = {"processes": PROCESS, "what layers keep": sum(map(buffer_size, measured.put_away))}
     if job.offload:
-        shares = [size / job.shards for size in measured.parameter_sizes]
-        found["parameters, gradients"] = sum(_pinned(PARAMETER * s) + _pinned(GRADIENT * s) for s in shares)
-        found["optimizer state"] = MOMENTS * sum(shares)
+        shares = [[size / job.shards for size in sizes] for sizes in (measured.parameter_sizes, measured.trained_sizes)]
+        held = zip((PARAMETER, GRADIENT), shares)
+        found["parameters, gradients"] = sum(_pinned(size * share) for size, of in held for share in of)
+        found["optimizer state"] = MOMENTS * sum(shares[1])
     return {name: size * job.cluster.per_node for name, size in found.items() if size}
 
 
