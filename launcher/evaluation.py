@@ -70,8 +70,9 @@ def evaluate(stored: StoredModel, config: Config, mesh: Mesh, lengths: Sequence[
     """What the model loses on so many samples of the longest of `lengths`, cut to each of them: the object
     that `--output` is. Collective over the ranks of `mesh`; config: of `evaluation_config`."""
     lengths = sorted(set(lengths))
-    evaluation = Evaluation(stored, config, mesh)
     stream = _held_out(config, lengths[-1])
+    decide(lambda: stored.check_corpora([corpus.prefix for corpus in stream.corpora]))
+    evaluation = Evaluation(stored, config, mesh)
     drawn = [stream.sample(index) for index in range(samples)]
     work = {length: list(cut(drawn, length, stream.corpora, config.data.respect_documents)) for length in lengths}
     progress = _Progress(sum(_tokens(part.sample) for parts in work.values() for part in parts), mesh.is_main)
@@ -205,7 +206,6 @@ class Evaluation:
     def __init__(self, stored: StoredModel, config: Config, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._parallel = build_sequence_parallel(config, mesh)
-        decide(lambda: stored.check_corpora([corpus.path for corpus in config.data.corpora]))
         torch.manual_seed(config.run.seed)  # of what the stored model does not have, the same on every rank
         with mesh.device:
             model = build_model(config.model)

@@ -126,7 +126,7 @@ class Trainer:
         if start is None and config.checkpoint.weights:
             folder = Path(config.checkpoint.weights)
             agree_on(weights_in(folder))
-            corpora = [corpus.path for corpus in config.data.corpora]
+            corpora = [corpus.path for corpus in (*config.data.corpora, *config.data.validation_corpora)]
             decide(lambda: weights.check_tokenizer(folder, corpora))
             weights.take_over(weights.find(folder), model)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())

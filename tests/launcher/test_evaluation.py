@@ -17,6 +17,7 @@ from longspan.launcher.evaluation import cut, evaluate, evaluation_config, repor
 from longspan.launcher.export import export_run
 from longspan.launcher.samples import Piece, Sample, SampleStream
 from longspan.launcher.stored_models import open_model
+from longspan.launcher.tasks import open_corpora
 from longspan.launcher.weights import check_tokenizer
 from longspan.models.build import build_model
 from longspan.parallel import SequenceParallel
@@ -235,7 +236,6 @@ def test_layers_of_other_kinds_are_evaluated_too(runs, tmp_path, capsys):
             ["model.num_layers=3", "--corpora", "CORPUS"],
             "weights holds another model: model.num_layers is 2 there and 3",
         ),
-        (["model.vocab_size=200", "--corpora", "CORPUS"], "is smaller than the 257 token ids of corpus .*: prepare it"),
     ],
 )
 def test_what_weights_do_not_have_is_one_line(runs, capsys, arguments, said):
@@ -246,6 +246,11 @@ def test_what_weights_do_not_have_is_one_line(runs, capsys, arguments, said):
     assert error.startswith("longspan: error: ") and re.search(said, error)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def test_a_corpus_of_more_ids_than_the_model_has(runs):
+    with pytest.raises(UserError, match="model.vocab_size=200 is smaller than the 257 .*: prepare it with the model's"):
+        open_corpora([str(runs["corpus"])], 200)
 
 
 def write_tokenizer(path, words):

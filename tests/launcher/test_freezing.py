@@ -54,6 +54,7 @@ RESUMED = {
     "fsdp2 on": ("zero 2, sp 1, offload", SOME),
     "fewer": ("fsdp2", FEWER),
     "fewer, zero 2": ("fsdp2", (*FEWER, *ZERO[2])),
+    "fewer, zero 3": ("fsdp2", (*FEWER, *ZERO[3])),
     "all": ("fsdp2", ()),
     "all, zero 3": ("fsdp2", ZERO[3]),
 }
@@ -180,8 +181,9 @@ def _compare(found, wanted, trained, steps=(3, 6)):
             if re.match(trained, name):
                 assert moved.norm() > 0
                 assert (value - wanted[step][name]).norm() <= 2e-3 * moved.norm(), (step, name)
-            else:
-                assert torch.equal(value, wanted["initial"][name]), (step, name)
+            else:  # in what goes on it may have been trained until then
+                before = wanted["initial"][name] if 3 in steps else found[3][f"model.{name}"]
+                assert torch.equal(value, before), (step, name)
             assert (f"optimizer.state.{name}.exp_avg" in found[step]) == bool(re.match(trained, name)), (step, name)
 
 
@@ -211,7 +213,7 @@ def test_engines_continue_each_others_choice(runs, name):
     _compare(runs[name], runs["reference"], TRAINED)
 
 
-@pytest.mark.parametrize("name", _each(["fewer", "fewer, zero 2"]))
+@pytest.mark.parametrize("name", _each(["fewer", "fewer, zero 2", "fewer, zero 3"]))
 def test_fewer_parameters_go_on_with_their_states(runs, name):
     _compare(runs[name], runs["reference fewer"], r"blocks\.1\.mixer\.", steps=(6,))
 
@@ -230,7 +232,7 @@ def test_the_line_of_a_run_that_trains_more(runs, caplog, tmp_path):
     ]
     table = said[said.index(next(line for line in said if line.startswith("trained: "))) :]
     assert re.match(r"trained: 2,048 of [\d,]+ parameters", table[0])
-    assert "  softmax.mixer                2,048 of          2,048" in table
+    assert any(re.fullmatch(r"  softmax\.mixer +2,048 of +2,048", line) for line in table)
 
 
 def _lines(rank, world_size, corpus, run_dir):
