@@ -77,7 +77,7 @@ def test_version(capsys):
         (["plan", "--document", "-5"], "longspan: error: plan: argument --document: '-5' is no number of tokens"),
         (["prepare", "--input", "x"], "the following arguments are required: --output"),
         (["prepare", "--input", "x", "--output", "data/"], "output data/: that is a folder; name the corpus in it"),
-        (["evaluate"], "longspan: error: evaluate: the following arguments are required: RUN; see"),
+        (["evaluate"], "longspan: error: evaluate: the following arguments are required: MODEL; see"),
         (["evaluate", "x", "--lengths", "1K", "run.seed=1"], "'run.seed=1' is no number of tokens; write it like"),
         (["evaluate", "x", "--lengths", "1K", "run.seed=1"], "settings stand in front of options"),
     ],
