@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from longspan.models.config import ModelConfig
 log = logging.getLogger(__name__)
 
 MARKER = "complete"
+MOST_NAMED = 3  # parameters in a line
 # Model settings that the stored parameters do not depend on; all others must be those of the checkpoint.
 FREE_MODEL_SETTINGS = (
     "embedding_std", "init_std", "loss_chunk", "rope_base", "rope_scaling", "rope_trained", "rope_type", "window",
@@ -147,13 +148,25 @@ def warn_about_data(info: Info, config: Config) -> None:
 def load(info: Info, engine: Engine) -> None:
     """Loads parameters, optimizer state and random state into `engine`, sharded as they are now.
 
-    Collective. Settings of the optimizer (rates, betas, decay) stay as they are. The random state returns on the
-    same number of ranks only; on another it is drawn from the step. Raises UserError on all ranks when it fails, and
-    before anything is loaded when a file has other bytes than were written.
+    Collective. Settings of the optimizer (rates, betas, decay) stay as they are. Where a parameter is trained that the
+    checkpoint's run did not train, all states of the optimizer begin anew: their steps, from which Adam corrects its
+    averages, are the same for all parameters. The random state returns on the same number of ranks only; on another it
+    is drawn from the step. Raises UserError on all ranks when it fails, and before anything is loaded when a file has
+    other bytes than were written.
     """
     same_ranks, random_state = info.world_size == dist.get_world_size(), None
     state = engine.state_dict()
-    fill(info, state)
+    _check(info)
+    stored, moments = _stored_names(info), state["optimizer"]["state"]
+    new = [name for name in moments if f"optimizer.state.{name}.step" not in stored]
+    if new:
+        log.warning(
+            "trained now, but not in the checkpoint: %s%s; the optimizer's states of all parameters begin anew",
+            ", ".join(new[:MOST_NAMED]),
+            f" and {len(new) - MOST_NAMED} more" if len(new) > MOST_NAMED else "",
+        )
+        state = {"model": state["model"]}
+    _read(info, {"model": state["model"]} | ({} if new else {"optimizer": {"state": moments}}))
     if same_ranks:
         with _whole(info.path):
             random_state = torch.load(info.path / _rng_file(dist.get_rank()), weights_only=True)
@@ -192,6 +205,13 @@ def verify(path: Path) -> Iterator[tuple[str, bool]]:
 def fill(info: Info, state: dict[str, Any], *, alone: bool = False) -> None:
     """Loads into the tensors of `state` what the checkpoint has under their names. alone: for this process, without the
     others. Raises UserError, on all ranks, when it fails."""
+    _check(info, alone=alone)
+    _stored_names(info)  # dcp.load would log tracebacks of its own first
+    _read(info, state, alone=alone)
+
+
+def _check(info: Info, *, alone: bool = False) -> None:
+    """UserError, on all ranks, where a file has other bytes than were written."""
     if not info.digests:
         log.warning("%s is of an earlier release, without digests: of its files only the sizes are checked", info.path)
     rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
@@ -200,8 +220,14 @@ def fill(info: Info, state: dict[str, Any], *, alone: bool = False) -> None:
         raise UserError(problem)
     if not alone:
         agree_on_none(problem)
-    with _whole(info.path):  # dcp.load would log tracebacks of its own first
-        dcp.FileSystemReader(info.path).read_metadata()
+
+
+def _stored_names(info: Info) -> Container[str]:
+    with _whole(info.path):
+        return dcp.FileSystemReader(info.path).read_metadata().state_dict_metadata
+
+
+def _read(info: Info, state: dict[str, Any], *, alone: bool = False) -> None:
     try:
         dcp.load(state, checkpoint_id=info.path, no_dist=alone)
     except CheckpointException as error:

@@ -116,6 +116,14 @@ BENCHMARKS = {
 }  # fmt: skip
 
 RUN = option("run", "RUN", "run directory, or one of its checkpoints")
+MODEL = option("run", "MODEL", "run directory, one of its checkpoints, or a folder of config.json and safetensors")
+OVERRIDES = option(
+    "overrides",
+    SETTINGS,
+    "settings unlike in training: model.rope_scaling=4",
+    nargs="*",
+    default=[],
+)
 TRAINED = "More: docs/trained-models.md"
 
 COMMANDS = (
@@ -171,12 +179,12 @@ COMMANDS = (
         "Loss and perplexity of a trained model on held-out text: the same tokens predicted with several lengths of "
         "context, and by position. Over ranks: torchrun --nproc-per-node N --no-python longspan evaluate",
         (
-            RUN,
-            option("overrides", SETTINGS, "settings unlike in training: model.rope_scaling=4", nargs="*", default=[]),
+            MODEL,
+            OVERRIDES,
             option(
                 "--lengths",
                 "TOKENS",
-                "such as 4K 16K 64K (default: that of training); shorter ones cut the samples of the longest",
+                "such as 4K 16K 64K (default: that of training, for weights 4K); shorter cut samples of the longest",
                 nargs="+",
                 type=tokens,
                 default=[],
@@ -185,7 +193,7 @@ COMMANDS = (
             option(
                 "--corpora",
                 "PREFIX",
-                "corpora of `longspan prepare` (default: what the run kept for validation)",
+                "corpora of `longspan prepare` (default: what the run kept for validation; weights need some)",
                 nargs="+",
                 default=[],
             ),
@@ -236,14 +244,19 @@ COMMANDS = (
         "continues a text with a trained model",
         "Continues a text with a trained model, on one rank; to look at a model, not to serve it.",
         (
-            RUN,
+            MODEL,
+            OVERRIDES,
             option("--prompt", "TEXT", "what to continue (default: a new document)", default=""),
             option("--prompt-file", "FILE", "a text file to continue, in the place of --prompt"),
             option("--tokens", "N", "how many at most", 200),
             option("--temperature", "X", "0: always the likeliest token", 0.8),
             option("--top-p", "P", "choose among the likeliest tokens of this share of the probability, 1: all", 1.0),
             option("--seed", "N", "of the choices", 0),
-            option("--tokenizer", "bytes|FILE", "as of `longspan prepare` (default: that of the run's first corpus)"),
+            option(
+                "--tokenizer",
+                "bytes|FILE",
+                "as of `longspan prepare` (default: that of the run's first corpus, of weights their tokenizer.json)",
+            ),
         ),
         _later("generation", "generate_run"),
     ),

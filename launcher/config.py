@@ -16,6 +16,7 @@ from longspan.launcher.errors import UserError
 from longspan.launcher.parsing import parse_override, parse_tokens, read_yaml, update
 from longspan.models.config import SOFTMAX_KINDS, ModelConfig, is_of_kind
 from longspan.models.settings import Tokens, setting
+from longspan.models.trainable import ALL, Trainable
 
 __all__ = [
     "CheckpointConfig",
@@ -125,7 +126,7 @@ class ParallelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its learning-rate schedule."""
+    """AdamW, its learning-rate schedule, and what is trained."""
 
     lr: float = setting(3e-4, "peak learning rate")
     min_lr_ratio: float = setting(0.1, "last learning rate as a share of the peak (cosine and linear)")
@@ -139,6 +140,15 @@ class OptimConfig:
     offload: Literal["none", "cpu"] = setting(
         "none", "cpu: fp32 parameters, gradients and optimizer state in (pinned) host memory, updated by the CPU"
     )
+    train: list[str] = setting(
+        [], "parameters that are trained, such as [linear.mixer, blocks.0, norm]; all others are frozen; empty: all"
+    )
+    freeze: list[str] = setting([], "parameters that stay as they are, such as [embedding, head, blocks.*.mlp]")
+
+    @property
+    def trainable(self) -> Trainable:
+        """`train` without `freeze`."""
+        return Trainable(tuple(self.train), tuple(self.freeze))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -251,6 +261,7 @@ class Config:
         except ValueError as error:
             raise UserError(str(error)) from None
         self._validate_ranges()
+        self._validate_trainable()
         self._validate_tensor_parallel()
         self._validate_head_groups()
         self._validate_engine()
@@ -315,6 +326,16 @@ class Config:
                 any(is_of_kind(kind, entry) for kind in kinds),
                 f"train.checkpoint_layers has {entry}, but no layer is of that kind: use some of {', '.join(kinds)}",
             )
+
+    def _validate_trainable(self) -> None:
+        if self.optim.trainable == ALL:
+            return
+        from longspan.models.flops import num_trained  # imports torch
+
+        try:
+            num_trained(self.model, self.optim.trainable)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def _validate_tensor_parallel(self) -> None:
         tp = self.parallel.tp

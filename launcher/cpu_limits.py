@@ -41,7 +41,8 @@ def check_step(config: Config, mesh: Mesh, batches: Sequence) -> None:
     """Of the micro-batches of a rank's step: a warning if it takes long. UserError if a rank needs more memory than
     the machine has for each of its ranks."""
     model, train, (had, ranks) = config.model, config.train, memory_here()
-    work = {batch.seq.layout.lengths: model_flops(model, batch.seq.layout.lengths) for batch in batches}
+    lengths = {batch.seq.layout.lengths for batch in batches}
+    work = {found: model_flops(model, found, config.optim.trainable) for found in lengths}
     flops = sum(work[batch.seq.layout.lengths] for batch in batches) / mesh.sp / mesh.tp
     seconds = flops / (CORE_FLOPS * min(torch.get_num_threads(), (os.cpu_count() or 1) / ranks))
     if seconds < SHORT_S:
@@ -66,12 +67,11 @@ def check_step(config: Config, mesh: Mesh, batches: Sequence) -> None:
 
 def memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> float:
     """Bytes that a rank holds at least in a step over documents of these lengths."""
-    train = config.train
     measured = measure(
-        config.model, lengths, world_size=mesh.sp, dtype=getattr(torch, train.dtype), gpu=False, tp=mesh.tp,
-        prepare=partial(prepare, train),
+        config.model, lengths, world_size=mesh.sp, dtype=getattr(torch, config.train.dtype), gpu=False, tp=mesh.tp,
+        prepare=partial(prepare, config),
     )  # fmt: skip
-    states = state_sizes(measured.num_parameters, mesh.shards)
+    states = state_sizes(measured.num_parameters, measured.num_trained, mesh.shards)
     return measured.peak + sum(measured.put_away) + sum(states.values())
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from longspan.attention.head_groups import head_groups
 from longspan.attention.offload import Offload
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
-from longspan.launcher.config import Config, TrainConfig
+from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.gpus import CONTEXT, FRAGMENTS, LAUNCH_S, Cluster
 from longspan.launcher.host_memory import host_memory
@@ -25,7 +25,8 @@ from longspan.launcher.step_time import HEAD_PARALLEL, WAITING, step_seconds
 from longspan.models.activations import GRADIENTS, WHOLE, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import SPARSE_KINDS
-from longspan.models.flops import model_flops, num_parameters
+from longspan.models.flops import model_flops, num_parameters, num_trained
+from longspan.models.parallelize import freeze
 from longspan.parallel.peer_memory import cannot_be_honoured, refusal_of_ranks
 from longspan.parallel.topology import Topology
 
@@ -52,6 +53,7 @@ class Estimate:
     gpus: int
     mfu: float
     num_parameters: int
+    num_trained: int
     notes: tuple[str, ...]
 
     @property
@@ -78,7 +80,8 @@ class Estimate:
     def as_dict(self) -> dict:
         """For JSON: bytes, seconds and what follows from them."""
         return {
-            "parameters": self.num_parameters, "memory_bytes": self.memory, "kept_bytes": self.kept,
+            "parameters": self.num_parameters, "trained_parameters": self.num_trained,
+            "memory_bytes": self.memory, "kept_bytes": self.kept,
             "peak_bytes": self.peak, "limit_bytes": self.limit, "host_bytes": self.host,
             "host_limit_bytes": self.host_limit, "fits": self.fits, "seconds": self.seconds,
             "step_time_s": self.step_s, "binds": self.binds, "tokens": self.tokens,
@@ -149,9 +152,10 @@ class Job:
         """Whether parameters, gradients and optimizer states are in host memory."""
         return self.config.optim.offload == "cpu"
 
-    def state_sizes(self, num_parameters: int) -> dict[str, float]:
+    def state_sizes(self, measured: Measured) -> dict[str, float]:
         """Bytes that a GPU keeps of so many parameters from step to step, by what they are."""
-        return state_sizes(0 if self.offload else num_parameters, self.shards)
+        numbers = (0, 0) if self.offload else (measured.num_parameters, measured.num_trained)
+        return state_sizes(*numbers, self.shards)
 
     @property
     def reduce_size(self) -> int:
@@ -191,7 +195,7 @@ class Job:
         """One micro-batch of a rank; gradients stay, sharded, from the first."""
         return measure(
             self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
-            prepare=partial(prepare, self.config.train), hopper=self.cluster.gpu.hopper,
+            prepare=partial(prepare, self.config), hopper=self.cluster.gpu.hopper,
             gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
             softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
             sparse=self.config.parallel.sparse, topology=self.topology, peer_blocks=self.peer_blocks,
@@ -221,27 +225,31 @@ def _not_counted(config: Config) -> Iterator[tuple[str, str]]:
         yield f"model.sparse_selection with name={selection}", "plan with name=top"
 
 
-def prepare(train: TrainConfig, model: nn.Module, offload: Offload) -> None:
+def prepare(config: Config, model: nn.Module, offload: Offload) -> None:
     """What `parallelize` does that changes what layers keep."""
+    train = config.train
     for block in model.blocks:
         block.mlp_tile = train.mlp_tile
     if train.checkpointing != "none":
         away = offload if train.offload_activations else None
         checkpoint_blocks(model, train.checkpointing, train.checkpoint_layers, away)
+    freeze(model, config.optim.trainable)
 
 
 def estimate(job: Job) -> Estimate:
     """What a step of the job takes and holds."""
     measured = job.measure()
     memory = memory_at_peak(job, measured)
-    states = sum(job.state_sizes(measured.num_parameters).values()) + memory[WINDOWS]
+    states = sum(job.state_sizes(measured).values()) + memory[WINDOWS]
     seconds = step_seconds(job, measured)
     model, samples, count = job.config.model, job.config.train.global_batch, job.cluster.count
-    mfu = model_flops(model, job.lengths) * samples / sum(seconds.values()) / count / (job.cluster.peak_tflops * 1e12)
+    flops = model_flops(model, job.lengths, job.config.optim.trainable) * samples
+    mfu = flops / sum(seconds.values()) / count / (job.cluster.peak_tflops * 1e12)
     return Estimate(
         memory, states, dict(measured.kept), usable(job.cluster), host_memory(job, measured),
         job.cluster.host_memory, seconds,
-        job.config.data.seq_len * samples, count, mfu, num_parameters(model), tuple(notes(job, seconds)),
+        job.config.data.seq_len * samples, count, mfu, num_parameters(model),
+        num_trained(model, job.config.optim.trainable), tuple(notes(job, seconds)),
     )  # fmt: skip
 
 
@@ -265,7 +273,7 @@ def memory_at_peak(job: Job, measured: Measured) -> dict[str, float]:
 
 def _memory(job: Job, measured: Measured, number: int) -> dict[str, float]:
     """When most exist in one stage."""
-    states, at_peak = job.state_sizes(measured.num_parameters), dict(measured.stages[number].at_peak)
+    states, at_peak = job.state_sizes(measured), dict(measured.stages[number].at_peak)
     gradients, whole = at_peak.pop(GRADIENTS, 0), at_peak.pop(WHOLE, 0)
     if job.micro_batches == 1:  # else all of them, from the micro-batches before
         states["gradients"] = gradients
@@ -282,12 +290,13 @@ def sharding_buffers(job: Job, measured: Measured, number: int) -> float:
     blocks, and gradients on their way, of the block that is done, at the end of the root. From and to host memory parts
     of the root and of a block travel too, in fp32."""
     stage, block, root = measured.stages[number], max(measured.block_parameters), measured.root_parameters
+    trained, root_trained = measured.block_trained, measured.root_trained
     reduced = 0
     if stage.backward and stage.block is not None:
-        reduced = block * (stage.block + 1 < len(measured.block_parameters))
+        reduced = trained[stage.block + 1] if stage.block + 1 < len(trained) else 0
     elif number + 1 == len(measured.stages):
-        reduced = max(block, root)
-    moved = 2 * MASTER * (root + block) / job.shards if job.offload else 0
+        reduced = max(*trained, root_trained)
+    moved = MASTER * (root + block + root_trained + max(trained)) / job.shards if job.offload else 0
     return (root + GATHERED * block) * job.itemsize + reduced * job.reduce_size + moved
 
 

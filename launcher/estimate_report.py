@@ -36,11 +36,13 @@ def report(config: Config, cluster: Cluster, document: int = 0, *, as_json: bool
 def lines(job: Job, found: Estimate) -> list[str]:
     """The table."""
     config, shared = job.config, f" x {job.tp} tensor-parallel" * (job.tp > 1)
+    trained = f", {found.num_trained:,} of them trained" * (found.num_trained < found.num_parameters)
     apart = job.head_groups > 1 and not set(SOFTMAX_KINDS).isdisjoint(config.model.layer_kinds)
     peak, limit = found.peak / GIB, found.limit / GIB
     activations = {name: size for name, size in found.memory.items() if name not in STATE}
     rows = [
-        f"{config.run.name} on {job.cluster}: {found.num_parameters:,} parameters, {found.tokens:,} tokens a step",
+        f"{config.run.name} on {job.cluster}: {found.num_parameters:,} parameters{trained},"
+        f" {found.tokens:,} tokens a step",
         f"{job.dp} data-parallel x {job.sp} sequence-parallel{shared}, {config.train.dtype}, checkpointing"
         f" {config.train.checkpointing}, {config.parallel.engine}" + f", {job.head_groups} groups of heads" * apart,
         "",

@@ -1,4 +1,4 @@
-"""Perplexity of a checkpoint on held-out text, by how much context it sees and by position in the document.
+"""Perplexity of a stored model on held-out text, by how much context it sees and by position in the document.
 
 The same samples, as long as the longest length asked for, are cut for every shorter one. Every length predicts the same
 tokens, also in every row of positions, which are those in the longest length: differences are what context is worth.
@@ -17,9 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from longspan.launcher import checkpoint
 from longspan.launcher.agreement import decide
 from longspan.launcher.batches import NO_LABEL, Batch, TextBuilder
 from longspan.launcher.config import Config, CorpusConfig
@@ -29,8 +27,8 @@ from longspan.launcher.engines.optimizer import compute_dtype
 from longspan.launcher.environment import choose_device
 from longspan.launcher.errors import UserError
 from longspan.launcher.files import replace_text
-from longspan.launcher.parsing import parse_override, update
 from longspan.launcher.samples import Piece, Sample, SampleStream
+from longspan.launcher.stored_models import StoredModel, changed, open_model
 from longspan.launcher.tasks import open_corpora
 from longspan.launcher.trainer import build_sequence_parallel, set_up_log
 from longspan.models.build import build_model
@@ -44,7 +42,7 @@ FIRST_ROW = 256  # most positions of the first row of the table; every next row 
 def evaluate_run(
     run: str, lengths: Sequence[int], samples: int, corpora: Sequence[str], overrides: Sequence[str], output: str | None
 ) -> None:
-    """Prints what the newest checkpoint of `run` (or the checkpoint) loses at each of `lengths`.
+    """Prints what the model of `run` (a run directory, a checkpoint or a folder of weights) loses at each of `lengths`.
 
     Collective over the ranks that torchrun started, which share every sequence. lengths: tokens, empty for that of
     training. samples: of the longest length. corpora: paths to evaluate on; empty: what the run kept for validation.
@@ -54,13 +52,13 @@ def evaluate_run(
         if value < 1:
             raise UserError(f"--{name} {value}: use 1 or more")
     set_up_log()
-    info = checkpoint.named(Path(run))
-    config = evaluation_config(info, overrides, corpora)
+    stored = open_model(run)
+    config = evaluation_config(stored, overrides, corpora)
     mesh = build_mesh(
         sp=0, sharding="fsdp", device=choose_device(config.run.device), timeout_s=config.train.timeout_s,
         key_blocks=config.parallel.key_blocks,
     )  # fmt: skip
-    result = evaluate(info, config, mesh, lengths or [config.data.seq_len], samples) | {"settings": list(overrides)}
+    result = evaluate(stored, config, mesh, lengths or [config.data.seq_len], samples) | {"settings": list(overrides)}
     if mesh.is_main:
         print(report(result))
     if output is not None:
@@ -68,12 +66,13 @@ def evaluate_run(
     dist.destroy_process_group()
 
 
-def evaluate(info: checkpoint.Info, config: Config, mesh: Mesh, lengths: Sequence[int], samples: int) -> dict[str, Any]:
-    """What the model of `info` loses on so many samples of the longest of `lengths`, cut to each of them: the object
+def evaluate(stored: StoredModel, config: Config, mesh: Mesh, lengths: Sequence[int], samples: int) -> dict[str, Any]:
+    """What the model loses on so many samples of the longest of `lengths`, cut to each of them: the object
     that `--output` is. Collective over the ranks of `mesh`; config: of `evaluation_config`."""
     lengths = sorted(set(lengths))
-    evaluation = Evaluation(info, config, mesh)
     stream = _held_out(config, lengths[-1])
+    decide(lambda: stored.check_corpora([corpus.prefix for corpus in stream.corpora]))
+    evaluation = Evaluation(stored, config, mesh)
     drawn = [stream.sample(index) for index in range(samples)]
     work = {length: list(cut(drawn, length, stream.corpora, config.data.respect_documents)) for length in lengths}
     progress = _Progress(sum(_tokens(part.sample) for parts in work.values() for part in parts), mesh.is_main)
@@ -83,24 +82,24 @@ def evaluate(info: checkpoint.Info, config: Config, mesh: Mesh, lengths: Sequenc
         count = partial(progress.add, length)
         records.append({"length": length} | evaluation.losses(parts, stream.corpora, ends, count).record())
     return {
-        "checkpoint": str(info.path),
-        "step": info.step,
+        "checkpoint": str(stored.path),
+        "step": stored.step,
         "corpora": [corpus.prefix for corpus in stream.corpora],
         "samples": samples,
         "lengths": records,
     }
 
 
-def evaluation_config(info: checkpoint.Info, overrides: Sequence[str], corpora: Sequence[str]) -> Config:
-    """The settings of the run of `info`, changed by key=value words. Ranks share sequences and nothing else. UserError
+def evaluation_config(stored: StoredModel, overrides: Sequence[str], corpora: Sequence[str]) -> Config:
+    """The settings of the model's run, changed by key=value words. Ranks share sequences and nothing else. UserError
     for what does not fit, also where the run kept nothing for validation and no corpora are given."""
-    config = update(Config(), info.config, str(info.path))
-    config.parallel = replace(config.parallel, sp=0, tp=1, engine="fsdp2", sharding="fsdp", zero_stage=3,
-                              zero_offload_optimizer=False, zero_offload_parameters=False)  # fmt: skip
-    for text in overrides:
-        config = update(config, parse_override(config, text), "command line")
+    config = stored.config
+    parallel = replace(config.parallel, sp=0, tp=1, engine="fsdp2", sharding="fsdp", zero_stage=3,
+                       zero_offload_optimizer=False, zero_offload_parameters=False)  # fmt: skip
+    optim = replace(config.optim, train=[], freeze=[])
+    config = changed(replace(config, parallel=parallel, optim=optim), overrides)
     if config.model.task != "text":
-        raise UserError(f"{info.path} holds a model of model.task={config.model.task}; perplexity is of text")
+        raise UserError(f"{stored.path} holds a model of model.task={config.model.task}; perplexity is of text")
     if (config.parallel.sp, config.parallel.tp) != (0, 1):
         raise UserError("parallel.sp and parallel.tp are for training: all ranks share every sequence; leave them out")
     if corpora:
@@ -108,12 +107,11 @@ def evaluation_config(info: checkpoint.Info, overrides: Sequence[str], corpora: 
         config.data = replace(config.data, corpora=named, validation_corpora=[], validation_fraction=0.0)
         config.log = replace(config.log, validation_interval=0)
     elif not config.data.validation_corpora and not config.data.validation_fraction:
-        raise UserError(
-            f"{info.path}: the run kept no documents for validation (data.validation_fraction=0): name others with"
-            " --corpora"
-        )
+        why = "the run kept no documents for validation (data.validation_fraction=0)"
+        why = why if config.data.corpora else "weights come without documents"
+        raise UserError(f"{stored.path}: {why}: name some with --corpora")
     config.validate()
-    checkpoint.check_model(info, config.model, "another checkpoint")
+    stored.check(config.model)
     return config
 
 
@@ -203,21 +201,18 @@ class Losses:
 
 
 class Evaluation:
-    """The model of a checkpoint on the ranks of `mesh`, for forward passes."""
+    """A stored model on the ranks of `mesh`, for forward passes."""
 
-    def __init__(self, info: checkpoint.Info, config: Config, mesh: Mesh):
+    def __init__(self, stored: StoredModel, config: Config, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._parallel = build_sequence_parallel(config, mesh)
+        torch.manual_seed(config.run.seed)  # of what the stored model does not have, the same on every rank
         with mesh.device:
             model = build_model(config.model)
         model.cross_entropy = partial(self._by_position, model.cross_entropy)
         place = partial(shard, mesh=mesh.fsdp_mesh, param_dtype=compute_dtype(config.train), reduce_dtype=None)
-        self._model: nn.Module = parallelize(
-            model, shard=place, checkpointing="none", compile=False, mlp_tile=config.train.mlp_tile
-        )
-        state = get_model_state_dict(self._model)
-        checkpoint.fill(info, {"model": state})
-        set_model_state_dict(self._model, state)
+        place = partial(parallelize, shard=place, checkpointing="none", compile=False, mlp_tile=config.train.mlp_tile)
+        self._model: nn.Module = stored.fill(model, place)
         self._rows = torch.empty(0)
 
     @torch.no_grad()
@@ -288,7 +283,8 @@ def report(result: dict[str, Any]) -> str:
         lines.append([name, *(format(column[name], digits) for column in columns)])
     wide = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     text = ["  ".join([cells[0].ljust(wide[0]), *map(str.rjust, cells[1:], wide[1:])]) for cells in lines]
-    where = f"{result['checkpoint']}, step {result['step']}, on {', '.join(result['corpora'])}"
+    step = "" if result["step"] is None else f", step {result['step']}"
+    where = f"{result['checkpoint']}{step}, on {', '.join(result['corpora'])}"
     return "\n".join([f"{where}: {result['samples']} samples of {columns[-1]['length']:,} tokens", *text])
 
 

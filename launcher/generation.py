@@ -1,28 +1,27 @@
-"""Text that a checkpoint continues, on one rank. Nothing is kept between tokens: each one costs a forward pass over all
-that came before it, which is for looking at what a model has learned, not for serving it."""
+"""Text that a stored model continues, on one rank. Nothing is kept between tokens: each one costs a forward pass over
+all that came before it, which is for looking at what a model has learned, not for serving it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from longspan.launcher.config import Config
-from longspan.launcher.corpus import read_info
 from longspan.launcher.environment import choose_device
 from longspan.launcher.errors import UserError
-from longspan.launcher.stored_models import cast, load_model, stored
+from longspan.launcher.stored_models import cast, changed, open_model
 from longspan.launcher.tokenizer import load_tokenizer
 from longspan.parallel import SequenceParallel
 
 
 def generate_run(
     run: str, prompt: str, prompt_file: str | None, tokens: int, temperature: float, top_p: float, seed: int,
-    tokenizer: str | None,
+    tokenizer: str | None, overrides: Sequence[str],
 ) -> None:  # fmt: skip
     """Prints the prompt and up to `tokens` tokens after it, fewer where the document ends, as they come.
 
     temperature: 0 for the likeliest token. top_p: only the likeliest tokens that have this share of the probability
-    together. tokenizer: as of `longspan prepare`; None: of the run's first corpus. UserError for what does not fit.
+    together. tokenizer: as of `longspan prepare`; None: of the run's first corpus, or of the folder of weights.
+    overrides: key=value settings. UserError for what does not fit.
     """
     for name, value, fits in (
         ("tokens", tokens, tokens >= 1), ("seed", seed, seed >= 0), ("temperature", temperature, temperature >= 0),
@@ -30,19 +29,23 @@ def generate_run(
     ):  # fmt: skip
         if not fits:
             raise UserError(f"--{name} {value}: use {ALLOWED[name]}")
-    info, config = stored(run)
+    stored = open_model(run)
+    config = changed(stored.config, overrides)
+    stored.check(config.model)
     if config.model.task != "text":
-        raise UserError(f"{info.path} holds a model of model.task={config.model.task}; `longspan sample` draws with it")
+        raise UserError(
+            f"{stored.path} holds a model of model.task={config.model.task}; `longspan sample` draws with it"
+        )
     if prompt_file is not None:
         prompt = _read(Path(prompt_file))
-    encoder = load_tokenizer(*((tokenizer,) if tokenizer else _tokenizer_of(config)))
+    encoder = load_tokenizer(tokenizer) if tokenizer else stored.tokenizer()
     if encoder.vocab_size > config.model.vocab_size:
         raise UserError(
             f"tokenizer {encoder.name} has {encoder.vocab_size} token ids, the model model.vocab_size="
             f"{config.model.vocab_size}: name its own with --tokenizer"
         )
     device = choose_device(config.run.device)
-    model = cast(load_model(info, config), getattr(torch, config.train.dtype)).to(device)
+    model = cast(stored.load(config.model), getattr(torch, config.train.dtype)).to(device)
     start = [] if encoder.bos is None else [encoder.bos]
     start += encoder.encode_batch([prompt])[0].tolist()
     start = start or [encoder.eod]  # behind which documents begin
@@ -95,12 +98,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt-file {path}: cannot be read ({error}); name a text file in UTF-8") from None
-
-
-def _tokenizer_of(config: Config) -> tuple[str, int, int | None]:
-    """Name, eod and bos."""
-    path = Path(f"{config.data.corpora[0].path}.json").expanduser()
-    if not path.is_file():
-        raise UserError(f"{path} is missing, which says what tokenizer the run has: name it with --tokenizer")
-    info = read_info(path)
-    return info.tokenizer, info.eod, info.bos

@@ -14,9 +14,9 @@ def host_memory(job, measured: Measured) -> dict[str, float]:
     """Bytes of one machine of the job (an estimate.Job), of all its ranks, by what they are."""
     found = {"processes": PROCESS, "what layers keep": sum(map(buffer_size, measured.put_away))}
     if job.offload:
-        shares = [size / job.shards for size in measured.parameter_sizes]
-        found["parameters, gradients"] = sum(2 * _pinned(MASTER * share) for share in shares)
-        found["optimizer state"] = MOMENTS * sum(shares)  # not pinned
+        both = measured.parameter_sizes, measured.trained_sizes  # parameters, gradients
+        found["parameters, gradients"] = sum(_pinned(MASTER * size / job.shards) for sizes in both for size in sizes)
+        found["optimizer state"] = MOMENTS * measured.num_trained / job.shards  # not pinned
     return {name: size * job.cluster.per_node for name, size in found.items() if size}
 
 

@@ -26,6 +26,7 @@ from longspan.launcher.files import replace_text, writing
 from longspan.launcher.gpus import PEAK_TFLOPS
 from longspan.models.config import ModelConfig
 from longspan.models.flops import model_flops, softmax_masks
+from longspan.models.trainable import ALL, Trainable
 from longspan.parallel.geometry import Mask
 from longspan.parallel.mesh import Mesh
 
@@ -45,8 +46,8 @@ class StepMeter:
 
     COLUMNS = ("loss_sum", "tokens", "flops", "pairs", "peak_memory", "attention_s", "stop", "places")
 
-    def __init__(self, model: ModelConfig, mesh: Mesh):
-        self._model, self._mesh = model, mesh
+    def __init__(self, model: ModelConfig, mesh: Mesh, trainable: Trainable = ALL):
+        self._model, self._mesh, self._trainable = model, mesh, trainable
         masks = softmax_masks(model) or [Mask(model.causal)]  # without softmax layers: how they would fare
         self._masks = Counter(masks)
         self._peak_tflops = peak_tflops(mesh.device)
@@ -76,7 +77,7 @@ class StepMeter:
         for batch in batches:
             layout = batch.seq.layout
             row[1] += batch.seq.num_tokens_local / self._mesh.tp
-            row[2] += model_flops(self._model, layout.lengths) / self._mesh.sp / self._mesh.tp
+            row[2] += model_flops(self._model, layout.lengths, self._trainable) / self._mesh.sp / self._mesh.tp
             row[3] += self.pairs(batch.seq) / self._mesh.tp
         row[4], row[5] = _peak_memory(self._mesh.device), self._attention_seconds()
         row[6], row[7] = float(stop), self._places(batches)

@@ -57,7 +57,7 @@ def step_seconds(job, measured: Measured) -> dict[str, float]:
         parts.append(_part(job, measured, number, seconds))
         forward, backward = (forward, backward + seconds) if stage.backward else (forward + seconds, backward)
     update = min(THREAD_RATE, HOST_RATE / job.cluster.per_node) if job.offload else UPDATE_SHARE * gpu.memory_rate
-    optimizer = OPTIMIZER_TRAFFIC * measured.num_parameters / job.shards / update
+    optimizer = OPTIMIZER_TRAFFIC * measured.num_trained / job.shards / update
     shown, idle = timeline(parts, job.micro_batches, optimizer)
     times = Counter({name: seconds * job.micro_batches for name, seconds in times.items()})
     times[EXPOSED] = shown + job.micro_batches * activations_exposed(measured, forward, backward)
@@ -145,18 +145,21 @@ def _part(job, measured: Measured, number: int, computing: float) -> Part:
         if call.backward == stage.backward or call.kind == "convolution":  # what came from others is kept
             shown += count * TRANSFERS[call.kind](job, call, call_seconds(job, call))
     shown += stage.exchanged / gpu.intra + stage.exchanges * LATENCY_S  # of layers that are shared
-    size, (gathers, reduces) = _parameters(measured, stage), _moves(measured, number)
+    (size, trained), (gathers, reduces) = _parameters(measured, stage), _moves(measured, number)
     host = LAUNCH_S * (stage.launches + CALL_LAUNCHES * sum(stage.calls.values()))
     host += BLOCK_S * (gathers and stage.block is not None)
-    gather, reduce, copies = (_transfer(size * x) for x in per_parameter(job))
+    gathered, reduced, summed = per_parameter(job)
+    gather, reduce, copies = map(_transfer, (size * gathered, trained * reduced, trained * summed))
     return Part(
         computing, shown, host, gathers * gather, reduces * reduce, reduces * copies, stage.waits, stage.backward
     )
 
 
-def _parameters(measured: Measured, stage: Stage) -> int:
-    """Whole ones of what FSDP2 gathers together: a block, or all outside blocks."""
-    return measured.root_parameters if stage.block is None else measured.block_parameters[stage.block]
+def _parameters(measured: Measured, stage: Stage) -> tuple[int, int]:
+    """Whole ones of what FSDP2 gathers together, a block, or all outside blocks; and how many of them are trained."""
+    if stage.block is None:
+        return measured.root_parameters, measured.root_trained
+    return measured.block_parameters[stage.block], measured.block_trained[stage.block]
 
 
 def _moves(measured: Measured, number: int) -> tuple[bool, bool]:
@@ -190,8 +193,8 @@ def _copied(job, measured: Measured, number: int) -> float:
     unpacked, and gradients are packed in the dtype that they are reduced in."""
     gathers, reduces = _moves(measured, number)
     packed = (MASTER + 3 * job.itemsize) / job.shards + 2 * job.itemsize * (job.shards > 1)
-    size = gathers * packed + reduces * (job.itemsize + job.reduce_size)
-    return size * _parameters(measured, measured.stages[number])
+    size, trained = _parameters(measured, measured.stages[number])
+    return gathers * packed * size + reduces * (job.itemsize + job.reduce_size) * trained
 
 
 def call_seconds(job, call: Call) -> float:

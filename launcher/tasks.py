@@ -46,7 +46,8 @@ def open_corpora(paths: Sequence[str], vocab_size: int) -> list[Corpus]:
         if corpus.vocab_size is not None and corpus.vocab_size > vocab_size:
             raise UserError(
                 f"model.vocab_size={vocab_size} is smaller than the {corpus.vocab_size} token ids of "
-                f"corpus {corpus.prefix}: use model.vocab_size={corpus.vocab_size} or more"
+                f"corpus {corpus.prefix}: prepare it with the model's tokenizer, or train one with model.vocab_size="
+                f"{corpus.vocab_size} or more"
             )
     return corpora
 

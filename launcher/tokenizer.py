@@ -82,9 +82,24 @@ class HuggingFaceTokenizer:
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
+    def begin(self) -> int | None:
+        """The token that the file itself says to put in front of a text, as Llama 3's does; None for none."""
+        texts = [self._tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True)]
+        return texts[1][0] if texts[0] and texts[1][0] != texts[0][0] else None
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def vocabulary(path: Path) -> dict[str, int]:
+    """Tokens with their ids of a tokenizer.json. UserError where it is none."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"tokenizer {path}: not a Hugging Face tokenizer.json ({error})") from error
 
 
 def load_tokenizer(

@@ -35,6 +35,7 @@ from longspan.launcher.stopping import StopSignal, mark_stopped
 from longspan.launcher.tasks import step_builder
 from longspan.models.build import build_model
 from longspan.models.parallelize import parallelize
+from longspan.models.trainable import ALL, table
 from longspan.parallel import SequenceParallel
 from longspan.parallel.mesh import Mesh, build_mesh, join
 from longspan.parallel.peer_memory import open_peer_memory
@@ -128,8 +129,12 @@ class Trainer:
         if start is None and config.checkpoint.weights:
             folder = Path(config.checkpoint.weights)
             agree_on(weights_in(folder))
+            corpora = [corpus.path for corpus in (*config.data.corpora, *config.data.validation_corpora)]
+            decide(lambda: weights.check_tokenizer(folder, corpora))
             weights.take_over(weights.find(folder), model)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        trainable = config.optim.trainable
+        self._trained = table(model, trainable.names(model)) if trainable != ALL else []
         self.engine = parallelize(
             model,
             shard=shard,
@@ -139,6 +144,7 @@ class Trainer:
             offload_activations=config.train.offload_activations,
             mlp_tile=config.train.mlp_tile,
             ranks=None if mesh.tp_mesh is None else TensorParallel(mesh.tp_mesh),
+            trainable=trainable,
         )
         self.model = self.engine.model
         self.step = 0
@@ -147,7 +153,7 @@ class Trainer:
             self.loader.load_state_dict(start.data)
             self.step = start.step
         self.profiler = StepProfiler(config, mesh, self.model, first_step=self.step + 1)
-        self.meter = StepMeter(config.model, mesh)
+        self.meter = StepMeter(config.model, mesh, trainable)
         if config.log.attention_time:
             self.sequence_parallel.mark = self.meter.mark_attention
         self._pending: deque[PendingStep] = deque()
@@ -189,6 +195,8 @@ class Trainer:
             "up to " if config.data.packing == "documents" else "",
             f"{config.data.seq_len:,}",
         )
+        for line in self._trained:
+            log.info("%s", line)
         log.info("%s", saves(config.checkpoint, config.train.steps))
         if mesh.device.type == "cuda":
             log.info("GPU memory allocator: %s", allocator_setting())

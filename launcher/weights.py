@@ -6,7 +6,7 @@ nor the number of ranks matters; ranks of one machine share its page cache.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,16 +17,19 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from longspan.launcher.corpus import read_info
 from longspan.launcher.errors import UserError
 from longspan.launcher.files import replace_text
 from longspan.launcher.huggingface import explicit, huggingface_name, model_settings
 from longspan.launcher.parsing import update
+from longspan.launcher.tokenizer import ByteTokenizer, vocabulary
 from longspan.models.build import build_model
 from longspan.models.config import LINEAR_KINDS, ModelConfig
 
 log = logging.getLogger(__name__)
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
 # Without counterpart by intent: positions of old files, and the embedding stored twice.
 DERIVED = ("rotary_emb.inv_freq", "lm_head.weight")
@@ -100,6 +103,25 @@ def take_over(weights: Weights, model: nn.Module) -> None:
     _say("not taken over", left, weights.model.layer_kinds)
 
 
+def check_tokenizer(folder: Path, prefixes: Sequence[str]) -> None:
+    """UserError where a corpus was prepared with other tokens than those of the tokenizer.json in `folder`. Nothing is
+    compared without that file, and where the corpus's own is not there any more."""
+    own, tokens = folder / TOKENIZER, None
+    for prefix in prefixes if own.is_file() else ():
+        info = Path(f"{prefix}.json").expanduser()
+        used = Path(read_info(info).tokenizer) if info.is_file() else own
+        if str(used) != ByteTokenizer.name:
+            if not used.is_file() or used.read_bytes() == own.read_bytes():
+                continue
+            tokens = tokens or vocabulary(own)
+            if vocabulary(used) == tokens:
+                continue
+        raise UserError(
+            f"corpus {prefix} was prepared with --tokenizer {used}, whose tokens are not those of {own}: prepare it"
+            " with that"
+        )
+
+
 def import_model(path: str, output: str) -> None:
     """Writes a config for runs that start from the weights in the folder `path`. UserError where it cannot be read, and
     where `output` exists."""
@@ -149,8 +171,7 @@ def _compare_settings(weights: Weights, model: ModelConfig) -> None:
     fatal = [text for name, text in differences.items() if name in SAME]
     if fatal:
         raise UserError(
-            f"checkpoint.weights={weights.folder} is another model: {'; '.join(fatal)}; `longspan import` writes its"
-            " settings"
+            f"{weights.folder} holds another model: {'; '.join(fatal)}; `longspan import` writes its settings"
         )
     for text in differences.values():
         log.warning("changed since the weights: %s", text)

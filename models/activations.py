@@ -67,13 +67,16 @@ class Measured:
     """Of one micro-batch, forward and backward, on one rank; parameters not included.
 
     kept: bytes by name at the end of the forward pass, all that the backward pass will need. stages: the work, in
-    order. put_away: bytes of every tensor that waits in host memory for the backward pass.
+    order. trained_sizes, block_trained: of parameters that have gradients, and how many those of each block are.
+    put_away: bytes of every tensor that waits in host memory for the backward pass.
     """
 
     kept: dict[str, int]
     stages: tuple[Stage, ...]
     parameter_sizes: tuple[int, ...]
     block_parameters: tuple[int, ...]
+    trained_sizes: tuple[int, ...]
+    block_trained: tuple[int, ...]
     put_away: tuple[int, ...]
 
     @property
@@ -118,6 +121,14 @@ class Measured:
         """Those outside the blocks."""
         return self.num_parameters - sum(self.block_parameters)
 
+    @property
+    def num_trained(self) -> int:
+        return sum(self.trained_sizes)
+
+    @property
+    def root_trained(self) -> int:
+        return self.num_trained - sum(self.block_trained)
+
 
 def measure(
     config: ModelConfig,
@@ -155,10 +166,12 @@ def measure(
         split_model(model, OutlinedRanks(tp, meter.receive))
     parameters = list(model.parameters())
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(meter.take_gradient)
         meter.ignore(parameter)
     book_layers(model, meter)
     prepare(model, OutlinedOffload(meter.put_away))
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(meter.take_gradient)
     for block in model.blocks:
         block.visit_tiles = meter.first_of
     # A rank of several may hold one token more than others.
@@ -173,6 +186,8 @@ def measure(
         with meter.booked(BACKWARD):
             meter.begin_backward()
             loss.backward()
+            if meter.stages[-1].block is not None:  # blocks in front of it are frozen
+                meter.enter(None)
     if config.task == "text":  # of the loss one chunk was run (kernels.loss)
         for stage in meter.stages:
             for work in (stage.flops, stage.traffic):
@@ -182,8 +197,13 @@ def measure(
     return Measured(
         kept, tuple(meter.stages),
         tuple(parameter.numel() for parameter in parameters),
-        tuple(sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks), tuple(meter.away),
+        tuple(map(_count, model.blocks)), tuple(parameter.numel() for parameter in trained),
+        tuple(_count(block, trained=True) for block in model.blocks), tuple(meter.away),
     )  # fmt: skip
+
+
+def _count(module: nn.Module, trained: bool = False) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
 
 
 def book_layers(model: nn.Module, meter) -> None:
@@ -200,7 +220,8 @@ def book_layers(model: nn.Module, meter) -> None:
 
         def before(_, args):
             meter.enter(number)
-            args[0].register_hook(lambda _: meter.enter(last))
+            if args[0].requires_grad:
+                args[0].register_hook(lambda _: meter.enter(last))
 
         module.register_forward_pre_hook(before)
 

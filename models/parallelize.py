@@ -1,13 +1,14 @@
 """Everything that is done to a model from outside before it trains, in one fixed order.
 
-Tensor parallelism -> compilation -> activation checkpointing -> sharding, from the inside out: a split block is what
-gets compiled, a compiled block is what gets recomputed, and a recomputed block is what gets sharded. Compilation comes
-before checkpointing because torch's checkpoint is closed to the compiler: a block compiled around it would silently run
-uncompiled. No step changes a parameter's name.
+Tensor parallelism -> compilation -> activation checkpointing -> freezing -> sharding, from the inside out: a split
+block is what gets compiled, a compiled block is what gets recomputed, a recomputed block is what keeps nothing where
+all is frozen, and that is what gets sharded. Compilation comes before checkpointing because torch's checkpoint is
+closed to the compiler: a block compiled around it would silently run uncompiled. No step changes a parameter's name.
 """
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from longspan.attention.offload import Offload
 from longspan.models.checkpointing import CHECKPOINTING, checkpoint_blocks
 from longspan.models.tensor_parallel import split_model
+from longspan.models.trainable import ALL, Trainable
 from longspan.parallel.tensor import TensorParallel
 
 T = TypeVar("T")
@@ -31,12 +33,13 @@ def parallelize(
     offload_activations: bool = False,
     mlp_tile: int = 0,
     ranks: TensorParallel | None = None,
+    trainable: Trainable = ALL,
 ) -> T:
     """Prepares `model` in place for training and returns what `shard` makes of it.
 
     checkpointing, checkpoint_layers, offload_activations: see `checkpointing.checkpoint_blocks`; "none" leaves it out.
     mlp_tile: tokens for which a block's MLP is computed at once, 0 for all. ranks: those that share its layers, if any.
-    ValueError for a setting that cannot be honoured.
+    trainable: the parameters that get gradients. ValueError for a setting that cannot be honoured.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"train.checkpointing={checkpointing!r} is unknown; allowed: {', '.join(CHECKPOINTING)}")
@@ -50,6 +53,7 @@ def parallelize(
         compile_blocks(model, next(model.parameters()).device.type)
     if checkpointing != "none":
         checkpoint_blocks(model, checkpointing, checkpoint_layers, Offload() if offload_activations else None)
+    freeze(model, trainable)
     return shard(model)
 
 
@@ -61,3 +65,22 @@ def compile_blocks(model: nn.Module, device_type: str) -> None:
         block.forward = torch.compile(block.forward)
         if block.mlp_tile:  # called tile by tile, outside the graphs of `forward`
             block.feed = torch.compile(block.feed)
+
+
+def freeze(model: nn.Module, trainable: Trainable) -> None:
+    """Lets the parameters of `trainable` alone have gradients. Blocks without any of them that no gradient passes, as
+    those in front of the first trained one, keep nothing for a backward pass. To be called when `forward` of blocks is
+    final. ValueError for patterns that fit no parameter, or leave none to train."""
+    trained = set(trainable.names(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    for block in model.blocks:
+        if not any(parameter.requires_grad for parameter in block.parameters()):
+            block.forward = partial(_forward_of_frozen, block.forward)
+
+
+def _forward_of_frozen(forward, *inputs):
+    """Unless an input needs a gradient, as in an evaluation: nothing is kept, offloaded or computed again."""
+    needed = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    with torch.set_grad_enabled(needed):
+        return forward(*inputs)

@@ -2,7 +2,8 @@
 
 All engines train the same: gradients are sums over ranks and micro-batches of a loss that is already divided by the
 global label count; AdamW keeps fp32 weights and moments; the forward and backward run in train.dtype, with the gates'
-parameters in fp32; gradients are reduced in fp32 and clipped by their norm over all parameters.
+parameters in fp32; gradients are reduced in fp32 and clipped by their norm over all trained parameters. Frozen
+parameters, which need no gradient (models.trainable), are stored like others and otherwise left alone.
 """
 
 from collections.abc import Callable
@@ -31,10 +32,11 @@ class Engine(Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """`model` and `optimizer` (fp32, by parameter name) for torch.distributed.checkpoint, alike for all engines."""
+        """`model` and `optimizer` (fp32, by parameter name; of the latter `state`, of trained parameters, and
+        `param_groups`) for torch.distributed.checkpoint, alike for all engines."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what was loaded into a `state_dict()`; settings of the optimizer stay as they are."""
+        """Takes over what was loaded into a `state_dict()`; without `optimizer`, its states begin anew."""
 
 
 def find_engine(config: Config, mesh: Mesh) -> Callable[[nn.Module], Engine]:

@@ -8,6 +8,7 @@ gathers weights in fp32. Written for deepspeed 0.19: moments and weights of a ch
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -85,6 +86,10 @@ class ZeroEngine:
         steps = next(iter(self.optimizer.state.values()))["step"].cpu()
         model, state = {}, {}
         for name, parameter in self._parameters.items():  # gathered one at a time
+            if not parameter.requires_grad:  # ZeRO has no fp32 copy of what it does not update
+                with self._whole(parameter):
+                    model[name] = self._shard(parameter.detach().clone(), parameter)
+                continue
             model[name] = self._shard(safe_get_full_fp32_param(parameter), parameter)
             moments = {key: self._shard(safe_get_full_optimizer_state(parameter, key), parameter) for key in MOMENTS}
             state[name] = {"step": steps.clone(), **moments}
@@ -95,15 +100,23 @@ class ZeroEngine:
         return {"model": model, "optimizer": {"state": state, "param_groups": groups}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        moments = state["optimizer"]["state"]
         for name, parameter in self._parameters.items():
             self._write(parameter, state["model"][name])
-            for key in MOMENTS:
-                self._write(parameter, moments[name][key], key)
-        steps = moments[next(iter(moments))]["step"]
-        for flat in self.optimizer.state.values():
-            flat["step"].copy_(steps)
+        if "optimizer" in state:
+            moments = state["optimizer"]["state"]
+            for name, own in moments.items():
+                for key in MOMENTS:
+                    self._write(self._parameters[name], own[key], key)
+            steps = moments[next(iter(moments))]["step"]
+            for flat in self.optimizer.state.values():
+                flat["step"].copy_(steps)
         self._publish_weights()
+
+    def _whole(self, parameter: nn.Parameter) -> AbstractContextManager:
+        """In which all of a parameter is here; stages below 3 never split it."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        return GatheredParameters(parameter) if self._stage == 3 else nullcontext()
 
     def _shard(self, whole: torch.Tensor, parameter: nn.Parameter) -> DTensor:
         """This rank's rows, on the host: what ZeRO offloads may not fit on the device beside the weights."""
@@ -119,10 +132,14 @@ class ZeroEngine:
             size = parameter.ds_tensor.numel()
             whole = F.pad(whole, (0, size * self._mesh.world_size - len(whole)))
             part = whole.narrow(0, size * dist.get_rank(), size)
-            if moment is None:
+            if not parameter.requires_grad:
+                parameter.ds_tensor.data.copy_(part)
+            elif moment is None:
                 utils.safe_set_local_fp32_param(parameter, part)
             else:
                 utils.safe_set_local_optimizer_state(parameter, part, moment)
+        elif not parameter.requires_grad:
+            parameter.data.copy_(whole.view_as(parameter))
         elif moment is None:
             utils.safe_set_full_fp32_param(parameter, whole)
         else:

@@ -84,7 +84,7 @@ def test_version(capsys):
         (["generate", "x", "--top_p=1"], "longspan: error: generate: unknown option --top_p: did you mean --top-p?"),
         (["verify", "x", "y"], "longspan: error: verify: unrecognized arguments: y; see `longspan verify --help`"),
         (["generate", "x", "--tokens", "many"], "generate: argument --tokens: invalid int value: 'many'; see"),
-        (["evaluate"], "longspan: error: evaluate: the following arguments are required: RUN; see"),
+        (["evaluate"], "longspan: error: evaluate: the following arguments are required: MODEL; see"),
         (["evaluate", "x", "--lengths", "1K", "run.seed=1"], "'run.seed=1' is no number of tokens; write it like"),
         (["evaluate", "x", "--lengths", "1K", "run.seed=1"], "settings stand in front of options"),
     ],

@@ -11,10 +11,14 @@ from spawn import run_ranks
 from tiny_runs import tiny_config, train, write_corpus
 
 from longspan.launcher import checkpoint, cli
-from longspan.launcher.corpus import open_corpus
+from longspan.launcher.corpus import open_corpus, prepare
 from longspan.launcher.errors import UserError
 from longspan.launcher.evaluation import cut, evaluate, evaluation_config, report, row_ends
+from longspan.launcher.export import export_run
 from longspan.launcher.samples import Piece, Sample, SampleStream
+from longspan.launcher.stored_models import open_model
+from longspan.launcher.tasks import open_corpora
+from longspan.launcher.weights import check_tokenizer
 from longspan.models.build import build_model
 from longspan.parallel import SequenceParallel
 from longspan.parallel.mesh import build_mesh
@@ -41,15 +45,18 @@ def _runs_on(rank, world_size, folder, corpus):
             results[f"{name} rows"] = train(config)
             results[name] = _evaluate(folder / name, LENGTHS)
         results["corpus"] = corpus
+        export_run(str(folder / "run"), str(folder / "weights"), "longspan", "float32")
     results[f"on {world_size}"] = _evaluate(folder / "run", LENGTHS)
+    for name in ("run", "weights"):
+        results[f"{name} on {world_size}, corpus"] = _evaluate(folder / name, LENGTHS, corpora=[str(corpus)])
     return results
 
 
-def _evaluate(run, lengths, *overrides):
-    info = checkpoint.named(run)
-    config = evaluation_config(info, overrides, [])
+def _evaluate(run, lengths, *overrides, corpora=()):
+    stored = open_model(str(run))
+    config = evaluation_config(stored, overrides, corpora)
     mesh = build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"), timeout_s=60)
-    return evaluate(info, config, mesh, lengths, samples=4)
+    return evaluate(stored, config, mesh, lengths, samples=4)
 
 
 @pytest.mark.parametrize("name", ["run", "stream"])
@@ -88,7 +95,7 @@ def test_losses_are_those_of_logits_document_by_document(runs):
     """An oracle of its own: every piece of every sample by itself, its logits and torch's cross-entropy, in fp64."""
     folder, corpus = runs["folder"], open_corpus(runs["corpus"])
     info = checkpoint.named(folder / "run")
-    config = evaluation_config(info, [], [])
+    config = evaluation_config(open_model(str(folder / "run")), [], [])
     model = build_model(config.model)
     checkpoint.fill(info, {"model": model.state_dict()}, alone=True)
     model = model.double()
@@ -188,10 +195,101 @@ def test_what_does_not_fit_is_one_line(runs, capsys, arguments, said):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_exported_weights_are_the_run(runs, ranks):
+    run, weights = (runs[f"{name} on {ranks}, corpus"] for name in ("run", "weights"))
+    assert weights["lengths"] == run["lengths"] and weights["corpora"] == run["corpora"]
+    assert weights["step"] is None and run["step"] == 6
+
+
+def test_the_command_takes_a_folder_of_weights(runs, capsys):
+    folder, corpus = str(runs["folder"] / "weights"), str(runs["corpus"])
+    cli.main(["evaluate", folder, "train.dtype=bfloat16", "--lengths", "96", "--samples", "4", "--corpora", corpus])
+    printed = capsys.readouterr().out
+    assert f"{folder}, on {corpus}: 4 samples of 96 tokens" in printed
+    loss = float(re.search(r"^loss +([\d.]+)$", printed, re.MULTILINE)[1])
+    exact = runs["weights on 1, corpus"]["lengths"][-1]["loss"]
+    assert loss != pytest.approx(exact, abs=1e-6) and loss == pytest.approx(exact, rel=0.01)
+
+
+def test_layers_of_other_kinds_are_evaluated_too(runs, tmp_path, capsys):
+    """SLA that chooses every block, in the place of softmax."""
+    folder, corpus = str(runs["folder"] / "weights"), str(runs["corpus"])
+    losses = []
+    for pattern in ("softmax", "sla"):
+        output = str(tmp_path / f"{pattern}.json")
+        settings = [f"model.pattern=[linear:scalar, {pattern}]", "model.sla_keep=1000"]
+        cli.main(["evaluate", folder, *settings, "--lengths", "96", "--samples", "2", "--corpora", corpus,
+                  "--output", output])  # fmt: skip
+        losses.append(json.loads(open(output).read())["lengths"][0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert "1 layer of sla: initialised, without counterpart in the weights: mixer.linear_weight" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "weights come without documents: name some with --corpora"),
+        (
+            ["model.num_layers=3", "--corpora", "CORPUS"],
+            "weights holds another model: model.num_layers is 2 there and 3",
+        ),
+    ],
+)
+def test_what_weights_do_not_have_is_one_line(runs, capsys, arguments, said):
+    arguments = [str(runs["corpus"]) if word == "CORPUS" else word for word in arguments]
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(runs["folder"] / "weights"), *arguments, "--lengths", "96", "--samples", "1"])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("longspan: error: ") and re.search(said, error)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_a_corpus_of_more_ids_than_the_model_has(runs):
+    with pytest.raises(UserError, match="model.vocab_size=200 is smaller than the 257 .*: prepare it with the model's"):
+        open_corpora([str(runs["corpus"])], 200)
+
+
+def write_tokenizer(path, words):
+    tokenizers = pytest.importorskip("tokenizers")
+    path.parent.mkdir(exist_ok=True)
+    vocabulary = {word: number for number, word in enumerate(["<|endoftext|>", *words])}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token=words[-1])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+
+
+def test_corpora_of_another_tokenizer_are_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("a b c a b c")
+    weights, own, same, other = (tmp_path / name / "tokenizer.json" for name in ("weights", "own", "same", "other"))
+    write_tokenizer(weights, ["a", "b", "c"])
+    write_tokenizer(own, ["a", "b", "c"])
+    same.parent.mkdir()
+    same.write_text(json.dumps(json.loads(own.read_text()), indent=7))  # other bytes
+    write_tokenizer(other, ["b", "a", "c"])
+    prefixes = {}
+    for name in ("bytes", own, same, other):
+        prefixes[name] = str(tmp_path / f"corpus-{len(prefixes)}")
+        prepare([tmp_path / "text.txt"], prefixes[name], str(name), progress=lambda line: None)
+    check_tokenizer(weights.parent, [prefixes[own], prefixes[same]])
+    check_tokenizer(tmp_path / "nowhere", list(prefixes.values()))  # has none to compare with
+    for name in ("bytes", other):
+        with pytest.raises(
+            UserError, match=f"was prepared with --tokenizer {name}, whose tokens are not those of {weights}"
+        ):
+            check_tokenizer(weights.parent, [prefixes[own], prefixes[name]])
+    other.unlink()
+    check_tokenizer(weights.parent, [prefixes[other]])  # nothing is left to compare
+
+
 def test_a_run_without_held_out_documents_needs_corpora(runs):
-    info = checkpoint.named(runs["folder"] / "run")
-    info.config["data"]["validation_fraction"] = 0.0
-    info.config["log"]["validation_interval"] = 0
-    with pytest.raises(UserError, match="name others with --corpora"):
-        evaluation_config(info, [], [])
-    assert evaluation_config(info, [], ["x"]).data.corpora[0].path == "x"
+    stored = open_model(str(runs["folder"] / "run"))
+    stored.config.data.validation_fraction = 0.0
+    stored.config.log.validation_interval = 0
+    with pytest.raises(UserError, match="the run kept no documents.*: name some with --corpora"):
+        evaluation_config(stored, [], [])
+    assert evaluation_config(stored, [], ["x"]).data.corpora[0].path == "x"

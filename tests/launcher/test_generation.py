@@ -5,7 +5,8 @@ import torch
 from spawn import run_ranks
 from tiny_runs import tiny_config, train, write_corpus
 
-from longspan.launcher import cli, generation
+from longspan.launcher import cli, generation, stored_models
+from longspan.launcher.export import export_run
 from longspan.launcher.generation import continuation, draw
 from longspan.launcher.stored_models import cast, load_model, stored
 from longspan.launcher.tokenizer import ByteTokenizer
@@ -98,10 +99,45 @@ def test_what_does_not_fit_is_one_line(run, capsys, arguments, said):
 def test_prompts_begin_as_documents_do(bos, start, run, monkeypatch):
     encoder, given = ByteTokenizer(), []
     encoder.bos = bos
-    monkeypatch.setattr(generation, "load_tokenizer", lambda *names: given.append(names) or encoder)
+    monkeypatch.setattr(stored_models, "load_tokenizer", lambda *names: given.append(names) or encoder)
     monkeypatch.setattr(generation, "continuation", lambda model, ids, device, **_: given.append(ids) or iter([256]))
     cli.main(["generate", str(run), "--prompt", "ab"])
     assert given == [("bytes", 256, None), start]
+
+
+def test_exported_weights_continue_as_the_run(run, tmp_path, capsys):
+    folder = tmp_path / "weights"
+    export_run(str(run), str(folder), "longspan", "float32")
+    capsys.readouterr()
+    common = ["--prompt", "abc", "--tokens", "20", "--tokenizer", "bytes"]
+    texts = []
+    for model in (run, folder):
+        cli.main(["generate", str(model), *common])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and len(texts[0]) > 5
+    with pytest.raises(SystemExit):
+        cli.main(["generate", str(folder)])
+    assert f"{folder} has no tokenizer.json: name the model's own with --tokenizer" in capsys.readouterr().err
+    cli.main(["generate", str(folder), "train.dtype=bfloat16", *common])
+    assert capsys.readouterr().out.startswith("abc")
+
+
+@pytest.mark.parametrize("template, start", [(None, [1, 2]), ("<s> $A", [3, 1, 2])])
+def test_weights_with_their_tokenizer_begin_as_it_says(run, tmp_path, monkeypatch, template, start):
+    tokenizers = pytest.importorskip("tokenizers")
+    export_run(str(run), str(tmp_path / "weights"), "longspan", "float32")
+    ids = {"<|endoftext|>": 0, "a": 1, "b": 2, "<s>": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<s>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if template:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 3)]
+        )
+    tokenizer.save(str(tmp_path / "weights" / "tokenizer.json"))
+    given = []
+    monkeypatch.setattr(generation, "continuation", lambda model, ids, device, **_: given.append(ids) or iter([0]))
+    cli.main(["generate", str(tmp_path / "weights"), "--prompt", "a b"])
+    assert given == [start]
 
 
 def test_a_corpus_of_others_needs_a_named_tokenizer(run, capsys):

@@ -371,7 +371,7 @@ def test_what_does_not_fit_is_one_line_on_every_rank(trained, tmp_path):
 
 
 def _refused(rank, world_size, folder, tmp_path):
-    place, lines = f"checkpoint.weights={folder / 'published'} is another model: ", []
+    place, lines = f"{folder / 'published'} holds another model: ", []
     for number, (setting, said) in enumerate(REFUSED.items()):
         config = Config.load(folder / "config.yaml", _settings(folder / "corpus", tmp_path / str(number), setting))
         with pytest.raises(UserError, match=re.escape(said.replace("PLACE ", place))) as error:
