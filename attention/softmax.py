@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from longspan.attention.arguments import pick, resolve
+from longspan.attention.arguments import pick, resolve, without_autocast
 from longspan.attention.double_ring import double_ring_schedule
 from longspan.attention.moved import (
     HEAD_PARALLEL,
@@ -79,7 +79,8 @@ def softmax_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     moved = _moved(seq, plan, Mask(causal, window), q.shape[1], k.shape[1])
     q, k, v = moved.move(q, k, v, parallel.group)
-    out = _Attention.apply(q, k, v, moved.schedule, _Marked.of(backend, parallel.mark), scale, parallel.group)
+    with without_autocast(q.device.type):
+        out = _Attention.apply(q, k, v, moved.schedule, _Marked.of(backend, parallel.mark), scale, parallel.group)
     return moved.move_back(out, parallel.group)
 
 

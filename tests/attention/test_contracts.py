@@ -120,6 +120,24 @@ def test_any_strides_are_read(attention, order):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "attention",
+    [
+        partial(linear_attention, log_decay=-torch.ones(TOKENS, HEADS)),
+        partial(softmax_attention, seq=SequenceParallel(backend="math").context((TOKENS,))),
+        partial(sparse_attention, selection=TopBlocks(1, 4, 2)),
+    ],
+    ids=["linear", "softmax", "sparse"],
+)
+def test_autocast_rounds_nothing(attention):
+    leaves, results = [x.requires_grad_() for x in tensors().values()], []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = attention(*leaves)
+        results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("attention", [linear_attention, softmax_attention])
 def test_seq_replaces_layout_group_and_strategy(attention):
     seq = SequenceParallel().context((4, 2))
