@@ -1,6 +1,9 @@
 """What the public attention functions share: finding the sequence context and refusing bad input on all ranks alike."""
 
+from contextlib import nullcontext
 from difflib import get_close_matches
+
+import torch
 
 from longspan.attention.recompute import recomputing
 from longspan.parallel.context import SequenceContext, SequenceParallel
@@ -41,6 +44,12 @@ def resolve(seq, layout, group, tensors, check, options, **strategies) -> Sequen
         agree(error, (shapes, options, tuple(strategies.items()), error is None and hash(layout)), group)
     first = next(iter(tensors.values()))
     return SequenceParallel(group, device=first.device, **strategies).context(layout)
+
+
+def without_autocast(device_type: str):
+    """A context in which autocast, where it is on, does not round scores, states and sums."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 def pick(table, name: str, default: str, what: str) -> str:

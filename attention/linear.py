@@ -9,7 +9,7 @@ gate's gradient come last. Derivation: docs/linear-attention.md.
 import torch
 from torch.autograd.function import once_differentiable
 
-from longspan.attention.arguments import pick_transport, resolve
+from longspan.attention.arguments import pick_transport, resolve, without_autocast
 from longspan.attention.outline import Outline
 from longspan.attention.ranges import LINEAR, of_component
 from longspan.attention.recompute import keep, recall
@@ -59,7 +59,7 @@ def linear_attention(
 def _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, dtype):
     if isinstance(seq, Outline):
         return seq.linear(q, k, v, log_decay, beta, causal, dtype)
-    with torch.autocast(q.device.type, enabled=False):  # it would round states and gates to bf16
+    with without_autocast(q.device.type):
         if causal:
             form = choose_form(q, v, log_decay, beta)
             return _Causal.apply(q, k, v, log_decay, beta, form, seq, scale, transport, dtype)

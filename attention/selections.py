@@ -17,7 +17,8 @@ class TopBlocks:
     keep: how many, or below 1 a share of those there are, at least one. Under a causal mask these are blocks wholly in
     the past, chosen by the mean query of the block before, which knows no later token; the blocks that the queries'
     own block meets are always kept as well. first: so many blocks at the start of a document are among those kept;
-    recent: so many before the queries. Query heads that share a key head share a list. Blocks: tokens.
+    recent: so many before the queries; where a share is fewer than these, the lowest of them. Query heads that share a
+    key head share a list. Blocks: tokens.
     """
 
     keep: float = 0.05

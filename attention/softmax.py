@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from longspan.attention.arguments import pick, resolve
+from longspan.attention.arguments import pick, resolve, without_autocast
 from longspan.attention.double_ring import double_ring_schedule
 from longspan.attention.head_groups import by_groups, head_groups
 from longspan.attention.moved import (
@@ -84,7 +84,8 @@ def softmax_attention(
     q, k, v = moved.move(q, k, v, parallel.group)
     groups = gcd(groups, k.shape[1])  # where ranks share out heads, each has fewer
     marked = _Marked.of(backend, parallel.mark)
-    out = _Attention.apply(q, k, v, groups, moved.schedule, marked, scale, parallel.group)
+    with without_autocast(q.device.type):
+        out = _Attention.apply(q, k, v, groups, moved.schedule, marked, scale, parallel.group)
     return moved.move_back(out, parallel.group)
 
 

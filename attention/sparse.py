@@ -5,13 +5,12 @@ does not hold; while they are under way it attends to those that it holds. Gradi
 in rank order. Where ranks want most of what others hold, keys go round in a ring instead, without asking.
 """
 
-from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from longspan.attention.arguments import pick, resolve
+from longspan.attention.arguments import pick, resolve, without_autocast
 from longspan.attention.block_parts import STRATEGIES, Part
 from longspan.attention.gather_rows import Ranks, gather_rows
 from longspan.attention.linear_branch import Branch, LinearBranch
@@ -78,10 +77,7 @@ def sparse_attention(
         branch = Branch(linear, selection, causal, seq)
         own = linear.weight, linear.bias, linear.q, linear.k
     group, peers = seq.parallel.group, seq.parallel.peers
-    # Autocast would round sums of the branch.
-    device_type = q.device.type
-    autocasts = torch.is_autocast_enabled(device_type)
-    with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():
+    with without_autocast(q.device.type):
         return _Attention.apply(
             q, k, v, *coarse, *own, branch, selection, tables, causal, group, peers, strategy, scale
         )

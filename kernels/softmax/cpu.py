@@ -2,6 +2,7 @@
 
 import torch
 
+from longspan.kernels.linear.splits import unit_stride
 from longspan.kernels.softmax.pack import Pack
 from longspan.kernels.wide import wide_dtype
 
@@ -58,17 +59,18 @@ def backward(dout, q, k, v, out, lse, pack: Pack, scale: float):
 
 
 # The operator wants as many key heads as query heads. Each key head becomes a batch entry and its group of query
-# heads the heads of that entry; the keys are repeated over the group by a stride of zero, not by a copy.
+# heads the heads of that entry; the keys are repeated over the group by a stride of zero, not by a copy. It reads rows
+# as if their numbers lay side by side, whatever the tensor's stride says.
 
 
 def _queries(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """[S, Hq, D] -> [Hkv, Hq / Hkv, S, D]"""
-    return x.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+    return unit_stride(x).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
 
 
 def _keys(x: torch.Tensor, group: int) -> torch.Tensor:
     """[S, Hkv, D] -> [Hkv, group, S, D]"""
-    return x.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    return unit_stride(x).transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,15 @@
 """What the attention functions accept and refuse, and that every rank hears of an error on one."""
 
 import re
+from functools import partial
+from itertools import permutations
 
 import pytest
 import torch
 import torch.distributed as dist
 from spawn import run_ranks
 
-from longspan.attention import linear_attention, softmax_attention
+from longspan.attention import TopBlocks, linear_attention, softmax_attention, sparse_attention
 from longspan.parallel import SequenceParallel, Topology, contiguous, plan_attention, zigzag
 
 TOKENS, HEADS, SIZE = 6, 2, 4
@@ -94,6 +96,46 @@ def test_linear_attention_refuses(case):
 @pytest.mark.parametrize("case", SOFTMAX)
 def test_softmax_attention_refuses(case):
     refused(softmax_attention, *SOFTMAX[case])
+
+
+@pytest.mark.parametrize(
+    "attention", [linear_attention, softmax_attention, partial(sparse_attention, selection=TopBlocks(1, 4, 2))]
+)
+@pytest.mark.parametrize("order", [*permutations(range(3)), "expanded"])
+def test_any_strides_are_read(attention, order):
+    """q, k, v and the gradient of the output transposed in memory, or the same number all along a head."""
+    inputs, d_out = tensors(11, dtype=torch.float64), torch.randn(11, HEADS, SIZE, dtype=torch.float64)
+
+    def laid_out(x):
+        if order == "expanded":
+            return x[..., :1].expand(x.shape)
+        return x.permute(order).contiguous().permute(torch.tensor(order).argsort().tolist())
+
+    def results(change):
+        leaves = {name: change(laid_out(x)).requires_grad_() for name, x in inputs.items()}
+        out = attention(**leaves)
+        return out, *torch.autograd.grad(out, list(leaves.values()), change(laid_out(d_out)))
+
+    for found, wanted in zip(results(torch.Tensor.detach), results(torch.Tensor.contiguous), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        partial(linear_attention, log_decay=-torch.ones(TOKENS, HEADS)),
+        partial(softmax_attention, seq=SequenceParallel(backend="math").context((TOKENS,))),
+        partial(sparse_attention, selection=TopBlocks(1, 4, 2)),
+    ],
+    ids=["linear", "softmax", "sparse"],
+)
+def test_autocast_rounds_nothing(attention):
+    leaves, results = [x.requires_grad_() for x in tensors().values()], []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = attention(*leaves)
+        results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("attention", [linear_attention, softmax_attention])

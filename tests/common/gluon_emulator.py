@@ -255,7 +255,9 @@ def _load(pointer, mask=None, other=0.0):
     at, used = _places(pointer, mask)
     if mask is None:
         return _tensor(pointer.memory[at])
-    return torch.where(used, _tensor(pointer.memory)[torch.where(used, at, 0)], other).to(pointer.memory.dtype)
+    values = torch.zeros(at.shape, dtype=pointer.memory.dtype)  # of a tensor without elements nothing may be used
+    values[used] = pointer.memory[at[used]]
+    return torch.where(used, _tensor(values), other).to(pointer.memory.dtype)
 
 
 def _store(pointer, value, mask=None):

@@ -22,6 +22,14 @@ def test_within():
     assert out[:8].tolist() == list(range(7, 15))
 
 
+def test_nothing_of_nothing():
+    out = torch.ones(8)
+    copy_kernel[(1,)](torch.zeros(0), out, 0, 0, 0, num_warps=4)
+    assert out.all()
+    with pytest.raises(IndexError):
+        copy_kernel[(1,)](torch.zeros(0), out, 0, 0, 1, num_warps=4)
+
+
 @pytest.mark.parametrize("x_at, out_at", [(3, 0), (-1, 0), (0, 3), (0, -1)])
 def test_one_element_beside(x_at, out_at):
     memory = torch.zeros(64)
