@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -13,4 +14,5 @@ def pages() -> list[Path]:
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of a page in one language, in their order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [dedent(block) if indented else block for indented, block in found]
