@@ -70,7 +70,7 @@ def _read_settings(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Co
     shipped = ", ".join(shipped_configs())
     parser.add_argument("--config", metavar="FILE", help=f"YAML file of settings, or a shipped one by name: {shipped}")
     for flag, (path, metavar) in FLAGS.items():
-        parser.add_argument(flag, dest=path, metavar=metavar, help=f"the same as {path}={metavar}, and stronger")
+        parser.add_argument(flag, dest=path, metavar=metavar, help=f"the same as {path}={metavar}, which it overrides")
     parser.add_argument("settings", nargs="*", default=[], metavar="key=value", help="settings, in YAML: optim.lr=3e-4")
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:

@@ -149,7 +149,9 @@ class TrainConfig:
         "float32", "dtype in which gradients are summed over ranks; bfloat16 only with train.dtype=bfloat16"
     )
     checkpointing: Literal["none", "full", "selective"] = setting(
-        "none", "what layers compute again in the backward: none, full: all but attention, selective: no projections"
+        "none",
+        "what layers compute again in the backward; none: nothing, full: all but softmax attention, selective: nor the"
+        " projections",
     )
     checkpoint_layers: list[str] = setting(
         [], "kinds of layers that train.checkpointing is for, such as [softmax] or [linear]; empty: all layers"
