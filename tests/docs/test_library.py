@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 from pages import ROOT, blocks
 from spawn import run_ranks
@@ -69,3 +70,18 @@ def test_groups_of_a_mesh_stand_for_those_of_the_program(on_one_rank):
     program, found = re.subn(r"^parallel = .*\n", MESH, PROGRAM, flags=re.MULTILINE)
     assert found == 1
     assert on_ranks(program, 2) == pytest.approx(on_one_rank, rel=1e-5)
+
+
+def run_short_form(rank, world_size, code):
+    q, k, g = torch.randn(48, 4, 8), torch.randn(48, 2, 8), torch.randn(48, 2).sigmoid().log()
+    exec(code.split("out = ", 1)[0], scope := {"sp_group": dist.group.WORLD, "state_group": dist.new_group()})
+    softmax, linear = re.findall(r"^out = (.*?)(?:  #.*)?$", code, re.MULTILINE)
+    scope |= {"q": q, "k": k, "v": k, "g": g}
+    return eval(softmax, scope).shape, eval(linear, scope | {"q": k}).shape
+
+
+def test_the_short_form_of_sequence_parallelism():
+    """What the first lines of docs/sequence-parallelism.md do, for fewer tokens on CPUs."""
+    code, *_ = blocks(ROOT / "docs" / "sequence-parallelism.md", "python")
+    code = code.replace('"cuda"', '"cpu"').replace("[1_048_576]", "[96]")
+    assert run_ranks(run_short_form, 2, code) == [((48, 4, 8), (48, 2, 8))] * 2
