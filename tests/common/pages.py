@@ -8,8 +8,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pages() -> list[Path]:
-    """README.md and the guide; the log says what was, not what is."""
-    return [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "log.md")]
+    """Front pages and the guide; the log says what was, not what is."""
+    fronts = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+    return [*fronts, *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "log.md")]
 
 
 def blocks(page: Path, language: str) -> list[str]:
