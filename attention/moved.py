@@ -122,11 +122,11 @@ def head_parallel_schedule(layout: Layout, rank: int, mask: Mask, groups: int) -
 def pairs_per_rank(seq, heads: int, mask: Mask = Mask()) -> tuple[float, ...]:
     """Query-key pairs, times the share of the heads, that each rank works on in a layer with this mask."""
     pairs, strategy = attention_pairs(seq.attention_layout(mask), mask), seq.parallel.softmax
-    groups = head_groups(strategy, seq.parallel.topology, heads) if strategy in HEAD_PARALLEL else 1
+    groups = ranks_that_share_heads(strategy, seq.parallel.topology, heads) if strategy in HEAD_PARALLEL else 1
     return tuple(sum(pairs[rank // groups * groups :][:groups]) / groups for rank in range(len(pairs)))
 
 
-def head_groups(strategy: str, topology: Topology, heads: int) -> int:
+def ranks_that_share_heads(strategy: str, topology: Topology, heads: int) -> int:
     """Ranks that exchange heads for tokens, with usp ranks of one node. ValueError for ulysses where not all ranks can
     share the heads."""
     world_size = topology.world_size

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from longspan.attention.expected_requests import expected_requests
+from longspan.attention.head_groups import head_groups
 from longspan.attention.hierarchy import Hierarchical
 from longspan.attention.hierarchy_tables import tile_rows
 from longspan.attention.linear_branch import WHOLE_BLOCK
@@ -67,7 +68,7 @@ class Outline:
     gpu: whether kernels are those of GPUs, hopper: of Hopper GPUs. positions: int64 [num_tokens_local]. record: gets
     every Call. derived: what `derive` answers, by function. softmax_strategy: by which keys travel, one of
     schedules.STRATEGIES. sparse_strategy: parallel.sparse; topology: which ranks share a machine (default: all);
-    peer_blocks: whether blocks of sparse layers go through memory that ranks share.
+    peer_blocks: whether blocks of sparse layers go through memory that ranks share. head_groups: parallel.head_groups.
     """
 
     lengths: tuple[int, ...]
@@ -82,6 +83,7 @@ class Outline:
     sparse_strategy: str = "auto"
     topology: Topology | None = None
     peer_blocks: bool = False
+    head_groups: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -181,26 +183,34 @@ class _StandIn(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Softmax:
-    """Keys travel step by step; results of steps, and gradients, are added in fp32."""
+    """Keys travel step by step; results of steps, and gradients, are added in fp32: of one group of heads after the
+    other, whose results are copied to where those of all are."""
 
     outline: Outline
     mask: Mask
 
     def travels(self, q, k, v):
-        self._note(q, k, backward=False)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
+        (q, k, v), groups = self._group(q, k, v)
+        self._note(q, k, groups, backward=False)
         if self.outline.world_size > 1:
-            _held = self._arriving(q, k, v), torch.empty_like(q, dtype=wide_dtype(q.dtype))
+            _held = self._arriving(q, k, v, groups), torch.empty_like(q, dtype=wide_dtype(q.dtype))
+        elif groups > 1:
+            _held = torch.empty_like(q)
         return out, lse
 
     def output(self, kept, q, k, v):
         return kept[0], kept
 
     def hold(self, d_out, q, k, v):
-        self._note(q, k, backward=True)
+        (q, k, v), groups = self._group(q, k, v)
+        self._note(q, k, groups, backward=True)
         held = [torch.empty_like(q, dtype=wide_dtype(q.dtype))] if self.outline.gpu else []  # kernels add up dq in fp32
+        if groups > 1:
+            held += [torch.empty_like(x) for x in (q, k, v)]
         if self.outline.world_size > 1:
-            held += [*self._arriving(q, k, v), *(torch.empty_like(x, dtype=wide_dtype(x.dtype)) for x in (k, v, k, v))]
+            held += self._arriving(q, k, v, groups)
+            held += [torch.empty_like(x, dtype=wide_dtype(x.dtype)) for x in (k, v, k, v)]
             held += [
                 torch.empty_like(q),
                 *(torch.empty_like(x) for x in (k, v) for _ in range(max(self._at_once(q, k)))),
@@ -211,15 +221,23 @@ class _Softmax:
         """Of how many ranks a step brings keys, for every step."""
         return ranks_at_once(self.outline.softmax_strategy, self.outline.world_size, q.shape[1] // k.shape[1])
 
-    def _arriving(self, q, k, v):
+    def _group(self, q, k, v):
+        """(q, k, v of a group of heads, in place; groups)."""
+        outline = self.outline
+        tokens = outline.num_tokens // outline.world_size
+        groups = head_groups(outline.head_groups, tokens, q.shape[1], k.shape[1])
+        return [x[:, : x.shape[1] // groups] for x in (q, k, v)], groups
+
+    def _arriving(self, q, k, v, groups):
         """Keys and values of the step under way and of the next. A rank that sees all of the others gets as many from
-        each as it has."""
+        each as it has. Of a group they are copied to be sent."""
         counts = self._at_once(q, k)
-        most = max(map(sum, zip(counts, (*counts[1:], 0))))
+        most = max(map(sum, zip(counts, (*counts[1:], 0)))) + (groups > 1)
         return [torch.empty_like(x) for x in (k, v) for _ in range(most)]
 
-    def _note(self, q, k, backward):
-        self.outline.record(Call("softmax", self.mask, backward, q.shape[1], k.shape[1], q.shape[2], k.shape[2]))
+    def _note(self, q, k, groups, backward):
+        for _ in range(groups):
+            self.outline.record(Call("softmax", self.mask, backward, q.shape[1], k.shape[1], q.shape[2], k.shape[2]))
 
 
 @dataclass(frozen=True)

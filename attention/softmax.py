@@ -8,18 +8,20 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from math import gcd
 from typing import Any
 
 import torch
 
 from longspan.attention.arguments import pick, resolve
 from longspan.attention.double_ring import double_ring_schedule
+from longspan.attention.head_groups import by_groups, head_groups
 from longspan.attention.moved import (
     HEAD_PARALLEL,
     Moved,
-    head_groups,
     head_parallel_schedule,
     planned_schedule,
+    ranks_that_share_heads,
     schedule_of,
 )
 from longspan.attention.outline import Outline
@@ -77,9 +79,12 @@ def softmax_attention(
     repeatable = torch.are_deterministic_algorithms_enabled()
     backend = _backend(parallel.backend, q.device.type, q.dtype, q.shape[-1], repeatable)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    groups = head_groups(parallel.head_groups, seq.num_tokens // seq.world_size, q.shape[1], k.shape[1])
     moved = _moved(seq, plan, Mask(causal, window), q.shape[1], k.shape[1])
     q, k, v = moved.move(q, k, v, parallel.group)
-    out = _Attention.apply(q, k, v, moved.schedule, _Marked.of(backend, parallel.mark), scale, parallel.group)
+    groups = gcd(groups, k.shape[1])  # where ranks share out heads, each has fewer
+    marked = _Marked.of(backend, parallel.mark)
+    out = _Attention.apply(q, k, v, groups, moved.schedule, marked, scale, parallel.group)
     return moved.move_back(out, parallel.group)
 
 
@@ -93,7 +98,7 @@ def _moved(seq, plan, mask, heads, kv_heads) -> Moved:
     if strategy in PLANNERS:
         return seq.derive(planned_schedule, mask, strategy, topology, parallel.costs, parallel.token_cap)
     if strategy in HEAD_PARALLEL:
-        return seq.derive(head_parallel_schedule, mask, head_groups(strategy, topology, heads))
+        return seq.derive(head_parallel_schedule, mask, ranks_that_share_heads(strategy, topology, heads))
     if strategy == "double_ring":
         return Moved(seq.derive(double_ring_schedule, mask, topology, parallel.costs))
     return Moved(seq.derive(softmax_schedule, strategy, mask, heads // kv_heads))
@@ -107,17 +112,18 @@ def _of_plan(layout, rank, plan, mask, device) -> Moved:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, schedule, backend, scale, group):
+    def forward(ctx, q, k, v, groups, *rest):
         kept = recall()
-        out, lse = kept if kept is not None else keep(_forward(q, k, v, schedule, backend, scale, group))
+        out, lse = kept if kept is not None else keep(by_groups(_forward, groups, (q, k, v), *rest))
         out = out.detach()  # what is kept must not lead back to the graph that keeps it
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = schedule, backend, scale, group
+        ctx.groups, ctx.rest = groups, rest
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        return *_backward(d_out.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None, None
+        tensors = d_out.contiguous(), *ctx.saved_tensors
+        return *by_groups(_backward, ctx.groups, tensors, *ctx.rest), None, *(None for _ in ctx.rest)
 
 
 def _forward(q, k, v, schedule, backend, scale, group):
@@ -161,6 +167,7 @@ def _backward(d_out, q, k, v, out, lse, schedule, backend, scale, group):
             dkeys, dvalues = (
                 _added(total, key_rows, grad, keys, key_sums) for total, grad in zip((dkeys, dvalues), part[1:])
             )
+            del part  # before the next call
         if len(steps) == 1:
             return tuple(_like(x, total) for x, total in ((q, dq), (k, dkeys), (v, dvalues)))
         dkeys, dvalues = (

@@ -43,7 +43,9 @@ def _zero(stage: int) -> Variant:
 
 FULL = "train.checkpointing=full"
 # A few steps of the 0.4B model, or of one for two CPU cores, from weights that change at once.
-SHORT = ("data.seq_len=16K", "train.steps=8", "optim.warmup_steps=2", "train.global_batch=2")
+SHORT = (
+    "data.seq_len=16K", "train.steps=8", "optim.warmup_steps=2", "train.global_batch=2", "train.checkpointing=full",
+)  # fmt: skip
 TINY = (
     "model.num_layers=4", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2", "data.seq_len=2K",
     "train.steps=6", "train.dtype=float32",

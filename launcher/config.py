@@ -14,7 +14,7 @@ import yaml
 
 from longspan.launcher.errors import UserError
 from longspan.launcher.parsing import parse_override, parse_tokens, read_yaml, update
-from longspan.models.config import ModelConfig, is_of_kind
+from longspan.models.config import SOFTMAX_KINDS, ModelConfig, is_of_kind
 from longspan.models.settings import Tokens, setting
 
 __all__ = [
@@ -105,6 +105,9 @@ class ParallelConfig:
     )
     costs: str = setting("", "file of `longspan bench calibrate` for plans of zeppelin; empty: an H200")
     token_cap: float = setting(1.5, "with zeppelin: most tokens of a rank in softmax attention, in units of the mean")
+    head_groups: int = setting(
+        0, "groups of heads on which softmax layers work one after the other, to hold less; 0: as many as are fast"
+    )
     key_blocks: int = setting(0, "most thread blocks of NCCL for keys on their way, such as 4; 0: NCCL's own choice")
     peer_memory: Literal["auto", "on", "off"] = setting(
         "auto",
@@ -148,10 +151,11 @@ class TrainConfig:
     reduce_dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype in which gradients are summed over ranks; bfloat16 only with train.dtype=bfloat16"
     )
-    checkpointing: Literal["none", "full", "selective"] = setting(
+    checkpointing: Literal["none", "selective", "full", "auto"] = setting(
         "none",
-        "what layers compute again in the backward; none: nothing, full: all but softmax attention, selective: nor the"
-        " projections",
+        "what layers compute again in the backward; none: nothing, full: all but softmax attention, selective: all but"
+        " that and projections, auto: as little as memory allows, with train.mlp_tile and train.offload_activations if"
+        " it must be",
     )
     checkpoint_layers: list[str] = setting(
         [], "kinds of layers that train.checkpointing is for, such as [softmax] or [linear]; empty: all layers"
@@ -249,6 +253,7 @@ class Config:
             raise UserError(str(error)) from None
         self._validate_ranges()
         self._validate_tensor_parallel()
+        self._validate_head_groups()
         self._validate_engine()
         _require(
             not (self.train.deterministic and self.parallel.backend.startswith("cudnn")),
@@ -264,9 +269,9 @@ class Config:
                      "parallel.tp", "checkpoint.keep_last", "log.interval", "log.validation_samples",
                      "profile.steps"):  # fmt: skip
             _require(self._get(path) >= 1, f"{path}={self._get(path)}: use 1 or more")
-        for path in ("parallel.sp", "parallel.key_blocks", "train.mlp_tile", "optim.warmup_steps", "optim.weight_decay",
-                     "run.seed", "optim.clip_grad_norm", "checkpoint.interval", "log.validation_interval",
-                     "profile.start"):  # fmt: skip
+        for path in ("parallel.sp", "parallel.head_groups", "parallel.key_blocks", "train.mlp_tile",
+                     "optim.warmup_steps", "optim.weight_decay", "run.seed", "optim.clip_grad_norm",
+                     "checkpoint.interval", "log.validation_interval", "profile.start"):  # fmt: skip
             _require(self._get(path) >= 0, f"{path}={self._get(path)}: use 0 or more")
         for path, most in (("run.seed", 2**63 - 1), ("train.timeout_s", 10**9)):
             _require(self._get(path) <= most, f"{path}={self._get(path)}: use {most} or less")
@@ -321,6 +326,16 @@ class Config:
         _require(
             tp == 1 or self.parallel.engine != "deepspeed",
             f"parallel.tp={tp} is for parallel.engine=fsdp2 and ddp, not deepspeed: use one of those, or parallel.tp=1",
+        )
+
+    def _validate_head_groups(self) -> None:
+        model, groups, tp = self.model, self.parallel.head_groups, self.parallel.tp
+        heads = model.kv_heads // tp
+        allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        _require(
+            groups == 0 or heads % groups == 0 or set(SOFTMAX_KINDS).isdisjoint(model.layer_kinds),
+            f"parallel.head_groups={groups} does not divide the {heads} key heads of a rank (model.num_kv_heads="
+            f"{model.kv_heads}{f' / parallel.tp={tp}' * (tp > 1)}): use one of {allowed}, or 0",
         )
 
     def _validate_engine(self) -> None:

@@ -27,7 +27,7 @@ SHORT_S, LONG_S = 10, 600  # a step that takes less fits; one that takes more is
 def check_model(config: Config) -> None:
     """UserError if the machine has not even memory for the weights of each rank, which are whole before they are
     sharded."""
-    needed, had, ranks = MASTER * num_parameters(config.model), *_had()
+    needed, had, ranks = MASTER * num_parameters(config.model), *memory_here()
     if needed > had:
         raise UserError(
             f"a model of {needed // MASTER:,} parameters takes {needed / GIB:.1f} GiB a rank, and this machine has"
@@ -39,7 +39,7 @@ def check_model(config: Config) -> None:
 def check_step(config: Config, mesh: Mesh, batches: Sequence) -> None:
     """Of the micro-batches of a rank's step: a warning if it takes long. UserError if a rank needs more memory than
     the machine has for each of its ranks."""
-    model, train, (had, ranks) = config.model, config.train, _had()
+    model, train, (had, ranks) = config.model, config.train, memory_here()
     work = {batch.seq.layout.lengths: model_flops(model, batch.seq.layout.lengths) for batch in batches}
     flops = sum(work[batch.seq.layout.lengths] for batch in batches) / mesh.sp / mesh.tp
     seconds = flops / (CORE_FLOPS * min(torch.get_num_threads(), (os.cpu_count() or 1) / ranks))
@@ -74,7 +74,7 @@ def memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> float:
     return measured.peak + sum(measured.put_away) + states
 
 
-def _had() -> tuple[float, int]:
+def memory_here() -> tuple[float, int]:
     """(bytes of this machine's memory for each of its ranks, how many there are)."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,6 +13,7 @@ from math import gcd
 import torch
 from torch import nn
 
+from longspan.attention.head_groups import head_groups
 from longspan.attention.offload import Offload
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.launcher.config import Config, TrainConfig
@@ -127,13 +128,8 @@ class Job:
         return Topology(self.sp // shared, shared)
 
     def _refuse_what_is_not_counted(self) -> None:
-        config, selection = self.config, self.config.model.sparse_selection.get("name")
-        for setting, given, remedy in (
-            ("parallel.engine=deepspeed", config.parallel.engine == "deepspeed", "plan with fsdp2 or ddp"),
-            (f"model.sparse_selection with name={selection}", selection not in (None, *COUNTED), "plan with name=top"),
-        ):
-            if given:
-                raise UserError(f"{setting} is not counted by longspan plan: {remedy}")
+        for setting, remedy in _not_counted(self.config):
+            raise UserError(f"{setting} is not counted by longspan plan: {remedy}")
         if self.config.parallel.peer_memory == "on" and (refusal := refusal_of_ranks(self.topology)):
             raise UserError(cannot_be_honoured(refusal))
 
@@ -165,11 +161,14 @@ class Job:
     @property
     def lengths(self) -> list[int]:
         """Documents of one sample."""
-        data = self.config.data
-        size = self.document or data.seq_len
-        if self.config.model.task == "images":
-            size = data.image_size**2
-        return [size] * (data.seq_len // size) + [data.seq_len % size] * (data.seq_len % size > 0)
+        return lengths_of(self.config, self.document)
+
+    @property
+    def head_groups(self) -> int:
+        """Groups of heads on which softmax layers work one after the other."""
+        model, tokens = self.config.model, sum(self.lengths) // self.sp
+        heads, kv_heads = model.num_heads // self.tp, model.kv_heads // self.tp
+        return head_groups(self.config.parallel.head_groups, tokens, heads, kv_heads)
 
     @property
     def itemsize(self) -> int:
@@ -192,7 +191,30 @@ class Job:
             gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
             softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
             sparse=self.config.parallel.sparse, topology=self.topology, peer_blocks=self.peer_blocks,
+            head_groups=self.config.parallel.head_groups,
         )  # fmt: skip
+
+
+def lengths_of(config: Config, document: int = 0) -> list[int]:
+    """Documents of one sample: of so many tokens each (0: one), or images."""
+    length, size = config.data.seq_len, document or config.data.seq_len
+    if config.model.task == "images":
+        size = config.data.image_size**2
+    return [size] * (length // size) + [length % size] * (length % size > 0)
+
+
+def countable(config: Config) -> bool:
+    """Whether what a rank holds can be counted."""
+    return not any(_not_counted(config))
+
+
+def _not_counted(config: Config) -> Iterator[tuple[str, str]]:
+    """Settings that are not counted, and what to plan with."""
+    if config.parallel.engine == "deepspeed":
+        yield "parallel.engine=deepspeed", "plan with fsdp2 or ddp"
+    selection = config.model.sparse_selection.get("name")
+    if selection not in (None, *COUNTED):
+        yield f"model.sparse_selection with name={selection}", "plan with name=top"
 
 
 def prepare(train: TrainConfig, model: nn.Module, offload: Offload) -> None:
@@ -223,6 +245,13 @@ def estimate(job: Job) -> Estimate:
 def usable(cluster: Cluster) -> float:
     """Bytes that torch can allocate on a GPU before it runs out."""
     return (cluster.gpu.memory - CONTEXT) / (1 + FRAGMENTS)
+
+
+def share_of_memory(job: Job) -> float:
+    """What is taken at the peak of what there is, of a GPU or of its machine, whichever is fuller."""
+    measured = job.measure()
+    device = sum(memory_at_peak(job, measured).values()) / usable(job.cluster)
+    return max(device, sum(host_memory(job, measured).values()) / job.cluster.host_memory)
 
 
 def memory_at_peak(job: Job, measured: Measured) -> dict[str, float]:

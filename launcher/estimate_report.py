@@ -6,20 +6,27 @@ from longspan.launcher.config import Config
 from longspan.launcher.estimate import WINDOWS, Estimate, Job, estimate
 from longspan.launcher.fitting import largest, refuse
 from longspan.launcher.gpus import GIB, Cluster
+from longspan.launcher.memory_choice import NAMES, described, settle, smallest
+from longspan.models.config import SOFTMAX_KINDS
 
 STATE = ("parameters", "optimizer state", "gradients", "gathered parameters, reduced gradients", WINDOWS)
 
 
 def report(config: Config, cluster: Cluster, document: int = 0, *, as_json: bool = False) -> None:
     """Prints the estimate of the config on these GPUs. UserError for what cannot work, or does not fit."""
-    job = Job(config, cluster, document)
+    asked = Job(config, cluster, document)
+    job = settle(asked)
     found = estimate(job)
-    tokens, power = largest(job) if found.fits else (0, 0)
+    tokens, power = largest(smallest(asked)) if found.fits else (0, 0)
     if as_json:
         limits = {"largest_seq_len": tokens, "largest_power_of_two": power} if found.fits else {}
-        print(json.dumps({"gpus": str(job.cluster), "rates": job.cluster.gpu.source, **found.as_dict(), **limits}))
+        settings = {name: getattr(job.config.train, name) for name in NAMES}
+        start = {"gpus": str(job.cluster), "rates": job.cluster.gpu.source, "settings": settings}
+        print(json.dumps({**start, **found.as_dict(), **limits}))
     else:
         print("\n".join(lines(job, found)))
+        if job is not asked:
+            print(f"note: train.checkpointing=auto is {described(job.config)} here")
     if not found.fits:
         refuse(job, found)
     if not as_json:
@@ -29,12 +36,13 @@ def report(config: Config, cluster: Cluster, document: int = 0, *, as_json: bool
 def lines(job: Job, found: Estimate) -> list[str]:
     """The table."""
     config, shared = job.config, f" x {job.tp} tensor-parallel" * (job.tp > 1)
+    apart = job.head_groups > 1 and not set(SOFTMAX_KINDS).isdisjoint(config.model.layer_kinds)
     peak, limit = found.peak / GIB, found.limit / GIB
     activations = {name: size for name, size in found.memory.items() if name not in STATE}
     rows = [
         f"{config.run.name} on {job.cluster}: {found.num_parameters:,} parameters, {found.tokens:,} tokens a step",
         f"{job.dp} data-parallel x {job.sp} sequence-parallel{shared}, {config.train.dtype}, checkpointing"
-        f" {config.train.checkpointing}, {config.parallel.engine}",
+        f" {config.train.checkpointing}, {config.parallel.engine}" + f", {job.head_groups} groups of heads" * apart,
         "",
         *_table("memory of a rank at the peak, GiB", {name: found.memory[name] / GIB for name in STATE}),
         *_table("activations then", {name: size / GIB for name, size in activations.items()}),

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from longspan.launcher.errors import UserError
-from longspan.launcher.estimate import Estimate, Job, estimate, memory_at_peak, usable
+from longspan.launcher.estimate import Estimate, Job, estimate, share_of_memory
 from longspan.launcher.gpus import GIB, Cluster
-from longspan.launcher.host_memory import host_memory
+from longspan.models.config import SOFTMAX_KINDS
 
 
 def largest(job: Job) -> tuple[int, int]:
@@ -15,11 +15,8 @@ def largest(job: Job) -> tuple[int, int]:
     unit = job.config.data.image_size**2 if job.config.model.task == "images" else 1024
 
     def spare(units: int) -> float:
-        """The share of memory that is left, of a GPU or of its machine."""
-        changed = job.with_settings(data={"seq_len": units * unit})
-        measured, limit = changed.measure(), usable(job.cluster)
-        device = 1 - sum(memory_at_peak(changed, measured).values()) / limit
-        return min(device, 1 - sum(host_memory(changed, measured).values()) / job.cluster.host_memory)
+        """The share of memory that is left."""
+        return 1 - share_of_memory(job.with_settings(data={"seq_len": units * unit}))
 
     # Memory grows nearly linearly: a line finds the limit; a little below and a little above are tried. Host memory
     # grows in jumps, where the line creeps: then halves do.
@@ -87,6 +84,9 @@ def _alternatives(job: Job) -> Iterator[tuple[str, Job]]:
         yield "train.checkpointing=full", job.with_settings(train={"checkpointing": "full"})
     if not config.train.mlp_tile:
         yield "train.mlp_tile=8192", job.with_settings(train={"mlp_tile": 8192})
+    heads = config.model.kv_heads // job.tp
+    if config.parallel.head_groups != heads and not set(SOFTMAX_KINDS).isdisjoint(config.model.layer_kinds):
+        yield f"parallel.head_groups={heads}", job.with_settings(parallel={"head_groups": heads})
     if config.train.checkpointing != "none" and not config.train.offload_activations:
         yield "train.offload_activations=true", job.with_settings(train={"offload_activations": True})
     if not job.offload:

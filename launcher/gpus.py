@@ -101,12 +101,14 @@ LATENCY_S = 5e-5  # of a small collective over NVLink: 48 us for 1 MiB on 4 H200
 
 @dataclass(frozen=True)
 class Cluster:
-    """`count` GPUs of one kind, `per_node` of them in a machine with `host_memory` bytes (0: HOST_PER_GPU for each)."""
+    """`count` GPUs of one kind, `per_node` of them in a machine with `host_memory` bytes (0: HOST_PER_GPU for each).
+    known: of the GPU, where that is not what the tables say of its name."""
 
     name: str
     count: int
     per_node: int = PER_NODE
     host_memory: float = 0
+    known: GPU | None = None
 
     def __post_init__(self):
         if not self.host_memory:
@@ -114,7 +116,7 @@ class Cluster:
 
     @property
     def gpu(self) -> GPU:
-        return GPUS[self.name]
+        return self.known or GPUS[self.name]
 
     @property
     def peak_tflops(self) -> float:

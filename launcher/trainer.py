@@ -26,6 +26,7 @@ from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
 from longspan.launcher.facts import facts_of, weights_in
 from longspan.launcher.files import replace_text, writing
+from longspan.launcher.memory_choice import settle_run
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
 from longspan.launcher.profiling import StepProfiler
 from longspan.launcher.progress import TrainingProgress
@@ -87,6 +88,7 @@ def build_sequence_parallel(config: Config, mesh: Mesh) -> SequenceParallel:
         backend=config.parallel.backend,
         costs=decide(lambda: load_costs(config)),
         token_cap=config.parallel.token_cap,
+        head_groups=config.parallel.head_groups,
         device=mesh.device,
     )
 
@@ -107,6 +109,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, mesh: Mesh, stop_asked: Callable[[], bool] = lambda: False):
+        config = settle_run(config, mesh)
         self.config, self.mesh = config, mesh
         self._stop_asked, self._stop = stop_asked, False
         self.run_dir = Path(config.run.dir)

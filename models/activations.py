@@ -125,6 +125,7 @@ def measure(
     sparse: str = "auto",
     topology: Topology | None = None,
     peer_blocks: bool = False,
+    head_groups: int = 0,
 ) -> Measured:
     """A step over documents with these lengths, of which this rank has its share of `world_size`.
 
@@ -134,7 +135,8 @@ def measure(
     gradient of one parameter once its block is done. tp: ranks that share layers; parameters are then those of one of
     them. softmax: the strategy by which keys travel, one of longspan.attention.schedules. sparse, topology:
     parallel.sparse, and which of the ranks share a machine (default: all), which "auto" goes by; peer_blocks: whether
-    blocks of sparse layers go through memory that ranks share, whose windows are in no peak.
+    blocks of sparse layers go through memory that ranks share, whose windows are in no peak. head_groups:
+    parallel.head_groups.
     """
     lengths, meter = tuple(lengths), _Meter(gradient_bytes)
     with torch.device("meta"):
@@ -154,7 +156,8 @@ def measure(
     tokens = -(-sum(lengths) // world_size)
     with meter:
         with _Kernels(gpu), meter.booked(EMBEDDING):
-            kernels, ways, tile = (gpu, hopper), (softmax, sparse, topology, peer_blocks), model.blocks[0].mlp_tile
+            kernels, tile = (gpu, hopper), model.blocks[0].mlp_tile
+            ways = softmax, sparse, topology, peer_blocks, head_groups
             inputs, seq = _inputs(config, lengths, tokens, world_size, kernels, tile, meter, ways)
             loss = model(*inputs, seq)
         kept = {name: count for name, count in meter.live.items() if count}

@@ -25,8 +25,9 @@ class SequenceParallel:
     peers: the group's PeerMemory, through which states travel where it takes them, or None.
     topology: which of the ranks share a machine (default: all). layout: "auto", "contiguous" or "zigzag". linear,
     softmax, sparse, backend: names that the attention layers resolve. costs, token_cap: what plans for softmax
-    attention go by, where `softmax` is one of parallel.planner.STRATEGIES. mark: what is called before and after every
-    call of a softmax kernel, to time them; None unless it is set.
+    attention go by, where `softmax` is one of parallel.planner.STRATEGIES. head_groups: into how many softmax attention
+    divides its heads, to work on one after the other; 0: by the number of tokens (attention.head_groups). mark: what is
+    called before and after every call of a softmax kernel, to time them; None unless it is set.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class SequenceParallel:
         backend="auto",
         costs=None,
         token_cap=1.5,
+        head_groups=0,
         device="cpu",
     ):
         if layout not in BASE_LAYOUTS:
@@ -56,6 +58,7 @@ class SequenceParallel:
             raise ValueError(f"topology={self.topology} has {found} ranks but the group has {self.world_size}")
         self.layout, self.linear, self.softmax, self.sparse, self.backend = layout, linear, softmax, sparse, backend
         self.costs, self.token_cap = Costs() if costs is None else costs, token_cap
+        self.head_groups = head_groups
         self.device, self.mark = torch.device(device), None
         self._contexts, self._derivations, self._lock = OrderedDict(), {}, Lock()
         self.masks = {Mask()}  # that layouts of softmax attention were asked for

@@ -10,10 +10,13 @@ from longspan.launcher.config import Config, shipped_configs
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import WINDOWS, Job, estimate
 from longspan.launcher.gpus import GIB, GPUS, Cluster
+from longspan.launcher.memory_choice import settle
 from longspan.launcher.parsing import update
 from longspan.launcher.profile_report import PLANNED, ROWS
 from longspan.launcher.report.results import OF_THEN, Run
 from longspan.launcher.report.series import Summary
+
+OF_OLD = {"parallel.head_groups": 1}  # how runs were made that do not have these settings yet
 
 
 def config_of(run: Run) -> Config:
@@ -24,8 +27,8 @@ def config_of(run: Run) -> Config:
     if "--config" in run.settings:
         shipped = shipped_configs()
         words = (Path(word).stem if Path(word).stem in shipped else word for word in run.environment["command"][1:])
-        return train_config(list(words))
-    config = update(Config(), _tree(run.settings), run.name)
+        return train_config(["=".join(map(str, word)) for word in OF_OLD.items()] + list(words))
+    config = update(Config(), _tree(OF_OLD | run.settings), run.name)
     config.validate()
     return config
 
@@ -50,7 +53,7 @@ def plan(summary: Summary) -> Planned:
     if not summary.gpus:
         raise UserError("it does not say on how many GPUs it ran")
     cluster = Cluster(name, summary.gpus, max(machines.values(), default=summary.gpus))
-    found = estimate(Job(config_of(run), cluster, run.document))
+    found = estimate(settle(Job(config_of(run), cluster, run.document)))
     measured = {where: seconds for where, seconds in run.breakdowns.items() if not where.endswith(OF_THEN)}
     compared = {where: list(_components(seconds, found.seconds)) for where, seconds in measured.items()}
     allocated = found.peak - found.memory[WINDOWS]  # torch's allocator, which runs report of, does not make windows

@@ -14,7 +14,7 @@ from longspan.parallel import SequenceContext, SequenceParallel, zigzag
 from longspan.parallel.exchange import agree
 from longspan.parallel.peer_memory import open_peer_memory
 
-OPTIONS = ("linear", "softmax", "sparse", "backend", "topology", "costs", "token_cap", "peer_memory")
+OPTIONS = ("linear", "softmax", "sparse", "backend", "topology", "costs", "token_cap", "head_groups", "peer_memory")
 
 
 class Contexts:

@@ -207,6 +207,7 @@ def test_missing_file_names_the_shipped_configs():
         (["log.validation_interval=-1"], "log.validation_interval=-1"),
         (["train.steps=0"], "train.steps=0"),
         (["parallel.key_blocks=-1"], "parallel.key_blocks=-1"),
+        (["parallel.head_groups=-1"], "parallel.head_groups=-1: use 0 or more"),
         (["train.deterministic=true", "parallel.backend=cudnn"], "parallel.backend=cudnn is not deterministic"),
         (["train.deterministic=true", "parallel.backend=cudnn_ragged"], "backend=cudnn_ragged is not deterministic"),
         (["train.global_batch=0"], "train.global_batch=0"),
@@ -273,6 +274,21 @@ def test_ulysses_needs_query_heads_for_every_rank():
         "parallel.softmax=ulysses cannot share model.num_heads=6 among parallel.sp=4 ranks: use usp or ring, "
         "or parallel.sp=1 or 2"
     )
+
+
+def test_head_groups_divide_the_key_heads_of_a_rank():
+    heads = "model.pattern=[linear, softmax]", "model.num_heads=8", "model.num_kv_heads=4"
+    for groups in (0, 1, 2, 4):
+        assert load(*heads, f"parallel.head_groups={groups}").parallel.head_groups == groups
+    assert refusal(load, *heads, "parallel.head_groups=8") == (
+        "parallel.head_groups=8 does not divide the 4 key heads of a rank (model.num_kv_heads=4): "
+        "use one of 1, 2, 4, or 0"
+    )
+    assert refusal(load, *heads, "parallel.tp=2", "parallel.head_groups=4") == (
+        "parallel.head_groups=4 does not divide the 2 key heads of a rank (model.num_kv_heads=4 / parallel.tp=2): "
+        "use one of 1, 2, or 0"
+    )
+    load("model.pattern=[linear]", *heads[1:], "parallel.head_groups=3")
 
 
 def test_global_batch_must_be_shared_evenly_by_the_data_parallel_groups():

@@ -28,7 +28,7 @@ def config_of(*settings):
 
 def test_long_steps_are_announced_and_those_that_memory_cannot_hold_refused(monkeypatch, caplog):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(cpu_limits, "_had", lambda: (12 * GIB, 2))
+    monkeypatch.setattr(cpu_limits, "memory_here", lambda: (12 * GIB, 2))
     with caplog.at_level(logging.WARNING, "longspan"):
         check_step(config_of(), MESH, [batch(2**12)] * 2)
         assert not caplog.text
@@ -57,7 +57,7 @@ def test_memory_is_what_a_step_holds_and_all_states():
 
 
 def test_a_model_that_the_machine_cannot_hold_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu_limits, "_had", lambda: (16 * GIB, 1))
+    monkeypatch.setattr(cpu_limits, "memory_here", lambda: (16 * GIB, 1))
     check_model(config_of())
     with pytest.raises(UserError, match=r"9,040,046,592 parameters takes 33.7 GiB .* has 16.0 .*: use GPUs"):
         check_model(Config.load("hybrid-8b", ["data.corpora=[{path: x}]"]))
@@ -79,7 +79,7 @@ def test_what_a_container_or_a_job_may_have(tmp_path):
         2048
     ]
     assert limits("9:cpu:/job\n4:memory:/old\n", memory__old__memory_limit_in_bytes="512") == [512]
-    assert cpu_limits._had()[0] > 0
+    assert cpu_limits.memory_here()[0] > 0
 
 
 def test_a_run_asks_before_its_first_step(tmp_path):

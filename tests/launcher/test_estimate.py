@@ -34,7 +34,8 @@ def job_of(*settings, gpus="2xH200", **options):
 def test_peaks_of_measured_runs_are_within_a_tenth():
     for name, tokens in (("train_hybrid_0.4b_128k_2xH200", 2**17), ("train_hybrid_0.4b_512k_2xH200", 2**19)):
         measured = json.loads((RESULTS / f"{name}.json").read_text())["summary"]["peak_mem_gb"]
-        found = estimate(Job(Config.load("hybrid-0.4b", [f"data.seq_len={tokens}"]), parse_gpus("2xH200")))
+        settings = [f"data.seq_len={tokens}", "train.checkpointing=full", "parallel.head_groups=1"]
+        found = estimate(Job(Config.load("hybrid-0.4b", settings), parse_gpus("2xH200")))
         assert found.peak / GIB == pytest.approx(measured, rel=0.1)
 
 
@@ -324,6 +325,25 @@ def test_strategies_that_bring_more_keys_at_once_take_more_memory():
     assert peaks["auto"] == peaks["ring"]
     assert peaks["grouped_ring"] - peaks["ring"] == (7 - 2 + 4 - 1) * keys
     assert peaks["all_gather"] - peaks["grouped_ring"] == (7 - 4) * keys
+
+
+def test_groups_of_heads_take_less_memory_and_as_long():
+    """Of one group fewer keys are on their way, and the same work is divided."""
+
+    def found(groups, *settings, seq_len="1M"):
+        settings += "model.pattern=[softmax]", "model.num_heads=8", "model.head_dim=128", "model.loss_chunk=1024"
+        settings += "train.checkpointing=full", "train.mlp_tile=4K", f"data.seq_len={seq_len}"
+        return estimate(job_of(*settings, f"parallel.head_groups={groups}"))
+
+    once, two, all_apart = (found(groups) for groups in (1, 2, 8))
+    assert all_apart.peak < 0.85 * two.peak and two.peak < 0.85 * once.peak
+    for one in (two, all_apart):
+        assert one.step_s == pytest.approx(once.step_s, rel=1e-3)
+        assert one.seconds["softmax attention"] == pytest.approx(once.seconds["softmax attention"])
+        assert one.kept == once.kept
+    assert found(0).memory == found(4).memory  # 512K tokens of 8 heads a rank
+    assert found(0, "model.num_kv_heads=2").memory == found(2, "model.num_kv_heads=2").memory
+    assert found(0, seq_len="512K").memory == found(1, seq_len="512K").memory
 
 
 def test_windows_that_gpus_share_are_held_once_for_all_layers():

@@ -114,7 +114,8 @@ def test_a_run_of_a_command_has_the_shipped_config():
         "optim.lr=1e-3",
     ]
     run = Run("a", None, [], {"command": command}, {"--config": "x"})
-    assert config_of(run) == Config.load("hybrid-0.4b", ["data.seq_len=128K", "optim.lr=1e-3"])
+    settings = ["data.seq_len=128K", "optim.lr=1e-3", "parallel.head_groups=1"]
+    assert config_of(run) == Config.load("hybrid-0.4b", settings)
     with pytest.raises(UserError, match="not known"):
         config_of(Run("a", None, []))
 

@@ -1,0 +1,113 @@
+"""train.checkpointing=auto: the quickest settings that fit, in plans and in runs, whose numbers stay those without."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from spawn import run_ranks
+from tiny_runs import tiny_config, train, write_corpus
+
+from longspan.launcher import cli, cpu_limits, memory_choice
+from longspan.launcher.config import Config
+from longspan.launcher.estimate import Job, estimate
+from longspan.launcher.gpus import GIB, GPUS, Cluster
+from longspan.launcher.memory_choice import RUNGS, SPARE, choices, settle, smallest
+
+SMALL = [
+    "data.corpora=[{path: x}]", "model.num_layers=8", "model.hidden_size=512", "model.vocab_size=1000",
+    "train.dtype=bfloat16", "data.seq_len=256K",
+]  # fmt: skip
+WINDOWED = "model.pattern=[linear,sparse]", "model.sparse_selection={name: window, window: 16}"
+NAMES = ("checkpointing", "mlp_tile", "offload_activations")
+
+
+def job_of(memory, *settings, host=1024 * GIB):
+    gpu = replace(GPUS["H200"], memory=memory)
+    config = Config.load(None, [*SMALL, "train.checkpointing=auto", *settings])
+    return Job(config, Cluster("H200", 2, 2, host, gpu))
+
+
+def rung(config):
+    return {name: value for name in NAMES if (value := getattr(config.train, name))}
+
+
+def test_of_what_fits_the_quickest_is_taken():
+    """Memory from plenty to little: every rung in turn, none whose predecessor fits, by estimates of its own."""
+    needs = [estimate(replace(job_of(64 * GIB), config=config)) for config in choices(job_of(GIB).config)]
+    seconds = [found.step_s for found in needs]
+    assert seconds[:3] == sorted(seconds[:3]) and seconds[0] < 0.98 * seconds[2]
+    assert max(seconds[3:]) < 1.05 * seconds[2]
+    taken = []
+    for memory in (30, 22, 10, 7.2, 6.5):
+        job = settle(job_of(memory * GIB))
+        found, limit = estimate(job), estimate(job).limit
+        index = RUNGS.index(rung(job.config))
+        assert sum(found.memory.values()) <= (1 - SPARE) * limit or index == len(RUNGS) - 1
+        assert all(sum(needs[i].memory.values()) > (1 - SPARE) * limit for i in range(index))
+        taken.append(index)
+    assert taken == [0, 1, 2, 4, 5]
+
+
+def test_offload_needs_host_memory():
+    """Machines that have none keep to the GPU, and where nothing leaves SPARE the last rung is left to be refused."""
+    assert estimate(settle(job_of(7.2 * GIB))).fits
+    assert not estimate(settle(job_of(7.2 * GIB, host=14 * GIB))).fits
+
+
+def test_what_the_config_says_itself_stays():
+    assert [rung(config) for config in choices(job_of(GIB, "train.mlp_tile=4K").config)] == [
+        {"checkpointing": "none", "mlp_tile": 4096},
+        {"checkpointing": "selective", "mlp_tile": 4096},
+        {"checkpointing": "full", "mlp_tile": 4096},
+        {"checkpointing": "full", "mlp_tile": 4096, "offload_activations": True},
+    ]
+    kept = [*choices(job_of(GIB, "train.checkpoint_layers=[softmax]").config)]
+    assert [config.train.checkpointing for config in kept] == ["selective", "full", "full", "full", "full"]
+    assert all(config.train.checkpoint_layers == ["softmax"] for config in kept)
+    away = [*choices(job_of(GIB, "train.offload_activations=true").config)]
+    assert all(config.train.offload_activations and config.train.checkpointing != "none" for config in away)
+    assert rung(smallest(job_of(GIB)).config) == RUNGS[-1]
+
+
+def test_plan_says_what_is_taken_and_the_longest_is_that_of_the_least_memory(capsys):
+    def plan(*more):
+        cli.main(["plan", "--config", "hybrid-0.4b", "--gpus", "2xH200", "--seq-len", "64K", *more])
+        return capsys.readouterr().out
+
+    assert "note: train.checkpointing=auto is checkpointing=none here" in plan("train.checkpointing=auto")
+    shown = json.loads(plan("train.checkpointing=auto", "--json"))
+    assert shown["settings"] == {"checkpointing": "none", "mlp_tile": 0, "offload_activations": False}
+    full = json.loads(plan("train.checkpointing=full", "--json"))
+    assert shown["step_time_s"] < full["step_time_s"] and shown["largest_seq_len"] > 1.3 * full["largest_seq_len"]
+    assert "auto" not in plan("train.checkpointing=full")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return run_ranks(_train_all, 2, folder, write_corpus(folder), timeout=300)[0], folder
+
+
+def _train_all(rank, world_size, folder, corpus):
+    found = {"none": train(tiny_config(corpus, folder / "none"))}
+    for name, had, settings in (
+        ("plenty", 16 * GIB, ()),
+        ("little", 1, ()),
+        ("not counted", 16 * GIB, WINDOWED),
+    ):
+        memory_choice.memory_here = lambda had=had: (had, 2)  # each rank is a process of its own
+        found[name] = train(tiny_config(corpus, folder / name, "train.checkpointing=auto", *settings))
+    memory_choice.memory_here = cpu_limits.memory_here
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [("plenty", RUNGS[0]), ("little", RUNGS[3]), ("not counted", {"checkpointing": "full"})],
+)
+def test_runs_take_it_and_say_what_they_took(runs, name, wanted):
+    rows, folder = runs
+    assert rung(Config.load(folder / name / "config.yaml")) == wanted
+    if name != "not counted":
+        for key in ("loss", "grad_norm"):
+            assert [row[key] for row in rows[name]] == pytest.approx([row[key] for row in rows["none"]], rel=1e-5)
