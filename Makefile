@@ -34,6 +34,7 @@ train: $(INSTALLED) $(CORPUS).idx
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 launcher/train.py \
 		--config configs/quickstart.yaml --run-dir $(RUN_DIR) $(ARGS)
 	@echo 'run directory: $(RUN_DIR)   (`make train` again continues it if interrupted; RUN_DIR=runs/another starts anew)'
+	@echo "next: $(BIN)/longspan generate $(RUN_DIR) --prompt 'def '   or evaluate, report, export; $(BIN)/longspan --help"
 
 # A file at a time per process; files in their order, in which those that take long do not come last.
 test: $(INSTALLED)

@@ -57,21 +57,20 @@ class TopBlocks:
     def choose(self, q, k, coarse_k, tables: BlockTables, gather):
         """(int32 [Hkv, local query pieces, n]: key blocks, ascending, -1 for none, None). gather: all ranks' rows from
         mine."""
-        means, router = router_means(q, tables, gather, k.shape[1]), tables.router
-        if not tables.queries.whole:
-            router = torch.arange(len(router), dtype=router.dtype, device=router.device)
+        means, router = router_means(q, tables, gather, k.shape[1])
         keys = block_means(k, tables.keys, gather)
         forced = {"first": self.first, "recent": self.recent, "always": tables.diagonal}
         return top(means, keys, router, tables.candidates, **forced), None
 
 
 def router_means(q, tables: BlockTables, gather, heads):
-    """Mean queries, [.., heads, D] in at least fp32: of the blocks where this rank's pieces are the blocks, else of
-    those that choose for each piece."""
+    """(mean queries [.., heads, D] in at least fp32, router): router, int32 [local query pieces], says which of the
+    means chooses for a piece (not read where a piece has nothing to choose from). `top` takes both."""
     if tables.queries.whole:
-        return pool(q, tables.queries.local, heads=heads, mean=True)
+        return pool(q, tables.queries.local, heads=heads, mean=True), tables.router
     sums = total_sums(piece_sums((q,), tables.queries, heads), tables.routers, gather)
-    return sums / (tables.routers.size * (q.shape[1] // heads))[:, None, None]
+    means = sums / (tables.routers.size * (q.shape[1] // heads))[:, None, None]
+    return means, torch.arange(len(tables.router), dtype=torch.int32, device=q.device)
 
 
 def block_means(x: torch.Tensor, pieces: Pieces, gather, heads: int | None = None) -> torch.Tensor:

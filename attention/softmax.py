@@ -291,7 +291,7 @@ class _Marked:
 def _backend(name, device_type, dtype, head_dim, repeatable):
     """repeatable: whether torch asks for deterministic algorithms, on which the choice depends."""
     backend, refusals = choose(name, device_type, dtype, head_dim)
-    log.info("softmax attention on %s in %s with head_dim %d: %s", device_type, dtype, head_dim, backend.name)
+    log.info("softmax attention on %s in %s with head_dim %d: back end %s", device_type, dtype, head_dim, backend.name)
     for refusal in refusals:
         log.info("not used: %s", refusal)
     return backend

@@ -151,7 +151,7 @@ def _settings() -> tuple[Argument, ...]:
     return (
         option("--config", "FILE", f"YAML file of settings, or a shipped one by name: {shipped}", dest="file"),
         *(
-            option(flag, metavar, f"the same as {path}={metavar}, and stronger", dest=path)
+            option(flag, metavar, f"the same as {path}={metavar}, which it overrides", dest=path)
             for flag, (path, metavar) in FLAGS.items()
         ),
         option("settings", SETTINGS, "settings, in YAML: optim.lr=3e-4", nargs="*", default=[]),

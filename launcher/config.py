@@ -163,8 +163,9 @@ class TrainConfig:
     )
     checkpointing: Literal["none", "selective", "full", "auto"] = setting(
         "none",
-        "what layers compute again in the backward: none, full: all but attention, selective: no projections, auto: as"
-        " little as memory allows, with train.mlp_tile and train.offload_activations if it must be",
+        "what layers compute again in the backward; none: nothing, full: all but softmax attention, selective: all but"
+        " that and projections, auto: as little as memory allows, with train.mlp_tile and train.offload_activations if"
+        " it must be",
     )
     checkpoint_layers: list[str] = setting(
         [], "kinds of layers that train.checkpointing is for, such as [softmax] or [linear]; empty: all layers"
