@@ -16,7 +16,7 @@ from longspan.launcher.parsing import settings_of
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 SECTIONS = "|".join(dict.fromkeys(setting.path.partition(".")[0] for setting in settings_of(Config())))
 SETTINGS = {setting.path for setting in settings_of(Config())}
-MADE = ("qwen3-8b.yaml",)  # by another command of the page
+MADE = ("qwen3-8b.yaml", "hybrid.yaml")  # by another command of the page
 MISSING = re.compile("arguments are required|data.corpora is empty")
 ENDINGS = ("py", "md", "json", "safetensors")  # of files
 # What commands hand their arguments to: module of longspan.launcher and function.

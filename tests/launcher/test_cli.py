@@ -127,7 +127,7 @@ def test_train_hands_the_resolved_config_to_the_trainer(monkeypatch):
             "generation.generate_run",
             ["generate", "r", "--temperature", "0", "--tokens", "3"],
             {"run": "r", "prompt": "", "prompt_file": None, "tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": 0,
-             "tokenizer": None},
+             "tokenizer": None, "overrides": []},
         ),
         ("profile_report.show", ["profile", "r"], {"run_dir": Path("r")}),
         (
