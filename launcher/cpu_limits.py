@@ -17,7 +17,7 @@ from longspan.launcher.gpus import GIB
 from longspan.launcher.state_sizes import MASTER, state_sizes
 from longspan.models.activations import measure
 from longspan.models.flops import model_flops, num_parameters
-from longspan.parallel.mesh import Mesh
+from longspan.parallel.mesh import Mesh, ranks_here
 
 log = logging.getLogger("longspan")
 
@@ -77,7 +77,7 @@ def memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> float:
 
 def memory_here() -> tuple[float, int]:
     """(bytes of this machine's memory for each of its ranks, how many there are)."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = ranks_here()
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([whole, *allowed(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))]) / ranks, ranks
 

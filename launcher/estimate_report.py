@@ -4,10 +4,9 @@ import json
 
 from longspan.launcher.config import Config
 from longspan.launcher.estimate import WINDOWS, Estimate, Job, estimate
-from longspan.launcher.fitting import largest, refuse
+from longspan.launcher.fitting import largest_of, refuse
 from longspan.launcher.gpus import GIB, Cluster
 from longspan.launcher.memory_choice import NAMES, described, settle, smallest
-from longspan.models.config import SOFTMAX_KINDS
 
 STATE = ("parameters", "optimizer state", "gradients", "gathered parameters, reduced gradients", WINDOWS)
 
@@ -17,7 +16,7 @@ def report(config: Config, cluster: Cluster, document: int = 0, *, as_json: bool
     asked = Job(config, cluster, document)
     job = settle(asked)
     found = estimate(job)
-    tokens, power = largest(smallest(asked)) if found.fits else (0, 0)
+    tokens, power = largest_of(smallest(asked)) if found.fits else (0, 0)
     if as_json:
         limits = {"largest_seq_len": tokens, "largest_power_of_two": power} if found.fits else {}
         settings = {name: getattr(job.config.train, name) for name in NAMES}
@@ -37,14 +36,14 @@ def lines(job: Job, found: Estimate) -> list[str]:
     """The table."""
     config, shared = job.config, f" x {job.tp} tensor-parallel" * (job.tp > 1)
     trained = f", {found.num_trained:,} of them trained" * (found.num_trained < found.num_parameters)
-    apart = job.head_groups > 1 and not set(SOFTMAX_KINDS).isdisjoint(config.model.layer_kinds)
+    apart = f", {job.head_groups} groups of heads" * (job.head_groups > 1)
     peak, limit = found.peak / GIB, found.limit / GIB
     activations = {name: size for name, size in found.memory.items() if name not in STATE}
     rows = [
         f"{config.run.name} on {job.cluster}: {found.num_parameters:,} parameters{trained},"
         f" {found.tokens:,} tokens a step",
         f"{job.dp} data-parallel x {job.sp} sequence-parallel{shared}, {config.train.dtype}, checkpointing"
-        f" {config.train.checkpointing}, {config.parallel.engine}" + f", {job.head_groups} groups of heads" * apart,
+        f" {config.train.checkpointing}, {config.parallel.engine}{apart}",
         "",
         *_table("memory of a rank at the peak, GiB", {name: found.memory[name] / GIB for name in STATE}),
         *_table("activations then", {name: size / GIB for name, size in activations.items()}),

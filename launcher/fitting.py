@@ -1,7 +1,7 @@
 """Whether a job fits: the longest sequence that does, and the settings that make one fit that does not."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from longspan.launcher.errors import UserError
@@ -43,6 +43,15 @@ def largest(job: Job) -> tuple[int, int]:
     if power and 2 * power % unit == 0 and doubled < failing and spare(doubled) >= 0:
         return 2 * power, 2 * power
     return fitting * unit, power
+
+
+def largest_of(jobs: Iterable[Job]) -> tuple[int, int]:
+    """Of that job which has the largest."""
+    found = 0, 0
+    for job in jobs:
+        if not found[0] or share_of_memory(job.with_settings(data={"seq_len": found[0]})) < 1:
+            found = max(found, largest(job))
+    return found
 
 
 def refuse(job: Job, found: Estimate) -> None:

@@ -155,12 +155,17 @@ def parse_gpus(text: str, per_node: int = PER_NODE, host_gib: float = 0) -> Clus
     return Cluster(match[2].upper(), count, min(count, per_node), host_gib * GIB)
 
 
-def kind_of(device: str) -> str:
-    """The kind of a GPU by the name that its driver has for it. UserError for one that is not in the tables."""
-    kind = next((name for name in GPUS if name in device), None)
-    if kind is None:
+def kind_of(device: str) -> str | None:
+    """The kind of a GPU by the name that its driver has for it; None for one that is not in the tables."""
+    return next((name for name in GPUS if name in device), None)
+
+
+def cluster_of(device: str, count: int, per_node: int) -> Cluster:
+    """So many GPUs of that name. UserError for one that is not in the tables."""
+    name = kind_of(device)
+    if name is None:
         raise UserError(f"longspan plan knows no {device}")
-    return kind
+    return Cluster(name, count, min(count, per_node))
 
 
 def _meant(text: str) -> str:

@@ -4,7 +4,6 @@ They change no loss and no gradient, so a run may go on with others, on other GP
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from longspan.launcher.agreement import decide
 from longspan.launcher.config import Config
 from longspan.launcher.cpu_limits import memory, memory_here
 from longspan.launcher.estimate import Job, countable, lengths_of, share_of_memory
-from longspan.launcher.gpus import GPUS, Cluster
+from longspan.launcher.gpus import GPUS, Cluster, kind_of
 from longspan.parallel.mesh import Mesh
 
 log = logging.getLogger("longspan")
@@ -46,13 +45,14 @@ def choices(config: Config) -> Iterator[Config]:
 
 
 def choose(configs: Iterable[Config], share: Callable[[Config], float]) -> tuple[Config, float]:
-    """(the first for which share, of the memory that there is, leaves SPARE; its share). Where none does it is the
-    last: the plan may be too careful."""
+    """(the first for which share, of the memory that there is, leaves SPARE; its share). Where none does it is the one
+    that leaves most: the plan may be too careful."""
+    found = []
     for config in configs:
-        taken = share(config)
-        if taken <= 1 - SPARE:
-            break
-    return config, taken
+        found.append((config, share(config)))
+        if found[-1][1] <= 1 - SPARE:
+            return found[-1]
+    return min(found, key=lambda one: one[1])
 
 
 def settle(job: Job) -> Job:
@@ -63,11 +63,12 @@ def settle(job: Job) -> Job:
     return replace(job, config=chosen)
 
 
-def smallest(job: Job) -> Job:
-    """The job with what takes the least memory in place of auto."""
+def smallest(job: Job) -> list[Job]:
+    """The job with what takes the least memory in place of auto, that of a machine too where these differ."""
     if job.config.train.checkpointing != "auto":
-        return job
-    return replace(job, config=[*choices(job.config)][-1])
+        return [job]
+    last = {config.train.offload_activations: config for config in choices(job.config)}
+    return [replace(job, config=last[away]) for away in (True, False) if away in last]
 
 
 def settle_run(config: Config, mesh: Mesh) -> Config:
@@ -100,9 +101,9 @@ def _chosen(config: Config, mesh: Mesh) -> tuple[Config, str]:
 
 
 def cluster_here(world_size: int) -> Cluster:
-    """GPUs like that of this process, on machines like this one."""
-    found, per_node = torch.cuda.get_device_properties(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    name = next((name for name in GPUS if name in found.name), None)
+    """GPUs like that of this process, on machines like this one. Of kinds that are not in the tables memory is known,
+    which is all that counts here."""
+    found, (had, ranks) = torch.cuda.get_device_properties(), memory_here()
+    name = kind_of(found.name)
     gpu = replace(GPUS[name or "A100"], memory=found.total_memory, hopper=found.major == 9)
-    had, ranks = memory_here()
-    return Cluster(name or found.name, world_size, min(world_size, per_node), had * ranks, gpu)
+    return Cluster(name or found.name, world_size, min(world_size, ranks), had * ranks, gpu)

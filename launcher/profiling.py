@@ -5,7 +5,6 @@ Nothing of it changes what is computed. Outside the profiled steps no range is r
 
 import json
 import logging
-import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,10 +20,10 @@ from longspan.launcher.breakdown import break_down
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import Job, estimate
-from longspan.launcher.gpus import Cluster, kind_of
+from longspan.launcher.gpus import cluster_of
 from longspan.launcher.profile_report import lines
 from longspan.launcher.timeline import LAYERS, LOSS, MIXER, MLP, attribute, read_trace
-from longspan.parallel.mesh import Mesh
+from longspan.parallel.mesh import Mesh, ranks_here
 
 log = logging.getLogger("longspan")
 
@@ -168,9 +167,9 @@ class StepProfiler:
         """Seconds by component as `longspan plan` has them, or why it has none."""
         if self._mesh.device.type != "cuda":
             return None, "longspan plan is for GPUs"
-        device, count = torch.cuda.get_device_name(self._mesh.device), self._mesh.world_size
+        device = torch.cuda.get_device_name(self._mesh.device)
         try:
-            cluster = Cluster(kind_of(device), count, min(count, int(os.environ.get("LOCAL_WORLD_SIZE", count))))
+            cluster = cluster_of(device, self._mesh.world_size, ranks_here())
             return estimate(Job(self._config, cluster, document)).seconds, ""
         except UserError as error:
             return None, str(error)

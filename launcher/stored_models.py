@@ -56,9 +56,8 @@ def open_model(path: str) -> StoredModel:
 
 class ModelOfRun:
     def __init__(self, run: Path):
-        self._info = checkpoint.named(run)
+        self._info, self.config = stored(run)
         self.path, self.step = self._info.path, self._info.step
-        self.config = update(Config(), self._info.config, str(self.path))
 
     def check(self, model: ModelConfig) -> None:
         checkpoint.check_model(self._info, model, "another checkpoint")
@@ -116,9 +115,9 @@ class ModelOfWeights:
         return found
 
 
-def stored(run: str) -> tuple[checkpoint.Info, Config]:
+def stored(run: str | Path) -> tuple[checkpoint.Info, Config]:
     """The newest checkpoint of a run directory, or that checkpoint, and its settings. UserError where there is none."""
-    info = checkpoint.named(Path(run))
+    info = checkpoint.named(Path(run).expanduser())
     return info, update(Config(), info.config, str(info.path))
 
 

@@ -23,7 +23,7 @@ from longspan.launcher.errors import UserError, main_guard
 from longspan.launcher.facts import sizes, versions
 from longspan.launcher.samples import SampleStream
 from longspan.parallel import SequenceParallel
-from longspan.parallel.mesh import group_topology
+from longspan.parallel.mesh import group_topology, ranks_here
 
 VOCABULARY_MULTIPLE = 128  # embeddings are cut by vocabulary for tensor-parallel ranks
 
@@ -129,8 +129,7 @@ def batches(options, corpus, vocabulary: int, state, device) -> BatchLoader:
 
 def links(options) -> dict:
     """What layers know of the ranks that share a sequence. Collective."""
-    ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    topology = group_topology(options.cp, options.tp, ranks_per_machine)
+    topology = group_topology(options.cp, options.tp, ranks_here())
     return {"topology": topology, "peer_memory": options.peer_memory}
 
 

@@ -77,7 +77,7 @@ def build_mesh(
     join(device, timeout_s)
     timeout = timedelta(seconds=timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    ranks_per_machine = ranks_here()
     _check_tp(tp, world_size)
     sp = sp or world_size // tp
     _check(sp, tp, sharding, world_size, ranks_per_machine)
@@ -132,6 +132,11 @@ def join(device: torch.device, timeout_s: float) -> None:
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
+
+
+def ranks_here() -> int:
+    """Ranks of the run on this machine: all, unless torchrun says otherwise."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or (dist.get_world_size() if dist.is_initialized() else 1))
 
 
 def _check_tp(tp: int, world_size: int) -> None:

@@ -9,25 +9,29 @@ from longspan.launcher.cli import train_config
 from longspan.launcher.config import Config, shipped_configs
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import WINDOWS, Job, estimate
-from longspan.launcher.gpus import GIB, Cluster, kind_of
+from longspan.launcher.gpus import GIB, cluster_of
 from longspan.launcher.memory_choice import settle
 from longspan.launcher.parsing import update
 from longspan.launcher.profile_report import PLANNED, ROWS
 from longspan.launcher.report.results import OF_THEN, Run
 from longspan.launcher.report.series import Summary
 
-OF_OLD = {"parallel.head_groups": 1}  # how runs were made that do not have these settings yet
+# How runs were made that do not have these settings yet; and those of shipped configs that have `auto` since.
+OF_OLD, OF_AUTO = {"parallel.head_groups": 1}, {"train.checkpointing": "full"}
 
 
 def config_of(run: Run) -> Config:
     """The config that a run had; of one whose command alone is known, what this says with the shipped config as it is
-    today. UserError where it is not known."""
+    today, but for `auto`, which it had not then. UserError where it is not known."""
     if not run.settings:
         raise UserError("its settings are not known")
     if "--config" in run.settings:
         shipped = shipped_configs()
-        words = (Path(word).stem if Path(word).stem in shipped else word for word in run.environment["command"][1:])
-        return train_config(["=".join(map(str, word)) for word in OF_OLD.items()] + list(words))
+        words = [Path(word).stem if Path(word).stem in shipped else word for word in run.environment["command"][1:]]
+        config = train_config([*_words(OF_OLD), *words])
+        if config.train.checkpointing == "auto" and "train.checkpointing" not in run.settings:
+            config = train_config([*_words(OF_OLD | OF_AUTO), *words])
+        return config
     config = update(Config(), _tree(OF_OLD | run.settings), run.name)
     config.validate()
     return config
@@ -46,11 +50,10 @@ def plan(summary: Summary) -> Planned:
     """UserError where the plan does not know the device or the settings. Documents are as long as those of profiled
     steps; where none are, a sample is one."""
     run = summary.run
-    device, machines = str(run.environment.get("device")), run.environment.get("machines") or {}
-    name = kind_of(device)
     if not summary.gpus:
         raise UserError("it does not say on how many GPUs it ran")
-    cluster = Cluster(name, summary.gpus, max(machines.values(), default=summary.gpus))
+    device, machines = str(run.environment.get("device")), run.environment.get("machines") or {}
+    cluster = cluster_of(device, summary.gpus, max(machines.values(), default=summary.gpus))
     found = estimate(settle(Job(config_of(run), cluster, run.document)))
     measured = {where: seconds for where, seconds in run.breakdowns.items() if not where.endswith(OF_THEN)}
     compared = {where: list(_components(seconds, found.seconds)) for where, seconds in measured.items()}
@@ -64,6 +67,10 @@ def _components(measured: dict[str, float], planned: dict[str, float]) -> Iterat
         seconds, plan = sum(measured.get(part, 0.0) for part in parts), planned.get(PLANNED.get(row, row), 0.0)
         if not row.startswith(" ") and (seconds or plan):
             yield row, seconds, plan
+
+
+def _words(settings: dict[str, Any]) -> list[str]:
+    return [f"{path}={value}" for path, value in settings.items()]
 
 
 def _tree(settings: dict[str, Any]) -> dict[str, Any]:

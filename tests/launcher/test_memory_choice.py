@@ -10,6 +10,7 @@ from tiny_runs import tiny_config, train, write_corpus
 from longspan.launcher import cli, cpu_limits, memory_choice
 from longspan.launcher.config import Config
 from longspan.launcher.estimate import Job, estimate
+from longspan.launcher.fitting import largest, largest_of
 from longspan.launcher.gpus import GIB, GPUS, Cluster
 from longspan.launcher.memory_choice import RUNGS, SPARE, choices, settle, smallest
 
@@ -21,7 +22,7 @@ WINDOWED = "model.pattern=[linear,sparse]", "model.sparse_selection={name: windo
 NAMES = ("checkpointing", "mlp_tile", "offload_activations")
 
 
-def job_of(memory, *settings, host=1024 * GIB):
+def job_of(memory, *settings, host=2**40):
     gpu = replace(GPUS["H200"], memory=memory)
     config = Config.load(None, [*SMALL, "train.checkpointing=auto", *settings])
     return Job(config, Cluster("H200", 2, 2, host, gpu))
@@ -49,9 +50,24 @@ def test_of_what_fits_the_quickest_is_taken():
 
 
 def test_offload_needs_host_memory():
-    """Machines that have none keep to the GPU, and where nothing leaves SPARE the last rung is left to be refused."""
-    assert estimate(settle(job_of(7.2 * GIB))).fits
-    assert not estimate(settle(job_of(7.2 * GIB, host=14 * GIB))).fits
+    """Machines that have none keep to the GPU, where nothing leaves SPARE with what takes least, also to be refused."""
+    plenty, none, too_little = (
+        settle(job_of(memory * GIB, host=host * GIB)) for memory, host in ((7.2, 1024), (7.2, 14), (5, 14))
+    )
+    assert plenty.config.train.offload_activations and estimate(plenty).fits
+    assert rung(none.config) == RUNGS[2] and estimate(none).fits
+    assert not estimate(too_little).fits
+
+
+def test_a_machine_that_is_nearly_full_gets_no_more():
+    """Of host memory that states and processes take to 95 %: nothing is put there besides, and the longest sequence is
+    that of the GPU."""
+    settings = 64 * GIB, "optim.offload=cpu", "model.num_layers=4"
+    taken = sum(estimate(settle(job_of(*settings))).host.values())
+    tight = job_of(*settings, host=taken / 0.95)
+    assert rung(settle(tight).config) == RUNGS[0] and estimate(settle(tight)).fits
+    with_offload, without = map(largest, smallest(tight))
+    assert largest_of(smallest(tight)) == without > with_offload
 
 
 def test_what_the_config_says_itself_stays():
@@ -66,7 +82,8 @@ def test_what_the_config_says_itself_stays():
     assert all(config.train.checkpoint_layers == ["softmax"] for config in kept)
     away = [*choices(job_of(GIB, "train.offload_activations=true").config)]
     assert all(config.train.offload_activations and config.train.checkpointing != "none" for config in away)
-    assert rung(smallest(job_of(GIB)).config) == RUNGS[-1]
+    assert [rung(job.config) for job in smallest(job_of(GIB))] == [RUNGS[-1], RUNGS[3]]
+    assert [rung(job.config) for job in smallest(job_of(GIB, "train.offload_activations=true"))] == [RUNGS[-1]]
 
 
 def test_plan_says_what_is_taken_and_the_longest_is_that_of_the_least_memory(capsys):
@@ -103,7 +120,7 @@ def _train_all(rank, world_size, folder, corpus):
 
 @pytest.mark.parametrize(
     "name, wanted",
-    [("plenty", RUNGS[0]), ("little", RUNGS[3]), ("not counted", {"checkpointing": "full"})],
+    [("plenty", RUNGS[0]), ("little", RUNGS[2]), ("not counted", {"checkpointing": "full"})],
 )
 def test_runs_take_it_and_say_what_they_took(runs, name, wanted):
     rows, folder = runs

@@ -16,7 +16,7 @@ from longspan.launcher.estimate import Job, estimate
 from longspan.launcher.gpus import GIB, Cluster
 from longspan.launcher.report.planned import config_of, plan
 from longspan.launcher.report.recipes import BEGIN, END, recipes
-from longspan.launcher.report.results import Run, read
+from longspan.launcher.report.results import Run, read, settings_of_command
 from longspan.launcher.report.series import summarize
 from longspan.models.flops import num_parameters
 
@@ -115,7 +115,14 @@ def test_a_run_of_a_command_has_the_shipped_config():
     ]
     run = Run("a", None, [], {"command": command}, {"--config": "x"})
     settings = ["data.seq_len=128K", "optim.lr=1e-3", "parallel.head_groups=1"]
-    assert config_of(run) == Config.load("hybrid-0.4b", settings)
+    assert config_of(run) == Config.load("hybrid-0.4b", [*settings, "train.checkpointing=full"])  # which it had then
+    for chosen in ("train.checkpointing=selective", "train.checkpointing=auto"):
+        run = replace(
+            run, environment={"command": [*command, chosen]}, settings=settings_of_command([*command, chosen])
+        )
+        assert config_of(run) == Config.load("hybrid-0.4b", [*settings, chosen])
+    run = replace(run, environment={"command": ["train.py", "--config", "quickstart"]})
+    assert config_of(run) == Config.load("quickstart", ["parallel.head_groups=1"])
     with pytest.raises(UserError, match="not known"):
         config_of(Run("a", None, []))
 
