@@ -1,6 +1,6 @@
 """train.checkpointing=auto: of settings that trade time for memory the quickest that fit, as `longspan plan` counts.
 
-They change no loss and no gradient, so a run may go on with others, on other GPUs.
+They change no loss and no gradient but by rounding (of tiles), so a run may go on with others, on other GPUs.
 """
 
 import logging

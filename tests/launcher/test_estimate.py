@@ -14,6 +14,7 @@ from longspan.launcher import cli
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import WINDOWS, Job, estimate
+from longspan.launcher.estimate_report import lines
 from longspan.launcher.fitting import largest, refuse
 from longspan.launcher.gpus import GIB, GPUS, Cluster, parse_gpus
 from longspan.launcher.step_time import activations_exposed
@@ -344,6 +345,17 @@ def test_groups_of_heads_take_less_memory_and_as_long():
     assert found(0).memory == found(4).memory  # 512K tokens of 8 heads a rank
     assert found(0, "model.num_kv_heads=2").memory == found(2, "model.num_kv_heads=2").memory
     assert found(0, seq_len="512K").memory == found(1, seq_len="512K").memory
+
+
+def test_layers_without_heads_to_divide_have_one_group():
+    """Whatever parallel.head_groups says, and where fewer key heads are set than ranks that share layers."""
+    settings = "model.pattern=[linear]", "data.seq_len=4M"
+    for more in (
+        ("parallel.head_groups=3",),
+        ("model.num_kv_heads=1", "parallel.tp=2", "model.num_heads=8", "model.head_dim=64"),
+    ):
+        job = job_of(*settings, *more)
+        assert job.head_groups == 1 and "groups" not in "\n".join(lines(job, estimate(job)))
 
 
 def test_windows_that_gpus_share_are_held_once_for_all_layers():

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from spawn import run_ranks
 
-from longspan.parallel.mesh import build_mesh
+from longspan.parallel.mesh import build_mesh, ranks_here
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,9 @@ def _groups(rank, world_size):
     with pytest.raises(ValueError) as error:
         _build(3)
     seen["refused"] = str(error.value)
+    assert "LOCAL_WORLD_SIZE" not in os.environ and ranks_here() == world_size
     os.environ["LOCAL_WORLD_SIZE"] = "2"
+    assert ranks_here() == 2
     mesh = _build(4, "hsdp")
     seen["hsdp"] = _describe(mesh)
     seen["hsdp shards"] = dist.get_process_group_ranks(mesh.fsdp_mesh.get_group("shard"))
