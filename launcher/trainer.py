@@ -26,7 +26,7 @@ from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
 from longspan.launcher.facts import facts_of, weights_in
 from longspan.launcher.files import replace_text, writing
-from longspan.launcher.memory_choice import settle_run
+from longspan.launcher.memory_choice import NAMES, settle_run
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
 from longspan.launcher.profiling import StepProfiler
 from longspan.launcher.progress import TrainingProgress
@@ -110,7 +110,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, mesh: Mesh, stop_asked: Callable[[], bool] = lambda: False):
-        config = settle_run(config, mesh)
+        asked, config = config, settle_run(config, mesh)
+        self._chosen = [] if config is asked else [f"train.{name}" for name in NAMES]
         self.config, self.mesh = config, mesh
         self._stop_asked, self._stop = stop_asked, False
         self.run_dir = Path(config.run.dir)
@@ -178,7 +179,7 @@ class Trainer:
 
     def _open_outputs(self) -> None:
         config, mesh = self.config, self.mesh
-        environment = describe_environment(mesh)
+        environment = describe_environment(mesh) | {"chosen": self._chosen}
         decide(lambda: self._write_descriptions(environment))
         if mesh.is_main:
             first, steps = self.step + 1, config.train.steps

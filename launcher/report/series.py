@@ -243,7 +243,8 @@ def _signature(summary: Summary) -> dict[str, Any]:
         for name, value in summary.run.settings.items()
         if name in COUNTS or (name not in SCALE and not name.startswith(BESIDE))
     }
-    return settings | {"device": summary.run.environment.get("device")}
+    chosen = dict.fromkeys(summary.run.environment.get("chosen", ()), "auto")  # what fits goes by the length
+    return settings | chosen | {"device": summary.run.environment.get("device")}
 
 
 def _numbers(rows: Iterable[dict[str, Any]], name: str) -> list[float]:

@@ -125,6 +125,8 @@ def _train_all(rank, world_size, folder, corpus):
 def test_runs_take_it_and_say_what_they_took(runs, name, wanted):
     rows, folder = runs
     assert rung(Config.load(folder / name / "config.yaml")) == wanted
+    chosen = json.loads((folder / name / "environment.json").read_text())["chosen"]
+    assert chosen == [f"train.{setting}" for setting in NAMES]
     if name != "not counted":
         for key in ("loss", "grad_norm"):
             assert [row[key] for row in rows[name]] == pytest.approx([row[key] for row in rows["none"]], rel=1e-5)

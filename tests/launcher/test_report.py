@@ -124,6 +124,16 @@ def test_what_does_not_make_another_series():
     assert len(groups(summarize(each, 2) for each in runs)) == 1
 
 
+def test_settings_that_auto_chose_by_the_length_do_not_make_another_series():
+    none, full = {"train.checkpointing": "none"}, {"train.checkpointing": "full", "train.mlp_tile": 16384}
+    runs = [run("a", settings=none), run("b", seq_len=2048, settings=full)]
+    assert groups(summarize(each, 2) for each in runs) == []
+    for each in runs:
+        each.environment["chosen"] = ["train.checkpointing", "train.mlp_tile"]
+    (group,) = groups(summarize(each, 2) for each in runs)
+    assert group.kind == "length" and [point.x for point in group.points] == [1024, 2048]
+
+
 def test_runs_of_unknown_settings_are_in_no_series():
     runs = [run("a", gpus=2), run("b", gpus=4)]
     for each in runs:
