@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 from longspan.launcher.config import Config
 from longspan.launcher.corpus import prepare
@@ -55,3 +56,16 @@ def start(config: Config, **options) -> Trainer:
 
 def rows(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(run_dir, step):
+    """Every tensor of a checkpoint, whole, by its name in the file."""
+    path = run_dir / "checkpoints" / f"step-{step:08d}"
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
+        for name, tensor in metadata.items()
+        if isinstance(tensor, dcp.metadata.TensorStorageMetadata)
+    }
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    return state

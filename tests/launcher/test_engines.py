@@ -10,9 +10,8 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from spawn import run_ranks
-from tiny_runs import rows, start, tiny_config, write_corpus
+from tiny_runs import rows, saved, start, tiny_config, write_corpus
 
 from longspan.launcher.config import Config
 from longspan.launcher.engines.zero import cast_parameters, import_deepspeed
@@ -126,25 +125,12 @@ def _agree(found, wanted, tolerance=TOLERANCE):
     for key in ("loss", "grad_norm", "lr"):
         assert [row[key] for row in found["rows"]] == pytest.approx([row[key] for row in wanted["rows"]], rel=tolerance)
     assert found["rows"][-1]["val_loss"] == pytest.approx(wanted["rows"][-1]["val_loss"], rel=tolerance)
-    found, wanted = _saved(found["dir"]), _saved(wanted["dir"])
+    found, wanted = saved(found["dir"], 6), saved(wanted["dir"], 6)
     assert found.keys() == wanted.keys()
     for part in ("model", "exp_avg", "exp_avg_sq", "step"):
         names = [name for name in found if name.startswith("model.") == (part == "model") and part in name]
         one, other = (torch.cat([state[name].double().flatten() for name in names]) for state in (found, wanted))
         assert ((one - other).norm() / other.norm()).item() <= 10 * tolerance, part
-
-
-def _saved(run_dir):
-    """Every tensor of the last checkpoint, whole, by its name in the file."""
-    path = run_dir / "checkpoints" / "step-00000006"
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
-        for name, tensor in metadata.items()
-        if isinstance(tensor, dcp.metadata.TensorStorageMetadata)
-    }
-    dcp.load(state, checkpoint_id=path, no_dist=True)
-    return state
 
 
 @pytest.mark.parametrize("name", _each((name,) for name in RUNS if not name.startswith("fsdp2")))

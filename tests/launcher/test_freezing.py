@@ -10,9 +10,8 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from spawn import run_ranks
-from tiny_runs import rows, start, tiny_config, write_corpus
+from tiny_runs import rows, saved, start, tiny_config, write_corpus
 
 from longspan.launcher import cli
 from longspan.launcher.config import Config
@@ -92,20 +91,7 @@ def _run(folder, corpus, name):
     trainer.close()
     held = held or sum(state["exp_avg"].numel() for state in trainer.engine.optimizer.state.values())
     dist.barrier()
-    return {"rows": rows(folder / name), "held": held, **{step: _saved(folder / name, step) for step in (3, 6)}}
-
-
-def _saved(run_dir, step):
-    """Every tensor of a checkpoint, whole, by its name there."""
-    path = run_dir / "checkpoints" / f"step-{step:08d}"
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
-        for name, tensor in metadata.items()
-        if isinstance(tensor, dcp.metadata.TensorStorageMetadata)
-    }
-    dcp.load(state, checkpoint_id=path, no_dist=True)
-    return state
+    return {"rows": rows(folder / name), "held": held, **{step: saved(folder / name, step) for step in (3, 6)}}
 
 
 def _references(rank, world_size, folder, corpus):
