@@ -104,7 +104,7 @@ def measure(system: System, model: dict, runs, gpus: int, arguments, deadline: f
     left, error = list(runs), None
     with tempfile.TemporaryDirectory(prefix="longspan-training-") as folder:
         while left and error is None:
-            together = left[:1] if system.worker is None else left
+            together = left[:1] if system.worker is None else left[:]
             if system.worker is None:
                 command, read = ours(system, model, *left[0], arguments.device, Path(folder))
             else:

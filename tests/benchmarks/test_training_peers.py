@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import sys
 from unittest import mock
 
 import pytest
@@ -10,6 +11,7 @@ from spawn import run_ranks
 
 from longspan.benchmarks import training_peers
 from longspan.benchmarks.plain_decoder import Attention, PlainDecoder
+from longspan.benchmarks.training_peers import read_lines
 from longspan.benchmarks.training_systems import SYSTEMS, causal
 from longspan.launcher.config import OptimConfig
 from longspan.launcher.engines.optimizer import build_optimizer
@@ -99,3 +101,18 @@ def test_a_system_that_fails_or_takes_too_long_says_so(tmp_path):
     assert training_peers.main([*given, "--model", json.dumps(MODEL), "--limit", "0.1"]) == 0
     first, second = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert "took longer than" in first["error"] and "skipped" in second["error"]
+
+
+def test_a_system_that_ends_after_its_first_length_has_one_row_of_it(tmp_path, monkeypatch):
+    def ends(worker, model, runs, device, folder):
+        output = folder / "rows.jsonl"
+        row = json.dumps({"tokens": runs[0][0], "step_s": 1.0, "peak_GiB": 1.0})
+        command = [sys.executable, "-c", f"open({str(output)!r}, 'a').write({row!r} + chr(10))"]
+        return command, lambda: read_lines(output)
+
+    monkeypatch.setattr(training_peers, "theirs", ends)
+    given = ["--device", "cpu", "--gpus", "1", "--tokens", "32", "64", "--systems", "torch_cp"]
+    assert training_peers.main([*given, "--model", json.dumps(MODEL), "--output", str(tmp_path / "a.json")]) == 0
+    first, second = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert (first["tokens"], first["step_s"]) == (32, 1.0) and second["tokens"] == 64
+    assert "a rank ended" in second["error"]
