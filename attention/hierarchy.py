@@ -48,6 +48,12 @@ class Hierarchical:
             chosen = np.minimum(self.keep, listed)
         return int((total + chosen * self.block + token % self.block + 1).sum())
 
+    def pairs_above(self, length: int, causal: bool = True) -> int:
+        """Those of `pairs` with means of the last level, which every query attends to all of."""
+        if not causal:
+            return length * -(-length // self.block**self.levels)
+        return int((np.arange(length) // self.block**self.levels).sum())
+
     def tables(self, seq, causal: bool) -> HierarchyTables:
         return seq.derive(hierarchy_tables, self.block, self.keep, self.levels, causal)
 

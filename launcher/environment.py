@@ -18,7 +18,7 @@ from longspan.launcher.errors import UserError
 from longspan.parallel.mesh import Mesh
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"  # one of the two that torch takes for deterministic
-PACKAGES = ("numpy", "triton", "megatron-core", "flash-attn-4", "deepspeed")
+PACKAGES = ("numpy", "triton", "megatron-core", "flash-attn-4", "nvidia-cudnn-frontend", "deepspeed")
 
 
 def choose_device(setting: str) -> torch.device:
@@ -67,7 +67,7 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-        "packages": {name: package_version(name) for name in PACKAGES},
+        "packages": packages(),
         "platform": platform.platform(),
         "world_size": mesh.world_size,
         "dp": mesh.dp,
@@ -78,6 +78,11 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads_per_rank": torch.get_num_threads(),
     }
+
+
+def packages() -> dict[str, str | None]:
+    """Versions of those that results may depend on, None of one that is not installed."""
+    return {name: package_version(name) for name in PACKAGES}
 
 
 def package_version(package: str) -> str | None:

@@ -5,6 +5,7 @@ repeats it in its output.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from longspan.launcher.errors import UserError
@@ -87,11 +88,16 @@ LINEAR_NS = {
 # How many times longer they take in a step: 1.14 to 1.17 as long in profiles of 512K tokens (runs_2xH200.json) as those
 # of then alone (linear_hopper_H200.json), 1.37 of 128K. Supposed: between products the clock is lower than alone.
 LINEAR_IN_STEP = 1.17
+# Share of FlashAttention-4's rate on Hopper GPUs, forward and backward, of other back ends of softmax attention with
+# heads of 128: cuDNN in PyTorch in steps of 512K to 2M tokens (runs_4xH200.json: 568 and 536 TFLOP/s); cuDNN's ragged
+# kernels and FlashAttention-2 on packed documents (softmax_backends_H200.json).
+BACKEND_SHARE = {"cudnn": (0.95, 0.86), "cudnn_ragged": (0.85, 0.82), "flash": (0.52, 0.52)}
 # Block-sparse attention on an H200: share of the dense rate forward, and backward, choosing and lists included, packing
-# for other ranks not. Hierarchical: llsa layers of a 1B model at 512K tokens (runs_2xH200.json), by what kernels took
-# then and take now (sparse_llsa_H200_one_list.json: 0.84 and 0.91). TopBlocks: 256K tokens, alone
-# (sparse_ranks_2xH200_variants.json).
-SPARSE_SHARE = {"TopBlocks": (0.57, 0.62), "Hierarchical": (0.18, 0.21)}
+# for other ranks not. TopBlocks: 256K tokens, alone (sparse_ranks_2xH200_variants.json).
+SPARSE_SHARE = (0.57, 0.62)
+# Hierarchical: of pairs with all rows of the last level, and of all others in blocks of 16, by what llsa layers took in
+# steps of 1M and 2M tokens (runs_4xH200.json). Larger blocks are supposed to gain in proportion, up to the share above.
+LAST_LEVEL_SHARE, SMALL_BLOCK_SHARE = (0.54, 0.60), (0.042, 0.054)
 # Bytes per second of a GPU from and to host memory (55 by one H200 alone, host_memory_H200.json; 63 by data sheet), and
 # of a host's memory, by data sheet.
 HOST_LINK, HOST_RATE = 50e9, 400e9
@@ -133,6 +139,13 @@ class Cluster:
 
     def __str__(self) -> str:
         return f"{self.count}x{self.name}"
+
+
+def backend_of(packages: Mapping[str, str | None]) -> str:
+    """The back end of softmax attention that `auto` takes on a Hopper GPU with these packages, name -> version."""
+    if packages.get("flash-attn-4"):
+        return "fa4"
+    return "cudnn_ragged" if packages.get("nvidia-cudnn-frontend") else "cudnn"
 
 
 def parse_gpus(text: str, per_node: int = PER_NODE, host_gib: float = 0) -> Cluster:

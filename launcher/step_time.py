@@ -19,15 +19,18 @@ from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.attention.schedules import ranks_at_once
 from longspan.attention.shared_requests import PROGRAMS
 from longspan.launcher.gpus import (
+    BACKEND_SHARE,
     BLOCK_S,
     HOST_LINK,
     HOST_RATE,
+    LAST_LEVEL_SHARE,
     LATENCY_S,
     LAUNCH_S,
     LINEAR_IN_STEP,
     LINEAR_NS,
     POINTWISE_SHARE,
     SHARDING_SHARE,
+    SMALL_BLOCK_SHARE,
     SPARSE_SHARE,
     THREAD_RATE,
     UPDATE_SHARE,
@@ -207,17 +210,28 @@ def call_seconds(job, call: Call) -> float:
     if call.kind == "convolution":
         return (3 if call.backward else 2) * tokens * call.key_size * job.itemsize / gpu.memory_rate
     if call.kind == "softmax":
-        pairs, share = sum(call.detail.pairs(Span(0, 0, length), length) for length in job.lengths), 1.0
+        share = BACKEND_SHARE.get(job.backend, (1.0, 1.0))[call.backward] if gpu.hopper else 1.0
+        work = sum(call.detail.pairs(Span(0, 0, length), length) for length in job.lengths) / share
         packing = 0.0
     else:
-        direction = {} if job.config.model.causal else {"causal": False}
-        pairs = sum(call.detail.pairs(length, **direction) for length in job.lengths)
-        share = SPARSE_SHARE[type(call.detail).__name__][call.backward]
+        work = _sparse_work(job, call)
         packing = _packed(job, call) / gpu.memory_rate
     rates = gpu.attention[min(gpu.attention, key=lambda width: abs(width - call.key_size))]
     rate = rates[call.backward] if job.dtype == torch.bfloat16 else gpu.products_fp32
-    flops = 4.0 * pairs / job.sp * call.heads * call.key_size * (2.5 if call.backward else 1)
-    return flops / (rate * share * 1e12) + packing
+    flops = 4.0 * work / job.sp * call.heads * call.key_size * (2.5 if call.backward else 1)
+    return flops / (rate * 1e12) + packing
+
+
+def _sparse_work(job, call: Call) -> float:
+    """Pairs of all documents that dense attention would take as long for."""
+    direction = {} if job.config.model.causal else {"causal": False}
+    pairs = sum(call.detail.pairs(length, **direction) for length in job.lengths)
+    share = SPARSE_SHARE[call.backward]
+    if not isinstance(call.detail, Hierarchical):
+        return pairs / share
+    above = sum(call.detail.pairs_above(length, **direction) for length in job.lengths)
+    share = min(share, SMALL_BLOCK_SHARE[call.backward] * call.detail.block / 16)
+    return above / LAST_LEVEL_SHARE[call.backward] + (pairs - above) / share
 
 
 def _packed(job, call: Call) -> float:

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 import longspan
+from longspan.attention.hierarchy import Hierarchical
 from longspan.attention.outline import Call
 from longspan.attention.schedules import softmax_schedule
 from longspan.launcher.breakdown import DATA, EXPOSED, IDLE
 from longspan.launcher.config import Config
 from longspan.launcher.estimate import Job, estimate
-from longspan.launcher.gpus import BLOCK_S, LATENCY_S, LAUNCH_S, parse_gpus
+from longspan.launcher.gpus import BLOCK_S, LATENCY_S, LAUNCH_S, backend_of, parse_gpus
 from longspan.launcher.report.planned import plan
 from longspan.launcher.report.results import read
 from longspan.launcher.report.series import summarize
@@ -138,6 +139,32 @@ def test_requests_wait_for_flags_and_means():
     assert through.window and through.asked == call.asked and not any(stage.waits for stage in shared.stages)
     lent = call.asked * row * 24 / 132
     assert request_transfer(job, through, 1.0) == pytest.approx(3 * LATENCY_S + means + lent)
+
+
+def test_softmax_attention_takes_as_long_as_its_back_end():
+    heads = "model.hidden_size=256", "model.num_heads=2", "model.pattern=[softmax]"
+
+    def seconds(*settings, gpus="2xH200", **options):
+        job = job_of(*heads, *settings, gpus=gpus, **options)
+        return {c.backward: call_seconds(job, c) for stage in job.measure().stages for c in stage.calls}
+
+    fastest, cudnn = seconds(), seconds("parallel.backend=cudnn")
+    assert cudnn[False] / fastest[False] == pytest.approx(1 / 0.95)
+    assert cudnn[True] / fastest[True] == pytest.approx(1 / 0.86)
+    assert seconds(auto_backend=backend_of({"flash-attn-4": None})) == cudnn
+    assert seconds(auto_backend=backend_of({"flash-attn-4": "4.0"})) == fastest
+    assert seconds("parallel.backend=fa4", auto_backend="cudnn") == fastest
+    assert seconds("parallel.backend=cudnn", gpus="2xA100") == seconds(gpus="2xA100")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("length", [1, 15, 64, 101])
+def test_pairs_with_all_of_the_last_level(length, levels, causal):
+    size, selection = 4**levels, Hierarchical(4, 2, levels)
+    last = [(row * size, min(length, row * size + size)) for row in range(-(-length // size))]
+    seen = sum(not causal or begin + size <= token - token % size for token in range(length) for begin, _ in last)
+    assert selection.pairs_above(length, causal) == seen <= selection.pairs(length, causal)
 
 
 def test_blocks_are_packed_and_added_by_request():
