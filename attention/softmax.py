@@ -25,6 +25,7 @@ from longspan.attention.moved import (
     schedule_of,
 )
 from longspan.attention.outline import Outline
+from longspan.attention.outline.softmax import outlined_softmax
 from longspan.attention.ranges import SOFTMAX, of_component
 from longspan.attention.recompute import keep, recall
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
@@ -74,7 +75,7 @@ def softmax_attention(
     options = causal, window, scale, None if plan is None else getattr(plan, "digest", None)
     seq = resolve(seq, layout, group, {"q": q, "k": k, "v": v}, check, options, softmax=strategy)
     if isinstance(seq, Outline):
-        return seq.softmax(q, k, v, Mask(causal, window))
+        return outlined_softmax(seq, q, k, v, Mask(causal, window))
     parallel = seq.parallel
     repeatable = torch.are_deterministic_algorithms_enabled()
     backend = _backend(parallel.backend, q.device.type, q.dtype, q.shape[-1], repeatable)
