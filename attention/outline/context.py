@@ -1,6 +1,7 @@
 """What a model on tensors without data gets in the place of a SequenceContext."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -15,9 +16,10 @@ class Outline:
     """In the place of a SequenceContext: this rank's share of documents with these `lengths`, over `world_size` ranks.
 
     gpu: whether kernels are those of GPUs, hopper: of Hopper GPUs. positions: int64 [num_tokens_local]. record: gets
-    every Call. derived: what `derive` answers, by function. softmax_strategy: by which keys travel, one of
-    schedules.STRATEGIES. sparse_strategy: parallel.sparse; topology: which ranks share a machine (default: all);
-    peer_blocks: whether blocks of sparse layers go through memory that ranks share. head_groups: parallel.head_groups.
+    every Call; uncounted: a context in which nothing else is counted. derived: what `derive` answers, by function.
+    softmax_strategy: by which keys travel, one of schedules.STRATEGIES or double_ring. sparse_strategy:
+    parallel.sparse; topology: which ranks share a machine (default: all); peer_blocks: whether blocks of sparse layers
+    go through memory that ranks share. head_groups: parallel.head_groups.
     """
 
     lengths: tuple[int, ...]
@@ -33,6 +35,7 @@ class Outline:
     topology: Topology | None = None
     peer_blocks: bool = False
     head_groups: int = 0
+    uncounted: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def num_tokens(self) -> int:
