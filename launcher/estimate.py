@@ -25,7 +25,7 @@ from longspan.launcher.state_sizes import MASTER, state_sizes
 from longspan.launcher.step_time import HEAD_PARALLEL, WAITING, step_seconds
 from longspan.models.activations import GRADIENTS, WHOLE, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
-from longspan.models.config import SPARSE_KINDS
+from longspan.models.config import SOFTMAX_KINDS, SPARSE_KINDS
 from longspan.models.flops import model_flops, num_parameters, num_trained, softmax_masks
 from longspan.models.parallelize import freeze
 from longspan.parallel.peer_memory import cannot_be_honoured, refusal_of_ranks
@@ -184,9 +184,11 @@ class Job:
     def head_groups(self) -> int:
         """Groups of heads on which softmax layers, if there are any, work one after the other, at most."""
         model, tokens = self.config.model, sum(self.lengths) // self.sp
+        if set(SOFTMAX_KINDS).isdisjoint(model.layer_kinds):
+            return 1
         sizes = tokens, model.num_heads // self.tp, model.kv_heads // self.tp
         wanted, masks = self.config.parallel.head_groups, set(softmax_masks(model))
-        return max((head_groups(wanted, *sizes, mask, self.lengths) for mask in masks), default=1)
+        return max(head_groups(wanted, *sizes, mask, self.lengths) for mask in masks)
 
     @property
     def itemsize(self) -> int:
