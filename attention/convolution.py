@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import resolve
 from longspan.attention.outline import Outline
+from longspan.attention.outline.convolution import outlined_convolution
 from longspan.attention.ranges import CONVOLUTION, of_component
 from longspan.attention.recompute import keep, recall
 from longspan.kernels.convolution import ACTIVATIONS, WIDTHS, convolve, convolve_backward
@@ -35,7 +36,7 @@ def short_convolution(x, weight, bias=None, *, activation=None, layout=None, gro
     options = (activation, tuple(weight.shape), bias is None)
     seq = resolve(seq, layout, group, packed, check, options)
     if isinstance(seq, Outline):
-        return seq.convolution(x, weight, bias)
+        return outlined_convolution(seq, x, weight, bias)
     return _Convolution.apply(x, weight, bias, activation, seq)
 
 

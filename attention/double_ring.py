@@ -17,6 +17,11 @@ from longspan.parallel.routing import route
 from longspan.parallel.topology import Topology
 
 
+def ring_of(topology: Topology) -> str:
+    """The strategy that fits where ranks are."""
+    return "ring" if topology.nodes == 1 else "double_ring"
+
+
 def double_ring_schedule(layout: Layout, rank: int, mask: Mask, topology: Topology, costs: Costs) -> Schedule:
     """The schedule of `rank`: a pure function of layout, topology and costs."""
     size, nodes = topology.ranks_per_node, topology.nodes

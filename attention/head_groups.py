@@ -4,27 +4,35 @@ Heads know nothing of one another, so that nothing is computed or sent twice and
 among all others, where kernels are deterministic. Calls and messages are smaller.
 """
 
+from collections.abc import Iterable
+
 import torch
 
-# Tokens of a rank times query heads: of a group at least, and of all heads before they are divided. A call for a group
-# then has 8,192 tiles of 128 queries, 62 for each multiprocessor of an H200, some of which are idle during the last. In
-# bf16 with heads of 128, queries of all heads are 1 GiB from where on heads are divided, and of a group 256 MiB.
-GROUP, ALL = 1 << 20, 1 << 22
+from longspan.parallel.geometry import Mask
+
+# Tokens of a rank times query heads of a group at least, and groups at least. Four groups of so many, and eight of half
+# as many, take as long as all heads at once where queries see 128K keys (benchmarks/results/head_groups_2xH200.json); a
+# call then has 31 tiles of 128 queries for each multiprocessor of an H200. Where they see few there is little to
+# compute beside what is copied (8 to 15 % more with windows of 4K, so about 1 % at FAR): such layers are divided later,
+# where they hold 10 GiB and more. Two groups hold more than one on a lone GPU, where results of all come on top.
+GROUP, GROUP_OF_NEAR, FEWEST, FAR = 1 << 19, 1 << 20, 4, 1 << 16
 
 
-def head_groups(wanted: int, tokens: int, heads: int, kv_heads: int) -> int:
+def head_groups(wanted: int, tokens: int, heads: int, kv_heads: int, mask: Mask, lengths: Iterable[int]) -> int:
     """Groups of key heads, with their query heads, that attention works on one after the other.
 
-    wanted: so many; 0: as many as leave each with GROUP. tokens: of a rank, on average, so that all ranks get the same.
-    ValueError where key heads do not come out even.
+    wanted: so many; 0: as many as leave each with GROUP, or GROUP_OF_NEAR where no query sees FAR keys, from FEWEST of
+    these on. tokens: of a rank, on average, so that all ranks get the same; lengths: of documents. ValueError where key
+    heads do not come out even.
     """
     even = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
     if wanted and wanted not in even:
         allowed = ", ".join(map(str, even))
         raise ValueError(f"head_groups={wanted} does not divide the {kv_heads} key heads: use one of {allowed}, or 0")
-    if wanted or tokens * heads < ALL:
-        return wanted or 1
-    return max(n for n in even if tokens * heads >= n * GROUP)
+    longest = max(lengths)
+    seen = longest if mask.window is None else min(mask.window, longest)
+    most = tokens * heads // (GROUP if seen >= FAR else GROUP_OF_NEAR)
+    return wanted or max(n for n in even if n <= (most if most >= FEWEST else 1))
 
 
 def by_groups(run, groups: int, tensors, *rest) -> tuple[torch.Tensor, ...]:
@@ -34,7 +42,7 @@ def by_groups(run, groups: int, tensors, *rest) -> tuple[torch.Tensor, ...]:
         return run(*tensors, *rest)
     wholes = None
     for number in range(groups):
-        wholes = _put(wholes, number, groups, run(*(_of(number, groups, x) for x in tensors), *rest))
+        wholes = _put(wholes, number, groups, run(*(group_of(number, groups, x) for x in tensors), *rest))
     return wholes
 
 
@@ -42,11 +50,11 @@ def _put(wholes, number, groups, parts):
     if wholes is None:
         wholes = tuple(x.new_empty(x.shape[0], groups * x.shape[1], *x.shape[2:]) for x in parts)
     for whole, part in zip(wholes, parts, strict=True):
-        _of(number, groups, whole).copy_(part)
+        group_of(number, groups, whole).copy_(part)
     return wholes
 
 
-def _of(number, groups, x):
+def group_of(number, groups, x):
     """The heads of a group, in place."""
     heads = x.shape[1] // groups
     return x[:, number * heads : (number + 1) * heads]

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from longspan.attention.arguments import pick_transport, resolve, without_autocast
 from longspan.attention.outline import Outline
+from longspan.attention.outline.linear import outlined_linear
 from longspan.attention.ranges import LINEAR, of_component
 from longspan.attention.recompute import keep, recall
 from longspan.kernels.fold import fold_chains, step, summarize
@@ -58,7 +59,7 @@ def linear_attention(
 
 def _attend(q, k, v, log_decay, beta, causal, seq, scale, transport, dtype):
     if isinstance(seq, Outline):
-        return seq.linear(q, k, v, log_decay, beta, causal, dtype)
+        return outlined_linear(seq, q, k, v, log_decay, beta, causal, dtype)
     with without_autocast(q.device.type):
         if causal:
             form = choose_form(q, v, log_decay, beta)

@@ -15,6 +15,7 @@ from longspan.attention.block_parts import STRATEGIES, Part
 from longspan.attention.gather_rows import Ranks, gather_rows
 from longspan.attention.linear_branch import Branch, LinearBranch
 from longspan.attention.outline import Outline
+from longspan.attention.outline.sparse import outlined_sparse
 from longspan.attention.ranges import SPARSE, of_component
 from longspan.attention.recompute import keep, keeping, recall
 from longspan.attention.requests import Asked, Request, block_parts
@@ -65,7 +66,7 @@ def sparse_attention(
         tensors |= {"linear.q": linear.q, "linear.k": linear.k}
     seq = resolve(seq, layout, group, tensors, check, options, sparse=strategy)
     if isinstance(seq, Outline):
-        return seq.sparse(q, k, v, selection, linear, causal)
+        return outlined_sparse(seq, q, k, v, selection, linear, causal)
     strategy = pick(STRATEGIES, seq.parallel.sparse, "auto", "sparse strategy")
     if strategy == "auto" and seq.parallel.world_size > 1:
         strategy = Estimate(q.shape[1], *k.shape[1:], k.itemsize, seq.parallel.topology)

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention.double_ring import double_ring_schedule
-from longspan.attention.softmax import arriving, softmax_attention
+from longspan.attention.softmax import softmax_attention
+from longspan.attention.softmax_passes import arriving
 from longspan.benchmarks.arguments import add_model_arguments, check_model_arguments, read, require_positive, writable
 from longspan.benchmarks.calibrate import fit, peers, time_attention, time_exchange
 from longspan.benchmarks.common import format_table, new_record, save

@@ -9,6 +9,8 @@ def gather_add(total: torch.Tensor, rows: slice | torch.Tensor, places: torch.Te
     total: [T, ...]; rows: a slice, or distinct indices (int64 [R]); places: int32 [R, n], rows of the part, -1 for
     none; part: [T', ...] of any float dtype.
     """
+    if total.is_meta:  # no data
+        return
     if total.is_cuda and total.is_contiguous() and total.dtype == torch.float32:
         from longspan.kernels.gather_add_triton import gather_add_triton
 

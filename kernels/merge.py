@@ -17,6 +17,8 @@ def merge(
     slice, distinct indices (int64 [T']), or None for all. A side whose lse is -inf has seen no keys: what its out
     holds is ignored, so that accumulators need no zeros.
     """
+    if out_acc.is_meta:  # no data
+        return
     if out_acc.is_cuda and lse_acc.dtype == torch.float32:
         from longspan.kernels.merge_triton import merge_triton
 

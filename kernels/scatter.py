@@ -8,6 +8,8 @@ def scatter_rows(total: torch.Tensor, rows: slice | torch.Tensor, part: torch.Te
 
     total: [T, ...]; part: [T', ...] of any float dtype; rows: a slice, or distinct indices (int64 [T']).
     """
+    if total.is_meta:  # no data
+        return
     if isinstance(rows, torch.Tensor) and total.is_cuda and total.is_contiguous() and total.dtype != torch.float64:
         from longspan.kernels.scatter_triton import scatter_rows_triton
 

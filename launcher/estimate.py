@@ -13,6 +13,7 @@ from math import gcd
 import torch
 from torch import nn
 
+from longspan.attention.double_ring import ring_of
 from longspan.attention.head_groups import head_groups
 from longspan.attention.offload import Offload
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
@@ -25,7 +26,7 @@ from longspan.launcher.step_time import HEAD_PARALLEL, WAITING, step_seconds
 from longspan.models.activations import GRADIENTS, WHOLE, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import SOFTMAX_KINDS, SPARSE_KINDS
-from longspan.models.flops import model_flops, num_parameters, num_trained
+from longspan.models.flops import model_flops, num_parameters, num_trained, softmax_masks
 from longspan.models.parallelize import freeze
 from longspan.parallel.peer_memory import cannot_be_honoured, refusal_of_ranks
 from longspan.parallel.topology import Topology
@@ -178,13 +179,22 @@ class Job:
         return lengths_of(self.config, self.document)
 
     @property
+    def softmax(self) -> str:
+        """The strategy by which keys of softmax layers travel; a ring in the place of those that move queries."""
+        strategy = self.config.parallel.softmax
+        if strategy == "auto":
+            return ring_of(self.topology)
+        return strategy if strategy in (*KEYS_TRAVEL, "double_ring") else "ring"
+
+    @property
     def head_groups(self) -> int:
-        """Groups of heads on which softmax layers, if there are any, work one after the other."""
+        """Groups of heads on which softmax layers, if there are any, work one after the other, at most."""
         model, tokens = self.config.model, sum(self.lengths) // self.sp
         if set(SOFTMAX_KINDS).isdisjoint(model.layer_kinds):
             return 1
-        heads, kv_heads = model.num_heads // self.tp, model.kv_heads // self.tp
-        return head_groups(self.config.parallel.head_groups, tokens, heads, kv_heads)
+        sizes = tokens, model.num_heads // self.tp, model.kv_heads // self.tp
+        wanted, masks = self.config.parallel.head_groups, set(softmax_masks(model))
+        return max(head_groups(wanted, *sizes, mask, self.lengths) for mask in masks)
 
     @property
     def itemsize(self) -> int:
@@ -205,7 +215,7 @@ class Job:
             self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
             prepare=partial(prepare, self.config), hopper=self.cluster.gpu.hopper,
             gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
-            softmax=self.config.parallel.softmax if self.config.parallel.softmax in KEYS_TRAVEL else "ring",
+            softmax=self.softmax,
             sparse=self.config.parallel.sparse, topology=self.topology, peer_blocks=self.peer_blocks,
             head_groups=self.config.parallel.head_groups,
         )  # fmt: skip

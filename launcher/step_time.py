@@ -14,7 +14,8 @@ from math import ceil
 import torch
 
 from longspan.attention.hierarchy import Hierarchical
-from longspan.attention.outline import PROCESSORS, Call
+from longspan.attention.outline import Call
+from longspan.attention.outline.linear import PROCESSORS
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.attention.schedules import ranks_at_once
 from longspan.attention.shared_requests import PROGRAMS

@@ -10,16 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from weakref import ref
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longspan.attention.offload import Offload
 from longspan.attention.outline import Call, Outline, OutlinedOffload
+from longspan.attention.outline.storages import Storages
 from longspan.kernels.segment_rows import Runs
 from longspan.models.build import build_model
 from longspan.models.config import CHANNELS, ModelConfig
@@ -153,10 +152,10 @@ def measure(
     GPUs, hopper: of Hopper GPUs. prepare: does to the model what training does to it before it is sharded, such as
     checkpointing, for which it gets an Offload without data; it is not compiled. gradient_bytes: what stays of the
     gradient of one parameter once its block is done; until then it is whole. tp: ranks that share layers; parameters
-    are then those of one of them. softmax: the strategy by which keys travel, one of longspan.attention.schedules.
-    sparse, topology: parallel.sparse, and which of the ranks share a machine (default: all), which "auto" goes by;
-    peer_blocks: whether blocks of sparse layers go through memory that ranks share, whose windows are in no peak.
-    head_groups: parallel.head_groups.
+    are then those of one of them. softmax: the strategy by which keys travel, one of longspan.attention.schedules or
+    double_ring. sparse, topology: parallel.sparse, and which of the ranks share a machine (default: all), which "auto"
+    goes by; peer_blocks: whether blocks of sparse layers go through memory that ranks share, whose windows are in no
+    peak. head_groups: parallel.head_groups.
     """
     lengths, meter = tuple(lengths), _Meter(gradient_bytes)
     with torch.device("meta"):
@@ -238,7 +237,7 @@ def book_layers(model: nn.Module, meter) -> None:
     model.norm.register_forward_hook(lambda *_: meter.rename(LOSS))
 
 
-class _Meter(TorchDispatchMode):
+class _Meter(Storages):
     """Follows storages from the operation that makes them until they are freed, and counts operations."""
 
     def __init__(self, gradient_bytes: float = 0.0):
@@ -247,7 +246,7 @@ class _Meter(TorchDispatchMode):
         self.stages = [Stage(None, backward=False)]
         self._repeats, self._counts, self.away = 1, True, []
         self.gradient_bytes, self._whole = gradient_bytes, []
-        self._names, self._known = [], {}
+        self._names = []
 
     def enter(self, block: int | None, *, backward: bool | None = None, waits: bool = False) -> None:
         """What comes is of this block; backward: None for as before."""
@@ -286,16 +285,16 @@ class _Meter(TorchDispatchMode):
             yield tiles[0]
             self._repeats = 1
 
-    def ignore(self, tensor: torch.Tensor) -> None:
-        """Its storage is counted elsewhere; it must outlive the meter."""
-        self._known[tensor.untyped_storage()._cdata] = None
-
     def put_away(self, tensor: torch.Tensor) -> torch.Tensor:
         self.away.append(tensor.nbytes)
+        with self.uncounted():
+            return torch.empty_like(tensor)
+
+    @contextmanager
+    def uncounted(self):
         self._counts = False
-        absent = torch.empty_like(tensor)
+        yield
         self._counts = True
-        return absent
 
     def record(self, call: Call) -> None:
         if call.asked is not None and not call.window and not call.backward:
@@ -325,24 +324,18 @@ class _Meter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not self._counts:
             return result
-        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        for x in outputs:
-            self._follow(x.untyped_storage())
-        self._count(func, args, outputs)
+        self._count(func, args, self.follow(result))
         return result
 
-    def _follow(self, storage) -> None:
-        key, name, size = storage._cdata, self._names[-1], storage.nbytes()
-        if key in self._known:
-            return
+    def made(self, size):
+        name = self._names[-1]
+        self._add(name, size)
 
-        def freed(_):
-            del self._known[key]
+        def freed():
             self.live[name] -= size
             self.total -= size
 
-        self._known[key] = ref(storage, freed)
-        self._add(name, size)
+        return freed
 
     def _add(self, name, size):
         self.live[name] += size
@@ -392,7 +385,7 @@ def _inputs(config, lengths, tokens, world_size, kernels, mlp_tile, meter, ways)
 
     with meter.booked(BATCH):
         positions, derived = numbers(tokens), {}
-        seq = Outline(lengths, tokens, world_size, *kernels, positions, meter.record, derived, *ways)
+        seq = Outline(lengths, tokens, world_size, *kernels, positions, meter.record, derived, *ways, meter.uncounted)
         if config.task == "text":
             return [numbers(tokens), numbers(tokens)], seq
 

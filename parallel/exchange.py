@@ -140,6 +140,8 @@ def start_exchange(sends, receives, group) -> Pending:
     The result is the list of received tensors. Both ends must list their transfers with one another in the same order.
     """
     # Receives first: gloo sends once the peer has said that it receives, and would say so behind its own data.
+    if any(x.is_meta for _, x in (*sends, *receives)):  # no data: ranks that are not there
+        return Pending((), [x for _, x in receives], [x for _, x in sends])
     operations = [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in receives]
     operations += [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sends]
     works = dist.batch_isend_irecv(operations) if operations else ()

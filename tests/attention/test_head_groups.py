@@ -1,7 +1,4 @@
-"""Softmax attention by groups of heads: the full matrix, the bits of all heads at once, no more memory than said."""
-
-from functools import partial
-from weakref import finalize
+"""Softmax attention by groups of heads: the full matrix, the bits of all heads at once. test_softmax_memory: memory."""
 
 import pytest
 import torch
@@ -11,12 +8,9 @@ from oracles import softmax_attention as full_matrix
 from oracles import with_gradients
 from parity import disagreements, run_share
 from spawn import run_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from longspan.attention import softmax, softmax_attention
-from longspan.attention.head_groups import GROUP, head_groups
-from longspan.attention.outline import Outline
+from longspan.attention import softmax_attention, softmax_passes
+from longspan.attention.head_groups import FAR, GROUP, head_groups
 from longspan.kernels.merge import merge
 from longspan.parallel import SequenceParallel, Topology, zigzag
 from longspan.parallel.geometry import Mask
@@ -60,7 +54,7 @@ def merge_head_by_head(out_acc, lse_acc, out, lse, rows=None):
 
 def run_cases(rank, world_size):
     """Shares of every case by the number of groups."""
-    softmax.merge, results = merge_head_by_head, []
+    softmax_passes.merge, results = merge_head_by_head, []
     topology = Topology(2, world_size // 2) if world_size % 2 == 0 else Topology(1, world_size)
     for heads, mask, name, layout_name, strategy, dtype in CASES:
         inputs, grad_out = inputs_of(heads, LENGTHS[name], dtype)
@@ -97,109 +91,28 @@ def test_groups_are_exact_and_equal_to_the_bit(world_size):
     assert not problems, f"{len(problems)} problems\n" + "\n".join(problems)
 
 
-# Memory: what the plan counts of a backward pass is what one holds, or a little more.
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes at any time of storages that operations made."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.bytes, self.most = set(), 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not func.is_view]
-        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for storage in (x.untyped_storage() for x in made):
-            if storage._cdata not in self.known | inputs:
-                self.known.add(storage._cdata)
-                self.bytes += storage.nbytes()
-                finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.bytes)
-        return result
-
-    def _freed(self, key, size):
-        self.known.discard(key)
-        self.bytes -= size
-
-
-class Flash:
-    """Allocates what FlashAttention does."""
-
-    @staticmethod
-    def forward(q, k, v, pack, scale):
-        return torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32)
-
-    @staticmethod
-    def backward(dout, q, k, v, out, lse, pack, scale):
-        _sums = torch.empty_like(q, dtype=torch.float32)
-        return tuple(torch.zeros_like(x) for x in (q, k, v))
-
-
-def peak_of(q, k, v, attend):
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = attend(q, k, v)
-    d_out = torch.zeros_like(out)
-    with Peak() as peak:
-        gradients = torch.autograd.grad(out, (q, k, v), d_out)
-    del gradients
-    return peak.most
-
-
-PLANS = [(kv, strategy, groups) for kv in (16, 4) for strategy in ("ring", "all_gather") for groups in GROUPS]
-TOKENS = 512  # of a rank
-
-
-def inputs(kv_heads, device="cpu"):
-    return [torch.zeros(TOKENS, heads, 16, dtype=BF16, device=device) for heads in (16, kv_heads, kv_heads)]
-
-
-def held(rank, world_size):
-    softmax._backend = lambda *_: Flash
-    layout, peaks = zigzag((world_size * TOKENS,), world_size), []
-    for kv_heads, strategy, groups in PLANS:
-        seq = SequenceParallel(dist.group.WORLD, softmax=strategy, head_groups=groups).context(layout)
-        peaks.append(peak_of(*inputs(kv_heads), partial(softmax_attention, seq=seq)))
-    return peaks
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_plan_counts_what_is_held(world_size):
-    """On one rank to the byte. On several it takes no step as the only one, and no call as one of half of the keys."""
-    plan, ranks = {}, run_ranks(held, world_size)
-    for (kv_heads, strategy, groups), *found in zip(PLANS, *ranks, strict=True):
-        seq = Outline(
-            (world_size * TOKENS,), TOKENS, world_size, True, True, torch.empty(TOKENS, device="meta"),
-            lambda call: None, softmax_strategy=strategy, head_groups=groups,
-        )  # fmt: skip
-        counted = peak_of(*inputs(kv_heads, "meta"), partial(seq.softmax, mask=Mask()))
-        assert max(found) <= counted <= (1 if world_size == 1 else 1.7) * max(found), (kv_heads, strategy, groups)
-        plan[kv_heads, strategy, groups] = counted, max(found)
-    if world_size > 1:
-        for kv_heads, strategy, _ in PLANS:
-            for whole, half, quarter in zip(*(plan[kv_heads, strategy, groups] for groups in GROUPS)):
-                assert quarter < 0.8 * half < 0.7 * whole
-
-
 # How many groups, and what is refused.
 
 
 def test_groups_are_as_many_as_leave_large_calls():
-    for tokens, heads, kv_heads, groups in (
-        (2**18 - 1, 16, 16, 1),
-        (2**18, 16, 16, 4),
-        (2**19, 16, 16, 8),
-        (2**20, 16, 16, 16),
-        (2**23, 16, 4, 4),
-        (2**20, 12, 6, 6),
-        (2**18, 24, 3, 3),
-        (2**23, 8, 1, 1),
-        (2**10, 16, 16, 1),
+    for tokens, heads, kv_heads, groups, near in (
+        (2**17 - 1, 16, 16, 1, 1),
+        (2**17, 16, 16, 4, 1),
+        (2**18, 16, 16, 8, 4),
+        (2**19, 16, 16, 16, 8),
+        (2**22, 16, 4, 4, 4),
+        (2**18, 12, 6, 6, 1),
+        (2**17, 24, 3, 3, 1),
+        (2**18, 24, 3, 3, 3),
+        (2**22, 8, 1, 1, 1),
+        (2**10, 16, 16, 1, 1),
     ):
-        assert head_groups(0, tokens, heads, kv_heads) == groups, (tokens, heads, kv_heads)
-        assert groups == 1 or tokens * heads / groups >= GROUP
-    assert head_groups(2, 2**10, 16, 4) == 2
+        far = head_groups(0, tokens, heads, kv_heads, Mask(), [5, FAR])
+        assert far == groups and (groups == 1 or tokens * heads / groups >= GROUP), (tokens, heads, kv_heads)
+        for mask, longest in ((Mask(), FAR - 1), (Mask(True, FAR - 1), 2**20), (Mask(False), 10)):
+            assert head_groups(0, tokens, heads, kv_heads, mask, [longest, 1]) == near, (tokens, heads, mask)
+        assert head_groups(0, tokens, heads, kv_heads, Mask(True, FAR), [2**20]) == groups
+    assert head_groups(2, 2**10, 16, 4, Mask(), [8]) == 2
 
 
 def refused(rank, world_size):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from longspan.attention.outline import PROCESSORS, _Linear
+from longspan.attention.outline.linear import PROCESSORS, Linear
 from longspan.kernels.linear import splits
 from longspan.kernels.linear.form import Spans
 
@@ -26,6 +26,6 @@ def test_states_are_counted_for_as_many_splits_as_kernels_make(form, name, monke
             tables = getattr(module, name).tables(Spans((0, tokens)), heads, key_size, value_size)
             made = getattr(tables, "splits", tables).num_splits
             q, v = (torch.empty(tokens, heads, size, device="meta") for size in (key_size, value_size))
-            assert _Linear(outline, True, torch.bfloat16)._splits(form, q, v) == made, (heads, key_size, tokens)
+            assert Linear(outline, True, torch.bfloat16)._splits(form, q, v) == made, (heads, key_size, tokens)
             found.add(made)
     assert len(found) > 5

@@ -11,7 +11,7 @@ from cases import layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.attention import softmax
+from longspan.attention import softmax, softmax_passes
 from longspan.attention.double_ring import double_ring_schedule
 from longspan.attention.moved import head_parallel_schedule, pairs_per_rank, planned_schedule, schedule_of
 from longspan.attention.schedules import ranks_at_once, softmax_schedule
@@ -311,8 +311,8 @@ def test_sums_in_narrow_dtypes_are_rounded_once():
     found = []
     for narrow in (True, False):
         rounded = replace(schedule, queries_in_two=(narrow, narrow))
-        out, lse = softmax._forward(q, k, v, rounded, cpu, 0.3, None)
-        found.append((out, *softmax._backward(d_out, q, k, v, out, lse, rounded, cpu, 0.3, None)))
+        out, lse = softmax_passes.forward(q, k, v, rounded, cpu, 0.3, None)
+        found.append((out, *softmax_passes.backward(d_out, q, k, v, out, lse, rounded, cpu, 0.3, None)))
     assert all(map(torch.equal, *found))
 
 

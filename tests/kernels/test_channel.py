@@ -10,7 +10,7 @@ import pytest
 import torch
 from interpreted import compilations
 
-from longspan.attention import outline
+from longspan.attention.outline.linear import Linear
 from longspan.kernels.linear import splits as splits_module
 from longspan.kernels.linear.form import Spans
 from longspan.kernels.linear.splits import Splits
@@ -131,7 +131,7 @@ def test_a_wave_has_as_many_splits_as_a_sequence_of_its_length(monkeypatch):
     monkeypatch.setattr(splits_module.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(splits_module.torch.cuda, "get_device_properties", lambda: hopper)
     chunks = channel.WAVE // (16 * 128 * 128)
-    found, counted = {}, outline._Linear(SimpleNamespace(spans=1), True, torch.bfloat16)
+    found, counted = {}, Linear(SimpleNamespace(spans=1), True, torch.bfloat16)
     for waves in (1, 4):
         tables = channel.Channel.tables(Spans((0, waves * chunks * 64)), 16, 128, 128)
         found[waves] = [stop - start for start, stop in tables.waves(chunks)]

@@ -232,11 +232,11 @@ def test_first_call_of_a_thread_on_a_gpu(delta):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_kept_of_chunks_is_what_estimates_of_memory_count(delta, dtype):
-    from longspan.attention.outline import _Linear
+    from longspan.attention.outline.linear import Linear
 
     spans = Spans((0, 192))
     inputs, *_ = make(spans, "medium", 2, 32, 16, dtype)
     work = delta.Delta(delta.DeltaTables.of(Splits.of(spans, 192, 64)), *inputs.values(), SCALE)
     outline = SimpleNamespace(gpu=True, hopper=False, spans=1, lengths=(192,), linked=0, record=lambda call: None)
-    _, (_, _, *counted) = _Linear(outline, True, dtype).output(None, *inputs.values())
+    _, (_, _, *counted) = Linear(outline, True, dtype).output(None, *inputs.values())
     assert sum(x.nbytes for x in counted) == sum(x.nbytes for x in work.call.room_for_prepared())

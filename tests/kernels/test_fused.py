@@ -205,7 +205,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("decay", [None, "fixed", "scalar"])
 def test_what_is_kept_and_held_is_what_estimates_of_memory_count(monkeypatch, decay, width, dtype, on_hopper):
     """Of what grows with tokens; no kernel runs."""
-    from longspan.attention.outline import _Linear
+    from longspan.attention.outline.linear import Linear
     from longspan.kernels.linear import fused, hopper
     from longspan.kernels.sparse import hopper as sparse_hopper
 
@@ -226,7 +226,7 @@ def test_what_is_kept_and_held_is_what_estimates_of_memory_count(monkeypatch, de
         work.gradient_ahead()
         gradients = work.gradients(nothing)
     outline = dict(gpu=True, hopper=on_hopper, spans=1, lengths=(tokens,), linked=0, record=lambda call: None)
-    counted, inputs = _Linear(SimpleNamespace(**outline), True, dtype), (q, k, v, log_decay, None)
+    counted, inputs = Linear(SimpleNamespace(**outline), True, dtype), (q, k, v, log_decay, None)
     assert [x.nbytes for x in kept[1:]] == [x.nbytes for x in counted.output(None, *inputs)[1][1:]]
     if gate:
         log_decay.requires_grad_()

@@ -215,7 +215,7 @@ def test_lengths_do_not_recompile():
 
 
 def test_what_is_kept_is_what_estimates_of_memory_count():
-    from longspan.attention.outline import _Linear
+    from longspan.attention.outline.linear import Linear
 
     spans = Spans((0, 192), (), (), ())
     inputs, entry, d_out, _ = make(spans, "medium", 2, 128, 128, torch.bfloat16)
@@ -223,6 +223,6 @@ def test_what_is_kept_is_what_estimates_of_memory_count():
     work.ahead()
     _, kept = work.output(entry[:0], d_out.dtype)
     outline = SimpleNamespace(gpu=True, hopper=True, spans=1, lengths=(192,), linked=0, record=lambda call: None)
-    counted = _Linear(outline, True, torch.bfloat16).output(None, *inputs.values())[1]
+    counted = Linear(outline, True, torch.bfloat16).output(None, *inputs.values())[1]
     sizes = [sum(x.numel() * x.element_size() for x in tensors[2:]) for tensors in (kept, counted)]
     assert sizes[0] == sizes[1]  # but for states and matrices of splits, of which nothing enters this one

@@ -249,8 +249,8 @@ def test_exposed_communication_of_long_steps_by_hand():
     job = job_of("model.pattern=[softmax]", "data.seq_len=1M", "train.checkpointing=full")
     measured = job.measure()
     block, root = measured.block_parameters[0], measured.root_parameters
-    assert job.head_groups == 4
-    keys = 4 * (4 * 2 * LATENCY_S + 2**19 * 2 * 4 * 64 * 2 / NEAR)
+    assert job.head_groups == 8
+    keys = 4 * (8 * 2 * LATENCY_S + 2**19 * 2 * 4 * 64 * 2 / NEAR)
     first = root * 2 / 2 / NEAR + LATENCY_S
     again = block * 2 / 2 / NEAR + LATENCY_S  # of the last block, backward
     last = root * 4 / 2 / NEAR + LATENCY_S
