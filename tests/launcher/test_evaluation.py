@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from spawn import run_ranks
 from tiny_runs import tiny_config, train, write_corpus
 
@@ -73,6 +74,22 @@ def test_ranks_change_nothing(runs):
         for row, other in zip(one["by_position"], two["by_position"], strict=True):
             assert other["loss"] == (row["loss"] and pytest.approx(row["loss"], rel=1e-5))
             assert (other["start"], other["stop"], other["labels"]) == (row["start"], row["stop"], row["labels"])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["run", "weights"])
+def test_devices_change_nothing(runs, tmp_path, name, device):
+    """Of the command, which sees to the device itself."""
+    output, limit = tmp_path / "found.json", 1e-6 if device == "cpu" else 1e-4
+    cli.main(["evaluate", str(runs["folder"] / name), f"run.device={device}", "--samples", "4", "--corpora",
+              str(runs["corpus"]), "--lengths", *map(str, LENGTHS), "--output", str(output)])  # fmt: skip
+    found = json.loads(output.read_text())["lengths"]
+    for one, other in zip(found, runs["run on 1, corpus"]["lengths"], strict=True):
+        assert (one["length"], one["labels"]) == (other["length"], other["labels"])
+        assert one["loss"] == pytest.approx(other["loss"], rel=limit)
+        for row, same in zip(one["by_position"], other["by_position"], strict=True):
+            assert row["labels"] == same["labels"]
+            assert row["loss"] == (same["loss"] and pytest.approx(same["loss"], rel=limit))
 
 
 def test_every_length_predicts_the_same_tokens_in_every_row(runs):
@@ -202,9 +219,11 @@ def test_exported_weights_are_the_run(runs, ranks):
     assert weights["step"] is None and run["step"] == 6
 
 
-def test_the_command_takes_a_folder_of_weights(runs, capsys):
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_command_takes_a_folder_of_weights(runs, capsys, device):
     folder, corpus = str(runs["folder"] / "weights"), str(runs["corpus"])
-    cli.main(["evaluate", folder, "train.dtype=bfloat16", "--lengths", "96", "--samples", "4", "--corpora", corpus])
+    settings = "train.dtype=bfloat16", f"run.device={device}"
+    cli.main(["evaluate", folder, *settings, "--lengths", "96", "--samples", "4", "--corpora", corpus])
     printed = capsys.readouterr().out
     assert f"{folder}, on {corpus}: 4 samples of 96 tokens" in printed
     loss = float(re.search(r"^loss +([\d.]+)$", printed, re.MULTILINE)[1])

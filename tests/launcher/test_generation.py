@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import DEVICES
 from spawn import run_ranks
 from tiny_runs import tiny_config, train, write_corpus
 
@@ -25,9 +26,12 @@ def _train(rank, world_size, folder, corpus):
     train(tiny_config(corpus, folder / "run", "train.steps=30", "checkpoint.interval=0"))
 
 
-def test_the_likeliest_tokens_follow_one_another(run):
-    model, ids = load_model(*stored(str(run))), list(b"abc def")
-    tokens = continuation(model, ids, torch.device("cpu"), temperature=0, top_p=1.0, seed=0)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_likeliest_tokens_follow_one_another(run, device):
+    """By logits of the CPU."""
+    model, ids = load_model(*stored(str(run))), list(17 * b"abc def ")
+    there = load_model(*stored(str(run))).to(device)
+    tokens = continuation(there, ids, torch.device(device), temperature=0, top_p=1.0, seed=0)
     for _ in range(5):
         with torch.no_grad():
             logits = model.logits(torch.tensor(ids), SequenceParallel(device="cpu").context([len(ids)]))
@@ -105,20 +109,21 @@ def test_prompts_begin_as_documents_do(bos, start, run, monkeypatch):
     assert given == [("bytes", 256, None), start]
 
 
-def test_exported_weights_continue_as_the_run(run, tmp_path, capsys):
+@pytest.mark.parametrize("device", DEVICES)
+def test_exported_weights_continue_as_the_run(run, tmp_path, capsys, device):
     folder = tmp_path / "weights"
     export_run(str(run), str(folder), "longspan", "float32")
     capsys.readouterr()
     common = ["--prompt", "abc", "--tokens", "20", "--tokenizer", "bytes"]
     texts = []
-    for model in (run, folder):
-        cli.main(["generate", str(model), *common])
+    for model, place in ((run, "cpu"), (run, device), (folder, device)):
+        cli.main(["generate", str(model), f"run.device={place}", *common])
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] and len(texts[0]) > 5
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 5
     with pytest.raises(SystemExit):
         cli.main(["generate", str(folder)])
     assert f"{folder} has no tokenizer.json: name the model's own with --tokenizer" in capsys.readouterr().err
-    cli.main(["generate", str(folder), "train.dtype=bfloat16", *common])
+    cli.main(["generate", str(folder), "train.dtype=bfloat16", f"run.device={device}", *common])
     assert capsys.readouterr().out.startswith("abc")
 
 
