@@ -12,6 +12,11 @@ from longspan.parallel.mesh import join
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+def telling(*values, rest) -> list:
+    """Values of one parameter: of `rest` tests are slow, as what `values` show is nearly all of it."""
+    return [*values, *(pytest.param(value, marks=pytest.mark.slow) for value in rest)]
+
+
 @contextmanager
 def only_rank(device: str) -> Iterator[torch.device]:
     """The device, for runs in this process; the group that it is alone in is gone afterwards, also where they fail."""

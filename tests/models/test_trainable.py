@@ -183,7 +183,8 @@ WIDE = replace(
 def test_gradients_of_kernels_are_those_of_the_whole_model(train, freeze, options, device, monkeypatch):
     """In bf16, on the CPU in fp32 and with fewer tokens."""
     monkeypatch.setattr(offload, "LEAST_BYTES", 0)
-    lengths, dtype, limit = ((517, 1, 131), torch.bfloat16, 3e-2) if device == "cuda" else ((67, 1), torch.float32, 1e-4)
+    cases = {"cuda": ((517, 1, 131), torch.bfloat16, 3e-2), "cpu": ((67, 1), torch.float32, 1e-4)}
+    lengths, dtype, limit = cases[device]
     tokens, labels, _ = batch(WIDE, lengths)
     given = tokens.to(device), labels.to(device), SequenceParallel(device=device).context(list(lengths))
 
