@@ -33,6 +33,8 @@ __all__ = [
     "shipped_configs",
 ]
 
+LARGEST_SEED = 2**63 - 1  # that torch takes
+
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
@@ -284,7 +286,7 @@ class Config:
                      "optim.warmup_steps", "optim.weight_decay", "run.seed", "optim.clip_grad_norm",
                      "checkpoint.interval", "log.validation_interval", "profile.start"):  # fmt: skip
             _require(self._get(path) >= 0, f"{path}={self._get(path)}: use 0 or more")
-        for path, most in (("run.seed", 2**63 - 1), ("train.timeout_s", 10**9)):
+        for path, most in (("run.seed", LARGEST_SEED), ("train.timeout_s", 10**9)):
             _require(self._get(path) <= most, f"{path}={self._get(path)}: use {most} or less")
         for path in ("run.dir", "checkpoint.resume"):
             _require(self._get(path) != "", f"{path} is empty: leave it out for the default, {Config()._get(path)}")

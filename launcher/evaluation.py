@@ -72,9 +72,14 @@ def evaluate(stored: StoredModel, config: Config, mesh: Mesh, lengths: Sequence[
     lengths = sorted(set(lengths))
     stream = _held_out(config, lengths[-1])
     decide(lambda: stored.check_corpora([corpus.prefix for corpus in stream.corpora]))
-    evaluation = Evaluation(stored, config, mesh)
     drawn = [stream.sample(index) for index in range(samples)]
     work = {length: list(cut(drawn, length, stream.corpora, config.data.respect_documents)) for length in lengths}
+    if not work[lengths[-1]]:  # nor in parts that are shorter
+        raise UserError(
+            f"--lengths {lengths[-1]}, --samples {samples}: nothing follows any of these tokens in its document; use"
+            " longer or more samples"
+        )
+    evaluation = Evaluation(stored, config, mesh)
     progress = _Progress(sum(_tokens(part.sample) for parts in work.values() for part in parts), mesh.is_main)
     ends = row_ends(lengths[-1], min(FIRST_ROW, lengths[0]))
     records = []

@@ -212,6 +212,21 @@ def test_what_does_not_fit_is_one_line(runs, capsys, arguments, said):
         torch.distributed.destroy_process_group()
 
 
+def test_samples_in_which_nothing_follows_are_refused(runs, tmp_path, capsys):
+    """The first of one token each is the last token of the only document."""
+    (tmp_path / "text.txt").write_text("a\n")
+    prepare([tmp_path / "text.txt"], tmp_path / "one", progress=lambda line: None)
+    arguments = ["evaluate", str(runs["folder"] / "run"), "--corpora", str(tmp_path / "one"), "--lengths", "1"]
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--samples", "1"])
+    assert capsys.readouterr().err.strip() == (
+        "longspan: error: --lengths 1, --samples 1: nothing follows any of these tokens in its document; use longer or"
+        " more samples"
+    )
+    cli.main([*arguments, "--samples", "3"])
+    assert re.search(r"^labels +2$", capsys.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_exported_weights_are_the_run(runs, ranks):
     run, weights = (runs[f"{name} on {ranks}, corpus"] for name in ("run", "weights"))

@@ -65,7 +65,8 @@ def test_draw_follows_temperature_and_top_p():
     torch.testing.assert_close(shares(1, 1), logits.exp().float(), atol=0.03, rtol=0)
     torch.testing.assert_close(shares(1, 0.6), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
     torch.testing.assert_close(shares(0.5, 1)[0], torch.tensor(0.25 / 0.365), atol=0.03, rtol=0)
-    assert shares(1, 1e-9, 20)[0] == shares(0, 1, 20)[0] == 1
+    assert shares(1, 1e-9, 20)[0] == shares(0, 1, 20)[0] == shares(1e-310, 1, 20)[0] == 1
+    torch.testing.assert_close(shares(float("inf"), 1), torch.full((4,), 0.25), atol=0.03, rtol=0)
 
 
 def test_bytes_come_back_as_text():
@@ -88,6 +89,8 @@ def test_cast_leaves_gates_as_they_are(run):
         (["--temperature", "-1"], "--temperature -1.0: use 0 or more"),
         (["--top-p", "0"], "--top-p 0.0: use a share above 0"),
         (["--tokens", "0"], "--tokens 0: use 1 or more"),
+        (["--seed", "-1"], "--seed -1: use 0 to 9223372036854775807"),
+        (["--seed", str(2**64)], "--seed 18446744073709551616: use 0 to 9223372036854775807"),
         (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: cannot be read"),
         (["--tokenizer", "nowhere.json"], "tokenizer nowhere.json: no such file"),
     ],
