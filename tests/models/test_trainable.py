@@ -181,22 +181,27 @@ WIDE = replace(
     ],
 )
 def test_gradients_of_kernels_are_those_of_the_whole_model(train, freeze, options, device, monkeypatch):
-    """In bf16, on the CPU in fp32 and with fewer tokens."""
+    """In bf16, where kernels may add up in another order every time; on the CPU in fp32 and with fewer tokens."""
     monkeypatch.setattr(offload, "LEAST_BYTES", 0)
     cases = {"cuda": ((517, 1, 131), torch.bfloat16, 3e-2), "cpu": ((67, 1), torch.float32, 1e-4)}
     lengths, dtype, limit = cases[device]
     tokens, labels, _ = batch(WIDE, lengths)
     given = tokens.to(device), labels.to(device), SequenceParallel(device=device).context(list(lengths))
 
-    def found(trainable, **options):
-        return gradients_of(cast(fresh(WIDE).float(), dtype).to(device), given, trainable, **options)
+    def found(trainable):
+        return gradients_of(cast(fresh(WIDE).float(), dtype).to(device), given, trainable, **OPTIONS[options])
 
     trainable = Trainable(tuple(train), tuple(freeze))
-    (loss, wanted), (some_loss, some) = (found(which, **OPTIONS[options]) for which in (ALL, trainable))
+    (loss, wanted), (_, again), (some_loss, some) = map(found, (ALL, ALL, trainable))
     assert some.keys() == set(trainable.names(build_model(WIDE)))
     assert some_loss == pytest.approx(loss, rel=limit)
-    errors = {name: ((some[name] - wanted[name]).float().norm() / wanted[name].float().norm()).item() for name in some}
-    assert all(error <= limit for error in errors.values()), {name: x for name, x in errors.items() if not x <= limit}
+    noise, errors = ({name: difference(x[name], wanted[name]) for name in some} for x in (again, some))
+    assert all(errors[name] <= max(limit, 4 * noise[name]) for name in some), (errors, noise)
+    assert sum(noise[name] > limit for name in some) <= 0.1 * len(some), noise
+
+
+def difference(x, wanted):
+    return ((x - wanted).float().norm() / wanted.float().norm()).item()
 
 
 def saved(config, trainable, **options):
