@@ -152,9 +152,9 @@ def test_memory_is_that_of_this_gpu(monkeypatch, name, major, kind):
 
 
 LONG = (
-    *SMALL[1:], "model.num_heads=4", "model.num_kv_heads=4", "model.loss_chunk=8192", "data.seq_len=128K", "data.respect_documents=false",
-    "data.validation_fraction=0", "train.global_batch=1", "train.steps=2", "checkpoint.interval=0",
-    "checkpoint.at_end=false",
+    *SMALL[1:], "model.num_heads=4", "model.num_kv_heads=4", "model.loss_chunk=8192", "data.seq_len=128K",
+    "data.respect_documents=false", "data.validation_fraction=0", "train.global_batch=1", "train.steps=2",
+    "checkpoint.interval=0", "checkpoint.at_end=false",
 )  # fmt: skip
 
 
