@@ -198,7 +198,8 @@ def test_other_corpora_and_settings(runs, capsys):
         (["--lengths", "2M"], "--lengths 2097152: .*is longer than the validation documents"),
         (["--corpora", "nowhere"], "corpus nowhere: there is no such corpus"),
         (["model.num_layers=3"], "model.num_layers is 2 there and 3 here"),
-        (["parallel.tp=2"], "parallel.tp are for training"),
+        (["parallel.tp=2"], "parallel.tp is for training: all ranks share every sequence and the parameters"),
+        (["parallel.engine=ddp"], "parallel.engine is for training"),
         (["--output", "/proc/none/x.json", "--samples", "1"], "--output /proc/none/x.json: cannot be written"),
     ],
 )
