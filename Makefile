@@ -4,6 +4,7 @@ VENV ?= .venv
 RUN_DIR ?= runs/quickstart
 ARGS ?=
 JOBS ?= 2
+GPU_JOBS ?= 8
 
 # Without an NVIDIA GPU: PyTorch's CPU build, which does not come with gigabytes of CUDA packages.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
@@ -24,11 +25,11 @@ help:
 	@echo 'make train     train configs/quickstart.yaml on 2 CPU ranks; ARGS="optim.lr=1e-3 --steps 50" changes settings'
 	@echo 'make test      run the tests, JOBS=2 files at a time, without what takes longest'
 	@echo 'make test-all  run all tests: also of benchmarks, SLURM, eight ranks'
-	@echo 'make gpu-test  run the tests that need a CUDA GPU'
+	@echo 'make gpu-test  run the tests that need a CUDA GPU, those of kernels in GPU_JOBS=8 processes'
 	@echo 'make lint      check the style of the code'
 	@echo 'make clean     remove the virtual environment, the quickstart corpus and caches; runs/ stays'
 	@echo
-	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) RUN_DIR=$(RUN_DIR) JOBS=$(JOBS)'
+	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) RUN_DIR=$(RUN_DIR) JOBS=$(JOBS) GPU_JOBS=$(GPU_JOBS)'
 
 train: $(INSTALLED) $(CORPUS).idx
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 launcher/train.py \
@@ -43,8 +44,12 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+# Tests of kernels take as long as it takes to compile these. Others have processes that wait for each other on the GPU.
 gpu-test: $(INSTALLED)
-	$(BIN)/pytest -q -m gpu
+	@failed=; \
+	$(BIN)/pytest -q -m gpu --ignore tests/kernels || failed=1; \
+	$(BIN)/pytest -q -m gpu -n $(GPU_JOBS) --dist worksteal tests/kernels || failed=1; \
+	test -z "$$failed"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

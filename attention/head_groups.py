@@ -1,7 +1,8 @@
 """Softmax attention of some heads after the others: what travels and what is summed exists for those alone.
 
 Heads know nothing of one another, so that nothing is computed or sent twice and every head gets the bits that it gets
-among all others, where kernels are deterministic. Calls and messages are smaller.
+among all others, where kernels add up in an order that does not go by the number of heads. Calls and messages are
+smaller.
 """
 
 from collections.abc import Iterable

@@ -36,6 +36,9 @@ from longspan.models.parallelize import parallelize
 from longspan.parallel.mesh import Mesh, build_mesh
 
 PROGRESS_SECONDS = 5.0
+# Of parallel: how ranks share sequences and parameters, whatever the run did.
+SHARED = {"sp": 0, "tp": 1, "engine": "fsdp2", "sharding": "fsdp", "zero_stage": 3, "zero_offload_optimizer": False,
+          "zero_offload_parameters": False}  # fmt: skip
 FIRST_ROW = 256  # most positions of the first row of the table; every next row ends at twice the position
 
 
@@ -72,9 +75,14 @@ def evaluate(stored: StoredModel, config: Config, mesh: Mesh, lengths: Sequence[
     lengths = sorted(set(lengths))
     stream = _held_out(config, lengths[-1])
     decide(lambda: stored.check_corpora([corpus.prefix for corpus in stream.corpora]))
-    evaluation = Evaluation(stored, config, mesh)
     drawn = [stream.sample(index) for index in range(samples)]
     work = {length: list(cut(drawn, length, stream.corpora, config.data.respect_documents)) for length in lengths}
+    if not work[lengths[-1]]:  # nor in parts that are shorter
+        raise UserError(
+            f"--lengths {lengths[-1]}, --samples {samples}: nothing follows any of these tokens in its document; use"
+            " longer or more samples"
+        )
+    evaluation = Evaluation(stored, config, mesh)
     progress = _Progress(sum(_tokens(part.sample) for parts in work.values() for part in parts), mesh.is_main)
     ends = row_ends(lengths[-1], min(FIRST_ROW, lengths[0]))
     records = []
@@ -94,14 +102,16 @@ def evaluation_config(stored: StoredModel, overrides: Sequence[str], corpora: Se
     """The settings of the model's run, changed by key=value words. Ranks share sequences and nothing else. UserError
     for what does not fit, also where the run kept nothing for validation and no corpora are given."""
     config = stored.config
-    parallel = replace(config.parallel, sp=0, tp=1, engine="fsdp2", sharding="fsdp", zero_stage=3,
-                       zero_offload_optimizer=False, zero_offload_parameters=False)  # fmt: skip
+    parallel = replace(config.parallel, **SHARED)
     optim = replace(config.optim, train=[], freeze=[])
     config = changed(replace(config, parallel=parallel, optim=optim), overrides)
     if config.model.task != "text":
         raise UserError(f"{stored.path} holds a model of model.task={config.model.task}; perplexity is of text")
-    if (config.parallel.sp, config.parallel.tp) != (0, 1):
-        raise UserError("parallel.sp and parallel.tp are for training: all ranks share every sequence; leave them out")
+    for name, value in SHARED.items():
+        if getattr(config.parallel, name) != value:
+            raise UserError(
+                f"parallel.{name} is for training: all ranks share every sequence and the parameters; leave it out"
+            )
     if corpora:
         named = [CorpusConfig(path=path) for path in corpora]
         config.data = replace(config.data, corpora=named, validation_corpora=[], validation_fraction=0.0)

@@ -10,6 +10,7 @@ from longspan.launcher.environment import choose_device
 from longspan.launcher.errors import UserError
 from longspan.launcher.stored_models import cast, changed, open_model
 from longspan.launcher.tokenizer import load_tokenizer
+from longspan.launcher.validation import LARGEST_SEED
 from longspan.parallel import SequenceParallel
 
 
@@ -24,8 +25,8 @@ def generate_run(
     overrides: key=value settings. UserError for what does not fit.
     """
     for name, value, fits in (
-        ("tokens", tokens, tokens >= 1), ("seed", seed, seed >= 0), ("temperature", temperature, temperature >= 0),
-        ("top-p", top_p, 0 < top_p <= 1),
+        ("tokens", tokens, tokens >= 1), ("seed", seed, 0 <= seed <= LARGEST_SEED),
+        ("temperature", temperature, temperature >= 0), ("top-p", top_p, 0 < top_p <= 1),
     ):  # fmt: skip
         if not fits:
             raise UserError(f"--{name} {value}: use {ALLOWED[name]}")
@@ -65,7 +66,10 @@ def generate_run(
     print()
 
 
-ALLOWED = {"tokens": "1 or more", "seed": "0 or more", "temperature": "0 or more", "top-p": "a share above 0, up to 1"}
+ALLOWED = {
+    "tokens": "1 or more", "seed": f"0 to {LARGEST_SEED}", "temperature": "0 or more",
+    "top-p": "a share above 0, up to 1",
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -88,7 +92,8 @@ def draw(logits: torch.Tensor, temperature: float, top_p: float, chance: torch.G
     """A token id, from logits [V]."""
     if temperature == 0:
         return int(logits.argmax())
-    shares, order = (logits / temperature).softmax(0).sort(descending=True, stable=True)
+    scores = (logits - logits.max()) / temperature  # 0 for the likeliest, however low the temperature
+    shares, order = scores.softmax(0).sort(descending=True, stable=True)
     shares[shares.cumsum(0) - shares >= top_p] = 0  # what the likelier ones have is enough
     return int(order[torch.multinomial(shares, 1, generator=chance)])
 

@@ -38,6 +38,14 @@ def fixed_seed():
 
 
 @pytest.fixture(autouse=True)
+def memory_for_others(request):
+    """A GPU's memory that a test has used is there for the other processes that test on it."""
+    yield
+    if "gpu" in request.keywords:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def log_as_it_was():
     """Commands of `longspan` that a test calls make the log their own; others look at what pytest catches of it."""
     log = logging.getLogger("longspan")

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import LENGTHS, layouts
+from one_gpu import through_host
 from oracles import softmax_attention as full_matrix
 from oracles import with_gradients
 from parity import disagreements, run_share
@@ -52,30 +53,45 @@ def merge_head_by_head(out_acc, lse_acc, out, lse, rows=None):
         out_acc[rows, head : head + 1], lse_acc[rows, head : head + 1] = parts
 
 
-def run_cases(rank, world_size):
+def run_cases(rank, world_size, device="cpu"):
     """Shares of every case by the number of groups."""
-    softmax_passes.merge, results = merge_head_by_head, []
+    results = []
+    if device == "cpu":
+        softmax_passes.merge = merge_head_by_head
     topology = Topology(2, world_size // 2) if world_size % 2 == 0 else Topology(1, world_size)
     for heads, mask, name, layout_name, strategy, dtype in CASES:
         inputs, grad_out = inputs_of(heads, LENGTHS[name], dtype)
-        shares = {}
+        inputs, grad_out, shares = {name: x.to(device) for name, x in inputs.items()}, grad_out.to(device), {}
         for groups in GROUPS:
             parallel = SequenceParallel(
-                dist.group.WORLD, softmax=strategy, head_groups=groups, topology=topology, token_cap=3.0
+                dist.group.WORLD, softmax=strategy, head_groups=groups, topology=topology, token_cap=3.0, device=device
             )
             seq = parallel.context(layouts(LENGTHS[name], world_size)[layout_name])
 
             def grouped(*, layout, seq=seq, **kwargs):
                 return softmax_attention(seq=seq, **kwargs)
 
-            shares[groups] = run_share(grouped, inputs, grad_out, seq.layout, rank, **MASKS[mask])
+            with through_host():
+                share = run_share(grouped, inputs, grad_out, seq.layout, rank, **MASKS[mask])
+            shares[groups] = {name: x.cpu() for name, x in share.items()}
         results.append(shares)
     return results
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_groups_are_exact_and_equal_to_the_bit(world_size):
-    ranks = run_ranks(run_cases, world_size, timeout=240)
+    check(run_ranks(run_cases, world_size, timeout=240), world_size, bits=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_groups_are_exact_on_one_gpu(world_size):
+    """Bits are those of other sums there: libraries choose by the number of heads how they divide their work."""
+    check(run_ranks(run_cases, world_size, "cuda:0", timeout=240), world_size, bits=False)
+
+
+def check(ranks, world_size, bits):
+    """bits: whether every number of groups gives the same."""
     problems = []
     for n, (heads, mask, name, layout_name, strategy, dtype) in enumerate(CASES):
         case, layout = f"{heads}-{mask}-{name}-{layout_name}-{strategy}-{dtype}", layouts(LENGTHS[name], world_size)
@@ -85,10 +101,40 @@ def test_groups_are_exact_and_equal_to_the_bit(world_size):
         for groups in GROUPS:
             shares = [results[n][groups] for results in ranks]
             problems += disagreements(f"{case} {groups}", shares, layout[layout_name], exact, dtype, limits)
+            if not bits:
+                continue
             for share, once in zip(shares, (results[n][1] for results in ranks)):
                 different = [key for key in once if not torch.equal(share[key], once[key])]
                 problems += [f"{case}: {groups} groups change {different}"] * bool(different)
     assert not problems, f"{len(problems)} problems\n" + "\n".join(problems)
+
+
+# Memory on a GPU; what is held on CPUs: test_softmax_memory.py.
+
+LARGE = 6001  # tokens of a rank, with 16 heads of 128 for each of which backward passes hold fp32 numbers
+
+
+def held_on_gpu(rank, world_size):
+    """The most bytes that the backward pass allocates beside what is there, by the number of groups."""
+    torch.cuda.set_device(0)
+    layout, peaks = zigzag((world_size * LARGE,), world_size), {}
+    for groups in GROUPS:
+        seq = SequenceParallel(dist.group.WORLD, softmax="ring", head_groups=groups, device="cuda").context(layout)
+        for _ in range(2):  # in the first libraries make what they keep
+            q, k, v = (torch.randn(LARGE, 16, 128, device="cuda", dtype=BF16).requires_grad_() for _ in range(3))
+            with through_host():
+                out = softmax_attention(q, k, v, seq=seq)
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+            peaks[groups] = torch.cuda.max_memory_allocated() - before
+    return peaks
+
+
+@pytest.mark.gpu
+def test_groups_hold_less_on_one_gpu():
+    for peaks in run_ranks(held_on_gpu, 2, timeout=120):
+        assert peaks[4] < 0.7 * peaks[1] and peaks[4] < peaks[2] < 0.9 * peaks[1], peaks
 
 
 # How many groups, and what is refused.

@@ -1,6 +1,7 @@
 """Host memory for tensors that wait: given out again, never more than was in use at a time, and as laid out as they."""
 
 import os
+import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from devices import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +53,7 @@ def test_no_more_is_held_than_was_in_use_at_a_time(steps):
             memory.give_back(buffer)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: x.transpose(0, 2), lambda x: x[:, ::2], lambda x: x[:0]])
 def test_copies_are_laid_out_as_tensors(device, make):
     x = make(torch.randn(70, 30, 50, device=device).bfloat16())
@@ -89,9 +91,10 @@ def test_buffers_given_back_while_others_are_counted(monkeypatch):
     assert len(memory.take(64 * MIB)) == memory.held  # of nobody else's
 
 
-def test_threads_that_take_buffers_at_once(monkeypatch):
+@pytest.mark.parametrize("device", DEVICES)
+def test_threads_that_take_buffers_at_once(device, monkeypatch):
     """A thread that runs a backward recomputes, and keeps, while another one runs a forward."""
-    memory, both = HostBuffers(pinned=False), Barrier(2)
+    memory, both = HostBuffers(pinned=device == "cuda"), Barrier(2)
     for buffer in [memory.take(2 * MIB) for _ in range(5)]:
         memory.give_back(buffer)
     allocate = host_buffers._allocate
@@ -105,6 +108,32 @@ def test_threads_that_take_buffers_at_once(monkeypatch):
     with ThreadPoolExecutor(2) as threads:
         buffers = list(threads.map(memory.take, [4 * MIB, 8 * MIB]))
     assert memory.held == sum(map(len, buffers)) == 12 * MIB
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_threads_get_back_what_they_have_copied(device):
+    """Buffers go from one thread to the other while copies from them are under way, and are freed now and then."""
+    memory, stream = HostBuffers(pinned=device == "cuda"), torch.cuda.Stream() if device == "cuda" else None
+
+    def copy(thread):
+        chance, found = random.Random(thread), []
+        with torch.cuda.stream(stream):  # None: nothing
+            for number in range(20):
+                size, value = chance.randrange(1, 5 * MIB), (thread + 2 * number) % 251
+                there = torch.full((size,), value, dtype=torch.uint8, device=device)
+                buffer = memory.take(size)
+                here, again = buffer[:size], torch.empty_like(there)
+                for target, source in ((here, there), (again, here)):
+                    target.copy_(source, non_blocking=True)
+                memory.give_back(buffer)
+                found.append((again, value))
+            if stream:
+                stream.synchronize()
+        return [value for again, value in found if not bool((again == value).all())]
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(copy, [0, 1])) == [[], []]
+    assert 0 < memory.held <= 2 * buffer_size(5 * MIB)
 
 
 class Cuda:

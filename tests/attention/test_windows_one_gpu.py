@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import LENGTHS, layouts
+from devices import telling
 from sparse_oracle import sparse_attention as definition
 from sparse_variants import SMALL, random_lists
 from spawn import run_ranks
@@ -221,7 +222,7 @@ def test_the_same_as_by_the_group(world_size):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", telling(2, rest=[3, 4]))
 def test_the_same_as_by_the_group_on_one_gpu(world_size):
     names = [*CASES]
     check(world_size, "cuda:0", names if world_size == 2 else names[world_size % 2 :: 2])

@@ -37,18 +37,24 @@ def tiny_config(corpus: Path, run_dir: Path, *settings: str) -> Config:
     return Config.load(None, [*SETTINGS, data, f"run.dir={run_dir}", *settings])
 
 
-def train(config: Config) -> list[dict]:
-    """Runs `config` on the ranks of the process group; this rank's result is the rows of metrics.jsonl."""
-    trainer = start(config)
-    trainer.train()
-    trainer.close()
+CPU = torch.device("cpu")
+
+
+def train(config: Config, device: torch.device = CPU) -> list[dict]:
+    """Runs `config` on the ranks of the process group, or on this process where there is none; this rank's result is
+    the rows of metrics.jsonl."""
+    trainer = start(config, device)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
     torch.distributed.barrier()  # rank 0 has written the file
     return rows(Path(config.run.dir))
 
 
-def start(config: Config, **options) -> Trainer:
+def start(config: Config, device: torch.device = CPU, **options) -> Trainer:
     mesh = build_mesh(
-        sp=config.parallel.sp, sharding=config.parallel.mesh_sharding, device=torch.device("cpu"), timeout_s=60,
+        sp=config.parallel.sp, sharding=config.parallel.mesh_sharding, device=device, timeout_s=60,
         tp=config.parallel.tp,
     )  # fmt: skip
     return Trainer(config, mesh, **options)

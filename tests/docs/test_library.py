@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from devices import DEVICES
 from pages import ROOT, blocks
 from spawn import run_ranks
 
@@ -22,7 +23,8 @@ def losses(printed):
 
 
 def run_program(rank, world_size, program):
-    """What the program prints on ranks that are there already."""
+    """What the program prints on ranks that are there already, of CPUs."""
+    torch.cuda.is_available = lambda: False
     dist.init_process_group = dist.destroy_process_group = lambda *_: None
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(program, {"__name__": "own_model"})
@@ -38,16 +40,22 @@ def on_one_rank():
     return on_ranks(PROGRAM, 1)
 
 
-def test_torchrun_prints_what_the_page_says(on_one_rank, tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_torchrun_prints_what_the_page_says(on_one_rank, tmp_path, device):
     (tmp_path / "own_model.py").write_text(PROGRAM)
-    command, script = PROGRAM.splitlines()[0].partition("torchrun ")[2].split(), [sys.executable, "-m"]
+    command, script = PROGRAM.splitlines()[0].partition("torchrun ")[2], [sys.executable, "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif torch.cuda.device_count() < 2:
+        command = command.replace("--nproc-per-node 2", "--nproc-per-node 1")
     done = subprocess.run(
-        [*script, "torch.distributed.run", *command], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [*script, "torch.distributed.run", *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = losses(done.stdout)
-    assert len(found) == 10 and found == pytest.approx(on_one_rank, rel=1e-5)
+    assert len(found) == 10 and found == pytest.approx(on_one_rank, rel=1e-5 if device == "cpu" else 1e-3)
     assert (f"{found[0]:.2f}", f"{found[-1]:.2f}") == re.search(r"from (\S+) to (\S+) \(", PAGE.read_text()).groups()
 
 

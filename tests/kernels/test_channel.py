@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import forms
 import pytest
 import torch
+from devices import telling
 from interpreted import compilations
 
 from longspan.attention.outline.linear import Linear
@@ -205,8 +206,8 @@ class TestOnGpu:
         return Spans(edges, (3, 5), (3, 5), (3,))
 
     @pytest.mark.parametrize("strength", STRENGTHS)
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
-    @pytest.mark.parametrize("size", [64, 128, 256])
+    @pytest.mark.parametrize("dtype", telling(torch.bfloat16, rest=[torch.float32, torch.float16]), ids=str)
+    @pytest.mark.parametrize("size", telling(128, rest=[64, 256]))
     def test_sizes(self, size, dtype, strength):
         fits(dtype, size)
         spans = self.spans(1000 if size < 256 else 200)
@@ -218,8 +219,10 @@ class TestOnGpu:
             spans = Spans((0, length), (0,), (0,), (0,))
             check(spans, "medium", dtype, key_size=128, value_size=128, device="cuda")
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-    @pytest.mark.parametrize("sizes", [(5, 3), (16, 256), (256, 16), (32, 64), (100, 200), (20, 128)], ids=str)
+    @pytest.mark.parametrize("dtype", telling(torch.bfloat16, rest=[torch.float32]), ids=str)
+    @pytest.mark.parametrize(
+        "sizes", telling((20, 128), rest=[(5, 3), (16, 256), (256, 16), (32, 64), (100, 200)]), ids=str
+    )
     def test_table_rows(self, sizes, dtype):
         fits(dtype, *sizes)
         for strength in ("medium", "spiky"):

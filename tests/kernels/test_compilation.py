@@ -105,7 +105,8 @@ def test_kernels_for_hopper_compile(tmp_path):
         assert not kernel["serialized"] and not kernel["overwritten"], kernel
 
 
-@pytest.mark.gpu  # minutes, and what matters is the assembler that comes with the GPU machine's Triton
+@pytest.mark.gpu
+@pytest.mark.slow  # minutes, and what matters is the assembler that comes with the GPU machine's Triton
 @pytest.mark.parametrize(("dtype", "width"), REST)
 def test_all_widths_compile(dtype, width, tmp_path):
     check(compiled(tmp_path, dtype, width))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import forms
 import pytest
 import torch
+from devices import telling
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.kernels.linear.chunked import Chunked
@@ -239,8 +240,10 @@ def test_what_is_kept_and_held_is_what_estimates_of_memory_count(monkeypatch, de
 class TestOnGpu:
     pytestmark = pytest.mark.gpu
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-    @pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (256, 256), (128, 64), (64, 256), (20, 70)], ids=str)
+    @pytest.mark.parametrize("dtype", telling(torch.bfloat16, rest=[torch.float32]), ids=str)
+    @pytest.mark.parametrize(
+        "sizes", telling((128, 128), rest=[(64, 64), (256, 256), (128, 64), (64, 256), (20, 70)]), ids=str
+    )
     @pytest.mark.parametrize("decay", DECAYS, ids=str)
     def test_equals_fp64(self, decay, sizes, dtype):
         """Against the chunked form in fp64, which the CPU tests hold to the recurrence."""
@@ -266,16 +269,19 @@ class TestOnGpu:
             for name, x in forms.run_form(form, tables, *inputs, SCALE).items():
                 assert x is None or torch.equal(x, actual[name]), f"{name} differs from run to run"
 
-    @pytest.mark.parametrize("decay", DECAYS, ids=str)
-    def test_where_nothing_travels(self, decay):
-        """On Hopper sums and sweep of a gate are one launch then: many splits to a document, and again in a graph."""
+    @pytest.mark.parametrize(
+        "decay, heads", [*((decay, 3) for decay in DECAYS), *((decay, 303) for decay in ("medium", "weak"))], ids=str
+    )
+    def test_where_nothing_travels(self, decay, heads):
+        """On Hopper sums and sweep of a gate are one launch then: many splits to a document, and again in a graph. With
+        more heads than an H200 runs programs at a time none of these may wait for one that has not begun."""
         form, chunk = fused()
-        spans = Spans((0, 1, 2, 1300, 1301, 5400))
-        given = forms.random_inputs(spans, 3, 128, 128, decay, 0, device="cuda", dtype=torch.bfloat16)
+        spans = Spans((0, 1, 2, 1300, 1301, 5400) if heads == 3 else (0, 1, 2, 300, 301, 900))
+        given = forms.random_inputs(spans, heads, 128, 128, decay, 0, device="cuda", dtype=torch.bfloat16)
         if decay == "fixed":  # of unlike reach
             given[0]["log_decay"] = torch.tensor([0.0, -2.0, -0.02], device="cuda")
         elif decay == "medium":  # heads remember none, one and more splits of 512
-            given[0]["log_decay"] *= torch.tensor([5.0, 0.6, 0.025], device="cuda")
+            given[0]["log_decay"] *= torch.tensor([5.0, 0.6, 0.025], device="cuda").repeat(heads // 3)
         exact = {name: x if x is None else x.double() for name, x in given[0].items()}
         exact = exact, *(x.double() for x in given[1:])
         tables = Chunked.tables(spans).map(lambda x: x.cuda())
@@ -295,7 +301,7 @@ class TestOnGpu:
                 for name, x in actual.items():
                     assert x is None or torch.equal(x, replayed[name]), f"{name} differs from run to run"
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize("dtype", telling(torch.bfloat16, rest=[torch.float32]), ids=str)
     @pytest.mark.parametrize("split", [70 * 64, 512])
     @pytest.mark.parametrize("decay", ["fixed", "scalar"])
     def test_forgetting(self, decay, split, dtype):

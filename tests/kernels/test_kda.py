@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import forms
 import pytest
 import torch
+from devices import telling
 from interpreted import compilations
 
 from longspan.kernels.linear import choose_form
@@ -189,8 +190,10 @@ def test_what_the_kernels_take():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 1000, 4100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("sizes", [(16, 16), (32, 32), (64, 64), (128, 128), (128, 64), (16, 128), (96, 100)], ids=str)
+@pytest.mark.parametrize("dtype", telling(torch.bfloat16, rest=[torch.float32]), ids=str)
+@pytest.mark.parametrize(
+    "sizes", telling((128, 128), rest=[(16, 16), (32, 32), (64, 64), (128, 64), (16, 128), (96, 100)]), ids=str
+)
 def test_on_a_gpu(sizes, dtype, num_tokens):
     """Also that a second run gives the same, bit by bit."""
     for spans, strength in zip(forms.documents(num_tokens) * 3, STRENGTHS):

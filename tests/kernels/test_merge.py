@@ -79,6 +79,7 @@ class TestOnGpu:
     def test_fused_equals_naive(self, shape, dtype):
         check_twins(merge, "cuda", *shape, dtype)
 
+    @pytest.mark.slow
     def test_more_than_two_billion_elements(self):
         num_rows = 2**31 // (16 * 128) + 5
         out_acc = torch.zeros(num_rows, 16, 128, device="cuda")

@@ -166,6 +166,7 @@ class TestOnGpu:
             counts.append(compilations(norm_kernel, norm_backward_kernel))
         assert len(set(counts)) == 1
 
+    @pytest.mark.slow
     def test_more_than_two_billion_elements(self):
         rows = 2**31 // 2048 + 70
         x = torch.zeros(rows, 2048, device="cuda", dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import DEVICES
 
 from longspan.kernels import peer_triton
 
@@ -33,7 +34,7 @@ class Ranks:
         return out, out_y
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def ranks(request, monkeypatch):
     if request.param == "cpu":  # fewer programs for the interpreter, and several blocks each
         monkeypatch.setattr(peer_triton, "PARTS", 2)

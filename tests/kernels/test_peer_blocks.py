@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from devices import DEVICES
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from longspan.kernels.sparse import peers_triton  # noqa: E402
@@ -12,7 +13,7 @@ from longspan.kernels.sparse.peer_windows import window_bytes  # noqa: E402
 RANKS = 3
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     if request.param == "cpu":
         monkeypatch.setattr(peers_triton, "WORDS", 256)  # several tiles of a rank, and several turns of a block

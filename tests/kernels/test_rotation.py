@@ -122,6 +122,7 @@ class TestOnGpu:
             counts.append(compilations(rotate_kernel, norm_rotate_backward_kernel))
         assert len(set(counts)) == 1
 
+    @pytest.mark.slow
     def test_more_than_two_billion_elements(self):
         x = torch.zeros(2**31 // 2048 + 9, 16, 128, device="cuda", dtype=torch.bfloat16)
         x[-9:] = torch.randn(9, 16, 128, device="cuda")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import telling
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plan_cases import BESIDE, CASES, LIMITS, SCALE, check, make, make_beside
@@ -374,9 +375,9 @@ def test_long_lists_by_key_block(rows, words, monkeypatch):
 class TestOnGpu:
     pytestmark = pytest.mark.gpu
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-    @pytest.mark.parametrize("dim", [64, 128])
-    @pytest.mark.parametrize("blocks", [(128, 64), (128, 128), (64, 64), (64, 16), (16, 16)], ids=str)
+    @pytest.mark.parametrize("dtype", telling(torch.bfloat16, rest=[torch.float16, torch.float32]), ids=str)
+    @pytest.mark.parametrize("dim", telling(128, rest=[64]))
+    @pytest.mark.parametrize("blocks", telling((128, 64), (16, 16), rest=[(128, 128), (64, 64), (64, 16)]), ids=str)
     @pytest.mark.parametrize("heads", [(1, 4, 4), (2, 8, 2), (8, 8, 2)], ids=str)
     def test_equals_the_definition(self, heads, blocks, dim, dtype):
         if dtype == torch.float32 and dim > 64:
@@ -388,8 +389,8 @@ class TestOnGpu:
             first, again = check(fused, *given), check(fused, *given)
             assert all(torch.equal(x, y) for x, y in zip(first, again)), "differs from run to run"
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-    @pytest.mark.parametrize("blocks", [(128, 64), (64, 128), (32, 16)], ids=str)
+    @pytest.mark.parametrize("dtype", telling(torch.bfloat16, rest=[torch.float32]), ids=str)
+    @pytest.mark.parametrize("blocks", telling((128, 64), rest=[(64, 128), (32, 16)]), ids=str)
     @pytest.mark.parametrize("name", RULES)
     def test_rules(self, name, blocks, dtype):
         check(fused, *make_rule(name, "cuda", dtype, 64, (0, 1, 700, 1500), blocks))

@@ -84,6 +84,7 @@ class TestOnGpu:
             counts.append(compilations(swiglu_kernel))
         assert len(set(counts)) == 1
 
+    @pytest.mark.slow
     def test_more_than_two_billion_elements(self):
         gate = torch.zeros(2**31 // 4096 + 9, 4096, device="cuda", dtype=torch.bfloat16)
         gate[-9:] = torch.randn(9, 4096, device="cuda")

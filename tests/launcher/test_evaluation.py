@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from spawn import run_ranks
 from tiny_runs import tiny_config, train, write_corpus
 
@@ -73,6 +74,22 @@ def test_ranks_change_nothing(runs):
         for row, other in zip(one["by_position"], two["by_position"], strict=True):
             assert other["loss"] == (row["loss"] and pytest.approx(row["loss"], rel=1e-5))
             assert (other["start"], other["stop"], other["labels"]) == (row["start"], row["stop"], row["labels"])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["run", "weights"])
+def test_devices_change_nothing(runs, tmp_path, name, device):
+    """Of the command, which sees to the device itself."""
+    output, limit = tmp_path / "found.json", 1e-6 if device == "cpu" else 1e-4
+    cli.main(["evaluate", str(runs["folder"] / name), f"run.device={device}", "--samples", "4", "--corpora",
+              str(runs["corpus"]), "--lengths", *map(str, LENGTHS), "--output", str(output)])  # fmt: skip
+    found = json.loads(output.read_text())["lengths"]
+    for one, other in zip(found, runs["run on 1, corpus"]["lengths"], strict=True):
+        assert (one["length"], one["labels"]) == (other["length"], other["labels"])
+        assert one["loss"] == pytest.approx(other["loss"], rel=limit)
+        for row, same in zip(one["by_position"], other["by_position"], strict=True):
+            assert row["labels"] == same["labels"]
+            assert row["loss"] == (same["loss"] and pytest.approx(same["loss"], rel=limit))
 
 
 def test_every_length_predicts_the_same_tokens_in_every_row(runs):
@@ -181,7 +198,8 @@ def test_other_corpora_and_settings(runs, capsys):
         (["--lengths", "2M"], "--lengths 2097152: .*is longer than the validation documents"),
         (["--corpora", "nowhere"], "corpus nowhere: there is no such corpus"),
         (["model.num_layers=3"], "model.num_layers is 2 there and 3 here"),
-        (["parallel.tp=2"], "parallel.tp are for training"),
+        (["parallel.tp=2"], "parallel.tp is for training: all ranks share every sequence and the parameters"),
+        (["parallel.engine=ddp"], "parallel.engine is for training"),
         (["--output", "/proc/none/x.json", "--samples", "1"], "--output /proc/none/x.json: cannot be written"),
     ],
 )
@@ -195,6 +213,21 @@ def test_what_does_not_fit_is_one_line(runs, capsys, arguments, said):
         torch.distributed.destroy_process_group()
 
 
+def test_samples_in_which_nothing_follows_are_refused(runs, tmp_path, capsys):
+    """The first of one token each is the last token of the only document."""
+    (tmp_path / "text.txt").write_text("a\n")
+    prepare([tmp_path / "text.txt"], tmp_path / "one", progress=lambda line: None)
+    arguments = ["evaluate", str(runs["folder"] / "run"), "--corpora", str(tmp_path / "one"), "--lengths", "1"]
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--samples", "1"])
+    assert capsys.readouterr().err.strip() == (
+        "longspan: error: --lengths 1, --samples 1: nothing follows any of these tokens in its document; use longer or"
+        " more samples"
+    )
+    cli.main([*arguments, "--samples", "3"])
+    assert re.search(r"^labels +2$", capsys.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_exported_weights_are_the_run(runs, ranks):
     run, weights = (runs[f"{name} on {ranks}, corpus"] for name in ("run", "weights"))
@@ -202,9 +235,11 @@ def test_exported_weights_are_the_run(runs, ranks):
     assert weights["step"] is None and run["step"] == 6
 
 
-def test_the_command_takes_a_folder_of_weights(runs, capsys):
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_command_takes_a_folder_of_weights(runs, capsys, device):
     folder, corpus = str(runs["folder"] / "weights"), str(runs["corpus"])
-    cli.main(["evaluate", folder, "train.dtype=bfloat16", "--lengths", "96", "--samples", "4", "--corpora", corpus])
+    settings = "train.dtype=bfloat16", f"run.device={device}"
+    cli.main(["evaluate", folder, *settings, "--lengths", "96", "--samples", "4", "--corpora", corpus])
     printed = capsys.readouterr().out
     assert f"{folder}, on {corpus}: 4 samples of 96 tokens" in printed
     loss = float(re.search(r"^loss +([\d.]+)$", printed, re.MULTILINE)[1])

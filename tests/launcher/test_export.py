@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES, only_rank
 from llama_oracle import llama_logits
 from spawn import run_ranks
 from tiny_runs import tiny_config, train, write_corpus
@@ -70,6 +71,21 @@ def test_weights_and_settings_make_the_same_model_again(runs, tmp_path, name):
     assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
     start = build_model(update(Config(), info.config, "").model).state_dict()
     assert not torch.equal(start["norm.weight"], trained["norm.weight"])  # trained ones, not initial ones
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_of_a_device_lose_on_the_cpu_what_its_validation_lost(tmp_path, device):
+    corpus, output = write_corpus(tmp_path), tmp_path / "evaluated.json"
+    with only_rank(device) as place:
+        rows = train(tiny_config(corpus, tmp_path / "run", "log.validation_interval=6"), place)
+    export_run(str(tmp_path / "run"), str(tmp_path / "out"), "longspan", "float32")
+    tensors, _ = read_safetensors(tmp_path / "out" / "model.safetensors")
+    wanted = load_model(*stored(str(tmp_path / "run"))).state_dict()
+    assert tensors.keys() == wanted.keys() and all(torch.equal(x, wanted[name]) for name, x in tensors.items())
+    cli.main(["evaluate", str(tmp_path / "run"), "run.device=cpu", "--samples", "4", "--output", str(output)])
+    (found,) = json.loads(output.read_text())["lengths"]
+    assert found["loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6 if device == "cpu" else 1e-4)
+    assert rows[-1]["loss"] < rows[0]["loss"]
 
 
 def test_bfloat16_rounds_to_nearest(runs, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import DEVICES
 from spawn import run_ranks
 from tiny_runs import tiny_config, train, write_corpus
 
@@ -25,9 +26,12 @@ def _train(rank, world_size, folder, corpus):
     train(tiny_config(corpus, folder / "run", "train.steps=30", "checkpoint.interval=0"))
 
 
-def test_the_likeliest_tokens_follow_one_another(run):
-    model, ids = load_model(*stored(str(run))), list(b"abc def")
-    tokens = continuation(model, ids, torch.device("cpu"), temperature=0, top_p=1.0, seed=0)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_likeliest_tokens_follow_one_another(run, device):
+    """By logits of the CPU."""
+    model, ids = load_model(*stored(str(run))), list(17 * b"abc def ")
+    there = load_model(*stored(str(run))).to(device)
+    tokens = continuation(there, ids, torch.device(device), temperature=0, top_p=1.0, seed=0)
     for _ in range(5):
         with torch.no_grad():
             logits = model.logits(torch.tensor(ids), SequenceParallel(device="cpu").context([len(ids)]))
@@ -61,7 +65,8 @@ def test_draw_follows_temperature_and_top_p():
     torch.testing.assert_close(shares(1, 1), logits.exp().float(), atol=0.03, rtol=0)
     torch.testing.assert_close(shares(1, 0.6), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
     torch.testing.assert_close(shares(0.5, 1)[0], torch.tensor(0.25 / 0.365), atol=0.03, rtol=0)
-    assert shares(1, 1e-9, 20)[0] == shares(0, 1, 20)[0] == 1
+    assert shares(1, 1e-9, 20)[0] == shares(0, 1, 20)[0] == shares(1e-310, 1, 20)[0] == 1
+    torch.testing.assert_close(shares(float("inf"), 1), torch.full((4,), 0.25), atol=0.03, rtol=0)
 
 
 def test_bytes_come_back_as_text():
@@ -84,6 +89,8 @@ def test_cast_leaves_gates_as_they_are(run):
         (["--temperature", "-1"], "--temperature -1.0: use 0 or more"),
         (["--top-p", "0"], "--top-p 0.0: use a share above 0"),
         (["--tokens", "0"], "--tokens 0: use 1 or more"),
+        (["--seed", "-1"], "--seed -1: use 0 to 9223372036854775807"),
+        (["--seed", str(2**64)], "--seed 18446744073709551616: use 0 to 9223372036854775807"),
         (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: cannot be read"),
         (["--tokenizer", "nowhere.json"], "tokenizer nowhere.json: no such file"),
     ],
@@ -105,20 +112,21 @@ def test_prompts_begin_as_documents_do(bos, start, run, monkeypatch):
     assert given == [("bytes", 256, None), start]
 
 
-def test_exported_weights_continue_as_the_run(run, tmp_path, capsys):
+@pytest.mark.parametrize("device", DEVICES)
+def test_exported_weights_continue_as_the_run(run, tmp_path, capsys, device):
     folder = tmp_path / "weights"
     export_run(str(run), str(folder), "longspan", "float32")
     capsys.readouterr()
     common = ["--prompt", "abc", "--tokens", "20", "--tokenizer", "bytes"]
     texts = []
-    for model in (run, folder):
-        cli.main(["generate", str(model), *common])
+    for model, place in ((run, "cpu"), (run, device), (folder, device)):
+        cli.main(["generate", str(model), f"run.device={place}", *common])
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] and len(texts[0]) > 5
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 5
     with pytest.raises(SystemExit):
         cli.main(["generate", str(folder)])
     assert f"{folder} has no tokenizer.json: name the model's own with --tokenizer" in capsys.readouterr().err
-    cli.main(["generate", str(folder), "train.dtype=bfloat16", *common])
+    cli.main(["generate", str(folder), "train.dtype=bfloat16", f"run.device={device}", *common])
     assert capsys.readouterr().out.startswith("abc")
 
 

@@ -1,18 +1,22 @@
 """train.checkpointing=auto: the quickest settings that fit, in plans and in runs, whose numbers stay those without."""
 
+import gc
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from devices import only_rank
 from spawn import run_ranks
 from tiny_runs import tiny_config, train, write_corpus
 
 from longspan.launcher import cli, cpu_limits, memory_choice
 from longspan.launcher.config import Config
-from longspan.launcher.estimate import Job, estimate
+from longspan.launcher.estimate import Job, estimate, usable
 from longspan.launcher.fitting import largest, largest_of
-from longspan.launcher.gpus import GIB, GPUS, Cluster
-from longspan.launcher.memory_choice import RUNGS, SPARE, choices, settle, smallest
+from longspan.launcher.gpus import CONTEXT, GIB, GPUS, Cluster
+from longspan.launcher.memory_choice import RUNGS, SPARE, choices, cluster_here, settle, smallest
 
 SMALL = [
     "data.corpora=[{path: x}]", "model.num_layers=8", "model.hidden_size=512", "model.vocab_size=1000",
@@ -131,3 +135,58 @@ def test_runs_take_it_and_say_what_they_took(runs, name, wanted):
     if name != "not counted":
         for key in ("loss", "grad_norm"):
             assert [row[key] for row in rows[name]] == pytest.approx([row[key] for row in rows["none"]], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, major, kind",
+    [("NVIDIA H200", 9, "H200"), ("NVIDIA A100-SXM4-80GB", 8, "A100"), ("NVIDIA L40S", 8, "NVIDIA L40S")],
+)
+def test_memory_is_that_of_this_gpu(monkeypatch, name, major, kind):
+    """Of any kind, with its share of this machine for each of the ranks here."""
+    found = SimpleNamespace(name=name, major=major, total_memory=44 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: found)
+    monkeypatch.setattr(memory_choice, "memory_here", lambda: (100 * GIB, 4))
+    job = replace(job_of(GIB), cluster=cluster_here(8))
+    assert (job.cluster.name, job.cluster.per_node, job.cluster.host_memory) == (kind, 4, 400 * GIB)
+    assert job.cluster.gpu.hopper == (major == 9) and job.cluster.gpu.memory == 44 * GIB
+    assert rung(settle(job).config) == RUNGS[0]
+
+
+LONG = (
+    *SMALL[1:], "model.num_heads=4", "model.num_kv_heads=4", "model.loss_chunk=8192", "data.seq_len=128K",
+    "data.respect_documents=false", "data.validation_fraction=0", "train.global_batch=1", "train.steps=2",
+    "checkpoint.interval=0", "checkpoint.at_end=false",
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory, index", [(10.7, 2), (6.3, 5)])
+def test_what_is_taken_trains_in_the_memory_of_a_smaller_gpu(tmp_path, monkeypatch, memory, index):
+    """torch allocates no more than such a GPU has for it. There the run without these settings ends at once."""
+    corpus, whole = write_corpus(tmp_path, documents=1000), cluster_here(1)
+    small = replace(whole, known=replace(whole.gpu, memory=memory * GIB))
+
+    def losses(name, *settings):
+        with only_rank("cuda") as device:
+            return [row["loss"] for row in train(tiny_config(corpus, tmp_path / name, *LONG, *settings), device)]
+
+    wanted = losses("whole")
+    monkeypatch.setattr(memory_choice, "cluster_here", lambda world_size: small)
+    try:
+        limit(memory * GIB - CONTEXT)
+        found = losses("auto", "train.checkpointing=auto")
+        assert torch.cuda.max_memory_allocated() <= usable(small)
+        with pytest.raises(torch.OutOfMemoryError):
+            losses("none")
+    finally:
+        limit(whole.gpu.memory)
+    assert rung(Config.load(tmp_path / "auto" / "config.yaml")) == RUNGS[index]
+    assert found == pytest.approx(wanted, rel=5e-3) and len(found) == 2
+
+
+def limit(num_bytes):
+    """What torch may allocate of the GPU, of which it holds nothing yet."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_per_process_memory_fraction(num_bytes / torch.cuda.get_device_properties().total_memory)

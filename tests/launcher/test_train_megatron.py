@@ -84,6 +84,7 @@ def test_losses_do_not_depend_on_how_ranks_are_used(corpus):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_gpus_agree_with_one(corpus):
     def losses(ranks, *given):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

@@ -4,41 +4,29 @@
 import pytest
 import torch
 
+from longspan.launcher.stored_models import cast
 from longspan.models.build import build_model
 from longspan.models.config import LAYER_KINDS, SPARSE_KINDS, ModelConfig
-from longspan.models.decay import Gate
+from longspan.models.parallelize import freeze
 from longspan.models.rope import rotary_angles
+from longspan.models.trainable import Trainable
 from longspan.parallel import SequenceParallel
 
 
 def in_bf16(config):
     """A model on the GPU, all but its gates in bf16."""
-    with torch.device("cuda"):
-        model = build_model(config)
-    for module in model.modules():
-        if not isinstance(module, Gate):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.bfloat16()
-    return model
+    return cast(build_model(config), torch.bfloat16).cuda()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", [kind for kind in LAYER_KINDS if kind not in SPARSE_KINDS])
-@pytest.mark.parametrize("tile", [0, 128], ids=["whole", "tiled"])
-def test_a_step_waits_for_nothing(kind, tile):
-    window = 256 if kind == "softmax:window" else 0
-    config = ModelConfig(num_layers=2, hidden_size=128, num_heads=2, pattern=[kind], window=window, qk_norm=True)
-    model = in_bf16(config)
-    for block in model.blocks:
-        block.mlp_tile = tile
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    parallel = SequenceParallel(device="cuda")
-    tokens = torch.randint(config.vocab_size, (512,), device="cuda")
+def check_a_step(model, parallel):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    tokens = torch.randint(model.config.vocab_size, (512,), device="cuda")
 
     def step(seq):
         loss = model(tokens, tokens, seq) / len(tokens)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss
@@ -52,6 +40,27 @@ def test_a_step_waits_for_nothing(kind, tile):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [kind for kind in LAYER_KINDS if kind not in SPARSE_KINDS])
+@pytest.mark.parametrize("tile", [0, 128], ids=["whole", "tiled"])
+def test_a_step_waits_for_nothing(kind, tile):
+    window = 256 if kind == "softmax:window" else 0
+    config = ModelConfig(num_layers=2, hidden_size=128, num_heads=2, pattern=[kind], window=window, qk_norm=True)
+    model = in_bf16(config)
+    for block in model.blocks:
+        block.mlp_tile = tile
+    check_a_step(model, SequenceParallel(device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train", [["blocks.[1-3].mixer"], ["*norm"]], ids=str)
+def test_a_step_of_some_parameters_and_groups_of_heads_waits_for_nothing(train):
+    pattern = ["linear:scalar", "softmax", "linear:gated_delta", "softmax"]
+    model = in_bf16(ModelConfig(num_layers=4, hidden_size=256, num_heads=4, pattern=pattern, qk_norm=True))
+    freeze(model, Trainable(tuple(train)))
+    check_a_step(model, SequenceParallel(device="cuda", head_groups=2))
 
 
 @pytest.mark.gpu
