@@ -146,8 +146,9 @@ FORMS = {
 @contextmanager
 def absent_gpu():
     """Tensors on the CPU are taken for those of a Hopper GPU, whose kernels are not compiled and do nothing. Yields a
-    list that launches go to, with the arguments of the driver, which is left out."""
+    list that launches go to: name and arguments of what Triton has in C, which is left out."""
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaLauncher
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -155,14 +156,15 @@ def absent_gpu():
     launches, device = [], torch.device("cuda", 0)
 
     class Absent(CompiledKernel):
-        function, packed_metadata, module = 0, (), None
+        function, packed_metadata, module, run = 0, (), None, None
 
         def __init__(self, name):
-            self.name = name
-
-        @property
-        def run(self):
-            return lambda *args: launches.append((self.name, args))
+            self.name, self.run = name, object.__new__(CudaLauncher)
+            sizes = dict.fromkeys(("global_scratch_size", "profile_scratch_size"), 0)
+            aligned = dict.fromkeys(("global_scratch_align", "profile_scratch_align", "num_ctas"), 1)
+            switches = dict.fromkeys(("launch_cooperative_grid", "launch_pdl", "gsan_enabled"), False)
+            vars(self.run).update(sizes | aligned | switches, arg_annotations=[], kernel_signature=b"")
+            self.run.launch = lambda *args: launches.append((name, args))
 
         def launch_metadata(self, *_):
             return None
