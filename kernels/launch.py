@@ -6,6 +6,7 @@ and goes from them to the driver. The first of its kind goes through Triton, whi
 somebody has hooks.
 """
 
+from copy import copy
 from functools import partial
 
 import torch
@@ -62,13 +63,12 @@ class Launcher:
         if known is None or (enter and enter.calls) or (leave and leave.calls):
             kernel = self.kernel[grid](*args, **options)
             if isinstance(kernel, CompiledKernel):
-                no_hooks, layouts = (None, None, None), [x.layout for x in args if isinstance(x, TensorDescriptor)]
-                head, constants = (kernel.function, kernel.packed_metadata, *no_hooks), self._constants(args, options)
-                self._known[key] = kernel.run, head, constants, kernel, layouts  # which keeps numbers of layouts theirs
+                layouts = [x.layout for x in args if isinstance(x, TensorDescriptor)]  # so that their numbers stay theirs
+                self._known[key] = *straight(kernel), self._constants(args, options), kernel, layouts
             return kernel
         run, head, constants, kernel, _ = known
         size_x, size_y, size_z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        run(size_x, size_y, size_z, active.get_current_stream(device), *head, *passed, *constants)
+        run(size_x, size_y, size_z, active.get_current_stream(device), *head, (*passed, *constants))
         return kernel
 
     def _constants(self, args, options):
@@ -76,6 +76,25 @@ class Launcher:
         parameters = self.kernel.params[len(args) :]
         assert all(parameter.is_constexpr for parameter in parameters), [parameter.name for parameter in parameters]
         return tuple(options.get(parameter.name, parameter.default) for parameter in parameters)
+
+
+def straight(kernel: CompiledKernel):
+    """(what takes the sizes of a grid, a stream, head and a tuple of arguments to the driver, head). Where a kernel has
+    no scratch memory, Triton's own launcher does nothing but call its `launch` with more: taken down once."""
+    run, seen, mark = kernel.run, [], object()
+    head = kernel.function, kernel.packed_metadata, None, None, None  # no hooks
+    more = (getattr(run, name, None) for name in ("global_scratch_size", "profile_scratch_size", "gsan_enabled"))
+    if not hasattr(run, "launch") or any(more):
+        return _spread(run), head
+    probe = copy(run)
+    probe.launch = lambda *args: seen.append(args)
+    probe(1, 1, 1, 0, *head, mark)
+    ((*_, last),) = seen
+    return run.launch if last == (mark,) else _spread(run.launch), seen[0][4:-1]  # a tuple from Triton 3.7 on
+
+
+def _spread(run):
+    return lambda *args: run(*args[:-1], *args[-1])
 
 
 def describing(parameters, classes, number=0):
