@@ -14,6 +14,7 @@ import torch
 from longspan.attention.hierarchy_tables import HierarchyTables, hierarchy_tables
 from longspan.attention.recompute import keep, recall
 from longspan.attention.selections import gathered_sums, piece_sums, total_sums
+from longspan.kernels.recorded import recorded
 from longspan.kernels.sparse import blocks_below, descend, mean_levels, pool, sum_levels, top
 
 
@@ -68,28 +69,39 @@ class Hierarchical:
         rows, those of the last level last, -1 for none; None where there is one level."""
         # Sums in place of means: a factor for each query changes no order.
         if tables.keys.whole:
-            queries = sum_levels(q, tables.under, k.shape[1])
-        else:
-            here = piece_sums((q,), tables.keys, k.shape[1])
-            queries = [total_sums(here, tables.routers, ranks)]
-            if self.levels > 1:
-                runs = pool(here, tables.runs) if len(tables.runs) else here
-                queries.append(gathered_sums(runs, tables.second, ranks))
-            for under in tables.under[2:]:
-                queries.append(pool(queries[-1], under))
-        keys = coarse_k.split_with_sizes(tables.rows)
-        last, causal, listed = tables.levels[-1], tables.diagonal.shape[1] > 0, []
-        always = [tables.diagonal if causal else None] + [None] * (self.levels - 1)  # after what is chosen of a level
-        found = top(queries[-1], keys[-1], last.router, last.candidates, always=always[-1])
-        for depth in range(self.levels - 2, -1, -1):  # found: rows of the level above, for each of its rows
-            level = tables.levels[depth]
-            # Under a causal mask the children of the row above as well: those which are past, as the mask says.
-            last = tables.always if depth == self.levels - 2 else None
-            listed.append(blocks_below(found, level.above, level.blocks, causal, last))
-            found = descend(queries[depth], keys[depth], found, level.families, self.keep, causal, always[depth])
-        if len(listed) > 1:
-            listed = [torch.cat(listed[::-1], 2)]
-        return found, listed[0] if listed else None
+            return _joined(*_choose_whole(q, coarse_k, tables, self.levels, self.keep))
+        here = piece_sums((q,), tables.keys, k.shape[1])
+        queries = [total_sums(here, tables.routers, ranks)]
+        if self.levels > 1:
+            runs = pool(here, tables.runs) if len(tables.runs) else here
+            queries.append(gathered_sums(runs, tables.second, ranks))
+        for under in tables.under[2:]:
+            queries.append(pool(queries[-1], under))
+        return _joined(*_choose(queries, coarse_k, tables, self.levels, self.keep))
+
+
+@recorded
+def _choose_whole(q, coarse_k, tables, levels, keep):
+    return _choose(sum_levels(q, tables.under, coarse_k.shape[1]), coarse_k, tables, levels, keep)
+
+
+def _choose(queries, coarse_k, tables, levels, keep):
+    """What Hierarchical.choose gives, coarse rows level by level. queries: of each level, sums of those that choose."""
+    keys = coarse_k.split_with_sizes(tables.rows)
+    last, causal, listed = tables.levels[-1], tables.diagonal.shape[1] > 0, []
+    always = [tables.diagonal if causal else None] + [None] * (levels - 1)  # after what is chosen of a level
+    found = top(queries[-1], keys[-1], last.router, last.candidates, always=always[-1])
+    for depth in range(levels - 2, -1, -1):  # found: rows of the level above, for each of its rows
+        level = tables.levels[depth]
+        # Under a causal mask the children of the row above as well: those which are past, as the mask says.
+        last = tables.always if depth == levels - 2 else None
+        listed.append(blocks_below(found, level.above, level.blocks, causal, last))
+        found = descend(queries[depth], keys[depth], found, level.families, keep, causal, always[depth])
+    return found, listed[::-1]
+
+
+def _joined(found, listed):
+    return found, torch.cat(listed, 2) if len(listed) > 1 else listed[0] if listed else None
 
 
 def _halves(means):

@@ -7,6 +7,7 @@ import torch
 
 from longspan.kernels.compiler import cdiv, next_power_of_2
 from longspan.kernels.linear.splits import padded, unit_stride
+from longspan.kernels.recorded import recorded
 from longspan.kernels.sparse import hopper
 from longspan.kernels.sparse.backward import add_parts, keys_kernel, queries_kernel, rows_kernel
 from longspan.kernels.sparse.forward import forward_kernel
@@ -46,12 +47,9 @@ def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None, turns
     lse) of other keys, to which those of the plan come; they may be overwritten. turns: (number, iterator): so many
     equal groups of lists, of keys of one head, are taken one after the other, each after a step of the iterator."""
     q, k, v, dtype = unit_stride(q), unit_stride(k), unit_stride(v), dtype or q.dtype
-    given = (q, q.new_empty(q.shape[:2], dtype=torch.float32)) if onto is None else onto
-    out = given[0] if onto is not None and given[0].dtype == dtype else q.new_empty(q.shape, dtype=dtype)
-    lse, tile = given[1], _tile(q, k, plan)
     if turns is None:
-        _attend(q, k, v, out, lse, given, plan, scale, onto is not None, tile)
-        return out, lse
+        return _forward(q, k, v, plan, scale, onto, dtype)
+    out, lse, given, tile = _given(q, k, plan, onto, dtype)
     heads, lists = q.shape[1] // turns[0], plan.heads // turns[0]
     for number, _ in enumerate(turns[1]):  # the kernels start at the first head and list that they are given
         mine, listed = slice(number * heads, (number + 1) * heads), slice(number * lists, (number + 1) * lists)
@@ -59,6 +57,19 @@ def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None, turns
         some, *others = (x[:, mine] for x in (q, out, lse, *given))
         _attend(some, k, v, *others[:2], others[2:], part, scale, onto is not None, tile)
     return out, lse
+
+
+@recorded
+def _forward(q, k, v, plan, scale, onto, dtype):
+    out, lse, given, tile = _given(q, k, plan, onto, dtype)
+    _attend(q, k, v, out, lse, given, plan, scale, onto is not None, tile)
+    return out, lse
+
+
+def _given(q, k, plan, onto, dtype):
+    given = (q, q.new_empty(q.shape[:2], dtype=torch.float32)) if onto is None else onto
+    out = given[0] if onto is not None and given[0].dtype == dtype else q.new_empty(q.shape, dtype=dtype)
+    return out, given[1], given, _tile(q, k, plan)
 
 
 def _attend(q, k, v, out, lse, given, plan, scale, onto, tile):
@@ -78,6 +89,19 @@ class RowSums:
 
     def __init__(self, d_out, d_lse, out, lse):
         self._given, self._sums, self._of = (d_out, d_lse, out, lse), None, []
+
+    @property
+    def recorded_as(self) -> tuple:
+        return self._given, self._sums, tuple(self._of)
+
+    def made(self, queries):
+        """(sums, of these blocks), None each for what was not asked for."""
+        return self._sums, next((made for blocks, made in self._of if blocks is queries), None)
+
+    def keep(self, queries, made):
+        self._sums, of = made
+        if of is not None and all(blocks is not queries for blocks, _ in self._of):
+            self._of.append((queries, of))
 
     @property
     def sums(self):
@@ -132,14 +156,25 @@ def backward(
     added for blocks that some query chose, where `takes_states`. send: called with dk and dv once they are queued, and
     before dq is, or None."""
     d_out, q, k, v = unit_stride(d_out), unit_stride(q), unit_stride(k), unit_stride(v)
+    given = d_out, d_lse, q, k, v, out, lse, plan, scale, rows, onto, dtype or q.dtype, shares
+    if states is not None or send is not None:
+        return _backward.__wrapped__(*given, states, send)[:3]
+    *gradients, made = _backward(*given)
+    if rows is not None:
+        rows.keep(plan.queries, made)
+    return gradients
+
+
+@recorded
+def _backward(d_out, d_lse, q, k, v, out, lse, plan, scale, rows, onto, dtype, shares, states=None, send=None):
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    dtype = dtype or q.dtype
     dq = onto if onto is not None and onto.dtype == dtype else q.new_empty(q.shape, dtype=dtype)
     tile, heads, by_key = _tile(q, k, plan), q.shape[1], plan.by_key or (plan,)
     here = hopper.takes(q, plan, tile["ROWS"], scale)
     on_hopper = [hopper.takes_keys(x) and hopper.takes(q, x, tile["ROWS"], scale) for x in by_key]
     # Rows are made where dq is, if that comes first.
     alone = OWN_ROWS and here and all(on_hopper) and d_lse is None and send is None
+    given = rows
     if rows is None and not alone:
         rows = row_sums(d_out, d_lse, out, lse)
     of_rows = None
@@ -176,7 +211,7 @@ def backward(
         make_keys()
         send(dk, dv)
         make_queries()
-    return dq, dk, dv
+    return dq, dk, dv, None if given is None else rows.made(plan.queries)
 
 
 def _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares):

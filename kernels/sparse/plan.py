@@ -105,6 +105,12 @@ class BlockPlan:
     by_key: tuple["BlockPlan", ...] = ()
 
     @property
+    def recorded_as(self) -> tuple:
+        columns = vars(self).get("columns")
+        given = self.queries, self.keys, self.row_ptr, self.row_idx, self.log_weight, self.rule, self.by_key
+        return *given, self.most_items, self.causal, self.chunk, columns and tuple(vars(columns).values())
+
+    @property
     def heads(self) -> int:
         return self.row_ptr.shape[0]
 

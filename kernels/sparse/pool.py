@@ -4,6 +4,7 @@ import torch
 
 from longspan.kernels.sparse import forms
 from longspan.kernels.sparse.plan import Blocks
+from longspan.kernels.wide import wide_dtype
 
 
 def pool(x, blocks: Blocks, *, heads: int | None = None, mean: bool = False) -> torch.Tensor:
@@ -18,7 +19,7 @@ def pool(x, blocks: Blocks, *, heads: int | None = None, mean: bool = False) -> 
 
 
 def _pool(x, blocks, heads, mean):
-    sums = torch.segment_reduce(x.to(torch.promote_types(x.dtype, torch.float32)), "sum", lengths=blocks.length.long())
+    sums = torch.segment_reduce(x.to(wide_dtype(x.dtype)), "sum", lengths=blocks.length.long())
     sums = sums.unflatten(1, (heads, -1)).sum(2)
     return sums / (blocks.length * (x.shape[1] // heads))[:, None, None] if mean else sums
 
@@ -33,7 +34,7 @@ def mean_levels(several, levels, size, dtype) -> torch.Tensor:
 def sum_levels(x, levels, heads: int) -> tuple[torch.Tensor, ...]:
     """The sums of these levels, of every one [blocks, heads, D] in at least fp32: also over the H / heads successive
     heads that belong together. No gradient."""
-    sums = _levels((x,), levels, heads, None, torch.promote_types(x.dtype, torch.float32))
+    sums = _levels((x,), levels, heads, None, wide_dtype(x.dtype))
     return sums.split_with_sizes([len(blocks) for blocks in levels])
 
 

@@ -7,6 +7,7 @@ import torch
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
 from longspan.kernels.linear.splits import padded, unit_stride
+from longspan.kernels.recorded import recorded
 from longspan.kernels.sparse.plan import Blocks
 
 LEVELS = 4096, 8, 4  # elements of all blocks under one, warps, and rows that are loaded before the first is added
@@ -27,6 +28,7 @@ def pool_triton(several, blocks: Blocks, heads: int, mean: bool) -> torch.Tensor
     return out
 
 
+@recorded
 def levels_triton(several, levels, heads: int, size, dtype) -> torch.Tensor:
     """The sums of mean_levels and sum_levels, divided by `size` unless None, in `dtype`: two levels a launch."""
     (_, num_heads, head_dim), at, counts = several[0].shape, 0, [len(blocks) for blocks in levels]

@@ -16,6 +16,10 @@ class Picks:
     blocks: torch.Tensor
 
     @property
+    def recorded_as(self) -> tuple:
+        return (self.blocks,)
+
+    @property
     def arguments(self) -> tuple:
         """What the kernels take."""
         blocks = self.blocks.contiguous()

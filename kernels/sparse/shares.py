@@ -29,6 +29,10 @@ class Shares:
     k: torch.Tensor
     v: torch.Tensor
 
+    @property
+    def recorded_as(self) -> tuple:
+        return self.tree, self.k, self.v
+
     def add(self, dk, dv, blocks) -> None:
         """Onto [T, Hkv, D] each. blocks: the key blocks, which hold all T rows in their order."""
         for total, grad in ((dk, self.k), (dv, self.v)):
