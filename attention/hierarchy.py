@@ -97,10 +97,10 @@ def _choose(queries, coarse_k, tables, levels, keep):
         last = tables.always if depth == levels - 2 else None
         listed.append(blocks_below(found, level.above, level.blocks, causal, last))
         found = descend(queries[depth], keys[depth], found, level.families, keep, causal, always[depth])
-    return found, listed[::-1]
+    return found, *listed[::-1]
 
 
-def _joined(found, listed):
+def _joined(found, *listed):
     return found, torch.cat(listed, 2) if len(listed) > 1 else listed[0] if listed else None
 
 

@@ -98,7 +98,7 @@ class Launcher:
         size_x, size_y, size_z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         run(size_x, size_y, size_z, active.get_current_stream(device), *head, (*passed, *constants))
         if recording.launches is not None:
-            recording.launches.append(((size_x, size_y, size_z), run, head, args, (*passed, *constants)))
+            recording.launches.append(((size_x, size_y, size_z), run, head, (*args, *constants)))
         return kernel
 
     def _constants(self, args, options):

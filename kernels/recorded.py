@@ -1,13 +1,15 @@
-"""Functions that do nothing but allocate and launch: what they do is taken down once, then done again with other memory.
+"""Functions that do nothing but allocate and launch: what they do is taken down once, then done again in other memory.
 
-All that such a function works out on the host follows from the layout of its tensors and from numbers, and takes longer
-than the launches. From the third call of a kind on there is a tape: memory to allocate, launches with the places of
+What such a function works out on the host follows from the layout of its tensors and from numbers, and takes longer
+than its launches. From the third call of a kind on there is a tape: memory to make, launches with the places of
 addresses among their arguments, results. It is kept with the tables of the batch, and goes with them.
 """
 
 from dataclasses import dataclass
 from functools import wraps
+from itertools import count
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,45 +17,47 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longspan.kernels import launch
 
 aten, TENSORS = torch.ops.aten, (torch.Tensor, torch.nn.Parameter)
-MAKING = {aten.new_empty: "new_empty", aten.empty_like: "new_empty", aten.new_zeros: "new_zeros"}
-VIEWS = {aten.view, aten.unbind, aten.split_with_sizes, aten.select, aten.slice, aten.detach, aten.alias, aten.as_strided}
+MAKING = {aten.new_empty, aten.empty_like, aten.new_zeros}
+VIEWS = {aten.view, aten.unbind, aten.split_with_sizes, aten.select, aten.slice, aten.detach, aten.alias}
 ATOMS = {type(None), bool, int, float, str, torch.dtype, torch.Size}
-MOST = 64  # kinds of calls that are kept with the tables of a batch
+MOST = 64  # kinds of calls that are kept with a table
+APART = 512  # bytes, at multiples of which memory begins, as where torch makes it
+SEEN, REFUSED = object(), object()
 
 
 def recorded(function):
-    """Decorates a function of positional arguments, one of which is a table: tensors, ATOMS, tuples of both, what says
-    in `recorded_as` what it consists of, and tables, dataclasses of tensors that stay as they are."""
+    """Decorates a function of positional arguments that allocates and launches: tensors, ATOMS, tables (dataclasses of
+    tensors that stay as they are; at least one), what says in `recorded_as` what it consists of, and tuples of these.
+    It returns a tuple of tensors and None. What cannot be recorded runs as it is."""
 
     @wraps(function)
     def call(*args):
         if launch.recording.launches is not None:  # part of what is recorded
             return function(*args)
-        key, tensors, tables = [function], [], []
-        try:
-            _describe(args, key, tensors, tables)
-            key.append(launch.driver.active.get_current_device())
-            tapes = vars(tables[0]).setdefault("_tapes", {})
-            tape = tapes.get(key := tuple(key))
-        except _Refused:
+        key, tensors, tables, bits = [function], [], [], 0
+        _describe(args, key, tensors, tables)
+        addresses = [x.data_ptr() for x in tensors]
+        for address in addresses:
+            bits |= address
+        if bits & 15 or not tables or not tensors[0].is_cuda:
             return function(*args)
+        if len(set(addresses)) < len(addresses):
+            key += map(addresses.index, addresses)  # which are the same
+        key.append(launch.driver.active.get_current_device())
+        key, tapes = tuple(key), vars(tables[0]).setdefault("_tapes", {})
+        tape = tapes.get(key)
         if type(tape) is _Tape and not launch.hooked():
-            return tape.play(tensors, key[-1])
-        if len(tapes) >= MOST and tape is None:
-            return function(*args)
-        if tape != 1:  # a first call, or one that cannot be recorded
-            tapes[key] = 1 if tape is None else 0
-            return function(*args)
-        with _Recorder() as recorder:
-            result = function(*args)
-        tapes[key] = recorder.tape(result, tensors, tables) or 0
-        return result
+            return tape.play(tensors, addresses, key[-1])
+        if tape is SEEN:
+            with _Recorder() as recorder:
+                result = function(*args)
+            tapes[key] = recorder.tape(result, tensors, tables) or REFUSED
+            return result
+        if tape is None and len(tapes) < MOST:
+            tapes[key] = SEEN
+        return function(*args)
 
     return call
-
-
-class _Refused(Exception):
-    pass
 
 
 def _describe(args, key, tensors, tables):
@@ -61,29 +65,34 @@ def _describe(args, key, tensors, tables):
     for x in args:
         kind = type(x)
         if kind in TENSORS:
-            if not x.is_cuda or x.data_ptr() & 15:
-                raise _Refused
-            place = next((n for n, y in enumerate(tensors) if y is x), None)
-            key += (x.dtype, x.shape, x.stride(), place)
-            if place is None:
-                tensors.append(x)
-        elif kind is tuple:
-            key.append(len(x))
-            _describe(x, key, tensors, tables)
+            key += (x.dtype, x.shape, x.stride())
+            tensors.append(x)
         elif kind in ATOMS:
             key += (kind, x)
-        elif hasattr(x, "recorded_as"):
-            _describe(x.recorded_as, key, tensors, tables)
+        elif kind is tuple or hasattr(x, "recorded_as"):
+            parts = x if kind is tuple else x.recorded_as
+            key += (kind, len(parts))
+            _describe(parts, key, tensors, tables)
+        elif getattr(kind, "__dataclass_params__", None) is None or not kind.__dataclass_params__.frozen:
+            raise TypeError(f"recorded functions take no {kind.__name__}")
         else:
             key.append(id(x))
             tables.append(x)
 
 
+class _At(NamedTuple):
+    """An address: so many bytes behind that of one of the tensors. fields: those of a TMA descriptor of it, or None."""
+
+    number: int
+    offset: int
+    fields: dict | None
+
+
 class _Recorder(TorchDispatchMode):
-    """While entered: memory that is made, and launches."""
+    """While entered, takes down what memory is made and what is launched."""
 
     def __enter__(self):
-        self.made, self.refused = [], False
+        self.made, self.zero, self.refused = [], set(), False
         self.launches = launch.recording.launches = []
         return super().__enter__()
 
@@ -92,65 +101,81 @@ class _Recorder(TorchDispatchMode):
         return super().__exit__(*raised)
 
     def __torch_dispatch__(self, operation, types, args=(), options=None):
-        result = operation(*args, **(options or {}))
-        packet = operation.overloadpacket
+        result, packet = operation(*args, **(options or {})), operation.overloadpacket
         if packet in MAKING:
-            self.made.append((result, MAKING[packet]))
-        self.refused |= packet not in MAKING and packet not in VIEWS
+            self.zero |= {len(self.made)} if packet is aten.new_zeros else set()
+            self.made.append(result)
+        self.refused |= packet not in VIEWS and not (packet in MAKING and result.is_contiguous() and result.numel())
         return result
 
     def tape(self, result, tensors, tables):
         """The _Tape of what was done, or None."""
-        made, known = [x for x, _ in self.made], _tensors_of(tables[0]) + _tensors_of(tuple(tables[1:]))
-        fixed = {x.data_ptr() for x in known}
-        if self.refused or len(fixed | {x.data_ptr() for x in tensors}) < len(fixed) + len(tensors) or not all(x.numel() for x in made):
+        memory, given = [*tensors, *self.made], len(tensors)
+        fixed = {x.data_ptr() for table in tables for x in _tensors_of(table)}
+        if self.refused or None in self.launches or any(x.data_ptr() in fixed for x in tensors):
             return None
-        if None in self.launches or not all(x.is_contiguous() for x in made):
-            return None
-        tape = _Tape([], [], [], [], (), None, tables[1:])
-        tape.memory = [(name, tuple(x.shape), x.dtype) for x, name in self.made]
-        places = {x.data_ptr(): place for place, x in enumerate([*tensors, *made])}
-        spans = [(x.data_ptr(), x.data_ptr() + _span(x)) for x in (*tensors, *made)]
-        values = []
+        starts = {x.data_ptr(): number for number, x in reversed([*enumerate(memory)])}
 
-        def place(x):
-            """Where a tensor's address is among those of a call."""
+        def place(x, fields=None):
             at = x.data_ptr()
-            if at not in places:
-                inside = [(n, at - first) for n, (first, stop) in enumerate(spans) if first <= at < stop]
-                if len(inside) != 1:
-                    raise _Refused
-                places[at] = len(spans) + len(tape.beside)
-                tape.beside += inside
-            return places[at]
+            inside = [starts[at]] if at in starts else [n for n, y in enumerate(memory) if 0 <= at - y.data_ptr() < _span(y)]
+            (number,) = inside
+            return _At(number, at - memory[number].data_ptr(), fields)
+
+        def argument(x):
+            if isinstance(x, launch.TensorDescriptor):
+                return place(x.base, vars(x))
+            if not isinstance(x, torch.Tensor):
+                return x
+            return x.data_ptr() if x.data_ptr() in fixed else place(x)
 
         try:
-            for grid, run, head, args, passed in self.launches:
-                indices = []
-                for x, value in zip((*args, *[None] * len(passed)), passed):
-                    if isinstance(x, launch.TensorDescriptor):
-                        tape.described.append((place(x.base), vars(x)))
-                        indices.append(-len(tape.described))
-                    elif type(x) in TENSORS and x.data_ptr() not in fixed:
-                        indices.append(place(x))
-                    else:
-                        indices.append(("value", len(values)))
-                        values.append(value)
-                tape.launches.append((grid, run, head, indices))
-            tape.result = _placed(result, place, tensors, made)
-        except _Refused:
+            launches = [(*grid, run, head, [*map(argument, args)]) for grid, run, head, args in self.launches]
+            results = [None if x is None else _returned(x, place(x), memory, given) for x in result]
+        except ValueError:  # memory from elsewhere, or that is a part of two tensors
             return None
-        addresses = len(tensors) + len(made) + len(tape.beside)
-        tape.values = tuple(values)
-        first = addresses + len(tape.described)
-        index = lambda i: first + i[1] if type(i) is tuple else i if i >= 0 else addresses - 1 - i  # noqa: E731
-        tape.launches = [(*grid, run, head, itemgetter(*map(index, found))) for grid, run, head, found in tape.launches]
-        return tape
+        # What is nobody's result lies in one piece of memory, in turn where it is used in turn.
+        kept = {at[0] for at in results if at} | {given + number for number in self.zero}
+        scratch = [(n, x.nbytes) for n, x in enumerate(self.made, given) if n not in kept]
+        offsets, size = _laid_out(scratch, [{x.number for x in step[-1] if type(x) is _At} for step in launches])
+        own = [n for n in range(given, len(memory)) if n not in offsets]
+        places = {n: (given + place, 0) for place, n in enumerate(own)} | {n: (n, 0) for n in range(given)}
+        places |= {n: (given + len(own), offset) for n, offset in offsets.items()}
+        shapes = [(n - given in self.zero, memory[n].shape, memory[n].dtype) for n in own]
+        shapes += [(False, (size,), torch.uint8)] if size else []
+        at = {(n, 0): n for n in range(given + len(shapes))}  # the places of addresses
+
+        def address(x):
+            number, offset = places[x.number]
+            return at.setdefault((number, offset + x.offset), len(at))
+
+        every = [x for step in launches for x in step[-1]]
+        described = [(x.fields, address(x)) for x in every if type(x) is _At and x.fields]
+        plain = [address(x) for x in every if type(x) is _At]
+        descriptor, value = count(len(at)), count(len(at) + len(described))
+
+        def index(x):
+            return next(value) if type(x) is not _At else next(descriptor) if x.fields else address(x)
+
+        launches = [(*step, itemgetter(*map(index, args))) for *step, args in launches]
+        values, derived = [x for x in every if type(x) is not _At], [*at][given + len(shapes) :]
+        results = [(places[x[0]][0], x[1]) if x else (None, None) for x in results]
+        return _Tape(shapes, derived, described, launches, values, results, tables[1:])
 
 
 def _span(x):
-    """Bytes from its first number to behind its last."""
+    """Bytes from the first number of x to behind its last."""
     return (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))) * x.itemsize
+
+
+def _returned(x, at, memory, given):
+    """(number of a tensor, what x is of it by as_strided, or None for all)."""
+    like = memory[at.number]
+    if at.offset == 0 and (x.dtype, x.shape, x.stride()) == (like.dtype, like.shape, like.stride()):
+        return at.number, None
+    if at.number < given or x.dtype != like.dtype:
+        raise ValueError
+    return at.number, (x.shape, x.stride(), at.offset // x.itemsize)
 
 
 def _tensors_of(table):
@@ -160,52 +185,47 @@ def _tensors_of(table):
     return [x for part in inside for x in _tensors_of(part)]
 
 
-def _placed(result, place, tensors, made):
-    """Of a tensor: (its number among what is given and made, shape, strides, offset); of a tuple one for each."""
-    if isinstance(result, (tuple, list)):
-        return tuple(_placed(x, place, tensors, made) for x in result)
-    if result is None:
-        return None
-    for number, x in enumerate([*tensors, *made]):
-        if x is result or (number >= len(tensors) and x.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()):
-            if x.dtype != result.dtype:
-                raise _Refused
-            same = x.shape == result.shape and x.stride() == result.stride()
-            return [number, None if same else (result.shape, result.stride(), result.storage_offset())]
-    raise _Refused
+def _laid_out(scratch, used):
+    """({number: offset}, bytes in all) of (number, bytes); used: the numbers that each launch uses."""
+    placed, offsets = [], {}
+    for number, size in scratch:
+        turns = [turn for turn, numbers in enumerate(used) if number in numbers] or [0]
+        offset = 0
+        for begin, end, first, last in sorted(placed):
+            if first <= turns[-1] and turns[0] <= last and begin < offset + size and offset < end:
+                offset = end
+        placed.append((offset, offset + -(-size // APART) * APART, turns[0], turns[-1]))
+        offsets[number] = offset
+    return offsets, max((end for _, end, *_ in placed), default=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Tape:
-    """memory: what to make; beside: addresses inside of it; described: TMA descriptors; launches; values: arguments
-    that stay; result; tables: kept, so that their addresses stay theirs."""
+    """memory: whether of zeros, shape and dtype; derived: places of addresses and bytes from them; described: fields of
+    TMA descriptors, and places of their addresses; launches: grid, what launches, and the places of its arguments;
+    values: arguments that stay; results: places of tensors, and their views of these. tables: kept, so that nothing
+    else gets their addresses."""
 
     memory: list
-    beside: list
+    derived: list
     described: list
     launches: list
-    values: tuple
-    result: tuple
+    values: list
+    results: list
     tables: list
 
-    def play(self, tensors, device):
+    def play(self, tensors, at, device):
+        """at: the addresses of the tensors."""
         like = tensors[0]
-        for name, shape, dtype in self.memory:
-            tensors.append(getattr(like, name)(shape, dtype=dtype))
-        at = [x.data_ptr() for x in tensors]
-        at += [at[number] + offset for number, offset in self.beside]
-        at += [launch.described_again(fields, at[number]) for number, fields in self.described]
+        for zero, shape, dtype in self.memory:
+            made = like.new_zeros(shape, dtype=dtype) if zero else like.new_empty(*shape, dtype=dtype)
+            tensors.append(made)
+            at.append(made.data_ptr())
+        at += [at[place] + offset for place, offset in self.derived]
+        at += [launch.described_again(fields, at[place]) for fields, place in self.described]
         at += self.values
         stream = launch.driver.active.get_current_stream(device)
-        for x, y, z, run, head, pick in self.launches:
-            run(x, y, z, stream, *head, pick(at))
-        return _result(self.result, tensors)
-
-
-def _result(placed, tensors):
-    if placed is None:
-        return None
-    if type(placed) is tuple:
-        return tuple([_result(x, tensors) for x in placed])
-    number, view = placed
-    return tensors[number] if view is None else tensors[number].as_strided(*view)
+        for x, y, z, run, head, arguments in self.launches:
+            run(x, y, z, stream, *head, arguments(at))
+        found = [None if place is None else tensors[place] for place, _ in self.results]
+        return tuple([x if view is None else x.as_strided(*view) for x, (_, view) in zip(found, self.results)])

@@ -95,13 +95,14 @@ class RowSums:
         return self._given, self._sums, tuple(self._of)
 
     def made(self, queries):
-        """(sums, of these blocks), None each for what was not asked for."""
-        return self._sums, next((made for blocks, made in self._of if blocks is queries), None)
+        """(sums, log, delta), of these blocks, None for what was not asked for."""
+        return self._sums, *next((made for blocks, made in self._of if blocks is queries), (None, None))
 
-    def keep(self, queries, made):
-        self._sums, of = made
-        if of is not None and all(blocks is not queries for blocks, _ in self._of):
-            self._of.append((queries, of))
+    def keep(self, sums, queries, log, delta):
+        """What `made` said."""
+        self._sums = sums
+        if log is not None and all(blocks is not queries for blocks, _ in self._of):
+            self._of.append((queries, (log, delta)))
 
     @property
     def sums(self):
@@ -159,9 +160,9 @@ def backward(
     given = d_out, d_lse, q, k, v, out, lse, plan, scale, rows, onto, dtype or q.dtype, shares
     if states is not None or send is not None:
         return _backward.__wrapped__(*given, states, send)[:3]
-    *gradients, made = _backward(*given)
+    *gradients, sums, log, delta = _backward(*given)
     if rows is not None:
-        rows.keep(plan.queries, made)
+        rows.keep(sums, plan.queries, log, delta)
     return gradients
 
 
@@ -211,7 +212,7 @@ def _backward(d_out, d_lse, q, k, v, out, lse, plan, scale, rows, onto, dtype, s
         make_keys()
         send(dk, dv)
         make_queries()
-    return dq, dk, dv, None if given is None else rows.made(plan.queries)
+    return dq, dk, dv, *((None,) * 3 if given is None else given.made(plan.queries))
 
 
 def _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares):

@@ -28,9 +28,13 @@ def pool_triton(several, blocks: Blocks, heads: int, mean: bool) -> torch.Tensor
     return out
 
 
-@recorded
 def levels_triton(several, levels, heads: int, size, dtype) -> torch.Tensor:
     """The sums of mean_levels and sum_levels, divided by `size` unless None, in `dtype`: two levels a launch."""
+    return _levels(several, levels, heads, size, dtype)[0]
+
+
+@recorded
+def _levels(several, levels, heads, size, dtype):
     (_, num_heads, head_dim), at, counts = several[0].shape, 0, [len(blocks) for blocks in levels]
     columns, warps = len(several) * heads, LEVELS[1]
     out = several[0].new_empty(sum(counts), columns, head_dim, dtype=dtype)
@@ -46,7 +50,7 @@ def levels_triton(several, levels, heads: int, size, dtype) -> torch.Tensor:
             heads, num_heads // heads, head_dim, *tile, above, more, size is not None, num_warps=warps,
         )  # fmt: skip
         several, heads, num_heads, at = (sums,), columns, columns, at + count + programs
-    return out
+    return (out,)
 
 
 @cache
