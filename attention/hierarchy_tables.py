@@ -1,6 +1,6 @@
 """Where rows of means are in LLSA (attention.hierarchy): a pure function of the layout, made once per batch."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import log
 
 import numpy as np
@@ -106,7 +106,7 @@ def _map(value, move):
     if isinstance(value, tuple):
         return tuple(_map(x, move) for x in value)
     if isinstance(value, (Level, HierarchyTables)):
-        return type(value)(**{name: _map(x, move) for name, x in vars(value).items()})
+        return replace(value, **{field.name: _map(getattr(value, field.name), move) for field in fields(value)})
     return value.map(move) if hasattr(value, "map") else value
 
 

@@ -31,11 +31,14 @@ CLASSES = {
 }
 
 
-class _Recording(threading.local):
-    launches = None  # a list of those of this thread, where somebody takes them down
+class _Thread(threading.local):
+    """launches: a list for those of this thread where somebody takes them down: grid, what launches, what it takes
+    besides, arguments; None for one that Triton has made."""
+
+    launches, has_context = None, False
 
 
-recording = _Recording()
+thread = _Thread()
 
 
 def hooked() -> bool:
@@ -44,15 +47,13 @@ def hooked() -> bool:
     return bool((enter and enter.calls) or (leave and leave.calls))
 
 
-class _Address(int):
-    def data_ptr(self):
-        return self
-
-
-def described_again(fields, address) -> TensorDescriptor:
-    """A descriptor like another one, of memory at another address."""
+def describe_again(fields, base) -> TensorDescriptor:
+    """A TMA descriptor of other memory. base: what has a data_ptr()."""
+    if not thread.has_context and torch.cuda.is_initialized():
+        torch.cuda.Event().record()  # to describe memory needs a context, which a thread of autograd may not have yet
+        thread.has_context = True
     made = object.__new__(TensorDescriptor)
-    made.__dict__.update(fields, base=_Address(address))
+    made.__dict__.update(fields, base=base)
     return made
 
 
@@ -88,17 +89,19 @@ class Launcher:
         known = self._known.get(key)
         if known is None or hooked():
             kernel = self.kernel[grid](*args, **options)
-            if recording.launches is not None:
-                recording.launches.append(None)
+            if thread.launches is not None:
+                thread.launches.append(None)
             if isinstance(kernel, CompiledKernel):
-                layouts = [x.layout for x in args if isinstance(x, TensorDescriptor)]  # so that their numbers stay theirs
+                layouts = [
+                    x.layout for x in args if isinstance(x, TensorDescriptor)
+                ]  # so that their numbers stay theirs
                 self._known[key] = *straight(kernel), self._constants(args, options), kernel, layouts
             return kernel
         run, head, constants, kernel, _ = known
         size_x, size_y, size_z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         run(size_x, size_y, size_z, active.get_current_stream(device), *head, (*passed, *constants))
-        if recording.launches is not None:
-            recording.launches.append(((size_x, size_y, size_z), run, head, (*args, *constants)))
+        if thread.launches is not None:
+            thread.launches.append(((size_x, size_y, size_z), run, head, (*args, *constants)))
         return kernel
 
     def _constants(self, args, options):

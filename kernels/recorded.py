@@ -6,7 +6,7 @@ addresses among their arguments, results. It is kept with the tables of the batc
 """
 
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from itertools import count
 from operator import itemgetter
 from typing import NamedTuple
@@ -32,7 +32,7 @@ def recorded(function):
 
     @wraps(function)
     def call(*args):
-        if launch.recording.launches is not None:  # part of what is recorded
+        if launch.thread.launches is not None:  # part of what is recorded
             return function(*args)
         key, tensors, tables, bits = [function], [], [], 0
         _describe(args, key, tensors, tables)
@@ -44,7 +44,7 @@ def recorded(function):
         if len(set(addresses)) < len(addresses):
             key += map(addresses.index, addresses)  # which are the same
         key.append(launch.driver.active.get_current_device())
-        key, tapes = tuple(key), vars(tables[0]).setdefault("_tapes", {})
+        key, tapes = tuple(key), _tapes_of(tables[0])
         tape = tapes.get(key)
         if type(tape) is _Tape and not launch.hooked():
             return tape.play(tensors, addresses, key[-1])
@@ -58,6 +58,11 @@ def recorded(function):
         return function(*args)
 
     return call
+
+
+def _tapes_of(table):
+    """Kept where a frozen dataclass keeps its cached properties."""
+    return vars(table).get("_tapes") or vars(table).setdefault("_tapes", _Tapes())
 
 
 def _describe(args, key, tensors, tables):
@@ -80,31 +85,43 @@ def _describe(args, key, tensors, tables):
             tables.append(x)
 
 
+class _Tapes(dict):
+    """With their tables, but in this process alone."""
+
+    def __reduce__(self):
+        return _Tapes, ()
+
+
+class _Address(int):
+    def data_ptr(self):
+        return self
+
+
 class _At(NamedTuple):
-    """An address: so many bytes behind that of one of the tensors. fields: those of a TMA descriptor of it, or None."""
+    """An address: bytes behind that of a tensor among those given and made. make: what is made of it, or None."""
 
     number: int
     offset: int
-    fields: dict | None
+    make: object
 
 
 class _Recorder(TorchDispatchMode):
     """While entered, takes down what memory is made and what is launched."""
 
     def __enter__(self):
-        self.made, self.zero, self.refused = [], set(), False
-        self.launches = launch.recording.launches = []
+        self.made, self.zero, self.refused = [], [], False
+        self.launches = launch.thread.launches = []
         return super().__enter__()
 
     def __exit__(self, *raised):
-        launch.recording.launches = None
+        launch.thread.launches = None
         return super().__exit__(*raised)
 
     def __torch_dispatch__(self, operation, types, args=(), options=None):
         result, packet = operation(*args, **(options or {})), operation.overloadpacket
         if packet in MAKING:
-            self.zero |= {len(self.made)} if packet is aten.new_zeros else set()
             self.made.append(result)
+            self.zero.append(packet is aten.new_zeros)
         self.refused |= packet not in VIEWS and not (packet in MAKING and result.is_contiguous() and result.numel())
         return result
 
@@ -114,68 +131,52 @@ class _Recorder(TorchDispatchMode):
         fixed = {x.data_ptr() for table in tables for x in _tensors_of(table)}
         if self.refused or None in self.launches or any(x.data_ptr() in fixed for x in tensors):
             return None
-        starts = {x.data_ptr(): number for number, x in reversed([*enumerate(memory)])}
 
-        def place(x, fields=None):
+        def place(x, make=None):
             at = x.data_ptr()
-            inside = [starts[at]] if at in starts else [n for n, y in enumerate(memory) if 0 <= at - y.data_ptr() < _span(y)]
-            (number,) = inside
-            return _At(number, at - memory[number].data_ptr(), fields)
+            inside = [n for n, y in enumerate(memory) if 0 <= at - y.data_ptr() < _span(y)]
+            (number,) = [n for n in inside if memory[n].data_ptr() == at][:1] or inside
+            return _At(number, at - memory[number].data_ptr(), make)
 
         def argument(x):
             if isinstance(x, launch.TensorDescriptor):
-                return place(x.base, vars(x))
+                return place(x.base, partial(launch.describe_again, vars(x)))
             if not isinstance(x, torch.Tensor):
                 return x
             return x.data_ptr() if x.data_ptr() in fixed else place(x)
 
         try:
             launches = [(*grid, run, head, [*map(argument, args)]) for grid, run, head, args in self.launches]
-            results = [None if x is None else _returned(x, place(x), memory, given) for x in result]
-        except ValueError:  # memory from elsewhere, or that is a part of two tensors
+            results = [x if x is None else [x is y for y in memory].index(True) for x in result]
+        except ValueError:  # memory from elsewhere, or that is a part of two tensors; a view
             return None
         # What is nobody's result lies in one piece of memory, in turn where it is used in turn.
-        kept = {at[0] for at in results if at} | {given + number for number in self.zero}
-        scratch = [(n, x.nbytes) for n, x in enumerate(self.made, given) if n not in kept]
-        offsets, size = _laid_out(scratch, [{x.number for x in step[-1] if type(x) is _At} for step in launches])
-        own = [n for n in range(given, len(memory)) if n not in offsets]
-        places = {n: (given + place, 0) for place, n in enumerate(own)} | {n: (n, 0) for n in range(given)}
-        places |= {n: (given + len(own), offset) for n, offset in offsets.items()}
-        shapes = [(n - given in self.zero, memory[n].shape, memory[n].dtype) for n in own]
-        shapes += [(False, (size,), torch.uint8)] if size else []
-        at = {(n, 0): n for n in range(given + len(shapes))}  # the places of addresses
-
-        def address(x):
-            number, offset = places[x.number]
-            return at.setdefault((number, offset + x.offset), len(at))
-
-        every = [x for step in launches for x in step[-1]]
-        described = [(x.fields, address(x)) for x in every if type(x) is _At and x.fields]
-        plain = [address(x) for x in every if type(x) is _At]
-        descriptor, value = count(len(at)), count(len(at) + len(described))
+        used = [{x.number for x in args if type(x) is _At} for *_, args in launches]
+        own = [n for n, zero in enumerate(self.zero, given) if zero or n in results]
+        scratch, size = _laid_out([(n, memory[n].nbytes) for n in range(given, len(memory)) if n not in own], used)
+        numbers = {n: place for place, n in enumerate([*range(given), *own])}
+        shapes = [(self.zero[n - given], memory[n].shape, memory[n].dtype) for n in own] + [
+            (False, (size,), torch.uint8)
+        ]
+        values, steps = [x for *_, args in launches for x in args if type(x) is not _At], {}
+        value, first, last = count(), len(values), given + len(shapes)
 
         def index(x):
-            return next(value) if type(x) is not _At else next(descriptor) if x.fields else address(x)
+            if type(x) is not _At:
+                return next(value)
+            offset, number = x.offset + scratch.get(x.number, 0), first + numbers.get(x.number, last - 1)
+            if not offset and x.make is None:
+                return number
+            return steps.setdefault((number, offset, x.make), first + last + len(steps))
 
         launches = [(*step, itemgetter(*map(index, args))) for *step, args in launches]
-        values, derived = [x for x in every if type(x) is not _At], [*at][given + len(shapes) :]
-        results = [(places[x[0]][0], x[1]) if x else (None, None) for x in results]
-        return _Tape(shapes, derived, described, launches, values, results, tables[1:])
+        results = [x if x is None else numbers[x] for x in results]
+        return _Tape(values, shapes, [*steps], launches, results, tables[1:])
 
 
 def _span(x):
     """Bytes from the first number of x to behind its last."""
     return (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))) * x.itemsize
-
-
-def _returned(x, at, memory, given):
-    """(number of a tensor, what x is of it by as_strided, or None for all)."""
-    like = memory[at.number]
-    if at.offset == 0 and (x.dtype, x.shape, x.stride()) == (like.dtype, like.shape, like.stride()):
-        return at.number, None
-    if at.number < given or x.dtype != like.dtype:
-        raise ValueError
-    return at.number, (x.shape, x.stride(), at.offset // x.itemsize)
 
 
 def _tensors_of(table):
@@ -186,11 +187,10 @@ def _tensors_of(table):
 
 
 def _laid_out(scratch, used):
-    """({number: offset}, bytes in all) of (number, bytes); used: the numbers that each launch uses."""
+    """({number: offset}, bytes in all) of (number, bytes) each; used: the numbers that each launch uses."""
     placed, offsets = [], {}
     for number, size in scratch:
-        turns = [turn for turn, numbers in enumerate(used) if number in numbers] or [0]
-        offset = 0
+        turns, offset = [turn for turn, numbers in enumerate(used) if number in numbers] or [0], 0
         for begin, end, first, last in sorted(placed):
             if first <= turns[-1] and turns[0] <= last and begin < offset + size and offset < end:
                 offset = end
@@ -201,31 +201,27 @@ def _laid_out(scratch, used):
 
 @dataclass(frozen=True)
 class _Tape:
-    """memory: whether of zeros, shape and dtype; derived: places of addresses and bytes from them; described: fields of
-    TMA descriptors, and places of their addresses; launches: grid, what launches, and the places of its arguments;
-    values: arguments that stay; results: places of tensors, and their views of these. tables: kept, so that nothing
-    else gets their addresses."""
+    """values: arguments that stay; behind them come addresses of what is given and of `memory` (whether of zeros,
+    shape, dtype), and what `steps` make of these (place, bytes behind it, what). launches: grid, what launches, what it
+    takes besides, and what takes its arguments out of all that. results: numbers of what is given and made. tables:
+    kept, so that nothing else gets their addresses."""
 
-    memory: list
-    derived: list
-    described: list
-    launches: list
     values: list
+    memory: list
+    steps: list
+    launches: list
     results: list
     tables: list
 
-    def play(self, tensors, at, device):
-        """at: the addresses of the tensors."""
-        like = tensors[0]
+    def play(self, tensors, addresses, device):
+        like, at = tensors[0], self.values + addresses
         for zero, shape, dtype in self.memory:
             made = like.new_zeros(shape, dtype=dtype) if zero else like.new_empty(*shape, dtype=dtype)
             tensors.append(made)
             at.append(made.data_ptr())
-        at += [at[place] + offset for place, offset in self.derived]
-        at += [launch.described_again(fields, at[place]) for fields, place in self.described]
-        at += self.values
+        for place, offset, make in self.steps:
+            at.append(at[place] + offset if make is None else make(_Address(at[place] + offset)))
         stream = launch.driver.active.get_current_stream(device)
         for x, y, z, run, head, arguments in self.launches:
             run(x, y, z, stream, *head, arguments(at))
-        found = [None if place is None else tensors[place] for place, _ in self.results]
-        return tuple([x if view is None else x.as_strided(*view) for x, (_, view) in zip(found, self.results)])
+        return tuple([None if number is None else tensors[number] for number in self.results])

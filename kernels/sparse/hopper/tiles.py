@@ -1,6 +1,5 @@
 """What the Hopper kernels share: layouts, the pipeline that feeds warpgroups, rows of tiles in registers."""
 
-import threading
 from functools import cache
 
 import torch
@@ -9,20 +8,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from longspan.kernels.launch import describe_again
+
 LOG2E = gl.constexpr(1.4426950408889634)
-_thread = threading.local()
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.6
 synchronize = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6
 
 
 def descriptor(x, shape, strides, block, swizzle=128):
     """Of the numbers of x as an array of this shape and these strides, of which blocks are fetched by TMA."""
-    if not hasattr(_thread, "ready") and torch.cuda.is_initialized():
-        torch.cuda.Event().record()  # to describe memory needs a context, which a thread of autograd may not have yet
-        _thread.ready = True
-    made = object.__new__(TensorDescriptor)
-    made.__dict__.update(_alike(x.dtype, len(shape), *block, swizzle), base=x, shape=shape, strides=strides)
-    return made
+    return describe_again({**_alike(x.dtype, len(shape), *block, swizzle), "shape": shape, "strides": strides}, x)
 
 
 @cache  # Triton checks each anew, which takes longer than a launch: one of a kind is checked
