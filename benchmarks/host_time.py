@@ -9,6 +9,7 @@ launch does anything: the host's part of the same code. See benchmarks/README.md
 
 import argparse
 import cProfile
+import ctypes
 import pstats
 import sys
 import time
@@ -204,12 +205,23 @@ def absent_gpu():
             (softmax, "BACKENDS", {"absent": Attention}),
             *((torch, name, here(getattr(torch, name))) for name in ("zeros", "full", "arange", "eye")),
             (torch, "empty", here(torch.zeros)),  # what no kernel fills may be an index
-            (torch, "empty_like", torch.zeros_like),
-            (torch.Tensor, "new_empty", torch.Tensor.new_zeros),
+            (torch, "empty_like", _cleared(torch.empty_like)),
+            (torch.Tensor, "new_empty", _cleared(torch.Tensor.new_empty)),
         ]:
             stack.enter_context(mock.patch.object(holder, name, value, create=True))
         torch.set_num_threads(1)
         yield launches
+
+
+def _cleared(make):
+    """Memory of zeros, of which PyTorch does not know."""
+
+    def made(*args, **options):
+        x = make(*args, **options)
+        ctypes.memset(x.data_ptr(), 0, x.nbytes)
+        return x
+
+    return made
 
 
 def parse_arguments(argv=None):
