@@ -129,7 +129,7 @@ class _Recorder(TorchDispatchMode):
         """The _Tape of what was done, or None."""
         memory, given = [*tensors, *self.made], len(tensors)
         fixed = {x.data_ptr() for table in tables for x in _tensors_of(table)}
-        if self.refused or None in self.launches or any(x.data_ptr() in fixed for x in tensors):
+        if self.refused or not self.launches or None in self.launches or any(x.data_ptr() in fixed for x in tensors):
             return None
 
         def place(x, make=None):

@@ -44,6 +44,7 @@ class Compiled(launch.CompiledKernel):
     @staticmethod
     def run(x, y, z, stream, function, metadata, *hooks_and_args):
         a, b, out, count, factor = hooks_and_args[3:]
+        numbers(out, count)[:] = np.nan  # which shows where memory is used twice
         numbers(out, count)[:] = numbers(a, count) + np.float32(factor) * numbers(b, count)
 
 
@@ -82,48 +83,59 @@ def chain(add):
     """With memory of zeros, halves of a piece, pieces that can share memory, and an input among the results."""
 
     @recorded.recorded
-    def call(x, y, factor, table, onto=None):
+    def call(x, y, factor, table, others, onto=None):
         count = x.numel()
         first, (low, high) = torch.empty_like(x), x.new_empty(2, count).unbind()
         add[(1,)](x, y, first, count, factor)
         add[(1,)](first, table.weights, low, count, 1.0)
-        zeros, last = x.new_zeros(count), x.new_empty(count)
-        add[(1,)](low, zeros, high, count, 1.0)
-        add[(1,)](high, x, last, count, 1.0)
+        add[(1,)](first, others.weights, high, count, 2.0)
+        zeros, last, more = x.new_zeros(count), x.new_empty(count), x.new_empty(count)
+        add[(1,)](low, high, last, count, 1.0)
         out = x.new_empty(count) if onto is None else onto
-        add[(1,)](last, first, out, count, 1.0)
+        add[(1,)](last, first, more, count, 1.0)
+        add[(1,)](more, zeros, out, count, 1.0)
         return out, None, y
 
     return call
 
 
-def expected(x, y, factor, table, onto=None):
-    return 3 * x + 2 * factor * y + table.weights[: len(x)]
+def expected(x, y, factor, table, others, onto=None):
+    return 3 * (x + factor * y) + table.weights[: len(x)] + 2 * others.weights[: len(x)]
 
 
 def test_what_is_played_gives_the_same(add):
     call, table = chain(add), Table(torch.randn(200))
     for turn in range(6):
         x, y = torch.randn(200), torch.randn(200)
-        (out, nothing, other), was_played = played(add, call, x, y, 0.5, table)
-        torch.testing.assert_close(out, expected(x, y, 0.5, table))
+        (out, nothing, other), was_played = played(add, call, x, y, 0.5, table, table)
+        torch.testing.assert_close(out, expected(x, y, 0.5, table, table))
         assert nothing is None and other is y and was_played == (turn > 1)
 
 
 def test_what_differs_is_told_apart(add):
     call, table, memory = chain(add), Table(torch.randn(300)), torch.randn(1000)
     x, y, other = torch.randn(200), torch.randn(200), Table(torch.randn(300))
-    cases = [(x, y, 0.5, table), (x, y, 2.0, table), (x, y, 2, table), (x[:100], y[:100], 0.5, table)]
-    cases += [(x, x, 0.5, table), (x, y, 0.5, other), (x, y, 0.5, table, torch.empty(200))]
-    cases += [(memory[1:201], y, 0.5, table), (x, y, 0.5, Table(torch.randn(300)))]
+    cases = [
+        (x, y, 0.5, table, table),
+        (x, y, 2.0, table, table),
+        (x, y, 2, table, table),
+        (x[:100], y[:100], 0.5, table, table),
+    ]
+    cases += [
+        (x, x, 0.5, table, table),
+        (x, y, 0.5, other, table),
+        (x, y, 0.5, table, other),
+        (x, y, 0.5, table, table, torch.empty(200)),
+    ]
+    cases += [(memory[1:201], y, 0.5, table, table), (x, y, 0.5, Table(torch.randn(300)), table)]
     for turn in range(4):
         for args in cases:
             (out, *_), was_played = played(add, call, *args)
             torch.testing.assert_close(out, expected(*args))
             aligned = all(z.data_ptr() % 16 == 0 for z in args[:2])
             assert was_played == (turn > 1 and aligned), args
-            if len(args) == 5:
-                assert out is args[4]
+            if len(args) == 6:
+                assert out is args[5]
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(add):
@@ -159,9 +171,9 @@ def test_what_cannot_be_recorded_runs_as_it_is(add):
 
 def test_hooks_see_all_launches(add, monkeypatch):
     call, table, x = chain(add), Table(torch.randn(200)), torch.randn(200)
-    assert [played(add, call, x, x, 0.5, table)[1] for _ in range(3)] == [False, False, True]
+    assert [played(add, call, x, x, 0.5, table, table)[1] for _ in range(3)] == [False, False, True]
     monkeypatch.setattr(launch.knobs.runtime.launch_enter_hook, "calls", [print])  # as a profiler does
-    assert not played(add, call, x, x, 0.5, table)[1]
+    assert not played(add, call, x, x, 0.5, table, table)[1]
 
 
 def test_tapes_stay_with_their_tables_in_this_process(add, monkeypatch):
@@ -169,7 +181,7 @@ def test_tapes_stay_with_their_tables_in_this_process(add, monkeypatch):
     call, table, x = chain(add), Table(torch.randn(200)), torch.randn(200)
     for factor in (1.0, 2.0, 3.0):
         for _ in range(3):
-            call(x, x, factor, table)
+            call(x, x, factor, table, table)
     assert len(table._tapes) == 2
     assert not pickle.loads(pickle.dumps(table))._tapes
 
