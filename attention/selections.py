@@ -7,6 +7,7 @@ import torch
 
 from longspan.attention.block_tables import BlockTables, Pieces, Totals, block_tables
 from longspan.attention.selection import require_whole
+from longspan.kernels.recorded import recorded
 from longspan.kernels.sparse import kept_of, pool, top
 
 
@@ -57,10 +58,20 @@ class TopBlocks:
     def choose(self, q, k, coarse_k, tables: BlockTables, gather):
         """(int32 [Hkv, local query pieces, n]: key blocks, ascending, -1 for none, None). gather: all ranks' rows from
         mine."""
-        means, router = router_means(q, tables, gather, k.shape[1])
-        keys = block_means(k, tables.keys, gather)
-        forced = {"first": self.first, "recent": self.recent, "always": tables.diagonal}
-        return top(means, keys, router, tables.candidates, **forced), None
+        if tables.queries.whole and tables.keys.whole:
+            return *_choose_whole(q, k, tables, self.first, self.recent), None
+        return _choose(q, k, tables, self.first, self.recent, gather), None
+
+
+@recorded
+def _choose_whole(q, k, tables, first, recent):
+    return (_choose(q, k, tables, first, recent, None),)
+
+
+def _choose(q, k, tables, first, recent, gather):
+    means, router = router_means(q, tables, gather, k.shape[1])
+    keys = block_means(k, tables.keys, gather)
+    return top(means, keys, router, tables.candidates, first=first, recent=recent, always=tables.diagonal)
 
 
 def router_means(q, tables: BlockTables, gather, heads):

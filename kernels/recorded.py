@@ -5,16 +5,15 @@ than its launches. From the third call of a kind on there is a tape: memory to m
 addresses among their arguments, results. It is kept with the tables of the batch, and goes with them.
 """
 
+import importlib
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from itertools import count
 from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from longspan.kernels import launch
 
 aten, TENSORS = torch.ops.aten, (torch.Tensor, torch.nn.Parameter)
 MAKING = {aten.new_empty, aten.empty_like, aten.new_zeros}
@@ -32,14 +31,18 @@ def recorded(function):
 
     @wraps(function)
     def call(*args):
-        if launch.thread.launches is not None:  # part of what is recorded
-            return function(*args)
         key, tensors, tables, bits = [function], [], [], 0
-        _describe(args, key, tensors, tables)
+        try:
+            _describe(args, key, tensors, tables)
+        except _Traced:
+            return function(*args)
         addresses = [x.data_ptr() for x in tensors]
         for address in addresses:
             bits |= address
         if bits & 15 or not tables or not tensors[0].is_cuda:
+            return function(*args)
+        launch = _launch()
+        if launch.thread.launches is not None:  # part of what is recorded
             return function(*args)
         if len(set(addresses)) < len(addresses):
             key += map(addresses.index, addresses)  # which are the same
@@ -60,9 +63,19 @@ def recorded(function):
     return call
 
 
+@cache
+def _launch():
+    """The module, which needs Triton, where there is a GPU."""
+    return importlib.import_module("longspan.kernels.launch")
+
+
 def _tapes_of(table):
     """Kept where a frozen dataclass keeps its cached properties."""
     return vars(table).get("_tapes") or vars(table).setdefault("_tapes", _Tapes())
+
+
+class _Traced(Exception):
+    """A tensor stands for something else."""
 
 
 def _describe(args, key, tensors, tables):
@@ -78,7 +91,9 @@ def _describe(args, key, tensors, tables):
             parts = x if kind is tuple else x.recorded_as
             key += (kind, len(parts))
             _describe(parts, key, tensors, tables)
-        elif getattr(kind, "__dataclass_params__", None) is None or not kind.__dataclass_params__.frozen:
+        elif isinstance(x, torch.Tensor):
+            raise _Traced
+        elif not getattr(kind, "__dataclass_params__", None) or not kind.__dataclass_params__.frozen:
             raise TypeError(f"recorded functions take no {kind.__name__}")
         else:
             key.append(id(x))
@@ -110,11 +125,11 @@ class _Recorder(TorchDispatchMode):
 
     def __enter__(self):
         self.made, self.zero, self.refused = [], [], False
-        self.launches = launch.thread.launches = []
+        self.launches = _launch().thread.launches = []
         return super().__enter__()
 
     def __exit__(self, *raised):
-        launch.thread.launches = None
+        _launch().thread.launches = None
         return super().__exit__(*raised)
 
     def __torch_dispatch__(self, operation, types, args=(), options=None):
@@ -127,7 +142,7 @@ class _Recorder(TorchDispatchMode):
 
     def tape(self, result, tensors, tables):
         """The _Tape of what was done, or None."""
-        memory, given = [*tensors, *self.made], len(tensors)
+        memory, given, launch = [*tensors, *self.made], len(tensors), _launch()
         fixed = {x.data_ptr() for table in tables for x in _tensors_of(table)}
         if self.refused or not self.launches or None in self.launches or any(x.data_ptr() in fixed for x in tensors):
             return None
@@ -221,7 +236,7 @@ class _Tape:
             at.append(made.data_ptr())
         for place, offset, make in self.steps:
             at.append(at[place] + offset if make is None else make(_Address(at[place] + offset)))
-        stream = launch.driver.active.get_current_stream(device)
+        stream = _launch().driver.active.get_current_stream(device)
         for x, y, z, run, head, arguments in self.launches:
             run(x, y, z, stream, *head, arguments(at))
         return tuple([None if number is None else tensors[number] for number in self.results])

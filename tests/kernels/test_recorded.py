@@ -28,6 +28,10 @@ def sum_kernel(a_ptr, b_ptr, out_ptr, count, factor):
     pass
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
 def numbers(at, count):
     at = at.data_ptr() if isinstance(at, torch.Tensor) else at
     return np.ctypeslib.as_array((ctypes.c_float * count).from_address(at))
@@ -165,6 +169,8 @@ def test_what_cannot_be_recorded_runs_as_it_is(add):
             (out,), was_played = played(add, call, x, table)
             torch.testing.assert_close(out, right)
             assert not was_played
+    twice = recorded.recorded(lambda x, table: (x * 2,))
+    assert all(type(twice(x.as_subclass(Subclass), table)[0]) is Subclass for _ in range(4))
     with pytest.raises(TypeError, match="recorded functions take no list"):
         reads([x], table)
 
