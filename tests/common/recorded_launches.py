@@ -2,7 +2,9 @@
 the same kernels with the same arguments, addresses of the same memory, of which none is used for something else before
 its last launch. Prints the numbers of launches. Triton's interpreter must be off."""
 
+import gc
 import sys
+import weakref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,7 +57,7 @@ def run(case, seq, launches):
         linear = LinearBranch(*branch) if branch else None
         out = sparse_attention(*inputs[:3], selection=SELECTIONS[name], linear=linear, causal=causal, seq=seq)
         results = [out, *torch.autograd.grad(out, wanted, d_out)]
-    return [*launches], kept, [x.data_ptr() for x in results]
+    return [*launches], kept, [x.data_ptr() for x in results], [weakref.ref(x) for x in inputs]
 
 
 def values(args):
@@ -70,7 +72,7 @@ def values(args):
 
 
 def check(plain, again):
-    (launches, kept, results), (others, others_kept, others_results) = plain, again
+    (launches, kept, results, _), (others, others_kept, others_results, _) = plain, again
     assert [name for name, _ in launches] == [name for name, _ in others]
     places, used = {}, {}  # of pieces of memory: address in the other run, launches
     for turn, ((name, args), (_, other)) in enumerate(zip(launches, others)):
@@ -102,7 +104,9 @@ def main():
             run(case, seq, launches)
             plain = run(case, seq, launches)
             recorded.MOST, played, play = 64, [], recorded._Tape.play
-            run(case, seq, launches), run(case, seq, launches)
+            inputs = [*run(case, seq, launches)[3], *run(case, seq, launches)[3]]
+            launches.clear(), gc.collect()
+            assert not any(x() is not None for x in inputs), "a tape keeps inputs"
             recorded._Tape.play = lambda tape, *args: played.append(len(tape.launches)) or play(tape, *args)
             check(plain, run(case, seq, launches))
             recorded._Tape.play = play
