@@ -47,12 +47,12 @@ def hooked() -> bool:
     return bool((enter and enter.calls) or (leave and leave.calls))
 
 
-def describe_again(fields, base) -> TensorDescriptor:
-    """A TMA descriptor of other memory. base: what has a data_ptr()."""
+def describe_again(kind, fields, base):
+    """A TMA descriptor of its kind, of other memory. base: what has a data_ptr()."""
     if not thread.has_context and torch.cuda.is_initialized():
         torch.cuda.Event().record()  # to describe memory needs a context, which a thread of autograd may not have yet
         thread.has_context = True
-    made = object.__new__(TensorDescriptor)
+    made = object.__new__(kind)
     made.__dict__.update(fields, base=base)
     return made
 

@@ -156,7 +156,7 @@ class _Recorder(TorchDispatchMode):
         def argument(x):
             if isinstance(x, launch.TensorDescriptor):
                 fields = {name: value for name, value in vars(x).items() if name != "base"}
-                return place(x.base, partial(launch.describe_again, fields))
+                return place(x.base, partial(launch.describe_again, type(x), fields))
             if not isinstance(x, torch.Tensor):
                 return x
             return x.data_ptr() if x.data_ptr() in fixed else place(x)

@@ -17,7 +17,8 @@ synchronize = getattr(gl, "thread_barrier", None) or gl.barrier  # its name unti
 
 def descriptor(x, shape, strides, block, swizzle=128):
     """Of the numbers of x as an array of this shape and these strides, of which blocks are fetched by TMA."""
-    return describe_again({**_alike(x.dtype, len(shape), *block, swizzle), "shape": shape, "strides": strides}, x)
+    fields = _alike(x.dtype, len(shape), *block, swizzle) | {"shape": shape, "strides": strides}
+    return describe_again(TensorDescriptor, fields, x)
 
 
 @cache  # Triton checks each anew, which takes longer than a launch: one of a kind is checked
