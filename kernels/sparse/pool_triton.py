@@ -30,7 +30,7 @@ def pool_triton(several, blocks: Blocks, heads: int, mean: bool) -> torch.Tensor
 
 def levels_triton(several, levels, heads: int, size, dtype) -> torch.Tensor:
     """The sums of mean_levels and sum_levels, divided by `size` unless None, in `dtype`: two levels a launch."""
-    return _levels(several, levels, heads, size, dtype)[0]
+    return _levels(tuple(several), tuple(levels), heads, size, dtype)[0]
 
 
 @recorded
