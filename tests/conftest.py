@@ -10,6 +10,7 @@ import interpreter_bounds
 import poison
 import pytest
 import torch
+from slow_tests import listed, name_of
 
 torch.set_num_threads(1)  # tensors are tiny: threads that wait for each other take longer than the work
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
@@ -64,14 +65,13 @@ def deterministic():
 
 
 def pytest_collection_modifyitems(items):
-    tested = defaultdict(set)  # world sizes of every test
+    tested, takes_long = defaultdict(set), listed()
     for item in items:
         tested[item.path, item.originalname].add(_world_size(item))
     for item in items:  # also what says so itself
-        world_size = _world_size(item)
-        # What two ranks show, three and four show as well.
-        between = world_size == 2 and {1, 3, 4} <= tested[item.path, item.originalname]
-        if world_size == 8 or between or item.path.parent.name == "benchmarks":
+        world_size, sizes = _world_size(item), tested[item.path, item.originalname]
+        more = world_size is not None and world_size > 2 and 2 in sizes  # make test has two ranks in their place
+        if more or world_size == 8 or item.path.parent.name == "benchmarks" or name_of(item.nodeid) in takes_long:
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
