@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items):
         tested[item.path, item.originalname].add(_world_size(item))
     for item in items:  # also what says so itself
         world_size, sizes = _world_size(item), tested[item.path, item.originalname]
-        more = world_size is not None and world_size > 2 and 2 in sizes  # make test has two ranks in their place
+        more = world_size in (3, 4) and 2 in sizes  # make test has two ranks in their place
         if more or world_size == 8 or item.path.parent.name == "benchmarks" or name_of(item.nodeid) in takes_long:
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
