@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from longspan.attention import softmax, softmax_attention
+from longspan.attention import softmax_attention, softmax_passes
 from longspan.attention.moved import pairs_per_rank
 from longspan.benchmarks.arguments import ONE, parse_attention_schemes
 from longspan.benchmarks.calibrate import (
@@ -145,7 +145,7 @@ def without_transfers():
         return x.new_zeros(sum(receive_counts), *x.shape[1:])
 
     with (
-        mock.patch.object(softmax, "start_exchange", exchange),
+        mock.patch.object(softmax_passes, "start_exchange", exchange),
         mock.patch.object(routes, "all_to_all_rows", all_to_all),
     ):
         yield
