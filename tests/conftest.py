@@ -71,7 +71,8 @@ def pytest_collection_modifyitems(items):
     for item in items:  # also what says so itself
         world_size, sizes = _world_size(item), tested[item.path, item.originalname]
         more = world_size in (3, 4) and 2 in sizes  # make test has two ranks in their place
-        if more or world_size == 8 or item.path.parent.name == "benchmarks" or name_of(item.nodeid) in takes_long:
+        long = name_of(item.nodeid) in takes_long and world_size != 2
+        if more or long or world_size == 8 or item.path.parent.name == "benchmarks":
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return

@@ -4,7 +4,7 @@
     python tests/common/slow_tests.py times.xml
 
 A case that takes longer than CASE seconds is left out, but of a function all of whose cases do the quickest stays where
-it takes at most ALONE.
+it takes at most ALONE. Over two ranks all run (conftest.py), and of a function that has them none over three or four.
 """
 
 import sys
