@@ -1,6 +1,5 @@
 """Storages of tensors, from the operations that make them until they are freed."""
 
-from collections.abc import Callable
 from weakref import ref
 
 import torch
@@ -9,15 +8,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class Storages(TorchDispatchMode):
-    """Follows the storages that operations make. `made` says what is to be done."""
+    """Follows the storages that operations make. What derives from it has `made(size)`, called for every new storage of
+    so many bytes; what that returns is called when the storage is freed."""
 
     def __init__(self):
         super().__init__()
         self._known = {}
-
-    def made(self, size: int) -> Callable[[], None]:
-        """There is a new storage of so many bytes; what is returned is called when it is freed."""
-        raise NotImplementedError
 
     def ignore(self, tensor: torch.Tensor) -> None:
         """Its storage is counted elsewhere; it must outlive this."""
