@@ -110,6 +110,11 @@ class Job:
         self._refuse_what_is_not_counted()
 
     @property
+    def has_softmax(self) -> bool:
+        """Whether some layer is of softmax attention."""
+        return not set(SOFTMAX_KINDS).isdisjoint(self.config.model.layer_kinds)
+
+    @property
     def backend(self) -> str:
         """Of softmax attention."""
         return self.auto_backend if self.config.parallel.backend == "auto" else self.config.parallel.backend
@@ -190,7 +195,7 @@ class Job:
     def head_groups(self) -> int:
         """Groups of heads on which softmax layers, if there are any, work one after the other, at most."""
         model, tokens = self.config.model, sum(self.lengths) // self.sp
-        if set(SOFTMAX_KINDS).isdisjoint(model.layer_kinds):
+        if not self.has_softmax:
             return 1
         sizes = tokens, model.num_heads // self.tp, model.kv_heads // self.tp
         wanted, masks = self.config.parallel.head_groups, set(softmax_masks(model))
@@ -322,11 +327,7 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
     """What the numbers leave out."""
     if not job.cluster.gpu.measured:
         yield f"rates of {job.cluster.name} are not measured by longspan"
-    if (
-        job.cluster.gpu.hopper
-        and job.backend == "fa4"
-        and not set(SOFTMAX_KINDS).isdisjoint(job.config.model.layer_kinds)
-    ):
+    if job.has_softmax and job.cluster.gpu.hopper and job.backend == "fa4":
         yield (
             "softmax attention is FlashAttention-4's: without flash-attn-4 it takes 5 % more forward and 16 % more"
             " backward, as parallel.backend=cudnn plans it"
