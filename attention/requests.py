@@ -189,7 +189,8 @@ class Fetched(Asked):
 
     def start(self, k, v, group):
         heads = self.packing.heads_of(k)
-        arrived = k.new_empty(self.own + sum(map(sum, self.received)), 2 * heads, k.shape[2])
+        make = k.new_zeros if self.turns > 1 else k.new_empty  # kernels read past what is there, times 0
+        arrived = make(self.own + sum(map(sum, self.received)), 2 * heads, k.shape[2])
         packed = pack((k, v), self.packing, sum(map(sum, self.sent)), arrived)
         works = _exchange(packed, self.sent, self.received, group, arrived[self.own :])
         return Pending(works, list(arrived.split(heads, 1)))

@@ -95,7 +95,7 @@ class SharedRequest(Request):
         if not self.together:
             tokens -= keys.tokens[group_rank(self.group)]
         rows = self.lists * room_for(tokens, self.wanted[0].numel(), keys.size)
-        buffer = k.new_empty(rows, 2 * self.packing.heads_of(k), k.shape[2])
+        buffer = k.new_zeros(rows, 2 * self.packing.heads_of(k), k.shape[2])  # kernels read past what comes, times 0
         numbers = table, arriving.start, 0 if self.together else len(arriving)
         self.way = Read(self.packing, 0, len(k), self.groups, self.staged.windows, keys, *numbers, buffer)
         self.pending = self.way.start(k, self.staged.v, self.group)

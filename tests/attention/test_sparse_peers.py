@@ -112,6 +112,33 @@ def test_nobody_reads_or_writes_too_early():
     run_ranks(one_is_late, 2)
 
 
+def unread_rows(rank, world_size):
+    """Which ways were seen: what comes is a number before it is there, as it is asked for in turns."""
+    pull, exchange, seen = peers_triton.pull_blocks, requests.start_all_to_all, set()
+
+    def pulled(k, *rest):
+        assert k.isfinite().all()
+        seen.add("windows")
+        pull(k, *rest)
+
+    def exchanged(x, sent, received, group, out):
+        assert out.isfinite().all()
+        seen.add("turns")
+        return exchange(x, sent, received, group, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers_triton, "pull_blocks", pulled)
+        patch.setattr(requests, "start_all_to_all", exchanged)
+        for peers in (None, shared_windows(rank, world_size)):
+            run("full_gqa", contiguous((256,), world_size), rank, peers, False, torch.float32, None)
+    return seen
+
+
+def test_rows_that_have_not_come_are_numbers():
+    """Kernels for Hopper GPUs read a tile past the last block that is there, and multiply it by weights of zero."""
+    assert run_ranks(unread_rows, 2) == [{"windows", "turns"}] * 2
+
+
 def by_the_group(rank, world_size):
     peer_memory.MOST_ROOM = 1000
     peers = shared_windows(rank, world_size)

@@ -11,7 +11,7 @@ def interpreted(name: str, monkeypatch=None, **constants):
     interpreted."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if torch.cuda.is_available():
-        pytest.skip("kernels are interpreted only where there is no GPU")
+        pytest.skip("kernels are interpreted only where there is no GPU", allow_module_level=True)
     module = importlib.import_module(f"longspan.kernels.{name}")
     for constant, value in constants.items():
         monkeypatch.setattr(module, constant, value)

@@ -83,10 +83,13 @@ def runs(references):
 
 @pytest.fixture(scope="module", params=DEVICES)
 def alone(request, references, tmp_path_factory):
-    """By name some of the runs on one rank of a device, and how many times less exact it is."""
-    folder, exactness = tmp_path_factory.mktemp(request.param), 1 if request.param == "cpu" else 10
+    """By name some of the runs on one rank of a device, the plain loops from its weights on the CPU, and how many times
+    less exact it is."""
+    folder, exactness, corpus = tmp_path_factory.mktemp(request.param), 1, references["corpus"]
+    if request.param != "cpu":  # where other weights are drawn
+        exactness, (references,) = 10, run_ranks(_references, 1, folder, corpus, request.param, timeout=300)
     with only_rank(request.param) as device:
-        found = {name: _run(folder, references["corpus"], name, device) for name in ALONE}
+        found = {name: _run(folder, corpus, name, device) for name in ALONE}
     return references | found | {"exactness": exactness}
 
 
@@ -110,31 +113,31 @@ def _run(folder, corpus, name, device=CPU):
     return {"rows": rows(folder / name), "held": held, **{step: saved(folder / name, step) for step in (3, 6)}}
 
 
-def _references(rank, world_size, folder, corpus):
-    every = r"."
+def _references(rank, world_size, folder, corpus, device="cpu"):
+    every, given = r".", (folder, corpus, device)
     found = {
-        "reference": _reference(folder, corpus, TRAINED),
-        "reference tied": _reference(folder, corpus, r"embedding", "model.tie_embeddings=true"),
-        "reference norms": _reference(folder, corpus, r"(?!blocks\.0).*norm"),
+        "reference": _reference(*given, TRAINED),
+        "reference tied": _reference(*given, r"embedding", "model.tie_embeddings=true"),
+        "reference norms": _reference(*given, r"(?!blocks\.0).*norm"),
     }
     first = found["reference"]
-    found["reference fewer"] = _reference(
-        folder, corpus, r"blocks\.1\.mixer\.", begin=first[3], moments=first["moments"]
-    )
-    found["reference all"] = _reference(folder, corpus, every, begin=first[3])
+    found["reference fewer"] = _reference(*given, r"blocks\.1\.mixer\.", begin=first[3], moments=first["moments"])
+    found["reference all"] = _reference(*given, every, begin=first[3])
     return found
 
 
-def _reference(folder, corpus, trained, *settings, begin=None, moments=None):
+def _reference(folder, corpus, device, trained, *settings, begin=None, moments=None):
     """Weights after steps 3 and 6 of a loop over the trainer's batches on one rank: autograd of the whole model, and
-    the formulas of clipping and AdamW written out, for parameters whose names match alone. begin: weights at step 3,
-    from which it goes on, with the moments of then or without any."""
+    the formulas of clipping and AdamW written out, for parameters whose names match alone. device: where weights are
+    drawn; begin: weights at step 3, from which it goes on, with the moments of then or without any."""
     config = tiny_config(corpus, folder / "reference", *COMMON, *settings)
     trainer = start(config)
     batches = [trainer.loader.next_step() for _ in range(6)]
     trainer.close()
     torch.manual_seed(config.run.seed)
-    model = build_model(config.model)
+    with torch.device(device):
+        model = build_model(config.model)
+    model.to("cpu")
     if begin is not None:
         model.load_state_dict(begin)
     optim, result = config.optim, {"initial": _values(model), "losses": [], "norms": []}
