@@ -24,6 +24,7 @@ from longspan.kernels.softmax import BACKENDS, choose, cudnn_ragged, fa4
 from longspan.kernels.softmax import math as math_backend
 
 GPU_BACKENDS = ("fa4", "cudnn_ragged", "cudnn", "flash", "math")
+HEAD_DIMS = (8, 80, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (24, 40, 72, 96, 104, 112, 144, 192, 256)))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,16 @@ def test_cudnn_refuses_where_results_must_repeat(monkeypatch, request):
     softmax._backend.cache_clear()
 
 
+def test_fa4_is_not_given_heads_whose_gradients_it_gets_wrong(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(fa4, "_load", lambda: (None, None))
+    taken = [dim for dim in range(8, 265, 8) if fa4.refusal("cuda", torch.bfloat16, dim) is None]
+    assert taken == [dim for dim in range(8, 257, 8) if dim % 32 in (0, 24)]
+    backend, (refusal, *_) = choose("auto", "cuda", torch.bfloat16, 80)
+    assert backend.name != "fa4" and "gradients wrong for head dims such as 80" in refusal
+
+
 @pytest.mark.parametrize("name", ["cudnn", "flash"])
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.id)
 def test_torch_operators_take_our_arguments(name, case):
@@ -118,6 +129,15 @@ class TestOnGpu:
     @pytest.mark.parametrize("name", GPU_BACKENDS)
     def test_backend_equals_definition(self, name, case):
         backend = gpu_backend(name, torch.bfloat16, case.head_dim)
+        inputs = make_inputs(case, torch.bfloat16, "cuda")
+        assert_as_good_as_sdpa(run(backend, case.pack, *inputs, 0.1), case, inputs, 0.1)
+
+    @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("name", GPU_BACKENDS)
+    def test_heads_of_all_sizes(self, name, packed, head_dim):
+        backend = gpu_backend(name, torch.bfloat16, head_dim)
+        case = square("", (100, 231) if packed else (331,), (8, 4), head_dim)
         inputs = make_inputs(case, torch.bfloat16, "cuda")
         assert_as_good_as_sdpa(run(backend, case.pack, *inputs, 0.1), case, inputs, 0.1)
 

@@ -177,7 +177,8 @@ def _compare(found, wanted, trained, steps=(3, 6), exactness=1):
     first = 0 if 3 in steps else 3
     assert [row["loss"] for row in found["rows"]][first:] == pytest.approx(wanted["losses"], rel=1e-5 * exactness)
     assert [row["grad_norm"] for row in found["rows"]][first:] == pytest.approx(wanted["norms"], rel=1e-4 * exactness)
-    assert all(norm > 0.5 for norm in wanted["norms"][:2]), "nothing was clipped"
+    if exactness == 1:  # of other weights norms are others
+        assert all(norm > 0.5 for norm in wanted["norms"][:2]), "nothing was clipped"
     for step in steps:
         names = [name.removeprefix("model.") for name in found[step] if name.startswith("model.")]
         assert set(names) == set(wanted[step])
