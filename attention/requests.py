@@ -13,7 +13,7 @@ import torch
 
 from longspan.attention.block_parts import Part, pieces_of, ring
 from longspan.attention.block_tables import Pieces
-from longspan.kernels.sparse import BlockPlan, Packing, add_packed, ask, count, pack, place, rename
+from longspan.kernels.sparse import READ_PAST, BlockPlan, Packing, add_packed, ask, count, pack, place, rename
 from longspan.parallel.exchange import (
     Pending,
     ToHost,
@@ -86,7 +86,7 @@ class Request:
         table, arriving, places = place(shown, counts, keys, *given)
         self.packing = Packing(keys.local, places, rank if together else -1)
         self.counts = ToHost(counts)
-        self.begin(table, arriving)
+        self.begin(table, arriving, counts)
         columns = rename(self.wanted, table)
         if together:
             full = full and keys.of_block.shape[1] == 1
@@ -118,8 +118,8 @@ class Request:
         arrived = self.plan.keys.map(lambda x: x[: pieces.sum()])
         return [], [Part(self.plan.over(arrived, int(pieces.sum(0).max())), way=way)], pending
 
-    def begin(self, table, arriving):
-        """Where keys lie when they are here is known, see kernels.sparse.place; lists follow."""
+    def begin(self, table, arriving, counts):
+        """Where keys lie when they are here is known, see kernels.sparse.place and .count; lists follow."""
 
     def settle(self, parts, arrived):
         """parts, and what arrived in them, once all of `parts` is queued."""
@@ -189,8 +189,9 @@ class Fetched(Asked):
 
     def start(self, k, v, group):
         heads = self.packing.heads_of(k)
-        make = k.new_zeros if self.turns > 1 else k.new_empty  # kernels read past what is there, times 0
-        arrived = make(self.own + sum(map(sum, self.received)), 2 * heads, k.shape[2])
+        arrived = k.new_empty(self.own + sum(map(sum, self.received)), 2 * heads, k.shape[2])
+        for end in [*accumulate(map(sum, self.received), initial=self.own)][1:-1]:
+            arrived[end : end + READ_PAST] = 0  # until the next turn's are here
         packed = pack((k, v), self.packing, sum(map(sum, self.sent)), arrived)
         works = _exchange(packed, self.sent, self.received, group, arrived[self.own :])
         return Pending(works, list(arrived.split(heads, 1)))

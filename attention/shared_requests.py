@@ -90,13 +90,13 @@ class SharedRequest(Request):
         self.staged, self.window = staged, max(keys.tokens)
         super().__init__(blocks, keys, queries, options, group, None, *rest)
 
-    def begin(self, table, arriving):
+    def begin(self, table, arriving, counts):
         k, keys, tokens = self.staged.k, self.keys, sum(self.keys.tokens)
         if not self.together:
             tokens -= keys.tokens[group_rank(self.group)]
         rows = self.lists * room_for(tokens, self.wanted[0].numel(), keys.size)
-        buffer = k.new_zeros(rows, 2 * self.packing.heads_of(k), k.shape[2])  # kernels read past what comes, times 0
-        numbers = table, arriving.start, 0 if self.together else len(arriving)
+        buffer = k.new_empty(rows, 2 * self.packing.heads_of(k), k.shape[2])
+        numbers = table, arriving.start, counts, 0 if self.together else len(arriving)
         self.way = Read(self.packing, 0, len(k), self.groups, self.staged.windows, keys, *numbers, buffer)
         self.pending = self.way.start(k, self.staged.v, self.group)
 
@@ -125,24 +125,26 @@ class SharedRequest(Request):
 @dataclass(frozen=True)
 class Read(Asked):
     """How what was asked for is read, in so many turns. packing: others return as it lies in the window. keys: Pieces;
-    table, starts, offset: numbers of blocks in the buffer, and the row of each, see kernels.sparse.place; buffer: None
-    once it is known what arrived; returned: bytes that come back."""
+    table, starts, offset: numbers of blocks in the buffer, and the row of each, see kernels.sparse.place; counts: see
+    kernels.sparse.count; buffer: None once it is known what arrived; returned: bytes that come back."""
 
     turns: int
     windows: Windows
     keys: Pieces
     table: torch.Tensor
     starts: torch.Tensor
+    counts: torch.Tensor
     offset: int
     buffer: torch.Tensor | None = field(repr=False)
     returned: int = 0
 
     def start(self, k, v, group):
-        from longspan.kernels.sparse.peers_triton import pull_blocks
+        from longspan.kernels.sparse.peers_triton import clear_behind, pull_blocks
 
         keys, values = self.buffer.chunk(2, 1)
         peers, lists, works = self.windows.peers, len(self.table), []
-        with aside(self.table, self.starts, self.buffer) as mark:
+        with aside(self.table, self.starts, self.counts, self.buffer) as mark:
+            clear_behind(self.buffer, self.counts, peers.rank, self.packing.own >= 0, self.turns)
             peers.wait(READY)
             for turn in range(self.turns):
                 some = range(turn * lists // self.turns, (turn + 1) * lists // self.turns)

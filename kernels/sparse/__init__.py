@@ -7,7 +7,7 @@ import torch
 from longspan.kernels.sparse import gathered
 from longspan.kernels.sparse.asking import ask, count, place, rename
 from longspan.kernels.sparse.descend import Families, blocks_below, descend
-from longspan.kernels.sparse.packing import Packing, add_packed, add_shares, pack
+from longspan.kernels.sparse.packing import READ_PAST, Packing, add_packed, add_shares, pack
 from longspan.kernels.sparse.plan import BlockPlan, Blocks
 from longspan.kernels.sparse.pool import mean_levels, pool, sum_levels
 from longspan.kernels.sparse.rules import Boxes, Picks
@@ -15,6 +15,7 @@ from longspan.kernels.sparse.shares import Shares, Tree
 from longspan.kernels.sparse.top import Ranges, kept_of, top
 
 __all__ = [
+    "READ_PAST",
     "BlockPlan",
     "Blocks",
     "Boxes",

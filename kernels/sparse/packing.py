@@ -7,6 +7,8 @@ import torch
 from longspan.kernels.sparse import forms
 from longspan.kernels.sparse.plan import Blocks
 
+READ_PAST = 128  # rows at most that kernels for Hopper read behind a block, and multiply by weights of 0: numbers
+
 
 @dataclass(frozen=True)
 class Packing:

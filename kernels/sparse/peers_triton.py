@@ -4,8 +4,11 @@ Few programs with many threads each: they take some processors for themselves, w
 to wait otherwise, and a link is busy with a few.
 """
 
+import torch
+
 from longspan.kernels.compiler import cdiv, next_power_of_2, tl, triton
 from longspan.kernels.launch import launched
+from longspan.kernels.sparse.packing import READ_PAST
 
 WORDS = 16384  # of keys, or of values, that a program moves at once
 WARPS = 32
@@ -20,6 +23,15 @@ def pull_blocks(k, v, addresses, table, starts, keys, rank: int, offset: int, li
     token, most = len(table) * heads * words, max(keys.tokens)
     strides = token, heads * words, 0, most * token
     _launch(k, v, addresses, 0, table, starts, keys, rank, offset, lists, programs, strides, False)
+
+
+def clear_behind(buffer, counts, rank: int, own: bool, groups: int) -> None:
+    """Zeroes READ_PAST rows of a buffer [rows, heads, D], or as many as there are, behind what each group of lists
+    names. Blocks lie as asking.place says; counts: see asking.count."""
+    ranks, lists, words = len(counts), counts.shape[2] // 2, buffer.stride(0) * buffer.element_size() // 4
+    if buffer.numel():
+        given = len(buffer), rank, words, ranks, lists, own, next_power_of_2(ranks * lists), READ_PAST
+        clear_behind_kernel[(groups,)](buffer.view(torch.int32), counts, *given, next_power_of_2(words))
 
 
 def push_blocks(k, v, addresses, begin: int, table, starts, keys, rank: int, offset: int, programs: int) -> None:
@@ -89,3 +101,25 @@ def peer_blocks_kernel(
                     values = tl.load(there + second + far, mask=moves, cache_modifier=".cg")
                     tl.store(own + near, keys, mask=moves)
                     tl.store(own_second + near, values, mask=moves)
+
+
+@launched
+@triton.jit(do_not_specialize=["rows", "rank"])
+def clear_behind_kernel(
+    buffer_ptr, counts_ptr, rows, rank, WORDS: tl.constexpr, RANKS: tl.constexpr, LISTS: tl.constexpr,
+    OWN: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Behind one group of lists, of as many as there are programs."""
+    every, column = tl.arange(0, SEGMENTS), tl.arange(0, COLUMNS)
+    whose, which = every // LISTS, every % LISTS
+    before = (whose != rank) & (which * tl.num_programs(0) < (tl.program_id(0) + 1) * LISTS)
+    if OWN:  # of all lists, in front
+        before = before | (whose == rank)
+    before = before & (every < RANKS * LISTS)
+    at = counts_ptr + (rank * RANKS + whose) * (2 * LISTS + 1) + which
+    end = tl.sum(tl.load(at, mask=before, other=0))
+    for begin in range(0, ROWS, 8):
+        row = end + begin + tl.arange(0, 8)
+        cleared = (row < rows)[:, None] & (column < WORDS)[None, :]
+        to = buffer_ptr + row[:, None] * WORDS + column[None, :]
+        tl.store(to, tl.zeros([8, COLUMNS], tl.int32), mask=cleared)

@@ -88,6 +88,7 @@ def test_kernels_of_shared_memory_keep_their_order(tmp_path):
     assert {f"peer_{name}_kernel" for name in ("push", "collect", "signal", "wait", "blocks")} <= set(names)
     pulls = [any(map(read.match, kernel["order"])) for kernel in kernels if kernel["name"] == "peer_blocks_kernel"]
     assert sorted(pulls) == [False, True]  # gradients, which this GPU made, and keys
+    assert "clear_behind_kernel" in names
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from devices import DEVICES
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from longspan.kernels.sparse import peers_triton  # noqa: E402
+from longspan.kernels.sparse import READ_PAST, peers_triton  # noqa: E402
 from longspan.kernels.sparse.peer_windows import window_bytes  # noqa: E402
 
 RANKS = 3
@@ -81,3 +81,26 @@ def test_there_and_back(size, dtype, lists, heads, programs, device):
                     back[n, slot, listed, begin : begin + count] = gradients[n][row : row + count]
         assert torch.equal(window, wanted), owner
     assert {piece // keys.width for _, piece in first} == {0, 2}
+
+
+@pytest.mark.parametrize("groups, own", [(1, True), (2, True), (4, True), (1, False), (2, False)])
+def test_rows_behind_every_group_are_cleared(groups, own, device):
+    """As far as the buffer goes, which ends amid those behind the last group."""
+    lists, rank = 4, 1
+    counts = torch.randint(50, 70, (RANKS, RANKS, 2 * lists + 1), generator=torch.Generator().manual_seed(groups))
+    before, ends = int(counts[rank, rank, :lists].sum()) * own, []
+    for group in counts[rank, [0, 2], :lists].view(2, groups, -1).sum((0, 2)).tolist():
+        before += group
+        ends.append(before)
+    buffer = torch.full((before + 9, 2, 8), torch.nan, dtype=torch.bfloat16, device=device)
+    peers_triton.clear_behind(buffer, counts.to(device), rank, own, groups)
+    behind = {row for end in ends for row in range(end, min(end + READ_PAST, len(buffer)))}
+    for row, values in enumerate(buffer.cpu()):
+        assert values.eq(0).all() if row in behind else values.isnan().all(), row
+
+
+def test_kernels_read_no_further():
+    from longspan.kernels.sparse.hopper import ROWS
+
+    run = pytest.importorskip("longspan.kernels.sparse.hopper.run", reason="Triton has no Gluon")
+    assert max(tile for table in (run.FORWARD, run.QUERIES) for tile, *_ in table.values()) <= READ_PAST == 2 * ROWS
