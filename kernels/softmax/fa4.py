@@ -28,8 +28,8 @@ def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     limit = 256 if major == 9 else 128
     if head_dim % 8 or head_dim > limit:
         return f"takes head dims up to {limit} that are multiples of 8, not {head_dim}"
-    if -(-head_dim // 16) % 2:  # dq, and with GQA dk and dv, of 4.0.0b36 on an H200
-        return f"gets gradients wrong for head dims such as {head_dim}: rounded up to 16, they must be multiples of 32"
+    if major == 9 and head_dim <= 128 and -(-head_dim // 16) % 2:  # 4.0.0b36; flash-attention pull request 2896
+        return f"gets gradients wrong for heads of {head_dim} on Hopper: rounded up to 16 they are no multiple of 32"
     return _load()[1]
 
 
