@@ -1,33 +1,36 @@
 """Memory and time of a training step before any GPU is asked for: what every rank holds, what takes how long.
 
 Memory and work are counted on the model itself (models.activations); what sharding adds is here, seconds are in
-launcher.step_time. One step is the steady state: compilation, autotuning and reading data are not in it. Ranks are
-taken as equally busy, which the layouts see to for one long document.
+launcher.step_time. One step is the steady state: compilation, autotuning and reading data are not in it. In softmax
+attention the rank with most pairs is counted; else ranks are taken as equally busy.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import gcd
 
 import torch
 from torch import nn
 
-from longspan.attention.double_ring import ring_of
 from longspan.attention.head_groups import head_groups
+from longspan.attention.moved import pairs_per_rank
 from longspan.attention.offload import Offload
-from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
+from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.gpus import CONTEXT, FRAGMENTS, LAUNCH_S, Cluster
 from longspan.launcher.host_memory import host_memory
 from longspan.launcher.state_sizes import MASTER, state_sizes
-from longspan.launcher.step_time import HEAD_PARALLEL, WAITING, step_seconds
+from longspan.launcher.step_time import WAITING, step_seconds
 from longspan.models.activations import GRADIENTS, WHOLE, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import SOFTMAX_KINDS, SPARSE_KINDS
 from longspan.models.flops import model_flops, num_parameters, num_trained, softmax_masks
 from longspan.models.parallelize import freeze
+from longspan.parallel.context import SequenceParallel
+from longspan.parallel.geometry import Mask
+from longspan.parallel.layout import Layout
 from longspan.parallel.peer_memory import cannot_be_honoured, refusal_of_ranks
 from longspan.parallel.topology import Topology
 
@@ -183,13 +186,30 @@ class Job:
         """Documents of one sample."""
         return lengths_of(self.config, self.document)
 
+    @cached_property
+    def parallel(self) -> SequenceParallel:
+        """As training has it, seen from the first rank of a sequence."""
+        settings = self.config.parallel.of_sequences
+        return SequenceParallel(rank=0, topology=self.topology, costs=load_costs(self.config), **settings)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Of the ranks that share a sequence, outside of softmax attention."""
+        return self.parallel.base_layout(self.lengths)
+
+    def attention_layout(self, mask: Mask) -> Layout:
+        """In softmax attention with this mask."""
+        plan = self.parallel.plan(self.lengths, mask)
+        return self.layout if plan is None else plan.layout
+
+    def pairs(self, mask: Mask) -> float:
+        """Query-key pairs of the rank with most, times its share of the heads, in a softmax layer with this mask."""
+        return max(pairs_per_rank(self, self.heads, mask))
+
     @property
-    def softmax(self) -> str:
-        """The strategy by which keys of softmax layers travel; a ring in the place of those that move queries."""
-        strategy = self.config.parallel.softmax
-        if strategy == "auto":
-            return ring_of(self.topology)
-        return strategy if strategy in (*KEYS_TRAVEL, "double_ring") else "ring"
+    def heads(self) -> int:
+        """Query heads of the ranks that share a sequence."""
+        return self.config.model.num_heads // self.tp
 
     @property
     def head_groups(self) -> int:
@@ -217,12 +237,9 @@ class Job:
     def measure(self) -> Measured:
         """One micro-batch of a rank; gradients stay, sharded, from the first."""
         return measure(
-            self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
+            self.config.model, self.lengths, parallel=self.parallel, dtype=self.dtype,
             prepare=partial(prepare, self.config), hopper=self.cluster.gpu.hopper,
-            gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
-            softmax=self.softmax,
-            sparse=self.config.parallel.sparse, topology=self.topology, peer_blocks=self.peer_blocks,
-            head_groups=self.config.parallel.head_groups,
+            gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp, peer_blocks=self.peer_blocks,
         )  # fmt: skip
 
 
@@ -345,5 +362,3 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
         )
     if job.config.train.compile:
         yield "train.compile fuses operations, which is not counted: memory and time are upper bounds"
-    if job.config.parallel.softmax in HEAD_PARALLEL and job.sp > 1:
-        yield f"parallel.softmax={job.config.parallel.softmax}: memory is that of a ring"

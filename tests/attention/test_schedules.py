@@ -11,7 +11,7 @@ from cases import layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.attention import softmax, softmax_passes
+from longspan.attention import moved, softmax, softmax_passes
 from longspan.attention.double_ring import double_ring_schedule
 from longspan.attention.moved import head_parallel_schedule, pairs_per_rank, planned_schedule, schedule_of
 from longspan.attention.schedules import ranks_at_once, softmax_schedule
@@ -162,7 +162,7 @@ def test_ulysses_is_one_packed_call_in_any_layout(layout):
 def test_tables_of_a_given_plan_are_built_once(monkeypatch):
     """For every layer and step that gives the plan again; not for another plan, mask or layout."""
     built = []
-    monkeypatch.setattr(softmax, "schedule_of", lambda *args: built.append(args) or schedule_of(*args))
+    monkeypatch.setattr(moved, "schedule_of", lambda *args: built.append(args) or schedule_of(*args))
     lengths = (300, 20, 61)
     x = torch.randn(sum(lengths), 2, 8, dtype=torch.float64)
     layout, plans = contiguous(lengths, 1), [plan_attention(lengths, Topology(1, 1), costs) for costs in (None, ROUTED)]
