@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from longspan.attention.head_groups import head_groups
-from longspan.attention.moved import pairs_per_rank
+from longspan.attention.moved import head_parallel_ranks, pairs_per_rank
 from longspan.attention.offload import Offload
 from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config
@@ -217,9 +217,10 @@ class Job:
         model, tokens = self.config.model, sum(self.lengths) // self.sp
         if not self.has_softmax:
             return 1
-        sizes = tokens, model.num_heads // self.tp, model.kv_heads // self.tp
+        sizes = tokens, self.heads, model.kv_heads // self.tp
         wanted, masks = self.config.parallel.head_groups, set(softmax_masks(model))
-        return max(head_groups(wanted, *sizes, mask, self.lengths) for mask in masks)
+        keys = sizes[-1] // gcd(sizes[-1], head_parallel_ranks(self.parallel, self.heads))  # of a rank
+        return max(gcd(head_groups(wanted, *sizes, mask, self.lengths), keys) for mask in masks)
 
     @property
     def itemsize(self) -> int:

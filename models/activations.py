@@ -146,8 +146,9 @@ def measure(
 ) -> Measured:
     """A step over documents with these lengths, of which this rank has its share.
 
-    parallel: how ranks that are not there share them (SequenceParallel, with a rank); None: one rank. dtype: of compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of
-    GPUs, hopper: of Hopper GPUs. prepare: does to the model what training does to it before it is sharded, such as
+    parallel: a SequenceParallel with a rank, by which ranks that are not there share them; None: one rank. dtype: of
+    compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of GPUs,
+    hopper: of Hopper GPUs. prepare: does to the model what training does to it before it is sharded, such as
     checkpointing, for which it gets an Offload without data; it is not compiled. gradient_bytes: what stays of the
     gradient of one parameter once its block is done; until then it is whole. tp: ranks that share layers; parameters
     are then those of one of them. peer_blocks: whether blocks of sparse layers go through memory that ranks share,

@@ -288,6 +288,36 @@ def test_ranks_of_a_group_keep_what_is_counted_for_them():
     assert found[0]["checkpointed"] == counted
 
 
+WAYS = {"softmax": "ulysses"}, {"softmax": "zeppelin", "layout": "contiguous"}, {"layout": "contiguous"}
+
+
+def way_counts(rank, world_size, config, length):
+    """Saved bytes of softmax layers, and what lives with checkpointing, in each of WAYS."""
+    import torch.distributed as dist
+
+    from longspan.parallel.exchange import Done
+
+    dist.all_to_all_single = lambda *_, **__: Done()  # threads of gloo hold what they sent for a while
+    found = []
+    for way in WAYS:
+        model, seq = real_model(config, torch.bfloat16), SequenceParallel(dist.group.WORLD, **way).context([length])
+        inputs = text_inputs(config, seq.num_tokens_local)
+        model(*inputs, seq)
+        saved = saved_bytes(lambda: model(*inputs, seq))
+        fully(model, None)
+        found.append((saved, alive_bytes(lambda: model(*inputs, seq))))
+    return found
+
+
+def test_ranks_keep_what_is_counted_where_tokens_or_heads_move():
+    """Both have as many tokens in attention."""
+    config, length = shared_config("softmax"), 512
+    for way, *found in zip(WAYS, *run_ranks(way_counts, 2, config, length), strict=True):
+        given = {"parallel": SequenceParallel(rank=0, topology=TWO.topology, **way), "dtype": torch.bfloat16}
+        counted = kept(config, [length], **given), kept(config, [length], **given, prepare=fully)
+        assert found == [counted, counted], way
+
+
 def shared_counts(rank, world_size, configs, length):
     """Of ranks that share memory, for each config: what is saved, and the sizes of windows that were allocated."""
     import torch.distributed as dist
