@@ -37,6 +37,7 @@ from longspan.parallel.topology import Topology
 GATHERED = 2  # blocks whose parameters are whole at once: in use, and arriving or in the buffer they arrived in
 WINDOWS = "windows shared with other ranks"
 COUNTED = ("top", "hierarchical")  # of model.sparse_selection
+NOT_OF_GPUS = ("cpu", "math")  # of parallel.backend: does not run there, or was not measured
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Job:
     @property
     def has_softmax(self) -> bool:
         """Whether some layer is of softmax attention."""
-        return not set(SOFTMAX_KINDS).isdisjoint(self.config.model.layer_kinds)
+        return _has_softmax(self.config)
 
     @property
     def backend(self) -> str:
@@ -252,13 +253,19 @@ def lengths_of(config: Config, document: int = 0) -> list[int]:
     return [size] * (length // size) + [length % size] * (length % size > 0)
 
 
-def countable(config: Config) -> bool:
-    """Whether what a rank holds can be counted."""
-    return not any(_not_counted(config))
+def countable(config: Config, gpu: bool = True) -> bool:
+    """Whether what a rank holds, on a GPU or a CPU, can be counted."""
+    return not any(_not_counted(config, gpu))
 
 
-def _not_counted(config: Config) -> Iterator[tuple[str, str]]:
+def _has_softmax(config: Config) -> bool:
+    return not set(SOFTMAX_KINDS).isdisjoint(config.model.layer_kinds)
+
+
+def _not_counted(config: Config, gpu: bool = True) -> Iterator[tuple[str, str]]:
     """Settings that are not counted, and what to plan with."""
+    if gpu and config.parallel.backend in NOT_OF_GPUS and _has_softmax(config):
+        yield f"parallel.backend={config.parallel.backend}", "plan with auto"
     if config.parallel.engine == "deepspeed":
         yield "parallel.engine=deepspeed", "plan with fsdp2 or ddp"
     selection = config.model.sparse_selection.get("name")
@@ -345,11 +352,13 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
     """What the numbers leave out."""
     if not job.cluster.gpu.measured:
         yield f"rates of {job.cluster.name} are not measured by longspan"
-    if job.has_softmax and job.cluster.gpu.hopper and job.backend == "fa4":
+    if job.has_softmax and job.cluster.gpu.hopper and job.backend == "fa4" and job.dtype != torch.float32:
         yield (
             "softmax attention is FlashAttention-4's: without flash-attn-4 it takes 5 % more forward and 16 % more"
             " backward, as parallel.backend=cudnn plans it"
         )
+    if job.has_softmax and job.dtype == torch.float32:
+        yield "softmax attention in float32 is plain PyTorch on GPUs, not measured: time and memory are lower bounds"
     if job.sp > 1 and not set(SPARSE_KINDS).isdisjoint(job.config.model.layer_kinds):
         yield "blocks of sparse attention are taken as chosen evenly: where choices agree, ranks fetch fewer"
     if job.offload or job.config.train.offload_activations:

@@ -87,7 +87,7 @@ def described(config: Config) -> str:
 
 
 def _chosen(config: Config, mesh: Mesh) -> tuple[Config, str]:
-    if not countable(config):
+    if not countable(config, gpu=mesh.device.type == "cuda"):
         return replace(config, train=replace(config.train, checkpointing="full")), "this config cannot be planned"
     if mesh.device.type == "cuda":
         cluster = cluster_here(mesh.world_size)
@@ -105,5 +105,5 @@ def cluster_here(world_size: int) -> Cluster:
     which is all that counts here."""
     found, (had, ranks) = torch.cuda.get_device_properties(), memory_here()
     name = kind_of(found.name)
-    gpu = replace(GPUS[name or "A100"], memory=found.total_memory, hopper=found.major == 9)
+    gpu = replace(GPUS.get(name, GPUS["A100"]), memory=found.total_memory, hopper=found.major == 9)
     return Cluster(name or found.name, world_size, min(world_size, ranks), had * ranks, gpu)

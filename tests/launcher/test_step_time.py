@@ -161,8 +161,8 @@ def test_the_rank_with_most_pairs_is_counted(ranks):
 
     def found(layout, *settings):
         job = job_of("data.seq_len=64K", f"parallel.layout={layout}", *settings, gpus=f"{ranks}xH200")
-        seconds = {c.kind: call_seconds(job, c) for stage in job.measure().stages for c in stage.calls if not c.backward}
-        return job, seconds
+        calls = {c.kind: c for stage in job.measure().stages for c in stage.calls if not c.backward}
+        return job, {kind: call_seconds(job, call) for kind, call in calls.items()}
 
     (balanced, even), (cut, uneven) = found("auto"), found("contiguous")
     assert uneven["softmax"] == pytest.approx((2 - 1 / ranks) * even["softmax"], rel=1e-3)
