@@ -190,7 +190,7 @@ class Job:
     @cached_property
     def parallel(self) -> SequenceParallel:
         """As training has it, seen from the first rank of a sequence."""
-        settings = self.config.parallel.of_sequences
+        settings = self.config.parallel.of_sequences | {"backend": self.backend}
         return SequenceParallel(rank=0, topology=self.topology, costs=load_costs(self.config), **settings)
 
     @cached_property

@@ -135,7 +135,7 @@ class _Softmax:
             if plan is not None:
                 plan = replace(plan, layout=_small(plan.layout, shrink), costs=costs)
             sizes = *self.sizes, q.shape[2], q.dtype, self.groups
-            most = _peaks(*given, costs, plan, *sizes, outline.gpu)[backward]
+            most = _peaks(*given, costs, plan, *sizes, _Kernel(outline.gpu, parallel.backend))[backward]
         size = ceil(most * outline.num_tokens_local) - sum(x.nbytes for x in results)
         return q.new_empty(max(0, size), dtype=torch.uint8)
 
@@ -160,7 +160,7 @@ def _small(layout: Layout, shrink: float) -> Layout:
 
 
 @lru_cache(maxsize=256)
-def _peaks(layout, mask, topology, strategy, costs, plan, heads, kv_heads, size, dtype, groups, gpu):
+def _peaks(layout, mask, topology, strategy, costs, plan, heads, kv_heads, size, dtype, groups, kernel):
     """Bytes for each token of a rank outside of attention, at the peak of the forward pass and of the backward pass,
     besides what they are given. plan: of the strategy, or None."""
     most = [0, 0]
@@ -174,7 +174,7 @@ def _peaks(layout, mask, topology, strategy, costs, plan, heads, kv_heads, size,
         q, k, v = given if moved.there is None else torch.cat([*given], 1).split((heads // moved.groups, keys, keys), 1)
         given = q, k, v, torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(dtype))
         passes = (softmax_passes.forward, given[:3]), (softmax_passes.backward, (torch.empty_like(q), *given))
-        found = [_peak(run, groups, tensors, moved.schedule, _Kernel(gpu)) for run, tensors in passes]
+        found = [_peak(run, groups, tensors, moved.schedule, kernel) for run, tensors in passes]
         most = list(map(max, most, found))
     tokens = max(layout.tokens_per_rank)
     return most[0] / tokens, most[1] / tokens
@@ -201,14 +201,18 @@ def _peak(run, groups, tensors, schedule, kernel) -> int:
 @dataclass(frozen=True)
 class _Kernel:
     """Allocates what back ends do: results, on GPUs in the dtype of the inputs. FlashAttention-4 sums dq in fp32, and
-    dk and dv where query heads share them; results on CPUs are such sums."""
+    dk and dv where query heads share them, cuDNN then of every query head (kernels.softmax.cudnn_ragged); results on
+    CPUs are such sums."""
 
     gpu: bool
+    backend: str
 
     def forward(self, q, k, v, pack, scale):
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
 
     def backward(self, d_out, q, k, v, out, lse, pack, scale):
-        summed = (q, k, v) if not self.gpu or q.shape[1] > k.shape[1] else (q,)
-        sums = tuple(torch.empty_like(x, dtype=wide_dtype(x.dtype)) for x in summed)
+        heads = (q if self.gpu and self.backend.startswith("cudnn") else k).shape[1]
+        keys = (len(k), heads, k.shape[2])
+        summed = (q.shape, keys, keys) if not self.gpu or q.shape[1] > k.shape[1] else (q.shape,)
+        sums = tuple(q.new_empty(shape, dtype=wide_dtype(q.dtype)) for shape in summed)
         return tuple(torch.empty_like(x) for x in (q, k, v)) if self.gpu else sums

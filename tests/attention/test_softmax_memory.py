@@ -172,3 +172,15 @@ def test_a_ring_holds_keys_of_two_others_however_many_there_are():
         return counted((world_size * 256,), Topology(1, world_size), 256, 16, "ring", 1)[1] / (256 * HEADS * SIZE * 2)
 
     assert [unit(n) for n in (1, 2, 4, 8, 16)] == [5, 11, 16.5, 17.5, 17.5]
+
+
+def test_cudnn_sums_keys_of_every_query_head_where_they_share_them():
+    """In units of q on one GPU: dq, dk and dv, and sums of dq in fp32; with 4 of 16 key heads of dk and dv too."""
+
+    def units(kv_heads, backend):
+        held = counted((512,), Topology(1, 1), 512, kv_heads, "ring", 1, backend=backend)[1]
+        return held / (512 * HEADS * SIZE * 2)
+
+    for name in ("cudnn", "cudnn_ragged"):
+        assert units(16, name) == units(16, "fa4") == 3 + 2
+        assert (units(4, name), units(4, "fa4")) == (1.5 + 2 + 4, 1.5 + 2 + 1)
