@@ -60,7 +60,8 @@ class _Way:
         return Moved(Schedule.of(()), there, back, self.ranks)
 
     def arrivals(self, q, k, v):
-        """Bytes from this machine, and from others, there of q, k and v and back of the output, of as many there."""
+        """Bytes that come from this machine and from others, in the same proportion: q, k and v on the way there, the
+        output on the way back."""
         come, far = self.wanted - self.kept, self.far / max(1, self.wanted - self.kept)
         for count, row in ((come, sum(x[0].nbytes for x in (q, k, v))), (self.held - self.kept, q[0].nbytes)):
             yield count * row * (1 - far), count * row * far
