@@ -4,21 +4,28 @@ Queries, keys and values move there by one exchange, outputs and gradients back.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import gcd
 
 import torch
 
-from longspan.attention.double_ring import double_ring_schedule
+from longspan.attention.arguments import pick
+from longspan.attention.double_ring import double_ring_schedule, ring_of
 from longspan.attention.recompute import keep, keeping, recall
+from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
 from longspan.attention.schedules import Schedule, softmax_schedule
+from longspan.parallel.context import MEMO
 from longspan.parallel.costs import Costs
+from longspan.parallel.exchange import to_device
 from longspan.parallel.geometry import Mask, attention_pairs
 from longspan.parallel.layout import Layout
+from longspan.parallel.planner import STRATEGIES as PLANNERS
 from longspan.parallel.planner import AttentionPlan, plan_attention
 from longspan.parallel.routes import Route, RouteTable, head_routes, route_table
 from longspan.parallel.topology import Topology
 
 HEAD_PARALLEL = ("ulysses", "usp")
+STRATEGIES = (*KEYS_TRAVEL, "double_ring", *HEAD_PARALLEL, *PLANNERS)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,28 @@ class _MoveOnce(torch.autograd.Function):
         return ctx.route.transpose(grad), None
 
 
+def moved_for(seq, plan, mask: Mask, heads: int, kv_heads: int) -> Moved:
+    """The schedule of a context's rank, by its strategy or the plan that is given, and where tokens go for it."""
+    parallel = seq.parallel
+    topology = parallel.topology
+    strategy = pick(STRATEGIES, parallel.softmax, ring_of(topology), "softmax strategy")
+    if plan is not None:
+        return _of_plan(seq.layout, seq.rank, plan, mask, parallel.device)
+    if strategy in PLANNERS:
+        return seq.derive(planned_schedule, mask, strategy, topology, parallel.costs, parallel.token_cap)
+    if strategy in HEAD_PARALLEL:
+        return seq.derive(head_parallel_schedule, mask, ranks_that_share_heads(strategy, topology, heads))
+    if strategy == "double_ring":
+        return Moved(seq.derive(double_ring_schedule, mask, topology, parallel.costs))
+    return Moved(seq.derive(softmax_schedule, strategy, mask, heads // kv_heads))
+
+
+@lru_cache(MEMO)
+def _of_plan(layout, rank, plan, mask, device) -> Moved:
+    """The schedule of a plan that was given, kept as a context keeps what it derived: every layer gives it again."""
+    return schedule_of(layout, rank, plan, mask).map(lambda x: to_device(x, device))
+
+
 def planned_schedule(layout: Layout, rank: int, mask: Mask, strategy, topology, costs, token_cap) -> Moved:
     """The same on every rank, as the plan is a pure function of the lengths and of what is given here."""
     return schedule_of(layout, rank, plan_attention(layout.lengths, topology, costs, token_cap, strategy, mask), mask)
@@ -121,9 +150,14 @@ def head_parallel_schedule(layout: Layout, rank: int, mask: Mask, groups: int) -
 
 def pairs_per_rank(seq, heads: int, mask: Mask = Mask()) -> tuple[float, ...]:
     """Query-key pairs, times the share of the heads, that each rank works on in a layer with this mask."""
-    pairs, strategy = attention_pairs(seq.attention_layout(mask), mask), seq.parallel.softmax
-    groups = ranks_that_share_heads(strategy, seq.parallel.topology, heads) if strategy in HEAD_PARALLEL else 1
+    pairs, groups = attention_pairs(seq.attention_layout(mask), mask), head_parallel_ranks(seq.parallel, heads)
     return tuple(sum(pairs[rank // groups * groups :][:groups]) / groups for rank in range(len(pairs)))
+
+
+def head_parallel_ranks(parallel, heads: int) -> int:
+    """Of a SequenceParallel, those that exchange heads for tokens; 1 where its strategy is another."""
+    shared = parallel.softmax in HEAD_PARALLEL
+    return ranks_that_share_heads(parallel.softmax, parallel.topology, heads) if shared else 1
 
 
 def ranks_that_share_heads(strategy: str, topology: Topology, heads: int) -> int:

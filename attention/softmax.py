@@ -10,31 +10,16 @@ from typing import Any
 import torch
 
 from longspan.attention import softmax_passes
-from longspan.attention.arguments import pick, resolve, without_autocast
-from longspan.attention.double_ring import double_ring_schedule, ring_of
+from longspan.attention.arguments import resolve, without_autocast
 from longspan.attention.head_groups import by_groups, head_groups
-from longspan.attention.moved import (
-    HEAD_PARALLEL,
-    Moved,
-    head_parallel_schedule,
-    planned_schedule,
-    ranks_that_share_heads,
-    schedule_of,
-)
+from longspan.attention.moved import moved_for
 from longspan.attention.outline import Outline
 from longspan.attention.outline.softmax import outlined_softmax
 from longspan.attention.ranges import SOFTMAX, of_component
 from longspan.attention.recompute import keep, recall
-from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
-from longspan.attention.schedules import softmax_schedule
 from longspan.kernels.softmax import choose
-from longspan.parallel.context import MEMO
-from longspan.parallel.exchange import to_device
 from longspan.parallel.geometry import Mask
-from longspan.parallel.planner import STRATEGIES as PLANNERS
 from longspan.parallel.planner import AttentionPlan
-
-STRATEGIES = (*KEYS_TRAVEL, "double_ring", *HEAD_PARALLEL, *PLANNERS)
 
 log = logging.getLogger(__name__)
 
@@ -76,35 +61,13 @@ def softmax_attention(
     tokens = seq.num_tokens // seq.world_size
     mask = Mask(causal, window)
     groups = head_groups(parallel.head_groups, tokens, q.shape[1], k.shape[1], mask, seq.layout.lengths)
-    moved = _moved(seq, plan, mask, q.shape[1], k.shape[1])
+    moved = moved_for(seq, plan, mask, q.shape[1], k.shape[1])
     q, k, v = moved.move(q, k, v, parallel.group)
     groups = gcd(groups, k.shape[1])  # where ranks share out heads, each has fewer
     marked = _Marked.of(backend, parallel.mark)
     with without_autocast(q.device.type):
         out = _Attention.apply(q, k, v, groups, moved.schedule, marked, scale, parallel.group)
     return moved.move_back(out, parallel.group)
-
-
-def _moved(seq, plan, mask, heads, kv_heads) -> Moved:
-    """The schedule, and where tokens go for it."""
-    parallel = seq.parallel
-    topology = parallel.topology
-    strategy = pick(STRATEGIES, parallel.softmax, ring_of(topology), "softmax strategy")
-    if plan is not None:
-        return _of_plan(seq.layout, seq.rank, plan, mask, parallel.device)
-    if strategy in PLANNERS:
-        return seq.derive(planned_schedule, mask, strategy, topology, parallel.costs, parallel.token_cap)
-    if strategy in HEAD_PARALLEL:
-        return seq.derive(head_parallel_schedule, mask, ranks_that_share_heads(strategy, topology, heads))
-    if strategy == "double_ring":
-        return Moved(seq.derive(double_ring_schedule, mask, topology, parallel.costs))
-    return Moved(seq.derive(softmax_schedule, strategy, mask, heads // kv_heads))
-
-
-@lru_cache(MEMO)
-def _of_plan(layout, rank, plan, mask, device) -> Moved:
-    """The schedule of a plan that was given, kept as a context keeps what it derived: every layer gives it again."""
-    return schedule_of(layout, rank, plan, mask).map(lambda x: to_device(x, device))
 
 
 class _Attention(torch.autograd.Function):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from os.path import expanduser
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -118,6 +118,12 @@ class ParallelConfig:
     backend: Literal["auto", "fa4", "cudnn_ragged", "cudnn", "flash", "cpu", "math"] = setting(
         "auto", "kernel of softmax attention; auto: the fastest that is installed and fits"
     )
+
+    @property
+    def of_sequences(self) -> dict[str, Any]:
+        """What a SequenceParallel goes by."""
+        names = "layout", "linear", "softmax", "sparse", "backend", "token_cap", "head_groups"
+        return {name: getattr(self, name) for name in names}
 
     @property
     def mesh_sharding(self) -> str:

@@ -17,6 +17,7 @@ from longspan.launcher.gpus import GIB
 from longspan.launcher.state_sizes import MASTER, state_sizes
 from longspan.models.activations import measure
 from longspan.models.flops import model_flops, num_parameters
+from longspan.parallel.context import SequenceParallel
 from longspan.parallel.mesh import Mesh, ranks_here
 
 log = logging.getLogger("longspan")
@@ -68,8 +69,9 @@ def check_step(config: Config, mesh: Mesh, batches: Sequence) -> None:
 def memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> float:
     """Bytes that a rank holds at least in a step over documents of these lengths."""
     measured = measure(
-        config.model, lengths, world_size=mesh.sp, dtype=getattr(torch, config.train.dtype), gpu=False, tp=mesh.tp,
+        config.model, lengths, dtype=getattr(torch, config.train.dtype), gpu=False, tp=mesh.tp,
         prepare=partial(prepare, config),
+        parallel=SequenceParallel(rank=0, topology=mesh.sp_topology, **config.parallel.of_sequences),
     )  # fmt: skip
     states = state_sizes(measured.num_parameters, measured.num_trained, mesh.shards)
     return measured.peak + sum(measured.put_away) + sum(states.values())

@@ -1,39 +1,43 @@
 """Memory and time of a training step before any GPU is asked for: what every rank holds, what takes how long.
 
 Memory and work are counted on the model itself (models.activations); what sharding adds is here, seconds are in
-launcher.step_time. One step is the steady state: compilation, autotuning and reading data are not in it. Ranks are
-taken as equally busy, which the layouts see to for one long document.
+launcher.step_time. One step is the steady state: compilation, autotuning and reading data are not in it. In softmax
+attention the rank with most pairs is counted; else ranks are taken as equally busy.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import gcd
 
 import torch
 from torch import nn
 
-from longspan.attention.double_ring import ring_of
 from longspan.attention.head_groups import head_groups
+from longspan.attention.moved import head_parallel_ranks, pairs_per_rank
 from longspan.attention.offload import Offload
-from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
+from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.gpus import CONTEXT, FRAGMENTS, LAUNCH_S, Cluster
 from longspan.launcher.host_memory import host_memory
 from longspan.launcher.state_sizes import MASTER, state_sizes
-from longspan.launcher.step_time import HEAD_PARALLEL, WAITING, step_seconds
+from longspan.launcher.step_time import WAITING, step_seconds
 from longspan.models.activations import GRADIENTS, WHOLE, Measured, measure
 from longspan.models.checkpointing import checkpoint_blocks
 from longspan.models.config import SOFTMAX_KINDS, SPARSE_KINDS
 from longspan.models.flops import model_flops, num_parameters, num_trained, softmax_masks
 from longspan.models.parallelize import freeze
+from longspan.parallel.context import SequenceParallel
+from longspan.parallel.geometry import Mask
+from longspan.parallel.layout import Layout
 from longspan.parallel.peer_memory import cannot_be_honoured, refusal_of_ranks
 from longspan.parallel.topology import Topology
 
 GATHERED = 2  # blocks whose parameters are whole at once: in use, and arriving or in the buffer they arrived in
 WINDOWS = "windows shared with other ranks"
 COUNTED = ("top", "hierarchical")  # of model.sparse_selection
+NOT_OF_GPUS = ("cpu", "math")  # of parallel.backend: does not run there, or was not measured
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Job:
     @property
     def has_softmax(self) -> bool:
         """Whether some layer is of softmax attention."""
-        return not set(SOFTMAX_KINDS).isdisjoint(self.config.model.layer_kinds)
+        return _has_softmax(self.config)
 
     @property
     def backend(self) -> str:
@@ -183,13 +187,30 @@ class Job:
         """Documents of one sample."""
         return lengths_of(self.config, self.document)
 
+    @cached_property
+    def parallel(self) -> SequenceParallel:
+        """As training has it, seen from the first rank of a sequence."""
+        settings = self.config.parallel.of_sequences | {"backend": self.backend}
+        return SequenceParallel(rank=0, topology=self.topology, costs=load_costs(self.config), **settings)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Of the ranks that share a sequence, outside of softmax attention."""
+        return self.parallel.base_layout(self.lengths)
+
+    def attention_layout(self, mask: Mask) -> Layout:
+        """In softmax attention with this mask."""
+        plan = self.parallel.plan(self.lengths, mask)
+        return self.layout if plan is None else plan.layout
+
+    def pairs(self, mask: Mask) -> float:
+        """Query-key pairs of the rank with most, times its share of the heads, in a softmax layer with this mask."""
+        return max(pairs_per_rank(self, self.heads, mask))
+
     @property
-    def softmax(self) -> str:
-        """The strategy by which keys of softmax layers travel; a ring in the place of those that move queries."""
-        strategy = self.config.parallel.softmax
-        if strategy == "auto":
-            return ring_of(self.topology)
-        return strategy if strategy in (*KEYS_TRAVEL, "double_ring") else "ring"
+    def heads(self) -> int:
+        """Query heads of the ranks that share a sequence."""
+        return self.config.model.num_heads // self.tp
 
     @property
     def head_groups(self) -> int:
@@ -197,9 +218,10 @@ class Job:
         model, tokens = self.config.model, sum(self.lengths) // self.sp
         if not self.has_softmax:
             return 1
-        sizes = tokens, model.num_heads // self.tp, model.kv_heads // self.tp
+        sizes = tokens, self.heads, model.kv_heads // self.tp
         wanted, masks = self.config.parallel.head_groups, set(softmax_masks(model))
-        return max(head_groups(wanted, *sizes, mask, self.lengths) for mask in masks)
+        keys = sizes[-1] // gcd(sizes[-1], head_parallel_ranks(self.parallel, self.heads))  # of a rank
+        return max(gcd(head_groups(wanted, *sizes, mask, self.lengths), keys) for mask in masks)
 
     @property
     def itemsize(self) -> int:
@@ -217,12 +239,9 @@ class Job:
     def measure(self) -> Measured:
         """One micro-batch of a rank; gradients stay, sharded, from the first."""
         return measure(
-            self.config.model, self.lengths, world_size=self.sp, dtype=self.dtype,
+            self.config.model, self.lengths, parallel=self.parallel, dtype=self.dtype,
             prepare=partial(prepare, self.config), hopper=self.cluster.gpu.hopper,
-            gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp,
-            softmax=self.softmax,
-            sparse=self.config.parallel.sparse, topology=self.topology, peer_blocks=self.peer_blocks,
-            head_groups=self.config.parallel.head_groups,
+            gradient_bytes=0 if self.offload else MASTER / self.shards, tp=self.tp, peer_blocks=self.peer_blocks,
         )  # fmt: skip
 
 
@@ -234,13 +253,19 @@ def lengths_of(config: Config, document: int = 0) -> list[int]:
     return [size] * (length // size) + [length % size] * (length % size > 0)
 
 
-def countable(config: Config) -> bool:
-    """Whether what a rank holds can be counted."""
-    return not any(_not_counted(config))
+def countable(config: Config, gpu: bool = True) -> bool:
+    """Whether what a rank holds, on a GPU or a CPU, can be counted."""
+    return not any(_not_counted(config, gpu))
 
 
-def _not_counted(config: Config) -> Iterator[tuple[str, str]]:
+def _has_softmax(config: Config) -> bool:
+    return not set(SOFTMAX_KINDS).isdisjoint(config.model.layer_kinds)
+
+
+def _not_counted(config: Config, gpu: bool = True) -> Iterator[tuple[str, str]]:
     """Settings that are not counted, and what to plan with."""
+    if gpu and config.parallel.backend in NOT_OF_GPUS and _has_softmax(config):
+        yield f"parallel.backend={config.parallel.backend}", "plan with auto"
     if config.parallel.engine == "deepspeed":
         yield "parallel.engine=deepspeed", "plan with fsdp2 or ddp"
     selection = config.model.sparse_selection.get("name")
@@ -327,11 +352,13 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
     """What the numbers leave out."""
     if not job.cluster.gpu.measured:
         yield f"rates of {job.cluster.name} are not measured by longspan"
-    if job.has_softmax and job.cluster.gpu.hopper and job.backend == "fa4":
+    if job.has_softmax and job.cluster.gpu.hopper and job.backend == "fa4" and job.dtype != torch.float32:
         yield (
             "softmax attention is FlashAttention-4's: without flash-attn-4 it takes 5 % more forward and 16 % more"
             " backward, as parallel.backend=cudnn plans it"
         )
+    if job.has_softmax and job.dtype == torch.float32:
+        yield "softmax attention in float32 is plain PyTorch on GPUs, not measured: time and memory are lower bounds"
     if job.sp > 1 and not set(SPARSE_KINDS).isdisjoint(job.config.model.layer_kinds):
         yield "blocks of sparse attention are taken as chosen evenly: where choices agree, ranks fetch fewer"
     if job.offload or job.config.train.offload_activations:
@@ -345,5 +372,3 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
         )
     if job.config.train.compile:
         yield "train.compile fuses operations, which is not counted: memory and time are upper bounds"
-    if job.config.parallel.softmax in HEAD_PARALLEL and job.sp > 1:
-        yield f"parallel.softmax={job.config.parallel.softmax}: memory is that of a ring"

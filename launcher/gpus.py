@@ -16,8 +16,18 @@ CONTEXT = 2.5 * GIB  # of a GPU, outside what torch allocates: CUDA context, NCC
 HOST_PER_GPU = 128 * GIB  # of a machine's memory, unless said otherwise
 PROCESS = 6 * GIB  # of host memory of a rank, outside of what training puts there: CUDA, NCCL, libraries; assumed
 FRAGMENTS = 0.03  # of the peak, that the allocator cannot use (expandable segments)
-# Dense bf16 TFLOP/s by a part of the device's name: what MFU counts against.
-PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
+# Kinds by the names that drivers have for them, behind "NVIDIA". A part of a GPU (MIG), and chips with other clocks,
+# memory or links, have others.
+KINDS = {
+    "H100 80GB HBM3": "H100", "H100 PCIe": "H100 PCIe", "H200": "H200", "GH200 480GB": "GH200", "B200": "B200",
+    "A100-SXM4-80GB": "A100", "A100-SXM4-40GB": "A100 40GB", "A100-PCIE-40GB": "A100 PCIe",
+    "A100 80GB PCIe": "A100 PCIe",
+}  # fmt: skip
+# Dense bf16 TFLOP/s, by data sheet: what MFU counts against.
+PEAK_TFLOPS = {
+    "H100": 989, "H100 PCIe": 756, "H200": 989, "GH200": 989, "B200": 2250,
+    "A100": 312, "A100 40GB": 312, "A100 PCIe": 312,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -169,14 +179,15 @@ def parse_gpus(text: str, per_node: int = PER_NODE, host_gib: float = 0) -> Clus
 
 
 def kind_of(device: str) -> str | None:
-    """The kind of a GPU by the name that its driver has for it; None for one that is not in the tables."""
-    return next((name for name in GPUS if name in device), None)
+    """The kind of a GPU by the name that its driver has for it; None for one that is not in the tables. Of some kinds
+    the rate that MFU counts against is known and those of plans are not."""
+    return KINDS.get(device.removeprefix("NVIDIA "))
 
 
 def cluster_of(device: str, count: int, per_node: int) -> Cluster:
     """So many GPUs of that name. UserError for one that is not in the tables."""
     name = kind_of(device)
-    if name is None:
+    if name not in GPUS:
         raise UserError(f"longspan plan knows no {device}")
     return Cluster(name, count, min(count, per_node))
 
@@ -187,6 +198,6 @@ def _meant(text: str) -> str:
     nodes = re.fullmatch(r"(\d+)\s*[X*]\s*(\d+)\s*[X*]\s*(\w+)", text.strip())
     if nodes and nodes[3] in GPUS:  # machines of so many GPUs
         return f"{int(nodes[1]) * int(nodes[2])}x{nodes[3]} --gpus-per-node {nodes[2]}"
-    kind = next((name for name in GPUS if name in text), "")
+    kind = next((name for name in GPUS if re.search(rf"(?<![A-WYZ]){name}", text)), "")  # X is for times
     count = re.search(r"[1-9]\d*", text.replace(kind, " ", 1)) if kind else None
     return f"{count[0]}x{kind}" if count else kind

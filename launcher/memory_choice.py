@@ -12,8 +12,9 @@ import torch
 from longspan.launcher.agreement import decide
 from longspan.launcher.config import Config
 from longspan.launcher.cpu_limits import memory, memory_here
+from longspan.launcher.environment import packages
 from longspan.launcher.estimate import Job, countable, lengths_of, share_of_memory
-from longspan.launcher.gpus import GPUS, Cluster, kind_of
+from longspan.launcher.gpus import GPUS, Cluster, backend_of, kind_of
 from longspan.parallel.mesh import Mesh
 
 log = logging.getLogger("longspan")
@@ -87,11 +88,11 @@ def described(config: Config) -> str:
 
 
 def _chosen(config: Config, mesh: Mesh) -> tuple[Config, str]:
-    if not countable(config):
+    if not countable(config, gpu=mesh.device.type == "cuda"):
         return replace(config, train=replace(config.train, checkpointing="full")), "this config cannot be planned"
     if mesh.device.type == "cuda":
-        cluster = cluster_here(mesh.world_size)
-        chosen, taken = choose(choices(config), lambda choice: share_of_memory(Job(choice, cluster)))
+        here = {"cluster": cluster_here(mesh.world_size), "auto_backend": backend_of(packages())}
+        chosen, taken = choose(choices(config), lambda choice: share_of_memory(Job(choice, **here)))
     else:
         # What is offloaded is in the same memory here.
         here = (c for c in choices(config) if c.train.offload_activations == config.train.offload_activations)
@@ -105,5 +106,5 @@ def cluster_here(world_size: int) -> Cluster:
     which is all that counts here."""
     found, (had, ranks) = torch.cuda.get_device_properties(), memory_here()
     name = kind_of(found.name)
-    gpu = replace(GPUS[name or "A100"], memory=found.total_memory, hopper=found.major == 9)
+    gpu = replace(GPUS.get(name, GPUS["A100"]), memory=found.total_memory, hopper=found.major == 9)
     return Cluster(name or found.name, world_size, min(world_size, ranks), had * ranks, gpu)

@@ -23,7 +23,7 @@ from longspan.launcher.clock import Clock
 from longspan.launcher.errors import UserError
 from longspan.launcher.event_file import EventFile
 from longspan.launcher.files import replace_text, writing
-from longspan.launcher.gpus import PEAK_TFLOPS
+from longspan.launcher.gpus import PEAK_TFLOPS, kind_of
 from longspan.models.config import ModelConfig
 from longspan.models.flops import model_flops, softmax_masks
 from longspan.models.trainable import ALL, Trainable
@@ -37,8 +37,7 @@ def peak_tflops(device: torch.device) -> float | None:
     """The device's dense bf16 rate, None where it is not known (MFU is then null)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAK_TFLOPS.items() if part in name), None)
+    return PEAK_TFLOPS.get(kind_of(torch.cuda.get_device_name(device)))
 
 
 class StepMeter:

@@ -9,11 +9,11 @@ first gather and the last reduction have nothing to hide behind; in the backward
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 
 from longspan.attention.hierarchy import Hierarchical
+from longspan.attention.moved import head_parallel_ranks
 from longspan.attention.outline import Call
 from longspan.attention.outline.linear import PROCESSORS
 from longspan.attention.schedules import STRATEGIES as KEYS_TRAVEL
@@ -38,12 +38,10 @@ from longspan.launcher.gpus import (
 )
 from longspan.launcher.state_sizes import MASTER
 from longspan.models.activations import LOSS, Measured, Stage
-from longspan.parallel.costs import token_bytes
-from longspan.parallel.layout import Span
+from longspan.parallel.layout import Layout
 
 EXPOSED, WAITING, COPIES = "communication, exposed", "waiting for the host", "copies of sharding"
 OPTIMIZER_TRAFFIC = 40  # bytes per parameter: norm, clipping, and an update that reads four numbers and writes three
-HEAD_PARALLEL = ("ulysses", "usp", "hybrid")
 CALL_LAUNCHES = 8  # kernels of one call of attention, about
 SUMS = 2  # small collectives of a step that nothing runs beside: of losses, and of the norm of gradients
 STEPS = 3  # of a timeline until it repeats: the host is at most one step ahead of the device
@@ -148,7 +146,8 @@ def _part(job, measured: Measured, number: int, computing: float) -> Part:
     for call, count in stage.calls.items():
         if call.backward == stage.backward or call.kind == "convolution":  # what came from others is kept
             shown += count * TRANSFERS[call.kind](job, call, call_seconds(job, call))
-    shown += stage.exchanged / gpu.intra + stage.exchanges * LATENCY_S  # of layers that are shared
+    # Of layers that are shared, and of tokens that move for attention.
+    shown += stage.exchanged / gpu.intra + stage.crossed / gpu.inter + stage.exchanges * LATENCY_S
     (size, trained), (gathers, reduces) = _parameters(measured, stage), _moves(measured, number)
     host = LAUNCH_S * (stage.launches + CALL_LAUNCHES * sum(stage.calls.values()))
     host += BLOCK_S * (gathers and stage.block is not None)
@@ -212,14 +211,13 @@ def call_seconds(job, call: Call) -> float:
         return (3 if call.backward else 2) * tokens * call.key_size * job.itemsize / gpu.memory_rate
     if call.kind == "softmax":
         share = BACKEND_SHARE.get(job.backend, (1.0, 1.0))[call.backward] if gpu.hopper else 1.0
-        work = sum(call.detail.pairs(Span(0, 0, length), length) for length in job.lengths) / share
-        packing = 0.0
+        work, packing = job.pairs(call.detail) / share, 0.0
     else:
-        work = _sparse_work(job, call)
+        work = _sparse_work(job, call) / job.sp
         packing = _packed(job, call) / gpu.memory_rate
     rates = gpu.attention[min(gpu.attention, key=lambda width: abs(width - call.key_size))]
     rate = rates[call.backward] if job.dtype == torch.bfloat16 else gpu.products_fp32
-    flops = 4.0 * work / job.sp * call.heads * call.key_size * (2.5 if call.backward else 1)
+    flops = 4.0 * work * call.heads * call.key_size * (2.5 if call.backward else 1)
     return flops / (rate * 1e12) + packing
 
 
@@ -247,19 +245,19 @@ def _packed(job, call: Call) -> float:
 def ring_transfer(job, call: Call, seconds: float) -> float:
     """What shows of keys that travel to queries. Those of the next step travel beside the kernels of this one; backward
     the gradients of the last step's keys go home too, and those of the last step beside nothing, except where local
-    queries were kept for then. Heads are exchanged alone."""
-    strategy, ranks = job.config.parallel.softmax, _ranks_of_a_document(job)
-    if ranks == 1:
+    queries were kept for then. Where ranks exchange heads, fewer steps bring all their keys of as many times fewer
+    heads."""
+    layout, strategy = job.attention_layout(call.detail), job.config.parallel.softmax
+    ranks = _ranks_of_a_document(layout) // head_parallel_ranks(job.parallel, job.heads)
+    if ranks <= 1:
         return 0.0
-    tokens = sum(job.lengths) / job.sp
-    if strategy in HEAD_PARALLEL:
-        size = token_bytes(call.heads, call.kv_heads, call.key_size, job.itemsize) / 2 * tokens * (1 - 1 / job.sp)
-        return size / _near_or_cross(job) + LATENCY_S
+    tokens = max(layout.tokens_per_rank)
     if call.detail.window is not None:  # before each of two parts, of one neighbour
         tokens, ranks = min(tokens, 2 * (call.detail.window - 1)), 2
+    together = 1 if strategy in (*KEYS_TRAVEL, "usp") else job.per_node
     strategy = strategy if strategy in KEYS_TRAVEL else "ring"
     # Some rank sees all of what travels in a step, and the others wait for it.
-    of_rank, local = _key_seconds(job, call, tokens), seconds / ranks
+    of_rank, local = _key_seconds(job, call, tokens, together), seconds / ranks
     beside, last = (local, 0.0) if strategy == "ring" or not call.backward else (local / 2, local / 2)
     shown = returning = 0.0
     for count in ranks_at_once(strategy, ranks, call.heads // call.kv_heads):
@@ -288,11 +286,11 @@ def request_transfer(job, call: Call, seconds: float) -> float:
     return shown + waits * (not call.backward) + LATENCY_S
 
 
-def _key_seconds(job, call: Call, tokens: float) -> float:
-    """Of keys and values of so many tokens on their way to one rank, to each machine once over the links of all its
-    ranks."""
+def _key_seconds(job, call: Call, tokens: float, together: int = 0) -> float:
+    """Of keys and values of so many tokens on their way to one rank, to a machine over the links of so many of its
+    ranks, 0 for all."""
     size, gpu = _key_bytes(job, call) * tokens, job.cluster.gpu
-    return size / gpu.intra + (job.sp > job.per_node) * size / gpu.inter / job.per_node
+    return size / gpu.intra + (job.sp > job.per_node) * size / gpu.inter / (together or job.per_node)
 
 
 def _key_bytes(job, call: Call) -> int:
@@ -300,17 +298,20 @@ def _key_bytes(job, call: Call) -> int:
     return 2 * call.kv_heads * call.key_size * job.itemsize
 
 
-def _ranks_of_a_document(job) -> int:
-    """Ranks that the longest document is on, where all have as many tokens."""
-    return min(job.sp, ceil(max(job.lengths) * job.sp / sum(job.lengths)))
+def _ranks_of_a_document(layout: Layout) -> int:
+    """Ranks that one is on, at most."""
+    return max(Counter(document for spans in layout.spans for document in {span.document for span in spans}).values())
 
 
 def state_transfer(job, call: Call, seconds: float) -> float:
-    """Summaries of two spans from every other rank. Backward they travel while dq is computed."""
-    if job.sp == 1:
+    """Summaries from every other rank, of each span whose document goes on elsewhere. Backward they travel while dq is
+    computed."""
+    lengths = job.layout.lengths
+    summaries = max(sum(len(span) < lengths[span.document] for span in spans) for spans in job.layout.spans)
+    if not summaries:
         return 0.0
     size = call.heads * call.key_size * (call.value_size + (call.key_size if "delta" in call.detail else 0)) * 4
-    transfer = LATENCY_S + 2 * (job.sp - 1) * size / _near_or_cross(job)
+    transfer = LATENCY_S + summaries * (job.sp - 1) * size / _near_or_cross(job)
     return max(0.0, transfer - seconds / 3) if call.backward else transfer
 
 

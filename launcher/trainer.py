@@ -82,15 +82,9 @@ def build_sequence_parallel(config: Config, mesh: Mesh) -> SequenceParallel:
             mesh.sp_state_group, mesh.sp_topology, mesh.device, peer_kernels, config.parallel.peer_memory
         ),
         topology=mesh.sp_topology,
-        layout=config.parallel.layout,
-        linear=config.parallel.linear,
-        softmax=config.parallel.softmax,
-        sparse=config.parallel.sparse,
-        backend=config.parallel.backend,
         costs=decide(lambda: load_costs(config)),
-        token_cap=config.parallel.token_cap,
-        head_groups=config.parallel.head_groups,
         device=mesh.device,
+        **config.parallel.of_sequences,
     )
 
 

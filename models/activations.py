@@ -26,8 +26,8 @@ from longspan.models.decay import Gate
 from longspan.models.diffusion import Pixels, pixels
 from longspan.models.tensor_parallel import split_model
 from longspan.models.tiles import Tile, Tiles, runs_in_tiles
+from longspan.parallel.context import SequenceParallel
 from longspan.parallel.tensor import OutlinedRanks
-from longspan.parallel.topology import Topology
 
 # What storages and work are booked under.
 BATCH, EMBEDDING, RESIDUAL, MLP, NORMS, LOSS = "batch", "embedding, angles", "residual stream", "MLP", "norms", "loss"
@@ -44,8 +44,9 @@ class Stage:
     block: its number, None for what is outside all. backward: whether it is of the backward pass, recomputation
     included. waits: whether the host waits, before it queues this stage, until the device has done the one before.
     flops: of matrix products, traffic: bytes read and written by all other operations, both by name; attention is in
-    `calls` instead. launches: operations. exchanged: bytes that the rank gets from those that share its layers, in so
-    many exchanges. peak: the most bytes at any time, and at_peak what they were.
+    `calls` instead. launches: operations. exchanged: bytes that the rank gets from those that share its layers, or
+    where tokens or heads move for attention, crossed: from other machines, in so many exchanges. peak: the most bytes
+    at any time, and at_peak what they were.
     """
 
     block: int | None
@@ -56,6 +57,7 @@ class Stage:
     calls: Counter = field(default_factory=Counter)
     launches: int = 0
     exchanged: float = 0
+    crossed: float = 0
     exchanges: int = 0
     peak: int = 0
     at_peak: dict = field(default_factory=dict)
@@ -133,31 +135,26 @@ def measure(
     config: ModelConfig,
     lengths: Iterable[int],
     *,
-    world_size: int = 1,
+    parallel: SequenceParallel | None = None,
     dtype: torch.dtype = torch.bfloat16,
     prepare: Callable[[nn.Module, Offload], object] = lambda model, offload: None,
     gpu: bool = True,
     hopper: bool = True,
     gradient_bytes: float = 0.0,
     tp: int = 1,
-    softmax: str = "ring",
-    sparse: str = "auto",
-    topology: Topology | None = None,
     peer_blocks: bool = False,
-    head_groups: int = 0,
 ) -> Measured:
-    """A step over documents with these lengths, of which this rank has its share of `world_size`.
+    """A step over documents with these lengths, of which this rank has its share.
 
-    dtype: of compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of
-    GPUs, hopper: of Hopper GPUs. prepare: does to the model what training does to it before it is sharded, such as
+    parallel: a SequenceParallel with a rank, by which ranks that are not there share them; None: one rank. dtype: of
+    compute, and of the parameters that products see (gates' are fp32). gpu: kernels and fused operations of GPUs,
+    hopper: of Hopper GPUs. prepare: does to the model what training does to it before it is sharded, such as
     checkpointing, for which it gets an Offload without data; it is not compiled. gradient_bytes: what stays of the
     gradient of one parameter once its block is done; until then it is whole. tp: ranks that share layers; parameters
-    are then those of one of them. softmax: the strategy by which keys travel, one of longspan.attention.schedules or
-    double_ring. sparse, topology: parallel.sparse, and which of the ranks share a machine (default: all), which "auto"
-    goes by; peer_blocks: whether blocks of sparse layers go through memory that ranks share, whose windows are in no
-    peak. head_groups: parallel.head_groups.
+    are then those of one of them. peer_blocks: whether blocks of sparse layers go through memory that ranks share,
+    whose windows are in no peak.
     """
-    lengths, meter = tuple(lengths), _Meter(gradient_bytes)
+    lengths, meter, parallel = tuple(lengths), _Meter(gradient_bytes), parallel or SequenceParallel()
     with torch.device("meta"):
         model = build_model(config)
     _cast(model, dtype)
@@ -174,12 +171,11 @@ def measure(
     for block in model.blocks:
         block.visit_tiles = meter.first_of
     # A rank of several may hold one token more than others.
-    tokens = -(-sum(lengths) // world_size)
+    tokens = -(-sum(lengths) // parallel.world_size)
     with meter:
         with _Kernels(gpu), meter.booked(EMBEDDING):
             kernels, tile = (gpu, hopper), model.blocks[0].mlp_tile
-            ways = softmax, sparse, topology, peer_blocks, head_groups
-            inputs, seq = _inputs(config, lengths, tokens, world_size, kernels, tile, meter, ways)
+            inputs, seq = _inputs(config, lengths, tokens, parallel, kernels, tile, meter, peer_blocks)
             loss = model(*inputs, seq)
         kept = {name: count for name, count in meter.live.items() if count}
         with meter.booked(BACKWARD):
@@ -301,8 +297,9 @@ class _Meter(Storages):
             self.enter(self.stages[-1].block, waits=True)
         self.stages[-1].calls[call] += 1
 
-    def receive(self, size: float) -> None:
+    def receive(self, size: float, crossing: float = 0.0) -> None:
         self.stages[-1].exchanged += self._repeats * size
+        self.stages[-1].crossed += self._repeats * crossing
         self.stages[-1].exchanges += self._repeats
 
     def take_gradient(self, parameter) -> None:
@@ -377,7 +374,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, nn.Parameter(parameter.detach().to("meta", kept)))
 
 
-def _inputs(config, lengths, tokens, world_size, kernels, mlp_tile, meter, ways):
+def _inputs(config, lengths, tokens, parallel, kernels, mlp_tile, meter, peer_blocks):
     """What a model takes in training, for this rank's tokens."""
 
     def numbers(*shape, dtype=torch.int64):
@@ -385,7 +382,8 @@ def _inputs(config, lengths, tokens, world_size, kernels, mlp_tile, meter, ways)
 
     with meter.booked(BATCH):
         positions, derived = numbers(tokens), {}
-        seq = Outline(lengths, tokens, world_size, *kernels, positions, meter.record, derived, *ways, meter.uncounted)
+        counts = meter.record, meter.receive, derived, peer_blocks, meter.uncounted
+        seq = Outline(lengths, tokens, parallel, *kernels, positions, *counts)
         if config.task == "text":
             return [numbers(tokens), numbers(tokens)], seq
 

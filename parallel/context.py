@@ -23,7 +23,8 @@ class SequenceParallel:
     group: process group that carries tokens, keys and values; state_group: a second communicator over the same ranks
     for linear-attention states, so that they never queue behind other traffic (default: group). None is one rank.
     peers: the group's PeerMemory, through which states travel where it takes them, or None.
-    topology: which of the ranks share a machine (default: all). layout: "auto", "contiguous" or "zigzag". linear,
+    topology: which of the ranks share a machine (default: all). rank: None, or one of the ranks of `topology`, as which
+    it is seen without a group, by plans for ranks that are not there. layout: "auto", "contiguous" or "zigzag". linear,
     softmax, sparse, backend: names that the attention layers resolve. costs, token_cap: what plans for softmax
     attention go by, where `softmax` is one of parallel.planner.STRATEGIES. head_groups: into how many softmax attention
     divides its heads, to work on one after the other; 0: by the number of tokens (attention.head_groups). mark: what is
@@ -37,6 +38,7 @@ class SequenceParallel:
         *,
         peers=None,
         topology=None,
+        rank=None,
         layout="auto",
         linear="auto",
         softmax="auto",
@@ -51,7 +53,8 @@ class SequenceParallel:
             raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(BASE_LAYOUTS)}")
         self.group, self.state_group = group, group if state_group is None else state_group
         self.peers = peers
-        self.rank, self.world_size = group_rank(group), group_size(group)
+        self.rank = group_rank(group) if rank is None else rank
+        self.world_size = group_size(group) if rank is None else topology.world_size
         self.topology = Topology(1, self.world_size) if topology is None else topology
         if self.topology.world_size != self.world_size:
             found = self.topology.world_size

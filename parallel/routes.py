@@ -35,6 +35,13 @@ class RouteTable:
         rows = torch.from_numpy(send_rows), send_counts, receive_counts, torch.from_numpy(source)
         return cls(num_rows, *rows, _turns(source), inverse)
 
+    @classmethod
+    def outline(cls, held: int, kept: int, wanted: int) -> "RouteTable":
+        """Without data, as the first of two ranks has it: of the rows it holds `kept` stay, the others go, and come."""
+        rows = {count: torch.empty(count, dtype=torch.int64, device="meta") for count in (held, wanted)}
+        counts = (kept, held - kept), (kept, wanted - kept)
+        return cls(held, rows[held], *counts, rows[wanted], (), (rows[wanted], rows[held]))
+
     def map(self, move) -> "RouteTable":
         """The same table with every tensor passed through `move`."""
         copies = tuple(tuple(map(move, turn)) for turn in self.copies)

@@ -3,38 +3,36 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from functools import cached_property
 
 import torch
 
 from longspan.attention.outline.stand_in import Call
-from longspan.parallel.topology import Topology
+from longspan.parallel.context import SequenceParallel
+from longspan.parallel.geometry import Mask
+from longspan.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
 class Outline:
-    """In the place of a SequenceContext: this rank's share of documents with these `lengths`, over `world_size` ranks.
+    """In the place of a SequenceContext: a rank's share of documents with these `lengths`, by what `parallel` says.
 
     gpu: whether kernels are those of GPUs, hopper: of Hopper GPUs. positions: int64 [num_tokens_local]. record: gets
-    every Call; uncounted: a context in which nothing else is counted. derived: what `derive` answers, by function.
-    softmax_strategy: by which keys travel, one of schedules.STRATEGIES or double_ring. sparse_strategy:
-    parallel.sparse; topology: which ranks share a machine (default: all); peer_blocks: whether blocks of sparse layers
-    go through memory that ranks share. head_groups: parallel.head_groups.
+    every Call, receive: bytes that come from ranks of this machine and of others, in one exchange; uncounted: a
+    context in which nothing else is counted. derived: what `derive` answers, by function. peer_blocks: whether blocks
+    of sparse layers go through memory that ranks share.
     """
 
     lengths: tuple[int, ...]
     num_tokens_local: int
-    world_size: int
+    parallel: SequenceParallel
     gpu: bool
     hopper: bool
     positions: torch.Tensor
     record: Callable[[Call], None]
+    receive: Callable[[float, float], None] = lambda near, far: None
     derived: dict = field(default_factory=dict)
-    softmax_strategy: str = "ring"
-    sparse_strategy: str = "auto"
-    topology: Topology | None = None
     peer_blocks: bool = False
-    head_groups: int = 0
     uncounted: Callable[[], AbstractContextManager] = nullcontext
 
     @property
@@ -42,22 +40,27 @@ class Outline:
         return sum(self.lengths)
 
     @property
-    def layout(self):
-        return SimpleNamespace(lengths=self.lengths)
+    def world_size(self) -> int:
+        return self.parallel.world_size
 
-    @property
-    def parallel(self):
-        return SimpleNamespace(linear="auto", softmax="auto", sparse="auto", group=None)
+    @cached_property
+    def layout(self) -> Layout:
+        return self.parallel.base_layout(self.lengths)
 
-    @property
+    def attention_layout(self, mask: Mask) -> Layout:
+        """The layout in which softmax attention with this mask runs."""
+        plan = self.parallel.plan(self.lengths, mask)
+        return self.layout if plan is None else plan.layout
+
+    @cached_property
     def spans(self) -> int:
-        """Runs of tokens of one document here: a document on several ranks is laid out in two (zig-zag)."""
-        return len(self.lengths) if self.world_size == 1 else max(2, -(-len(self.lengths) // self.world_size))
+        """Runs of tokens of one document on a rank, at most."""
+        return max(map(len, self.layout.spans))
 
-    @property
+    @cached_property
     def linked(self) -> int:
         """Those that a state may enter."""
-        return 0 if self.world_size == 1 else 2
+        return max(sum(span.start > 0 for span in spans) for spans in self.layout.spans)
 
     def blocks(self, size: int) -> int:
         """Blocks of so many tokens that this rank's spans are cut into."""

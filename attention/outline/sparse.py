@@ -1,7 +1,6 @@
 """Sparse attention: keys that are asked for, and lists of blocks."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil
 from typing import Any
 
@@ -19,8 +18,6 @@ from longspan.attention.shared_requests import is_cut, room_for, window_sizes
 from longspan.attention.sparse_estimate import Estimate
 from longspan.kernels.sparse import kept_of
 from longspan.kernels.wide import wide_dtype
-from longspan.parallel.balanced import balanced
-from longspan.parallel.topology import Topology
 
 
 def outlined_sparse(outline: Outline, q, k, v, selection, linear, causal):
@@ -89,7 +86,7 @@ class _Sparse:
         if not outline.peer_blocks:
             return 0
         given = outline.num_tokens_local, outline.world_size, *k.shape[1:], k.itemsize
-        return sum(window_sizes(outline.sparse_strategy, *given) or ())
+        return sum(window_sizes(outline.parallel.sparse, *given) or ())
 
     def _room(self, q, k):
         """Rows of the buffer for all that lists could name of keys that come through shared memory, until it is known
@@ -118,14 +115,14 @@ class _Sparse:
         outline = self.outline
         if outline.world_size == 1:
             return 0, 0, False
-        others, strategy = outline.num_tokens - outline.num_tokens_local, outline.sparse_strategy
+        others, strategy = outline.num_tokens - outline.num_tokens_local, outline.parallel.sparse
         if strategy == "ring" or not isinstance(self.selection, (Hierarchical, TopBlocks)):
             return others, others, strategy != "ring"
-        layout = _layout(outline.lengths, outline.world_size)
+        layout = outline.layout
         tokens, listed = expected_requests(self.selection, layout, self.causal, alike=True)
         if strategy == "auto" and not self._window(k):
-            topology, lists = outline.topology or Topology(1, outline.world_size), k.shape[1]
-            way = Estimate(q.shape[1], lists, k.shape[2], k.itemsize, topology)
+            lists = k.shape[1]
+            way = Estimate(q.shape[1], lists, k.shape[2], k.itemsize, outline.parallel.topology)
             selection, sizes = self.selection, layout.tokens_per_rank
             block = selection.block**2 if self._coarse_rows() else selection.query_block * selection.key_block
             if way.ring_is_faster(tokens * lists, listed * lists, sizes, lists, block):
@@ -188,8 +185,3 @@ class _Sparse:
         begin = np.arange(0, longest, selection.query_block)
         met = -(-np.minimum(begin + selection.query_block, longest) // keys) - begin // keys
         return int(kept_of(begin // keys, selection.keep).max() + met.max())
-
-
-@lru_cache(maxsize=4)
-def _layout(lengths, world_size):
-    return balanced(lengths, world_size)

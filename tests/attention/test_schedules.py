@@ -11,7 +11,7 @@ from cases import layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.attention import softmax, softmax_passes
+from longspan.attention import moved, softmax, softmax_passes
 from longspan.attention.double_ring import double_ring_schedule
 from longspan.attention.moved import head_parallel_schedule, pairs_per_rank, planned_schedule, schedule_of
 from longspan.attention.schedules import ranks_at_once, softmax_schedule
@@ -162,7 +162,7 @@ def test_ulysses_is_one_packed_call_in_any_layout(layout):
 def test_tables_of_a_given_plan_are_built_once(monkeypatch):
     """For every layer and step that gives the plan again; not for another plan, mask or layout."""
     built = []
-    monkeypatch.setattr(softmax, "schedule_of", lambda *args: built.append(args) or schedule_of(*args))
+    monkeypatch.setattr(moved, "schedule_of", lambda *args: built.append(args) or schedule_of(*args))
     lengths = (300, 20, 61)
     x = torch.randn(sum(lengths), 2, 8, dtype=torch.float64)
     layout, plans = contiguous(lengths, 1), [plan_attention(lengths, Topology(1, 1), costs) for costs in (None, ROUTED)]
@@ -184,8 +184,7 @@ def test_pairs_of_ranks_that_share_heads():
     layout = contiguous((300, 20, 60, 9), 1)
     seq = SequenceParallel(softmax="ring").context(layout)
     assert pairs_per_rank(seq, 4) == attention_pairs(layout)
-    four = SequenceParallel(softmax="usp")  # as seen from one of four ranks
-    four.world_size, four.topology = 4, Topology(2, 2)
+    four = SequenceParallel(softmax="usp", rank=0, topology=Topology(2, 2))
     seq = four.context(contiguous((300, 20, 60, 9), 4))
     pairs = attention_pairs(seq.layout)
     halves = [sum(pairs[:2]) / 2] * 2 + [sum(pairs[2:]) / 2] * 2
@@ -356,8 +355,7 @@ def test_plans_are_made_for_the_window():
     lengths, topology, mask = (60_000, 9_000, *[700] * 40), Topology(1, 4), Mask(window=50)
     plan = plan_attention(lengths, topology, mask=mask)
     assert plan.layout != plan_attention(lengths, topology).layout
-    four = SequenceParallel(softmax="zeppelin")
-    four.world_size, four.topology = 4, topology
+    four = SequenceParallel(softmax="zeppelin", rank=0, topology=topology)
     seq = four.context(lengths)
     assert pairs_per_rank(seq, 4, mask) == attention_pairs(plan.layout, mask)
     assert pairs_per_rank(seq, 4) == attention_pairs(plan_attention(lengths, topology).layout)

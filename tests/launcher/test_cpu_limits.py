@@ -13,9 +13,10 @@ from longspan.launcher.config import Config
 from longspan.launcher.cpu_limits import check_model, check_step, memory
 from longspan.launcher.errors import UserError
 from longspan.launcher.gpus import GIB
+from longspan.parallel.topology import Topology
 
 MODEL_ALONE = 80_000  # bytes that hold the weights of tiny_runs, and no step
-MESH = SimpleNamespace(sp=2, tp=1, world_size=2, shards=2)
+MESH = SimpleNamespace(sp=2, tp=1, world_size=2, shards=2, sp_topology=Topology(1, 2))
 
 
 def batch(*lengths):

@@ -13,10 +13,10 @@ from longspan.attention.selections import TopBlocks
 from longspan.launcher import cli
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
-from longspan.launcher.estimate import WINDOWS, Job, estimate
+from longspan.launcher.estimate import WINDOWS, Job, countable, estimate
 from longspan.launcher.estimate_report import lines
 from longspan.launcher.fitting import largest, refuse
-from longspan.launcher.gpus import GIB, GPUS, Cluster, parse_gpus
+from longspan.launcher.gpus import GIB, GPUS, Cluster, cluster_of, parse_gpus
 from longspan.launcher.step_time import activations_exposed
 from longspan.models.flops import num_parameters
 from longspan.parallel.balanced import balanced
@@ -168,11 +168,21 @@ def test_tensor_parallel_ranks_share_weights_heads_and_tokens_between_layers():
     [
         (["parallel.engine=deepspeed"], "parallel.engine=deepspeed"),
         (["model.pattern=[sparse]", "model.sparse_selection={name: window, window: 512}"], "name=window"),
+        (["parallel.backend=math"], "parallel.backend=math"),
+        (["parallel.backend=cpu"], "parallel.backend=cpu"),
     ],
 )
 def test_what_is_not_counted_is_refused(settings, part):
     with pytest.raises(UserError, match=f"{part} is not counted by longspan plan: plan with"):
         job_of(*settings)
+
+
+def test_what_a_back_end_takes_on_gpus_matters_to_softmax_layers_there():
+    assert countable(job_of("parallel.backend=math", "model.pattern=[linear]").config)
+    config = Config.load(None, [*SMALL, "parallel.backend=math"])
+    assert countable(config, gpu=False) and not countable(config)
+    notes = [note for note in estimate(job_of("train.dtype=float32")).notes if "softmax attention" in note]
+    assert len(notes) == 1 and "float32 is plain PyTorch" in notes[0]
 
 
 def test_a_sparse_layer_with_top_blocks_is_sla_without_its_branch():
@@ -251,12 +261,31 @@ def test_gpus_are_read_and_mistakes_named():
             parse_gpus(text)
 
 
+@pytest.mark.parametrize("device, kind", [("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"),
+                                          ("NVIDIA B200", "B200"), ("NVIDIA A100-SXM4-80GB", "A100")])  # fmt: skip
+def test_gpus_are_known_by_the_names_of_their_drivers(device, kind):
+    assert cluster_of(device, 4, 8) == Cluster(kind, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA B300 SXM6 AC", "NVIDIA H100 PCIe", "NVIDIA H100 NVL",
+        "NVIDIA H200 NVL", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe", "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+    ],
+)  # fmt: skip
+def test_gpus_like_them_are_not_taken_for_them(device):
+    """Other clocks, memory or links, or a part of one."""
+    with pytest.raises(UserError, match=f"longspan plan knows no {device}"):
+        cluster_of(device, 4, 8)
+
+
 @pytest.mark.parametrize(
     "text, meant",
     [
         ("8xH1OO", "8xH100"), ("8H200", "8xH200"), ("x8H200", "8xH200"), ("H200x16", "16xH200"),
         ("2x4xH100", "8xH100 --gpus-per-node 4"), ("2x4xV100", None), ("8xA100-80GB", "8xA100"),
-        ("0xB200", "B200"), ("4xV100", None), ("H10", None), ("", None),
+        ("0xB200", "B200"), ("4xV100", None), ("H10", None), ("", None), ("8xGB200", None), ("GH200", None),
     ],
 )  # fmt: skip
 def test_gpus_that_were_meant_are_named(text, meant):

@@ -139,7 +139,13 @@ def test_runs_take_it_and_say_what_they_took(runs, name, wanted):
 
 @pytest.mark.parametrize(
     "name, major, kind",
-    [("NVIDIA H200", 9, "H200"), ("NVIDIA A100-SXM4-80GB", 8, "A100"), ("NVIDIA L40S", 8, "NVIDIA L40S")],
+    [
+        ("NVIDIA H200", 9, "H200"),
+        ("NVIDIA A100-SXM4-80GB", 8, "A100"),
+        ("NVIDIA L40S", 8, "NVIDIA L40S"),
+        ("NVIDIA H100 PCIe", 9, "H100 PCIe"),
+        ("NVIDIA H200 MIG 3g.71gb", 9, "NVIDIA H200 MIG 3g.71gb"),
+    ],
 )
 def test_memory_is_that_of_this_gpu(monkeypatch, name, major, kind):
     """Of any kind, with its share of this machine for each of the ranks here."""

@@ -145,7 +145,9 @@ def test_not_finite_names_rank_and_step(gathered):
 def test_peak_rates(monkeypatch):
     assert metrics.peak_tflops(torch.device("cpu")) is None
     names = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA B200": 2250,
-             "NVIDIA A100-SXM4-80GB": 312, "NVIDIA GeForce RTX 4090": None}  # fmt: skip
+             "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA GH200 480GB": 989,
+             "NVIDIA GB200": None, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
+             "NVIDIA GeForce RTX 4090": None}  # fmt: skip
     for name, rate in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert metrics.peak_tflops(torch.device("cuda", 0)) == rate

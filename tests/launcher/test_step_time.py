@@ -27,6 +27,7 @@ from longspan.launcher.step_time import (
     per_parameter,
     request_transfer,
     ring_transfer,
+    state_transfer,
     step_seconds,
     timeline,
 )
@@ -118,6 +119,57 @@ def test_keys_cross_between_machines_once_over_all_links():
     one = 2**16 / 16 * 2 * 4 * 64 * 2
     backward = replace(call_of("softmax", Mask()), backward=True)
     assert ring_transfer(job, backward, 1.0) == pytest.approx(LATENCY_S + one / NEAR + one / CROSS / 8)
+
+
+def test_heads_are_exchanged_there_and_back_and_again_where_layers_are_recomputed():
+    settings = "model.pattern=[softmax]", "model.num_heads=4", "model.num_kv_heads=2", "parallel.softmax=ulysses"
+
+    def arrives(*more, gpus="4xH200", tokens=2**14):
+        stages = [s for s in job_of(f"data.seq_len={tokens}", *settings, *more, gpus=gpus).measure().stages if s.calls]
+        assert {s.exchanges for s in stages if not s.backward} == {2} and len(stages) == 8
+        return {s.backward: (s.exchanged, s.crossed) for s in stages}
+
+    # One of four heads of the tokens of three others, its keys and its values, repeated for them; then the output.
+    one = 3 * 2**12 * (3 + 1) * 64 * 2
+    assert arrives() == {False: (one, 0), True: (one, 0)}
+    assert arrives("train.checkpointing=full") == {False: (one, 0), True: (2 * one, 0)}
+    pairs = "model.num_heads=16", "model.head_dim=64", "model.num_kv_heads=16"
+    one = 2**12 * (3 + 1) * 64 * 2
+    assert arrives(*pairs, gpus="16xH200", tokens=2**16) == {back: (7 * one, 8 * one) for back in (False, True)}
+    assert arrives(*pairs, "parallel.softmax=usp", gpus="16xH200", tokens=2**16)[False] == (14 * one, 0)
+
+
+def test_ranks_that_exchange_heads_have_a_ring_of_the_others():
+    """With usp over machines by one link each, in as many steps as there are other machines; with ulysses there is
+    none. Tokens of a plan move where its layout is another, here for a window."""
+    job = job_of("data.seq_len=64K", "parallel.softmax=usp", "model.num_heads=8", gpus="16xH200")
+    one = 2**16 / 16 * 2 * 4 * 64 * 2 * (1 / NEAR + 1 / CROSS)
+    backward = replace(call_of("softmax", Mask()), backward=True)
+    assert ring_transfer(job, backward, 1.0) == pytest.approx(LATENCY_S + one)
+    assert ring_transfer(job, backward, 0.0) == pytest.approx(LATENCY_S + 2 * one)
+    assert ring_transfer(job_of("data.seq_len=64K", "parallel.softmax=ulysses"), backward, 0.0) == 0.0
+    ring, planned = (job_of("data.seq_len=64K", f"parallel.softmax={name}") for name in ("ring", "hybrid"))
+    assert ring_transfer(planned, backward, 0.0) == pytest.approx(ring_transfer(ring, backward, 0.0))
+    cut = job_of("data.seq_len=64K", "parallel.softmax=hybrid", "parallel.layout=contiguous", "model.pattern=[softmax]")
+    half = 2**15 / 2 * (4 + 2 * 4 + 4) * 64 * 2  # tokens of the second rank that it gets, and gives
+    assert {s.exchanged for s in cut.measure().stages if s.calls} == {half}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_rank_with_most_pairs_is_counted(ranks):
+    """Cut in a row a causal document leaves the last rank nearly twice the mean; states come of one part of each."""
+
+    def found(layout, *settings):
+        job = job_of("data.seq_len=64K", f"parallel.layout={layout}", *settings, gpus=f"{ranks}xH200")
+        calls = {c.kind: c for stage in job.measure().stages for c in stage.calls if not c.backward}
+        return job, {kind: call_seconds(job, call) for kind, call in calls.items()}
+
+    (balanced, even), (cut, uneven) = found("auto"), found("contiguous")
+    assert uneven["softmax"] == pytest.approx((2 - 1 / ranks) * even["softmax"], rel=1e-3)
+    assert uneven["linear"] == even["linear"]
+    assert found("contiguous", "parallel.softmax=usp")[1]["softmax"] == pytest.approx(even["softmax"], rel=1e-3)
+    states = [state_transfer(job, call_of("linear", "none"), 1.0) - LATENCY_S for job in (balanced, cut)]
+    assert states == pytest.approx([2 * states[1], (ranks - 1) * 4 * 64 * 64 * 4 / NEAR])
 
 
 def test_requests_wait_for_flags_and_means():

@@ -18,12 +18,12 @@ from longspan.models.config import LAYER_KINDS, SPARSE_KINDS, ModelConfig
 from longspan.models.decay import Gate
 from longspan.models.flops import model_flops_by_kind
 from longspan.models.tensor_parallel import split_model
-from longspan.parallel import SequenceParallel
+from longspan.parallel import SequenceParallel, Topology
 
 SIZES = dict(
     vocab_size=29, num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, mlp_size=48, state_size=16, loss_chunk=64
 )
-BATCH_NAME = "batch"
+BATCH_NAME, TWO = "batch", SequenceParallel(rank=0, topology=Topology(1, 2))
 
 
 def config_of(kind, **change):
@@ -279,15 +279,43 @@ def test_ranks_of_a_group_keep_what_is_counted_for_them():
     kinds, length = ["softmax", "linear:scalar", "linear:mamba2", "linear:gated_delta", "sla", "llsa"], 512
     found = run_ranks(rank_counts, 2, kinds, length)
     for kind in kinds:
-        counted = kept(shared_config(kind), [length], world_size=2, dtype=torch.bfloat16)
-        # Of two spans a rank has one into which nothing comes, or none: counted is a rank inside. Of sparse layers the
-        # rank that asks for all keys.
+        counted = kept(shared_config(kind), [length], parallel=TWO, dtype=torch.bfloat16)
+        # The second rank has one span. Of sparse layers the rank that asks for all keys is counted.
         for rank in range(1 if kind in SPARSE_KINDS else 2):
             near = pytest.approx(counted, rel=0.02) if kind.startswith("linear") else counted
             assert found[rank][kind] == near, (kind, rank)
-    counted = kept(shared_config("sla"), [length], world_size=2, dtype=torch.bfloat16, prepare=fully)
-    into_first = SIZES["num_layers"] * SIZES["num_kv_heads"] * (8 * 8 + 8) * 4  # of the first rank's two spans
-    assert found[0]["checkpointed"] == counted - into_first
+    counted = kept(shared_config("sla"), [length], parallel=TWO, dtype=torch.bfloat16, prepare=fully)
+    assert found[0]["checkpointed"] == counted
+
+
+WAYS = {"softmax": "ulysses"}, {"softmax": "zeppelin", "layout": "contiguous"}, {"layout": "contiguous"}
+
+
+def way_counts(rank, world_size, config, length):
+    """Saved bytes of softmax layers, and what lives with checkpointing, in each of WAYS."""
+    import torch.distributed as dist
+
+    from longspan.parallel.exchange import Done
+
+    dist.all_to_all_single = lambda *_, **__: Done()  # threads of gloo hold what they sent for a while
+    found = []
+    for way in WAYS:
+        model, seq = real_model(config, torch.bfloat16), SequenceParallel(dist.group.WORLD, **way).context([length])
+        inputs = text_inputs(config, seq.num_tokens_local)
+        model(*inputs, seq)
+        saved = saved_bytes(lambda: model(*inputs, seq))
+        fully(model, None)
+        found.append((saved, alive_bytes(lambda: model(*inputs, seq))))
+    return found
+
+
+def test_ranks_keep_what_is_counted_where_tokens_or_heads_move():
+    """Both have as many tokens in attention."""
+    config, length = shared_config("softmax"), 512
+    for way, *found in zip(WAYS, *run_ranks(way_counts, 2, config, length), strict=True):
+        given = {"parallel": SequenceParallel(rank=0, topology=TWO.topology, **way), "dtype": torch.bfloat16}
+        counted = kept(config, [length], **given), kept(config, [length], **given, prepare=fully)
+        assert found == [counted, counted], way
 
 
 def shared_counts(rank, world_size, configs, length):
@@ -315,7 +343,7 @@ def test_windows_that_ranks_share_are_counted_as_they_are_allocated(world_size, 
     configs = [shared_config("llsa"), shared_config("sla"), config_of("sparse", num_heads=8)]
     found = run_ranks(shared_counts, world_size, configs, length)
     for number, config in enumerate(configs):
-        given = {"world_size": world_size, "dtype": torch.bfloat16, "gpu": False}
+        given = {"parallel": TWO, "dtype": torch.bfloat16, "gpu": False}
         by_group = measure(config, [length], **given)
         measured = measure(config, [length], **given, peer_blocks=True)
         assert by_group.window == 0
@@ -325,7 +353,8 @@ def test_windows_that_ranks_share_are_counted_as_they_are_allocated(world_size, 
         if world_size == 2 and measured.window:  # the rank that asks for all keys
             kept = sum(size for name, size in measured.kept.items() if name != BATCH_NAME)
             assert found[0][number][0] == kept, config.pattern
-    off = measure(configs[0], [length], **given, peer_blocks=True, sparse="ring")
+    ring = SequenceParallel(rank=0, topology=TWO.topology, sparse="ring")
+    off = measure(configs[0], [length], **given | {"parallel": ring}, peer_blocks=True)
     assert off.window == 0
 
 
