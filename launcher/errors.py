@@ -23,9 +23,7 @@ PRINT_SECONDS = 10.0  # how long a rank waits for the first failing rank to have
 CONNECT_SECONDS = 300.0  # ranks of a large job start minutes apart
 FINISH_SECONDS = 60.0  # how long the rank that hosts the store waits for the others to finish after it
 ANSWER_SECONDS = 3.0  # within which a rank whose process runs has seen that another has failed
-BEHIND_SECONDS = (
-    1.0  # what torchrun's summary calls the root cause is the rank that ends first: others end so much later
-)
+BEHIND_SECONDS = 1.0  # others end so much later: the first to end is the root cause in torchrun's summary
 LOST = "lost another rank, which ended without a word"
 # In gloo's words, and in those of the store while ranks meet.
 TIMED_OUT = r"(?:Timed out waiting|wait timeout after|Timed out after) (\d+) ?(ms|seconds)"

@@ -168,8 +168,8 @@ def test_a_rank_whose_output_cannot_be_written_ends_all_the_same():
     program = "import threading; from longspan.launcher import errors; print('x', end='')\n"
     program += "threading.Thread(target=threading.Event().wait).start(); errors._print('y'); errors._leave()"
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-c", program]
-        assert subprocess.run(command, stdout=full, stderr=full, env=_environment(), timeout=60).returncode == 1
+        command, buffered = [sys.executable, "-c", program], _environment(PYTHONUNBUFFERED="")
+        assert subprocess.run(command, stdout=full, stderr=full, env=buffered, timeout=60).returncode == 1
 
 
 def _start(program, case, ranks, count, folder):
