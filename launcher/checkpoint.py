@@ -9,7 +9,6 @@ interrupted is never read.
 import io
 import json
 import logging
-import os
 import shutil
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from longspan.launcher.config import Config
 from longspan.launcher.digests import DigestingWriter, digest, first_difference, share
 from longspan.launcher.engines import Engine
 from longspan.launcher.errors import UserError
+from longspan.launcher.files import write_through
 from longspan.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict
         content = io.BytesIO()  # torch.save hides the reason when a file cannot be written
         torch.save(_random_state(), content)
         own = _rng_file(dist.get_rank())
-        _write(partial / own, content.getvalue())
+        write_through(partial / own, content.getvalue())
         writer.digests[own] = digest(content.getvalue())
     except OSError as error:
         problem = _unwritable(partial, error)
@@ -296,8 +296,8 @@ def _publish(partial: Path, final: Path, info: dict[str, Any], keep_last: int) -
             )
         info["sizes"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         content = json.dumps(info, indent=1).encode()
-        _write(partial / "info.json", content)
-        _write(partial / MARKER, digest(content).encode())
+        write_through(partial / "info.json", content)
+        write_through(partial / MARKER, digest(content).encode())
         if final.exists() and not (final / MARKER).exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -306,14 +306,6 @@ def _publish(partial: Path, final: Path, info: dict[str, Any], keep_last: int) -
             shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))
     except OSError as error:
         raise UserError(_unwritable(final, error)) from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """On the disk itself, as what dcp writes: old checkpoints are deleted next."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _complete(folder: Path) -> list[Path]:

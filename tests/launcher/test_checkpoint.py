@@ -386,7 +386,8 @@ def _on_the_disk(rank, world_size, folder, corpus):
 
 def test_all_is_on_the_disk_itself_before_a_checkpoint_counts(tmp_path):
     first, second = run_ranks(_on_the_disk, 2, tmp_path, write_corpus(tmp_path), timeout=60)
-    assert first == ["metrics.jsonl", "__0_0.distcp", ".metadata.tmp", "rng-00000.pt", "info.json", "complete"]
+    assert first[:3] == [".config.yaml.partial", ".environment.json.partial", ".metrics.jsonl.partial"]
+    assert first[3:] == ["metrics.jsonl", "__0_0.distcp", ".metadata.tmp", "rng-00000.pt", "info.json", "complete"]
     assert second == ["__1_0.distcp", "rng-00001.pt"]
 
 
