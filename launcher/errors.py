@@ -22,7 +22,7 @@ POLL_SECONDS = 0.5
 PRINT_SECONDS = 10.0  # how long a rank waits for the first failing rank to have printed its reason
 CONNECT_SECONDS = 300.0  # ranks of a large job start minutes apart
 FINISH_SECONDS = 60.0  # how long the rank that hosts the store waits for the others to finish after it
-ANSWER_SECONDS = 3.0  # within which a rank whose process runs has seen that another has failed
+ANSWER_SECONDS = 3.0  # within which ranks whose processes run have seen that one has failed
 BEHIND_SECONDS = 1.0  # others end so much later: the first to end is the root cause in torchrun's summary
 LOST = "lost another rank, which ended without a word"
 # In gloo's words, and in those of the store while ranks meet.
@@ -98,8 +98,8 @@ def _describe(error: BaseException) -> str:
         return f"longspan: error: interrupted on rank {rank} ({host})"
     if re.search(r"gloo.*Connection (closed|reset) by peer|remote process exited", line):  # gloo's and NCCL's words
         return (
-            f"longspan: error: rank {rank} ({host}) {LOST}: it was killed (for want of memory, perhaps; exit codes tell"
-            " which rank) or its machine is gone"
+            f"longspan: error: rank {rank} ({host}) {LOST}: its machine is gone, or it was killed: exit codes tell"
+            " which rank and how (-9: for want of memory, perhaps; -7: a file that it reads was cut off)"
         )
     if found := re.search(TIMED_OUT, line):
         seconds = int(found[1]) / (1000 if found[2] == "ms" else 1)
@@ -207,8 +207,8 @@ class _Alarm:
             if SILENT in message:
                 message = self._name_silent(message)
             _print(message)
-            if LOST in message:
-                time.sleep(BEHIND_SECONDS)
+            if LOST in message:  # meanwhile torchrun sees which rank of this machine was killed, and ends this one too
+                message = self._name_silent(message)
             _tell_torchrun(message)
             try:
                 self._store.set("reason", f"{socket.gethostname()}\n{message.splitlines()[-1]}")
@@ -222,7 +222,7 @@ class _Alarm:
                 _leave()
 
     def _name_silent(self, message: str) -> str:
-        """`message` with the ranks whose watch does not answer: they are stopped, or out of reach."""
+        """`message` with the ranks whose watch does not answer: they are dead, stopped or out of reach."""
         from longspan.launcher.agreement import listed
 
         others = {rank: [f"here/{rank}"] for rank in range(self._world_size) if str(rank) != os.environ["RANK"]}

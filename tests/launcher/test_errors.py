@@ -1,5 +1,6 @@
 """How runs end: one line once for what a user can put right, a traceback with the rank otherwise, and nobody hangs."""
 
+import json
 import os
 import re
 import socket
@@ -157,6 +158,17 @@ def test_a_rank_that_does_not_answer_is_named(program, ranks, tmp_path):
     assert re.match(named, lines[0])
 
 
+def test_a_rank_that_is_killed_is_named_for_other_machines(program, tmp_path):
+    processes, _ = _start(program, "a rank is killed", range(3), 3, tmp_path)
+    try:
+        _wait_for(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    (told,) = (json.loads(path.read_text())["message"]["message"] for path in tmp_path.glob("error *"))
+    assert "lost rank 1, which ended without a word: " in told
+
+
 def test_a_rank_that_is_killed_is_the_root_cause_for_torchrun(program):
     """Also where torchrun looks so seldom that the other has lost it by then."""
     _, output, lines = _torchrun(program, "a rank is killed", ranks=2, options=["--monitor-interval=0.5"])
@@ -173,7 +185,8 @@ def test_a_rank_whose_output_cannot_be_written_ends_all_the_same():
 
 
 def _start(program, case, ranks, count, folder):
-    """Those ranks of `count`, without torchrun, and the files with what they say."""
+    """Those ranks of `count`, without torchrun, and the files with what they say; what torchrun would be told is in
+    files `error RANK`."""
     port, files = str(_free_port()), [open(folder / f"{rank}", "w+") for rank in ranks]
     others = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
@@ -181,7 +194,9 @@ def _start(program, case, ranks, count, folder):
             [sys.executable, program, case],
             stderr=file,
             stdout=file,
-            env=_environment(RANK=str(rank), LOCAL_RANK=str(rank), **others),
+            env=_environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), TORCHELASTIC_ERROR_FILE=str(folder / f"error {rank}"), **others
+            ),
         )
         for rank, file in zip(ranks, files, strict=True)
     ]
