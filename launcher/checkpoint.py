@@ -276,9 +276,7 @@ def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict
 def _prepare(partial: Path) -> None:
     run_dir = partial.parent.parent
     if not run_dir.is_dir():
-        log.warning(
-            "%s was moved or deleted; it is made anew, and the rows of metrics.jsonl stay where they were", run_dir
-        )
+        log.warning("%s was moved or deleted: it is made anew, metrics.jsonl stays where it was", run_dir)
     try:
         for leftover in partial.parent.glob(".*-step-*"):
             shutil.rmtree(leftover)
