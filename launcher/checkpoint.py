@@ -9,7 +9,6 @@ interrupted is never read.
 import io
 import json
 import logging
-import os
 import shutil
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from longspan.launcher.config import Config
 from longspan.launcher.digests import DigestingWriter, digest, first_difference, share
 from longspan.launcher.engines import Engine
 from longspan.launcher.errors import UserError
+from longspan.launcher.files import write_through
 from longspan.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -231,7 +231,10 @@ def _read(info: Info, state: dict[str, Any], *, alone: bool = False) -> None:
     try:
         dcp.load(state, checkpoint_id=info.path, no_dist=alone)
     except CheckpointException as error:
-        raise UserError(_damaged(info.path, _first_failure(error))) from None
+        rank, failure = _first_failure(error)
+        if isinstance(failure, Exception) and not info.digests:
+            raise UserError(_damaged(info.path, failure)) from None
+        raise _stopped(rank, failure, f"{info.path} was loaded") from error  # whose bytes are right
 
 
 def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict[str, Any]) -> Path:
@@ -246,18 +249,18 @@ def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict
     try:
         dcp.save(state, checkpoint_id=partial, storage_writer=writer)
     except CheckpointException as error:
-        failure = _first_failure(error)
+        rank, failure = _first_failure(error)
         if "inline_container" in str(failure):  # what torch's zip writer says when the file did not take all of it
             failure = OSError("a file is shorter than what was written to it, as on a full disk")
         if not isinstance(failure, OSError):
-            raise
+            raise _stopped(rank, failure, f"{final} was saved") from error
         raise UserError(_unwritable(partial, failure)) from None
     problem = None
     try:
         content = io.BytesIO()  # torch.save hides the reason when a file cannot be written
         torch.save(_random_state(), content)
         own = _rng_file(dist.get_rank())
-        (partial / own).write_bytes(content.getvalue())
+        write_through(partial / own, content.getvalue())
         writer.digests[own] = digest(content.getvalue())
     except OSError as error:
         problem = _unwritable(partial, error)
@@ -271,8 +274,11 @@ def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict
 
 
 def _prepare(partial: Path) -> None:
+    run_dir = partial.parent.parent
+    if not run_dir.is_dir():
+        log.warning("%s was moved or deleted: it is made anew, metrics.jsonl stays where it was", run_dir)
     try:
-        for leftover in partial.parent.glob(".saving-*"):
+        for leftover in partial.parent.glob(".*-step-*"):
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     except OSError as error:
@@ -287,18 +293,15 @@ def _publish(partial: Path, final: Path, info: dict[str, Any], keep_last: int) -
                 f"{partial} holds the files of some ranks only: run.dir must be on a disk that all machines share"
             )
         info["sizes"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        text = json.dumps(info, indent=1)
-        for name, text in (("info.json", text), (MARKER, digest(text.encode()))):
-            with open(partial / name, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+        content = json.dumps(info, indent=1).encode()
+        write_through(partial / "info.json", content)
+        write_through(partial / MARKER, digest(content).encode())
         if final.exists() and not (final / MARKER).exists():
             shutil.rmtree(final)
         partial.rename(final)
         for old in _complete(final.parent)[:-keep_last]:
-            (old / MARKER).unlink()  # first, so that a deletion that is cut short leaves no checkpoint to be read
-            shutil.rmtree(old)
+            # Renamed first: a deletion that is cut short leaves nothing to be read, and the next save removes it.
+            shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))
     except OSError as error:
         raise UserError(_unwritable(final, error)) from None
 
@@ -333,9 +336,16 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _first_failure(error: CheckpointException) -> BaseException:
+def _first_failure(error: CheckpointException) -> tuple[int, BaseException]:
     rank = min(error.failures)
-    return error.failures[rank][0]
+    return rank, error.failures[rank][0]
+
+
+def _stopped(rank: int, failure: BaseException, doing: str) -> Exception:
+    """What all ranks raise for a failure of one in dcp, whose own exception passes by what catches `Exception`."""
+    if isinstance(failure, KeyboardInterrupt):
+        return UserError(f"interrupted on rank {rank} while {doing}")
+    return RuntimeError(f"rank {rank} failed while {doing}: {type(failure).__name__}: {failure}")
 
 
 @contextmanager

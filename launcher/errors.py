@@ -22,6 +22,12 @@ POLL_SECONDS = 0.5
 PRINT_SECONDS = 10.0  # how long a rank waits for the first failing rank to have printed its reason
 CONNECT_SECONDS = 300.0  # ranks of a large job start minutes apart
 FINISH_SECONDS = 60.0  # how long the rank that hosts the store waits for the others to finish after it
+ANSWER_SECONDS = 3.0  # within which ranks whose processes run have seen that one has failed
+BEHIND_SECONDS = 1.0  # others end so much later: the first to end is the root cause in torchrun's summary
+LOST = "lost another rank, which ended without a word"
+# In gloo's words, and in those of the store while ranks meet.
+TIMED_OUT = r"(?:Timed out waiting|wait timeout after|Timed out after) (\d+) ?(ms|seconds)"
+SILENT = "another rank, which neither failed nor answered"
 
 
 class UserError(Exception):
@@ -92,14 +98,14 @@ def _describe(error: BaseException) -> str:
         return f"longspan: error: interrupted on rank {rank} ({host})"
     if re.search(r"gloo.*Connection (closed|reset) by peer|remote process exited", line):  # gloo's and NCCL's words
         return (
-            f"longspan: error: rank {rank} ({host}) lost another rank, which ended without a word: it was killed (for"
-            " want of memory, perhaps; exit codes tell which rank) or its machine is gone"
+            f"longspan: error: rank {rank} ({host}) {LOST}: its machine is gone, or it was killed: exit codes tell"
+            " which rank and how (-9: for want of memory, perhaps; -7: a file that it reads was cut off)"
         )
-    if found := re.search(r"Timed out waiting (\d+)ms for (?:send|recv) operation", line):  # gloo's words
+    if found := re.search(TIMED_OUT, line):
+        seconds = int(found[1]) / (1000 if found[2] == "ms" else 1)
         return (
-            f"longspan: error: rank {rank} ({host}) has waited {int(found[1]) / 1000:g} s for another rank, which"
-            " neither failed nor answered: look at its process, machine and network, or raise train.timeout_s if it may"
-            " take so long"
+            f"longspan: error: rank {rank} ({host}) has waited {seconds:g} s for {SILENT}: look at processes, machines"
+            " and network, or raise train.timeout_s if it may take so long"
         )
     if isinstance(error, MemoryError) and _raised_by_us(error):  # attention.host_buffers
         return (
@@ -126,7 +132,8 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _print(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    with suppress(OSError):  # what reads it may have ended, its disk be full: no reason to leave the others waiting
+        print(message, file=sys.stderr, flush=True)
 
 
 def _tell_torchrun(message: str) -> None:
@@ -139,9 +146,11 @@ def _tell_torchrun(message: str) -> None:
 
 def _leave() -> None:
     """Ends this process now: ordinary interpreter shutdown may wait for collectives that will never complete."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(1)
 
 
 class _Alarm:
@@ -195,7 +204,11 @@ class _Alarm:
                 first = True
             if not first:
                 self._follow()
+            if SILENT in message:
+                message = self._name_silent(message)
             _print(message)
+            if LOST in message:  # meanwhile torchrun sees which rank of this machine was killed, and ends this one too
+                message = self._name_silent(message)
             _tell_torchrun(message)
             try:
                 self._store.set("reason", f"{socket.gethostname()}\n{message.splitlines()[-1]}")
@@ -208,9 +221,26 @@ class _Alarm:
             finally:
                 _leave()
 
+    def _name_silent(self, message: str) -> str:
+        """`message` with the ranks whose watch does not answer: they are dead, stopped or out of reach."""
+        from longspan.launcher.agreement import listed
+
+        others = {rank: [f"here/{rank}"] for rank in range(self._world_size) if str(rank) != os.environ["RANK"]}
+        deadline = time.monotonic() + ANSWER_SECONDS
+        with suppress(RuntimeError):  # the store is gone
+            while time.monotonic() < deadline and not self._store.check(sum(others.values(), [])):
+                time.sleep(0.05)
+            if silent := [rank for rank, key in others.items() if not self._store.check(key)]:
+                return message.replace("another rank", listed(silent), 1)
+        return message
+
+    def _answer(self) -> None:
+        self._store.set(f"here/{os.environ['RANK']}", "")
+
     def close(self) -> None:
         """Called by a rank that has finished. The rank that hosts the store stays until all others have, too."""
         with self._lock:
+            self._answer()
             finished = self._store.add("finished", 1)
         deadline = time.monotonic() + FINISH_SECONDS
         while self._hosts_store and finished < self._world_size and time.monotonic() < deadline:
@@ -236,12 +266,13 @@ class _Alarm:
     def _follow(self) -> None:
         """Ends this process once the first failing rank has printed: torchrun kills that rank when this one ends."""
         try:
+            self._answer()
             self._store.wait(["reason"], timedelta(seconds=PRINT_SECONDS))
             host, line = self._store.get("reason").decode().split("\n", 1)
             # Every machine's output names the reason once.
             if host != socket.gethostname() and os.environ.get("LOCAL_RANK", "0") == "0":
                 _print(line)
             self._store.add("seen", 1)
-            time.sleep(1.0)  # torchrun reports the rank that ends first as the root cause
+            time.sleep(BEHIND_SECONDS)
         finally:
             _leave()

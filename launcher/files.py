@@ -1,6 +1,7 @@
 """Files of a run directory: replaced whole or left as they were, and one line where the disk refuses."""
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,16 @@ def replace_text(path: Path, text: str) -> None:
     """Writes the file anew. Whoever fails or is ended on the way leaves the old one."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text)
+        write_through(partial, text.encode())
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_through(path: Path, content: bytes) -> None:
+    """Onto the disk itself: a machine that fails later does not lose it when what it replaces is gone."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

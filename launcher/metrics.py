@@ -6,6 +6,7 @@ take the same decisions from it and rank 0 can write it.
 
 import json
 import math
+import os
 import resource
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -224,6 +225,11 @@ class MetricsWriter:
             self._file.write(json.dumps(row) + "\n")
         if self._events:
             self._events.write(row)
+
+    def sync(self) -> None:
+        """On the disk itself what was written: a checkpoint must not outlive the rows of its steps."""
+        with writing(self._run_dir):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         with writing(self._run_dir):

@@ -228,6 +228,8 @@ class Trainer:
             self._report(keep=self._steps_in_flight)
             if self._saves():
                 self._report(keep=0)
+                if self._metrics:
+                    self._metrics.sync()
                 data = self.loader.state_dict()
                 with component(OUTSIDE):
                     path = checkpoint.save(self.run_dir, self.config, self.engine, step=self.step, data=data)

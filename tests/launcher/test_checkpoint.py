@@ -3,6 +3,7 @@
 import binascii
 import json
 import logging
+import os
 import re
 import shutil
 from contextlib import nullcontext
@@ -196,7 +197,7 @@ def test_saves_and_loads_on_two_ranks(tmp_path):
     corpus = write_corpus(tmp_path)
     found = run_ranks(_save_and_damage, 2, tmp_path, corpus, timeout=150)
     assert found[0] == found[1]
-    steps, interrupted, unwritable, damaged, random, flipped, said, old = found[0]
+    steps, interrupted, unwritable, damaged, random, flipped, said, old, stopped = found[0]
     assert steps == ["step-00000003", "step-00000004"]  # keep_last=2
     assert interrupted == (["step-00000003", "step-00000004"], 4)
     assert all("cannot be written" in text and "disk of run.dir" in text and "\n" not in text for text in unwritable)
@@ -208,6 +209,13 @@ def test_saves_and_loads_on_two_ranks(tmp_path):
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "rng-00000.pt", "rng-00001.pt"} == set(flipped) == set(said)
     assert all(text == f"crc32 {true:08x}" for text, true in said.values())
     assert old == [4, "is of an earlier release, without digests"]
+    step = tmp_path / "run" / "checkpoints" / "step-0000000"
+    assert stopped == [
+        f"UserError: interrupted on rank 1 while {step}5 was saved",
+        f"RuntimeError: rank 1 failed while {step}5 was saved: KeyError: 'lost'",
+        f"UserError: interrupted on rank 1 while {step}4 was loaded",
+        f"RuntimeError: rank 1 failed while {step}4 was loaded: KeyError: 'lost'",
+    ]
 
 
 def _save_and_damage(rank, world_size, folder, corpus):
@@ -231,6 +239,14 @@ def _save_and_damage(rank, world_size, folder, corpus):
     unwritable.append(_refused_by_full_disk(run, config, trainer, rank, 1000))  # of the random state
     checkpoint.dcp.save = dcp_save
 
+    # What ends one rank in the midst of a save, or of a load, ends all, and is no damage.
+    stopped, newest = [], decide(lambda: checkpoint.find(run, "auto"))
+    for place, action in (
+        ("write_data", lambda: checkpoint.save(run, config, trainer.engine, step=5, data={})),
+        ("read_data", lambda: checkpoint.load(newest, trainer.engine)),
+    ):
+        stopped += [_ended(place, failure, action) for failure in (KeyboardInterrupt(), KeyError("lost"))]
+
     torch.manual_seed(rank)
     path = checkpoint.save(folder / "other", config, trainer.engine, step=1, data={})
     expected = torch.rand(3)
@@ -251,7 +267,7 @@ def _save_and_damage(rank, world_size, folder, corpus):
     made = {name: (said[name], binascii.crc32((saved / name).read_bytes())) for name in said}
     flipped = {name: _refused_damage(run, config, rank, name, _flip) for name in said}
     old = _started_without_digests(run, config, rank, logged)
-    return names, interrupted, unwritable, damaged, random, flipped, made, old
+    return names, interrupted, unwritable, damaged, random, flipped, made, old, stopped
 
 
 def _flip(content):
@@ -283,6 +299,20 @@ def _names(run):
 
 def _interrupted(*arguments):
     raise RuntimeError("interrupted")
+
+
+def _ended(place, failure, action):
+    """What every rank raises when dcp fails so on rank 1."""
+
+    def fail(*_):
+        raise failure
+
+    dcp = digests.DigestingWriter if place == "write_data" else checkpoint.dcp.FileSystemReader
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((UserError, RuntimeError)) as error:
+        if dist.get_rank() == 1:
+            patch.setattr(dcp, place, fail)
+        action()
+    return f"{error.type.__name__}: {error.value}"
 
 
 def _refused_by_full_disk(run, config, trainer, rank, size):
@@ -320,6 +350,45 @@ def test_deleting_old_checkpoints_spares_the_rest(tmp_path):
     checkpoint._publish(partial, tmp_path / "checkpoints" / "step-00000004", dict(info), keep_last=2)
     assert _names(tmp_path) == ["step-00000003", "step-00000004"]
     assert checkpoint.find(tmp_path, "auto").step == 4
+
+
+def test_a_deletion_that_is_cut_short_leaves_nothing_to_be_read(tmp_path, monkeypatch, caplog):
+    for step in (1, 2):
+        _fake(tmp_path, step)
+    partial = tmp_path / "checkpoints" / ".saving-step-00000003"
+    checkpoint._prepare(partial)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", _killed)
+        info = {"step": 3, "data": {}, "config": {}, "world_size": 0}
+        checkpoint._publish(partial, tmp_path / "checkpoints" / "step-00000003", info, keep_last=1)
+    assert checkpoint.find(tmp_path, "auto").step == 3
+    checkpoint._prepare(tmp_path / "checkpoints" / ".saving-step-00000004")
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [".saving-step-00000004", "step-00000002", "step-00000003"] and not caplog.text
+
+
+def _killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_run_directory_that_was_moved_is_said(tmp_path, caplog):
+    checkpoint._prepare(tmp_path / "run" / "checkpoints" / ".saving-step-00000004")
+    assert f"{tmp_path}/run was moved or deleted: it is made anew" in caplog.text
+
+
+def _on_the_disk(rank, world_size, folder, corpus):
+    synced, fsync = [], os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: fsync(file) or synced.append(os.readlink(f"/proc/self/fd/{file}")))
+        train(tiny_config(corpus, folder / "run", "train.steps=1", "checkpoint.interval=1"))
+    return [os.path.basename(name) for name in synced]
+
+
+def test_all_is_on_the_disk_itself_before_a_checkpoint_counts(tmp_path):
+    first, second = run_ranks(_on_the_disk, 2, tmp_path, write_corpus(tmp_path), timeout=60)
+    assert first[:3] == [".config.yaml.partial", ".environment.json.partial", ".metrics.jsonl.partial"]
+    assert first[3:] == ["metrics.jsonl", "__0_0.distcp", ".metadata.tmp", "rng-00000.pt", "info.json", "complete"]
+    assert second == ["__1_0.distcp", "rng-00001.pt"]
 
 
 def test_a_disk_that_machines_do_not_share_is_noticed(tmp_path):

@@ -1,5 +1,6 @@
 """How runs end: one line once for what a user can put right, a traceback with the rank otherwise, and nobody hangs."""
 
+import json
 import os
 import re
 import socket
@@ -23,7 +24,7 @@ from longspan.models.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
-import os, sys
+import os, signal, sys
 from longspan.launcher.errors import UserError, main_guard
 from longspan.models.config import ModelConfig
 case, rank = sys.argv[1], int(os.environ["RANK"])
@@ -36,7 +37,11 @@ with main_guard():
     import torch
     import torch.distributed as dist
     from longspan.parallel.mesh import build_mesh
-    build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"))
+    build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"), timeout_s=2 if case == "a rank is silent" else 600)
+    if rank == 1 and case == "a rank is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and case == "a rank is silent":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if rank == 1 and case == "user error on one rank":
         raise UserError("corpus x.bin: document 3 holds token id 999")
     if rank == 1 and case == "crash on one rank":
@@ -111,23 +116,7 @@ def test_bad_token_met_by_the_reader_of_one_rank(tmp_path):
 def test_every_rank_ends_by_itself(program, case, tmp_path):
     """Without torchrun, which would kill the other ranks: each must end within seconds, with its own exit code."""
     count = 3 if case == "crash on one rank" else 2
-    port, files = _free_port(), [open(tmp_path / f"{rank}", "w+") for rank in range(count)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, program, case],
-            stderr=files[rank],
-            stdout=files[rank],
-            env=_environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(count),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-                GLOO_SOCKET_IFNAME="lo",
-            ),  # fmt: skip
-        )
-        for rank in range(count)
-    ]
+    processes, files = _start(program, case, range(count), count, tmp_path)
     try:
         ended = _wait_for(processes)
     finally:
@@ -150,6 +139,68 @@ def test_every_rank_ends_by_itself(program, case, tmp_path):
         assert "Traceback" in outputs[1] and "Traceback" not in outputs[0] + outputs[2]
     else:
         assert "Traceback" not in "".join(outputs)
+
+
+@pytest.mark.parametrize("ranks", [[0], [0, 1, 2]])
+def test_a_rank_that_does_not_answer_is_named(program, ranks, tmp_path):
+    """One that has never come, and one that has been stopped, while a third waits too."""
+    processes, files = _start(program, "a rank is silent", ranks, max(2, len(ranks)), tmp_path)
+    try:
+        _wait_for([process for rank, process in enumerate(processes) if rank != 1])
+    finally:
+        for process in processes:
+            process.kill()
+    lines = [line for file in files for line in Path(file.name).read_text().splitlines()]
+    assert len(lines) == 1, lines
+    named = (
+        r"longspan: error: rank [02] \(.+\) has waited [23] s for rank 1, which neither failed nor answered: look at"
+    )
+    assert re.match(named, lines[0])
+
+
+def test_a_rank_that_is_killed_is_named_for_other_machines(program, tmp_path):
+    processes, _ = _start(program, "a rank is killed", range(3), 3, tmp_path)
+    try:
+        _wait_for(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    (told,) = (json.loads(path.read_text())["message"]["message"] for path in tmp_path.glob("error *"))
+    assert "lost rank 1, which ended without a word: " in told
+
+
+def test_a_rank_that_is_killed_is_the_root_cause_for_torchrun(program):
+    """Also where torchrun looks so seldom that the other has lost it by then."""
+    _, output, lines = _torchrun(program, "a rank is killed", ranks=2, options=["--monitor-interval=0.5"])
+    assert len(lines) == 1 and "rank 0 " in lines[0] and errors.LOST in lines[0], output
+    assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9 ", output[output.index("Root Cause") :]), output
+
+
+def test_a_rank_whose_output_cannot_be_written_ends_all_the_same():
+    program = "import threading; from longspan.launcher import errors; print('x', end='')\n"
+    program += "threading.Thread(target=threading.Event().wait).start(); errors._print('y'); errors._leave()"
+    with open("/dev/full", "w") as full:
+        command, buffered = [sys.executable, "-c", program], _environment(PYTHONUNBUFFERED="")
+        assert subprocess.run(command, stdout=full, stderr=full, env=buffered, timeout=60).returncode == 1
+
+
+def _start(program, case, ranks, count, folder):
+    """Those ranks of `count`, without torchrun, and the files with what they say; what torchrun would be told is in
+    files `error RANK`."""
+    port, files = str(_free_port()), [open(folder / f"{rank}", "w+") for rank in ranks]
+    others = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, program, case],
+            stderr=file,
+            stdout=file,
+            env=_environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), TORCHELASTIC_ERROR_FILE=str(folder / f"error {rank}"), **others
+            ),
+        )
+        for rank, file in zip(ranks, files, strict=True)
+    ]
+    return processes, files
 
 
 def _wait_for(processes):
