@@ -27,7 +27,7 @@ from longspan.attention import softmax_attention
 from longspan.benchmarks.arguments import parse_ring_attention
 from longspan.benchmarks.common import Traffic, format_table, measure, new_record, save
 from longspan.benchmarks.ranks import join
-from longspan.kernels.softmax import BACKENDS, Pack
+from longspan.kernels.softmax import BACKENDS, Pack, refusal
 from longspan.kernels.softmax import math as math_backend
 from longspan.parallel import zigzag
 from longspan.parallel.context import SequenceParallel
@@ -270,7 +270,7 @@ def run_case(case: Case, function, *arguments) -> tuple[dict | None, str | None]
 def make_cases(arguments, device: torch.device, dtype: torch.dtype) -> tuple[list[Case], dict[str, str]]:
     """The cases that can run here, and why the others cannot."""
     refusals = {
-        name: BACKENDS[name].refusal(device.type, dtype, arguments.head_dim) for name in arguments.backends.split(",")
+        name: refusal(BACKENDS[name], device.type, dtype, arguments.head_dim) for name in arguments.backends.split(",")
     }
     names = [name for name, reason in refusals.items() if reason is None]
     strategies = arguments.strategies.split(",")

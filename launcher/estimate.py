@@ -16,10 +16,11 @@ from torch import nn
 from longspan.attention.head_groups import head_groups
 from longspan.attention.moved import head_parallel_ranks, pairs_per_rank
 from longspan.attention.offload import Offload
+from longspan.kernels.softmax import BACKENDS
 from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
-from longspan.launcher.gpus import CONTEXT, FRAGMENTS, LAUNCH_S, Cluster
+from longspan.launcher.gpus import CONTEXT, EXTRAS, FRAGMENTS, LAUNCH_S, Cluster
 from longspan.launcher.host_memory import host_memory
 from longspan.launcher.state_sizes import MASTER, state_sizes
 from longspan.launcher.step_time import WAITING, step_seconds
@@ -96,13 +97,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Job:
-    """A config on a cluster. document: tokens of every document (0: a sample is one). auto_backend: what
-    parallel.backend=auto takes there. UserError for settings that cannot go together on so many GPUs."""
+    """A config on a cluster. document: tokens of every document (0: a sample is one). extras: back ends of softmax
+    attention that are there beside PyTorch's. UserError for settings that cannot go together on so many GPUs."""
 
     config: Config
     cluster: Cluster
     document: int = 0
-    auto_backend: str = "fa4"
+    extras: tuple[str, ...] = ("fa4",)
 
     def __post_init__(self):
         self.config.validate(world_size=self.cluster.count)
@@ -120,8 +121,14 @@ class Job:
 
     @property
     def backend(self) -> str:
-        """Of softmax attention."""
-        return self.auto_backend if self.config.parallel.backend == "auto" else self.config.parallel.backend
+        """Of softmax attention: with auto the first that takes such heads on this kind of GPU."""
+        if self.config.parallel.backend != "auto":
+            return self.config.parallel.backend
+        there = (name for name in BACKENDS if name in self.extras or name not in EXTRAS)
+        return next(name for name in there if name != "cpu" and self._limits(name) is None)
+
+    def _limits(self, backend: str) -> str | None:
+        return BACKENDS[backend].limits(self.dtype, self.config.model.head_size, self.cluster.gpu.capability)
 
     @property
     def tp(self) -> int:
@@ -149,6 +156,8 @@ class Job:
     def _refuse_what_is_not_counted(self) -> None:
         for setting, remedy in _not_counted(self.config):
             raise UserError(f"{setting} is not counted by longspan plan: {remedy}")
+        if self.has_softmax and (limits := self._limits(self.backend)):
+            raise UserError(f"parallel.backend={self.backend} {limits}: use auto")
         if self.config.parallel.peer_memory == "on" and (refusal := refusal_of_ranks(self.topology)):
             raise UserError(cannot_be_honoured(refusal))
 
@@ -352,7 +361,7 @@ def notes(job: Job, seconds: dict[str, float]) -> Iterator[str]:
     """What the numbers leave out."""
     if not job.cluster.gpu.measured:
         yield f"rates of {job.cluster.name} are not measured by longspan"
-    if job.has_softmax and job.cluster.gpu.hopper and job.backend == "fa4" and job.dtype != torch.float32:
+    if job.has_softmax and job.cluster.gpu.hopper and job.backend == "fa4":
         yield (
             "softmax attention is FlashAttention-4's: without flash-attn-4 it takes 5 % more forward and 16 % more"
             " backward, as parallel.backend=cudnn plans it"

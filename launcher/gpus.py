@@ -35,8 +35,8 @@ class GPU:
     """memory: bytes that a process sees. products, products_fp32: TFLOP/s of matrix products of layers. attention:
     width of a head -> TFLOP/s of dense softmax attention forward, and backward. memory_rate: bytes per second of
     copies, of which other operations reach a share. linear: how many times longer linear attention takes than on an
-    H200. intra, inter: bytes per second of one GPU to others of its machine, and to other machines. hopper: whether
-    kernels for Hopper run."""
+    H200. intra, inter: bytes per second of one GPU to others of its machine, and to other machines. capability: by
+    which CUDA and kernels know it."""
 
     memory: float
     products: float
@@ -48,33 +48,38 @@ class GPU:
     inter: float
     source: str
     measured: bool
-    hopper: bool = False
+    capability: tuple[int, int]
+
+    @property
+    def hopper(self) -> bool:
+        """Whether kernels for Hopper run."""
+        return self.capability == (9, 0)
 
 
 HOPPER_ATTENTION = {64: (525, 530), 128: (600, 624)}
 GPUS = {
     "H100": GPU(
         memory=79.1 * GIB, products=680, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=3.03e12,
-        linear=1.17, intra=326e9, inter=45e9, measured=True, hopper=True,
+        linear=1.17, intra=326e9, inter=45e9, measured=True, capability=(9, 0),
         source="SXM 80 GB: memory rate measured, and linear attention with the Triton kernels (docs/log.md,"
         " linear_kernels_H100.json); attention and links as on the H200, which has the same chip and links;"
         " products 680 TFLOP/s, assumed",
     ),
     "H200": GPU(
         memory=139.8 * GIB, products=680, products_fp32=48, attention=HOPPER_ATTENTION, memory_rate=4.27e12,
-        linear=1.0, intra=326e9, inter=45e9, measured=True, hopper=True,
+        linear=1.0, intra=326e9, inter=45e9, measured=True, capability=(9, 0),
         source="measured 2026-11-22: copies 4.27 TB/s, products 680 TFLOP/s (profiles of steps, runs_2xH200.json),"
         " FlashAttention-4 600 to 660, NCCL over NVLink 326 GB/s; between machines 90 % of 400 Gb/s, assumed",
     ),
     "A100": GPU(
         memory=79.1 * GIB, products=250, products_fp32=17, attention={64: (180, 165), 128: (200, 185)},
-        memory_rate=1.75e12, linear=3.2, intra=230e9, inter=22e9, measured=False,
+        memory_rate=1.75e12, linear=3.2, intra=230e9, inter=22e9, measured=False, capability=(8, 0),
         source="SXM 80 GB, not measured: data sheet (2.04 TB/s, NVLink 600 GB/s), FlashAttention-2 as published"
         " (arXiv 2307.08691), HDR 200 Gb/s",
     ),
     "B200": GPU(
         memory=178.4 * GIB, products=1550, products_fp32=65, attention={64: (1000, 800), 128: (1400, 1100)},
-        memory_rate=7.0e12, linear=0.85, intra=650e9, inter=45e9, measured=False,
+        memory_rate=7.0e12, linear=0.85, intra=650e9, inter=45e9, measured=False, capability=(10, 0),
         source="not measured: data sheet (8 TB/s, NVLink 1.8 TB/s), FlashAttention-4 as published (up to 71 % of peak"
         " forward), 400 Gb/s",
     ),
@@ -96,7 +101,8 @@ LINEAR_NS = {
     "whole": (4.0, 8.0),  # plain PyTorch without a causal mask, not measured
 }
 # How many times longer they take in a step: 1.14 to 1.17 as long in profiles of 512K tokens (runs_2xH200.json) as those
-# of then alone (linear_hopper_H200.json), 1.37 of 128K. Supposed: between products the clock is lower than alone.
+# of then alone (linear_hopper_H200.json), 1.37 of 128K. Products take the GPU to its limit of power, so its clock is
+# 1.44 to 1.55 GHz for 1.98 alone: 1.13 to 1.17 times longer (linear_in_steps_H200.json).
 LINEAR_IN_STEP = 1.17
 # Share of FlashAttention-4's rate on Hopper GPUs, forward and backward, of other back ends of softmax attention with
 # heads of 128: cuDNN in PyTorch in steps of 512K to 2M tokens (runs_4xH200.json: 568 and 536 TFLOP/s); cuDNN's ragged
@@ -108,6 +114,7 @@ SPARSE_SHARE = (0.57, 0.62)
 # Hierarchical: of pairs with all rows of the last level, and of all others in blocks of 16, by what llsa layers took in
 # steps of 1M and 2M tokens (runs_4xH200.json). Larger blocks are supposed to gain in proportion, up to the share above.
 LAST_LEVEL_SHARE, SMALL_BLOCK_SHARE = (0.54, 0.60), (0.042, 0.054)
+EXTRAS = {"fa4": "flash-attn-4", "cudnn_ragged": "nvidia-cudnn-frontend"}  # back ends, and packages that they need
 # Bytes per second of a GPU from and to host memory (55 by one H200 alone, host_memory_H200.json; 63 by data sheet), and
 # of a host's memory, by data sheet.
 HOST_LINK, HOST_RATE = 50e9, 400e9
@@ -151,11 +158,9 @@ class Cluster:
         return f"{self.count}x{self.name}"
 
 
-def backend_of(packages: Mapping[str, str | None]) -> str:
-    """The back end of softmax attention that `auto` takes on a Hopper GPU with these packages, name -> version."""
-    if packages.get("flash-attn-4"):
-        return "fa4"
-    return "cudnn_ragged" if packages.get("nvidia-cudnn-frontend") else "cudnn"
+def extras_of(packages: Mapping[str, str | None]) -> tuple[str, ...]:
+    """Back ends of softmax attention that are there with these packages, name -> version, and not without."""
+    return tuple(name for name, package in EXTRAS.items() if packages.get(package))
 
 
 def parse_gpus(text: str, per_node: int = PER_NODE, host_gib: float = 0) -> Cluster:

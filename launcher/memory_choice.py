@@ -14,7 +14,7 @@ from longspan.launcher.config import Config
 from longspan.launcher.cpu_limits import memory, memory_here
 from longspan.launcher.environment import packages
 from longspan.launcher.estimate import Job, countable, lengths_of, share_of_memory
-from longspan.launcher.gpus import GPUS, Cluster, backend_of, kind_of
+from longspan.launcher.gpus import GPUS, Cluster, extras_of, kind_of
 from longspan.parallel.mesh import Mesh
 
 log = logging.getLogger("longspan")
@@ -91,7 +91,7 @@ def _chosen(config: Config, mesh: Mesh) -> tuple[Config, str]:
     if not countable(config, gpu=mesh.device.type == "cuda"):
         return replace(config, train=replace(config.train, checkpointing="full")), "this config cannot be planned"
     if mesh.device.type == "cuda":
-        here = {"cluster": cluster_here(mesh.world_size), "auto_backend": backend_of(packages())}
+        here = {"cluster": cluster_here(mesh.world_size), "extras": extras_of(packages())}
         chosen, taken = choose(choices(config), lambda choice: share_of_memory(Job(choice, **here)))
     else:
         # What is offloaded is in the same memory here.
@@ -106,5 +106,5 @@ def cluster_here(world_size: int) -> Cluster:
     which is all that counts here."""
     found, (had, ranks) = torch.cuda.get_device_properties(), memory_here()
     name = kind_of(found.name)
-    gpu = replace(GPUS.get(name, GPUS["A100"]), memory=found.total_memory, hopper=found.major == 9)
+    gpu = replace(GPUS.get(name, GPUS["A100"]), memory=found.total_memory, capability=(found.major, found.minor))
     return Cluster(name or found.name, world_size, min(world_size, ranks), had * ranks, gpu)

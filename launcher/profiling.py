@@ -21,7 +21,7 @@ from longspan.launcher.config import Config
 from longspan.launcher.environment import packages
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import Job, estimate
-from longspan.launcher.gpus import backend_of, cluster_of
+from longspan.launcher.gpus import cluster_of, extras_of
 from longspan.launcher.profile_report import lines
 from longspan.launcher.timeline import LAYERS, LOSS, MIXER, MLP, attribute, read_trace
 from longspan.parallel.mesh import Mesh, ranks_here
@@ -171,7 +171,7 @@ class StepProfiler:
         device = torch.cuda.get_device_name(self._mesh.device)
         try:
             cluster = cluster_of(device, self._mesh.world_size, ranks_here())
-            return estimate(Job(self._config, cluster, document, backend_of(packages()))).seconds, ""
+            return estimate(Job(self._config, cluster, document, extras_of(packages()))).seconds, ""
         except UserError as error:
             return None, str(error)
 

@@ -11,7 +11,7 @@ import torch
 from longspan.kernels.softmax import cpu, cudnn_ragged, fa4, math, torch_cudnn, torch_flash
 from longspan.kernels.softmax.pack import Pack
 
-__all__ = ["BACKENDS", "Backend", "Pack", "choose"]
+__all__ = ["BACKENDS", "Backend", "Pack", "choose", "refusal"]
 
 
 class Backend(Protocol):
@@ -20,9 +20,12 @@ class Backend(Protocol):
     name: str
     device_types: tuple[str, ...]
 
-    def refusal(self, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why this back end cannot serve such inputs here, or None. It asks torch's switch for
-        deterministic algorithms, too: one whose results differ from run to run refuses where it is on."""
+    def limits(self, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> str | None:
+        """Why a GPU of this compute capability, or a CPU, which has (0, 0), does not serve such inputs, or None."""
+
+    def missing(self) -> str | None:
+        """What else keeps this back end from serving here, or None: a package, or torch's switch for deterministic
+        algorithms, as results of some differ from run to run."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float
@@ -53,6 +56,14 @@ BACKENDS: dict[str, ModuleType] = {
 }
 
 
+def refusal(backend: Backend, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why `backend` cannot serve such inputs here, or None."""
+    if device_type not in backend.device_types:
+        return f"runs on {' and '.join(backend.device_types)}, not on {device_type}"
+    capability = torch.cuda.get_device_capability() if device_type == "cuda" else (0, 0)
+    return backend.limits(dtype, head_dim, capability) or backend.missing()
+
+
 def choose(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> tuple[Backend, tuple[str, ...]]:
     """The back end `name`, or for "auto" the first of BACKENDS that can serve; and why earlier ones could not.
 
@@ -63,7 +74,7 @@ def choose(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> tu
     refusals = []
     candidates = [backend for backend in BACKENDS.values() if device_type in backend.device_types]
     for backend in candidates if name == "auto" else (BACKENDS[name],):
-        reason = backend.refusal(device_type, dtype, head_dim)
+        reason = refusal(backend, device_type, dtype, head_dim)
         if reason is None:
             return backend, tuple(refusals)
         refusals.append(f"{backend.name}: {reason}")

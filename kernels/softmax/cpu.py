@@ -12,10 +12,12 @@ device_types = ("cpu",)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device_type not in device_types:
-        return f"runs on cpu, not on {device_type}"
+def limits(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> str | None:
     return None if dtype in _DTYPES else f"takes float32, float64 and bfloat16, not {dtype}"
+
+
+def missing() -> str | None:
+    return None
 
 
 def forward(q, k, v, pack: Pack, scale: float):

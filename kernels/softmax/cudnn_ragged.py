@@ -30,17 +30,19 @@ _SHORTEST = 128
 _SIDES = {"q": "q", "k": "k", "v": "k", "o": "q", "dO": "q", "stats": "q", "dQ": "q", "dK": "k", "dV": "k"}
 
 
-def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device_type not in device_types:
-        return f"runs on cuda, not on {device_type}"
+def limits(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {dtype}"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = capability
     if major not in (9, 10):
-        return f"needs a Hopper or Blackwell data-center GPU, this one has compute capability {major}.{minor}"
+        return f"needs a Hopper or Blackwell data-center GPU, not one of compute capability {major}.{minor}"
     limit = 256 if major == 9 else 128
     if head_dim % 8 or head_dim > limit:
         return f"takes head dims up to {limit} that are multiples of 8, not {head_dim}"
+    return None
+
+
+def missing() -> str | None:
     if torch.are_deterministic_algorithms_enabled():
         return "a deterministic backward, which torch.use_deterministic_algorithms asks for, would keep all scores"
     return _load()[1]

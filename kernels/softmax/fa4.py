@@ -17,19 +17,21 @@ name = "fa4"
 device_types = ("cuda",)
 
 
-def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device_type not in device_types:
-        return f"runs on cuda, not on {device_type}"
+def limits(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {dtype}"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = capability
     if major not in (9, 10, 11):
-        return f"needs a Hopper or Blackwell data-center GPU, this one has compute capability {major}.{minor}"
+        return f"needs a Hopper or Blackwell data-center GPU, not one of compute capability {major}.{minor}"
     limit = 256 if major == 9 else 128
     if head_dim % 8 or head_dim > limit:
         return f"takes head dims up to {limit} that are multiples of 8, not {head_dim}"
     if major == 9 and head_dim <= 128 and -(-head_dim // 16) % 2:  # 4.0.0b36; flash-attention pull request 2896
         return f"gets gradients wrong for heads of {head_dim} on Hopper: rounded up to 16 they are no multiple of 32"
+    return None
+
+
+def missing() -> str | None:
     return _load()[1]
 
 

@@ -12,8 +12,12 @@ device_types = ("cpu", "cuda")
 _BLOCK_ELEMENTS = 1 << 26
 
 
-def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def limits(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> str | None:
     return None if dtype.is_floating_point and dtype.itemsize >= 2 else f"no arithmetic for {dtype}"
+
+
+def missing() -> str | None:
+    return None
 
 
 def forward(q, k, v, pack: Pack, scale: float):

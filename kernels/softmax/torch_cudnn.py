@@ -16,19 +16,20 @@ name = "cudnn"
 device_types = ("cuda",)
 
 
-def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device_type not in device_types:
-        return f"runs on cuda, not on {device_type}"
+def limits(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {dtype}"
     if head_dim % 8 or head_dim > 128:
         return f"takes head dims up to 128 that are multiples of 8, not {head_dim}"
+    return torch_flash.too_old(capability)
+
+
+def missing() -> str | None:
     if not torch.backends.cudnn.is_available():
         return "this build of PyTorch has no cuDNN"
     if torch.are_deterministic_algorithms_enabled():
         return "its backward is not deterministic, which torch.use_deterministic_algorithms asks for"
-    major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"needs compute capability 8.0 or later, this GPU has {major}.{minor}"
+    return None
 
 
 def forward(q, k, v, pack: Pack, scale: float):

@@ -12,15 +12,20 @@ name = "flash"
 device_types = ("cuda",)
 
 
-def refusal(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device_type not in device_types:
-        return f"runs on cuda, not on {device_type}"
+def limits(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {dtype}"
     if head_dim % 8 or head_dim > 256:
         return f"takes head dims up to 256 that are multiples of 8, not {head_dim}"
-    major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"needs compute capability 8.0 or later, this GPU has {major}.{minor}"
+    return too_old(capability)
+
+
+def too_old(capability: tuple[int, int]) -> str | None:
+    return None if capability >= (8, 0) else "needs compute capability 8.0 or later, not {}.{}".format(*capability)
+
+
+def missing() -> str | None:
+    return None
 
 
 def forward(q, k, v, pack: Pack, scale: float):

@@ -9,7 +9,7 @@ from longspan.launcher.cli import train_config
 from longspan.launcher.config import Config, shipped_configs
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import WINDOWS, Job, estimate
-from longspan.launcher.gpus import GIB, backend_of, cluster_of
+from longspan.launcher.gpus import GIB, cluster_of, extras_of
 from longspan.launcher.memory_choice import settle
 from longspan.launcher.parsing import update
 from longspan.launcher.profile_report import PLANNED, ROWS
@@ -55,7 +55,7 @@ def plan(summary: Summary) -> Planned:
     device, machines = str(run.environment.get("device")), run.environment.get("machines") or {}
     cluster = cluster_of(device, summary.gpus, max(machines.values(), default=summary.gpus))
     packages = run.environment.get("packages")
-    known = {"auto_backend": backend_of(packages)} if packages else {}
+    known = {"extras": extras_of(packages)} if packages else {}
     found = estimate(settle(Job(config_of(run), cluster, run.document, **known)))
     measured = {where: seconds for where, seconds in run.breakdowns.items() if not where.endswith(OF_THEN)}
     compared = {where: list(_components(seconds, found.seconds)) for where, seconds in measured.items()}

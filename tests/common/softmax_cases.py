@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longspan.kernels.merge import merge
-from longspan.kernels.softmax import BACKENDS, Pack
+from longspan.kernels.softmax import BACKENDS, Pack, refusal
 from longspan.kernels.softmax.naive import softmax_attention_naive
 
 
@@ -127,7 +127,7 @@ def run_in_calls(backend, calls, q, k, v, dout, scale):
 
 def gpu_backend(name, dtype, head_dim):
     backend = BACKENDS[name]
-    reason = backend.refusal("cuda", dtype, head_dim)
+    reason = refusal(backend, "cuda", dtype, head_dim)
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
     return backend

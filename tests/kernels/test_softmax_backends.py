@@ -107,7 +107,7 @@ def test_fa4_is_not_given_heads_whose_gradients_it_gets_wrong(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(fa4, "_load", lambda: (None, None))
-    taken = [dim for dim in range(8, 265, 8) if fa4.refusal("cuda", torch.bfloat16, dim) is None]
+    taken = [dim for dim in range(8, 265, 8) if fa4.limits(torch.bfloat16, dim, (9, 0)) is None]
     assert taken == [24, 32, 56, 64, 88, 96, *range(120, 257, 8)]
     backend, (refusal, *_) = choose("auto", "cuda", torch.bfloat16, 80)
     assert backend.name != "fa4" and "gradients wrong for heads of 80" in refusal

@@ -149,7 +149,7 @@ def test_runs_take_it_and_say_what_they_took(runs, name, wanted):
 )
 def test_memory_is_that_of_this_gpu(monkeypatch, name, major, kind):
     """Of any kind, with its share of this machine for each of the ranks here."""
-    found = SimpleNamespace(name=name, major=major, total_memory=44 * GIB)
+    found = SimpleNamespace(name=name, major=major, minor=0, total_memory=44 * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: found)
     monkeypatch.setattr(memory_choice, "memory_here", lambda: (100 * GIB, 4))
     job = replace(job_of(GIB), cluster=cluster_here(8))

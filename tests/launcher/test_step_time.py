@@ -12,8 +12,9 @@ from longspan.attention.outline import Call
 from longspan.attention.schedules import softmax_schedule
 from longspan.launcher.breakdown import DATA, EXPOSED, IDLE
 from longspan.launcher.config import Config
+from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import Job, estimate
-from longspan.launcher.gpus import BLOCK_S, LATENCY_S, LAUNCH_S, backend_of, parse_gpus
+from longspan.launcher.gpus import BLOCK_S, LATENCY_S, LAUNCH_S, extras_of, parse_gpus
 from longspan.launcher.report.planned import plan
 from longspan.launcher.report.results import read
 from longspan.launcher.report.series import summarize
@@ -203,10 +204,35 @@ def test_softmax_attention_takes_as_long_as_its_back_end():
     fastest, cudnn = seconds(), seconds("parallel.backend=cudnn")
     assert cudnn[False] / fastest[False] == pytest.approx(1 / 0.95)
     assert cudnn[True] / fastest[True] == pytest.approx(1 / 0.86)
-    assert seconds(auto_backend=backend_of({"flash-attn-4": None})) == cudnn
-    assert seconds(auto_backend=backend_of({"flash-attn-4": "4.0"})) == fastest
-    assert seconds("parallel.backend=fa4", auto_backend="cudnn") == fastest
+    assert seconds(extras=extras_of({"flash-attn-4": None})) == cudnn
+    assert seconds(extras=extras_of({"flash-attn-4": "4.0"})) == fastest
+    assert seconds("parallel.backend=fa4", extras=()) == fastest
     assert seconds("parallel.backend=cudnn", gpus="2xA100") == seconds(gpus="2xA100")
+
+
+@pytest.mark.parametrize(
+    "head_dim, gpus, extras, backend",
+    [
+        (128, "2xH200", ("fa4", "cudnn_ragged"), "fa4"),
+        (256, "2xH200", ("cudnn_ragged",), "cudnn_ragged"),
+        (80, "2xH200", ("fa4",), "cudnn"),  # of whose gradients FlashAttention-4 gets some wrong
+        (80, "2xB200", ("fa4",), "fa4"),
+        (128, "2xA100", ("fa4", "cudnn_ragged"), "cudnn"),
+        (160, "2xA100", ("fa4",), "flash"),
+    ],
+)
+def test_the_first_back_end_that_takes_the_heads(head_dim, gpus, extras, backend):
+    settings = "model.pattern=[softmax]", f"model.head_dim={head_dim}"
+    assert job_of(*settings, gpus=gpus, extras=extras).backend == backend
+
+
+@pytest.mark.parametrize(
+    "head_dim, gpus, reason",
+    [(80, "2xH200", "gets gradients wrong for heads of 80"), (128, "2xA100", "needs a Hopper")],
+)
+def test_a_back_end_that_does_not_take_the_heads_is_refused(head_dim, gpus, reason):
+    with pytest.raises(UserError, match=f"^parallel.backend=fa4 {reason}.*: use auto$"):
+        job_of("model.pattern=[softmax]", f"model.head_dim={head_dim}", "parallel.backend=fa4", gpus=gpus)
 
 
 @pytest.mark.parametrize("causal", [True, False])
