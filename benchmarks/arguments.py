@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from longspan.benchmarks.length_mixes import MIXES
+from longspan.launcher.arguments import writable, writable_folder
 from longspan.launcher.parsing import parse_tokens
 
 DEFAULT = "(default: %(default)s)"
+BUDGET = "seconds after which no case is started; the first call of each, which compiles, is not counted"
 FAMILIES = ("none", "fixed", "scalar", "channel", "delta", "gated_delta", "kda")  # of linear_cases
 LINEAR_PEERS = ("fla", "flash_qla", "cudnn_kda")  # of linear_peers
 PASSING = ("lasp2", "lasp", "all_scan", "hierarchical", "lasp2_nccl", "all_to_all")  # of linear_ranks
@@ -60,22 +62,6 @@ def read(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Na
         if isinstance(value, ByDevice):
             setattr(arguments, name, value.gpu if arguments.device == "cuda" else value.cpu)
     return arguments
-
-
-def writable(text: str) -> str:
-    """The path of a file that `common.save` can write, as the type of an argument: it is tried before anything is
-    measured."""
-    path = Path(text)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # ranks try at the same time
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); name another file") from None
-    return text
 
 
 def device_name(text: str) -> str:
@@ -202,7 +188,7 @@ def parse_linear_ranks(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the inputs of --parity")
     add("--repetitions", type=int, default=20, help=DEFAULT)
     add_device(parser)
-    add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {DEFAULT}")
+    add("--budget", type=float, default=540.0, help=f"{BUDGET} {DEFAULT}")
     arguments = read(parser, argv)
     if arguments.layer and arguments.parity:
         parser.error("--layer and --parity exclude each other; give one of them")
@@ -254,7 +240,7 @@ def topology(text: str) -> tuple[int, int]:
 def parse_recall(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of("recall")
     add = parser.add_argument
-    add("--output", metavar="DIR", help="where results.json, recall.md and recall.svg go")
+    add("--output", type=writable_folder, metavar="DIR", help="where results.json, recall.md and recall.svg go")
     add("--plot", metavar="RESULTS", nargs="+",
         help="only draw table and plot of a results.json again, beside it; several are joined into --output",
     )  # fmt: skip
@@ -313,7 +299,7 @@ def parse_attention_schemes(argv: list[str] | None = None) -> argparse.Namespace
         help="time each scheme without its transfers, and within a decoder layer, too")  # fmt: skip
     add("--seed", type=int, default=0, help="of the lengths")
     add("--repetitions", type=int, default=ByDevice(20, 5), help=DEFAULT)
-    add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {DEFAULT}")
+    add("--budget", type=float, default=540.0, help=f"{BUDGET} {DEFAULT}")
     add_model_arguments(parser)
     parser.set_defaults(
         heads=ByDevice(32, 8), kv_heads=ByDevice(8, 4), head_dim=ByDevice(128, 32), megabytes=ByDevice(256, 1)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from longspan.launcher.config import Config, shipped_configs
@@ -130,6 +131,33 @@ def gib(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB; write it like 1024") from None
+
+
+def writable(text: str) -> str:
+    """The path of a file to be written, as the type of an argument: rank 0, which will, tries before anything else,
+    and leaves no trace."""
+    return _tried(text, Path(text))
+
+
+def writable_folder(text: str) -> str:
+    """The path of a folder for files, as the type of an argument: tried like `writable`."""
+    return _tried(text, Path(text) / "file")
+
+
+def _tried(text: str, path: Path) -> str:
+    if os.environ.get("RANK", "0") != "0":
+        return text
+    try:
+        if path.is_dir():
+            raise OSError(None, "it is a folder")
+        if path.exists() and not path.is_file():  # what is written takes its place
+            raise OSError(None, "it is no file but a device or the like")
+        trial = next(folder for folder in path.absolute().parents if folder.exists()) / f".longspan-{os.getpid()}"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); name another") from None
+    return text
 
 
 def settings_help() -> str:

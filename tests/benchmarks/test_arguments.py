@@ -23,7 +23,7 @@ def refusal(capsys, parse, *words):
 def test_an_output_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").touch()
     line = refusal(capsys, planner.parse_planner, "--output", str(tmp_path / "file" / "x.json"))
-    assert "argument --output" in line and "cannot be written (" in line and "name another file" in line
+    assert "argument --output" in line and "cannot be written (" in line and "name another" in line
     assert "it is a folder" in refusal(capsys, planner.parse_planner, "--output", str(tmp_path))
 
 
