@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from difflib import get_close_matches
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,14 @@ def gib(text: str) -> float:
 
 def writable(text: str) -> str:
     """The path of a file to be written, as the type of an argument: rank 0, which will, tries before anything else,
-    and leaves no trace."""
+    and leaves no trace. From the home folder where it says ~, as the shell has left it in --output=~/x."""
+    text = expanduser(text)
     return _tried(text, Path(text))
 
 
 def writable_folder(text: str) -> str:
     """The path of a folder for files, as the type of an argument: tried like `writable`."""
+    text = expanduser(text)
     return _tried(text, Path(text) / "file")
 
 

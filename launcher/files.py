@@ -1,6 +1,5 @@
 """Files that others read: strict JSON, replaced whole or left as they were, and one line where the disk refuses."""
 
-import errno
 import json
 import math
 import os
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longspan.launcher.errors import UserError
+from longspan.launcher.errors import FULL, UserError
 
 
 @contextmanager
@@ -19,7 +18,7 @@ def writing(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in FULL
         remedy = "free its disk or choose another, then resume" if full else "choose another, or change its permissions"
         raise UserError(f"run.dir={run_dir}: cannot be written ({reason}); {remedy}") from None
 

@@ -203,6 +203,8 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             replace_text(self.run_dir / "config.yaml", self.config.to_yaml())
             replace_text(self.run_dir / "environment.json", strict_json(environment, indent=1) + "\n")
+        if self.config.checkpoint.interval or self.config.checkpoint.at_end:
+            checkpoint.try_folder(self.run_dir)
 
     def train(self) -> None:
         """Runs the steps that are left, with validation and checkpoints when they are due; asked to stop, saves and
@@ -303,9 +305,16 @@ class Trainer:
                 self._progress.report(row)
 
 
+class _Output(logging.StreamHandler):
+    """Output that nobody reads any more, or on a full disk, ends the run like any other error."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
 def set_up_log() -> None:
     """The first rank's log goes to the terminal; all ranks would say the same."""
-    log.handlers = [logging.StreamHandler(sys.stdout)]
+    log.handlers = [_Output(sys.stdout)]
     log.handlers[0].setFormatter(logging.Formatter("%(message)s"))
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate = False
