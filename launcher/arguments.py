@@ -1,6 +1,7 @@
 """Commands of `longspan` as data, and how their words are read: options, and settings written key=value."""
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -129,9 +130,11 @@ def tokens(text: str) -> int:
 def gib(text: str) -> float:
     """A number of GiB, as the type of an argument."""
     try:
-        return float(text)
+        if math.isfinite(number := float(text)):
+            return number
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB; write it like 1024") from None
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB; write it like 1024")
 
 
 def writable(text: str) -> str:

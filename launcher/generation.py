@@ -30,6 +30,8 @@ def generate_run(
     ):  # fmt: skip
         if not fits:
             raise UserError(f"--{name} {value}: use {ALLOWED[name]}")
+    if prompt and prompt_file is not None:
+        raise UserError("--prompt and --prompt-file are both given: give one of them")
     stored = open_model(run)
     config = changed(stored.config, overrides)
     stored.check(config.model)

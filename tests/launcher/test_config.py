@@ -226,6 +226,7 @@ def test_missing_file_names_the_shipped_configs():
         (["parallel.sp=-1"], "parallel.sp=-1"),
         (["parallel.token_cap=0.5"], "parallel.token_cap=0.5: use 1 or more"),
         (["run.seed=-1"], "run.seed=-1"),
+        (["data.seq_len=100G"], "data.seq_len=107374182400: use 68719476736 or less"),
         (["run.seed=99999999999999999999"], "run.seed=99999999999999999999: use 9223372036854775807 or less"),
         (["train.timeout_s=99999999999999999999"], "train.timeout_s=99999999999999999999: use 1000000000 or less"),
         (["run.dir="], "run.dir is empty: leave it out for the default, runs/{name}"),
