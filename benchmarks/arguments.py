@@ -75,11 +75,12 @@ def device_name(text: str) -> str:
 
 
 def require_positive(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str) -> None:
-    """Ends with an error where one of these arguments is given and not above 0."""
+    """Ends with an error where one of these arguments is given and not above 0, or has such a value among several."""
     for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} {value} must be greater than 0")
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value <= 0:
+                parser.error(f"--{name.replace('_', '-')} {value} must be greater than 0")
 
 
 def parser_of(module: str) -> argparse.ArgumentParser:
@@ -148,7 +149,7 @@ def parse_linear_kernels(argv: list[str] | None = None) -> argparse.Namespace:
     add("--step-seconds", type=float, default=200.0, help=f"limit of one measurement, autotuning included {DEFAULT}")
     add("--budget", type=float, default=540.0, help=f"seconds after which nothing more is started {DEFAULT}")
     arguments = read(parser, argv)
-    require_positive(parser, arguments, "heads", "head_dim", "seconds", "budget", "step_seconds")
+    require_positive(parser, arguments, "tokens", "heads", "head_dim", "seconds", "budget", "step_seconds")
     return arguments
 
 
@@ -156,7 +157,8 @@ def parse_ring_attention(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of("ring_attention")
     add = parser.add_argument
     add("--output", type=writable, help="JSON file, saved again after every measurement")
-    add("--lengths", type=int, nargs="+", default=[131072, 524288], help=f"global tokens of one sequence {DEFAULT}")
+    add("--lengths", type=parse_tokens, nargs="+", default=[131072, 524288],
+        help=f"global tokens of one sequence {DEFAULT}")  # fmt: skip
     add("--heads", type=int, default=16, help=DEFAULT)
     add("--kv-heads", type=int, default=0, help="0: as many as --heads")
     add("--head-dim", type=int, default=128, help=DEFAULT)
@@ -165,10 +167,14 @@ def parse_ring_attention(argv: list[str] | None = None) -> argparse.Namespace:
     add("--key-blocks", type=int, nargs="+", default=[0],
         help="most thread blocks of NCCL for keys; 0: its own choice")  # fmt: skip
     add_device(parser)
-    add("--check-length", type=int, default=4096, help=f"tokens of the gradient check {DEFAULT}")
+    add("--check-length", type=parse_tokens, default=4096, help=f"tokens of the gradient check {DEFAULT}")
     add("--case-seconds", type=float, default=6.0, help=f"timed repetitions of one case {DEFAULT}")
     add("--time-limit", type=float, default=420.0, help=f"seconds after which no case is started {DEFAULT}")
-    return read(parser, argv)
+    arguments = read(parser, argv)
+    require_positive(parser, arguments, "lengths", "heads", "head_dim", "check_length", "case_seconds", "time_limit")
+    if arguments.kv_heads < 0 or arguments.heads % (arguments.kv_heads or 1):
+        parser.error(f"--kv-heads {arguments.kv_heads} does not divide --heads {arguments.heads}")
+    return arguments
 
 
 def parse_linear_ranks(argv: list[str] | None = None) -> argparse.Namespace:
@@ -192,7 +198,7 @@ def parse_linear_ranks(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = read(parser, argv)
     if arguments.layer and arguments.parity:
         parser.error("--layer and --parity exclude each other; give one of them")
-    require_positive(parser, arguments, "heads", "head_dim", "repetitions", "parity_tokens", "drift_tokens")
+    require_positive(parser, arguments, "tokens", "heads", "head_dim", "repetitions", "parity_tokens", "drift_tokens")
     if arguments.families is None:
         arguments.families = [*FAMILIES] if arguments.parity else ["fixed", "scalar", "gated_delta"]
     arguments.tokens = arguments.tokens or [1 << 15, 1 << 17] + ([] if arguments.layer else [1 << 19])
@@ -306,7 +312,7 @@ def parse_attention_schemes(argv: list[str] | None = None) -> argparse.Namespace
     )
     arguments = read(parser, argv)
     check_model_arguments(parser, arguments)
-    require_positive(parser, arguments, "ranks_per_node", "megabits", "repetitions", "budget")
+    require_positive(parser, arguments, "tokens", "ranks_per_node", "megabits", "repetitions", "budget")
     if arguments.nodes < 0:
         parser.error(f"--nodes {arguments.nodes} must be 0 (none are emulated) or more")
     if arguments.costs:

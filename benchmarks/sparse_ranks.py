@@ -250,7 +250,7 @@ def parse_arguments(argv=None):
     add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     add("--budget", type=float, default=540.0, help=f"{BUDGET} {default}")
     arguments = parser.parse_args(argv)
-    require_positive(parser, arguments, "heads", "kv_heads", "head_dim", "repetitions", "groups")
+    require_positive(parser, arguments, "tokens", "heads", "kv_heads", "head_dim", "repetitions", "groups")
     if arguments.heads % arguments.kv_heads:
         parser.error(f"--kv-heads {arguments.kv_heads} does not divide --heads {arguments.heads}")
     causal = arguments.layer or arguments.causal
