@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from longspan.benchmarks.length_mixes import MIXES
+from longspan.launcher.arguments import writable, writable_folder
 from longspan.launcher.parsing import parse_tokens
 
 DEFAULT = "(default: %(default)s)"
+BUDGET = "seconds after which no case is started; the first call of each, which compiles, is not counted"
 FAMILIES = ("none", "fixed", "scalar", "channel", "delta", "gated_delta", "kda")  # of linear_cases
 LINEAR_PEERS = ("fla", "flash_qla", "cudnn_kda")  # of linear_peers
 PASSING = ("lasp2", "lasp", "all_scan", "hierarchical", "lasp2_nccl", "all_to_all")  # of linear_ranks
@@ -62,22 +64,6 @@ def read(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Na
     return arguments
 
 
-def writable(text: str) -> str:
-    """The path of a file that `common.save` can write, as the type of an argument: it is tried before anything is
-    measured."""
-    path = Path(text)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # ranks try at the same time
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); name another file") from None
-    return text
-
-
 def device_name(text: str) -> str:
     """cuda or cpu, as the type of an argument: cuda only where torch sees a GPU, and for "auto" where it does."""
     import torch
@@ -89,11 +75,12 @@ def device_name(text: str) -> str:
 
 
 def require_positive(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str) -> None:
-    """Ends with an error where one of these arguments is given and not above 0."""
+    """Ends with an error where one of these arguments is given and not above 0, or has such a value among several."""
     for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} {value} must be greater than 0")
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value <= 0:
+                parser.error(f"--{name.replace('_', '-')} {value} must be greater than 0")
 
 
 def parser_of(module: str) -> argparse.ArgumentParser:
@@ -162,7 +149,7 @@ def parse_linear_kernels(argv: list[str] | None = None) -> argparse.Namespace:
     add("--step-seconds", type=float, default=200.0, help=f"limit of one measurement, autotuning included {DEFAULT}")
     add("--budget", type=float, default=540.0, help=f"seconds after which nothing more is started {DEFAULT}")
     arguments = read(parser, argv)
-    require_positive(parser, arguments, "heads", "head_dim", "seconds", "budget", "step_seconds")
+    require_positive(parser, arguments, "tokens", "heads", "head_dim", "seconds", "budget", "step_seconds")
     return arguments
 
 
@@ -170,7 +157,8 @@ def parse_ring_attention(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of("ring_attention")
     add = parser.add_argument
     add("--output", type=writable, help="JSON file, saved again after every measurement")
-    add("--lengths", type=int, nargs="+", default=[131072, 524288], help=f"global tokens of one sequence {DEFAULT}")
+    add("--lengths", type=parse_tokens, nargs="+", default=[131072, 524288],
+        help=f"global tokens of one sequence {DEFAULT}")  # fmt: skip
     add("--heads", type=int, default=16, help=DEFAULT)
     add("--kv-heads", type=int, default=0, help="0: as many as --heads")
     add("--head-dim", type=int, default=128, help=DEFAULT)
@@ -179,10 +167,14 @@ def parse_ring_attention(argv: list[str] | None = None) -> argparse.Namespace:
     add("--key-blocks", type=int, nargs="+", default=[0],
         help="most thread blocks of NCCL for keys; 0: its own choice")  # fmt: skip
     add_device(parser)
-    add("--check-length", type=int, default=4096, help=f"tokens of the gradient check {DEFAULT}")
+    add("--check-length", type=parse_tokens, default=4096, help=f"tokens of the gradient check {DEFAULT}")
     add("--case-seconds", type=float, default=6.0, help=f"timed repetitions of one case {DEFAULT}")
     add("--time-limit", type=float, default=420.0, help=f"seconds after which no case is started {DEFAULT}")
-    return read(parser, argv)
+    arguments = read(parser, argv)
+    require_positive(parser, arguments, "lengths", "heads", "head_dim", "check_length", "case_seconds", "time_limit")
+    if arguments.kv_heads < 0 or arguments.heads % (arguments.kv_heads or 1):
+        parser.error(f"--kv-heads {arguments.kv_heads} does not divide --heads {arguments.heads}")
+    return arguments
 
 
 def parse_linear_ranks(argv: list[str] | None = None) -> argparse.Namespace:
@@ -202,11 +194,11 @@ def parse_linear_ranks(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the inputs of --parity")
     add("--repetitions", type=int, default=20, help=DEFAULT)
     add_device(parser)
-    add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {DEFAULT}")
+    add("--budget", type=float, default=540.0, help=f"{BUDGET} {DEFAULT}")
     arguments = read(parser, argv)
     if arguments.layer and arguments.parity:
         parser.error("--layer and --parity exclude each other; give one of them")
-    require_positive(parser, arguments, "heads", "head_dim", "repetitions", "parity_tokens", "drift_tokens")
+    require_positive(parser, arguments, "tokens", "heads", "head_dim", "repetitions", "parity_tokens", "drift_tokens")
     if arguments.families is None:
         arguments.families = [*FAMILIES] if arguments.parity else ["fixed", "scalar", "gated_delta"]
     arguments.tokens = arguments.tokens or [1 << 15, 1 << 17] + ([] if arguments.layer else [1 << 19])
@@ -254,7 +246,7 @@ def topology(text: str) -> tuple[int, int]:
 def parse_recall(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of("recall")
     add = parser.add_argument
-    add("--output", metavar="DIR", help="where results.json, recall.md and recall.svg go")
+    add("--output", type=writable_folder, metavar="DIR", help="where results.json, recall.md and recall.svg go")
     add("--plot", metavar="RESULTS", nargs="+",
         help="only draw table and plot of a results.json again, beside it; several are joined into --output",
     )  # fmt: skip
@@ -313,14 +305,14 @@ def parse_attention_schemes(argv: list[str] | None = None) -> argparse.Namespace
         help="time each scheme without its transfers, and within a decoder layer, too")  # fmt: skip
     add("--seed", type=int, default=0, help="of the lengths")
     add("--repetitions", type=int, default=ByDevice(20, 5), help=DEFAULT)
-    add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {DEFAULT}")
+    add("--budget", type=float, default=540.0, help=f"{BUDGET} {DEFAULT}")
     add_model_arguments(parser)
     parser.set_defaults(
         heads=ByDevice(32, 8), kv_heads=ByDevice(8, 4), head_dim=ByDevice(128, 32), megabytes=ByDevice(256, 1)
     )
     arguments = read(parser, argv)
     check_model_arguments(parser, arguments)
-    require_positive(parser, arguments, "ranks_per_node", "megabits", "repetitions", "budget")
+    require_positive(parser, arguments, "tokens", "ranks_per_node", "megabits", "repetitions", "budget")
     if arguments.nodes < 0:
         parser.error(f"--nodes {arguments.nodes} must be 0 (none are emulated) or more")
     if arguments.costs:

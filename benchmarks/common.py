@@ -1,6 +1,5 @@
 """What the benchmarks share: timing over ranks, bytes on the wire, the JSON record and the printed table."""
 
-import json
 import math
 import os
 import platform
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.launcher.clock import Clock
 from longspan.launcher.environment import commit, package_version
+from longspan.launcher.files import replace_text, strict_json
 
 _PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-cudnn-frontend", "numpy")
 
@@ -37,9 +37,7 @@ def save(record: dict, path: str | Path):
     """Written whole or not at all, so that it can be saved again after every measurement."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(path)
+    replace_text(path, strict_json(record, indent=2) + "\n")
 
 
 def format_table(rows: list[dict], columns: list[str]) -> str:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from longspan.attention import Hierarchical, LinearBranch, TopBlocks, requests, sparse, sparse_attention
 from longspan.attention.block_parts import STRATEGIES, pieces_of
 from longspan.attention.requests import Asked
-from longspan.benchmarks.arguments import device_name, require_positive, writable
+from longspan.benchmarks.arguments import BUDGET, device_name, require_positive, writable
 from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.linear_ranks import with_efficiency
 from longspan.benchmarks.ranks import DIRECTIONS, NCCL, Ranks, join, layer_step
@@ -248,9 +248,9 @@ def parse_arguments(argv=None):
     add("--causal", action="store_true", help="a causal mask for the operator")
     add("--repetitions", type=int, default=5, help=default)
     add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
-    add("--budget", type=float, default=540.0, help=f"seconds after which no case is started {default}")
+    add("--budget", type=float, default=540.0, help=f"{BUDGET} {default}")
     arguments = parser.parse_args(argv)
-    require_positive(parser, arguments, "heads", "kv_heads", "head_dim", "repetitions", "groups")
+    require_positive(parser, arguments, "tokens", "heads", "kv_heads", "head_dim", "repetitions", "groups")
     if arguments.heads % arguments.kv_heads:
         parser.error(f"--kv-heads {arguments.kv_heads} does not divide --heads {arguments.heads}")
     causal = arguments.layer or arguments.causal

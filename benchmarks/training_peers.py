@@ -27,6 +27,7 @@ from longspan.benchmarks.arguments import device_name, require_positive, writabl
 from longspan.benchmarks.common import format_table, new_record, save
 from longspan.launcher import train
 from longspan.launcher.corpus import prepare
+from longspan.launcher.files import strict_json
 from longspan.launcher.metrics import peak_tflops
 from longspan.launcher.parsing import parse_tokens
 from longspan.models.config import ModelConfig
@@ -90,7 +91,7 @@ def main(argv=None) -> int:
             row = {"system": name, "gpus": gpus} | complete(row, model, gpus, arguments.device)
             failed |= "error" in row and system.worker is None
             record["rows"].append(row)
-            print(json.dumps(row), flush=True)
+            print(strict_json(row), flush=True)
             if arguments.output:
                 save(record | {"seconds": time.monotonic() - start}, arguments.output)
     if arguments.output:
@@ -265,7 +266,7 @@ def parse_arguments(argv=None):
     add("--model", type=json.loads, default=MODEL, help=f"settings of the model, JSON {default}")
     add("--steps", type=int, default=0, help="of a length, the first not timed; 0: 2 to 5, about 1M tokens in all")
     add("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
-    add("--limit", type=float, default=240.0, help=f"seconds that a system may take for a length {default}")
+    add("--limit", type=float, default=240.0, help=f"seconds of a system for a length, compiling included {default}")
     add("--budget", type=float, default=560.0, help=f"seconds after which nothing is started {default}")
     arguments = parser.parse_args(argv)
     require_positive(parser, arguments, "gpus", "limit", "budget")

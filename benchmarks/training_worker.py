@@ -17,6 +17,7 @@ from longspan.benchmarks.parallel_tuning import compile_in_parallel
 from longspan.benchmarks.ranks import join
 from longspan.benchmarks.training_systems import SYSTEMS
 from longspan.benchmarks.worker import describe
+from longspan.launcher.files import strict_json
 from longspan.models.config import ModelConfig
 
 
@@ -75,7 +76,7 @@ def _peak_memory(device) -> float:
 
 def report(row: dict, path: str):
     with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(strict_json(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Commands of `longspan` as data, and how their words are read: options, and settings written key=value."""
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from difflib import get_close_matches
+from os.path import expanduser
+from pathlib import Path
 from typing import Any
 
 from longspan.launcher.config import Config, shipped_configs
@@ -127,9 +130,40 @@ def tokens(text: str) -> int:
 def gib(text: str) -> float:
     """A number of GiB, as the type of an argument."""
     try:
-        return float(text)
+        if math.isfinite(number := float(text)):
+            return number
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB; write it like 1024") from None
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB; write it like 1024")
+
+
+def writable(text: str) -> str:
+    """The path of a file to be written, as the type of an argument: rank 0, which will, tries before anything else,
+    and leaves no trace. From the home folder where it says ~, as the shell has left it in --output=~/x."""
+    text = expanduser(text)
+    return _tried(text, Path(text))
+
+
+def writable_folder(text: str) -> str:
+    """The path of a folder for files, as the type of an argument: tried like `writable`."""
+    text = expanduser(text)
+    return _tried(text, Path(text) / "file")
+
+
+def _tried(text: str, path: Path) -> str:
+    if os.environ.get("RANK", "0") != "0":
+        return text
+    try:
+        if path.is_dir():
+            raise OSError(None, "it is a folder")
+        if path.exists() and not path.is_file():  # what is written takes its place
+            raise OSError(None, "it is no file but a device or the like")
+        trial = next(folder for folder in path.absolute().parents if folder.exists()) / f".longspan-{os.getpid()}"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); name another") from None
+    return text
 
 
 def settings_help() -> str:

@@ -273,6 +273,13 @@ def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict
     return final
 
 
+def try_folder(run_dir: Path) -> None:
+    """UserError where no checkpoint can be written: before the first step, not after the last. On one rank."""
+    partial = run_dir / "checkpoints" / ".saving-trial"
+    _prepare(partial)
+    partial.rmdir()
+
+
 def _prepare(partial: Path) -> None:
     run_dir = partial.parent.parent
     if not run_dir.is_dir():

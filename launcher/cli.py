@@ -22,6 +22,8 @@ from longspan.launcher.arguments import (
     option,
     settings_help,
     tokens,
+    writable,
+    writable_folder,
 )
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError, main_guard
@@ -197,7 +199,7 @@ COMMANDS = (
                 nargs="+",
                 default=[],
             ),
-            option("--output", "FILE.json", "also write the figures to this file"),
+            option("--output", "FILE.json", "also write the figures to this file", type=writable),
         ),
         _later("evaluation", "evaluate_run"),
         TRAINED,
@@ -214,7 +216,7 @@ COMMANDS = (
                 "PATH",
                 "folder with config.json and model.safetensors, or model.safetensors.index.json and its files",
             ),
-            option("--output", "FILE.yaml", "for `longspan train --config`", required=True),
+            option("--output", "FILE.yaml", "for `longspan train --config`", required=True, type=writable),
         ),
         _later("weights", "import_model"),
         TRAINED,
@@ -225,7 +227,7 @@ COMMANDS = (
         "Writes the weights of a checkpoint, of any number of ranks, as model.safetensors and config.json.",
         (
             RUN,
-            option("--output", "DIR", "folder for both files", required=True),
+            option("--output", "DIR", "folder for both files", required=True, type=writable_folder),
             option(
                 "--layout",
                 None,
@@ -273,7 +275,7 @@ COMMANDS = (
         "Draws images with a trained diffusion transformer (model.task=images), on one rank.",
         (
             RUN,
-            option("--output", "FILE.png", "all images side by side", required=True),
+            option("--output", "FILE.png", "all images side by side", required=True, type=writable),
             option("--images", "N", "how many", 4),
             option("--steps", "N", "steps of Euler's method", 50),
             option("--size", "PIXELS", "on a side, a power of two (default: data.image_size of the run)", type=int),
@@ -297,11 +299,11 @@ COMMANDS = (
         "GPUs, memory, times, losses, and in what the runs differ.",
         (
             option("results", "RESULTS", "run directories, metrics.jsonl files, JSON records of benchmarks", nargs="+"),
-            option("--output", "FILE.md", "plots go beside it", "report.md"),
+            option("--output", "FILE.md", "plots go beside it", "report.md", type=writable),
             option("--warmup", "N", "first steps of a run that medians leave out", 2),
             flag("--plan", "what `longspan plan` says of each run, beside its figures"),
-            option("--record", "FILE.json", "also keep the runs in one file, which RESULTS may name"),
-            option("--recipes", "PAGE.md", "also put the table of recipes into this page"),
+            option("--record", "FILE.json", "also keep the runs in one file, which RESULTS may name", type=writable),
+            option("--recipes", "PAGE.md", "also put the table of recipes into this page", type=writable),
         ),
         report,
         "Plots need matplotlib: pip install 'longspan[plots]'. More: docs/report.md",

@@ -6,7 +6,7 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
-from os.path import expanduser
+from os.path import expanduser, isdir, isfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -275,10 +275,11 @@ def shipped_configs() -> dict[str, Path]:
 
 def _find(yaml_path: str | Path) -> Path:
     path = Path(yaml_path)
-    if path.is_file():
+    if isfile(path):  # whatever the path: pathlib's raises for one that is too long
         return path
     if str(yaml_path) in shipped_configs():
         return shipped_configs()[str(yaml_path)]
     nearest = get_close_matches(path.stem, shipped_configs(), n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
-    raise UserError(f"--config {yaml_path}: there is no such file; {hint}shipped are {', '.join(shipped_configs())}")
+    found = "that is a folder" if isdir(path) else "there is no such file"
+    raise UserError(f"--config {yaml_path}: {found}; {hint}shipped are {', '.join(shipped_configs())}")

@@ -58,10 +58,9 @@ def prepare(
     and `bos` are tokens of it. `progress` gets one line every two seconds and one at the end.
     The files appear under their names only when all is written. Raises UserError for anything that does not fit.
     """
-    if str(output_prefix).endswith(os.sep):
-        raise UserError(
-            f"output {output_prefix}: that is a folder; name the corpus in it, such as {output_prefix}corpus"
-        )
+    if Path(output_prefix).name in ("", "..") or str(output_prefix).endswith(os.sep):
+        example = Path(output_prefix) / "corpus"
+        raise UserError(f"output {output_prefix}: that is a folder; name the corpus in it, such as {example}")
     prefix = prefix_of(output_prefix)
     encoder = load_tokenizer(tokenizer, eod, bos)
     first = [] if encoder.bos is None else [encoder.bos]

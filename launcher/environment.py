@@ -28,7 +28,11 @@ def choose_device(setting: str) -> torch.device:
         return torch.device("cpu")
     if not available:
         raise UserError("run.device=cuda, but torch sees no GPU: use run.device=cpu or install a CUDA build of torch")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    local_rank, gpus = os.environ.get("LOCAL_RANK", "0" if alone else ""), torch.cuda.device_count()
+    if not local_rank.isdecimal():
+        raise UserError(f"LOCAL_RANK={local_rank} does not say which GPU this rank is for: start ranks with torchrun")
+    local_rank = int(local_rank)
     if local_rank >= gpus:
         raise UserError(
             f"this machine has {gpus} GPUs but was given at least {local_rank + 1} ranks: "

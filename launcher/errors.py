@@ -6,6 +6,7 @@ on each rank looks for it twice a second and ends the process.
 """
 
 import dis
+import errno
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from datetime import timedelta
 POLL_SECONDS = 0.5
 PRINT_SECONDS = 10.0  # how long a rank waits for the first failing rank to have printed its reason
 CONNECT_SECONDS = 300.0  # ranks of a large job start minutes apart
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FINISH_SECONDS = 60.0  # how long the rank that hosts the store waits for the others to finish after it
 ANSWER_SECONDS = 3.0  # within which ranks whose processes run have seen that one has failed
 BEHIND_SECONDS = 1.0  # others end so much later: the first to end is the root cause in torchrun's summary
@@ -44,6 +46,7 @@ def main_guard() -> Iterator[None]:
     variables; without them this is one rank.
     """
     alarm = None
+    _open_streams()
     try:
         if _world_size() > 1:
             alarm = _Alarm()
@@ -55,7 +58,9 @@ def main_guard() -> Iterator[None]:
         if alarm is None:
             _print(message)
             _tell_torchrun(message)
-            if isinstance(error, BrokenPipeError):  # the interpreter would try once more to write what is left
+            try:
+                sys.stdout.flush()
+            except OSError:  # the interpreter would try once more to write what is left
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         alarm.raise_for_all(message)
@@ -64,10 +69,21 @@ def main_guard() -> Iterator[None]:
             alarm.close()
 
 
+def _open_streams() -> None:
+    """Makes output possible that was closed before the start (>&-), or whose encoding lacks letters of a path."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        with suppress(AttributeError):  # in a notebook
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
 def _world_size() -> int:
-    size = os.environ.get("WORLD_SIZE", "1")
+    size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
     if not size.isdecimal() or int(size) < 1:
         raise UserError(f"WORLD_SIZE={size} is no number of ranks: leave it unset, or start ranks with torchrun")
+    if int(size) == 1 and rank != "0":
+        raise UserError(f"RANK={rank} where WORLD_SIZE is 1 or unset: leave both unset, or start ranks with torchrun")
     return int(size)
 
 
@@ -114,6 +130,9 @@ def _describe(error: BaseException) -> str:
         )
     if isinstance(error, BrokenPipeError):
         return f"longspan: error: rank {rank} ({host}) stops: what read its output has ended"
+    if isinstance(error, OSError) and error.errno in FULL:
+        where = error.filename or "that of its output, perhaps"
+        return f"longspan: error: rank {rank} ({host}) stops: a disk is full ({error.strerror}: {where}): free it"
     trace = "".join(traceback.format_exception(error)).rstrip()
     reason = f"{type(error).__name__}: {line}"[:500]
     return f"{trace}\nlongspan: error: rank {rank} ({host}) failed, all ranks stop: {reason}"

@@ -1,9 +1,8 @@
 """What `longspan plan` prints: the estimate as a table or as JSON, and the refusal of what cannot fit."""
 
-import json
-
 from longspan.launcher.config import Config
 from longspan.launcher.estimate import WINDOWS, Estimate, Job, estimate
+from longspan.launcher.files import strict_json
 from longspan.launcher.fitting import largest_of, refuse
 from longspan.launcher.gpus import GIB, Cluster
 from longspan.launcher.memory_choice import NAMES, described, settle, smallest
@@ -21,7 +20,7 @@ def report(config: Config, cluster: Cluster, document: int = 0, *, as_json: bool
         limits = {"largest_seq_len": tokens, "largest_power_of_two": power} if found.fits else {}
         settings = {name: getattr(job.config.train, name) for name in NAMES}
         start = {"gpus": str(job.cluster), "rates": job.cluster.gpu.source, "settings": settings}
-        print(json.dumps({**start, **found.as_dict(), **limits}))
+        print(strict_json({**start, **found.as_dict(), **limits}))
     else:
         print("\n".join(lines(job, found)))
         if job is not asked:

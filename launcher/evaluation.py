@@ -4,10 +4,9 @@ The same samples, as long as the longest length asked for, are cut for every sho
 tokens, also in every row of positions, which are those in the longest length: differences are what context is worth.
 """
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -26,7 +25,7 @@ from longspan.launcher.engines.fsdp2 import shard
 from longspan.launcher.engines.optimizer import compute_dtype
 from longspan.launcher.environment import choose_device
 from longspan.launcher.errors import UserError
-from longspan.launcher.files import replace_text
+from longspan.launcher.files import replace_text, strict_json
 from longspan.launcher.samples import Piece, Sample, SampleStream
 from longspan.launcher.stored_models import StoredModel, changed, open_model
 from longspan.launcher.tasks import open_corpora
@@ -75,20 +74,20 @@ def evaluate(stored: StoredModel, config: Config, mesh: Mesh, lengths: Sequence[
     lengths = sorted(set(lengths))
     stream = _held_out(config, lengths[-1])
     decide(lambda: stored.check_corpora([corpus.prefix for corpus in stream.corpora]))
-    drawn = [stream.sample(index) for index in range(samples)]
-    work = {length: list(cut(drawn, length, stream.corpora, config.data.respect_documents)) for length in lengths}
-    if not work[lengths[-1]]:  # nor in parts that are shorter
-        raise UserError(
-            f"--lengths {lengths[-1]}, --samples {samples}: nothing follows any of these tokens in its document; use"
-            " longer or more samples"
-        )
     evaluation = Evaluation(stored, config, mesh)
-    progress = _Progress(sum(_tokens(part.sample) for parts in work.values() for part in parts), mesh.is_main)
+    progress = _Progress(len(lengths) * samples, mesh.is_main)
     ends = row_ends(lengths[-1], min(FIRST_ROW, lengths[0]))
     records = []
-    for length, parts in work.items():
-        count = partial(progress.add, length)
-        records.append({"length": length} | evaluation.losses(parts, stream.corpora, ends, count).record())
+    for length in lengths:
+        drawn = progress.over(length, map(stream.sample, range(samples)))  # anew: held by none, there may be many
+        parts = cut(drawn, length, stream.corpora, config.data.respect_documents)
+        losses = evaluation.losses(parts, stream.corpora, ends)
+        if not any(losses.labels):
+            raise UserError(
+                f"--lengths {lengths[-1]}, --samples {samples}: nothing follows any of these tokens in its document;"
+                " use longer or more samples"
+            )
+        records.append({"length": length} | losses.record())
     return {
         "checkpoint": str(stored.path),
         "step": stored.step,
@@ -146,7 +145,7 @@ class Part:
     origins: tuple[int, ...]
 
 
-def cut(samples: Sequence[Sample], length: int, corpora: Sequence[Corpus], apart: bool) -> Iterator[Part]:
+def cut(samples: Iterable[Sample], length: int, corpora: Sequence[Corpus], apart: bool) -> Iterator[Part]:
     """The samples in parts of at most `length` tokens. apart: pieces of a sample do not see each other, so that its
     parts stay together as pieces of one; else every part is a sample. Those with nothing to predict are left out."""
     for sample in samples:
@@ -226,20 +225,18 @@ class Evaluation:
         self._rows = torch.empty(0)
 
     @torch.no_grad()
-    def losses(
-        self, parts: Sequence[Part], corpora: Sequence[Corpus], ends: list[int], count: Callable[[int], None]
-    ) -> Losses:
-        """Of one part after the other, in rows of places in the longest length that end at `ends`. count: is told the
-        tokens of each."""
-        device = self._mesh.device
+    def losses(self, parts: Iterable[Part], corpora: Sequence[Corpus], ends: list[int]) -> Losses:
+        """Of one part after the other, in rows of places in the longest length that end at `ends`."""
+        device, given = self._mesh.device, _One(corpora)
         builder = TextBuilder(
-            _Listed([part.sample for part in parts], corpora), self._parallel,
+            given, self._parallel,
             respect_documents=self._config.data.respect_documents, vocab_size=self._config.model.vocab_size,
             dp=1, dp_rank=0, samples=1, device=device,
         )  # fmt: skip
         totals = torch.zeros(2, len(ends), dtype=torch.float64, device=device)
-        for index, part in enumerate(parts):
-            batch: Batch = builder.to_device(builder.build(index))[0]
+        for part in parts:
+            given.one = part.sample
+            batch: Batch = builder.to_device(builder.build(0))[0]
             spans = batch.seq.layout.spans[batch.seq.rank]
             places = [part.origins[span.document] + torch.arange(span.start, span.stop) for span in spans]
             places = torch.cat([torch.empty(0, dtype=torch.int64), *places])
@@ -247,7 +244,6 @@ class Evaluation:
             self._num_rows = len(ends)
             totals[0] += self._model(*batch.inputs, batch.seq)
             totals[1] += torch.bincount(self._rows[batch.labels != NO_LABEL], minlength=len(ends))
-            count(_tokens(part.sample))
         dist.all_reduce(totals)
         sums, labels = totals.tolist()
         return Losses(ends, sums, [round(number) for number in labels])
@@ -258,27 +254,35 @@ class Evaluation:
         return torch.stack([cross_entropy(hidden[place], weight, labels[place], chunk) for place in places])
 
 
-class _Listed:
-    """Samples in the form of a SampleStream."""
+class _One:
+    """The sample that is `one` now, in the form of a SampleStream."""
 
-    def __init__(self, samples: Sequence[Sample], corpora: Sequence[Corpus]):
-        self.sample, self.corpora = samples.__getitem__, corpora
+    def __init__(self, corpora: Sequence[Corpus]):
+        self.corpora, self.one = corpora, Sample(())
+
+    def sample(self, _: int) -> Sample:
+        return self.one
 
 
 class _Progress:
     """A line every few seconds, of the first rank."""
 
-    def __init__(self, tokens: int, shown: bool):
-        self._tokens, self._shown, self._done = tokens, shown, 0
+    def __init__(self, samples: int, shown: bool):
+        """samples: of all lengths together."""
+        self._samples, self._shown, self._done = samples, shown, 0
         self._begin = self._last = time.monotonic()
 
-    def add(self, length: int, tokens: int) -> None:
-        self._done += tokens
-        now = time.monotonic()
-        if self._shown and now - self._last >= PROGRESS_SECONDS:
-            self._last, share = now, self._done / self._tokens
-            left = (now - self._begin) * (1 / share - 1)
-            print(f"{share:4.0%} of {self._tokens:,} tokens, at length {length:,}; {left:.0f} s left", flush=True)
+    def over(self, length: int, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """The samples, each of which is done when the next is asked for."""
+        for sample in samples:
+            yield sample
+            self._done += 1
+            now = time.monotonic()
+            if self._shown and now - self._last >= PROGRESS_SECONDS:
+                self._last, share = now, self._done / self._samples
+                left = (now - self._begin) * (1 / share - 1)
+                where = f"{share:4.0%} of {self._samples:,} samples, at length {length:,}"
+                print(f"{where}; {left:,.0f} s left", flush=True)
 
 
 def report(result: dict[str, Any]) -> str:
@@ -305,6 +309,6 @@ def _perplexity(loss: float) -> float:
 def _write(path: Path, result: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(result, indent=1) + "\n")
+        replace_text(path, strict_json(result, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None

@@ -1,6 +1,5 @@
 """The weights of a checkpoint as safetensors, under longspan's names or under those of Hugging Face's transformers."""
 
-import json
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from longspan.launcher.errors import UserError
-from longspan.launcher.files import replace_text
+from longspan.launcher.files import replace_text, strict_json
 from longspan.launcher.huggingface import huggingface_config, huggingface_name
 from longspan.launcher.stored_models import load_model, stored
 
@@ -31,7 +30,7 @@ def export_run(run: str, output: str, layout: str, dtype: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, partial, metadata)
         partial.replace(folder / "model.safetensors")
-        replace_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+        replace_text(folder / "config.json", strict_json(settings, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             partial.unlink()

@@ -30,6 +30,10 @@ def generate_run(
     ):  # fmt: skip
         if not fits:
             raise UserError(f"--{name} {value}: use {ALLOWED[name]}")
+    if prompt and prompt_file is not None:
+        raise UserError("--prompt and --prompt-file are both given: give one of them")
+    if prompt != prompt.encode(errors="ignore").decode():  # bytes that are no letters
+        raise UserError("--prompt: is not UTF-8 text, such as --prompt-file reads from a file")
     stored = open_model(run)
     config = changed(stored.config, overrides)
     stored.check(config.model)

@@ -23,7 +23,7 @@ from longspan.launcher.batches import Batch
 from longspan.launcher.clock import Clock
 from longspan.launcher.errors import UserError
 from longspan.launcher.event_file import EventFile
-from longspan.launcher.files import replace_text, writing
+from longspan.launcher.files import replace_text, strict_json, writing
 from longspan.launcher.gpus import PEAK_TFLOPS, kind_of
 from longspan.models.config import ModelConfig
 from longspan.models.flops import model_flops, softmax_masks
@@ -222,7 +222,7 @@ class MetricsWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         with writing(self._run_dir):
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(strict_json(row) + "\n")
         if self._events:
             self._events.write(row)
 

@@ -16,6 +16,7 @@ import yaml
 from longspan.launcher.errors import UserError
 from longspan.models.settings import Tokens
 
+MALFORMED = (yaml.YAMLError, ValueError, RecursionError)  # also a date such as 2026-02-30, and brackets without end
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -59,7 +60,8 @@ def update(config: Any, values: Any, source: str, prefix: str = "", known: list[
     if values is None:  # a section of a file whose lines are all commented out
         return config
     if not isinstance(values, Mapping):
-        raise UserError(f"{source}: {prefix.rstrip('.') or 'the file'} is a section of settings, found {values!r}")
+        name, example = prefix.rstrip(".") or "the file", f"{{{fields(config)[0].name}: ...}}"
+        raise UserError(f"{source}: {name} is a section of settings, such as {example}, found {values!r}")
     kinds = get_type_hints(type(config))
     for key, value in values.items():
         name, _, rest = str(key).partition(".")
@@ -68,7 +70,8 @@ def update(config: Any, values: Any, source: str, prefix: str = "", known: list[
             sections = [prefix + field for field in kinds if is_dataclass(getattr(config, field))]
             like = sections if sections and isinstance(value, Mapping) else known  # what has settings is a section
             nearest = _nearest(prefix + (name if name in kinds else str(key)), like)
-            raise UserError(f"{source}: unknown setting {prefix}{key}; did you mean {nearest}?")
+            hint = " YAML wants a space behind a colon" if value is None and ":" in str(key) else ""
+            raise UserError(f"{source}: unknown setting {prefix}{key}; did you mean {nearest}?{hint}")
         if is_dataclass(current):
             value = update(current, {rest: value} if rest else value, source, f"{prefix}{name}.", known)
         else:
@@ -80,14 +83,15 @@ def update(config: Any, values: Any, source: str, prefix: str = "", known: list[
 def parse_override(config: Any, text: str) -> dict[str, Any]:
     """`optim.lr=3e-4` as {"optim.lr": value}; the value is read as YAML, except where the setting is text."""
     path, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"command line: {text!r} is not of the form key=value, such as optim.lr=3e-4")
+    if not equals or not path:
+        hint = f"; did you mean --config {text}?" if text.endswith((".yaml", ".yml")) else ""
+        raise UserError(f"command line: {text!r} is not of the form key=value, such as optim.lr=3e-4{hint}")
     kind = next((setting.kind for setting in settings_of(config) if setting.path == path), None)
     if kind is str or get_origin(kind) is Literal:
         return {path: value}
     try:
         return {path: yaml.load(value, _Loader)}
-    except yaml.YAMLError:
+    except MALFORMED:
         raise UserError(f"command line: {path}={value} is not valid YAML; expected {describe(kind)}") from None
 
 
@@ -99,7 +103,7 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text; expected a YAML file of settings") from None
-    except yaml.YAMLError as error:
+    except MALFORMED as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None

@@ -3,7 +3,6 @@
 Nothing of it changes what is computed. Outside the profiled steps no range is recorded and nothing is waited for.
 """
 
-import json
 import logging
 import tempfile
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from longspan.launcher.config import Config
 from longspan.launcher.environment import packages
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import Job, estimate
+from longspan.launcher.files import replace_text, strict_json
 from longspan.launcher.gpus import cluster_of, extras_of
 from longspan.launcher.profile_report import lines
 from longspan.launcher.timeline import LAYERS, LOSS, MIXER, MLP, attribute, read_trace
@@ -158,7 +158,7 @@ class StepProfiler:
         record = {"steps": [self.first, self.last], "planned_s": planned, "note": note, "ranks": ranks}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "profile.json").write_text(json.dumps(record, indent=1) + "\n")
+            replace_text(folder / "profile.json", strict_json(record, indent=1) + "\n")
         except OSError as error:
             log.error("no profile.json in %s: %s", folder, error)
         log.info("\n".join(lines(record)))

@@ -9,6 +9,7 @@ import torch
 
 from longspan.launcher.environment import choose_device
 from longspan.launcher.errors import UserError
+from longspan.launcher.files import replace_bytes
 from longspan.launcher.images import SPLITS, noise_of
 from longspan.launcher.stored_models import cast, load_model, stored
 from longspan.models.diffusion import sample
@@ -38,7 +39,7 @@ def sample_run(run: str, output: str, images: int, steps: int, size: int | None,
     picture = np.zeros((size, images, size, pixels.shape[-1]), np.uint8)
     picture[rows, :, columns] = np.clip((pixels.swapaxes(0, 1) + 1) * 127.5 + 0.5, 0, 255)
     try:
-        Path(output).write_bytes(png(picture.reshape(size, images * size, -1)))
+        replace_bytes(Path(output), png(picture.reshape(size, images * size, -1)))
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
     print(f"wrote {output}")

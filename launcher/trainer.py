@@ -1,6 +1,5 @@
 """The training run: everything is built from the config, then one loop of steps, validation and checkpoints."""
 
-import json
 import logging
 import os
 import sys
@@ -25,7 +24,7 @@ from longspan.launcher.cpu_limits import check_model, check_step
 from longspan.launcher.engines import find_engine
 from longspan.launcher.environment import choose_device, describe_environment, make_deterministic
 from longspan.launcher.facts import facts_of, weights_in
-from longspan.launcher.files import replace_text, writing
+from longspan.launcher.files import replace_text, strict_json, writing
 from longspan.launcher.memory_choice import NAMES, settle_run
 from longspan.launcher.metrics import MetricsWriter, PendingStep, StepMeter
 from longspan.launcher.profiling import StepProfiler
@@ -203,7 +202,9 @@ class Trainer:
         with writing(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             replace_text(self.run_dir / "config.yaml", self.config.to_yaml())
-            replace_text(self.run_dir / "environment.json", json.dumps(environment, indent=1) + "\n")
+            replace_text(self.run_dir / "environment.json", strict_json(environment, indent=1) + "\n")
+        if self.config.checkpoint.interval or self.config.checkpoint.at_end:
+            checkpoint.try_folder(self.run_dir)
 
     def train(self) -> None:
         """Runs the steps that are left, with validation and checkpoints when they are due; asked to stop, saves and
@@ -304,9 +305,16 @@ class Trainer:
                 self._progress.report(row)
 
 
+class _Output(logging.StreamHandler):
+    """Output that nobody reads any more, or on a full disk, ends the run like any other error."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
 def set_up_log() -> None:
     """The first rank's log goes to the terminal; all ranks would say the same."""
-    log.handlers = [logging.StreamHandler(sys.stdout)]
+    log.handlers = [_Output(sys.stdout)]
     log.handlers[0].setFormatter(logging.Formatter("%(message)s"))
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate = False

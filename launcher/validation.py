@@ -5,6 +5,7 @@ from longspan.models.config import SOFTMAX_KINDS, is_of_kind
 from longspan.models.trainable import ALL
 
 LARGEST_SEED = 2**63 - 1  # that torch takes
+LARGEST_SEQ_LEN = 2**36  # beyond, a plan counts tiles for minutes
 
 
 def validate(config, world_size: int | None = None) -> None:
@@ -41,7 +42,7 @@ def _check_ranges(config) -> None:
                  "optim.warmup_steps", "optim.weight_decay", "run.seed", "optim.clip_grad_norm",
                  "checkpoint.interval", "log.validation_interval", "profile.start"):  # fmt: skip
         _require(value(path) >= 0, f"{path}={value(path)}: use 0 or more")
-    for path, most in (("run.seed", LARGEST_SEED), ("train.timeout_s", 10**9)):
+    for path, most in (("run.seed", LARGEST_SEED), ("train.timeout_s", 10**9), ("data.seq_len", LARGEST_SEQ_LEN)):
         _require(value(path) <= most, f"{path}={value(path)}: use {most} or less")
     for path in ("run.dir", "checkpoint.resume"):
         _require(value(path) != "", f"{path} is empty: leave it out for the default, {value(path, type(config)())}")

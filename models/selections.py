@@ -37,7 +37,7 @@ def build_selection(settings):
         raise ValueError(f"{name} needs {' and '.join(missing)}, such as {{name: {name}, {missing[0]}: ...}}")
     try:
         return SELECTIONS[name](**arguments)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"{name} with {arguments}: a value of another type is needed ({error})") from None
 
 

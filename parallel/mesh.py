@@ -125,7 +125,7 @@ def join(device: torch.device, timeout_s: float) -> None:
         return
     on_gpu, timeout = device.type == "cuda", timedelta(seconds=timeout_s)
     options = {"backend": BACKENDS, "device_id": device} if on_gpu else {"backend": "gloo"}
-    if "RANK" in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         # torchrun's store outlives ranks that it starts again (--max-restarts), with the addresses of those before.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

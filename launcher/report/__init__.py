@@ -4,12 +4,12 @@ results.py reads files, series.py aggregates (pure functions), document.py and p
 one file, planned.py has what `longspan plan` says of them, recipes.py a table for a page of the guide.
 """
 
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from longspan.launcher.errors import UserError
+from longspan.launcher.files import replace_text, strict_json
 from longspan.launcher.report.document import document
 from longspan.launcher.report.record import record_of
 from longspan.launcher.report.results import read
@@ -50,7 +50,7 @@ def write_report(
     if record:
         if not runs:
             raise UserError(f"report: --record {record}: there is no run among the results")
-        files[Path(record)] = json.dumps(record_of(runs), indent=1) + "\n"
+        files[Path(record)] = strict_json(record_of(runs), indent=1) + "\n"
     if recipes:
         from longspan.launcher.report.recipes import insert
         from longspan.launcher.report.recipes import recipes as recipe_table
@@ -59,7 +59,7 @@ def write_report(
     for file, text in files.items():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
+            replace_text(file, text)
         except OSError as error:
             raise UserError(f"report: {file} cannot be written ({error.strerror})") from None
     return [path, *(file for file in files if file != path)]

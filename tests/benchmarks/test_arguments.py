@@ -23,7 +23,7 @@ def refusal(capsys, parse, *words):
 def test_an_output_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").touch()
     line = refusal(capsys, planner.parse_planner, "--output", str(tmp_path / "file" / "x.json"))
-    assert "argument --output" in line and "cannot be written (" in line and "name another file" in line
+    assert "argument --output" in line and "cannot be written (" in line and "name another" in line
     assert "it is a folder" in refusal(capsys, planner.parse_planner, "--output", str(tmp_path))
 
 
@@ -33,6 +33,24 @@ def test_a_trial_of_the_output_leaves_what_was_there(tmp_path):
     output.write_text("kept")
     assert planner.parse_planner(["--output", str(output)]).output == str(output)
     assert output.read_text() == "kept" and list(output.parent.iterdir()) == [output]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--lengths 4K 0", "--lengths 0 must be greater than 0"),
+        ("--lengths 1.5K", "argument --lengths"),
+        ("--heads 3 --kv-heads 2", "--kv-heads 2 does not divide --heads 3"),
+        ("--case-seconds 0", "--case-seconds 0.0 must be greater than 0"),
+    ],
+)
+def test_sizes_that_cannot_be(words, said, capsys):
+    assert said in refusal(capsys, ring_attention.parse_ring_attention, "--device", "cpu", *words.split())
+
+
+def test_lengths_are_numbers_of_tokens(capsys):
+    assert ring_attention.parse_ring_attention(["--device", "cpu", "--lengths", "1K", "2M"]).lengths == [1024, 2**21]
+    assert "--tokens 0 must be" in refusal(capsys, linear_ranks.parse_linear_ranks, "--device", "cpu", "--tokens", "0")
 
 
 def test_all_that_there_is_to_choose_from_is_named():

@@ -2,11 +2,16 @@
 
 import json
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
 from spawn import run_ranks
 
+from longspan.benchmarks import ranks as benchmark_ranks
 from longspan.benchmarks import sparse_ranks
+from longspan.benchmarks.ranks import Ranks, join
 
 
 def run_benchmark(rank, world_size, path, more):
@@ -39,6 +44,30 @@ def test_operator(tmp_path):
 def test_layer(tmp_path):
     rows = rows_of(tmp_path, ["--cases", "sla_top16", "llsa2", "--strategies", "fetch", "--layer"])
     assert [row["case"] for row in rows] == ["sla_top16"] * 2 + ["llsa2"] * 2
+
+
+def slow_to_start(rank, world_size):
+    """Two cases, whose first calls take all of the budget; what is measured takes it too."""
+    slow, ranks = [], Ranks(join("cpu"), torch.device("cpu"), 1)
+    clock = SimpleNamespace(monotonic=lambda: sum(slow), perf_counter=lambda: sum(slow))
+
+    def case(ranks, first, others):
+        calls = iter([first, *[others] * 9])
+
+        def step(mark):
+            slow.append(next(calls))
+            for _ in range(3):
+                mark()
+
+        return ranks.measure(step)
+
+    with mock.patch.object(benchmark_ranks, "time", clock):
+        return [ranks.within(0.0, 60.0, case, *given)[1] for given in ((50, 1), (50, 1), (0, 30), (0, 1))]
+
+
+def test_what_compiles_is_not_of_the_budget():
+    for errors in run_ranks(slow_to_start, 2):
+        assert errors == [None, None, None, "skipped: --budget of 60 s is spent"]
 
 
 def test_kernels_are_told_apart():

@@ -10,6 +10,7 @@ import pytest
 
 import longspan
 from longspan.launcher import cli
+from longspan.launcher.arguments import writable, writable_folder
 from longspan.launcher.config import Config
 from longspan.launcher.errors import UserError
 from longspan.launcher.parsing import settings_of
@@ -75,11 +76,18 @@ def test_version(capsys):
         (["train", "optim.lrr=1"], "did you mean optim.lr?"),
         (["train"], "data.corpora is empty"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--config", "/"], "--config /: that is a folder; shipped are"),
+        (["train", "--config", "x" * 300], "there is no such file"),
         (["bench"], "longspan: error: bench: the following arguments are required: BENCHMARK; see `longspan bench"),
         (["bench", "calibrat"], "longspan: error: bench: argument BENCHMARK: invalid choice: 'calibrat'"),
         (["plan", "--document", "-5"], "longspan: error: plan: argument --document: '-5' is no number of tokens"),
         (["prepare", "--input", "x"], "the following arguments are required: --output"),
         (["prepare", "--input", "x", "--output", "data/"], "output data/: that is a folder; name the corpus in it"),
+        (
+            ["prepare", "--input", "x", "--output", ""],
+            "output : that is a folder; name the corpus in it",
+        ),
+        (["prepare", "--input", "x", "--output", ".."], "output ..: that is a folder; name the corpus in it"),
         (["verify", "x", "--run", "y"], "longspan: error: verify: unknown option --run: see `longspan verify --help`"),
         (["generate", "x", "--top_p=1"], "longspan: error: generate: unknown option --top_p: did you mean --top-p?"),
         (["verify", "x", "y"], "longspan: error: verify: unrecognized arguments: y; see `longspan verify --help`"),
@@ -159,6 +167,36 @@ def test_commands_for_one_rank_refuse_several(command, monkeypatch):
     words += ["--output", "x"] if command in ("prepare", "import", "export", "sample") else []
     with pytest.raises(UserError, match=f"longspan {command} is for one rank, and WORLD_SIZE=2: start it without"):
         cli.COMMANDS[command](words)
+
+
+OUTPUTS = [
+    ("evaluate", "--output"), ("import", "--output"), ("export", "--output"), ("sample", "--output"),
+    ("report", "--output"), ("report", "--record"), ("report", "--recipes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command, flag", OUTPUTS)
+def test_an_output_is_tried_before_anything_else(command, flag, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    needed = ["--output", str(tmp_path / "x")] if command in ("import", "export", "sample") else []
+    bad = {"/proc/none/x": "No such file or directory", str(tmp_path / "file" / "x"): "Not a directory"}
+    bad |= {} if command == "export" else {str(tmp_path): "it is a folder", "/dev/null": "it is no file but a device"}
+    for path, why in bad.items():
+        code, _, err = printed(capsys, [command, "no such run", *needed, flag, path])
+        assert code == 1 and err.count("\n") == 1
+        assert f"argument {flag}: {path} cannot be written ({why}" in err and "name another" in err
+    _, _, err = printed(capsys, [command, "no such run", *needed, flag, str(tmp_path / "new" / "x.md")])
+    assert "no such run" in err and [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setenv("RANK", "1")  # on whose machine the folder need not be
+    assert cli.COMMANDS[command].read(["x", *needed, flag, "/proc/none/x"])[flag.strip("-")] == "/proc/none/x"
+
+
+def test_every_output_is_tried():
+    """But for that of `prepare`, which opens its files before it reads any text."""
+    found = [(command.name, *argument) for command in cli.COMMANDS.values() for argument in command.arguments]
+    tried = [(name, flag) for name, flag, options in found if options.get("type") in (writable, writable_folder)]
+    assert sorted(tried) == sorted(OUTPUTS)
+    assert {(name, flag) for name, flag, _ in found if flag == "--output"} - {*tried} == {("prepare", "--output")}
 
 
 def test_help_does_not_wait_for_torch():

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from longspan.launcher import errors
 from longspan.launcher.corpus import open_corpus
 from longspan.launcher.errors import UserError, main_guard
 from longspan.models.config import ModelConfig
+from longspan.parallel.mesh import join
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -302,6 +304,76 @@ def test_output_that_nobody_reads_any_more():
     os.close(write)
     assert done.returncode == 1
     assert re.fullmatch(r"longspan: error: rank 0 \(.+\) stops: what read its output has ended\n", done.stderr)
+
+
+PRINTS = "from longspan.launcher.errors import main_guard\nwith main_guard(): print('caf\\u00e9')"
+
+
+@pytest.mark.parametrize(
+    "redirection, code, said",
+    [
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+        (
+            "> /dev/full",
+            1,
+            r"longspan: error: rank 0 \(.+\) stops: a disk is full \(No space left .*output.*\): free it\n",
+        ),
+    ],
+)
+def test_output_that_is_closed_or_has_no_room(redirection, code, said):
+    command = ["sh", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, PRINTS]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    assert done.returncode == code and re.fullmatch(said, done.stderr), done.stderr
+
+
+def test_output_in_an_encoding_that_lacks_a_letter():
+    environment = _environment(PYTHONIOENCODING="ascii")
+    done = subprocess.run([sys.executable, "-c", PRINTS], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9\n", "")
+
+
+def test_a_log_that_nobody_reads_any_more_ends_the_run(monkeypatch, capfd):
+    from longspan.launcher.trainer import log, set_up_log
+
+    read, write = os.pipe()
+    os.close(read)
+    with suppress(BrokenPipeError), open(write, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        set_up_log()
+        with pytest.raises(BrokenPipeError):
+            log.info("run directory: x")
+    log.handlers.clear()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "x"}])
+def test_a_rank_of_no_world(variables, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = _output_of(lambda: None, capsys)
+    assert found.startswith(f"longspan: error: RANK={variables['RANK']} where WORLD_SIZE is 1 or unset: leave both")
+
+
+def test_one_rank_of_a_launcher_needs_no_place_to_meet(monkeypatch):
+    """As some schedulers start it: RANK and WORLD_SIZE, but nothing else."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": None, "MASTER_PORT": None}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    join(torch.device("cpu"), timeout_s=9.0)
+    assert dist.get_world_size() == 1
+    dist.destroy_process_group()
+
+
+def test_ranks_that_do_not_know_their_gpu(monkeypatch):
+    from longspan.launcher.environment import choose_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("", "x"):
+        monkeypatch.setenv("LOCAL_RANK", name)
+        with pytest.raises(UserError, match=f"LOCAL_RANK={name} does not say which GPU .*: start ranks with torchrun"):
+            choose_device("auto")
 
 
 @pytest.mark.parametrize(

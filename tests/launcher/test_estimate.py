@@ -298,6 +298,7 @@ def test_gpus_that_were_meant_are_named(text, meant):
 def test_mistakes_in_other_options_are_one_line_each(capsys):
     for argv, part in (
         (["--gpus-per-node", "0"], "--gpus-per-node 0: use 1 or more"),
+        (["--host-memory", "nan"], "'nan' is no number of GiB; write it like 1024"),
         (["--host-memory", "1TB"], "'1TB' is no number of GiB; write it like 1024"),
         (["--config", "hybrid1b"], "did you mean hybrid-1b?"),
     ):

@@ -12,6 +12,7 @@ from spawn import run_ranks
 from tiny_runs import tiny_config, train, write_corpus
 
 from longspan.launcher import checkpoint, cli
+from longspan.launcher.batches import TextBuilder
 from longspan.launcher.corpus import open_corpus, prepare
 from longspan.launcher.errors import UserError
 from longspan.launcher.evaluation import cut, evaluate, evaluation_config, report, row_ends
@@ -183,6 +184,39 @@ def test_the_command_prints_a_table_and_writes_json(runs, tmp_path, capsys):
     assert f"{loss:.4f}" in printed and f"{math.exp(loss):.3f}" in printed
 
 
+def test_a_loss_without_bounds_is_strict_json(runs, tmp_path, monkeypatch):
+    output = tmp_path / "out.json"
+    monkeypatch.setattr("longspan.launcher.evaluation._perplexity", lambda loss: math.inf)
+    cli.main(["evaluate", str(runs["folder"] / "run"), "--samples", "1", "--output", str(output)])
+    assert "Infinity" not in output.read_text()
+    assert json.loads(output.read_text())["lengths"][0]["perplexity"] is None
+
+
+def test_samples_are_drawn_one_by_one(runs, capsys, monkeypatch):
+    """So that it does not matter how many are asked for: here until the third is done, of which there is a line."""
+
+    class Enough(Exception):
+        pass
+
+    drawn, draw = [], SampleStream.sample
+    monkeypatch.setattr(SampleStream, "sample", lambda self, index: drawn.append(index) or draw(self, index))
+    monkeypatch.setattr("longspan.launcher.evaluation.PROGRESS_SECONDS", 0.0)
+    evaluated, to_device = [], TextBuilder.to_device
+
+    def count(self, batches):
+        evaluated.append(len(drawn))
+        if len(evaluated) == 4:
+            raise Enough
+        return to_device(self, batches)
+
+    monkeypatch.setattr(TextBuilder, "to_device", count)
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(runs["folder"] / "run"), "--lengths", "96", "192", "--samples", str(10**6)])
+    assert evaluated == [1, 2, 3, 4]
+    assert re.search(r"^ +0% of 2,000,000 samples, at length 96; [\d,]+ s left$", capsys.readouterr().out, re.M)
+    torch.distributed.destroy_process_group()
+
+
 def test_other_corpora_and_settings(runs, capsys):
     run, corpus = str(runs["folder"] / "run"), str(runs["corpus"])
     cli.main(["evaluate", run, "model.rope_scaling=4", "--lengths", "200", "--samples", "1", "--corpora", corpus])
@@ -200,7 +234,7 @@ def test_other_corpora_and_settings(runs, capsys):
         (["model.num_layers=3"], "model.num_layers is 2 there and 3 here"),
         (["parallel.tp=2"], "parallel.tp is for training: all ranks share every sequence and the parameters"),
         (["parallel.engine=ddp"], "parallel.engine is for training"),
-        (["--output", "/proc/none/x.json", "--samples", "1"], "--output /proc/none/x.json: cannot be written"),
+        (["--output", "/proc/none/x.json", "--samples", "1"], "--output: /proc/none/x.json cannot be written"),
     ],
 )
 def test_what_does_not_fit_is_one_line(runs, capsys, arguments, said):

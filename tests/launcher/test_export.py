@@ -126,7 +126,7 @@ def test_transformers_reads_it(runs, tmp_path, name):
     ("arguments", "said"),
     [
         (["--layout", "huggingface", "--output", "x"], "transformers has no model with layers of linear:scalar: use"),
-        (["--output", "/proc/none"], "--output /proc/none: cannot be written"),
+        (["--output", "/proc/none"], "--output: /proc/none cannot be written"),
         ([], "the following arguments are required: --output"),
     ],
 )

@@ -91,6 +91,8 @@ def test_cast_leaves_gates_as_they_are(run):
         (["--tokens", "0"], "--tokens 0: use 1 or more"),
         (["--seed", "-1"], "--seed -1: use 0 to 9223372036854775807"),
         (["--seed", str(2**64)], "--seed 18446744073709551616: use 0 to 9223372036854775807"),
+        (["--prompt-file", "x.txt", "--prompt", "x"], "--prompt and --prompt-file are both given: give one of them"),
+        (["--prompt", "caf\udce9"], "--prompt: is not UTF-8 text"),
         (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: cannot be read"),
         (["--tokenizer", "nowhere.json"], "tokenizer nowhere.json: no such file"),
     ],

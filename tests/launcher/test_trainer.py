@@ -251,6 +251,23 @@ def test_run_directory(tmp_path):
     assert all(row["mfu"] is None and row["imbalance"] >= 1 for row in rows(run))
 
 
+def test_a_run_that_could_not_save_does_not_begin(tmp_path):
+    corpus, run = write_corpus(tmp_path), tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").write_text("in the way")
+    for message in run_ranks(_refused_at_the_start, 2, corpus, run, timeout=120):
+        assert f"{run}/checkpoints/.saving-trial: the checkpoint cannot be written" in message
+    assert not (run / "metrics.jsonl").exists()
+
+
+def _refused_at_the_start(rank, world_size, corpus, run):
+    trainer = start(tiny_config(corpus, run))
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    trainer.close()
+    return str(error.value)
+
+
 _SHORT = ("train.steps=2", "checkpoint.interval=0", "log.tensorboard=true", "run.name=config")
 
 

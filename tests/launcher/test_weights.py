@@ -243,7 +243,7 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     (folder / "config.json").write_text("[")
     assert f"{folder / 'config.json'}: is no JSON (" in error(folder, "--output", output)
     write(folder, LLAMA, random_weights(LLAMA))
-    assert "--output /proc/x: cannot be written" in error(folder, "--output", "/proc/x")
+    assert "--output: /proc/x cannot be written" in error(folder, "--output", "/proc/x")
     cli.main(["import", str(folder), "--output", str(output)])
     assert f"{output}: exists already" in error(folder, "--output", output)
 

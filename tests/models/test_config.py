@@ -109,6 +109,11 @@ def test_pattern_repeats_and_is_cut():
             " radial, antidiagonal, tokens, compressed, lists",
         ),
         (
+            {"pattern": ["sparse"], "sparse_selection": {"name": "top", "keep": float("inf")}},
+            "model.sparse_selection: top with {'keep': inf}: a value of another type is needed (cannot convert"
+            " float infinity to integer)",
+        ),
+        (
             {"pattern": ["sparse"], "sparse_selection": {"name": "tokens", "kep": 2}},
             "model.sparse_selection: tokens has no 'kep', did you mean 'keep'?; it has keep, query_block, key_block",
         ),
