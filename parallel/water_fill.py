@@ -10,7 +10,7 @@ Sums of fractions are exact or in sequence, so that every machine gets the same 
 """
 
 import heapq
-from math import fsum
+from math import fsum, inf
 
 import numpy as np
 
@@ -179,10 +179,10 @@ class _Pour:
                 return None
             nodes = np.argsort(-by_node, kind="stable").tolist()
         for smallest in (min(self.min_shard, length), 1):
-            ranks, offered = self._offers(length, rooms, by_node, nodes, smallest)
+            ranks, offered = self._offers(inf if last else length, rooms, by_node, nodes, smallest)
             unused = sum(offered) - length
             if unused >= 0:
-                return ranks, self._cut(offered, unused, smallest, last)
+                return self._even(ranks, offered, unused, smallest) if last else (ranks, self._cut(offered, unused))
         return None
 
     def _offers(self, length, rooms, by_node, nodes, smallest):
@@ -202,10 +202,17 @@ class _Pour:
                     return ranks, offered
         return ranks, offered
 
-    def _cut(self, parts, unused, smallest, last):
+    def _even(self, ranks, parts, unused, smallest):
+        """All ranks stay as far below the level, as many of those with most room as then get `smallest` tokens."""
+        parts, ranks = map(list, zip(*sorted(zip(parts, ranks), key=lambda offer: -offer[0])))
+        while parts[-1] - -(-unused // len(parts)) < smallest and parts[-1] <= unused:
+            unused -= parts.pop()
         less, rest = divmod(unused, len(parts))
-        if last and min(parts) - less > smallest:  # all stay as far below the level
-            return [part - less - (place < rest) for place, part in enumerate(parts)]
+        if parts[-1] - less - bool(rest) < smallest:
+            return ranks[: len(parts)], self._cut(parts, unused)
+        return ranks[: len(parts)], [part - less - (place < rest) for place, part in enumerate(parts)]
+
+    def _cut(self, parts, unused):
         lacking = min(self.min_shard, parts[-1])
         parts[-1] -= unused
         lacking -= parts[-1]
