@@ -53,6 +53,10 @@ def water_fill(
             failed = middle
         else:
             poured, level = better, middle
+    mean = (sum(work) + fsum(weights[d] * (lengths[d] + len(parts) * start) for d, _, parts in poured)) / ranks
+    mean += 2 * max(weights)  # rooms are whole tokens
+    if failed < mean < level:  # long documents may bring all ranks just there
+        poured = pour(mean) or poured
     return shares + [_share(*taken) for taken in poured]
 
 
