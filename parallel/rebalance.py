@@ -10,12 +10,14 @@ from collections import Counter
 from longspan.parallel.layout import Layout, Span
 from longspan.parallel.topology import Topology
 
-SOURCES = 8  # ranks that one gets tokens from at most: each adds pieces, and linear layers gather a state of every piece
+SOURCES = (
+    8  # ranks that one gets tokens from at most: each adds pieces, and linear layers gather a state of every piece
+)
 
 
 def rebalance(layout: Layout, topology: Topology) -> Layout:
-    """A layout with totals within one token that moves the fewest tokens, and the fewest of those across nodes, where no
-    rank gets them from more than SOURCES others; where one would, a few more.
+    """A layout with totals within one token that moves the fewest tokens, and the fewest of those across nodes; a few
+    more where a rank would else get them from more than SOURCES others.
 
     Moved tokens leave from the end of a rank's spans; every rank's spans come out sorted by document and position when
     tokens arrive, and unchanged otherwise. Raises ValueError when topology and layout differ in size.

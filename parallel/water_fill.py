@@ -10,7 +10,7 @@ Sums of fractions are exact or in sequence, so that every machine gets the same 
 """
 
 import heapq
-from math import fsum, inf
+from math import fsum
 
 import numpy as np
 
@@ -183,10 +183,13 @@ class _Pour:
                 return None
             nodes = np.argsort(-by_node, kind="stable").tolist()
         for smallest in (min(self.min_shard, length), 1):
-            ranks, offered = self._offers(inf if last else length, rooms, by_node, nodes, smallest)
-            unused = sum(offered) - length
+            if last:
+                ranks, parts = self._spread(length, rooms, by_node, nodes, smallest)
+            else:
+                ranks, parts = self._offers(length, rooms, by_node, nodes, smallest)
+            unused = sum(parts) - length
             if unused >= 0:
-                return self._even(ranks, offered, unused, smallest) if last else (ranks, self._cut(offered, unused))
+                return ranks, self._cut(parts, unused)
         return None
 
     def _offers(self, length, rooms, by_node, nodes, smallest):
@@ -206,17 +209,31 @@ class _Pour:
                     return ranks, offered
         return ranks, offered
 
-    def _even(self, ranks, parts, unused, smallest):
-        """All ranks stay as far below the level, as many of those with most room as then get `smallest` tokens."""
-        parts, ranks = map(list, zip(*sorted(zip(parts, ranks), key=lambda offer: -offer[0])))
-        while parts[-1] - -(-unused // len(parts)) < smallest and parts[-1] <= unused:
+    def _spread(self, length, rooms, by_node, nodes, smallest):
+        """The last document, over all ranks that may have some: none comes after it for those that it leaves out."""
+        size, ranks, parts = self.shape[1], [], []
+        for node in nodes:
+            found = self._even(
+                range(node * size, (node + 1) * size), rooms[node].tolist(), int(by_node[node]), smallest
+            )
+            ranks, parts = ranks + found[0], parts + found[1]
+        return self._even(ranks, parts, length, smallest)
+
+    def _even(self, ranks, parts, most, smallest):
+        """Of what ranks may take, `most` tokens: as much less for each, and for as many as still get `smallest`."""
+        offers = sorted((-part, rank) for rank, part in zip(ranks, parts) if part >= smallest)
+        ranks, parts = [rank for _, rank in offers], [-part for part, _ in offers]
+        unused = max(sum(parts) - most, 0)
+        while parts and parts[-1] - -(-unused // len(parts)) < smallest and parts[-1] <= unused:
             unused -= parts.pop()
-        less, rest = divmod(unused, len(parts))
-        if parts[-1] - less - bool(rest) < smallest:
-            return ranks[: len(parts)], self._cut(parts, unused)
-        return ranks[: len(parts)], [part - less - (place < rest) for place, part in enumerate(parts)]
+        if parts and parts[-1] - -(-unused // len(parts)) >= smallest:
+            less, rest = divmod(unused, len(parts))
+            parts = [part - less - (place < rest) for place, part in enumerate(parts)]
+        return ranks[: len(parts)], parts
 
     def _cut(self, parts, unused):
+        if not unused:
+            return parts
         lacking = min(self.min_shard, parts[-1])
         parts[-1] -= unused
         lacking -= parts[-1]
