@@ -10,9 +10,7 @@ from collections import Counter
 from longspan.parallel.layout import Layout, Span
 from longspan.parallel.topology import Topology
 
-SOURCES = (
-    8  # ranks that one gets tokens from at most: each adds pieces, and linear layers gather a state of every piece
-)
+SOURCES = 8  # ranks that one gets tokens from: each adds pieces, whose states linear layers gather
 
 
 def rebalance(layout: Layout, topology: Topology) -> Layout:

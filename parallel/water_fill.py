@@ -4,7 +4,8 @@ Every rank may take on work up to a level, as much time for keys that arrive, wh
 every node `node_cap` tokens. Long documents are poured shortest first, as the longest fit anywhere: into the node with
 most room where one has enough, else over several. A rank that fills up with light tokens can no longer reach its work:
 so of each document a rank takes only as much as leaves the tokens that heavier documents, at their average weight, need
-to bring it to the level; so does a node. The level is the lowest at which all fits.
+to bring it to the level; so does a node. The level is the lowest at which all fits, up to a precision. What that leaves
+is the share of a whole rank or more where ranks are many: the last document is spread over all ranks with room.
 
 Sums of fractions are exact or in sequence, so that every machine gets the same shares.
 """
@@ -232,8 +233,6 @@ class _Pour:
         return ranks[: len(parts)], parts
 
     def _cut(self, parts, unused):
-        if not unused:
-            return parts
         lacking = min(self.min_shard, parts[-1])
         parts[-1] -= unused
         lacking -= parts[-1]
