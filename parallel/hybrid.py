@@ -6,20 +6,22 @@ length over the group. Megatron runs such groups one after the other where they 
 up.
 """
 
+import numpy as np
+
 from longspan.parallel.shares import Share, even_share
 from longspan.parallel.topology import Topology
 
 
 def power_of_two_groups(lengths, topology: Topology, room: int) -> list[Share]:
-    work, shares = [0.0] * topology.world_size, []
+    work, shares = np.zeros(topology.world_size), []
     for document in sorted(range(len(lengths)), key=lambda d: (-lengths[d], d)):
         size = 1
         while size * room < lengths[document]:
             size *= 2
-        starts = range(0, topology.world_size - size + 1, size)
-        groups = [range(start, start + size) for start in starts] or [range(topology.world_size)]
-        ranks = min(groups, key=lambda group: (max(work[rank] for rank in group), group.start))
-        for rank in ranks:
-            work[rank] += lengths[document] ** 2 / len(ranks)
+        size = min(size, topology.world_size)
+        groups = work[: topology.world_size // size * size].reshape(-1, size)
+        first = int(groups.max(1).argmin()) * size
+        ranks = range(first, first + size)
+        work[first : first + size] += lengths[document] ** 2 / size
         shares.append(even_share(document, lengths[document], ranks))
     return shares

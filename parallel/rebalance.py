@@ -1,15 +1,21 @@
 """Equal tokens on every rank by moving only the surplus, inside nodes first.
 
 Matching surplus with deficit inside each node before going across is optimal whenever a hop between nodes costs at
-least as much as one inside: no plan moves fewer tokens, and none sends fewer of them across nodes.
+least as much as one inside: no plan moves fewer tokens, and none sends fewer of them across nodes. Only a rank that
+would so get tokens from many others gets those of the smallest by way of larger ones.
 """
+
+from collections import Counter
 
 from longspan.parallel.layout import Layout, Span
 from longspan.parallel.topology import Topology
 
+SOURCES = 8  # ranks that one gets tokens from: each adds pieces, whose states linear layers gather
+
 
 def rebalance(layout: Layout, topology: Topology) -> Layout:
-    """A layout with totals within one token that moves the fewest tokens, and the fewest of those across nodes.
+    """A layout with totals within one token that moves the fewest tokens, and the fewest of those across nodes; a few
+    more where a rank would else get them from more than SOURCES others.
 
     Moved tokens leave from the end of a rank's spans; every rank's spans come out sorted by document and position when
     tokens arrive, and unchanged otherwise. Raises ValueError when topology and layout differ in size.
@@ -27,7 +33,7 @@ def rebalance(layout: Layout, topology: Topology) -> Layout:
 
     spans = [list(rank_spans) for rank_spans in layout.spans]
     arrived = [[] for _ in spans]
-    for source, target, count in moves:
+    for source, target, count in _relayed(moves):
         arrived[target] += _take_from_end(spans[source], count)
     return Layout(
         layout.lengths, tuple(tuple(sorted(kept + new)) if new else tuple(kept) for kept, new in zip(spans, arrived))
@@ -67,6 +73,23 @@ def match(surplus, deficit, ranks) -> list[tuple[int, int, int]]:
             if not deficit[targets[0]]:
                 targets.pop(0)
     return moves
+
+
+def _relayed(moves) -> list[tuple[int, int, int]]:
+    """The same totals, with tokens from at most SOURCES others on every rank: of more, the smallest give theirs to the
+    largest, which pass on as many of their own. Ranks with several targets come last, so that they pass nothing on: no
+    rank gives more than the whole deficit of one target, which is no more than it has."""
+    targets, sources, relayed = Counter(source for source, _, _ in moves), {}, []
+    for source, target, count in moves:
+        sources.setdefault(target, []).append((targets[source] > 1, -count, source))
+    for target, found in sources.items():
+        _, counts, ranks = map(list, zip(*sorted(found)))
+        for place in reversed(range(len(ranks))):
+            above = place // SOURCES - 1
+            if above >= 0:
+                counts[above] += counts[place]
+            relayed.append((ranks[place], ranks[above] if above >= 0 else target, -counts[place]))
+    return relayed
 
 
 def _take_from_end(spans: list[Span], count: int) -> list[Span]:

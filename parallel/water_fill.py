@@ -4,7 +4,8 @@ Every rank may take on work up to a level, as much time for keys that arrive, wh
 every node `node_cap` tokens. Long documents are poured shortest first, as the longest fit anywhere: into the node with
 most room where one has enough, else over several. A rank that fills up with light tokens can no longer reach its work:
 so of each document a rank takes only as much as leaves the tokens that heavier documents, at their average weight, need
-to bring it to the level; so does a node. The level is the lowest at which all fits.
+to bring it to the level; so does a node. The level is the lowest at which all fits, up to a precision. What that leaves
+is the share of a whole rank or more where ranks are many: the last document is spread over all ranks with room.
 
 Sums of fractions are exact or in sequence, so that every machine gets the same shares.
 """
@@ -53,6 +54,10 @@ def water_fill(
             failed = middle
         else:
             poured, level = better, middle
+    mean = (sum(work) + fsum(weights[d] * (lengths[d] + len(parts) * start) for d, _, parts in poured)) / ranks
+    mean += 2 * max(weights)  # rooms are whole tokens
+    if failed < mean < level:  # long documents may bring all ranks just there
+        poured = pour(mean) or poured
     return shares + [_share(*taken) for taken in poured]
 
 
@@ -179,10 +184,13 @@ class _Pour:
                 return None
             nodes = np.argsort(-by_node, kind="stable").tolist()
         for smallest in (min(self.min_shard, length), 1):
-            ranks, offered = self._offers(length, rooms, by_node, nodes, smallest)
-            unused = sum(offered) - length
+            if last:
+                ranks, parts = self._spread(length, rooms, by_node, nodes, smallest)
+            else:
+                ranks, parts = self._offers(length, rooms, by_node, nodes, smallest)
+            unused = sum(parts) - length
             if unused >= 0:
-                return ranks, self._cut(offered, unused, smallest, last)
+                return ranks, self._cut(parts, unused)
         return None
 
     def _offers(self, length, rooms, by_node, nodes, smallest):
@@ -202,10 +210,29 @@ class _Pour:
                     return ranks, offered
         return ranks, offered
 
-    def _cut(self, parts, unused, smallest, last):
-        less, rest = divmod(unused, len(parts))
-        if last and min(parts) - less > smallest:  # all stay as far below the level
-            return [part - less - (place < rest) for place, part in enumerate(parts)]
+    def _spread(self, length, rooms, by_node, nodes, smallest):
+        """The last document, over all ranks that may have some: none comes after it for those that it leaves out."""
+        size, ranks, parts = self.shape[1], [], []
+        for node in nodes:
+            found = self._even(
+                range(node * size, (node + 1) * size), rooms[node].tolist(), int(by_node[node]), smallest
+            )
+            ranks, parts = ranks + found[0], parts + found[1]
+        return self._even(ranks, parts, length, smallest)
+
+    def _even(self, ranks, parts, most, smallest):
+        """Of what ranks may take, `most` tokens: as much less for each, and for as many as still get `smallest`."""
+        offers = sorted((-part, rank) for rank, part in zip(ranks, parts) if part >= smallest)
+        ranks, parts = [rank for _, rank in offers], [-part for part, _ in offers]
+        unused = max(sum(parts) - most, 0)
+        while parts and parts[-1] - -(-unused // len(parts)) < smallest and parts[-1] <= unused:
+            unused -= parts.pop()
+        if parts and parts[-1] - -(-unused // len(parts)) >= smallest:
+            less, rest = divmod(unused, len(parts))
+            parts = [part - less - (place < rest) for place, part in enumerate(parts)]
+        return ranks[: len(parts)], parts
+
+    def _cut(self, parts, unused):
         lacking = min(self.min_shard, parts[-1])
         parts[-1] -= unused
         lacking -= parts[-1]

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longspan.parallel import Layout, Span, Topology, balanced, contiguous, rebalance, zigzag
+from longspan.parallel.rebalance import SOURCES
 
 batches = st.lists(st.one_of(st.integers(1, 5), st.integers(1, 300)), min_size=1, max_size=10).map(tuple)
 world_sizes = st.integers(1, 9)
@@ -181,6 +182,28 @@ def test_rebalance_moves_the_fewest_tokens_and_stays_inside_nodes(lengths, topol
     moved = int((before != after).sum())
     across = int((before // ranks_per_node != after // ranks_per_node).sum())
     assert (moved, across) == fewest_moves(source.tokens_per_rank, nodes, ranks_per_node)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([(1, 10), (1, 64), (8, 8), (16, 4), (5, 13), (16, 8)]), st.integers(0, 1000), st.data())
+def test_rebalance_gives_no_rank_tokens_of_many_others(topology, seed, data):
+    """Some ranks have a little too much or far too much, some nothing; few tokens more move than where they may come
+    from anywhere."""
+    ranks, rng = topology[0] * topology[1], np.random.default_rng(seed)
+    least = data.draw(st.sampled_from([0, 10, 500]))
+    counts = rng.integers(least, 510, ranks)
+    counts[rng.permutation(ranks)[: data.draw(st.integers(0, ranks // 4))]] = 0
+    starts = [0, *np.cumsum(counts).tolist()]
+    spans = tuple((Span(0, *ends),) if ends[0] < ends[1] else () for ends in zip(starts, starts[1:]))
+    source = Layout((starts[-1],), spans)
+    target = rebalance(source, Topology(*topology))
+    before, after = owners(source), owners(target)
+    moved = before != after
+    givers = [len(set(before[moved & (after == rank)])) for rank in range(ranks)]
+    assert max(givers) <= SOURCES
+    assert max(len(spans) for spans in target.spans) <= 1 + SOURCES
+    assert max(target.tokens_per_rank) - min(target.tokens_per_rank) <= 1
+    assert moved.sum() <= 3 * np.abs(counts - counts.mean()).sum() / 2 + ranks
 
 
 @quick

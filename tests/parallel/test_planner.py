@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from longspan.benchmarks.length_mixes import draw
 from longspan.parallel import Costs, Layout, Mask, Span, Topology, attention_pairs, plan_attention, planner, rebalance
 from longspan.parallel.balanced import balanced
 from longspan.parallel.costs import predict, remap_seconds
+from longspan.parallel.rebalance import SOURCES
 from longspan.parallel.water_fill import least_level
 
 COSTS = {"pairs": Costs.pairs_only(), "h200": Costs()}
@@ -95,11 +97,44 @@ def test_no_plan_is_faster_than_the_least_level():
     assert least_level([100], [2.0], 30, 4, 40) == pytest.approx(2 * (25 + 30), rel=0.01)
 
 
-def test_one_document_is_shared_out_evenly():
-    for length, ranks in ((64_000, 8), (64_003, 5), (7, 8)):
-        plan = plan_attention([length], Topology(1, ranks))
-        tokens = plan.layout.tokens_per_rank
-        assert max(tokens) - min(tokens) <= 1, tokens
+@pytest.mark.parametrize("costs", sorted(COSTS))
+def test_one_document_is_shared_out_evenly(costs):
+    """Also where a rank less would be within the precision of the search; nothing moves to the base layout then."""
+    topologies = [Topology(1, ranks) for ranks in range(1, 17)]
+    topologies += [Topology(nodes, size) for nodes in (2, 3, 8, 16, 31, 64) for size in (1, 4, 7, 8)]
+    for topology in topologies:
+        ranks = topology.world_size
+        for length in {7, 64_003, 4096 * ranks, 131_072 * ranks + 5}:
+            plan = plan_attention([length], topology, COSTS[costs])
+            tokens = plan.layout.tokens_per_rank
+            assert max(tokens) - min(tokens) <= 1, (topology, length)
+            assert max(map(len, plan.layout.spans)) <= 2 and rebalance(plan.layout, topology) == plan.layout
+
+
+def pieces(layout):
+    """Most spans of a rank of documents that lie on several: those whose states linear layers exchange."""
+    ranks = Counter(document for spans in layout.spans for document in {span.document for span in spans})
+    return max(sum(ranks[span.document] > 1 for span in spans) for spans in layout.spans)
+
+
+@pytest.mark.parametrize("costs", sorted(COSTS))
+@pytest.mark.parametrize("nodes", [4, 8, 16, 64])
+def test_long_documents_leave_no_rank_empty_and_few_pieces(costs, nodes):
+    """Up to nine documents, equal ones and others, alone or with short ones: time is balanced, no rank has much less
+    than the mean of the tokens, and neither layout has many pieces on a rank."""
+    topology, generator = Topology(nodes, 8), random.Random(nodes)
+    tokens = 131_072 * topology.world_size
+    batches = [[tokens // count] * count for count in range(1, 10)]
+    batches += [[int(tokens / 5 * generator.uniform(0.2, 1)) for _ in range(5)] for _ in range(8)]
+    for part in (0.3, 0.6, 0.9):
+        short = int((1 - part) * tokens)
+        batches += [[int(part * tokens), *[length] * (short // length)] for length in (8192, 30_000)]
+    for lengths in batches:
+        plan = plan_attention(lengths, topology, COSTS[costs])
+        held = plan.layout.tokens_per_rank
+        assert plan.predicted.imbalance < 1.03, lengths
+        assert min(held) > (0.75 if len(set(lengths)) < 3 else 0.25) * sum(held) / len(held), lengths
+        assert pieces(plan.layout) <= 8 and pieces(rebalance(plan.layout, topology)) <= 8 + SOURCES, lengths
 
 
 def test_short_documents_stay_whole_and_equal_documents_stay_where_they_are():
