@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.benchmarks.length_mixes import MIXES
-from longspan.launcher.arguments import writable, writable_folder
-from longspan.launcher.parsing import parse_tokens
+from longspan.launcher.arguments import num_tokens, writable, writable_folder
 
 DEFAULT = "(default: %(default)s)"
 BUDGET = "seconds after which no case is started; the first call of each, which compiles, is not counted"
@@ -105,8 +104,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--heads", type=int, default=32, help=f"query heads of the model {DEFAULT}")
     add("--kv-heads", type=int, default=8, help=f"key and value heads {DEFAULT}")
     add("--head-dim", type=int, default=128, help=DEFAULT)
-    add("--short", type=parse_tokens, default=ByDevice(4096, 64), help=f"tokens of short documents {DEFAULT}")
-    add("--long", type=parse_tokens, default=ByDevice(32768, 1024), help=f"tokens of the long one {DEFAULT}")
+    add("--short", type=num_tokens, default=ByDevice(4096, 64), help=f"tokens of short documents {DEFAULT}")
+    add("--long", type=num_tokens, default=ByDevice(32768, 1024), help=f"tokens of the long one {DEFAULT}")
     add("--megabytes", type=int, default=ByDevice(256, 16), help=f"of one exchange {DEFAULT}")
     add("--seconds", type=float, default=5.0, help=f"of one measurement of cost, about {DEFAULT}")
     add_device(parser)
@@ -136,7 +135,7 @@ def parse_linear_kernels(argv: list[str] | None = None) -> argparse.Namespace:
     add, peers = parser.add_argument, list(LINEAR_PEERS)
     add("--output", type=writable, help="JSON file, saved again after every measurement")
     add("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="(default: all)")
-    add("--tokens", type=parse_tokens, nargs="+", default=[1 << 15, 1 << 17], help=DEFAULT)
+    add("--tokens", type=num_tokens, nargs="+", default=[1 << 15, 1 << 17], help=DEFAULT)
     add("--heads", type=int, default=16, help=DEFAULT)
     add("--head-dim", type=int, default=128, help=DEFAULT)
     add("--peers", nargs="*", choices=peers, default=peers, help="those not installed are left out (default: all)")
@@ -157,7 +156,7 @@ def parse_ring_attention(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of("ring_attention")
     add = parser.add_argument
     add("--output", type=writable, help="JSON file, saved again after every measurement")
-    add("--lengths", type=parse_tokens, nargs="+", default=[131072, 524288],
+    add("--lengths", type=num_tokens, nargs="+", default=[131072, 524288],
         help=f"global tokens of one sequence {DEFAULT}")  # fmt: skip
     add("--heads", type=int, default=16, help=DEFAULT)
     add("--kv-heads", type=int, default=0, help="0: as many as --heads")
@@ -167,7 +166,7 @@ def parse_ring_attention(argv: list[str] | None = None) -> argparse.Namespace:
     add("--key-blocks", type=int, nargs="+", default=[0],
         help="most thread blocks of NCCL for keys; 0: its own choice")  # fmt: skip
     add_device(parser)
-    add("--check-length", type=parse_tokens, default=4096, help=f"tokens of the gradient check {DEFAULT}")
+    add("--check-length", type=num_tokens, default=4096, help=f"tokens of the gradient check {DEFAULT}")
     add("--case-seconds", type=float, default=6.0, help=f"timed repetitions of one case {DEFAULT}")
     add("--time-limit", type=float, default=420.0, help=f"seconds after which no case is started {DEFAULT}")
     arguments = read(parser, argv)
@@ -184,13 +183,13 @@ def parse_linear_ranks(argv: list[str] | None = None) -> argparse.Namespace:
     add("--families", nargs="+", choices=FAMILIES, help="(default: fixed scalar gated_delta; with --parity all)")
     add("--strategies", nargs="+", choices=PASSING, default=list(PASSING), help="(default: all)")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="(default: both)")
-    add("--tokens", type=parse_tokens, nargs="+", help="per GPU (default: 32K 128K 512K; with --layer 32K 128K)")
+    add("--tokens", type=num_tokens, nargs="+", help="per GPU (default: 32K 128K 512K; with --layer 32K 128K)")
     add("--heads", type=int, default=16, help=DEFAULT)
     add("--head-dim", type=int, default=128, help=DEFAULT)
     add("--layer", action="store_true", help="time a whole decoder layer instead of the operator")
     add("--parity", action="store_true", help="compare errors instead of timing")
-    add("--parity-tokens", type=parse_tokens, default=1 << 13, help=f"in several documents {DEFAULT}")
-    add("--drift-tokens", type=parse_tokens, default=1 << 16, help=f"in one document {DEFAULT}")
+    add("--parity-tokens", type=num_tokens, default=1 << 13, help=f"in several documents {DEFAULT}")
+    add("--drift-tokens", type=num_tokens, default=1 << 16, help=f"in one document {DEFAULT}")
     add("--seed", type=int, default=0, help="of the inputs of --parity")
     add("--repetitions", type=int, default=20, help=DEFAULT)
     add_device(parser)
@@ -216,7 +215,7 @@ def parse_planner(argv: list[str] | None = None) -> argparse.Namespace:
     add("--costs", nargs="+", choices=COSTS, default=list(COSTS),
         help="what plans balance: query-key pairs alone, or the default costs (default: both, a row each)")  # fmt: skip
     add("--batches", type=int, default=40, help=f"per row {DEFAULT}")
-    add("--tokens-per-rank", type=parse_tokens, default=4096, metavar="TOKENS",
+    add("--tokens-per-rank", type=num_tokens, default=4096, metavar="TOKENS",
         help=f"room of a rank; no document is longer than what all ranks have room for {DEFAULT}")  # fmt: skip
     add("--fill", type=float, default=0.97, help=f"tokens of a batch as a share of the room of all ranks {DEFAULT}")
     add("--token-cap", type=float, default=1.5, help=f"handed to the planner {DEFAULT}")
@@ -296,7 +295,7 @@ def parse_attention_schemes(argv: list[str] | None = None) -> argparse.Namespace
     add("--mixes", nargs="+", choices=mixes, default=mixes, help="of document lengths (default: all)")
     add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="(default: all)")
     sizes = ByDevice([32 << 10, 128 << 10], [1 << 10])
-    add("--tokens", type=parse_tokens, nargs="+", default=sizes, help=f"per rank {DEFAULT}")
+    add("--tokens", type=num_tokens, nargs="+", default=sizes, help=f"per rank {DEFAULT}")
     add("--costs", help="file of calibrate.py for the plans; otherwise those measured first, as there")
     add("--nodes", type=int, default=0, help="emulate as many nodes on this machine")
     add("--ranks-per-node", type=int, default=2, help=f"of emulated nodes {DEFAULT}")

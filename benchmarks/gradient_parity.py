@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from longspan.benchmarks.arguments import device_name, writable
 from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.ranks import join
+from longspan.launcher.arguments import num_tokens
 from longspan.launcher.config import Config
 from longspan.launcher.engines.fsdp2 import shard
 from longspan.launcher.parsing import parse_tokens
@@ -34,7 +35,7 @@ LIMIT = 1.5
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file; its model section is what is compared")
-    parser.add_argument("--tokens", type=parse_tokens, default=parse_tokens("16K"), help="tokens of the one document")
+    parser.add_argument("--tokens", type=num_tokens, default=parse_tokens("16K"), help="tokens of the one document")
     parser.add_argument("--output", type=writable, required=True, help="JSON file to write")
     parser.add_argument("--device", type=device_name, choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()

@@ -24,7 +24,7 @@ from longspan.benchmarks.pointwise import layer_step, profile
 from longspan.benchmarks.pointwise_cases import Sizes, eager_layers
 from longspan.benchmarks.worker import describe
 from longspan.kernels import operators, softmax
-from longspan.launcher.parsing import parse_tokens
+from longspan.launcher.arguments import num_tokens
 from longspan.models.config import LAYER_KINDS
 
 REPEATS = 5  # steps in a row: a host that is ahead waits once about a thousand launches are queued
@@ -177,7 +177,10 @@ def absent_gpu():
     class Attention:
         name, device_types = "absent", ("cuda",)
 
-        def refusal(*_):
+        def limits(*_):
+            return None
+
+        def missing():
             return None
 
         def forward(q, k, v, pack, scale):
@@ -220,7 +223,7 @@ def parse_arguments(argv=None):
     add("--layers", nargs="+", choices=LAYER_KINDS, default=kinds, metavar="KIND", help=default)
     add("--forms", nargs="+", choices=forms, default=forms, help=default)
     tokens = [2048, 8192, 32768] if on_gpu else [64]
-    add("--tokens", nargs="+", type=parse_tokens, default=tokens, help=default)
+    add("--tokens", nargs="+", type=num_tokens, default=tokens, help=default)
     add("--functions", type=int, default=0, help="print so many functions that take the host longest")
     add("--budget", type=float, default=120.0, help=f"seconds after which nothing more is started {default}")
     return parser.parse_args(argv)

@@ -22,7 +22,7 @@ from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.linear_cases import FAMILIES, Problem
 from longspan.benchmarks.linear_worker import KINDS, Step
 from longspan.benchmarks.worker import describe
-from longspan.launcher.parsing import parse_tokens
+from longspan.launcher.arguments import num_tokens
 
 DIRECTIONS = ("forward", "forward+backward")
 NAME = re.compile(r"(\w+)\.(\w+)((?:\[[^\[\]]+\])*)")
@@ -119,7 +119,7 @@ def parse_arguments(argv=None):
     add("--try", dest="tried", nargs="+", action="append", required=True, metavar="NAME VALUE", help="may be repeated")
     add("--families", nargs="+", choices=list(FAMILIES), default=["fixed"], help=default)
     add("--output", type=writable, help="JSON file, saved again after every measurement")
-    add("--tokens", type=parse_tokens, default=1 << 15 if on_gpu else 256, help=default)
+    add("--tokens", type=num_tokens, default=1 << 15 if on_gpu else 256, help=default)
     add("--heads", type=int, default=16 if on_gpu else 2, help=default)
     add("--head-dim", type=int, default=128 if on_gpu else 16, help=default)
     add("--seconds", type=float, default=0.3, help=f"timed repetitions of one measurement, about {default}")

@@ -22,6 +22,7 @@ from longspan.attention.offload import Parcel
 from longspan.benchmarks.arguments import device_name, writable
 from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.ranks import join
+from longspan.launcher.arguments import num_tokens
 from longspan.launcher.config import Config, OptimConfig
 from longspan.launcher.engines.fsdp2 import shard
 from longspan.launcher.engines.optimizer import build_optimizer
@@ -47,8 +48,8 @@ OPTIONS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file or shipped config; its model is what is measured")
-    parser.add_argument("--tokens", type=parse_tokens, default=parse_tokens("32K"), help="tokens of the one document")
-    parser.add_argument("--tile", type=parse_tokens, default=parse_tokens("4K"), help="train.mlp_tile where it is set")
+    parser.add_argument("--tokens", type=num_tokens, default=parse_tokens("32K"), help="tokens of the one document")
+    parser.add_argument("--tile", type=num_tokens, default=parse_tokens("4K"), help="train.mlp_tile where it is set")
     parser.add_argument("--steps", type=int, default=3, help="steps, of which the last is reported")
     parser.add_argument("--output", type=writable, required=True, help="JSON file to write")
     parser.add_argument("--device", type=device_name, choices=("cuda", "cpu"), default="cuda")

@@ -21,7 +21,7 @@ from longspan.benchmarks.common import format_table, measure, new_record, save
 from longspan.benchmarks.linear_options import Option, literal
 from longspan.benchmarks.linear_worker import describe
 from longspan.benchmarks.pointwise_cases import CASES, Sizes, eager_layers, ready
-from longspan.launcher.parsing import parse_tokens
+from longspan.launcher.arguments import num_tokens
 from longspan.models.build import build_model
 from longspan.models.config import LAYER_KINDS, ModelConfig
 from longspan.models.decay import Gate
@@ -264,7 +264,7 @@ def parse_arguments(argv=None):
         ("tokens", 1 << 15, 64), ("few-tokens", 2048, 16), ("hidden", 2048, 32), ("heads", 16, 2),
         ("head-dim", 128, 16), ("mlp", 6144, 96), ("vocabulary", 32_000, 100),
     ]:  # fmt: skip
-        add(f"--{name}", type=parse_tokens, default=gpu if on_gpu else cpu, help=default)
+        add(f"--{name}", type=num_tokens, default=gpu if on_gpu else cpu, help=default)
     add("--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="measure torch.compile as well")
     add("--try", dest="tried", nargs="+", action="append", default=[], metavar="NAME VALUE", help="launch options, in"
         " longspan.kernels, such as norm_triton.PROGRAMS 264; may be repeated")  # fmt: skip

@@ -26,7 +26,7 @@ from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.emulated_nodes import run_on_emulated_nodes, sent_bytes
 from longspan.benchmarks.length_mixes import MIXES, draw
 from longspan.benchmarks.ranks import DIRECTIONS, join
-from longspan.launcher.parsing import parse_tokens
+from longspan.launcher.arguments import num_tokens
 from longspan.parallel import Layout, Mask, SequenceParallel, Span, Topology, plan_attention, zigzag
 from longspan.parallel.costs import KEY_PASSES, predict
 from longspan.parallel.layout import head_tail
@@ -232,7 +232,7 @@ def parse_arguments(argv=None):
     add("--nodes", type=int, default=2, help=f"emulated on this machine {default}")
     add("--ranks-per-node", type=int, default=2, help=default)
     add("--megabits", type=float, default=200.0, help=f"per second, of a rank's link {default}")
-    add("--tokens", type=parse_tokens, default=1 << 10, help=f"per rank, on average {default}")
+    add("--tokens", type=num_tokens, default=1 << 10, help=f"per rank, on average {default}")
     add("--seed", type=int, default=0, help="of the lengths")
     add("--repetitions", type=int, default=9, help=default)
     add_model_arguments(parser)

@@ -17,8 +17,8 @@ from longspan.benchmarks.arguments import device_name, require_positive, writabl
 from longspan.benchmarks.attention_schemes import SCHEMES
 from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.ranks import Ranks, join
+from longspan.launcher.arguments import num_tokens
 from longspan.launcher.environment import make_deterministic
-from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import SequenceParallel
 
 LIMIT = 1.5
@@ -145,7 +145,7 @@ def parse_arguments(argv=None):
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--output", type=writable, help="JSON file, saved again after every case")
     add("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), help="(default: all)")
-    add("--tokens", type=parse_tokens, default=1 << 13 if on_gpu else 1 << 9, help=f"in all {default}")
+    add("--tokens", type=num_tokens, default=1 << 13 if on_gpu else 1 << 9, help=f"in all {default}")
     add("--heads", type=int, default=8, help=default)
     add("--kv-heads", type=int, default=2, help=default)
     add("--head-dim", type=int, default=128 if on_gpu else 16, help=default)

@@ -18,7 +18,7 @@ from longspan.benchmarks.common import format_table, new_record, save
 from longspan.benchmarks.sparse_cases import LINEAR, OURS, SELECTIONS, Case, Step
 from longspan.benchmarks.sparse_peers import PEERS, peers_of
 from longspan.benchmarks.worker import prepare_all, run_steps
-from longspan.launcher.parsing import parse_tokens
+from longspan.launcher.arguments import num_tokens
 
 CASES = (
     "top128:2x16x32Kx128", "sla:2x16x32Kx128", "llsa2:2x4x64Kx64", "top128:1x8x128Kx128", "sla:1x8x128Kx128",
@@ -155,7 +155,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--device", type=device_name, choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--seconds", type=float, default=0.5, help="timed repetitions of one measurement, about")
-    parser.add_argument("--dense-tokens", type=parse_tokens, default=1 << 17, help="extrapolated with the square above")
+    parser.add_argument("--dense-tokens", type=num_tokens, default=1 << 17, help="extrapolated with the square above")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which one measurement is given up")
     parser.add_argument("--prepare-seconds", type=float, default=60.0, help="at most, compiling at once; 0: do not")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing is measured")

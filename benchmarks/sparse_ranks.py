@@ -22,8 +22,8 @@ from longspan.benchmarks.arguments import BUDGET, device_name, require_positive,
 from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.linear_ranks import with_efficiency
 from longspan.benchmarks.ranks import DIRECTIONS, NCCL, Ranks, join, layer_step
+from longspan.launcher.arguments import num_tokens
 from longspan.launcher.breakdown import EXPOSED, Work, break_down
-from longspan.launcher.parsing import parse_tokens
 from longspan.parallel import SequenceParallel
 
 SELECTIONS = {
@@ -239,7 +239,7 @@ def parse_arguments(argv=None):
     add("--cases", nargs="+", choices=list(SELECTIONS), default=list(SELECTIONS))
     add("--strategies", nargs="+", choices=WAYS, default=list(FORCED), help=f"{NCCL}: not through shared memory")
     add("--groups", type=int, default=requests.GROUPS, help=f"of lists, whose keys come one after the other {default}")
-    add("--tokens", type=parse_tokens, nargs="+", default=sizes, help=f"of all ranks {default}")
+    add("--tokens", type=num_tokens, nargs="+", default=sizes, help=f"of all ranks {default}")
     add("--layout", choices=["contiguous", "zigzag"], default=None, help="default: zigzag under a causal mask")
     add("--heads", type=int, default=16 if on_gpu else 2, help=default)
     add("--kv-heads", type=int, default=4 if on_gpu else 1, help=default)

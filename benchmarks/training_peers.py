@@ -26,10 +26,10 @@ import yaml
 from longspan.benchmarks.arguments import device_name, require_positive, writable
 from longspan.benchmarks.common import format_table, new_record, save
 from longspan.launcher import train
+from longspan.launcher.arguments import num_tokens
 from longspan.launcher.corpus import prepare
 from longspan.launcher.files import strict_json
 from longspan.launcher.metrics import peak_tflops
-from longspan.launcher.parsing import parse_tokens
 from longspan.models.config import ModelConfig
 from longspan.models.flops import model_flops, num_parameters
 
@@ -260,8 +260,8 @@ def parse_arguments(argv=None):
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--output", type=writable, help="JSON file, saved again after every row")
     add("--systems", nargs="+", choices=list(SYSTEMS), default=DEFAULT, help=default)
-    add("--tokens", nargs="+", type=parse_tokens, default=[1 << 17, 1 << 18, 1 << 19], help=f"of a step {default}")
-    add("--linear-tokens", nargs="+", type=parse_tokens, default=[1 << 15, 1 << 17], help=f"on one GPU {default}")
+    add("--tokens", nargs="+", type=num_tokens, default=[1 << 17, 1 << 18, 1 << 19], help=f"of a step {default}")
+    add("--linear-tokens", nargs="+", type=num_tokens, default=[1 << 15, 1 << 17], help=f"on one GPU {default}")
     add("--gpus", type=int, default=torch.cuda.device_count() if on_gpu else 2, help=f"or ranks {default}")
     add("--model", type=json.loads, default=MODEL, help=f"settings of the model, JSON {default}")
     add("--steps", type=int, default=0, help="of a length, the first not timed; 0: 2 to 5, about 1M tokens in all")

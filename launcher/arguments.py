@@ -118,7 +118,7 @@ def listed(entries: Mapping[str, str]) -> str:
     return "\n".join(f"  {name:<{width}}{text}" for name, text in entries.items())
 
 
-def tokens(text: str) -> int:
+def num_tokens(text: str) -> int:
     """A number of tokens, as the type of an argument."""
     try:
         return parse_tokens(text)

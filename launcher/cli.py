@@ -19,9 +19,9 @@ from longspan.launcher.arguments import (
     flag,
     gib,
     listed,
+    num_tokens,
     option,
     settings_help,
-    tokens,
     writable,
     writable_folder,
 )
@@ -151,7 +151,9 @@ COMMANDS = (
             option("--gpus", "NxTYPE", "such as 64xH200", "1xH200"),
             option("--gpus-per-node", "N", "GPUs of a machine", 8),
             option("--host-memory", "GIB", "of a machine (default: 128 for each GPU)", type=gib, default=0),
-            option("--document", "TOKENS", "a document's (default: a sample is one document)", type=tokens, default=0),
+            option(
+                "--document", "TOKENS", "a document's (default: a sample is one document)", type=num_tokens, default=0
+            ),
             flag("--json", "print JSON instead of a table"),
         ),
         plan,
@@ -188,7 +190,7 @@ COMMANDS = (
                 "TOKENS",
                 "such as 4K 16K 64K (default: that of training, for weights 4K); shorter cut samples of the longest",
                 nargs="+",
-                type=tokens,
+                type=num_tokens,
                 default=[],
             ),
             option("--samples", "N", "of the longest length", 8),
