@@ -327,6 +327,14 @@ def test_output_that_is_closed_or_has_no_room(redirection, code, said):
     assert done.returncode == code and re.fullmatch(said, done.stderr), done.stderr
 
 
+@pytest.mark.slow
+def test_the_first_line_of_a_run_has_no_room():
+    command = [sys.executable, ROOT / "launcher" / "train.py", "--config", "quickstart"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=_environment(), timeout=60)
+    assert re.fullmatch(r"longspan: error: rank 0 \(.+\) stops: a disk is full .*\n", done.stderr), done.stderr
+
+
 def test_output_in_an_encoding_that_lacks_a_letter():
     environment = _environment(PYTHONIOENCODING="ascii")
     done = subprocess.run([sys.executable, "-c", PRINTS], capture_output=True, text=True, env=environment)
