@@ -35,9 +35,7 @@ def new_record(benchmark: str, arguments: dict) -> dict:
 
 def save(record: dict, path: str | Path):
     """Written whole or not at all, so that it can be saved again after every measurement."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, strict_json(record, indent=2) + "\n")
+    replace_text(Path(path), strict_json(record, indent=2) + "\n")
 
 
 def format_table(rows: list[dict], columns: list[str]) -> str:

@@ -274,8 +274,9 @@ def save(run_dir: Path, config: Config, engine: Engine, *, step: int, data: dict
 
 
 def try_folder(run_dir: Path) -> None:
-    """UserError where no checkpoint can be written: before the first step, not after the last. On one rank."""
-    partial = run_dir / "checkpoints" / ".saving-trial"
+    """UserError where no checkpoint can be written: before the first step, not after the last. On one rank. Whatever a
+    save, a deletion or a trial that was cut short has left is removed."""
+    partial = run_dir / "checkpoints" / ".saving-step-trial"
     _prepare(partial)
     partial.rmdir()
 

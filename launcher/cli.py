@@ -42,12 +42,6 @@ def main(argv: list[str] | None = None) -> None:
         COMMANDS[arguments["command"]](arguments["argv"])
 
 
-def train_main(argv: list[str] | None = None) -> None:
-    """What launcher/train.py runs on every rank."""
-    with main_guard():
-        COMMANDS["train"](sys.argv[1:] if argv is None else argv)
-
-
 def train_config(argv: list[str]) -> Config:
     """The settings that the arguments of `longspan train` ask for: file, then key=value words, then flags."""
     return COMMANDS["train"].read(argv)["config"]

@@ -25,6 +25,7 @@ CONNECT_SECONDS = 300.0  # ranks of a large job start minutes apart
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FINISH_SECONDS = 60.0  # how long the rank that hosts the store waits for the others to finish after it
 ANSWER_SECONDS = 3.0  # within which ranks whose processes run have seen that one has failed
+ALONE_SECONDS = 2 * PRINT_SECONDS  # after which a rank that has failed ends by itself: the store does not answer
 BEHIND_SECONDS = 1.0  # others end so much later: the first to end is the root cause in torchrun's summary
 LOST = "lost another rank, which ended without a word"
 # In gloo's words, and in those of the store while ranks meet.
@@ -172,6 +173,14 @@ def _leave() -> None:
         os._exit(1)
 
 
+def _end_alone(message: str) -> None:
+    try:
+        _print(message)
+        _tell_torchrun(message)
+    finally:
+        _leave()
+
+
 class _Alarm:
     """The connection of one rank to the store through which ranks tell each other to stop."""
 
@@ -215,7 +224,11 @@ class _Alarm:
         threading.Thread(target=self._watch, name="longspan-alarm", daemon=True).start()
 
     def raise_for_all(self, message: str) -> None:
-        """Prints `message` unless another rank was first, and ends all ranks."""
+        """Prints `message` unless another rank was first, and ends all ranks; this one at least, where the process that
+        has the store is stopped or out of reach."""
+        alone = threading.Timer(ALONE_SECONDS, _end_alone, [message])
+        alone.daemon = True
+        alone.start()
         with self._lock:
             try:
                 first = self._store.add("failed", 1) == 1

@@ -308,7 +308,6 @@ def _perplexity(loss: float) -> float:
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, strict_json(result, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None

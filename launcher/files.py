@@ -24,13 +24,15 @@ def writing(run_dir: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes the file anew, in UTF-8. Whoever fails or is ended on the way leaves the old one."""
+    """Writes the file anew, in UTF-8, and its folder where there is none. Whoever fails or is ended on the way leaves
+    the old one."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """As `replace_text`."""
     partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_through(partial, content)
         partial.replace(path)

@@ -7,12 +7,14 @@ from dataclasses import replace
 from longspan.launcher.errors import UserError
 from longspan.launcher.estimate import Estimate, Job, estimate, share_of_memory
 from longspan.launcher.gpus import GIB, Cluster
+from longspan.launcher.validation import LARGEST_SEQ_LEN
 from longspan.models.config import SOFTMAX_KINDS
 
 
 def largest(job: Job) -> tuple[int, int]:
     """(the largest data.seq_len that fits, within a hundredth; the largest power of two): 0 if none does."""
     unit = job.config.data.image_size**2 if job.config.model.task == "images" else 1024
+    beyond = LARGEST_SEQ_LEN // unit + 1  # what plans take
 
     def spare(units: int) -> float:
         """The share of memory that is left."""
@@ -24,11 +26,11 @@ def largest(job: Job) -> tuple[int, int]:
     known, widths = {units: spare(units) for units in (start // 2, start)}, []
     while True:
         fitting = max((units for units, left in known.items() if left >= 0), default=0)
-        failing = min((units for units, left in known.items() if left < 0), default=math.inf)
+        failing = min((units for units, left in known.items() if left < 0), default=beyond)
         if failing - fitting <= max(1, fitting >> 7):
             break
         widths.append(failing - fitting)
-        if failing < math.inf and len(widths) > 2 and 4 * widths[-1] > widths[-3]:
+        if failing < beyond and len(widths) > 2 and 4 * widths[-1] > widths[-3]:
             guess = (fitting + failing) // 2
         else:
             near = sorted(known, key=lambda units: abs(known[units]))

@@ -157,7 +157,6 @@ class StepProfiler:
         planned, note = self._planned(ranks[0]["document"])
         record = {"steps": [self.first, self.last], "planned_s": planned, "note": note, "ranks": ranks}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             replace_text(folder / "profile.json", strict_json(record, indent=1) + "\n")
         except OSError as error:
             log.error("no profile.json in %s: %s", folder, error)

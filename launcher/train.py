@@ -19,12 +19,15 @@ if importlib.util.find_spec("longspan") is None:
     spec.loader.exec_module(sys.modules["longspan"])
 
 import longspan  # noqa: E402
-from longspan.launcher.cli import train_main  # noqa: E402
+from longspan.launcher.cli import COMMANDS  # noqa: E402
+from longspan.launcher.errors import main_guard  # noqa: E402
 
 if __name__ == "__main__":
-    if os.environ.get("RANK", "0") == "0":
-        imported = Path(longspan.__file__).resolve().parent
-        print(f"longspan {longspan.__version__} from {imported}", flush=True)
-        if imported != PACKAGE:
-            print(f"warning: this is not {PACKAGE}, whose train.py was started: `pip install -e {ROOT}` makes them one")
-    train_main()
+    with main_guard():
+        if os.environ.get("RANK", "0") == "0":
+            imported = Path(longspan.__file__).resolve().parent
+            print(f"longspan {longspan.__version__} from {imported}", flush=True)
+            if imported != PACKAGE:
+                remedy = f"`pip install -e {ROOT}` makes them one"
+                print(f"warning: this is not {PACKAGE}, whose train.py was started: {remedy}")
+        COMMANDS["train"](sys.argv[1:])

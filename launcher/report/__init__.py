@@ -58,7 +58,6 @@ def write_report(
         files[Path(recipes)] = insert(Path(recipes), recipe_table(summaries))
     for file, text in files.items():
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             replace_text(file, text)
         except OSError as error:
             raise UserError(f"report: {file} cannot be written ({error.strerror})") from None

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from longspan.launcher.errors import UserError
-from longspan.launcher.parsing import parse_tokens
+from longspan.launcher.parsing import MALFORMED, parse_tokens
 
 # What a report shows of a step; a note says which of these a run lacks.
 FIELDS = ("loss", "tokens", "step_time_s", "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_mem_gb")
@@ -199,7 +199,7 @@ def settings_of_command(command: list[str]) -> dict[str, Any]:
     for name, value in settings.items():
         try:
             settings[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except MALFORMED:
             pass
     if "data.seq_len" in settings:
         settings["data.seq_len"] = parse_tokens(settings["data.seq_len"])

@@ -371,6 +371,14 @@ def _killed(*_):
     raise KeyboardInterrupt
 
 
+def test_a_trial_that_is_cut_short_is_in_nobodys_way(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.Path, "rmdir", _killed)
+        checkpoint.try_folder(tmp_path)
+    checkpoint.try_folder(tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 def test_a_run_directory_that_was_moved_is_said(tmp_path, caplog):
     checkpoint._prepare(tmp_path / "run" / "checkpoints" / ".saving-step-00000004")
     assert f"{tmp_path}/run was moved or deleted: it is made anew" in caplog.text

@@ -29,20 +29,22 @@ PROGRAM = """
 import os, signal, sys
 from longspan.launcher.errors import UserError, main_guard
 from longspan.models.config import ModelConfig
+from longspan.launcher import errors
 case, rank = sys.argv[1], int(os.environ["RANK"])
 if case == "only at first":
-    from longspan.launcher import errors
     errors.POLL_SECONDS = 0.01  # so that a failure is seen while the groups are formed
+if case == "rank 0 is silent":
+    errors.ALONE_SECONDS = 0.5
 with main_guard():
     if case == "all ranks, early":
         ModelConfig(num_heads=4, num_kv_heads=3).validate()
     import torch
     import torch.distributed as dist
     from longspan.parallel.mesh import build_mesh
-    build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"), timeout_s=2 if case == "a rank is silent" else 600)
+    build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"), timeout_s=2 if "silent" in case else 600)
     if rank == 1 and case == "a rank is killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 1 and case == "a rank is silent":
+    if (rank, case) in ((1, "a rank is silent"), (0, "rank 0 is silent")):
         os.kill(os.getpid(), signal.SIGSTOP)
     if rank == 1 and case == "user error on one rank":
         raise UserError("corpus x.bin: document 3 holds token id 999")
@@ -158,6 +160,20 @@ def test_a_rank_that_does_not_answer_is_named(program, ranks, tmp_path):
         r"longspan: error: rank [02] \(.+\) has waited [23] s for rank 1, which neither failed nor answered: look at"
     )
     assert re.match(named, lines[0])
+
+
+@pytest.mark.slow
+def test_the_rank_that_has_the_store_does_not_answer(program, tmp_path):
+    """So that the others cannot tell each other."""
+    processes, files = _start(program, "rank 0 is silent", range(3), 3, tmp_path)
+    try:
+        _wait_for(processes[1:])
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, file in enumerate(files[1:], 1):
+        (line,) = Path(file.name).read_text().splitlines()
+        assert re.match(rf"longspan: error: rank {rank} \(.+\) has waited 2 s for another rank, which neither", line)
 
 
 def test_a_rank_that_is_killed_is_named_for_other_machines(program, tmp_path):
@@ -325,6 +341,14 @@ def test_output_that_is_closed_or_has_no_room(redirection, code, said):
     command = ["sh", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, PRINTS]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment())
     assert done.returncode == code and re.fullmatch(said, done.stderr), done.stderr
+
+
+@pytest.mark.slow
+def test_the_first_line_of_a_run_has_no_room():
+    command = [sys.executable, ROOT / "launcher" / "train.py", "--config", "quickstart"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=_environment(), timeout=60)
+    assert re.fullmatch(r"longspan: error: rank 0 \(.+\) stops: a disk is full .*\n", done.stderr), done.stderr
 
 
 def test_output_in_an_encoding_that_lacks_a_letter():

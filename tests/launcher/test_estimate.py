@@ -18,6 +18,7 @@ from longspan.launcher.estimate_report import lines
 from longspan.launcher.fitting import largest, refuse
 from longspan.launcher.gpus import GIB, GPUS, Cluster, cluster_of, parse_gpus
 from longspan.launcher.step_time import activations_exposed
+from longspan.launcher.validation import LARGEST_SEQ_LEN
 from longspan.models.flops import num_parameters
 from longspan.parallel.balanced import balanced
 
@@ -230,6 +231,17 @@ def test_every_gpu_and_kind_of_layer_has_rates():
         found = estimate(job_of("model.num_layers=9", f"model.pattern={kinds}", "data.seq_len=32K", gpus=f"4x{name}"))
         assert 0 < found.mfu < 1 and sum(found.seconds.values()) == found.step_s
         assert {"softmax attention", "sparse attention", "linear attention", "short convolutions"} <= {*found.seconds}
+
+
+def test_no_longer_sequence_is_planned_than_settings_take():
+    job = job_of(
+        "train.checkpointing=full",
+        "model.pattern=[linear]",
+        "model.hidden_size=64",
+        "data.seq_len=64G",
+        gpus="4096xH200",
+    )
+    assert largest(job) == (LARGEST_SEQ_LEN, LARGEST_SEQ_LEN)
 
 
 def test_the_largest_sequence_fits_and_a_larger_one_does_not():

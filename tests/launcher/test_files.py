@@ -42,6 +42,11 @@ def test_metrics_are_strict_and_read_again(tmp_path):
     assert [row["val_loss"] for row in read([tmp_path])[0][0].rows] == [2.0, None]
 
 
+def test_the_folder_of_a_file_is_made(tmp_path):
+    replace_bytes(tmp_path / "new" / "pictures" / "picture.png", b"new")
+    assert (tmp_path / "new" / "pictures" / "picture.png").read_bytes() == b"new"
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "picture.png"
     replace_bytes(path, b"old")

@@ -192,6 +192,7 @@ def test_settings_of_a_recorded_command():
         "--config": "x.yaml", "data.seq_len": 2**17, "train.steps": 7, "optim.lr": "1e-3",
         "model.pattern": ["linear", "softmax"],
     }  # fmt: skip
+    assert settings_of_command(["run.name=2026-02-30"]) == {"run.name": "2026-02-30"}  # no day: as it stands
 
 
 def test_profiles_are_means_over_ranks_beside_the_plan(tmp_path):

@@ -256,7 +256,7 @@ def test_a_run_that_could_not_save_does_not_begin(tmp_path):
     run.mkdir()
     (run / "checkpoints").write_text("in the way")
     for message in run_ranks(_refused_at_the_start, 2, corpus, run, timeout=120):
-        assert f"{run}/checkpoints/.saving-trial: the checkpoint cannot be written" in message
+        assert f"{run}/checkpoints/.saving-step-trial: the checkpoint cannot be written" in message
     assert not (run / "metrics.jsonl").exists()
 
 
