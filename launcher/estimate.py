@@ -124,8 +124,10 @@ class Job:
         """Of softmax attention: with auto the first that takes such heads on this kind of GPU."""
         if self.config.parallel.backend != "auto":
             return self.config.parallel.backend
-        there = (name for name in BACKENDS if name in self.extras or name not in EXTRAS)
-        return next(name for name in there if name != "cpu" and self._limits(name) is None)
+        there = [name for name in BACKENDS if name != "cpu" and (name in self.extras or name not in EXTRAS)]
+        if self.config.train.deterministic:
+            there = [name for name in there if not name.startswith("cudnn")]
+        return next(name for name in there if self._limits(name) is None)
 
     def _limits(self, backend: str) -> str | None:
         return BACKENDS[backend].limits(self.dtype, self.config.model.head_size, self.cluster.gpu.capability)

@@ -224,6 +224,8 @@ def test_softmax_attention_takes_as_long_as_its_back_end():
 def test_the_first_back_end_that_takes_the_heads(head_dim, gpus, extras, backend):
     settings = "model.pattern=[softmax]", f"model.head_dim={head_dim}"
     assert job_of(*settings, gpus=gpus, extras=extras).backend == backend
+    repeats = job_of(*settings, "train.deterministic=true", gpus=gpus, extras=extras).backend
+    assert repeats == (backend if backend == "fa4" else "flash")
 
 
 @pytest.mark.parametrize(
