@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from longspan.launcher.agreement import agree_on
-from longspan.launcher.arguments import Parser, option, tokens
+from longspan.launcher.arguments import Parser, num_tokens, option
 from longspan.launcher.batches import NO_LABEL, BatchLoader, TextBuilder
 from longspan.launcher.config import CorpusConfig, DataConfig
 from longspan.launcher.corpus import open_corpus
@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> SimpleNamespace:
         option("--heads", "N", "of every layer", 4),
         option("--seed", "N", "of weights and the order of samples", 0),
         option("--vocab-size", "N", "where no PREFIX.json says it", 65536),
-        option("--seq-len", "TOKENS", "such as 128K (default 1K)", type=tokens, default=1024),
+        option("--seq-len", "TOKENS", "such as 128K (default 1K)", type=num_tokens, default=1024),
         option("--lr", "X", "learning rate", 1e-3),
         option("--dtype", None, "of all weights", "float32", choices=["float32", "bfloat16"]),
         option("--peer-memory", None, "states through memory that GPUs share", "auto", choices=["auto", "on", "off"]),

@@ -4,6 +4,7 @@ import ast
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,36 @@ def uses_torch_distributed(path):
 
 def within(names, *packages):
     return {name for name in names if any(name == package or name.startswith(package + ".") for package in packages)}
+
+
+@cache
+def defined_names(path):
+    """What a module gives to whoever imports from it: all that is bound at its top level, in branches too."""
+    names, nodes = set(), list(ast.parse(path.read_text(encoding="utf-8")).body)
+    for node in nodes:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        else:
+            names |= {found.id for found in ast.walk(node) if isinstance(found, ast.Name)}
+            nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return names
+
+
+def test_names_that_are_imported_exist():
+    """Also in files that only some machines load."""
+    for path in python_files(*MAY_IMPORT, "tests"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.module.partition(".")[0] != "longspan":
+                continue
+            module = ROOT.joinpath("longspan", *node.module.split(".")[1:])
+            source = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+            for alias in node.names:
+                is_module = (module / alias.name).is_dir() or (module / f"{alias.name}.py").exists()
+                assert is_module or alias.name in defined_names(source), (
+                    f"{path.relative_to(ROOT)} imports {alias.name} from {node.module}, which has none"
+                )
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
