@@ -211,8 +211,7 @@ class Job:
 
     def attention_layout(self, mask: Mask) -> Layout:
         """In softmax attention with this mask."""
-        plan = self.parallel.plan(self.lengths, mask)
-        return self.layout if plan is None else plan.layout
+        return self.parallel.attention_layout(self.layout, mask)
 
     def pairs(self, mask: Mask) -> float:
         """Query-key pairs of the rank with most, times its share of the heads, in a softmax layer with this mask."""

@@ -79,6 +79,11 @@ class SequenceParallel:
             return None
         return plan_attention(lengths, self.topology, self.costs, self.token_cap, self.softmax, mask)
 
+    def attention_layout(self, layout: Layout, mask: Mask = Mask()) -> Layout:
+        """The layout in which softmax attention with this mask runs, where all else runs in `layout`."""
+        plan = self.plan(layout.lengths, mask)
+        return layout if plan is None else plan.layout
+
     def context(self, lengths_or_layout) -> "SequenceContext":
         """The context of a batch: lengths of its documents (placed by `base_layout`) or a ready Layout.
 
@@ -120,16 +125,15 @@ class SequenceContext:
         self.rank, self.world_size = parallel.rank, parallel.world_size
         self.num_tokens, self.num_tokens_local = layout.num_tokens, layout.tokens_per_rank[parallel.rank]
         self.positions = to_device(torch.from_numpy(layout.positions(self.rank)), parallel.device)
-        self._plans = {mask: parallel.plan(layout.lengths, mask) for mask in list(parallel.masks)}
+        self._layouts = {mask: parallel.attention_layout(layout, mask) for mask in list(parallel.masks)}
         self._derived = {}
 
     def attention_layout(self, mask: Mask = Mask()) -> Layout:
         """The layout in which softmax attention with this mask runs."""
-        if mask not in self._plans:
-            self._plans[mask] = self.parallel.plan(self.layout.lengths, mask)
+        if mask not in self._layouts:
+            self._layouts[mask] = self.parallel.attention_layout(self.layout, mask)
             self.parallel.masks.add(mask)  # contexts to come plan for it when they are made
-        plan = self._plans[mask]
-        return self.layout if plan is None else plan.layout
+        return self._layouts[mask]
 
     def derive(self, function, *arguments):
         """function(layout, rank, *arguments), computed once; its `.map(move)` moves its tensors to the device.

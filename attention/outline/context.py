@@ -9,7 +9,6 @@ import torch
 
 from longspan.attention.outline.stand_in import Call
 from longspan.parallel.context import SequenceParallel
-from longspan.parallel.geometry import Mask
 from longspan.parallel.layout import Layout
 
 
@@ -46,11 +45,6 @@ class Outline:
     @cached_property
     def layout(self) -> Layout:
         return self.parallel.base_layout(self.lengths)
-
-    def attention_layout(self, mask: Mask) -> Layout:
-        """The layout in which softmax attention with this mask runs."""
-        plan = self.parallel.plan(self.lengths, mask)
-        return self.layout if plan is None else plan.layout
 
     @cached_property
     def spans(self) -> int:

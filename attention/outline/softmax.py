@@ -73,7 +73,7 @@ def _way(outline: Outline, mask: Mask, heads: int) -> _Way | None:
     if (ranks := head_parallel_ranks(parallel, heads)) > 1:
         far = max(0, ranks - parallel.topology.ranks_per_node) * own
         return _Way(ranks, ranks * own, own, ranks * own, far)
-    here, there = outline.layout, outline.attention_layout(mask)
+    here, there = outline.layout, parallel.attention_layout(outline.layout, mask)
     if here == there:
         return None
     fullest, size = _fullest(there), parallel.topology.ranks_per_node

@@ -359,7 +359,7 @@ def test_plans_are_made_for_the_window():
     seq = four.context(lengths)
     assert pairs_per_rank(seq, 4, mask) == attention_pairs(plan.layout, mask)
     assert pairs_per_rank(seq, 4) == attention_pairs(plan_attention(lengths, topology).layout)
-    assert mask in four.context(lengths[::-1])._plans  # made ahead, with the context
+    assert mask in four.context(lengths[::-1])._layouts  # made ahead, with the context
     for rank in range(4):
         step, *_ = planned_schedule(seq.layout, rank, mask, "zeppelin", topology, four.costs, 1.5).schedule.steps
         assert step.calls[0].pack.cu_q[-1] == plan.layout.tokens_per_rank[rank]
