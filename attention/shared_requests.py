@@ -20,7 +20,7 @@ from longspan.parallel.peer_memory import PeerMemory, Room, has_room
 READY, FREE, RETURNED, TAKEN = range(4)  # keys are in windows, and have been read; gradients are, and have been added
 PROGRAMS = 24  # that move blocks beside attention, each on a processor of its own
 ALONE = 64  # where nothing else runs
-KEPT = 0.875  # of the room for what comes; where less of it came, the rest is given back
+KEPT = 0.75  # of the room for what comes; where less of it came, the rest is given back, which takes a copy
 
 
 @dataclass(frozen=True)

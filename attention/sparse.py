@@ -17,7 +17,7 @@ from longspan.attention.linear_branch import Branch, LinearBranch
 from longspan.attention.outline import Outline
 from longspan.attention.outline.sparse import outlined_sparse
 from longspan.attention.ranges import SPARSE, of_component
-from longspan.attention.recompute import keep, keeping, recall
+from longspan.attention.recompute import keep, keeping, recall, recomputing
 from longspan.attention.requests import Asked, Request, block_parts
 from longspan.attention.selection import selects
 from longspan.attention.selections import TopBlocks
@@ -72,15 +72,17 @@ def sparse_attention(
         strategy = Estimate(q.shape[1], *k.shape[1:], k.itemsize, seq.parallel.topology)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = selection.tables(seq, causal)
-    coarse = selection.coarse(k, v, tables, lambda x: gather_rows(x, seq.parallel.group, seq.parallel.peers))
+    group, peers, staged = seq.parallel.group, seq.parallel.peers, None
+    if not recomputing():  # first: keys are copied while those that stand for many are made and gathered
+        staged = stage(k.detach(), v.detach(), tables.keys, strategy, peers)
+    coarse = selection.coarse(k, v, tables, lambda x: gather_rows(x, group, peers))
     branch, own = None, (None,) * 4
     if linear is not None:
         branch = Branch(linear, selection, causal, seq)
         own = linear.weight, linear.bias, linear.q, linear.k
-    group, peers = seq.parallel.group, seq.parallel.peers
     with without_autocast(q.device.type):
         return _Attention.apply(
-            q, k, v, *coarse, *own, branch, selection, tables, causal, group, peers, strategy, scale
+            q, k, v, *coarse, *own, branch, selection, tables, causal, group, peers, strategy, staged, scale
         )
 
 
@@ -91,7 +93,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, coarse_k, coarse_v, weight, bias, own_q, own_k, branch, selection, tables, causal, group,
-        peers, strategy, scale,
+        peers, strategy, staged, scale,
     ):  # fmt: skip
         kept = recall()
         own = (q if own_q is None else own_q, k if own_k is None else own_k)
@@ -100,7 +102,6 @@ class _Attention(torch.autograd.Function):
         if kept is None:
             coarse = coarse_k, coarse_v
             apart = branch is not None and branch.rest  # whose states are of local blocks
-            staged = stage(k, v, tables.keys, strategy, peers)
             given = _choose(q, k, coarse[0], selection, tables, causal, strategy, group, peers, staged, apart)
             out, lse, parts, arrived = attend(q, (k, v), coarse, *given, group, scale)
             entry = None if branch is None else branch.finish(pending, sums)
@@ -146,7 +147,7 @@ class _Attention(torch.autograd.Function):
         gradients = gradients_of(d_out, *given, owned, branch, work, onto, meanwhile, states)
         inputs = q, k, v, coarse_k, coarse_v
         gradients = [_as(x, like) for x, like in zip(gradients, inputs, strict=True)]
-        return *gradients, *d_branch, *[None] * 8
+        return *gradients, *d_branch, *[None] * 9
 
 
 def _by_request(parts):
@@ -231,6 +232,7 @@ def gradients_of(
     states: whether the branch's own may be added where attention's are made, instead."""
     here, remote = ([part for part in parts if part.remote == there] for there in (False, True))
     sums, returning, passing, arrived = {}, [], None, list(zip(arrived[::2], arrived[1::2], strict=True))
+    later = [] if owned is not None and remote else None  # means' gradients travel beside those of queries
     own, blocks, d_coarse = None, None, (None, None)
     (tokens, _, head_dim), dtype, device_type = q.shape, q.dtype, q.device.type
 
@@ -255,9 +257,10 @@ def gradients_of(
         else:
             form, _ = choose(device_type, dtype, head_dim, plan)
             if len(parts) > 1 and form not in sums:
-                sums[form] = form.row_sums(d_out, None, out, lse)
+                coarse_queries = next((x.plan.queries for x in parts if x.coarse), None)
+                sums[form] = form.row_sums(d_out, None, out, lse, coarse_queries)
             made_in, given = dtype if number == len(parts) else _sum_dtype(q, len(parts)), None
-            more = {"rows": sums.get(form), "onto": dq, "shares": shares, "dtype": made_in}
+            more = {"rows": sums.get(form), "onto": dq, "shares": shares, "dtype": made_in, "later": later}
             if part.remote:
                 more["send"] = partial(send, part, keys, values)
             if states and is_local and form.takes_states(q, keys, plan, scale):
@@ -272,6 +275,8 @@ def gradients_of(
             d_coarse = gradients
     if own is None and owned is not None:
         passing = owned.start(d_coarse, group)
+    for make_queries in later or ():
+        make_queries()
     if meanwhile is not None:
         own = meanwhile(*own or (None, None))
     shares = None if passing is None else owned.shares(passing)

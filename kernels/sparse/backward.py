@@ -127,8 +127,9 @@ def keys_kernel(
     RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part of dk and dv of one key block from CHUNK query blocks of its list, all query heads that share list and keys:
-    fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS); or all of it at once, see `alone`, where DEPTH is
-    not 0 with its shares in gradients of means. Query blocks are taken GATHER at a time, or in PARTS."""
+    fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS); or all of it at once, where no other item has
+    any, and where DEPTH is not 0 with its shares in gradients of means. Query blocks are taken GATHER at a time, or in
+    PARTS."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     TURNS: tl.constexpr = HEADS // GROUPS // PACK * PARTS
     item, group = tl.program_id(0) % items, tl.program_id(0) // items
@@ -190,7 +191,7 @@ def keys_kernel(
             d_scores = (weights * (d_weights - delta[None, :])).to(q.dtype)
             dk = tl.dot(d_scores, q, dk, input_precision=PRECISION)
         dk *= scale
-        if alone(item_ptr + listed * (num_columns + 1) + column, KEY_HEADS, GROUPS):
+        if items_of(item_ptr + column, key_head, num_columns, KEY_HEADS, LISTS) == 1:
             if DEPTH:
                 STRIDE: tl.constexpr = KEY_HEADS * D
                 dk = add_share(dk, share_k, key_head * D, column, share_size, share_up, STRIDE, D, BLOCK_D, DEPTH)
@@ -205,9 +206,15 @@ def keys_kernel(
 
 
 @triton.jit
-def alone(item_ptr, KEY_HEADS: tl.constexpr, GROUPS: tl.constexpr):
-    """Whether a column's only item makes all of its gradients, and writes them itself."""
-    return (GROUPS == KEY_HEADS) & (tl.load(item_ptr + 1) - tl.load(item_ptr) == 1)
+def items_of(item_ptr, key_head, num_columns, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr):
+    """How many items make the gradients of key blocks, which item_ptr points to, in all lists of a key head."""
+    EACH: tl.constexpr = LISTS // KEY_HEADS if LISTS > KEY_HEADS else 1
+    at = item_ptr + (key_head * LISTS // KEY_HEADS).to(tl.int64) * (num_columns + 1)
+    count = tl.load(at + 1) - tl.load(at)
+    for _ in tl.static_range(1, EACH):
+        at += num_columns + 1
+        count += tl.load(at + 1) - tl.load(at)
+    return count
 
 
 @launched
@@ -218,18 +225,16 @@ def add_kernel(
     DEPTH: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [T, KEY_HEADS, D] of ROWS rows of `span` key blocks, at most SPANS, and a head: the parts of their lists,
-    in order, so many under way, and shares; not of those alone, which a program sees at a glance."""
+    in order, so many under way, and shares; not of those with one part, which a program sees at a glance."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     STRIDE: tl.constexpr = KEY_HEADS * D
     SLICES: tl.constexpr = KEYS // ROWS
     begin, key_head = tl.program_id(0) // (KEY_HEADS * SLICES) * span, tl.program_id(0) // SLICES % KEY_HEADS
     stop = tl.minimum(begin + span, num_columns)
-    ends = item_ptr + (key_head * LISTS // KEY_HEADS).to(tl.int64) * (num_columns + 1)
-    index = begin + tl.arange(0, SPANS)
-    count = tl.load(ends + index + 1, mask=index < stop, other=1) - tl.load(ends + index, mask=index < stop, other=0)
-    if (GROUPS != KEY_HEADS) | (tl.max((count != 1).to(tl.int32)) > 0):
+    index = tl.minimum(begin + tl.arange(0, SPANS), stop - 1)
+    if tl.max((items_of(item_ptr + index, key_head, num_columns, KEY_HEADS, LISTS) != 1).to(tl.int32)) > 0:
         for column in range(begin, stop):
-            if not alone(ends + column, KEY_HEADS, GROUPS):
+            if items_of(item_ptr + column, key_head, num_columns, KEY_HEADS, LISTS) != 1:
                 inside = tl.program_id(0) % SLICES * ROWS + tl.arange(0, ROWS)
                 there = inside < tl.load(k_length + column)
                 dk, dv = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)

@@ -74,13 +74,16 @@ def _attend(q, k, v, out, lse, given, plan, scale, onto, tile):
 
 class RowSums:
     """lse in base 2, and delta, made when they are first asked for: `sums` fp32 [Tq, Hq, 2], and `of` blocks of queries
-    as Hopper kernels take them, [Hq, blocks, size] each."""
+    as Hopper kernels take them, [Hq, blocks, size] each. also: Blocks of which the latter will be wanted, which are
+    made with whatever comes first, or None."""
 
-    def __init__(self, d_out, d_lse, out, lse):
-        self._given, self._sums, self._of = (d_out, d_lse, out, lse), None, []
+    def __init__(self, d_out, d_lse, out, lse, also=None):
+        self._given, self._sums, self._of, self._also = (d_out, d_lse, out, lse), None, [], also
 
     @property
     def sums(self):
+        if self._sums is None and self._also is not None:
+            self.of(self._also)
         if self._sums is None:
             self._sums = self._make(None, ())
         return self._sums
@@ -110,10 +113,10 @@ class RowSums:
         return sums
 
 
-def row_sums(d_out, d_lse, out, lse) -> RowSums:
-    """d_lse: [Tq, Hq] or None."""
+def row_sums(d_out, d_lse, out, lse, also=None) -> RowSums:
+    """d_lse: [Tq, Hq] or None; also: see RowSums."""
     d_lse = None if d_lse is None else d_lse.float().contiguous()
-    return RowSums(unit_stride(d_out), d_lse, out.contiguous(), lse.contiguous())
+    return RowSums(unit_stride(d_out), d_lse, out.contiguous(), lse.contiguous(), also)
 
 
 def empty_rows(like, queries: Blocks):
@@ -123,14 +126,14 @@ def empty_rows(like, queries: Blocks):
 
 def backward(
     d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None,
-    shares=None, states=None, send=None,
+    shares=None, states=None, send=None, later=None,
 ):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv in those of k and v); d_lse: [Tq, Hq] or None. out and lse: of all keys that
     the queries see, also where the plan lists some of them. rows: their row_sums, if known; onto: dq of other keys, to
     which that of the plan is added; it may be overwritten. shares: Shares of the keys and values in gradients
     of their means, to be added to dk and dv. states: KeyStates that the keys are part of; what keys get from these is
     added for blocks that some query chose, where `takes_states`. send: called with dk and dv once they are queued, and
-    before dq is, or None."""
+    before dq is, or None. later: a list that gets a function which queues dq, to be called in turn, or None."""
     d_out, q, k, v = unit_stride(d_out), unit_stride(q), unit_stride(k), unit_stride(v)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     dtype = dtype or q.dtype
@@ -139,7 +142,7 @@ def backward(
     here = hopper.takes(q, plan, tile["ROWS"], scale)
     on_hopper = [hopper.takes_keys(x) and hopper.takes(q, x, tile["ROWS"], scale) for x in by_key]
     # Rows are made where dq is, if that comes first.
-    alone = OWN_ROWS and here and all(on_hopper) and d_lse is None and send is None
+    alone = OWN_ROWS and here and all(on_hopper) and d_lse is None and send is None and later is None
     if rows is None and not alone:
         rows = row_sums(d_out, d_lse, out, lse)
     of_rows = None
@@ -169,13 +172,14 @@ def backward(
             if shares is not None:
                 add_shares_triton((dk, dv), part.keys, shares)
 
-    if send is None:
+    if send is None and later is None:
         make_queries()
         make_keys()
-    else:
-        make_keys()
+        return dq, dk, dv
+    make_keys()
+    if send is not None:
         send(dk, dv)
-        make_queries()
+    make_queries() if later is None else later.append(make_queries)
     return dq, dk, dv
 
 

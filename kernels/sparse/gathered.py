@@ -1,5 +1,7 @@
 """In plain PyTorch, for any device, dtype and block size: the listed keys of query blocks gathered side by side."""
 
+from functools import partial
+
 import torch
 
 from longspan.kernels.merge import merge
@@ -29,7 +31,7 @@ def forward(q, k, v, plan: BlockPlan, scale: float, onto=None, dtype=None, turns
     return out.to(dtype), lse
 
 
-def row_sums(d_out, d_lse, out, lse):
+def row_sums(d_out, d_lse, out, lse, also=None):
     """Nothing that backward would not make by itself."""
 
 
@@ -40,12 +42,12 @@ def takes_states(q, k, plan: BlockPlan, scale: float) -> bool:
 
 def backward(
     d_out, d_lse, q, k, v, out, lse, plan: BlockPlan, scale: float, rows=None, onto=None, dtype=None,
-    shares=None, send=None,
+    shares=None, send=None, later=None,
 ):  # fmt: skip
     """(dq in `dtype` or that of q, dk, dv); d_lse: [Tq, Hq] or None. out and lse: of all keys that the queries see,
     also where the plan lists some of them. onto: dq of other keys, to which that of the plan is added. shares:
     Shares of the keys and values in gradients of their means, to be added to dk and dv. send: called with dk and dv
-    when they are there, or None."""
+    when they are there, or None. later: gets a function that fills dq, to be called once `onto` is there, or None."""
     wide = wide_dtype(q.dtype)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     delta = (d_out.to(wide) * out.to(wide)).sum(-1)
@@ -58,13 +60,16 @@ def backward(
         batch.put(dq, d_scores @ batch.keys(k))
         batch.add(dk, d_scores.mT @ batch.queries(q))
         batch.add(dv, weights.mT @ d_rows)
-    dq = dq if onto is None else dq.add_(onto)
     if shares is not None:
         shares.add(dk, dv, plan.keys)
     dk, dv = dk.to(k.dtype), dv.to(v.dtype)
     if send is not None:
         send(dk, dv)
-    return dq.to(dtype or q.dtype), dk, dv
+    made = dq.to(dtype or q.dtype)
+    if onto is not None:
+        make = partial(torch.add, dq, onto, out=made)
+        make() if later is None else later.append(make)
+    return made, dk, dv
 
 
 class _Batch:

@@ -40,6 +40,11 @@ def make(name, chosen=None, device="cpu", dtype=torch.float32, case=None):
     return plan, q.to(dtype), k.to(dtype), v.to(dtype), d_out.to(dtype), d_lse
 
 
+def of_one_list(queries, keys, heads):
+    """Every block of keys is named by one list, by all of its rows."""
+    return torch.arange(len(keys)).view(-1, heads).T[:, None].expand(-1, len(queries), -1)
+
+
 # name: whether dense blocks and chosen ones are there
 BESIDE = {"both": (True, True), "none chosen": (True, False), "all chosen": (False, True)}
 

@@ -44,9 +44,10 @@ def check(spans, given, *, split=64, wanted=None, limit=None):
     found = forms.run_form(kda.KDA, tables, *given, SCALE, states_travel=bool(spans.linked))
     assert all(found[f"d{name}"].dtype == inputs[name].dtype for name in "qkv")
     limit = limit or LIMITS[inputs["q"].dtype]
-    # One number is left of sums over the width that cancel: with one token nothing averages the rounding.
+    # With one token nothing averages the rounding of sums over the width that cancel: q k is a sixteenth of its terms.
     alone = spans.offsets[-1] == 1
-    limits = {name: 3 * limit if alone and name in ("dbeta", "dlog_decay") else limit for name in wanted}
+    hard = ("out", "dq", "dbeta", "dlog_decay") if alone else ()
+    limits = {name: 3 * limit if name in hard else limit for name in wanted}
     forms.assert_within(forms.errors(found, wanted), limits)
     return found
 

@@ -7,7 +7,7 @@ import torch
 from devices import telling
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from plan_cases import BESIDE, CASES, LIMITS, SCALE, check, make, make_beside
+from plan_cases import BESIDE, CASES, LIMITS, SCALE, check, make, make_beside, of_one_list
 from sparse_oracle import make_shares
 
 from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, choose, forms, gathered, naive
@@ -113,6 +113,11 @@ def test_extreme_lists(form, chosen, monkeypatch):
     check(form, plan, *rest)
 
 
+def test_blocks_that_one_list_names_need_no_sums(monkeypatch):
+    monkeypatch.setattr(fused, "add_parts", lambda *_: None)
+    check(fused, *make("apart", of_one_list, case=((0, 150), 32, 16, 2, 4, 1, 16, False, True, 0)))
+
+
 @pytest.mark.parametrize("name", BESIDE)
 def test_gradients_of_keys_by_several_plans(name):
     """Lists of one plan, and of two by key, of which one or the other may be empty."""
@@ -195,6 +200,12 @@ def test_parts_continue_one_another(form, dtype):
     dq, *d_few = form.backward(*given, plans[0], SCALE, rows, dtype=torch.float32)
     dq, *d_more = form.backward(*given, plans[1], SCALE, rows, onto=dq)
     assert out.dtype == dq.dtype == dtype
+    later, rows = [], form.row_sums(d_out, None, out, lse, plans[1].queries)
+    again, *d_first = form.backward(*given, plans[0], SCALE, rows, dtype=torch.float32, later=later)
+    again, *d_second = form.backward(*given, plans[1], SCALE, rows, onto=again, later=later)
+    for make_queries in later:
+        make_queries()
+    assert all(map(torch.equal, (again, *d_first, *d_second), (dq, *d_few, *d_more)))
     found = out, dq, *(x.double() + y for x, y in zip(d_few, d_more))
     for name, x, y in zip(("out", "dq", "dk", "dv"), found, (wanted, *gradients)):
         assert ((x.double() - y).norm() / y.norm()).item() <= LIMITS[dtype], name

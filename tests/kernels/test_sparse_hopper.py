@@ -6,7 +6,7 @@ import gluon_emulator
 import pytest
 import sparse_oracle
 import torch
-from plan_cases import BESIDE, check, make, make_beside
+from plan_cases import BESIDE, check, make, make_beside, of_one_list
 
 from longspan.attention import LinearBranch, TopBlocks, linear_branch
 from longspan.attention import sparse as attention
@@ -80,6 +80,19 @@ def test_lists_in_turn_and_keys_before_queries(launched):
     assert all(map(torch.equal, (*found, *sent), (*expected, *expected[1:])))
     assert launched[1:3] == ["forward_kernel"] * 2
     assert launched[3:] == ["queries_kernel", "keys_kernel", "keys_kernel", "queries_kernel"]
+    later, rows = [], fused.row_sums(d_out, None, *wanted, plan.queries)
+    found = fused.backward(*given, rows=rows, later=later)
+    assert launched[7:] == ["keys_kernel"]
+    later[0]()
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("key_block", [64, 128])
+def test_blocks_that_one_list_names_need_no_sums(key_block, launched, monkeypatch):
+    monkeypatch.setattr(hopper.run, "add_parts", lambda *_: None)
+    case = (0, 4 * key_block - 9), 64, key_block, 2, 4, 1, 64, True, False, 0
+    plan, *given, d_lse = make("apart", of_one_list, dtype=torch.bfloat16, case=case)
+    check(fused, plan, *given, d_lse)
 
 
 @pytest.mark.parametrize("feature_map", ["softmax", "elu1"])

@@ -89,7 +89,8 @@ def test_gpus_agree_with_one(corpus):
     def losses(ranks, *given):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += [ROOT / "launcher" / "train_megatron.py", *arguments(corpus, *given)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
         assert done.returncode == 0, done.stdout + done.stderr
         return [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]
 

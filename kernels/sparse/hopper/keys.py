@@ -62,11 +62,10 @@ def _send(
 @gluon.jit
 def _attend(
     half: gl.constexpr, given, KEY_HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, SIZE: gl.constexpr,
-    TURNS: gl.constexpr, PARTS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, SUMMED: gl.constexpr,
+    TURNS: gl.constexpr, PARTS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of the key block's rows 64 * half on; alone: the block has no other part; SUMMED: several heads' parts
-    make one."""
+    """dk and dv of the key block's rows 64 * half on; alone: the block has no other part."""
     (
         k_tiles, v_tiles, q_tiles, d_out_tiles, lse_tiles, delta_tiles, q_ready, d_out_ready, q_free, d_out_free, k_ptr,
         v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, col_idx, begin, stop, q_position, first, count, key_position,
@@ -129,7 +128,7 @@ def _attend(
                 stage = (turn + part) % STAGES
                 mbarrier.wait(d_out_ready.index(stage), ((turn + part) // STAGES) & 1)
                 dv = warpgroup_mma(k_tile.slice(part * 64, 64, 1), d_out_tiles.index(stage), dv)
-    _write(dv, dv_ptr, parts_dv, alone, first, count, half, KEY_HEADS, D, KEYS, SUMMED)
+    _write(dv, dv_ptr, parts_dv, alone, first, count, half, KEY_HEADS, D, KEYS)
     if MAP != "":
         if adds_states:
             d_phi = warpgroup_mma(v_tile, d_out_tiles.index(turn % STAGES).permute((1, 0)), nothing, use_acc=False)
@@ -144,18 +143,16 @@ def _attend(
                 dk += phi * (d_phi - gl.sum(phi * d_phi, 1)[:, None])
             else:  # where k is below 0, phi is below 1 and its own gradient
                 dk += d_phi * gl.minimum(phi, gl.full_like(phi, 1.0))
-    _write(dk, dk_ptr, parts_dk, alone, first, count, half, KEY_HEADS, D, KEYS, SUMMED)
+    _write(dk, dk_ptr, parts_dk, alone, first, count, half, KEY_HEADS, D, KEYS)
 
 
 @gluon.jit
 def _write(
     x, ptr, parts_ptr, alone, first, count, half: gl.constexpr, KEY_HEADS: gl.constexpr, D: gl.constexpr,
-    KEYS: gl.constexpr, SUMMED: gl.constexpr,
+    KEYS: gl.constexpr,
 ):  # fmt: skip
     """A gradient, or this part of it."""
-    if SUMMED:
-        store_rows(parts_ptr, 0, KEYS, half, 1, 1, D, x)
-    elif alone:
+    if alone:
         store_rows(ptr, first, count, half, KEY_HEADS, 1, D, x)
     else:
         store_rows(parts_ptr, 0, KEYS, half, 1, 1, D, x)
@@ -200,7 +197,11 @@ def keys_kernel(
         number = item - gl.load(parts)
         begin = gl.load(ends) + number * CHUNK
         stop = gl.minimum(begin + CHUNK, gl.load(ends + 1))
-        alone = gl.load(parts + 1) - gl.load(parts) == 1
+        num_parts = 0  # in all lists of the key head
+        for turn in gl.static_range(GROUPS // KEY_HEADS):
+            at = item_ptr + (key_head * LISTS // KEY_HEADS + turn).to(gl.int64) * (num_columns + 1) + column
+            num_parts += gl.load(at + 1) - gl.load(at)
+        alone = num_parts == 1
         col_idx += listed * capacity
         k_ptr += key_head * k_stride_h
         v_ptr += key_head * v_stride_h
@@ -225,14 +226,13 @@ def keys_kernel(
             d_out_ready, q_free, d_out_free, col_idx, begin, stop, q_start, head, M, state_desc, state_at,
             adds_states,
         )  # fmt: skip
-        SUMMED: gl.constexpr = GROUPS != KEY_HEADS
         if KEYS == 128:
             gl.warp_specialize(
                 [
-                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, SUMMED,
-                               CAUSAL, WEIGHTED, MAP)),
-                    (_attend, (1, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, SUMMED,
-                               CAUSAL, WEIGHTED, MAP)),
+                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, CAUSAL,
+                               WEIGHTED, MAP)),
+                    (_attend, (1, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, CAUSAL,
+                               WEIGHTED, MAP)),
                     (_send, (feed, TURNS, PARTS, Q_STAGES, STAGES, D, MAP)),
                 ],
                 [4, 1], [240, 24],
@@ -240,8 +240,8 @@ def keys_kernel(
         else:
             gl.warp_specialize(
                 [
-                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, SUMMED,
-                               CAUSAL, WEIGHTED, MAP)),
+                    (_attend, (0, given, KEY_HEADS, D, KEYS, SIZE, TURNS, PARTS, Q_STAGES, STAGES, CAUSAL,
+                               WEIGHTED, MAP)),
                     (_send, (feed, TURNS, PARTS, Q_STAGES, STAGES, D, MAP)),
                 ],
                 [1], [24],
