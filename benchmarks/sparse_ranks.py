@@ -10,6 +10,8 @@ import argparse
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from longspan.attention import Hierarchical, LinearBranch, TopBlocks, requests, sparse, sparse_attention
 from longspan.attention.block_parts import STRATEGIES, pieces_of
 from longspan.attention.requests import Asked
-from longspan.benchmarks.arguments import BUDGET, device_name, require_positive, writable
+from longspan.benchmarks.arguments import BUDGET, device_name, require_positive, writable, writable_folder
 from longspan.benchmarks.common import Traffic, format_table, new_record, save
 from longspan.benchmarks.linear_ranks import with_efficiency
 from longspan.benchmarks.ranks import DIRECTIONS, NCCL, Ranks, join, layer_step
@@ -47,6 +49,15 @@ PARTS = {
 }
 
 COMMUNICATION = "nccl", "peer_"
+
+
+class Kernel(NamedTuple):
+    """ms since ranks met."""
+
+    begin: float
+    end: float
+    stream: int
+    name: str
 
 
 def operator_step(selection, seq, arguments, dtype, device):
@@ -131,7 +142,12 @@ def time_case(ranks: Ranks, name: str, tokens: int, strategy: str | None, argume
     step = (decoder_layer if arguments.layer else operator_step)(selection, seq, arguments, dtype, ranks.device)
     found = {"ms": ranks.measure(step)}
     if ranks.device.type == "cuda":
-        found["parts_ms"] = ranks.mean(kernel_times(step, mesh.sp_group))
+        kernels = kernels_of(step, mesh.sp_group)
+        found["parts_ms"] = ranks.mean(by_part(kernels))
+        if arguments.kernels and mesh.is_main:
+            path = Path(arguments.kernels, f"{name}-{tokens}-{strategy or 'alone'}.txt")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(listing(kernels), encoding="utf-8")
     if strategy is None:
         return {of: {part: ms / mesh.sp for part, ms in times.items()} for of, times in found.items()}
     seen, before = {}, ranks.received()
@@ -148,29 +164,43 @@ def time_case(ranks: Ranks, name: str, tokens: int, strategy: str | None, argume
     return found | {"received_over_needed": received / (blocks + pooled)}
 
 
-def kernel_times(step, group) -> dict[str, float]:
-    """ms of one step on a GPU by what it does, see PARTS: every instant belongs to what is computed then, else to
-    communication, which is exposed, else to the host, for which the GPU waits. In "nccl" all communication, through
-    shared memory as well. As in `Ranks.measure` ranks meet first, with the host ahead."""
+def kernels_of(step, group) -> list[Kernel]:
+    """What a GPU does in a step, by its begin. As in `Ranks.measure` ranks meet first, with the host ahead."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         torch.cuda._sleep(20_000_000)
         dist.all_reduce(torch.ones(1, device="cuda"), group=group)
         step(lambda: None)
         torch.cuda.synchronize()
+    found = [
+        Kernel(event.time_range.start / 1e3, event.time_range.end / 1e3, event.device_resource_id, event.name)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    found.sort()
+    met = next(x.end for x in found if "nccl" in x.name)
+    return [Kernel(x.begin - met, x.end - met, *x[2:]) for x in found if x.begin >= met]
+
+
+def by_part(kernels: list[Kernel]) -> dict[str, float]:
+    """ms of a step by what it does, see PARTS: every instant belongs to what is computed then, else to communication,
+    which is exposed, else to the host, for which the GPU waits. In "nccl" all communication, through shared memory as
+    well."""
     work = []
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            span = event.time_range.start / 1e3, event.time_range.end / 1e3
-            kind = next((name for name in COMMUNICATION if name in event.name), "")
-            work.append(Work(*span, part_of(event.name), communication=kind))
-    met = min((x for x in work if x.communication == "nccl"), key=lambda x: x.start).end
-    work = [x for x in work if x.start >= met]
+    for begin, end, _, name in kernels:
+        kind = next((kind for kind in COMMUNICATION if kind in name), "")
+        work.append(Work(begin, end, part_of(name), communication=kind))
     found = break_down(work, (min(x.start for x in work), max(x.end for x in work)))
     times = {part: 0.0 for part in (*PARTS, "other", "exposed", "idle")}
     for (component, _), ms in found.seconds.items():
         times["exposed" if component == EXPOSED else component] += ms
     return times | {"nccl": found.communication, "launches": float(len(work))}
+
+
+def listing(kernels: list[Kernel]) -> str:
+    """A line for each: when it begins and how long it takes in microseconds, its stream and name."""
+    lines = [f"{1e3 * x.begin:10.1f} {1e3 * (x.end - x.begin):9.1f} {x.stream:4} {x.name}\n" for x in kernels]
+    return f"{'begins us':>10} {'takes us':>9} {'on':>4} kernel\n" + "".join(lines)
 
 
 def part_of(kernel: str) -> str:
@@ -236,6 +266,7 @@ def parse_arguments(argv=None):
     parser, default = argparse.ArgumentParser(description=__doc__.split("\n")[0]), "(default: %(default)s)"
     add, sizes = parser.add_argument, [1 << 18] if on_gpu else [1 << 12]
     add("--output", type=writable, help="JSON file, saved again after every measurement")
+    add("--kernels", type=writable_folder, metavar="DIR", help="on GPUs: where lists of what rank 0 launches go")
     add("--cases", nargs="+", choices=list(SELECTIONS), default=list(SELECTIONS))
     add("--strategies", nargs="+", choices=WAYS, default=list(FORCED), help=f"{NCCL}: not through shared memory")
     add("--groups", type=int, default=requests.GROUPS, help=f"of lists, whose keys come one after the other {default}")
@@ -253,6 +284,8 @@ def parse_arguments(argv=None):
     require_positive(parser, arguments, "tokens", "heads", "kv_heads", "head_dim", "repetitions", "groups")
     if arguments.heads % arguments.kv_heads:
         parser.error(f"--kv-heads {arguments.kv_heads} does not divide --heads {arguments.heads}")
+    if arguments.kernels and arguments.device == "cpu":
+        parser.error("--kernels lists what GPUs do, and --device is cpu: leave it out")
     causal = arguments.layer or arguments.causal
     arguments.layout = arguments.layout or ("zigzag" if causal else "contiguous")
     return arguments

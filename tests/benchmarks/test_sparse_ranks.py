@@ -75,7 +75,20 @@ def test_kernels_are_told_apart():
     assert [sparse_ranks.part_of(name) for name in names] == ["forward", "packing", "dk, dv", "branch", "other"]
 
 
+def test_kernels_by_part_and_one_by_one():
+    names = ["forward_kernel", "ncclDevKernel_SendRecv", "peer_blocks_kernel", "keys_kernel"]
+    times = [(0.0, 2.0), (1.0, 2.5), (2.25, 4.0), (4.5, 5.0)]
+    kernels = [sparse_ranks.Kernel(*time, stream, name) for stream, (time, name) in enumerate(zip(times, names))]
+    found = sparse_ranks.by_part(kernels)
+    assert found["forward"] == 2.0 and found["dk, dv"] == 0.5 and found["launches"] == 4
+    assert found["exposed"] == 2.0 and found["idle"] == 0.5 and found["nccl"] == 3.0
+    assert sparse_ranks.listing(kernels).splitlines()[3].split() == ["2250.0", "1750.0", "2", "peer_blocks_kernel"]
+
+
 def test_refusals(capsys):
+    with pytest.raises(SystemExit):
+        sparse_ranks.parse_arguments(["--device", "cpu", "--kernels", "lists"])
+    assert "--kernels lists what GPUs do" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         sparse_ranks.parse_arguments(["--heads", "3", "--kv-heads", "2"])
     assert "--kv-heads 2 does not divide --heads 3" in capsys.readouterr().err
