@@ -91,11 +91,11 @@ class Request:
         if together:
             full = full and keys.of_block.shape[1] == 1
             self.local = []
-            self.plan = BlockPlan.of(queries, arriving, columns, ascending=True, full=full, **options)
+            self.plan = BlockPlan.of(queries, arriving, columns, ascending=True, full=full, apart=True, **options)
         else:
             held = keys.local, arriving
-            local, self.plan = BlockPlan.split(queries, held, columns, len(arriving), **options)
-            self.local = [Part(local)]
+            local, plan = BlockPlan.split(queries, held, columns, len(arriving), **options)
+            self.local, self.plan = [Part(local)], replace(plan, apart=True)
 
     def parts(self, k, v):
         """(parts of local keys that are left, parts of others, the transfer of the first under way). Waits for the

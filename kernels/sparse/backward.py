@@ -115,21 +115,21 @@ def queries_kernel(
 
 
 @launched
-@triton.jit(do_not_specialize=["M", "num_columns", "items", "capacity", "scale", "guard"])
+@triton.jit(do_not_specialize=["M", "num_columns", "items", "room", "capacity", "scale", "guard"])
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, rows_ptr, parts_dk, parts_dv, dk_ptr, dv_ptr,
     q_start, q_length, q_position, k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col,
     weight_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, d_out_stride_t, d_out_stride_h,
-    scale, num_columns, items, capacity, share_k, share_v, share_size, share_up, rule_rows, rule_keys, guard,
+    scale, num_columns, items, room, capacity, share_k, share_v, share_size, share_up, rule_rows, rule_keys, guard,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, GATHER: tl.constexpr, KEYS: tl.constexpr,
-    PACK: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, RULE: tl.constexpr,
-    RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    PACK: tl.constexpr, CHUNK: tl.constexpr, COMPACT: tl.constexpr, CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr,
+    RULE: tl.constexpr, RULE_HEADS: tl.constexpr, CHOICES: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part of dk and dv of one key block from CHUNK query blocks of its list, all query heads that share list and keys:
-    fp32 [group, item, KEYS, D], group = one of max(LISTS, KEY_HEADS); or all of it at once, where no other item has
-    any, and where DEPTH is not 0 with its shares in gradients of means. Query blocks are taken GATHER at a time, or in
-    PARTS."""
+    fp32 [group, room, KEYS, D], group = one of max(LISTS, KEY_HEADS), see `part_of`; or all of it at once, where no
+    other item has any, and where DEPTH is not 0 with its shares in gradients of means. Query blocks are taken GATHER at
+    a time, or in PARTS."""
     GROUPS: tl.constexpr = LISTS if LISTS > KEY_HEADS else KEY_HEADS
     TURNS: tl.constexpr = HEADS // GROUPS // PACK * PARTS
     item, group = tl.program_id(0) % items, tl.program_id(0) // items
@@ -154,7 +154,8 @@ def keys_kernel(
         if RULE == 2:
             key_at = tl.load(rule_keys + key_position, mask=there, other=0)
         ends = col_ptr + listed * (num_columns + 1) + column
-        begin = tl.load(ends) + (item - tl.load(item_ptr + listed * (num_columns + 1) + column)) * CHUNK
+        number = item - tl.load(item_ptr + listed * (num_columns + 1) + column)
+        begin = tl.load(ends) + number * CHUNK
         stop = tl.minimum(begin + CHUNK, tl.load(ends + 1))
         col_idx += listed * capacity
         for turn in range(0, (stop - begin + (GATHER - 1)) // GATHER * TURNS):
@@ -200,7 +201,7 @@ def keys_kernel(
             store_tile(dk_ptr + at, inside, KEY_HEADS * D, 0, there, dk, D, BLOCK_D)
             store_tile(dv_ptr + at, inside, KEY_HEADS * D, 0, there, dv, D, BLOCK_D)
         else:
-            at = (group.to(tl.int64) * items + item) * KEYS * D
+            at = (group.to(tl.int64) * room + part_of(item, number, ends, CHUNK, COMPACT)) * KEYS * D
             store_tile(parts_dk + at, inside, D, 0, inside < KEYS, dk, D, BLOCK_D)
             store_tile(parts_dv + at, inside, D, 0, inside < KEYS, dv, D, BLOCK_D)
 
@@ -217,12 +218,23 @@ def items_of(item_ptr, key_head, num_columns, KEY_HEADS: tl.constexpr, LISTS: tl
     return count
 
 
+@triton.jit
+def part_of(item, number, begin_ptr, CHUNK: tl.constexpr, COMPACT: tl.constexpr):
+    """Where the part of an item lies, the number-th of its key block, whose list begin_ptr points to. COMPACT: only
+    blocks with more than CHUNK entries have parts. Between the first parts of two of them are at least twice their
+    entries over CHUNK, which is as many as the first has or more."""
+    if COMPACT:
+        item = 2 * tl.load(begin_ptr) // CHUNK + number
+    return item
+
+
 @launched
-@triton.jit(do_not_specialize=["num_columns", "items", "span"])
+@triton.jit(do_not_specialize=["num_columns", "room", "span"])
 def add_kernel(
-    parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, item_ptr, share_k, share_v, share_size, share_up,
-    num_columns, items, span, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DEPTH: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, AHEAD: tl.constexpr,
+    parts_dk, parts_dv, dk_ptr, dv_ptr, k_start, k_length, col_ptr, item_ptr, share_k, share_v, share_size, share_up,
+    num_columns, room, span, KEY_HEADS: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPTH: tl.constexpr, CHUNK: tl.constexpr, COMPACT: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
+    SPANS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [T, KEY_HEADS, D] of ROWS rows of `span` key blocks, at most SPANS, and a head: the parts of their lists,
     in order, so many under way, and shares; not of those with one part, which a program sees at a glance."""
@@ -240,13 +252,13 @@ def add_kernel(
                 dk, dv = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
                 for turn in range(0, GROUPS // KEY_HEADS):
                     group = key_head * (GROUPS // KEY_HEADS) + turn
-                    at = item_ptr + (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
-                    first, last = tl.load(at), tl.load(at + 1)
-                    for begin_at in range(first, last, AHEAD):
+                    at = (group * LISTS // GROUPS).to(tl.int64) * (num_columns + 1) + column
+                    first, last = tl.load(item_ptr + at), tl.load(item_ptr + at + 1)
+                    begin_part = tl.full([], group, tl.int64) * room + part_of(first, 0, col_ptr + at, CHUNK, COMPACT)
+                    for turn_at in range(0, last - first, AHEAD):
                         for ahead in tl.static_range(AHEAD):
-                            item = begin_at + ahead
-                            part = (tl.full([], group, tl.int64) * items + item) * KEYS * D
-                            some = there & (item < last)
+                            part = (begin_part + turn_at + ahead) * KEYS * D
+                            some = there & (turn_at + ahead < last - first)
                             dk += load_tile(parts_dk + part, inside, D, 0, some, D, BLOCK_D)
                             dv += load_tile(parts_dv + part, inside, D, 0, some, D, BLOCK_D)
                 if DEPTH:
@@ -265,7 +277,7 @@ def add_parts(parts, dk, dv, plan, shares, depth, block_d):
     programs = cdiv(columns, span) * heads
     rows = min(SLICE, size) if programs < FEW_ADDING else size
     add_kernel[(programs * (size // rows),)](
-        *parts, dk, dv, keys.start, keys.length, of_columns.item_ptr, *shares, columns, of_columns.item_col.shape[1],
-        span, heads, plan.heads, head_dim, block_d, depth, size, rows, SPANS,
-        max(1, min(4, UNDER_WAY // (rows * block_d))), num_warps=rows // 8,
+        *parts, dk, dv, keys.start, keys.length, of_columns.col_ptr, of_columns.item_ptr, *shares, columns,
+        parts[0].shape[1], span, heads, plan.heads, head_dim, block_d, depth, plan.chunk, plan.compact(heads), size,
+        rows, SPANS, max(1, min(4, UNDER_WAY // (rows * block_d))), num_warps=rows // 8,
     )  # fmt: skip

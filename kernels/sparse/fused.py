@@ -186,14 +186,15 @@ def backward(
 def _key_gradients(d_out, q, k, v, rows, dk, dv, plan, scale, shares):
     """Writes dk and dv."""
     columns, groups, num_columns = plan.columns, max(plan.heads, k.shape[1]), len(plan.keys)
-    items, tile = plan.most_items, _tile(q, k, plan)
-    parts = q.new_empty(2, groups, items, plan.keys.size, q.shape[2], dtype=torch.float32).unbind()
+    items, tile, compact = plan.most_items, _tile(q, k, plan), plan.compact(k.shape[1])
+    room = plan.most_parts(k.shape[1])
+    parts = q.new_empty(2, groups, room, plan.keys.size, q.shape[2], dtype=torch.float32).unbind()
     tables = _tables(plan)
     given, depth = shares_arguments(shares, dk)
     keys_kernel[(items * groups,)](
         q, k, v, d_out, rows.sums, *parts, dk, dv, *tables[:7], columns.col_ptr, columns.col_idx, columns.item_ptr,
-        columns.item_col, tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, columns.col_idx.shape[1],
-        *given, *arguments(plan), DEPTH=depth, CHUNK=plan.chunk,
+        columns.item_col, tables[-1], *_strides(q, k, v, d_out), scale, num_columns, items, room,
+        columns.col_idx.shape[1], *given, *arguments(plan), DEPTH=depth, CHUNK=plan.chunk, COMPACT=compact,
         **(tile | _of_keys(q.dtype, q.shape[2], tile["ROWS"], tile["KEYS"])),
     )  # fmt: skip
     add_parts(parts, dk, dv, plan, given, depth, tile["BLOCK_D"])

@@ -91,6 +91,7 @@ class BlockPlan:
     single queries see of listed blocks, or None for all; keys have step 1 then. by_key: plans over the same tensors, of
     the same queries, that together list the same pairs and make the gradients of keys in place of this one, each in
     blocks that suit it; what goes by key blocks leaves out entries of row_idx from T on, which are another plan's.
+    apart: whether a key block is named by one list at most.
     """
 
     queries: Blocks
@@ -103,6 +104,7 @@ class BlockPlan:
     rule: Picks | Boxes | None = None
     chunk: int = CHUNK
     by_key: tuple["BlockPlan", ...] = ()
+    apart: bool = False
 
     @property
     def heads(self) -> int:
@@ -136,7 +138,7 @@ class BlockPlan:
     @classmethod
     def of(
         cls, queries: Blocks, keys: Blocks, chosen, *, causal: bool, log_weight=None, rule=None, ascending=False,
-        chunk=None, full=False,
+        chunk=None, full=False, apart=False,
     ) -> "BlockPlan":  # fmt: skip
         """chosen: integers [Hs, M, K], the key blocks of every query block in any order, none twice, -1 for nothing;
         `ascending` says that the rest of each row is in order, or that its order does not matter, which saves a sort;
@@ -150,7 +152,7 @@ class BlockPlan:
             row_ptr, row_idx = _rows_of(chosen, len(keys), 1)
         chunk = chunk or _chunk_of(keys, row_idx)
         most = _most_items(len(keys), row_idx.shape[1], chunk)
-        return cls(queries, keys, row_ptr, row_idx, most, causal, log_weight, rule, chunk)
+        return cls(queries, keys, row_ptr, row_idx, most, causal, log_weight, rule, chunk, apart=apart)
 
     @classmethod
     def split(cls, queries: Blocks, keys, chosen, width: int, *, causal: bool, rule=None) -> list["BlockPlan"]:
@@ -176,6 +178,19 @@ class BlockPlan:
         at most `entries` times, by its own lists."""
         most = _most_items(len(keys), entries, chunk)
         return replace(self, by_key=(other, replace(self, keys=keys, chunk=chunk, most_items=most)))
+
+    def compact(self, key_heads: int) -> bool:
+        """Whether only key blocks with more than `chunk` entries have parts of gradients, see backward.part_of: where
+        no two lists of a key head make those of one block, and that takes less memory."""
+        return (self.apart or self.heads <= key_heads) and self._most_of_split < self.most_items
+
+    def most_parts(self, key_heads: int) -> int:
+        """Room for parts of gradients of a list."""
+        return self._most_of_split if self.compact(key_heads) else self.most_items
+
+    @property
+    def _most_of_split(self):
+        return 2 * self.row_idx.shape[1] // self.chunk + 1
 
     def map(self, move) -> "BlockPlan":
         """The same with every tensor passed through `move`, without a rule; lists by key block as well if there are."""

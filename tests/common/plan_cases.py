@@ -45,6 +45,23 @@ def of_one_list(queries, keys, heads):
     return torch.arange(len(keys)).view(-1, heads).T[:, None].expand(-1, len(queries), -1)
 
 
+def make_hot(lists, key_heads, block, query_block, **options):
+    """As `make`, and another plan for the same: every list names three blocks for all rows, and one more for each;
+    with more lists than key heads all others. Chunks of 16 entries: few blocks have more than one."""
+
+    def hot(queries, keys, heads):
+        apart = heads if heads > key_heads else 1
+        own = torch.arange(len(queries)) % (len(keys) // apart - 3) + 3
+        rows = torch.stack([*torch.arange(3).expand(len(queries), 3).T, own], 1)
+        return torch.stack([rows * apart + n % apart for n in range(heads)])
+
+    case = (0, 40 * query_block - 5), query_block, block, lists, 2 * lists, key_heads
+    plan, *rest = make("hot", hot, case=(*case, options.pop("dim", 16), False, True, 0), **options)
+    chosen = plan.row_idx.view(lists, len(plan.queries), 4)
+    given = {"causal": False, "log_weight": plan.log_weight, "ascending": True, "chunk": 16}
+    return (BlockPlan.of(plan.queries, plan.keys, chosen, apart=apart, **given) for apart in (False, True)), *rest
+
+
 # name: whether dense blocks and chosen ones are there
 BESIDE = {"both": (True, True), "none chosen": (True, False), "all chosen": (False, True)}
 

@@ -7,7 +7,7 @@ import torch
 from devices import telling
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from plan_cases import BESIDE, CASES, LIMITS, SCALE, check, make, make_beside, of_one_list
+from plan_cases import BESIDE, CASES, LIMITS, SCALE, check, make, make_beside, make_hot, of_one_list
 from sparse_oracle import make_shares
 
 from longspan.kernels.sparse import BlockPlan, Blocks, Boxes, Picks, choose, forms, gathered, naive
@@ -116,6 +116,18 @@ def test_extreme_lists(form, chosen, monkeypatch):
 def test_blocks_that_one_list_names_need_no_sums(monkeypatch):
     monkeypatch.setattr(fused, "add_parts", lambda *_: None)
     check(fused, *make("apart", of_one_list, case=((0, 150), 32, 16, 2, 4, 1, 16, False, True, 0)))
+
+
+@pytest.mark.parametrize("lists, key_heads", [(1, 1), (2, 2), (2, 1)])
+def test_only_blocks_of_long_lists_have_parts(lists, key_heads):
+    """With the same bits where memory has room for a part of every block."""
+    (plan, apart), *given = make_hot(lists, key_heads, 16, 16)
+    assert apart.compact(key_heads) and plan.compact(key_heads) == (lists == key_heads)
+    assert apart.most_parts(key_heads) < len(apart.keys) and (apart.item_ptr.diff() > 1).sum() == 3 * lists
+    wide = replace(plan, row_idx=torch.nn.functional.pad(plan.row_idx, (0, 10_000)))
+    assert not wide.compact(key_heads)
+    found = check(fused, apart, *given)
+    assert all(map(torch.equal, found, check(fused, wide, *given)))
 
 
 @pytest.mark.parametrize("name", BESIDE)

@@ -6,7 +6,7 @@ import gluon_emulator
 import pytest
 import sparse_oracle
 import torch
-from plan_cases import BESIDE, check, make, make_beside, of_one_list
+from plan_cases import BESIDE, check, make, make_beside, make_hot, of_one_list
 
 from longspan.attention import LinearBranch, TopBlocks, linear_branch
 from longspan.attention import sparse as attention
@@ -93,6 +93,13 @@ def test_blocks_that_one_list_names_need_no_sums(key_block, launched, monkeypatc
     case = (0, 4 * key_block - 9), 64, key_block, 2, 4, 1, 64, True, False, 0
     plan, *given, d_lse = make("apart", of_one_list, dtype=torch.bfloat16, case=case)
     check(fused, plan, *given, d_lse)
+
+
+def test_only_blocks_of_long_lists_have_parts(launched):
+    (_, plan), *given = make_hot(2, 1, 64, 64, dim=64, dtype=torch.bfloat16)
+    assert plan.compact(1) and (plan.item_ptr.diff() > 1).sum() == 6
+    check(fused, plan, *given)
+    assert launched[-1] == "keys_kernel"
 
 
 @pytest.mark.parametrize("feature_map", ["softmax", "elu1"])

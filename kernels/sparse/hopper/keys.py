@@ -159,14 +159,14 @@ def _write(
 
 
 @launched
-@gluon.jit(do_not_specialize=["num_columns", "items", "capacity", "scale", "M"])
+@gluon.jit(do_not_specialize=["num_columns", "items", "room", "capacity", "scale", "M"])
 def keys_kernel(
     q_desc, d_out_desc, lse_desc, delta_desc, k_ptr, v_ptr, dk_ptr, dv_ptr, parts_dk, parts_dv, q_start, q_position,
     k_start, k_length, k_position, k_step, col_ptr, col_idx, item_ptr, item_col, weight_ptr, state_desc,
-    normalizers_ptr, state_rows, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, M, num_columns, items, capacity,
-    HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
-    SIZE: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, MAP: gl.constexpr,
+    normalizers_ptr, state_rows, k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale, M, num_columns, items, room,
+    capacity, HEADS: gl.constexpr, KEY_HEADS: gl.constexpr, LISTS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
+    SIZE: gl.constexpr, CHUNK: gl.constexpr, COMPACT: gl.constexpr, CAUSAL: gl.constexpr, WEIGHTED: gl.constexpr,
+    Q_STAGES: gl.constexpr, STAGES: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
     """As kernels.sparse.backward.keys_kernel, for query blocks of SIZE rows, a multiple of 64; what has one part goes
     to dk and dv at once. MAP: of keys that are part of states, each of a block's first part, or ""; state_desc [n *
@@ -207,7 +207,8 @@ def keys_kernel(
         v_ptr += key_head * v_stride_h
         dk_ptr += key_head * D
         dv_ptr += key_head * D
-        at = (group.to(gl.int64) * items + item) * KEYS * D
+        part = 2 * gl.load(ends) // CHUNK + number if COMPACT else item  # see part_of
+        at = (group.to(gl.int64) * room + part) * KEYS * D
         parts_dk += at
         parts_dv += at
         head = group * (HEADS // GROUPS)

@@ -49,8 +49,8 @@ def query_gradients(d_out, q, k, v, out, lse, makes_rows, log, delta, dq, plan, 
 def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
     """Writes dk and dv, see kernels.sparse.fused.backward. states: KeyStates that the keys are part of, or None."""
     head_dim, size, columns = q.shape[2], plan.keys.size, plan.columns
-    groups, items = max(plan.heads, k.shape[1]), plan.most_items
-    parts = log.new_empty(2, groups, items, size, head_dim).unbind()
+    groups, items, room = max(plan.heads, k.shape[1]), plan.most_items, plan.most_parts(k.shape[1])
+    parts = log.new_empty(2, groups, room, size, head_dim).unbind()
     rows, feature_map = matrix_of(q, 64), ""
     of_states = rows, log, plan.keys.start
     if states is not None:
@@ -61,8 +61,8 @@ def key_gradients(d_out, q, k, v, log, delta, dk, dv, plan, scale, states=None):
         rows, matrix_of(d_out, 64), *(_flat(x, 64) for x in (log, delta)), k, v, dk, dv, *parts,
         plan.queries.start, plan.queries.position, *_tables(plan)[3:],
         columns.col_ptr, columns.col_idx, columns.item_ptr, columns.item_col, _weight(plan),
-        *of_states, *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries), len(plan.keys), items,
-        columns.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk,
+        *of_states, *k.stride()[:2], *v.stride()[:2], scale, len(plan.queries), len(plan.keys), items, room,
+        columns.col_idx.shape[1], *_heads(q, k, plan), size, plan.queries.size, plan.chunk, plan.compact(k.shape[1]),
         plan.causal, plan.log_weight is not None, *KEY_GRADIENTS, feature_map,
         num_warps=4, **_most(128 if size == 64 else None),  # two programs on a processor
     )  # fmt: skip
