@@ -18,9 +18,9 @@ def balanced(lengths, world_size: int) -> Layout:
     """Documents on as few ranks as their work needs, in head-tail pairs; totals differ by at most one token.
 
     Long documents, with more than the average of query-key pairs a token, lie end to end in one row, the others in a
-    second one. Rank after rank takes the next tokens of both, as many of each as even out its pairs. So a document lies
-    on successive ranks, fewer than 2 * world_size documents are cut, and a rank has at most six spans of those: in each
-    row the last one of a document, or two that go on, and two of the next. One document alone is plain zig-zag.
+    second one. Rank after rank takes the next tokens of both, as many of each as even out its pairs. So fewer than
+    2 * world_size documents are cut, each over ranks in a row, and a rank has at most six spans of those: in each row
+    the last of one document and two of the next. One document alone is plain zig-zag.
     """
     lengths, world_size = check_lengths(lengths), check_world_size(world_size)
     total, pairs = sum(lengths), sum(length * (length + 1) for length in lengths) // 2
