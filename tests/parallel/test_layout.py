@@ -176,8 +176,8 @@ def test_balanced_lays_thousands_of_documents_evenly():
     lengths = draw("magi", np.random.default_rng(0), 64 * 32_768, 64 * 32_768)
     layout = balanced(lengths, 64)
     assert max(map(len, layout.spans)) < 2 * len(lengths) / 64
-    ones = balanced((1,) * 20_000, 512)
-    assert {len(spans) for spans in ones.spans} == {39, 40} and ones == balanced([1] * 20_000, 512)
+    ones = balanced((1,) * 5000, 512)
+    assert {len(spans) for spans in ones.spans} == {9, 10} and ones == balanced([1] * 5000, 512)
 
 
 def test_balanced_shares_the_attention_of_mixed_lengths():
