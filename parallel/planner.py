@@ -16,7 +16,8 @@ from longspan.parallel.balanced import balanced
 from longspan.parallel.costs import Costs, Predicted, predict
 from longspan.parallel.geometry import Mask
 from longspan.parallel.hybrid import power_of_two_groups
-from longspan.parallel.layout import Layout, Span, check_lengths, head_tail
+from longspan.parallel.layout import Layout, check_lengths
+from longspan.parallel.shares import spans_of
 from longspan.parallel.topology import Topology
 from longspan.parallel.water_fill import water_fill
 from longspan.parallel.zeppelin_even import even_rings
@@ -29,6 +30,7 @@ UNBALANCED = 1.12  # from here on it is tried again, closer, and with more room
 TRIES = ((NODE_ROOM, 0.02), (1.15, 0.005), (NODE_ROOM, 0.005))  # rooms of a node, precision
 FEW_RANKS = 16
 SLOW_LINKS = 1.5  # a plan's time over its slowest rank's attention from which on another is tried on many ranks, too
+BASE_UNBALANCED = 1.1  # up to here the default layout is one to choose: it balances pairs, not what pieces cost besides
 BALANCE = 1.5  # what is x out of balance must take 1.5 x less: transfers are the less certain part of a prediction
 EVEN_ROOM = 1.03  # tokens per rank of the others, in units of the mean: the published scheme has batches 97 % full
 
@@ -103,7 +105,9 @@ class _Batch:
     most: float
 
     def plan(self, shares) -> AttentionPlan:
-        return self.planned(_layout(self.lengths, self.topology, shares))
+        """`rebalance` takes from the end of a rank's spans: of the shortest documents."""
+        spans = spans_of(self.lengths, self.topology.world_size, shares)
+        return self.planned(Layout(self.lengths, tuple(map(tuple, spans))))
 
     def planned(self, layout) -> AttentionPlan:
         return AttentionPlan(layout, self.topology, self.costs, predict(layout, self.topology, self.costs, self.mask))
@@ -129,8 +133,10 @@ def _zeppelin(batch):
                 found = min(found, batch.plan(shares), key=score)
     elif _even_rings_take(batch) > found.predicted.slowest_s:
         return found
-    for other in (_balanced, _even_rings, _hybrid) if few else (_even_rings,):
-        rival = other(batch)
+    rivals = [other(batch) for other in ((_even_rings, _hybrid) if few else (_even_rings,))]
+    if few and (base := _balanced(batch)).predicted.imbalance <= BASE_UNBALANCED:
+        rivals.append(base)
+    for rival in rivals:
         if max(rival.layout.tokens_per_rank) <= max(batch.most, max(found.layout.tokens_per_rank)):
             found = min(found, rival, key=score)
     return found
@@ -181,15 +187,3 @@ def _hybrid(batch):
 
 
 STRATEGIES = {"zeppelin": _zeppelin, "zeppelin_even": _even_rings, "hybrid": _hybrid}
-
-
-def _layout(lengths, topology, shares) -> Layout:
-    """Every rank's spans, longest documents first: what `rebalance` moves away is taken from the end."""
-    spans = [[] for _ in range(topology.world_size)]
-    for share in sorted(shares, key=lambda share: (-lengths[share.document], share.document)):
-        if len(share.ranks) == 1:
-            spans[share.ranks[0]].append(Span(share.document, 0, lengths[share.document]))
-            continue
-        for rank, pair in zip(share.ranks, head_tail(share.document, share.tokens)):
-            spans[rank] += pair
-    return Layout(lengths, tuple(map(tuple, spans)))

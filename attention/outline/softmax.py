@@ -25,6 +25,7 @@ from longspan.parallel.layout import Layout, Span
 from longspan.parallel.routes import RouteTable
 
 TOKENS = 1024  # of a rank, where there are more
+SOME = 8  # ranks to ask about
 
 
 def outlined_softmax(outline: Outline, q, k, v, mask: Mask):
@@ -184,9 +185,10 @@ def _peaks(layout, mask, topology, strategy, costs, plan, heads, kv_heads, size,
 def _ranks(layout: Layout) -> list[int]:
     """Those among which is, about, the one that holds most: the one with most tokens; of equal ones the first where
     keys of many come at once, one near the middle in a ring, before it in the forward pass, behind it where there are
-    fewer key heads."""
+    fewer key heads. Of several documents every rank has others: of all up to SOME."""
     count = layout.world_size
-    return sorted({_fullest(layout), 0, count // 4, count // 2, 5 * count // 8, count - 1})
+    some = range(0, count, -(-count // SOME)) if len(layout.lengths) > 1 else ()
+    return sorted({_fullest(layout), 0, count // 4, count // 2, 5 * count // 8, count - 1, *some})
 
 
 def _peak(run, groups, tensors, schedule, kernel) -> int:
