@@ -26,11 +26,13 @@ from longspan.parallel.mesh import join
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
-import os, signal, sys
+import os, signal, sys, threading
 from longspan.launcher.errors import UserError, main_guard
 from longspan.models.config import ModelConfig
 from longspan.launcher import errors
 case, rank = sys.argv[1], int(os.environ["RANK"])
+def lost_in_thought():
+    threading.Event().wait()
 if case == "only at first":
     errors.POLL_SECONDS = 0.01  # so that a failure is seen while the groups are formed
 if case == "rank 0 is silent":
@@ -41,11 +43,16 @@ with main_guard():
     import torch
     import torch.distributed as dist
     from longspan.parallel.mesh import build_mesh
-    build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"), timeout_s=2 if "silent" in case else 600)
+    timeout_s = 6 if case == "a rank hangs" else 2 if "silent" in case else 600
+    build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"), timeout_s=timeout_s)
     if rank == 1 and case == "a rank is killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if (rank, case) in ((1, "a rank is silent"), (0, "rank 0 is silent")):
         os.kill(os.getpid(), signal.SIGSTOP)
+    if rank == 1 and "a rank hangs" in case:
+        lost_in_thought()
+    if rank == 2 and case == "a rank hangs, and who waits for it leaves":
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:25264")
     if rank == 1 and case == "user error on one rank":
         raise UserError("corpus x.bin: document 3 holds token id 999")
     if rank == 1 and case == "crash on one rank":
@@ -160,6 +167,30 @@ def test_a_rank_that_does_not_answer_is_named(program, ranks, tmp_path):
         r"longspan: error: rank [02] \(.+\) has waited [23] s for rank 1, which neither failed nor answered: look at"
     )
     assert re.match(named, lines[0])
+
+
+@pytest.mark.parametrize(
+    "case, waited",
+    [
+        ("a rank hangs", "(has waited 6 s|was left by a rank that has waited too long) for"),
+        ("a rank hangs, and who waits for it leaves", "was left by a rank that has waited too long for"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_where(program, case, waited, tmp_path):
+    """Its alarm answers, but its main thread does not come; that of a third rank waits like the first."""
+    processes, files = _start(program, case, range(3), 3, tmp_path)
+    try:
+        _wait_for(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    said = "".join(Path(file.name).read_text() for file in files)
+    (line,) = [line for line in said.splitlines() if "longspan: error" in line]
+    remedy = r": look at processes, machines and network, or raise train.timeout_s"
+    named = rf"longspan: error: rank [02] \(.+\) {waited} rank 1, which did something else, as the stacks above show"
+    assert re.match(named + remedy, line), said
+    assert said.index("rank 1, MainThread:\n") < said.index("in lost_in_thought\n") < said.index(line)
+    assert said.count(", MainThread:") == 1 and "longspan-alarm" not in said and "Traceback" not in said
 
 
 @pytest.mark.slow
