@@ -296,13 +296,11 @@ def try_folder(run_dir: Path) -> None:
 
 
 def _prepare(partial: Path) -> None:
-    run_dir = partial.parent.parent
-    if not run_dir.is_dir():
-        log.warning("%s was moved or deleted: it is made anew, metrics.jsonl stays where it was", run_dir)
     try:
+        partial.parent.mkdir(exist_ok=True)  # in the run directory, which is there
         for leftover in partial.parent.glob(".*-step-*"):
             shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
+        partial.mkdir()
     except OSError as error:
         raise UserError(_unwritable(partial, error)) from None
 

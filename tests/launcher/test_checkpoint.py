@@ -297,6 +297,7 @@ def _save_and_damage(rank, world_size, folder, corpus):
     stopped.append(_ended(place, OSError(errno.ESTALE, "Stale file handle"), action))
 
     torch.manual_seed(rank)
+    (folder / "other").mkdir(exist_ok=True)
     path = checkpoint.save(folder / "other", config, trainer.engine, step=1, data={})
     expected = torch.rand(3)
     checkpoint.load(checkpoint.read_info(path), trainer.engine)
@@ -428,9 +429,10 @@ def test_a_trial_that_is_cut_short_is_in_nobodys_way(tmp_path, monkeypatch):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_run_directory_that_was_moved_is_said(tmp_path, caplog):
-    checkpoint._prepare(tmp_path / "run" / "checkpoints" / ".saving-step-00000004")
-    assert f"{tmp_path}/run was moved or deleted: it is made anew" in caplog.text
+def test_a_run_directory_is_not_made_anew(tmp_path):
+    with pytest.raises(UserError, match="run/checkpoints/.saving-step-00000004: the checkpoint cannot be written"):
+        checkpoint._prepare(tmp_path / "run" / "checkpoints" / ".saving-step-00000004")
+    assert not (tmp_path / "run").exists()
 
 
 def _on_the_disk(rank, world_size, folder, corpus):
