@@ -54,26 +54,49 @@ def main_guard() -> Iterator[None]:
     """
     alarm = None
     _open_streams()
+    with _interrupts() as interrupted:
+        try:
+            if _world_size() > 1:
+                alarm = _Alarm()
+                _check_restarts()
+            yield
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever it is, all ranks must stop
+            lost = interrupted.is_set() and not isinstance(error, UserError)
+            message = _describe(KeyboardInterrupt() if lost else error)
+            if alarm is None:
+                _print(message)
+                _tell_torchrun(message)
+                try:
+                    sys.stdout.flush()
+                except OSError:  # the interpreter would try once more to write what is left
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise SystemExit(1) from None
+            alarm.raise_for_all(message)
+        finally:
+            if alarm is not None:
+                alarm.close()
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set once Ctrl-C has come: modules that are being imported turn a KeyboardInterrupt into exceptions of their own.
+    Where it is ignored, as behind `nohup`, it stays so."""
+    came, before = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def note(*_):
+        came.set()
+        raise KeyboardInterrupt
+
+    ours = before in (signal.SIG_DFL, signal.default_int_handler)
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        if _world_size() > 1:
-            alarm = _Alarm()
-            _check_restarts()
-        yield
-        sys.stdout.flush()
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever it is, all ranks must stop
-        message = _describe(error)
-        if alarm is None:
-            _print(message)
-            _tell_torchrun(message)
-            try:
-                sys.stdout.flush()
-            except OSError:  # the interpreter would try once more to write what is left
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
-        alarm.raise_for_all(message)
+        yield came
     finally:
-        if alarm is not None:
-            alarm.close()
+        signal.signal(signal.SIGINT, before)
 
 
 def _open_streams() -> None:

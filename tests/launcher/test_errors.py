@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -459,6 +460,38 @@ def test_ranks_without_a_place_to_meet(given, found, capsys, monkeypatch):
             monkeypatch.setenv(name, value)
         output = _output_of(lambda: None, capsys)
     assert re.fullmatch(f"longspan: error: {found.replace('TAKEN', port)}.*\n", output)
+
+
+def test_an_interrupt_that_an_import_has_turned_into_something_else(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    before = signal.getsignal(signal.SIGINT)
+
+    def import_something(found):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise found from None
+
+    line = _output_of(lambda: import_something(AttributeError("module 'numpy' has no attribute 'x'")), capsys)
+    assert re.fullmatch(r"longspan: error: interrupted on rank 0 \(.+\)\n", line)
+    line = _output_of(lambda: import_something(UserError("interrupted on rank 1 while x was saved")), capsys)
+    assert line == "longspan: error: interrupted on rank 1 while x was saved\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_an_interrupt_before_anything_is_imported(ignored):
+    """By Python's own handler, that is: of our entry points none leaves a traceback then."""
+    interrupting = "import importlib.abc, signal, sys\nclass Finder(importlib.abc.MetaPathFinder):\n"
+    interrupting += "    def find_spec(self, name, *_):\n        if name == 'longspan.launcher.cli':\n"
+    interrupting += "            print('reached', flush=True)\n            signal.raise_signal(signal.SIGINT)\n"
+    interrupting += "sys.meta_path.insert(0, Finder())\nsys.argv = ['longspan', '--version']\n"
+    interrupting += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * ignored
+    script = f"import runpy; runpy.run_path({str(ROOT / 'launcher' / 'train.py')!r}, run_name='x')"
+    for start in ("from longspan.launcher.entry import main; main()", script):
+        done = subprocess.run([sys.executable, "-c", interrupting + start], capture_output=True, text=True)
+        assert done.stderr == "" and done.stdout.startswith("reached\n")
+        assert done.returncode == (0 if ignored else -signal.SIGINT)
 
 
 def test_system_exit_passes(monkeypatch):
