@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -131,6 +132,10 @@ def _check_restarts() -> None:
 def _describe(error: BaseException) -> str:
     """The text to print for `error`; its last line starts with `longspan: error:`."""
     line = " ".join(str(error).split())
+    rank, host = os.environ.get("RANK", "0"), socket.gethostname()
+    if os.strerror(errno.EMFILE) in line:  # whatever could not be opened, and in whose words
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"longspan: error: rank {rank} ({host}) may open {limit} files: allow more with `ulimit -n` ({line})"
     if isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_by_us(error)):
         return f"longspan: error: {line}"
     found = re.match(r"(\S+) does not have a deterministic implementation", line)
@@ -139,7 +144,6 @@ def _describe(error: BaseException) -> str:
             f"longspan: error: train.deterministic=true, but torch's {found[1]}, which this model needs here, has no"
             " deterministic form: use train.deterministic=false, or other layers"
         )
-    rank, host = os.environ.get("RANK", "0"), socket.gethostname()
     if isinstance(error, KeyboardInterrupt):
         return f"longspan: error: interrupted on rank {rank} ({host})"
     if re.search(r"gloo.*Connection (closed|reset) by peer|remote process exited", line):  # gloo's and NCCL's words

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -298,6 +299,20 @@ def test_a_value_error_of_a_library_called_by_us_keeps_its_traceback(capsys, mon
     exec("def convert(): int('x')\ndef refuse(): raise ValueError('model.x=1: use 2')", module)
     assert "Traceback" in _output_of(module["convert"], capsys)
     assert _output_of(module["refuse"], capsys) == "longspan: error: model.x=1: use 2\n"
+
+
+@pytest.mark.parametrize("kind", [OSError, UserError, RuntimeError])
+def test_too_few_files_may_be_open(kind, capsys, monkeypatch):
+    """Which our own lines, and those of libraries, put down to something else."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def fail():
+        raise kind("device.cc:186] rv != -1. Too many open files")
+
+    line = _output_of(fail, capsys)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert re.match(rf"longspan: error: rank 0 \(.+\) may open {limit} files: allow more with `ulimit -n` \(dev", line)
+    assert line.count("\n") == 1
 
 
 def test_what_torch_cannot_repeat_is_one_line(capsys, monkeypatch):
