@@ -71,7 +71,10 @@ def find(run_dir: Path, resume: str) -> Info | None:
 def _find(run_dir: Path, resume: str) -> Info | None:
     own = _complete(run_dir / "checkpoints")
     if resume == "auto":
-        return read_info(own[-1]) if own else None
+        newest = read_info(own[-1]) if own else None
+        if newest and newest.step != _step_of(newest.path):  # where later saves would find their places taken
+            raise UserError(f"{newest.path} holds step {newest.step}: call the folder that, or move it elsewhere")
+        return newest
     start = None if resume == "none" else named(Path(resume), "checkpoint.resume=")
     if own and (start is None or _step_of(own[-1]) > start.step):
         raise UserError(

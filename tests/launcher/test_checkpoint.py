@@ -47,6 +47,13 @@ def test_auto_takes_the_newest_complete_one(tmp_path):
     assert (info.path, info.step, info.data) == (newest, 10, {"position": 10})
 
 
+def test_a_copy_under_the_name_of_another_step_is_refused(tmp_path):
+    shutil.copytree(_fake(tmp_path, 3), copy := tmp_path / "checkpoints" / "step-00000005")
+    with pytest.raises(UserError, match=f"{copy} holds step 3: call the folder that, or move it elsewhere"):
+        checkpoint.find(tmp_path, "auto")
+    assert checkpoint.find(tmp_path / "new", str(copy)).step == 3
+
+
 def test_a_path_names_a_checkpoint_or_a_run(tmp_path):
     path = _fake(tmp_path / "old", 7)
     for name in (path, tmp_path / "old", tmp_path / "old" / "checkpoints"):
