@@ -10,9 +10,10 @@ import io
 import json
 import logging
 import shutil
+import socket
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from longspan.launcher.config import Config
 from longspan.launcher.digests import DigestingWriter, digest, first_difference, share
 from longspan.launcher.engines import Engine
 from longspan.launcher.errors import UserError
-from longspan.launcher.files import write_through
+from longspan.launcher.files import naming, write_through
 from longspan.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -63,18 +64,17 @@ def find(run_dir: Path, resume: str) -> Info | None:
     directory holds later checkpoints than the start, which the run would mix with its own. Looks at the file system:
     call it on one rank.
     """
-    try:
+    with _reading(run_dir):
         return _find(run_dir, resume)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename}: cannot be read ({error.strerror}); change its permissions, run.dir or checkpoint.resume"
-        ) from None
 
 
 def _find(run_dir: Path, resume: str) -> Info | None:
     own = _complete(run_dir / "checkpoints")
     if resume == "auto":
-        return read_info(own[-1]) if own else None
+        newest = read_info(own[-1]) if own else None
+        if newest and newest.step != _step_of(newest.path):  # where later saves would find their places taken
+            raise UserError(f"{newest.path} holds step {newest.step}: call the folder that, or move it elsewhere")
+        return newest
     start = None if resume == "none" else named(Path(resume), "checkpoint.resume=")
     if own and (start is None or _step_of(own[-1]) > start.step):
         raise UserError(
@@ -86,10 +86,11 @@ def _find(run_dir: Path, resume: str) -> Info | None:
 
 def named(path: Path, setting: str = "") -> Info:
     """The checkpoint `path`, or the newest one of that run directory. UserError, which repeats what `setting` asked for
-    it, when it is missing or damaged."""
-    if (path / MARKER).exists():
-        return read_info(path)
-    complete = _complete(path / "checkpoints") or _complete(path)
+    it, when it is missing, damaged or not readable."""
+    with _reading(path):
+        if _is_complete(path):
+            return read_info(path)
+        complete = _complete(path / "checkpoints") or _complete(path)
     if not complete:
         raise UserError(
             f"{setting}{path}: no complete checkpoint there; name a folder step-*, or a run directory with one"
@@ -98,20 +99,29 @@ def named(path: Path, setting: str = "") -> Info:
 
 
 def read_info(path: Path) -> Info:
-    """What `path` says about itself; UserError when the checkpoint is damaged."""
+    """What `path` says about itself; UserError when the checkpoint is damaged or cannot be read."""
     try:
-        content, written = (path / "info.json").read_bytes(), (path / MARKER).read_text()
-        if written and digest(content) != written:
+        content, written = (_content(path / name) for name in ("info.json", MARKER))
+        if written and digest(content) != written.decode():
             raise ValueError("info.json has other bytes than were written")
-        fields = json.loads(content)
-        info = Info(path=path, **fields)
+        stored = json.loads(content)
+        if written and (unknown := set(stored) - {known.name for known in fields(Info)}):
+            raise UserError(f"{path} is of a later release, by its {', '.join(sorted(unknown))}: use that release")
+        info = Info(path=path, **stored)
         for name, size in info.sizes.items():
             found = (path / name).stat().st_size
             if found != size:
                 raise ValueError(f"{name} has {found} bytes instead of {size}")
-    except (OSError, TypeError, ValueError) as error:
+    except (FileNotFoundError, TypeError, ValueError) as error:
         raise UserError(_damaged(path, error)) from None
+    except OSError as error:
+        raise UserError(_unreadable(path, error)) from None
     return info
+
+
+def _content(path: Path) -> bytes:
+    with naming(path):
+        return path.read_bytes()
 
 
 ANEW = "start anew in another run.name with checkpoint.resume=none"
@@ -168,7 +178,7 @@ def load(info: Info, engine: Engine) -> None:
         state = {"model": state["model"]}
     _read(info, {"model": state["model"]} | ({} if new else {"optimizer": {"state": moments}}))
     if same_ranks:
-        with _whole(info.path):
+        with _whole(info):
             random_state = torch.load(info.path / _rng_file(dist.get_rank()), weights_only=True)
     engine.load_state_dict(state)
     if same_ranks:
@@ -180,15 +190,20 @@ def load(info: Info, engine: Engine) -> None:
 def _check_bytes(info: Info, rank: int, world_size: int) -> str | None:
     """What is wrong with those of the files that `rank` checks; None for nothing."""
     mine = share(list(info.digests), rank, world_size)
-    difference = first_difference(info.path, {name: info.digests[name] for name in mine})
+    try:
+        difference = first_difference(info.path, {name: info.digests[name] for name in mine})
+    except OSError as error:
+        return _unreadable(info.path, error)
     return difference and _damaged(info.path, difference)
 
 
 def verify(path: Path) -> Iterator[tuple[str, bool]]:
     """Of the checkpoint `path`, or of every complete one of that run directory: a line about its bytes, and whether
     they are right. UserError where there is none."""
-    single = [path] if (path / MARKER).exists() else []
-    for found in single or _complete(path / "checkpoints") or _complete(path) or [named(path).path]:
+    with _reading(path):
+        single = [path] if _is_complete(path) else []
+        folders = single or _complete(path / "checkpoints") or _complete(path) or [named(path).path]
+    for found in folders:
         try:
             info = read_info(found)
             problem = _check_bytes(info, 0, 1)
@@ -223,7 +238,7 @@ def _check(info: Info, *, alone: bool = False) -> None:
 
 
 def _stored_names(info: Info) -> Container[str]:
-    with _whole(info.path):
+    with _whole(info):
         return dcp.FileSystemReader(info.path).read_metadata().state_dict_metadata
 
 
@@ -232,6 +247,8 @@ def _read(info: Info, state: dict[str, Any], *, alone: bool = False) -> None:
         dcp.load(state, checkpoint_id=info.path, no_dist=alone)
     except CheckpointException as error:
         rank, failure = _first_failure(error)
+        if isinstance(failure, OSError):
+            raise UserError(_unreadable(info.path, failure)) from None
         if isinstance(failure, Exception) and not info.digests:
             raise UserError(_damaged(info.path, failure)) from None
         raise _stopped(rank, failure, f"{info.path} was loaded") from error  # whose bytes are right
@@ -282,13 +299,11 @@ def try_folder(run_dir: Path) -> None:
 
 
 def _prepare(partial: Path) -> None:
-    run_dir = partial.parent.parent
-    if not run_dir.is_dir():
-        log.warning("%s was moved or deleted: it is made anew, metrics.jsonl stays where it was", run_dir)
     try:
+        partial.parent.mkdir(exist_ok=True)  # in the run directory, which is there
         for leftover in partial.parent.glob(".*-step-*"):
             shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
+        partial.mkdir()
     except OSError as error:
         raise UserError(_unwritable(partial, error)) from None
 
@@ -304,7 +319,7 @@ def _publish(partial: Path, final: Path, info: dict[str, Any], keep_last: int) -
         content = json.dumps(info, indent=1).encode()
         write_through(partial / "info.json", content)
         write_through(partial / MARKER, digest(content).encode())
-        if final.exists() and not (final / MARKER).exists():
+        if final.exists() and not _is_complete(final):
             shutil.rmtree(final)
         partial.rename(final)
         for old in _complete(final.parent)[:-keep_last]:
@@ -316,11 +331,25 @@ def _publish(partial: Path, final: Path, info: dict[str, Any], keep_last: int) -
 
 def _complete(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    found = sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=_step_of)
-    for path in found:
-        if not (path / MARKER).exists():
+    try:
+        paths = list(folder.iterdir())  # unlike `glob`, which takes a folder that cannot be read for an empty one
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    steps = sorted((path for path in paths if path.match("step-*") and path.name[5:].isdigit()), key=_step_of)
+    complete = [path for path in steps if _is_complete(path)]
+    for path in steps:
+        if path not in complete:
             log.warning("%s is not complete and is ignored", path)
-    return [path for path in found if (path / MARKER).exists()]
+    return complete
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether `path` is a checkpoint. OSError where that cannot be known, for which `exists` has no word."""
+    try:
+        (path / MARKER).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _step_of(path: Path) -> int:
@@ -357,18 +386,48 @@ def _stopped(rank: int, failure: BaseException, doing: str) -> Exception:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """UserError when reading a file of the checkpoint fails: damaged ones raise whatever unpickling comes across."""
+def _reading(path: Path) -> Iterator[None]:
+    """UserError in place of an OSError of what is read in `path`."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001
-        raise UserError(_damaged(path, error)) from None
+    except OSError as error:
+        raise UserError(_unreadable(path, error)) from None
+
+
+@contextmanager
+def _whole(info: Info) -> Iterator[None]:
+    """UserError when reading a file of the checkpoint fails: damaged ones raise whatever unpickling comes across, and
+    so do those whose bytes are right of another torch."""
+    with _reading(info.path):
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            if not info.digests:
+                raise UserError(_damaged(info.path, error)) from None
+            raise UserError(
+                f"{info.path} has the bytes that were written, but torch {torch.__version__} cannot read them"
+                f" ({_reason(error)}): use the versions that environment.json of its run names"
+            ) from None
 
 
 def _damaged(path: Path, error: BaseException | str) -> str:
+    return f"{path} is damaged ({_reason(error)}): delete that folder to resume from the checkpoint before it"
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    """Of a file in `path` that may be as good as ever: a disk that does not answer, permissions, a disk that is not
+    shared."""
+    return (
+        f"{error.filename or path}: cannot be read on {socket.gethostname()} ({error.strerror or error}); it may be"
+        " good, so keep it: look at that disk and at permissions, then give the same command again"
+    )
+
+
+def _reason(error: BaseException | str) -> str:
     reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    reason = " ".join(reason.split())[:300]
-    return f"{path} is damaged ({reason}): delete that folder to resume from the checkpoint before it"
+    return " ".join(reason.split())[:300]
 
 
 def _unwritable(path: Path, error: OSError) -> str:

@@ -17,6 +17,22 @@ NAME = ".lock"  # stays: to delete it would let two processes lock different fil
 HELD = (errno.EACCES, errno.EAGAIN)
 
 
+def check(file: TextIO, run_dir: Path) -> None:
+    """UserError where `run_dir` is no longer what `claim` has locked: what a run made anew there would have neither its
+    lock nor its rows. A disk that does not answer is not meant."""
+    try:
+        if os.path.samestat(os.fstat(file.fileno()), (run_dir / NAME).stat()):
+            return
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError:
+        return
+    raise UserError(
+        f"run.dir={run_dir} was moved or deleted while the run was going: move it back, or name its new place with"
+        " run.dir; the same command then continues from its last checkpoint"
+    )
+
+
 def claim(run_dir: Path) -> TextIO:
     """Locks `run_dir`, made if need be, until the returned file is closed or this process dies, however it does.
     UserError where another process, of this or another machine, has it. Where the file system has no locks: a warning.

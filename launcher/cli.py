@@ -67,12 +67,12 @@ def verify(run: str) -> None:
     """Prints whether checkpoints are as they were written. UserError where one is not."""
     from longspan.launcher.checkpoint import verify as verify_checkpoints
 
-    damaged = 0
+    wrong = 0
     for line, right in verify_checkpoints(Path(run)):
         print(line, flush=True)
-        damaged += not right
-    if damaged:
-        raise UserError(f"damaged checkpoints in {run}: {damaged}, see above")
+        wrong += not right
+    if wrong:
+        raise UserError(f"checkpoints in {run} that are damaged or cannot be read: {wrong}, see above")
 
 
 def bench(benchmark: str, argv: list[str]) -> None:

@@ -280,6 +280,7 @@ def _find(yaml_path: str | Path) -> Path:
     if str(yaml_path) in shipped_configs():
         return shipped_configs()[str(yaml_path)]
     nearest = get_close_matches(path.stem, shipped_configs(), n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    own = path / "config.yaml"  # of a run directory
+    hint = f"did you mean {own if isfile(own) else nearest[0]}? " if isfile(own) or nearest else ""
     found = "that is a folder" if isdir(path) else "there is no such file"
     raise UserError(f"--config {yaml_path}: {found}; {hint}shipped are {', '.join(shipped_configs())}")

@@ -184,8 +184,8 @@ def open_corpus(prefix_or_path: str | Path) -> Corpus:
         return Corpus(prefix)
     except OSError as error:
         raise UserError(
-            f"corpus {prefix}: {error.filename} cannot be read ({error.strerror}); change its permissions, or copy it "
-            "to where this user may read it"
+            f"corpus {prefix}: {error.filename or 'one of its files'} cannot be read ({error.strerror}); change its "
+            "permissions, or copy it to where this user may read it"
         ) from None
 
 

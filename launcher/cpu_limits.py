@@ -18,6 +18,7 @@ from longspan.launcher.state_sizes import MASTER, state_sizes
 from longspan.models.activations import measure
 from longspan.models.flops import model_flops, num_parameters
 from longspan.parallel.context import SequenceParallel
+from longspan.parallel.costs import Costs
 from longspan.parallel.mesh import Mesh, ranks_here
 
 log = logging.getLogger("longspan")
@@ -38,9 +39,9 @@ def check_model(config: Config) -> None:
         )
 
 
-def check_step(config: Config, mesh: Mesh, batches: Sequence) -> None:
+def check_step(config: Config, mesh: Mesh, batches: Sequence, costs: Costs) -> None:
     """Of the micro-batches of a rank's step: a warning if it takes long. UserError if a rank needs more memory than
-    the machine has for each of its ranks."""
+    the machine has for each of its ranks. costs: those that the run plans with."""
     model, train, (had, ranks) = config.model, config.train, memory_here()
     lengths = {batch.seq.layout.lengths for batch in batches}
     work = {found: model_flops(model, found, config.optim.trainable) for found in lengths}
@@ -49,7 +50,7 @@ def check_step(config: Config, mesh: Mesh, batches: Sequence) -> None:
     if seconds < SHORT_S:
         return
     if model.sparse_selection.get("name") in (None, *COUNTED):
-        needed = memory(config, mesh, max(work, key=work.get))
+        needed = memory(config, mesh, max(work, key=work.get), costs)
         if needed > had:
             settings = " or train.checkpointing=full" * (train.checkpointing == "none")
             settings += " or train.mlp_tile=4K" * (train.mlp_tile == 0)
@@ -66,12 +67,12 @@ def check_step(config: Config, mesh: Mesh, batches: Sequence) -> None:
         )
 
 
-def memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> float:
+def memory(config: Config, mesh: Mesh, lengths: Sequence[int], costs: Costs) -> float:
     """Bytes that a rank holds at least in a step over documents of these lengths."""
     measured = measure(
         config.model, lengths, dtype=getattr(torch, config.train.dtype), gpu=False, tp=mesh.tp,
         prepare=partial(prepare, config),
-        parallel=SequenceParallel(rank=0, topology=mesh.sp_topology, **config.parallel.of_sequences),
+        parallel=SequenceParallel(rank=0, topology=mesh.sp_topology, costs=costs, **config.parallel.of_sequences),
     )  # fmt: skip
     states = state_sizes(measured.num_parameters, measured.num_trained, mesh.shards)
     return measured.peak + sum(measured.put_away) + sum(states.values())

@@ -15,6 +15,8 @@ from typing import BinaryIO
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from longspan.launcher.files import naming
+
 BLOCK = 1 << 22  # bytes read at once
 THREADS = 4  # files that are read at once
 LONG = 1 << 18  # bytes for which another thread is worth waking
@@ -72,7 +74,7 @@ def digest(content: bytes) -> str:
 
 def digest_of_file(path: Path) -> str:
     crc, block = 0, memoryview(bytearray(BLOCK))
-    with open(path, "rb", buffering=0) as file:
+    with naming(path), open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):
             crc = zlib.crc32(block[:count], crc)
     return _text(crc)
@@ -89,14 +91,11 @@ def share(names: list[str], rank: int, world_size: int) -> list[str]:
 
 
 def first_difference(folder: Path, digests: dict[str, str]) -> str | None:
-    """What is wrong with the first of these files that has other bytes than were written; None if all are right."""
+    """What is wrong with the first of these files that has other bytes than were written; None if all are right.
+    OSError where one cannot be read."""
 
     def difference(name: str) -> str | None:
-        try:
-            found = digest_of_file(folder / name)
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-        wanted = digests[name]
+        found, wanted = digest_of_file(folder / name), digests[name]
         return None if found == wanted else f"{name} has other bytes than were written: {found}, not {wanted}"
 
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:

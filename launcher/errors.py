@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import re
+import resource
+import signal
 import socket
 import sys
 import threading
@@ -18,6 +20,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+
+from longspan.launcher.stacks import elsewhere
 
 POLL_SECONDS = 0.5
 PRINT_SECONDS = 10.0  # how long a rank waits for the first failing rank to have printed its reason
@@ -31,6 +35,9 @@ LOST = "lost another rank, which ended without a word"
 # In gloo's words, and in those of the store while ranks meet.
 TIMED_OUT = r"(?:Timed out waiting|wait timeout after|Timed out after) (\d+) ?(ms|seconds)"
 SILENT = "another rank, which neither failed nor answered"
+IN_VAIN = "was left by a rank that has waited too long for"
+REMEDY = ": look at processes, machines and network, or raise train.timeout_s if it may take so long"
+MOST_STACKS = 4  # ranks whose stacks are printed
 
 
 class UserError(Exception):
@@ -48,26 +55,49 @@ def main_guard() -> Iterator[None]:
     """
     alarm = None
     _open_streams()
+    with _interrupts() as interrupted:
+        try:
+            if _world_size() > 1:
+                alarm = _Alarm()
+                _check_restarts()
+            yield
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever it is, all ranks must stop
+            lost = interrupted.is_set() and not isinstance(error, UserError)
+            message = _describe(KeyboardInterrupt() if lost else error)
+            if alarm is None:
+                _print(message)
+                _tell_torchrun(message)
+                try:
+                    sys.stdout.flush()
+                except OSError:  # the interpreter would try once more to write what is left
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise SystemExit(1) from None
+            alarm.raise_for_all(message)
+        finally:
+            if alarm is not None:
+                alarm.close()
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set once Ctrl-C has come: modules that are being imported turn a KeyboardInterrupt into exceptions of their own.
+    Where it is ignored, as behind `nohup`, it stays so."""
+    came, before = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def note(*_):
+        came.set()
+        raise KeyboardInterrupt
+
+    ours = before in (signal.SIG_DFL, signal.default_int_handler)
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        if _world_size() > 1:
-            alarm = _Alarm()
-            _check_restarts()
-        yield
-        sys.stdout.flush()
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever it is, all ranks must stop
-        message = _describe(error)
-        if alarm is None:
-            _print(message)
-            _tell_torchrun(message)
-            try:
-                sys.stdout.flush()
-            except OSError:  # the interpreter would try once more to write what is left
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
-        alarm.raise_for_all(message)
+        yield came
     finally:
-        if alarm is not None:
-            alarm.close()
+        signal.signal(signal.SIGINT, before)
 
 
 def _open_streams() -> None:
@@ -102,6 +132,10 @@ def _check_restarts() -> None:
 def _describe(error: BaseException) -> str:
     """The text to print for `error`; its last line starts with `longspan: error:`."""
     line = " ".join(str(error).split())
+    rank, host = os.environ.get("RANK", "0"), socket.gethostname()
+    if os.strerror(errno.EMFILE) in line:  # whatever could not be opened, and in whose words
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"longspan: error: rank {rank} ({host}) may open {limit} files: allow more with `ulimit -n` ({line})"
     if isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_by_us(error)):
         return f"longspan: error: {line}"
     found = re.match(r"(\S+) does not have a deterministic implementation", line)
@@ -110,7 +144,6 @@ def _describe(error: BaseException) -> str:
             f"longspan: error: train.deterministic=true, but torch's {found[1]}, which this model needs here, has no"
             " deterministic form: use train.deterministic=false, or other layers"
         )
-    rank, host = os.environ.get("RANK", "0"), socket.gethostname()
     if isinstance(error, KeyboardInterrupt):
         return f"longspan: error: interrupted on rank {rank} ({host})"
     if re.search(r"gloo.*Connection (closed|reset) by peer|remote process exited", line):  # gloo's and NCCL's words
@@ -120,10 +153,7 @@ def _describe(error: BaseException) -> str:
         )
     if found := re.search(TIMED_OUT, line):
         seconds = int(found[1]) / (1000 if found[2] == "ms" else 1)
-        return (
-            f"longspan: error: rank {rank} ({host}) has waited {seconds:g} s for {SILENT}: look at processes, machines"
-            " and network, or raise train.timeout_s if it may take so long"
-        )
+        return f"longspan: error: rank {rank} ({host}) has waited {seconds:g} s for {SILENT}{REMEDY}"
     if isinstance(error, MemoryError) and _raised_by_us(error):  # attention.host_buffers
         return (
             f"longspan: error: rank {rank} ({host}): {line}, which train.offload_activations=true needs: use a smaller"
@@ -181,6 +211,20 @@ def _end_alone(message: str) -> None:
         _leave()
 
 
+@contextmanager
+def _last_words(message: str) -> Iterator[None]:
+    """Prints the message if SIGTERM ends this process."""
+
+    def end(*_):
+        _print(message)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 class _Alarm:
     """The connection of one rank to the store through which ranks tell each other to stop."""
 
@@ -236,11 +280,10 @@ class _Alarm:
                 first = True
             if not first:
                 self._follow()
-            if SILENT in message:
-                message = self._name_silent(message)
+            if SILENT in message or LOST in message:
+                with _last_words(message):  # torchrun, which sees that a rank of this machine was killed, ends this one
+                    message = self._name_those_awaited(message)
             _print(message)
-            if LOST in message:  # meanwhile torchrun sees which rank of this machine was killed, and ends this one too
-                message = self._name_silent(message)
             _tell_torchrun(message)
             try:
                 self._store.set("reason", f"{socket.gethostname()}\n{message.splitlines()[-1]}")
@@ -253,21 +296,28 @@ class _Alarm:
             finally:
                 _leave()
 
-    def _name_silent(self, message: str) -> str:
-        """`message` with the ranks whose watch does not answer: they are dead, stopped or out of reach."""
+    def _name_those_awaited(self, message: str) -> str:
+        """`message` with the ranks whose watch does not answer: they are dead, stopped or out of reach. If all do, with
+        those whose main threads are elsewhere, and where that is."""
         from longspan.launcher.agreement import listed
 
-        others = {rank: [f"here/{rank}"] for rank in range(self._world_size) if str(rank) != os.environ["RANK"]}
+        others = {rank: f"here/{rank}" for rank in range(self._world_size) if str(rank) != os.environ["RANK"]}
         deadline = time.monotonic() + ANSWER_SECONDS
         with suppress(RuntimeError):  # the store is gone
-            while time.monotonic() < deadline and not self._store.check(sum(others.values(), [])):
+            while time.monotonic() < deadline and not self._store.check(list(others.values())):
                 time.sleep(0.05)
-            if silent := [rank for rank, key in others.items() if not self._store.check(key)]:
+            if silent := [rank for rank, key in others.items() if not self._store.check([key])]:
                 return message.replace("another rank", listed(silent), 1)
+            if places := {rank: place for rank, key in others.items() if (place := self._store.get(key).decode())}:
+                shown = "".join(f"rank {rank}, {places[rank]}\n" for rank in list(places)[:MOST_STACKS])
+                busy = f"{listed(places)}, which did something else, as the stacks above show"
+                # Who has waited too long closes its connections, which others may tell first.
+                return shown + re.sub(f"{LOST}.*", f"{IN_VAIN} {busy}{REMEDY}", message.replace(SILENT, busy))
         return message
 
-    def _answer(self) -> None:
-        self._store.set(f"here/{os.environ['RANK']}", "")
+    def _answer(self, place: str = "") -> None:
+        """place: where this rank is, if it does not wait for others."""
+        self._store.set(f"here/{os.environ['RANK']}", place)
 
     def close(self) -> None:
         """Called by a rank that has finished. The rank that hosts the store stays until all others have, too."""
@@ -293,12 +343,12 @@ class _Alarm:
                     _print(f"longspan: error: rank {rank} stops: the process that coordinates the ranks has died")
                     _leave()
                 if failed:
-                    self._follow()
+                    self._follow(elsewhere())
 
-    def _follow(self) -> None:
+    def _follow(self, place: str = "") -> None:
         """Ends this process once the first failing rank has printed: torchrun kills that rank when this one ends."""
         try:
-            self._answer()
+            self._answer(place)
             self._store.wait(["reason"], timedelta(seconds=PRINT_SECONDS))
             host, line = self._store.get("reason").decode().split("\n", 1)
             # Every machine's output names the reason once.

@@ -23,6 +23,16 @@ def writing(run_dir: Path) -> Iterator[None]:
         raise UserError(f"run.dir={run_dir}: cannot be written ({reason}); {remedy}") from None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of reading the file says of which, as one of opening it does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes the file anew, in UTF-8, and its folder where there is none. Whoever fails or is ended on the way leaves
     the old one."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from longspan.launcher.agreement import decide
+from longspan.launcher.calibration import load_costs
 from longspan.launcher.config import Config
 from longspan.launcher.cpu_limits import memory, memory_here
 from longspan.launcher.environment import packages
@@ -96,8 +97,8 @@ def _chosen(config: Config, mesh: Mesh) -> tuple[Config, str]:
     else:
         # What is offloaded is in the same memory here.
         here = (c for c in choices(config) if c.train.offload_activations == config.train.offload_activations)
-        had, _ = memory_here()
-        chosen, taken = choose(here, lambda choice: memory(choice, mesh, lengths_of(choice)) / had)
+        (had, _), costs = memory_here(), load_costs(config)
+        chosen, taken = choose(here, lambda choice: memory(choice, mesh, lengths_of(choice), costs) / had)
     return chosen, f"{100 * taken:.0f} % of the memory, as planned"
 
 

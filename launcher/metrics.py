@@ -244,11 +244,11 @@ def _rows_before(path: Path, first_step: int) -> list[str]:
     kept = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
         try:
-            step = json.loads(line)["step"]
+            earlier = json.loads(line)["step"] < first_step
         except (ValueError, KeyError, TypeError):
             if not line.endswith("\n"):  # the last line of a run that was killed while writing it
                 break
             raise UserError(f"{path}, line {number}: not a step's JSON object; move the file away to resume") from None
-        if step < first_step:
+        if earlier:
             kept.append(line if line.endswith("\n") else line + "\n")
     return kept

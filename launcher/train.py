@@ -4,10 +4,15 @@ It works from a clone in which nothing is installed: then `longspan` is the clon
 without a change to sys.path, on which the clone's folder names would hide other packages (`kernels`).
 """
 
-import importlib.util
-import os
-import sys
-from pathlib import Path
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main_guard: Ctrl-C in imports ends them without a traceback
+
+import importlib.util  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 # In an installed wheel the package is the root itself.

@@ -12,13 +12,12 @@ import torch.distributed as dist
 
 from longspan.attention.ranges import component
 from longspan.kernels.peer import peer_kernels
-from longspan.launcher import checkpoint, weights
+from longspan.launcher import checkpoint, claim, weights
 from longspan.launcher.agreement import agree_on, decide
 from longspan.launcher.allocator import allocator_setting
 from longspan.launcher.batches import BatchLoader
 from longspan.launcher.breakdown import DATA, OPTIMIZER, OUTSIDE
 from longspan.launcher.calibration import load_costs
-from longspan.launcher.claim import claim
 from longspan.launcher.config import CheckpointConfig, Config
 from longspan.launcher.cpu_limits import check_model, check_step
 from longspan.launcher.engines import find_engine
@@ -157,7 +156,7 @@ class Trainer:
 
     def _claim(self) -> checkpoint.Info | None:
         """Where to start, in a run directory that no other run is in."""
-        self._claimed = claim(self.run_dir)
+        self._claimed = claim.claim(self.run_dir)
         return checkpoint.find(self.run_dir, self.config.checkpoint.resume)
 
     def _open_data(self) -> None:
@@ -269,7 +268,7 @@ class Trainer:
         if not self._places_agreed:  # before the first exchange that would wait, or mix tokens up, if they do not
             self.meter.check_places(self.step, batches)
             if self.mesh.device.type == "cpu":
-                check_step(self.config, self.mesh, batches)
+                check_step(self.config, self.mesh, batches, self.sequence_parallel.costs)
             self._places_agreed = True
         num_labels = batches[0].num_labels_global
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -301,6 +300,7 @@ class Trainer:
             row = self.meter.resolve(pending)
             self._stop |= pending.stop
             if self.mesh.is_main:
+                claim.check(self._claimed, self.run_dir)
                 self._metrics.write(row)
                 self._progress.report(row)
 

@@ -1,13 +1,15 @@
 """Which checkpoint a run starts from, what is refused, and that only whole saves count."""
 
 import binascii
+import errno
 import json
 import logging
 import os
 import re
 import shutil
+import socket
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -43,6 +45,13 @@ def test_auto_takes_the_newest_complete_one(tmp_path):
     (tmp_path / "checkpoints" / ".saving-step-00000011").mkdir()
     info = checkpoint.find(tmp_path, "auto")
     assert (info.path, info.step, info.data) == (newest, 10, {"position": 10})
+
+
+def test_a_copy_under_the_name_of_another_step_is_refused(tmp_path):
+    shutil.copytree(_fake(tmp_path, 3), copy := tmp_path / "checkpoints" / "step-00000005")
+    with pytest.raises(UserError, match=f"{copy} holds step 3: call the folder that, or move it elsewhere"):
+        checkpoint.find(tmp_path, "auto")
+    assert checkpoint.find(tmp_path / "new", str(copy)).step == 3
 
 
 def test_a_path_names_a_checkpoint_or_a_run(tmp_path):
@@ -96,6 +105,16 @@ def test_a_changed_digit_in_info_json_is_noticed(tmp_path):
         checkpoint.find(tmp_path, "auto")
 
 
+def test_a_checkpoint_of_a_later_release_is_no_damage(tmp_path):
+    path = _fake(tmp_path, 3)
+    fields = json.loads((path / "info.json").read_text()) | {"epoch": 1}
+    content = json.dumps(fields).encode()
+    (path / "info.json").write_bytes(content)
+    (path / "complete").write_text(digests.digest(content))
+    with pytest.raises(UserError, match=f"{path} is of a later release, by its epoch: use that release"):
+        checkpoint.find(tmp_path, "auto")
+
+
 def _fake_with_digests(run_dir, step, content):
     path = _fake(run_dir, step)
     fields = json.loads((path / "info.json").read_text())
@@ -112,7 +131,7 @@ def test_verify_reads_all_checkpoints_of_a_run(tmp_path, capsys):
         f"{whole}: all files are as they were written",
     ]
     damaged = _fake_with_digests(tmp_path, 3, b"12346")
-    with pytest.raises(UserError, match=f"damaged checkpoints in {tmp_path}: 1"):
+    with pytest.raises(UserError, match=f"checkpoints in {tmp_path} that are damaged or cannot be read: 1"):
         cli.COMMANDS["verify"]([str(tmp_path)])
     assert f"{damaged} is damaged (weights has other bytes" in capsys.readouterr().out
     cli.COMMANDS["verify"]([str(whole)])
@@ -132,8 +151,8 @@ def test_digests_are_those_of_what_was_written(tmp_path):
     assert writer.digests == {name: f"crc32 {binascii.crc32(content):08x}" for name, content in files.items()}
     assert digests.first_difference(tmp_path / "saved", writer.digests) is None
     (tmp_path / "saved" / ".metadata").unlink()
-    missing = digests.first_difference(tmp_path / "saved", writer.digests)
-    assert missing == ".metadata cannot be read: No such file or directory"
+    with pytest.raises(FileNotFoundError, match=r"saved/\.metadata"):
+        digests.first_difference(tmp_path / "saved", writer.digests)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
@@ -147,10 +166,44 @@ def test_every_file_is_checked_by_one_rank(world_size):
 def test_folders_that_may_not_be_read_are_named():
     with open_folder() as run:
         path = _fake(run, 3)
-        for folder, own, resume in ((path, run, "auto"), (path.parent, run / "other", str(path))):
-            message = f"{folder}/.* cannot be read .Permission denied.; change"
-            with locked(folder), pytest.raises(UserError, match=message):
+        for folder, own, resume in (
+            (path, run, "auto"),
+            (path.parent, run, "auto"),  # which holds no checkpoints that a run would not start anew beside
+            (path.parent, run / "other", str(path)),
+        ):
+            with locked(folder), pytest.raises(UserError, match=f"{folder}.*: cannot be read.*Permission denied") as no:
                 checkpoint.find(own, resume)
+            assert "keep it" in str(no.value) and "damaged" not in str(no.value)
+
+
+@pytest.mark.parametrize("name", ["info.json", "complete", "weights"])
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, name, capsys):
+    path = _fake_with_digests(tmp_path, 3, b"")
+    fields = json.loads((path / "info.json").read_text()) | {"sizes": {"weights": 0}}
+    (path / "info.json").write_text(json.dumps(fields))
+    (path / name).unlink()
+    (path / name).symlink_to("/proc/self/mem")  # no bytes, and reading one is an OSError
+    with pytest.raises(UserError, match="damaged or cannot be read: 1, see above"):
+        cli.COMMANDS["verify"]([str(tmp_path)])
+    line = capsys.readouterr().out
+    assert line.startswith(f"{path / name}: cannot be read on ") and "(Input/output error); it may be good" in line
+    assert "damaged" not in line and "delete" not in line
+    if name != "weights":
+        with pytest.raises(UserError, match=re.escape(line.strip())):
+            checkpoint.find(tmp_path, "auto")
+
+
+def test_right_bytes_that_this_torch_cannot_read_are_no_damage(tmp_path):
+    content = b"cmodule_of_another_release\nName\n."  # a pickle
+    path = _fake(tmp_path, 3)
+    (path / ".metadata").write_bytes(content)
+    info = checkpoint.find(tmp_path, "auto")
+    for digests_of, said in (
+        ({".metadata": digests.digest(content)}, "has the bytes that were written, but torch .* cannot read them"),
+        ({}, "is damaged"),
+    ):
+        with pytest.raises(UserError, match=rf"{path} {said} .*module_of_another_release"):
+            checkpoint.fill(replace(info, digests=digests_of), {}, alone=True)
 
 
 def test_incompatible_model(tmp_path, caplog):
@@ -215,6 +268,8 @@ def test_saves_and_loads_on_two_ranks(tmp_path):
         f"RuntimeError: rank 1 failed while {step}5 was saved: KeyError: 'lost'",
         f"UserError: interrupted on rank 1 while {step}4 was loaded",
         f"RuntimeError: rank 1 failed while {step}4 was loaded: KeyError: 'lost'",
+        f"UserError: {step}4: cannot be read on {socket.gethostname()} (Stale file handle); it may be good, so keep it:"
+        " look at that disk and at permissions, then give the same command again",
     ]
 
 
@@ -246,8 +301,10 @@ def _save_and_damage(rank, world_size, folder, corpus):
         ("read_data", lambda: checkpoint.load(newest, trainer.engine)),
     ):
         stopped += [_ended(place, failure, action) for failure in (KeyboardInterrupt(), KeyError("lost"))]
+    stopped.append(_ended(place, OSError(errno.ESTALE, "Stale file handle"), action))
 
     torch.manual_seed(rank)
+    (folder / "other").mkdir(exist_ok=True)
     path = checkpoint.save(folder / "other", config, trainer.engine, step=1, data={})
     expected = torch.rand(3)
     checkpoint.load(checkpoint.read_info(path), trainer.engine)
@@ -379,9 +436,10 @@ def test_a_trial_that_is_cut_short_is_in_nobodys_way(tmp_path, monkeypatch):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_run_directory_that_was_moved_is_said(tmp_path, caplog):
-    checkpoint._prepare(tmp_path / "run" / "checkpoints" / ".saving-step-00000004")
-    assert f"{tmp_path}/run was moved or deleted: it is made anew" in caplog.text
+def test_a_run_directory_is_not_made_anew(tmp_path):
+    with pytest.raises(UserError, match="run/checkpoints/.saving-step-00000004: the checkpoint cannot be written"):
+        checkpoint._prepare(tmp_path / "run" / "checkpoints" / ".saving-step-00000004")
+    assert not (tmp_path / "run").exists()
 
 
 def _on_the_disk(rank, world_size, folder, corpus):

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 from spawn import run_ranks
-from tiny_runs import start, tiny_config, train, write_corpus
+from tiny_runs import rows, start, tiny_config, train, write_corpus
+from unreadable import locked, open_folder
 
-from longspan.launcher.claim import claim
+from longspan.launcher.claim import check, claim
 from longspan.launcher.errors import UserError
 
 HOLDER = """
@@ -63,6 +64,41 @@ def test_what_was_killed_holds_nothing(tmp_path):
             holder.kill()
         holder.wait()
         claim(tmp_path).close()  # while its child is still there
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a file", "another run"])
+def test_a_run_whose_directory_is_moved_stops_with_the_step(tmp_path, instead):
+    refused = run_ranks(_moved, 1, write_corpus(tmp_path), tmp_path, instead, timeout=60)[0]
+    assert refused.startswith(f"run.dir={tmp_path}/run was moved or deleted while the run was going: move it back, or")
+    assert [row["step"] for row in rows(tmp_path / "elsewhere")] == [1]
+    left = {"nothing": None, "a file": None, "another run": [".lock"]}[instead]
+    assert (sorted(os.listdir(tmp_path / "run")) if (tmp_path / "run").is_dir() else None) == left
+
+
+def _moved(rank, world_size, corpus, folder, instead):
+    trainer = start(tiny_config(corpus, folder / "run", "checkpoint.interval=2"))
+    next_step = trainer.loader.next_step
+
+    def move_in_the_second():
+        if trainer.step == 1:
+            (folder / "run").rename(folder / "elsewhere")
+            if instead == "a file":
+                (folder / "run").write_text("")
+            elif instead == "another run":
+                claim(folder / "run").close()
+        return next_step()
+
+    trainer.loader.next_step = move_in_the_second
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    trainer.close()
+    return str(error.value)
+
+
+def test_a_disk_that_does_not_answer_is_not_taken_for_a_move(tmp_path):
+    with open_folder() as run_dir, claim(run_dir) as file:
+        with locked(run_dir):
+            check(file, run_dir)
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):

@@ -308,3 +308,9 @@ def test_global_batch_must_be_shared_evenly_by_the_data_parallel_groups():
     validating = "data.validation_fraction=0.1", "log.validation_interval=5", "train.global_batch=4"
     message = refusal(load("parallel.sp=2", "log.validation_samples=3", *validating).validate, 4)
     assert "log.validation_samples=3" in message and "a multiple of 2" in message
+
+
+def test_a_run_directory_in_the_place_of_its_config(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=f"that is a folder; did you mean {tmp_path}/config.yaml"):
+        Config.load(tmp_path)

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -26,11 +28,13 @@ from longspan.parallel.mesh import join
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
-import os, signal, sys
+import os, signal, sys, threading
 from longspan.launcher.errors import UserError, main_guard
 from longspan.models.config import ModelConfig
 from longspan.launcher import errors
 case, rank = sys.argv[1], int(os.environ["RANK"])
+def lost_in_thought():
+    threading.Event().wait()
 if case == "only at first":
     errors.POLL_SECONDS = 0.01  # so that a failure is seen while the groups are formed
 if case == "rank 0 is silent":
@@ -41,11 +45,16 @@ with main_guard():
     import torch
     import torch.distributed as dist
     from longspan.parallel.mesh import build_mesh
-    build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"), timeout_s=2 if "silent" in case else 600)
+    timeout_s = 6 if case == "a rank hangs" else 2 if "silent" in case else 600
+    build_mesh(sp=0, sharding="fsdp", device=torch.device("cpu"), timeout_s=timeout_s)
     if rank == 1 and case == "a rank is killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if (rank, case) in ((1, "a rank is silent"), (0, "rank 0 is silent")):
         os.kill(os.getpid(), signal.SIGSTOP)
+    if rank == 1 and "a rank hangs" in case:
+        lost_in_thought()
+    if rank == 2 and case == "a rank hangs, and who waits for it leaves":
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:25264")
     if rank == 1 and case == "user error on one rank":
         raise UserError("corpus x.bin: document 3 holds token id 999")
     if rank == 1 and case == "crash on one rank":
@@ -162,6 +171,30 @@ def test_a_rank_that_does_not_answer_is_named(program, ranks, tmp_path):
     assert re.match(named, lines[0])
 
 
+@pytest.mark.parametrize(
+    "case, waited",
+    [
+        ("a rank hangs", "(has waited 6 s|was left by a rank that has waited too long) for"),
+        ("a rank hangs, and who waits for it leaves", "was left by a rank that has waited too long for"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_where(program, case, waited, tmp_path):
+    """Its alarm answers, but its main thread does not come; that of a third rank waits like the first."""
+    processes, files = _start(program, case, range(3), 3, tmp_path)
+    try:
+        _wait_for(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    said = "".join(Path(file.name).read_text() for file in files)
+    (line,) = [line for line in said.splitlines() if "longspan: error" in line]
+    remedy = r": look at processes, machines and network, or raise train.timeout_s"
+    named = rf"longspan: error: rank [02] \(.+\) {waited} rank 1, which did something else, as the stacks above show"
+    assert re.match(named + remedy, line), said
+    assert said.index("rank 1, MainThread:\n") < said.index("in lost_in_thought\n") < said.index(line)
+    assert said.count(", MainThread:") == 1 and "longspan-alarm" not in said and "Traceback" not in said
+
+
 @pytest.mark.slow
 def test_the_rank_that_has_the_store_does_not_answer(program, tmp_path):
     """So that the others cannot tell each other."""
@@ -266,6 +299,20 @@ def test_a_value_error_of_a_library_called_by_us_keeps_its_traceback(capsys, mon
     exec("def convert(): int('x')\ndef refuse(): raise ValueError('model.x=1: use 2')", module)
     assert "Traceback" in _output_of(module["convert"], capsys)
     assert _output_of(module["refuse"], capsys) == "longspan: error: model.x=1: use 2\n"
+
+
+@pytest.mark.parametrize("kind", [OSError, UserError, RuntimeError])
+def test_too_few_files_may_be_open(kind, capsys, monkeypatch):
+    """Which our own lines, and those of libraries, put down to something else."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def fail():
+        raise kind("device.cc:186] rv != -1. Too many open files")
+
+    line = _output_of(fail, capsys)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert re.match(rf"longspan: error: rank 0 \(.+\) may open {limit} files: allow more with `ulimit -n` \(dev", line)
+    assert line.count("\n") == 1
 
 
 def test_what_torch_cannot_repeat_is_one_line(capsys, monkeypatch):
@@ -428,6 +475,38 @@ def test_ranks_without_a_place_to_meet(given, found, capsys, monkeypatch):
             monkeypatch.setenv(name, value)
         output = _output_of(lambda: None, capsys)
     assert re.fullmatch(f"longspan: error: {found.replace('TAKEN', port)}.*\n", output)
+
+
+def test_an_interrupt_that_an_import_has_turned_into_something_else(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    before = signal.getsignal(signal.SIGINT)
+
+    def import_something(found):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise found from None
+
+    line = _output_of(lambda: import_something(AttributeError("module 'numpy' has no attribute 'x'")), capsys)
+    assert re.fullmatch(r"longspan: error: interrupted on rank 0 \(.+\)\n", line)
+    line = _output_of(lambda: import_something(UserError("interrupted on rank 1 while x was saved")), capsys)
+    assert line == "longspan: error: interrupted on rank 1 while x was saved\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_an_interrupt_before_anything_is_imported(ignored):
+    """By Python's own handler, that is: of our entry points none leaves a traceback then."""
+    interrupting = "import importlib.abc, signal, sys\nclass Finder(importlib.abc.MetaPathFinder):\n"
+    interrupting += "    def find_spec(self, name, *_):\n        if name == 'longspan.launcher.cli':\n"
+    interrupting += "            print('reached', flush=True)\n            signal.raise_signal(signal.SIGINT)\n"
+    interrupting += "sys.meta_path.insert(0, Finder())\nsys.argv = ['longspan', '--version']\n"
+    interrupting += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * ignored
+    script = f"import runpy; runpy.run_path({str(ROOT / 'launcher' / 'train.py')!r}, run_name='x')"
+    for start in ("from longspan.launcher.entry import main; main()", script):
+        done = subprocess.run([sys.executable, "-c", interrupting + start], capture_output=True, text=True)
+        assert done.stderr == "" and done.stdout.startswith("reached\n")
+        assert done.returncode == (0 if ignored else -signal.SIGINT)
 
 
 def test_system_exit_passes(monkeypatch):

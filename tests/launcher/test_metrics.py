@@ -171,7 +171,7 @@ def test_a_last_row_without_its_end_of_line_stays_a_row(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
-@pytest.mark.parametrize("line", [b"hello", b"\xff\x00"])
+@pytest.mark.parametrize("line", [b"hello", b"\xff\x00", b'{"step": "x"}'])
 def test_a_foreign_metrics_file_is_refused(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a step's JSON object"):
