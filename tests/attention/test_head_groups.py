@@ -134,7 +134,7 @@ def held_on_gpu(rank, world_size):
 @pytest.mark.gpu
 def test_groups_hold_less_on_one_gpu():
     for peaks in run_ranks(held_on_gpu, 2, timeout=120):
-        assert peaks[4] < 0.7 * peaks[1] and peaks[4] < peaks[2] < 0.95 * peaks[1], peaks
+        assert peaks[4] < 0.7 * peaks[1] and peaks[4] < peaks[2] < 0.92 * peaks[1], peaks
 
 
 # How many groups, and what is refused.

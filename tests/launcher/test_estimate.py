@@ -424,15 +424,18 @@ def test_windows_that_gpus_share_are_held_once_for_all_layers():
 
 def test_sparse_layers_keep_what_their_way_brings():
     """By request what is expected of the rank with most of it, and all of its own; in a ring all keys of others. `auto`
-    takes, as training does, requests where ranks share a node."""
-    for selection, auto in (("keep: 0.3", "fetch"), ("keep: 4", "fetch")):
+    takes, as training does, requests where ranks share a node. What lists could name has room; where most of it comes,
+    nothing is given back."""
+    arrived = 4 * 2 * 256 * 2  # of 4 layers: bytes of a token
+    for selection, auto in (("keep: 0.3", "fetch"), ("keep: 2", "fetch"), ("keep: 4", "fetch")):
         kept = {}
         for way in ("fetch", "ring", "auto"):
             settings = ["model.pattern=[sparse]", "data.seq_len=64K", f"parallel.sparse={way}"]
             selected = f"model.sparse_selection={{name: top, {selection}}}"
             kept[way] = job_of(selected, *settings, gpus="8xH200").measure().kept["sparse"]
         assert kept["auto"] == kept[auto] != kept["ring"]
-    arrived = 4 * 2 * 256 * 2  # of 4 layers: bytes of a token
+        if selection == "keep: 2":  # and the 2 blocks around them, of 64 keys, for each of 64 blocks of queries
+            assert kept["ring"] - kept["fetch"] == (2**16 * 7 / 8 - 64 * 4 * 64) * arrived
     asked = expected_requests(TopBlocks(4), balanced([2**16], 8), True, alike=True)[0]
     fewer = 2**16 * 6 / 8 - asked[(2 * asked.sum(1) + asked.sum(0)).argmax()].sum()
     assert fewer > 2**12 and kept["ring"] - kept["fetch"] == pytest.approx(fewer * arrived, rel=1e-3)
